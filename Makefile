@@ -1,0 +1,101 @@
+# Everything a developer or a newcomer runs. Needs Python >= 3.10 (the tests: >= 3.11), make and a package registry.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PACKAGE := setup.cfg pyproject.toml $(wildcard converter/*.py converter/*/*.py)
+# The torch that the tests are pinned to, as setup.cfg has it.
+TORCH := $(shell sed -n 's/^ *\(torch==[^ ]*\).*/\1/p' setup.cfg)
+# Every file of a folder with its size.
+SIZES = find $(1) -type f | sort | xargs ls -lh | awk '{ printf "%8s  %s\n", $$5, $$NF }'
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint format-check ruff-check type-check readme-check format bench clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F '|' '{ printf "make %-14s%s\n", $$1, $$2 }'
+
+demo: .venv-demo/installed  ## convert a small Stable Diffusion folder, without torch, and show it before and after
+	@rm -rf build/demo && mkdir -p build/demo
+	@echo
+	@echo "1. A model folder as it is often found: Stable Diffusion (tiny, random weights) with torch .bin weights."
+	@echo "   unet/ is in two shards. Diffusers does not load it: \"no file named diffusion_pytorch_model.bin\"."
+	.venv-demo/$(BIN)/python scripts/make_sample.py build/demo/model
+	@cd build/demo && $(call SIZES,model)
+	@echo
+	@echo "2. What wconv sees in it. It reads headers only, no weights."
+	.venv-demo/$(BIN)/wconv inspect build/demo/model
+	@echo
+	@echo "3. Every .bin becomes safetensors, in a new folder. Configs and tokenizer come along, the source stays."
+	.venv-demo/$(BIN)/wconv to-safetensors build/demo/model -o build/demo/converted
+	@echo
+	@echo "4. The new folder. Diffusers loads this one."
+	@cd build/demo && $(call SIZES,converted)
+	.venv-demo/$(BIN)/wconv inspect build/demo/converted
+	@echo
+	@echo "5. Are these the same weights? Every value of both folders is compared."
+	.venv-demo/$(BIN)/wconv verify build/demo/model build/demo/converted
+	@echo
+	@echo "That was all. Try it on a folder of yours: .venv-demo/$(BIN)/wconv to-safetensors FOLDER -o NEW_FOLDER"
+
+test: .venv/installed  ## run the tests but the slow ones (PYTEST_ARGS=... for more options)
+	.venv/$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+
+test-all: .venv/installed  ## run all tests
+	.venv/$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: format-check ruff-check type-check readme-check  ## run all the checks below
+
+format-check: .venv-lint/installed  ## is everything formatted?
+	.venv-lint/$(BIN)/ruff format --check
+
+ruff-check: .venv-lint/installed  ## lint
+	.venv-lint/$(BIN)/ruff check
+
+type-check: .venv-lint/installed  ## check the types of the package
+	.venv-lint/$(BIN)/mypy converter
+
+readme-check: .venv-lint/installed  ## are the .rst files valid?
+	@mkdir -p build
+	@set -e; for file in *.rst; do \
+		echo "docutils $$file"; \
+		.venv-lint/$(BIN)/python -m docutils --report=info --halt=warning --syntax-highlight=none $$file build/$$file.html; \
+	done
+
+format: .venv-lint/installed  ## format everything and mend what the linter can
+	.venv-lint/$(BIN)/ruff check --fix-only
+	.venv-lint/$(BIN)/ruff format
+
+bench: .venv/installed  ## time wconv against cp and others (BENCH_ARGS=... for options)
+	.venv/$(BIN)/python scripts/bench.py $(BENCH_ARGS)
+
+clean:  ## remove environments, caches and all that was built
+	rm -rf .venv .venv-demo .venv-lint build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find converter scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The three environments. Each holds an empty file "installed", newer than what it was installed from.
+
+.venv-demo/installed: $(PACKAGE)
+	@echo "Installing wconv without torch into .venv-demo ..."
+	@rm -rf build/lib
+	@$(PYTHON) -m venv .venv-demo
+	@.venv-demo/$(BIN)/python -m pip install -q .
+	@touch $@
+
+# torch goes first and alone, so that nothing that depends on torch gets to choose it.
+.venv/installed: setup.cfg pyproject.toml
+	@echo "Installing $(TORCH), wconv and what its tests need into .venv (a few minutes) ..."
+	@$(PYTHON) -m venv .venv
+	@.venv/$(BIN)/python -m pip install -q $(TORCH)
+	@.venv/$(BIN)/python -m pip install -q -e ".[test]"
+	@touch $@
+
+.venv-lint/installed: setup.cfg pyproject.toml
+	@echo "Installing wconv and the linters into .venv-lint ..."
+	@$(PYTHON) -m venv .venv-lint
+	@.venv-lint/$(BIN)/python -m pip install -q -e ".[dev]"
+	@touch $@

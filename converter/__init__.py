@@ -1,0 +1,96 @@
+"""wconv converts model weights from one on-disk form into another, streaming, without torch.
+
+The public API; what is not listed here may change. Submodules load on first use, so that the command line starts
+fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from converter.checkpoint import Checkpoint, WeightSet, open_checkpoint
+    from converter.compare import verify
+    from converter.conversion import convert, plan_conversion
+    from converter.dtypes import DType
+    from converter.errors import (
+        BadFile,
+        BadRequest,
+        HostileFile,
+        LossyCast,
+        OutputRefused,
+        SystemRefused,
+        Unsupported,
+        WconvError,
+    )
+    from converter.folder import Component, ModelFolder, open_folder
+    from converter.index import WeightIndex
+    from converter.names import WeightsName
+    from converter.plan import Copy, Plan, Shard, Wishes, make_plan
+    from converter.run import Result, run_plan
+    from converter.tensors import ByteRange, TensorInfo
+
+_HOMES = {
+    "checkpoint": ("Checkpoint", "WeightSet", "open_checkpoint"),
+    "conversion": ("convert", "plan_conversion"),
+    "dtypes": ("DType",),
+    "errors": (
+        "BadFile",
+        "BadRequest",
+        "HostileFile",
+        "LossyCast",
+        "OutputRefused",
+        "SystemRefused",
+        "Unsupported",
+        "WconvError",
+    ),
+    "folder": ("Component", "ModelFolder", "open_folder"),
+    "index": ("WeightIndex",),
+    "names": ("WeightsName",),
+    "plan": ("Copy", "Plan", "Shard", "Wishes", "make_plan"),
+    "run": ("Result", "run_plan"),
+    "tensors": ("ByteRange", "TensorInfo"),
+    "compare": ("verify",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BadFile",
+    "BadRequest",
+    "ByteRange",
+    "Checkpoint",
+    "Component",
+    "Copy",
+    "DType",
+    "HostileFile",
+    "LossyCast",
+    "ModelFolder",
+    "OutputRefused",
+    "Plan",
+    "Result",
+    "Shard",
+    "SystemRefused",
+    "TensorInfo",
+    "Unsupported",
+    "WconvError",
+    "WeightIndex",
+    "WeightSet",
+    "WeightsName",
+    "Wishes",
+    "convert",
+    "make_plan",
+    "open_checkpoint",
+    "open_folder",
+    "plan_conversion",
+    "run_plan",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(import_module(f"converter.{_HOME_OF[name]}"), name)
+    raise AttributeError(f"module 'converter' has no attribute {name!r}")

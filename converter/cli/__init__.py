@@ -1,0 +1,102 @@
+"""The command line: a group whose commands load when they are called, and the one place that gives exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from converter import __version__
+from converter.errors import SystemRefused, WconvError
+
+# Name, module and summary of each command; the summary stands here too, so that the list of commands imports none.
+COMMANDS = {
+    "to-safetensors": "Write every weight set of a model in safetensors.",
+    "inspect": "Show which weights a file or folder holds; reads headers only.",
+    "verify": "Compare two files or folders of weights, value by value.",
+}
+
+EXIT_INTERRUPTED = 130
+EXIT_BUG = 70
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = import_module(f"converter.cli.{cmd_name.replace('-', '_')}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="'wconv COMMAND --help' says more about each.",
+)
+@click.version_option(__version__, prog_name="wconv")
+def cli() -> None:
+    """Convert model weights, as fast as a copy, without loading the model or running what is in a pickle."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code; errors are one line on stderr."""
+    # wconv makes hundreds of thousands of small objects and no cycles: collecting them would double the time to open
+    # a checkpoint of many tensors.
+    gc.disable()
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = cli.main(args=list(args) if args is not None else None, prog_name="wconv", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        _complain("Interrupted. Nothing was changed.")
+        return EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except BrokenPipeError:
+        # The reader of our output has seen enough (as `head` does).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except WconvError as error:
+        return _report(error)
+    except OSError as error:
+        return _report(SystemRefused.from_os_error(error))
+    except Exception as error:
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, WconvError) and error.exit_code != EXIT_BUG:
+        _complain(str(error))
+        return error.exit_code
+    traceback.print_exception(error)
+    _complain("This is a bug in wconv. Please report it with the lines above.")
+    return EXIT_BUG
+
+
+def _complain(message: str) -> None:
+    from converter.cli.output import printable
+
+    click.echo(printable(message), err=True)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,58 @@
+"""What all conversion commands do with their options: plan, print or run, and show the result."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from converter.cli.output import open_meter, plan_as_json, show_json, show_plan, show_result
+from converter.conversion import prepare
+from converter.plan import Plan, Wishes
+from converter.run import Result, default_workers, peak_buffer_nbytes, run_plan
+
+
+def run_conversion(source: Path, options: dict[str, Any]) -> None:
+    """Carry out a conversion as the options ask, and print what came of it."""
+    wishes = Wishes(**{field.name: options[field.name] for field in fields(Wishes)})
+    request, plan = prepare(source, options["output"], wishes, recovering=not options["dry_run"])
+    if options["dry_run"]:
+        assert plan is not None
+        _show_dry_run(plan, options)
+        return
+    result, peak_nbytes = _run(plan, request, options)
+    if options["as_json"]:
+        content = plan_as_json(plan) if plan else {}
+        show_json({**content, "seconds": result.seconds, "peak_memory_nbytes": peak_nbytes, "dry_run": False})
+    elif not options["quiet"]:
+        show_result(result, peak_nbytes, options["verbose"])
+
+
+def _run(plan: Plan | None, request: str, options: dict[str, Any]) -> tuple[Result, int]:
+    if plan is None or not plan.sets:
+        return Result(plan, 0.0), 0
+    verify = options["verify"] or plan.destroys_source
+    with open_meter(plan.nbytes * (2 if verify else 1), "converting", options["quiet"]) as meter:
+        result = run_plan(
+            plan,
+            workers=options["workers"],
+            memory_nbytes=int(options["memory"]),
+            verify=verify,
+            progress=meter,
+            request=request,
+        )
+    meter(0)
+    return result, meter.peak_nbytes
+
+
+def _show_dry_run(plan: Plan, options: dict[str, Any]) -> None:
+    buffers = peak_buffer_nbytes(plan, int(options["memory"]), options["workers"] or default_workers())
+    memory_nbytes = psutil.Process().memory_info().rss + buffers
+    if options["as_json"]:
+        show_json({**plan_as_json(plan), "dry_run": True, "peak_memory_nbytes": memory_nbytes})
+    elif not plan.sets:
+        show_result(Result(plan, 0.0), 0, False)
+    elif not options["quiet"]:
+        show_plan(plan, memory_nbytes)

@@ -1,0 +1,126 @@
+"""``wconv inspect``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converter.cli.options import source_arg
+
+if TYPE_CHECKING:
+    from converter.checkpoint import Checkpoint
+    from converter.folder import Component, ModelFolder
+
+_KINDS = {
+    "file": "a weight set",
+    "folder": "a folder of weights",
+    "component": "a Diffusers model",
+    "transformers": "a transformers model",
+    "pipeline": "a Diffusers pipeline",
+    "sentence-transformers": "a sentence-transformers model",
+}
+
+
+@click.command("inspect", short_help="Show which weights a file or folder holds; reads headers only.")
+@source_arg
+@click.option("--tensors", "with_tensors", is_flag=True, help="List every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def command(source: Path, with_tensors: bool, as_json: bool) -> None:
+    """Show which weights SRC holds, by component and variant, and what else is there. Reads headers only."""
+    from converter.checkpoint import open_checkpoint
+    from converter.cli.output import show_json
+    from converter.folder import open_folder
+
+    folder = open_folder(source)
+    sets = [
+        _describe(component, open_checkpoint(weight_set), with_tensors)
+        for component in folder.components
+        for weight_set in component.weight_sets
+    ]
+    content = {
+        "path": str(folder.path),
+        "kind": folder.kind,
+        "class": folder.class_name or folder.components[0].class_name,
+        "weight_sets": sets,
+        **_describe_rest(folder),
+    }
+    if as_json:
+        show_json(content)
+    else:
+        _show(content)
+
+
+def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
+    from converter.tensors import find_ties
+
+    tensors = checkpoint.tensors
+    recorded = {dropped: kept for dropped, kept in checkpoint.metadata.items() if dropped != "format"}
+    names = {info.name for info in tensors}
+    content: dict[str, Any] = {
+        "component": component.name,
+        "weights": checkpoint.name.stem,
+        "format": checkpoint.format,
+        "variant": checkpoint.name.variant,
+        "files": list(checkpoint.weight_set.file_names),
+        "index": checkpoint.weight_set.index_name,
+        "tensors": len(tensors),
+        "parameters": sum(info.numel for info in tensors),
+        "nbytes": sum(info.nbytes for info in tensors),
+        "dtypes": dict(Counter(info.dtype.tag for info in tensors).most_common()),
+        "tied": {**find_ties(tensors), **{old: new for old, new in recorded.items() if new in names}},
+        "notes": list(checkpoint.notes),
+    }
+    if with_tensors:
+        content["all_tensors"] = [
+            {"name": i.name, "dtype": i.dtype.tag, "shape": list(i.shape), "file": i.storage.path.name} for i in tensors
+        ]
+    return content
+
+
+def _describe_rest(folder: ModelFolder) -> dict[str, list[str]]:
+    from converter.folder import find_rest
+
+    rest: dict[str, list[str]] = {"not_weights": [], "other_weights": []}
+    if folder.kind != "file":
+        for path, is_weights in find_rest(folder):
+            name = path.relative_to(folder.root).as_posix()
+            rest["other_weights" if is_weights else "not_weights"].append(name)
+    return rest
+
+
+def _show(content: dict[str, Any]) -> None:
+    from converter.cli.output import printable, show_bytes, show_count, show_table
+
+    suffix = f" ({content['class']})" if content["class"] else ""
+    click.echo(printable(f"{content['path']}: {_KINDS[content['kind']]}{suffix}") + "\n")
+    header = ("component", "weights", "format", "variant", "files", "tensors", "parameters", "size", "dtypes")
+    rows = []
+    for found in content["weight_sets"]:
+        files = str(len(found["files"])) + (" + index" if found["index"] else "")
+        rows.append(
+            (found["component"] or ".", found["weights"], found["format"], found["variant"] or "-", files,
+             f"{found['tensors']:,}", show_count(found["parameters"]), show_bytes(found["nbytes"]),
+             ", ".join(found["dtypes"]) or "-")
+        )  # fmt: skip
+    show_table(header, rows)
+    click.echo()
+    for found in content["weight_sets"]:
+        for dropped, kept in found["tied"].items():
+            click.echo(printable(f"tied: {dropped} is {kept}"))
+        for note in found["notes"]:
+            click.echo(printable(f"note: {note}"))
+    if content["other_weights"]:
+        click.echo(printable(f"other weights: {', '.join(content['other_weights'])}"))
+    if content["not_weights"]:
+        click.echo(printable(f"not weights: {', '.join(content['not_weights'])}"))
+    for found in content["weight_sets"]:
+        if "all_tensors" in found:
+            click.echo(printable(f"\n{found['component'] or '.'} {found['weights']} {found['variant'] or ''}").rstrip())
+            tensors = found["all_tensors"]
+            show_table(
+                ("tensor", "dtype", "shape", "file"),
+                [(one["name"], one["dtype"], str(one["shape"]), one["file"]) for one in tensors],
+            )

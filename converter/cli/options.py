@@ -1,0 +1,104 @@
+"""Every option that commands share, once, and the types of their values."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# huggingface_hub knows the powers of ten (``parse_size_to_int``); the powers of two are ours.
+_UNITS = {f"{prefix}{unit}": base**power
+          for unit, base in (("B", 1000), ("IB", 1024)) for power, prefix in enumerate("KMGT", 1)}  # fmt: skip
+
+
+def parse_size(text: str) -> int:
+    """Give the bytes that a text such as ``5GB``, ``1.5 GiB`` or ``100000`` means; raises ValueError.
+
+    >>> parse_size("5GB"), parse_size("2 MiB")
+    (5000000000, 2097152)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    unit = match[2].upper() if match else ""
+    if not match or (unit and unit not in _UNITS) or (not unit and "." in match[1]):
+        raise ValueError(text)
+    nbytes = int(float(match[1]) * _UNITS[unit]) if unit else int(match[1])
+    if nbytes <= 0:
+        raise ValueError(text)
+    return nbytes
+
+
+class Size(click.ParamType[float]):
+    """A number of bytes; with ``allow_none``, ``none`` is no limit at all."""
+
+    name = "SIZE"
+
+    def __init__(self, allow_none: bool = False) -> None:
+        self.allow_none = allow_none
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if not isinstance(value, str):
+            return float(value)
+        if self.allow_none and value.lower() == "none":
+            return math.inf
+        try:
+            return parse_size(value)
+        except ValueError:
+            or_none = ", or none" if self.allow_none else ""
+            self.fail(f"{value!r} is no size. Write it as 5GB, 500MB or 2GiB{or_none}.", param, ctx)
+
+
+source_arg = click.argument("source", metavar="[SRC]", default=".", type=click.Path(path_type=Path))
+
+_RUN_OPTIONS = (
+    click.option(
+        "--workers", type=click.IntRange(1, 64), metavar="N", help="Threads that copy (default: by the cores)."
+    ),
+    click.option("--memory", type=Size(), default="64MB", show_default=True, help="Memory for buffers."),
+)
+_OUTPUT_OPTIONS = (
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+    click.option("-v", "--verbose", is_flag=True, help="Print every file."),
+)
+_CONVERSION_OPTIONS = (
+    click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT",
+                 help="Write to this new folder (or file) instead of beside the source."),
+    click.option("--variant", metavar="TAG|none", help="Tag the output's names with this; none takes a tag away."),
+    click.option("--from-variant", metavar="TAG|none", help="Convert only this variant of the source."),
+    click.option("--component", "components", multiple=True, metavar="NAME",
+                 help="Convert only this component; may be given again."),
+    click.option("--max-shard-size", "max_shard_nbytes", type=Size(allow_none=True), metavar="SIZE|none",
+                 help="Split into shards of this size at most; none makes one file (default: shards as they are)."),
+    click.option("--tied", type=click.Choice(["first", "duplicate"]),
+                 help="Write tied tensors once, or under each name (default: as the model's loader wants it)."),
+    click.option("--overwrite", is_flag=True, help="Replace output that is there."),
+    click.option("--delete-source", is_flag=True, help="Remove the converted files once every value was compared."),
+    click.option("--verify", is_flag=True, help="Read the output back and compare every value before publishing it."),
+    click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing."),
+)  # fmt: skip
+
+
+def run_options(command: _F) -> _F:
+    """Give a command the options on how to run."""
+    return _apply(_RUN_OPTIONS, command)
+
+
+def output_options(command: _F) -> _F:
+    """Give a command the options on what to print."""
+    return _apply(_OUTPUT_OPTIONS, command)
+
+
+def conversion_options(command: _F) -> _F:
+    """Give a command all options of a conversion."""
+    return _apply((*_CONVERSION_OPTIONS, *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
+
+
+def _apply(options: tuple[Callable[[Any], Any], ...], command: _F) -> _F:
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)

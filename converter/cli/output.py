@@ -1,0 +1,195 @@
+"""What the terminal shows: tables, sizes, the progress bar, summaries, and the line that loads the result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import psutil
+
+from converter.plan import Plan
+from converter.run import Result
+
+
+def printable(text: str) -> str:
+    """Spell out control characters, so that a name in a file cannot steer the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def show_bytes(nbytes: float) -> str:
+    """Spell a number of bytes for people, in powers of ten as disks and hubs do.
+
+    >>> show_bytes(3_438_000_000), show_bytes(999)
+    ('3.44 GB', '999 B')
+    """
+    return _scale(nbytes, ("B", "kB", "MB", "GB", "TB"))
+
+
+def show_count(count: int) -> str:
+    """Spell a count for people.
+
+    >>> show_count(859_520_964), show_count(12)
+    ('859.52 M', '12')
+    """
+    return _scale(count, ("", "k", "M", "G", "T")).rstrip()
+
+
+def _scale(value: float, units: Sequence[str]) -> str:
+    power = 0
+    while value >= 999.5 and power < len(units) - 1:
+        value /= 1000
+        power += 1
+    return f"{value:.0f} {units[power]}" if power == 0 else f"{value:.2f} {units[power]}"
+
+
+def show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows in columns; a column whose cells begin with digits is set to the right."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(len(line[place]) for line in [list(header), *cells]) for place in range(len(header))]
+    right = [all(row[place][:1].isdigit() for row in cells) for place in range(len(header))]
+    for line in [list(header), *cells]:
+        columns = zip(line, widths, right, strict=True)
+        text = "  ".join(cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in columns)
+        click.echo(text.rstrip())
+
+
+def show_json(content: Any) -> None:
+    click.echo(json.dumps(content, indent=2))
+
+
+class Meter:
+    """Takes the library's progress: moves the bar, where there is one, and looks at the memory in use."""
+
+    def __init__(self, update: Callable[[int], object]) -> None:
+        self._update = update
+        self._process = psutil.Process()
+        self.peak_nbytes = self._process.memory_info().rss
+
+    def __call__(self, nbytes: int) -> None:
+        self.peak_nbytes = max(self.peak_nbytes, self._process.memory_info().rss)
+        self._update(nbytes)
+
+
+@contextmanager
+def open_meter(total_nbytes: int | None, label: str, quiet: bool) -> Iterator[Meter]:
+    """Draw a bar by bytes on a terminal, and none elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield Meter(lambda _: None)
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total_nbytes, desc=label, unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
+        yield Meter(bar.update)
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """Give the machine-readable form of a plan."""
+    return {
+        "source": str(plan.source.path),
+        "target": str(plan.target.folder),
+        "weight_sets": [
+            {
+                "component": planned.component,
+                "source": planned.source.path.name,
+                "variant": planned.name.variant,
+                "files": [{"path": shard.path, "nbytes": shard.nbytes} for shard in planned.shards],
+                "index": planned.index[0] if planned.index else None,
+                "tensors": planned.tensor_count,
+                "tied": dict(planned.ties),
+            }
+            for planned in plan.sets
+        ],
+        "carried": [name for name, _ in plan.carried],
+        "removed": [*plan.superseded, *map(str, plan.delete)],
+        "notes": [*plan.notes, *(note for planned in plan.sets for note in planned.notes)],
+        "nbytes": plan.nbytes,
+        "load_with": loading_lines(plan),
+    }
+
+
+def show_plan(plan: Plan, memory_nbytes: int) -> None:
+    """Print what a plan would write, and what that takes."""
+    rows = [(shard.path, str(len(shard.copies)), show_bytes(shard.nbytes)) for shard in plan.shards]
+    rows += [(name, "", show_bytes(len(content))) for name, content in plan.texts]
+    click.echo(f"Would write into {plan.target.folder}:\n")
+    show_table(("file", "tensors", "size"), rows)
+    click.echo()
+    if plan.carried:
+        click.echo(f"Would carry over {len(plan.carried)} other files.")
+    for path in (*plan.superseded, *plan.delete):
+        click.echo(f"Would remove {printable(str(path))}")
+    _show_remarks(plan)
+    carried = sum(path.stat().st_size for _, path in plan.carried)
+    click.echo(f"Takes {show_bytes(plan.nbytes + carried)} of disk and about {show_bytes(memory_nbytes)} of memory.")
+
+
+def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
+    """Print what was written, how fast, and how to load it."""
+    plan = result.plan
+    if plan is None:
+        click.echo("An earlier run had been stopped while it published its files; that is finished now.")
+        return
+    if not plan.sets:
+        click.echo(f"Nothing to do: all weights of {plan.source.path} are in safetensors.")
+        return
+    rows = []
+    for planned in plan.sets:
+        files = f"{len(planned.shards)} files" if len(planned.shards) > 1 else planned.name.single
+        rows.append(
+            (planned.component or ".", planned.source.path.name, "->", files, f"{planned.tensor_count:,} tensors",
+             show_bytes(planned.nbytes))
+        )  # fmt: skip
+    show_table(("component", "source", "", "output", "tensors", "size"), rows)
+    click.echo()
+    if verbose:
+        for name in [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]:
+            click.echo(f"wrote {printable(name)}")
+    _show_remarks(plan)
+    for path in (*plan.superseded, *plan.delete):
+        click.echo(f"Removed {printable(str(path))}")
+    if result.reused_nbytes:
+        click.echo(f"Took up {show_bytes(result.reused_nbytes)} that an earlier run had left.")
+    rate = show_bytes(plan.nbytes / max(result.seconds, 1e-3))
+    checked = ", every value compared with the source" if result.verified else ""
+    click.echo(
+        f"Wrote {show_bytes(plan.nbytes)} to {plan.target.folder} in {result.seconds:.1f} s ({rate}/s) "
+        f"with {show_bytes(peak_nbytes)} of memory{checked}."
+    )
+    click.echo("\nLoad it with:\n")
+    for line in loading_lines(plan):
+        click.echo(f"    {line}")
+
+
+def _show_remarks(plan: Plan) -> None:
+    for planned in plan.sets:
+        for dropped, kept in planned.ties.items():
+            click.echo(printable(f"Tied: {dropped} is {kept}, written once and noted in the header"))
+        for note in planned.notes:
+            click.echo(printable(f"Note: {note}"))
+    for note in plan.notes:
+        click.echo(printable(f"Note: {note}"))
+
+
+def loading_lines(plan: Plan) -> list[str]:
+    """Give the Python lines that load what a plan writes."""
+    variants = {planned.name.variant for planned in plan.sets}
+    tag = None if None in variants else sorted(filter(None, variants))[0] if variants else None
+    variant = f", variant={tag!r}" if tag else ""
+    kind = plan.source.kind
+    config = plan.source.components[0]
+    if kind == "pipeline":
+        return ["from diffusers import DiffusionPipeline",
+                f"DiffusionPipeline.from_pretrained({str(plan.target.folder)!r}{variant})"]  # fmt: skip
+    if kind == "sentence-transformers":
+        return ["from sentence_transformers import SentenceTransformer",
+                f"SentenceTransformer({str(plan.target.folder)!r})"]  # fmt: skip
+    if kind == "component" or (kind == "transformers" and config.class_name):
+        library = "diffusers" if config.is_diffusers else "transformers"
+        return [f"from {library} import {config.class_name}",
+                f"{config.class_name}.from_pretrained({str(plan.target.folder)!r}{variant})"]  # fmt: skip
+    first = str(plan.target.folder / plan.shards[0].path) if plan.shards else ""
+    return ["from safetensors.torch import load_file", f"load_file({first!r})"]

@@ -1,0 +1,29 @@
+"""``wconv to-safetensors``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.cli.options import conversion_options, source_arg
+
+
+@click.command("to-safetensors", short_help="Write every weight set of a model in safetensors.")
+@source_arg
+@conversion_options
+def command(source: Path, **options: Any) -> None:
+    """Write every weight set of SRC in safetensors, beside it or into a new folder.
+
+    SRC is a weight file, an index, a model folder or a Diffusers pipeline folder; the current folder if left out.
+    The source stays as it is, names of tensors and values too. Nothing in a pickle is run.
+
+    \b
+    wconv to-safetensors ./model                    add safetensors files beside the .bin ones
+    wconv to-safetensors ./model -o ./converted     a new folder, with configs and tokenizers
+    wconv to-safetensors ./model --max-shard-size none   one file a component
+    """
+    from converter.cli.convert import run_conversion
+
+    run_conversion(source, options)

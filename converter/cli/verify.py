@@ -1,0 +1,78 @@
+"""``wconv verify``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from converter.cli.options import output_options, run_options
+
+if TYPE_CHECKING:
+    from converter.compare import Comparison
+
+_SHOWN = 20
+_WHAT = {
+    "missing": "only in A",
+    "extra": "only in B",
+    "shape": "another shape",
+    "dtype": "another dtype",
+    "values": "other values",
+}
+
+
+@click.command("verify", short_help="Compare two files or folders of weights, value by value.")
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--cast", is_flag=True, help="Allow another dtype in B, if its values are those of A, rounded.")
+@run_options
+@output_options
+def command(
+    a: Path, b: Path, cast: bool, workers: int | None, memory: float, as_json: bool, quiet: bool, verbose: bool
+) -> int:
+    """Compare all weights at A with those at B, bit for bit; exit code 1 if they differ.
+
+    A and B are files, indexes or folders, in any of the formats that wconv reads.
+    """
+    from converter.cli.output import open_meter, show_json
+    from converter.compare import verify
+
+    with open_meter(None, "comparing", quiet) as meter:
+        found = verify(a, b, cast=cast, workers=workers, memory_nbytes=int(memory), progress=meter)
+    if as_json:
+        show_json({"equal": found.is_equal, **asdict(found)})
+    elif not quiet:
+        _show(found, verbose)
+    return 0 if found.is_equal else 1
+
+
+def _show(found: Comparison, verbose: bool) -> None:
+    from converter.cli.output import show_bytes, show_table
+
+    if found.recast:
+        rows = sorted(found.recast, key=lambda error: -error.max_relative)
+        show_table(
+            ("component", "tensor", "max abs error", "max rel error"),
+            [(e.component or ".", e.name, f"{e.max_absolute:.3g}", f"{e.max_relative:.3g}")
+             for e in (rows if verbose else rows[:_SHOWN])],
+        )  # fmt: skip
+        _show_more(len(rows), verbose)
+        click.echo()
+    if found.is_equal:
+        how = "each the rounded one" if found.recast else "bit for bit"
+        click.echo(f"The same: {found.tensor_count:,} tensors, {show_bytes(found.nbytes)}, {how}.")
+        return
+    rows_ = found.differences if verbose else found.differences[:_SHOWN]
+    show_table(
+        ("component", "tensor", "difference", ""),
+        [(one.component or ".", one.name or "-", _WHAT[one.kind], one.detail) for one in rows_],
+    )
+    _show_more(len(found.differences), verbose)
+    click.echo(f"\nNot the same: {len(found.differences):,} differences, {found.tensor_count:,} tensors compared.")
+
+
+def _show_more(count: int, verbose: bool) -> None:
+    if not verbose and count > _SHOWN:
+        click.echo(f"... and {count - _SHOWN:,} more (-v shows all)")

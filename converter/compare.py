@@ -1,0 +1,237 @@
+"""Two checkpoints or folders compared tensor by tensor, streaming: are these the same weights, bit for bit?
+
+Components are paired by name, sets by variant, tensors by name; a name that one side has only as a recorded tie stands
+for the tensor it is tied to. Chunks are compared as memory; only where they differ are values looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from converter.checkpoint import Checkpoint, WeightSet, open_checkpoint
+from converter.folder import Component, open_folder
+from converter.plan import only_set
+from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
+from converter.stream import PIECE_NBYTES, SourceFiles, read_range
+from converter.tensors import TensorInfo
+
+Kind = Literal["missing", "extra", "shape", "dtype", "values"]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One tensor (or component) that is not the same. ``missing`` is only in A, ``extra`` only in B."""
+
+    kind: Kind
+    component: str
+    name: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ValueErrors:
+    """How far the values of a tensor in B are from those in A, over all of its elements."""
+
+    component: str
+    name: str
+    differing: int
+    max_absolute: float
+    max_relative: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a comparison found. ``recast`` has the tensors of another dtype, where that is allowed."""
+
+    tensor_count: int
+    nbytes: int
+    differences: tuple[Difference, ...]
+    recast: tuple[ValueErrors, ...]
+
+    @property
+    def is_equal(self) -> bool:
+        return not self.differences
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    component: str
+    a: TensorInfo
+    b: TensorInfo
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Pairs for one task, each with the range of elements to compare."""
+
+    parts: list[tuple[_Pair, int, int]] = field(default_factory=list)
+    nbytes: int = 0
+
+
+def verify(
+    a: Path | str,
+    b: Path | str,
+    *,
+    cast: bool = False,
+    executor: Executor | None = None,
+    workers: int | None = None,
+    memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare all weights at ``a`` with those at ``b``; any format on either side, shards or not.
+
+    With ``cast``, a tensor of B may have another dtype if it is the rounded one of A. Raises WconvError for what
+    cannot be read.
+    """
+    differences: list[Difference] = []
+    pairs: list[_Pair] = []
+    for component, left, right in _pair_sets(Path(a), Path(b), differences):
+        pairs.extend(_pair_tensors(component, left, right, cast, differences))
+    found: dict[tuple[str, str], list[ValueErrors]] = {}
+    calls = ((_compare_batch, batch, batch.nbytes) for batch in _cut_batches(pairs))
+    for errors in run_tasks(calls, executor, workers, memory_nbytes, progress):
+        for error in errors:
+            found.setdefault((error.component, error.name), []).append(error)
+    values = [_merge(parts) for parts in found.values()]
+    recast = {(pair.component, pair.a.name) for pair in pairs if pair.a.dtype is not pair.b.dtype}
+    for value in sorted(values, key=lambda value: (value.component, value.name)):
+        if value.differing:
+            detail = f"{value.differing:,} of its values, by up to {value.max_absolute:.3g}"
+            differences.append(Difference("values", value.component, value.name, detail))
+    return Comparison(
+        tensor_count=len(pairs),
+        nbytes=sum(pair.a.nbytes for pair in pairs),
+        differences=tuple(differences),
+        recast=tuple(value for value in values if (value.component, value.name) in recast),
+    )
+
+
+def _pair_sets(
+    a: Path, b: Path, differences: list[Difference]
+) -> Iterator[tuple[str, Mapping[str, TensorInfo], Mapping[str, TensorInfo]]]:
+    left, right = open_folder(a).components, open_folder(b).components
+    if len(left) == len(right) == 1:
+        yield from _pair_variants(left[0], right[0], differences)
+        return
+    theirs = {component.name: component for component in right}
+    for component in left:
+        other = theirs.pop(component.name, None)
+        if other is None:
+            differences.append(Difference("missing", component.name, "", "the whole component"))
+        else:
+            yield from _pair_variants(component, other, differences)
+    differences.extend(Difference("extra", name, "", "the whole component") for name in theirs)
+
+
+def _pair_variants(
+    a: Component, b: Component, differences: list[Difference]
+) -> Iterator[tuple[str, Mapping[str, TensorInfo], Mapping[str, TensorInfo]]]:
+    left, right = _by_variant(a), _by_variant(b)
+    if len(left) == len(right) == 1:
+        # One set on each side: these are meant, whatever they are called.
+        (variant,) = left
+        right = {variant: next(iter(right.values()))}
+    for variant in sorted(left.keys() & right.keys()):
+        label = f"{a.name} ({variant})" if variant else a.name
+        yield label, _by_name(open_checkpoint(left[variant])), _by_name(open_checkpoint(right[variant]))
+    for kind, variants in (("missing", left.keys() - right.keys()), ("extra", right.keys() - left.keys())):
+        for variant in sorted(variants):
+            which = f"the variant {variant}" if variant else "the untagged weights"
+            differences.append(Difference("missing" if kind == "missing" else "extra", a.name, "", which))
+
+
+def _by_variant(component: Component) -> dict[str, WeightSet]:
+    variants: dict[str, list[WeightSet]] = {}
+    for weight_set in component.weight_sets:
+        variants.setdefault(weight_set.name.variant or "", []).append(weight_set)
+    return {variant: only_set(component, sets) for variant, sets in variants.items()}
+
+
+def _by_name(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+    tensors = {info.name: info for info in checkpoint.tensors}
+    ties = {dropped: tensors[kept] for dropped, kept in checkpoint.metadata.items() if kept in tensors}
+    return {**ties, **tensors}
+
+
+def _pair_tensors(
+    component: str,
+    a: Mapping[str, TensorInfo],
+    b: Mapping[str, TensorInfo],
+    cast: bool,
+    differences: list[Difference],
+) -> Iterator[_Pair]:
+    differences.extend(Difference("missing", component, name) for name in a if name not in b)
+    differences.extend(Difference("extra", component, name) for name in b if name not in a)
+    for name in (name for name in a if name in b):
+        left, right = a[name], b[name]
+        if left.shape != right.shape:
+            detail = f"{list(left.shape)} became {list(right.shape)}"
+            differences.append(Difference("shape", component, name, detail))
+        elif left.dtype is not right.dtype and not (cast and left.dtype.is_floating and right.dtype.is_floating):
+            differences.append(Difference("dtype", component, name, f"{left.dtype} became {right.dtype}"))
+        else:
+            yield _Pair(component, left, right)
+
+
+def _cut_batches(pairs: list[_Pair]) -> Iterator[_Batch]:
+    batch = _Batch()
+    for pair in pairs:
+        numel = pair.a.numel
+        step = max(1, PIECE_NBYTES * 8 // pair.a.dtype.bits) // 16 * 16
+        for begin in range(0, numel, step):
+            end = min(numel, begin + step)
+            batch.parts.append((pair, begin, end))
+            batch.nbytes += pair.a.dtype.nbytes(end - begin)
+            if batch.nbytes >= PIECE_NBYTES:
+                yield batch
+                batch = _Batch()
+    if batch.parts:
+        yield batch
+
+
+def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[ValueErrors]:
+    """Compare the pairs of a batch; give errors for those that differ, and for all that were recast."""
+    found: list[ValueErrors] = []
+    left, right = bytearray(chunk_nbytes), bytearray(chunk_nbytes)
+    with SourceFiles() as sources:
+        for pair, begin, end in batch.parts:
+            a, b = pair.a, pair.b
+            parts = []
+            step = chunk_nbytes * 8 // max(a.dtype.bits, b.dtype.bits) // 16 * 16
+            for first in range(begin, end, step):
+                count = min(step, end - first)
+                view_a = memoryview(left)[: a.dtype.nbytes(count)]
+                view_b = memoryview(right)[: b.dtype.nbytes(count)]
+                read_range(a, sources, a.dtype.nbytes(first), view_a)
+                read_range(b, sources, b.dtype.nbytes(first), view_b)
+                # startswith compares as memcmp does.
+                if a.dtype is not b.dtype or not left.startswith(view_b):
+                    parts.append(_value_errors(pair, view_a, view_b))
+            if parts:
+                found.append(_merge(parts))
+    return found
+
+
+def _value_errors(pair: _Pair, view_a: memoryview, view_b: memoryview) -> ValueErrors:
+    from converter.cast import as_array, as_bits, cast_values, errors
+
+    before, after = as_array(view_a, pair.a.dtype), as_array(view_b, pair.b.dtype)
+    expected = before if pair.a.dtype is pair.b.dtype else cast_values(before, pair.b.dtype)
+    wrong = as_bits(expected) != as_bits(after)
+    if pair.a.dtype is not pair.b.dtype:
+        wrong &= ~((expected != expected) & (after != after))  # a NaN may change its payload in a cast
+    return ValueErrors(pair.component, pair.a.name, int(wrong.sum()), *errors(before, after))
+
+
+def _merge(parts: list[ValueErrors]) -> ValueErrors:
+    return ValueErrors(
+        parts[0].component,
+        parts[0].name,
+        sum(part.differing for part in parts),
+        max(part.max_absolute for part in parts),
+        max(part.max_relative for part in parts),
+    )

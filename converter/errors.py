@@ -1,0 +1,75 @@
+"""Every exception that wconv raises on purpose, each with the exit code that the command line gives for it.
+
+A message always reads ``path: what is wrong. what to do``: ``where`` is the file, folder or tensor, ``problem``
+one clause, ``advice`` what the reader can do next (it may be empty). Anything else that escapes the library is a
+bug in wconv.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+
+class WconvError(Exception):
+    """The root of wconv's errors; catch it to catch them all."""
+
+    exit_code = 70
+
+    def __init__(self, where: Path | str, problem: str, advice: str = "") -> None:
+        super().__init__(where, problem, advice)
+        self.where = where
+        self.problem = problem
+        self.advice = advice
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.problem}."
+        return f"{text} {self.advice}" if self.advice else text
+
+
+class BadRequest(WconvError):
+    """The options ask for something that cannot be, such as a variant that no file has."""
+
+    exit_code = 2
+
+
+class BadFile(WconvError):
+    """The file is damaged, incomplete, or is not what its name says."""
+
+    exit_code = 3
+
+
+class HostileFile(BadFile):
+    """The file is made to do more than hold weights: it names code, or lies about sizes."""
+
+
+class Unsupported(WconvError):
+    """A valid file that holds something wconv does not convert (sparse tensors, TorchScript, ...)."""
+
+    exit_code = 4
+
+
+class OutputRefused(WconvError):
+    """The output exists, is the input, or is being written by another run."""
+
+    exit_code = 5
+
+
+class LossyCast(WconvError):
+    """The cast would lose values."""
+
+    exit_code = 6
+
+
+class SystemRefused(WconvError, OSError):
+    """The operating system said no: disk full, permission, read-only."""
+
+    exit_code = 7
+
+    @classmethod
+    def from_os_error(cls, error: OSError, where: Path | str | None = None) -> SystemRefused:
+        """Word an OSError as one of ours."""
+        place = where or error.filename or "the operating system"
+        problem = (error.strerror or str(error)).lower()
+        advice = "Free some room, or write elsewhere with -o." if error.errno == errno.ENOSPC else ""
+        return cls(place, problem, advice)

@@ -1,0 +1,140 @@
+"""What is in a folder before anyone chooses: its kind, its components, and the weight sets in each.
+
+A Diffusers pipeline has ``model_index.json`` and a folder a component; sentence-transformers has ``modules.json``,
+and the root is a component too; any other folder is a component by itself. A file or an index stands for a folder
+with just that set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from converter.checkpoint import WeightSet, find_weight_set, find_weight_sets, is_weight_file
+from converter.errors import BadFile
+
+Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
+
+# Weights in forms of other runtimes: neither converted nor carried over.
+_OTHER_WEIGHTS = re.compile(r".*\.(onnx|onnx_data|pb|msgpack|h5|ot|gguf|ggml|flashpack|tflite|mlmodel)")
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One folder that holds weights: ``name`` is ``unet``, or empty for the folder itself."""
+
+    name: str
+    path: Path
+    weight_sets: tuple[WeightSet, ...]
+    config: dict[str, Any]
+
+    @property
+    def class_name(self) -> str:
+        """The class that its config names: Diffusers' ``_class_name``, or transformers' first architecture."""
+        architectures = self.config.get("architectures")
+        name = self.config.get("_class_name") or (architectures[0] if isinstance(architectures, list) else "")
+        return name if isinstance(name, str) else ""
+
+    @property
+    def is_diffusers(self) -> bool:
+        return "_class_name" in self.config
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A folder of weights, or one set in it (``kind`` is then ``file`` and ``path`` what was named)."""
+
+    path: Path
+    root: Path
+    kind: Kind
+    components: tuple[Component, ...]
+    class_name: str = ""
+
+
+def open_folder(path: Path) -> ModelFolder:
+    """See what is at ``path``: a weight file, an index, or a folder of any known kind.
+
+    Raises BadFile where there are no weights.
+    """
+    if not path.exists():
+        raise BadFile(path, "does not exist", "Check the path.")
+    if not path.is_dir():
+        weight_set = find_weight_set(path)
+        component = Component("", path.parent, (weight_set,), _read_json(path.parent / "config.json"))
+        return ModelFolder(path, path.parent, "file", (component,))
+    model_index = path / "model_index.json"
+    modules = path / "modules.json"
+    if model_index.is_file():
+        class_name = _read_json(model_index).get("_class_name")
+        found = [_open_component(folder, folder.name) for folder in _subfolders(path)]
+        kind: Kind = "pipeline"
+    else:
+        class_name = None
+        found = [_open_component(path, "")]
+        kind = _kind_of(found[0])
+        if modules.is_file():
+            kind = "sentence-transformers"
+            found += [_open_component(folder, folder.name) for folder in _subfolders(path)]
+    components = tuple(component for component in found if component.weight_sets)
+    if not components:
+        raise BadFile(path, "holds no weights", _suggest(path))
+    return ModelFolder(path, path, kind, components, class_name if isinstance(class_name, str) else "")
+
+
+def _kind_of(component: Component) -> Kind:
+    if component.is_diffusers:
+        return "component"
+    return "transformers" if component.config else "folder"
+
+
+def _open_component(path: Path, name: str) -> Component:
+    return Component(name, path, find_weight_sets(path), _read_json(path / "config.json"))
+
+
+def _subfolders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _suggest(path: Path) -> str:
+    with_weights = [folder.name for folder in _subfolders(path) if find_weight_sets(folder)]
+    if with_weights:
+        return f"Name one of its folders that do: {', '.join(with_weights)}."
+    return "A weight file ends in .safetensors, .bin, .pt, .pth or .ckpt."
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadFile(path, f"is not JSON ({error})", "Fetch it again.") from None
+    return content if isinstance(content, dict) else {}
+
+
+def find_rest(folder: ModelFolder, skip: Path | None = None) -> Iterator[tuple[Path, bool]]:
+    """Walk all files but the components' own weights, ``skip`` and hidden folders left out.
+
+    The flag says whether a file holds weights all the same (a checkpoint beside a pipeline, another runtime's form);
+    what does not goes along when the model goes elsewhere.
+    """
+    sets = (weight_set for component in folder.components for weight_set in component.weight_sets)
+    own = {weight_set.folder / name for weight_set in sets for name in weight_set.all_names}
+    seen: set[Path] = set()
+    for top, folders, names in os.walk(folder.root, followlinks=True):
+        here = Path(top)
+        seen.add(here.resolve())
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith((".", "__pycache__")) and here / name != skip and (here / name).resolve() not in seen
+        )
+        for name in sorted(names):
+            path = here / name
+            if path not in own and path.is_file():
+                yield path, is_weight_file(path) or _OTHER_WEIGHTS.fullmatch(name) is not None

@@ -1,0 +1,87 @@
+"""The formats that wconv reads: a table, one row a format, chosen by a file's first bytes and never by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.errors import BadFile, Unsupported
+from converter.formats import safetensors, torch_zip
+from converter.tensors import WeightsFile
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One format: how it is recognised, and the function that reads a file's header."""
+
+    name: str
+    matches: Callable[[bytes], bool]
+    read_file: Callable[[Path], WeightsFile]
+
+
+HEAD_NBYTES = 512
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return len(head) > 8 and head[8:9] in b"{ " and int.from_bytes(head[:8], "little") <= safetensors.MAX_HEADER_NBYTES
+
+
+def _is_old_torch(head: bytes) -> bool:
+    return head.startswith(b"\x80\x02\x8a\x0a") or head[257:262] == b"ustar"
+
+
+FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        Format("safetensors", _is_safetensors, safetensors.read_file),
+        Format("torch", lambda head: head.startswith(b"PK\x03\x04"), torch_zip.read_file),
+    )
+}
+
+_LFS = "Run 'git lfs pull' in its repository, or fetch the file itself."
+_FETCH = "Fetch the file again."
+
+# What people have in place of weights, and what to do about it. The first row that matches speaks.
+_LOOKALIKES: tuple[tuple[Callable[[bytes], bool], type[BadFile] | type[Unsupported], str, str], ...] = (
+    (lambda head: not head, BadFile, "is empty", _FETCH),
+    (lambda head: head.startswith(b"version https://git-lfs"), BadFile, "is a git-lfs pointer, not the weights", _LFS),
+    (lambda head: head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")), BadFile,
+     "is a web page (perhaps an error message), not weights", _FETCH),
+    (lambda head: len(head) >= 16 and not head.strip(b"\0"), BadFile, "begins with zeros: its download never finished",
+     _FETCH),
+    (lambda head: head.startswith(b"GGUF"), Unsupported, "is a GGUF file, which wconv does not read", ""),
+    (lambda head: head.startswith(b"\x89HDF"), Unsupported, "is an HDF5 file (TensorFlow), which wconv does not read",
+     ""),
+    (_is_old_torch, Unsupported, "is in a form that PyTorch wrote before 1.6",
+     "Load it with torch and save it again with torch.save."),
+    (lambda head: b'"' in head and head.lstrip()[:1] in (b"{", b"["), BadFile, "is JSON text, not weights", _FETCH),
+)  # fmt: skip
+
+
+def could_be_weights(path: Path) -> bool:
+    """Say by its first bytes whether a file may hold weights of torch's, readable here or not."""
+    head = _read_head(path)
+    return _is_old_torch(head) or any(row.matches(head) for row in FORMATS.values())
+
+
+def read_file(path: Path) -> WeightsFile:
+    """Read the header of a weight file in whatever format it is.
+
+    Raises BadFile or Unsupported for a file that is none, and says what it is instead.
+    """
+    head = _read_head(path)
+    for row in FORMATS.values():
+        if row.matches(head):
+            return row.read_file(path)
+    for matches, error, problem, advice in _LOOKALIKES:
+        if matches(head):
+            raise error(path, problem, advice)
+    raise BadFile(path, "is no weight file: its first bytes are of no known format", _FETCH)
+
+
+def _read_head(path: Path) -> bytes:
+    if not path.is_file():
+        raise BadFile(path, "is no regular file" if path.exists() else "does not exist")
+    with path.open("rb") as file:
+        return file.read(HEAD_NBYTES)

@@ -1,0 +1,106 @@
+"""The safetensors format: header bytes to TensorInfos and back.
+
+The file is an 8-byte little-endian length, that much JSON, and the data. Reading is as strict as the reference reader
+(``Metadata::validate`` in its ``safetensors/src/tensor.rs``) and stricter where two readers could disagree: a name
+given twice is refused. Writing gives the bytes that ``safetensors.torch.save_file`` gives for the same tensors:
+largest alignment first, then by name, compact JSON, padded with blanks to 8 bytes; metadata is sorted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from converter.dtypes import DTYPES, DType
+from converter.errors import BadFile, Unsupported
+from converter.tensors import ByteRange, TensorInfo, WeightsFile, contiguous_strides
+
+MAX_HEADER_NBYTES = 100_000_000  # same cap as the reference reader
+METADATA_KEY = "__metadata__"
+_INCOMPLETE = "The file may be incomplete: fetch it again."
+
+
+def read_file(path: Path) -> WeightsFile:
+    """Open a safetensors file and read its header; no tensor is read."""
+    with path.open("rb") as file:
+        file_nbytes = file.seek(0, 2)
+        file.seek(0)
+        head = file.read(8)
+        header_nbytes = int.from_bytes(head, "little")
+        if len(head) < 8 or header_nbytes > min(MAX_HEADER_NBYTES, file_nbytes - 8):
+            raise BadFile(path, f"its header claims {header_nbytes:,} bytes, the file has {file_nbytes:,}", _INCOMPLETE)
+        raw = file.read(header_nbytes)
+    return parse_header(raw, file_nbytes, path)
+
+
+def parse_header(raw: bytes, file_nbytes: int, path: Path) -> WeightsFile:
+    """Parse the JSON of a header; refuse gaps, overlaps, bytes left over, and names given twice."""
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_repeats)
+    except (ValueError, RecursionError) as error:
+        raise BadFile(path, f"its safetensors header cannot be read ({error})") from None
+    if not isinstance(header, dict):
+        raise BadFile(path, "its safetensors header is no JSON object")
+    metadata = header.pop(METADATA_KEY, None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadFile(path, "the __metadata__ of its header is not a map of strings")
+    data_offset = 8 + len(raw)
+    tensors = [_parse_tensor(name, entry, data_offset, path) for name, entry in header.items()]
+    _check_layout(tensors, data_offset, file_nbytes, path)
+    return WeightsFile(path, "safetensors", tuple(tensors), metadata)
+
+
+def _parse_tensor(name: str, entry: Any, data_offset: int, path: Path) -> TensorInfo:
+    try:
+        tag, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, begin, end)
+    except (KeyError, TypeError, ValueError):
+        raise BadFile(path, f"its header describes {name!r} wrongly") from None
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise BadFile(path, f"its header gives {name!r} a shape or place that is no whole number")
+    if not isinstance(tag, str) or tag not in DTYPES:
+        raise Unsupported(path, f"tensor {name!r} has the unknown dtype {tag!r}")
+    dtype = DTYPES[tag]
+    bits = math.prod(shape) * dtype.bits
+    if end - begin != bits // 8 or bits % 8:
+        raise BadFile(path, f"tensor {name!r} has {end - begin:,} bytes, its shape {list(shape)} takes {bits // 8:,}")
+    return TensorInfo(
+        name, dtype, shape, ByteRange(path, data_offset + begin, end - begin), 0, contiguous_strides(shape)
+    )
+
+
+def _check_layout(tensors: Iterable[TensorInfo], data_offset: int, file_nbytes: int, path: Path) -> None:
+    place = data_offset
+    for info in sorted(tensors, key=lambda info: (info.storage.offset, info.storage.nbytes)):
+        if info.storage.offset != place:
+            raise BadFile(path, f"tensor {info.name!r} leaves a gap, or overlaps another")
+        place += info.storage.nbytes
+    if place != file_nbytes:
+        raise BadFile(path, f"its tensors end at byte {place:,}, the file has {file_nbytes:,}", _INCOMPLETE)
+
+
+def build_header(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Spell the header, length included, of a file that holds these tensors in this order (see ``sort_key``)."""
+    header: dict[str, Any] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + dtype.nbytes(math.prod(shape))
+        header[name] = {"dtype": dtype.tag, "shape": shape, "data_offsets": (begin, end)}
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def sort_key(dtype: DType, name: str) -> tuple[int, str]:
+    """Order the tensors of a file as the reference writer does (``prepare`` in its ``tensor.rs``)."""
+    return dtype.rank, name
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("it names something twice")
+    return content

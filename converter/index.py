@@ -1,0 +1,79 @@
+"""The ``*.index.json`` of a sharded checkpoint: which shard holds which tensor.
+
+Read strictly: a name given twice, a shard that is not a bare file name, or a value of another type is an error. What
+is written is sorted and ends in a newline, so that the same weights always give the same bytes (diffusers and
+transformers dump theirs with ``indent=2, sort_keys=True``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from converter.errors import BadFile
+
+MAX_INDEX_NBYTES = 100_000_000  # as much as a safetensors header may take: the index repeats what the headers name
+
+
+@dataclass(frozen=True, slots=True)
+class WeightIndex:
+    """The content of an index: ``weight_map`` from tensor name to shard file name, and all of its metadata."""
+
+    weight_map: Mapping[str, str]
+    metadata: Mapping[str, Any]
+
+    def render(self) -> bytes:
+        """Spell the index as the libraries do, ``metadata`` always there (both loaders want the key)."""
+        content = {"metadata": dict(self.metadata), "weight_map": dict(self.weight_map)}
+        return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def parse_index(raw: bytes, path: Path) -> WeightIndex:
+    """Read the content of an index file; raises BadFile for all that a loader would stumble over."""
+    try:
+        content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_refuse_repeats)
+    except _RepeatedKeyError as error:
+        raise BadFile(path, f"names {error.args[0]!r} twice") from None
+    except (ValueError, RecursionError) as error:
+        raise BadFile(path, f"is not JSON ({error})", "Fetch the index again.") from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    metadata = content.get("metadata") or {} if isinstance(content, dict) else {}
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
+        raise BadFile(path, "is no index of weights: it has no weight_map", "Fetch the index again.")
+    for shard in set(map(_check_type, weight_map.values())):
+        if not isinstance(shard, str) or not _is_bare(shard):
+            raise BadFile(path, f"points outside its folder: {shard!r}", "Shards must be bare file names beside it.")
+    return WeightIndex(weight_map, metadata)
+
+
+def read_index(path: Path) -> WeightIndex:
+    """Open and parse the index at ``path``."""
+    nbytes = path.stat().st_size
+    if nbytes > MAX_INDEX_NBYTES:
+        raise BadFile(path, f"is {nbytes:,} bytes long, too long for an index")
+    return parse_index(path.read_bytes(), path)
+
+
+def _check_type(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _is_bare(shard: str) -> bool:
+    # PureWindowsPath splits at both kinds of slash and knows drives, on every system.
+    return shard not in ("", ".", "..") and PureWindowsPath(shard).name == shard and "\0" not in shard
+
+
+class _RepeatedKeyError(ValueError):
+    pass
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = sorted(name for name, _ in pairs)
+        raise _RepeatedKeyError(next(name for name, other in itertools.pairwise(names) if name == other))
+    return content

@@ -1,0 +1,126 @@
+"""The only place that spells or parses the name of a weight file or of its index.
+
+Current spellings, as diffusers and transformers write them (``_add_variant`` in ``diffusers/utils/hub_utils.py`` and
+``transformers/utils/hub.py``)::
+
+    model.safetensors             model-00001-of-00002.safetensors       model.safetensors.index.json
+    model.fp16.safetensors        model.fp16-00001-of-00002.safetensors  model.safetensors.index.fp16.json
+
+Read as well, never written: ``model-00001-of-00002.fp16.safetensors`` and ``model.safetensors.fp16.index.json``
+(diffusers up to 0.30) and ``model.fp16.safetensors.index.json`` (huggingface_hub).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from converter.errors import BadRequest
+
+WEIGHT_EXTENSIONS = ("safetensors", "bin", "pt", "pth", "ckpt")
+
+# The stems of which every dotted tail is a variant; of another stem it is one only if it is a well-known tag.
+_STANDARD_STEMS = frozenset({"diffusion_pytorch_model", "pytorch_model", "model", "adapter_model"})
+_KNOWN_TAGS = re.compile(r"(?:fp|bf|f|int)\d+\w*|(?:non_?)?ema", re.IGNORECASE)
+
+# transformers names the same weights by format (``WEIGHTS_NAME`` and ``SAFE_WEIGHTS_NAME``); diffusers does not.
+_SAFETENSORS_STEMS = {"pytorch_model": "model"}
+
+_EXT = "|".join(WEIGHT_EXTENSIONS)
+_INDEX = re.compile(rf"(?P<base>.+)\.(?P<ext>{_EXT})(?P<old>\.[^.]+)?\.index(?P<new>\.[^.]+)?\.json")
+_SHARD = re.compile(rf"(?P<base>.+)-(?P<number>\d{{5,}})-of-(?P<count>\d{{5,}})(?P<old>\.[^.]+)?\.(?P<ext>{_EXT})")
+_SINGLE = re.compile(rf"(?P<base>.+)\.(?P<ext>{_EXT})")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsName:
+    """The name of a weight set: gives the file names of its single file, its shards and its index.
+
+    >>> name = WeightsName("model", "fp16", "safetensors")
+    >>> name.single, name.shard(1, 2), name.index
+    ('model.fp16.safetensors', 'model.fp16-00001-of-00002.safetensors', 'model.safetensors.index.fp16.json')
+    """
+
+    stem: str
+    variant: str | None
+    ext: str
+
+    @property
+    def _tagged(self) -> str:
+        return f"{self.stem}.{self.variant}" if self.variant else self.stem
+
+    @property
+    def single(self) -> str:
+        return f"{self._tagged}.{self.ext}"
+
+    def shard(self, number: int, count: int) -> str:
+        """Name shard ``number`` of ``count``, counted from 1."""
+        return f"{self._tagged}-{number:05d}-of-{count:05d}.{self.ext}"
+
+    @property
+    def index(self) -> str:
+        return f"{self.stem}.{self.ext}.index.{self.variant}.json" if self.variant else f"{self.single}.index.json"
+
+    def files(self, count: int) -> tuple[str, ...]:
+        """Name the weight files of a set of ``count``: one has neither number nor index."""
+        if count == 1:
+            return (self.single,)
+        return tuple(self.shard(number, count) for number in range(1, count + 1))
+
+    def as_safetensors(self) -> WeightsName:
+        """Name the same weights in safetensors: ``pytorch_model.bin`` becomes ``model.safetensors``."""
+        return replace(self, stem=_SAFETENSORS_STEMS.get(self.stem, self.stem), ext="safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedName:
+    """What a file name says: the set it belongs to, and its part in it. ``number`` and ``count`` are a shard's."""
+
+    name: WeightsName
+    role: Literal["single", "shard", "index"]
+    number: int = 0
+    count: int = 0
+    is_legacy: bool = False
+
+
+def parse_name(file_name: str) -> ParsedName | None:
+    """Read a file name in any known spelling; None if it is no weight file and no index.
+
+    >>> parse_name("model-00001-of-00002.fp16.bin").name
+    WeightsName(stem='model', variant='fp16', ext='bin')
+    >>> parse_name("config.json")
+    """
+    if match := _INDEX.fullmatch(file_name):
+        stem, inner = _split_variant(match["base"])
+        tag = match["new"] or match["old"]
+        variant = tag[1:] if tag else inner
+        name = WeightsName(stem if variant == inner else match["base"], variant, match["ext"])
+        return ParsedName(name, "index", is_legacy=name.index != file_name)
+    if match := _SHARD.fullmatch(file_name):
+        stem, inner = (match["base"], match["old"][1:]) if match["old"] else _split_variant(match["base"])
+        name = WeightsName(stem, inner, match["ext"])
+        number, count = int(match["number"]), int(match["count"])
+        return ParsedName(name, "shard", number, count, is_legacy=name.shard(number, count) != file_name)
+    if match := _SINGLE.fullmatch(file_name):
+        stem, inner = _split_variant(match["base"])
+        return ParsedName(WeightsName(stem, inner, match["ext"]), "single")
+    return None
+
+
+def _split_variant(base: str) -> tuple[str, str | None]:
+    stem, dot, tail = base.rpartition(".")
+    if dot and tail and (stem in _STANDARD_STEMS or _KNOWN_TAGS.fullmatch(tail)):
+        return stem, tail
+    return base, None
+
+
+def check_variant(tag: str) -> str:
+    """Return a variant tag that every loader can read, or raise BadRequest.
+
+    diffusers takes the second dot-separated segment of a file name for the variant (``_identify_model_variants``),
+    so a tag with a dot in it is never found.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*", tag) or _SHARD.fullmatch(f"x.{tag}.bin"):
+        raise BadRequest(repr(tag), "is no variant", "A tag holds letters, digits, _ and -, such as fp16.")
+    return tag

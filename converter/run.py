@@ -1,0 +1,250 @@
+"""Carries out a Plan: pieces of shards as tasks of any ``concurrent.futures.Executor``, then checks, then publishes.
+
+The tasks are plain functions of picklable values, so threads, processes and the executors of other engines will do.
+Only a few tasks are under way at once, in turn over the shards (threads that write one file wait for each other), so
+memory stays at the buffers and Ctrl-C is heard within a piece.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from safetensors import SafetensorError, safe_open
+from zlib_ng.zlib_ng import crc32_combine
+
+from converter.errors import BadFile, WconvError
+from converter.plan import Plan, Shard
+from converter.staging import Staging, check_room, open_staging
+from converter.stream import (
+    CHUNK_NBYTES,
+    GATHER_NBYTES,
+    CrcPart,
+    Piece,
+    compare_piece,
+    cut_pieces,
+    read_record,
+    records_to_check,
+    rewrite_piece,
+    write_piece,
+)
+from converter.tensors import ByteRange
+
+DEFAULT_MEMORY_NBYTES = 1 << 26
+_MIN_CHUNK_NBYTES = 1 << 16
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes that were dealt with since the last call."""
+
+_T = TypeVar("_T")
+_A = TypeVar("_A")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run did. ``reused_nbytes`` lay there from an earlier run that was killed; ``seconds`` is wall time.
+
+    ``plan`` is None where that earlier run had only its last renames left.
+    """
+
+    plan: Plan | None
+    seconds: float
+    reused_nbytes: int = 0
+    verified: bool = False
+
+
+def default_workers() -> int:
+    """Two threads keep a disk or a page cache busy; more only help where files are cast, up to the cores there are."""
+    return min(4, max(2, os.cpu_count() or 1))
+
+
+def chunk_nbytes_for(memory_nbytes: int, workers: int) -> int:
+    """Share a memory budget among workers as buffers, each of two at most, up to the size that is fastest."""
+    share = memory_nbytes // (2 * workers)
+    return max(_MIN_CHUNK_NBYTES, min(CHUNK_NBYTES, share // _MIN_CHUNK_NBYTES * _MIN_CHUNK_NBYTES))
+
+
+def peak_buffer_nbytes(plan: Plan, memory_nbytes: int, workers: int) -> int:
+    """Say how much the buffers of a run take at most."""
+    strided = any(not copy.source.is_contiguous for shard in plan.shards for copy in shard.copies)
+    return workers * 2 * (GATHER_NBYTES if strided else chunk_nbytes_for(memory_nbytes, workers))
+
+
+def run_plan(
+    plan: Plan,
+    executor: Executor | None = None,
+    *,
+    workers: int | None = None,
+    memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
+    verify: bool = False,
+    progress: Progress | None = None,
+    request: str = "",
+) -> Result:
+    """Write what a plan says; all of it is there afterwards, or nothing.
+
+    ``verify`` reads every byte back and holds it against the source before anything is published; a plan that deletes
+    its source always does. Raises BadFile for a source that is damaged or changes, OutputRefused and SystemRefused.
+    """
+    begun = time.perf_counter()
+    verify = verify or plan.destroys_source
+    with open_staging(plan.target) as staging, _open_tasks(executor, workers, memory_nbytes, progress) as tasks:
+        names = [shard.path for shard in plan.shards] + [name for name, _ in (*plan.carried, *plan.texts)]
+        staging.drop_strangers(set(names))
+        check_room(staging, plan)
+        reused = _write_shards(plan.shards, staging, tasks)
+        _write_others(plan, staging)
+        for shard in plan.shards:
+            check_staged(shard, staging)
+        if verify:
+            for _ in tasks.run((compare_piece, piece, piece.nbytes) for piece in _pieces(plan.shards, staging)):
+                pass
+        staging.commit(plan, request)
+    return Result(plan, time.perf_counter() - begun, reused, verify)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tasks:
+    """How tasks are run: where, how many at once, with what buffers, and who is told."""
+
+    pool: Executor
+    limit: int
+    chunk_nbytes: int
+    progress: Progress
+
+    def run(self, calls: Iterable[tuple[Callable[[_A, int], _T], _A, int]]) -> Iterator[_T]:
+        """Run calls of (function, argument, bytes it deals with), a few at once; yield results as they come."""
+        queue = iter(calls)
+        waiting: dict[Future[_T], int] = {}
+        try:
+            while True:
+                for function, argument, nbytes in itertools.islice(queue, self.limit - len(waiting)):
+                    waiting[self.pool.submit(function, argument, self.chunk_nbytes)] = nbytes
+                if not waiting:
+                    return
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    nbytes = waiting.pop(future)
+                    yield future.result()
+                    self.progress(nbytes)
+        finally:
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
+
+
+@contextmanager
+def _open_tasks(
+    executor: Executor | None, workers: int | None, memory_nbytes: int, progress: Progress | None
+) -> Iterator[_Tasks]:
+    count = workers or default_workers()
+    pool = executor or ThreadPoolExecutor(count, "wconv")
+    try:
+        yield _Tasks(pool, 2 * count, chunk_nbytes_for(memory_nbytes, count), progress or (lambda _: None))
+    finally:
+        if executor is None:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_tasks(
+    calls: Iterable[tuple[Callable[[_A, int], _T], _A, int]],
+    executor: Executor | None = None,
+    workers: int | None = None,
+    memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
+    progress: Progress | None = None,
+) -> Iterator[_T]:
+    """Run calls of (function, argument, bytes it deals with) on an executor; each is given a chunk size as well."""
+    with _open_tasks(executor, workers, memory_nbytes, progress) as tasks:
+        yield from tasks.run(calls)
+
+
+def _write_shards(shards: Sequence[Shard], staging: Staging, tasks: _Tasks) -> int:
+    """Stage all shards; give the bytes of those that an earlier run had left."""
+    writers: dict[str, Callable[[Piece, int], list[CrcPart]]] = {}
+    reused = 0
+    for shard in shards:
+        taken_up = staging.has_left_over(shard.path, shard.nbytes)
+        writers[shard.path] = rewrite_piece if taken_up else write_piece
+        reused += shard.nbytes if taken_up else 0
+        _prepare_file(shard, staging)
+    by_path = {staging.path_of(path): writer for path, writer in writers.items()}
+    uncovered = sorted(records_to_check(copy for shard in shards for copy in shard.copies), key=lambda r: r.offset)
+    parts: dict[ByteRange, list[CrcPart]] = defaultdict(list)
+    written = tasks.run((by_path[piece.path], piece, piece.nbytes) for piece in _pieces(shards, staging))
+    read = tasks.run((read_record, record, 0) for record in uncovered)
+    for part in itertools.chain.from_iterable(itertools.chain(written, read)):
+        parts[part.record].append(part)
+    for record, of_record in parts.items():
+        _check_crc(record, _combine(of_record))
+    return reused
+
+
+def _prepare_file(shard: Shard, staging: Staging) -> None:
+    path = staging.path_of(shard.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("r+b" if path.exists() else "xb") as file:
+        file.write(shard.header)
+        file.truncate(shard.nbytes)
+
+
+def _pieces(shards: Iterable[Shard], staging: Staging) -> Iterator[Piece]:
+    """Take a piece of each shard in turn."""
+    rows = [cut_pieces(shard, staging.path_of(shard.path)) for shard in shards]
+    while rows:
+        for row in list(rows):
+            piece = next(row, None)
+            if piece is None:
+                rows.remove(row)
+            else:
+                yield piece
+
+
+def _combine(parts: Iterable[CrcPart]) -> int:
+    crc, place = 0, 0
+    for part in sorted(parts, key=lambda part: part.begin):
+        # A record that is written twice under two names comes twice, perhaps cut elsewhere.
+        if part.begin == place:
+            crc = crc32_combine(crc, part.crc32, part.nbytes)
+            place += part.nbytes
+    return crc
+
+
+def _check_crc(record: ByteRange, crc: int) -> None:
+    if crc != record.crc32:
+        raise BadFile(
+            record.path,
+            f"its bytes {record.offset:,} to {record.offset + record.nbytes:,} do not give the CRC32 that it notes",
+            "The file is damaged: fetch it again.",
+        )
+
+
+def _write_others(plan: Plan, staging: Staging) -> None:
+    for name, source in plan.carried:
+        path = staging.path_of(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, path)
+    for name, content in plan.texts:
+        path = staging.path_of(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def check_staged(shard: Shard, staging: Staging) -> None:
+    """Open a staged file with safetensors' own reader and hold names, dtypes and shapes against the plan."""
+    path = staging.path_of(shard.path)
+    try:
+        # "np" asks for no framework that may be missing; no tensor is read.
+        with safe_open(path, framework="np") as file:
+            held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            planned = {copy.source.name: (copy.dtype.tag, list(copy.source.shape)) for copy in shard.copies}
+            found = {name: (view.get_dtype(), view.get_shape()) for name, view in held.items()}
+    except SafetensorError as error:
+        raise WconvError(path, f"was written wrongly ({error})", "This is a bug in wconv: please report it.") from error
+    if found != planned:
+        raise WconvError(path, "does not hold what was planned", "This is a bug in wconv: please report it.")

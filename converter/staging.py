@@ -1,0 +1,249 @@
+"""Writing beside the target, and publishing all of it or nothing.
+
+A run stages its files in a hidden folder on the target's own disk: beside a new folder, inside one that is there. A
+new folder appears by one rename. Into a folder that is there, files are renamed one by one: superseded indexes away,
+weight files in, new indexes last, then what they replace removed; so at every instant the folder holds the old set, the
+new set, or no index, and never an index over the wrong bytes.
+
+After a failure the staging folder is removed. After a hard kill it stays: the next run with the same target finds the
+files in it and takes them up (their bytes are held against the source, not trusted), and where the kill fell into the
+renames, a journal says how to finish those first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from converter.errors import BadFile, OutputRefused, SystemRefused
+from converter.folder import ModelFolder
+from converter.plan import Plan, Target
+
+_SUFFIX = ".wconv"  # with a dot: Diffusers takes the second dotted part of each name in a folder for a variant
+_TREE = "files"
+_JOURNAL = "commit.json"
+_RESERVE_NBYTES = 1 << 20  # room for the journal and the folders themselves
+
+
+def open_target(folder: ModelFolder, output: Path | None, overwrite: bool) -> Target:
+    """Say where a conversion's files go: beside the source, or to ``output``, which for a folder must be a new one.
+
+    A single set goes into a folder that is there, too. Raises OutputRefused where the output is there, or is the input.
+    """
+    if output is None:
+        return Target(folder.root, is_new=False)
+    if not output.exists():
+        return Target(output, is_new=True)
+    if not output.is_dir():
+        raise OutputRefused(output, "exists and is no folder", "Name a folder for the output.")
+    if folder.kind != "file":
+        if output.samefile(folder.root):
+            raise OutputRefused(output, "is the source itself", "Leave -o out to add files beside it.")
+        if folder.root.resolve().is_relative_to(output.resolve()):
+            raise OutputRefused(output, "holds the source", "Name a new folder.")
+        if any(output.iterdir()) and not overwrite:
+            raise OutputRefused(output, "exists and is not empty", "Name a new folder, or use --overwrite.")
+    return Target(output, is_new=not any(output.iterdir()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Journal:
+    """The steps of a commit that has begun; each can be done twice."""
+
+    request: str
+    is_new: bool
+    first_away: tuple[str, ...]
+    move: tuple[str, ...]
+    last_away: tuple[str, ...]
+    delete: tuple[str, ...]
+
+
+class Staging:
+    """The staging folder of one target, locked against other runs while it is open. Use through ``open_staging``."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.folder = _staging_folder(target)
+        self.tree = self.folder / _TREE
+        self.finished_request: str | None = None
+
+    def path_of(self, name: str) -> Path:
+        return self.tree / name
+
+    def has_left_over(self, name: str, nbytes: int) -> bool:
+        """Say whether an earlier run left a file of this size."""
+        path = self.path_of(name)
+        return path.is_file() and path.stat().st_size == nbytes
+
+    def drop_strangers(self, names: set[str]) -> None:
+        """Remove what an earlier run left and this one does not write."""
+        for path in sorted(self.tree.rglob("*"), reverse=True):
+            if path.is_file() and path.relative_to(self.tree).as_posix() not in names:
+                path.unlink()
+
+    def commit(self, plan: Plan, request: str) -> None:
+        """Publish all staged files, then remove what they supersede and the sources that are to go."""
+        indexes = {name for name, _ in plan.texts}
+        weights = [shard.path for shard in plan.shards]
+        superseded_indexes = [name for name in plan.superseded if name.endswith(".json")]
+        kept = {*indexes, *weights}
+        journal = _Journal(
+            request=request,
+            is_new=plan.target.is_new,
+            first_away=tuple(superseded_indexes),
+            move=(*(name for name, _ in plan.carried), *weights, *sorted(indexes)),
+            last_away=tuple(name for name in plan.superseded if name not in kept and not name.endswith(".json")),
+            delete=tuple(str(path.absolute()) for path in plan.delete),
+        )
+        if journal.first_away or journal.last_away or journal.delete:
+            _sync_tree(self.tree)  # what replaces the only other copy must be on the disk, not in a cache
+        staged = self.folder / (_JOURNAL + ".new")
+        staged.write_text(json.dumps(asdict(journal)), "utf-8")
+        staged.replace(self.folder / _JOURNAL)
+        self.finish(journal)
+
+    def begin(self) -> None:
+        """Make the folder ready, after finishing a commit that a killed run had begun."""
+        journal = self.read_journal()
+        if journal is not None:
+            self.finish(journal)
+            self.finished_request = journal.request
+        self.tree.mkdir(parents=True, exist_ok=True)
+
+    def finish(self, journal: _Journal) -> None:
+        """Carry out the steps of a journal, those already done included."""
+        target = self.target.folder
+        if journal.is_new:
+            if self.tree.exists():
+                with suppress(FileNotFoundError):
+                    target.rmdir()
+                self.tree.rename(target)
+        else:
+            for name in journal.first_away:
+                if name not in journal.move or self.path_of(name).exists():
+                    (target / name).unlink(missing_ok=True)
+            for name in journal.move:
+                if self.path_of(name).exists():
+                    (target / name).parent.mkdir(parents=True, exist_ok=True)
+                    self.path_of(name).replace(target / name)
+            for name in journal.last_away:
+                (target / name).unlink(missing_ok=True)
+        for path in journal.delete:
+            Path(path).unlink(missing_ok=True)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the staging folder and all in it; the journal goes last."""
+        shutil.rmtree(self.tree, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def read_journal(self) -> _Journal | None:
+        try:
+            raw = json.loads((self.folder / _JOURNAL).read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise BadFile(self.folder / _JOURNAL, f"cannot be read ({error})", "Remove its folder.") from None
+        fields: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+        return _Journal(**fields)
+
+
+def _staging_folder(target: Target) -> Path:
+    """Name the folder in which a target's files are staged."""
+    if target.is_new:
+        absolute = target.folder.absolute()
+        return absolute.parent / f".{absolute.name}{_SUFFIX}"
+    return target.folder / f".staging{_SUFFIX}"
+
+
+@contextmanager
+def open_staging(target: Target) -> Iterator[Staging]:
+    """Lock a target's staging folder and make it; on any error remove it again, with the folders made for it.
+
+    Raises OutputRefused while another run holds it, SystemRefused where the place cannot be written.
+    """
+    staging = Staging(target)
+    made = _make_folders(staging.folder.parent)
+    lock = FileLock(staging.folder.with_name(staging.folder.name + ".lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputRefused(target.folder, "is being written by another run", "Wait until that has ended.") from None
+    except OSError as error:
+        _remove_empty(made)
+        raise SystemRefused.from_os_error(error, target.folder) from None
+    try:
+        try:
+            staging.begin()
+            yield staging
+        except BaseException:
+            # A commit that has begun is finished by the next run, not undone.
+            if not (staging.folder / _JOURNAL).exists():
+                staging.remove()
+            raise
+    except OSError as error:
+        if isinstance(error, SystemRefused):
+            raise
+        raise SystemRefused.from_os_error(error, error.filename or target.folder) from error
+    finally:
+        lock.release()
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        _remove_empty(made)
+
+
+def recover(folder: Path, request: str) -> bool:
+    """Finish a commit into ``folder`` that a killed run had begun; True if that run was for the same request."""
+    same = False
+    for target in (Target(folder, is_new=True), Target(folder, is_new=False)):
+        if (_staging_folder(target) / _JOURNAL).exists():
+            with open_staging(target) as staging:
+                same = same or staging.finished_request == request
+                staging.remove()
+    return same
+
+
+def check_room(staging: Staging, plan: Plan) -> None:
+    """Raise SystemRefused where the disk has less room than the plan still takes."""
+    missing = sum(shard.nbytes for shard in plan.shards if not staging.has_left_over(shard.path, shard.nbytes))
+    missing += sum(path.stat().st_size for _, path in plan.carried)
+    missing += sum(len(content) for _, content in plan.texts) + _RESERVE_NBYTES
+    free = shutil.disk_usage(staging.folder).free
+    if missing > free:
+        raise SystemRefused(
+            plan.target.folder,
+            f"needs {missing / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left",
+            "Free some room, or write elsewhere with -o.",
+        )
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder and its parents; give those that were not there, innermost first."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _remove_empty(missing)
+        raise SystemRefused.from_os_error(error, folder) from None
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _sync_tree(tree: Path) -> None:
+    for path in tree.rglob("*"):
+        if path.is_file():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,113 @@
+"""What there is to know about a tensor but its values, and where its bytes lie.
+
+Every format ends here: a torch storage and the data range of a safetensors file are both a ``ByteRange``, and a
+tensor is a view of one. Offsets are in bytes, ``start`` and ``strides`` in elements, as in torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.dtypes import DType
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """``nbytes`` bytes at ``offset`` of the file at ``path``; ``crc32`` is what they should give, if that is known."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    crc32: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor named ``name``: a strided view of a storage. Tensors with the same storage may share memory."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    storage: ByteRange
+    start: int
+    strides: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensor's own elements, as they are written out."""
+        return self.dtype.nbytes(math.prod(self.shape))
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in row-major order with no gaps (torch's ``is_contiguous``)."""
+        return self.strides == contiguous_strides(self.shape) or _is_contiguous(self.shape, self.strides)
+
+    @property
+    def span(self) -> int:
+        """The number of elements from the first to the last that the tensor touches, both included."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Give the row-major strides of a shape, in elements.
+
+    >>> contiguous_strides((2, 3, 4))
+    (12, 4, 1)
+    """
+    strides = []
+    step = 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= max(length, 1)
+    return tuple(reversed(strides))
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    # Axes of length 1 may carry any stride, and an empty tensor any strides at all.
+    if 0 in shape:
+        return True
+    step = 1
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length != 1:
+            if stride != step:
+                return False
+            step *= length
+    return True
+
+
+def find_ties(tensors: Iterable[TensorInfo]) -> dict[str, str]:
+    """Map each name whose tensor is the very same view as an earlier one to that earlier name.
+
+    Only an equal storage, start, dtype, shape and strides make a tie: a view that merely overlaps another is a
+    tensor of its own. Empty tensors are never tied.
+    """
+    first: dict[tuple[object, ...], str] = {}
+    ties: dict[str, str] = {}
+    for info in tensors:
+        if 0 in info.shape:
+            continue
+        storage = info.storage
+        key = (storage.path, storage.offset, info.start, info.dtype.rank, info.shape, info.strides)
+        kept = first.setdefault(key, info.name)
+        if kept != info.name:
+            ties[info.name] = kept
+    return ties
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsFile:
+    """What the header of one weight file says. ``tensors`` are in file order; a header's own notes are ``metadata``."""
+
+    path: Path
+    format: str
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str]

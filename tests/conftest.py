@@ -1,0 +1,104 @@
+"""Fixtures for the whole suite: the command in this process, and tiny models saved by the real libraries.
+
+The libraries take seconds to import, so only the fixtures that need them do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of the command left: its exit code and what it printed."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def wconv() -> Callable[..., Outcome]:
+    """Run `wconv` in this process and check its exit code."""
+
+    def run(*args: object, exit_code: int = 0) -> Outcome:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = run_main([str(arg) for arg in args])
+        outcome = Outcome(code, out.getvalue(), err.getvalue())
+        assert code == exit_code, f"wconv {args} ended with {code}\n{outcome.stdout}{outcome.stderr}"
+        return outcome
+
+    return run
+
+
+def run_main(args: list[str]) -> int:
+    """Return the exit code of the command, whether it returns it or exits with it; undo what it does to its process."""
+    from converter.cli import main
+
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        code = main(args)
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        gc.enable()
+        signal.signal(signal.SIGTERM, on_terminate)
+    return int(code or 0)
+
+
+@pytest.fixture(scope="session")
+def builders() -> Any:
+    """Give `tests/builders.py`, with the libraries' progress bars off and one thread for models this small."""
+    import builders
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    return builders
+
+
+@pytest.fixture(scope="session")
+def saved_model(builders: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Path]]:
+    """Give a model of `builders.MODELS` and its `.bin` folder, in so many shards: built once, not to be written to."""
+
+    @cache
+    def build(name: str, shards: int = 1) -> tuple[Any, Path]:
+        model = builders.MODELS[name]()
+        return model, builders.save_bin(model, tmp_path_factory.mktemp(name) / "model", shards)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def founding_folders(builders: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Give the two pipelines with a sharded `.bin` UNet of the founding report: not to be written to."""
+    root = tmp_path_factory.mktemp("founding")
+    return {
+        "sd_bin_sharded": builders.save_sd_bin_sharded(root / "sd_bin_sharded"),
+        "sd_bin_sharded_today": builders.save_sd_bin_sharded_today(root / "sd_bin_sharded_today"),
+    }
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copy a folder into the test's own, where it may be written to."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / "source"))
+
+    return copy
