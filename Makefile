@@ -14,7 +14,7 @@ SIZES = find $(1) -type f | sort | xargs ls -lh | awk '{ printf "%8s  %s\n", $$5
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format-check ruff-check type-check readme-check format bench clean
+.PHONY: help demo test test-all lint format-check ruff-check type-check readme-check docs-check docs format bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F '|' '{ printf "make %-14s%s\n", $$1, $$2 }'
@@ -48,7 +48,7 @@ test: .venv/installed  ## run the tests but the slow ones (PYTEST_ARGS=... for m
 test-all: .venv/installed  ## run all tests
 	.venv/$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
-lint: format-check ruff-check type-check readme-check  ## run all the checks below
+lint: format-check ruff-check type-check readme-check docs-check  ## run all the checks below
 
 format-check: .venv-lint/installed  ## is everything formatted?
 	.venv-lint/$(BIN)/ruff format --check
@@ -61,10 +61,17 @@ type-check: .venv-lint/installed  ## check the types of the package
 
 readme-check: .venv-lint/installed  ## are the .rst files valid?
 	@mkdir -p build
-	@set -e; for file in *.rst; do \
+	@set -e; for file in *.rst docs/*.rst; do \
 		echo "docutils $$file"; \
-		.venv-lint/$(BIN)/python -m docutils --report=info --halt=warning --syntax-highlight=none $$file build/$$file.html; \
+		.venv-lint/$(BIN)/python -m docutils --report=info --halt=warning --syntax-highlight=none \
+			$$file build/$$(basename $$file).html; \
 	done
+
+docs-check: .venv-lint/installed  ## does docs/commands.rst say what the commands say?
+	.venv-lint/$(BIN)/python scripts/make_docs.py --check
+
+docs: .venv-lint/installed  ## write docs/commands.rst from the commands
+	.venv-lint/$(BIN)/python scripts/make_docs.py
 
 format: .venv-lint/installed  ## format everything and mend what the linter can
 	.venv-lint/$(BIN)/ruff check --fix-only

@@ -21,7 +21,7 @@ from typing import TypeVar
 from safetensors import SafetensorError, safe_open
 from zlib_ng.zlib_ng import crc32_combine
 
-from converter.errors import BadFile, WconvError
+from converter.errors import WconvError
 from converter.plan import Plan, Shard
 from converter.staging import Staging, check_room, open_staging
 from converter.stream import (
@@ -29,9 +29,10 @@ from converter.stream import (
     GATHER_NBYTES,
     CrcPart,
     Piece,
+    check_crc,
+    check_record,
     compare_piece,
     cut_pieces,
-    read_record,
     records_to_check,
     rewrite_piece,
     write_piece,
@@ -104,8 +105,7 @@ def run_plan(
         for shard in plan.shards:
             check_staged(shard, staging)
         if verify:
-            for _ in tasks.run((compare_piece, piece, piece.nbytes) for piece in _pieces(plan.shards, staging)):
-                pass
+            tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan.shards, staging))
         staging.commit(plan, request)
     return Result(plan, time.perf_counter() - begun, reused, verify)
 
@@ -137,6 +137,11 @@ class _Tasks:
             for future in waiting:
                 future.cancel()
             wait(waiting)
+
+    def finish(self, calls: Iterable[tuple[Callable[[_A, int], None], _A, int]]) -> None:
+        """Run calls that give nothing but an error."""
+        for _ in self.run(calls):
+            pass
 
 
 @contextmanager
@@ -177,11 +182,11 @@ def _write_shards(shards: Sequence[Shard], staging: Staging, tasks: _Tasks) -> i
     uncovered = sorted(records_to_check(copy for shard in shards for copy in shard.copies), key=lambda r: r.offset)
     parts: dict[ByteRange, list[CrcPart]] = defaultdict(list)
     written = tasks.run((by_path[piece.path], piece, piece.nbytes) for piece in _pieces(shards, staging))
-    read = tasks.run((read_record, record, 0) for record in uncovered)
-    for part in itertools.chain.from_iterable(itertools.chain(written, read)):
+    for part in itertools.chain.from_iterable(written):
         parts[part.record].append(part)
     for record, of_record in parts.items():
-        _check_crc(record, _combine(of_record))
+        check_crc(record, _combine(of_record))
+    tasks.finish((check_record, record, 0) for record in uncovered)
     return reused
 
 
@@ -213,15 +218,6 @@ def _combine(parts: Iterable[CrcPart]) -> int:
             crc = crc32_combine(crc, part.crc32, part.nbytes)
             place += part.nbytes
     return crc
-
-
-def _check_crc(record: ByteRange, crc: int) -> None:
-    if crc != record.crc32:
-        raise BadFile(
-            record.path,
-            f"its bytes {record.offset:,} to {record.offset + record.nbytes:,} do not give the CRC32 that it notes",
-            "The file is damaged: fetch it again.",
-        )
 
 
 def _write_others(plan: Plan, staging: Staging) -> None:

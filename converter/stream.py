@@ -91,7 +91,7 @@ def covers_record(info: TensorInfo) -> bool:
 
 
 def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> list[CrcPart]:
-    """Write a piece into its file, which is there; give the CRC32s of what was read."""
+    """Write a piece into its file, which is there; give the CRC32s of records that were read in part."""
     with SourceFiles() as sources, piece.path.open("r+b", buffering=0) as out:
         out.seek(piece.offset)
         source = _PieceReader(piece, sources, chunk_nbytes)
@@ -135,8 +135,8 @@ def _is_next(file: BinaryIO, chunk: memoryview, scratch: bytearray) -> bool:
     return count == len(chunk) and scratch.startswith(chunk)
 
 
-def read_record(record: ByteRange, chunk_nbytes: int = CHUNK_NBYTES) -> list[CrcPart]:
-    """Read a record for its CRC32 alone."""
+def check_record(record: ByteRange, chunk_nbytes: int = CHUNK_NBYTES) -> None:
+    """Read a record for its CRC32 alone; raises BadFile where that is wrong."""
     buffer = memoryview(bytearray(chunk_nbytes))
     crc = 0
     with SourceFiles() as sources:
@@ -144,7 +144,7 @@ def read_record(record: ByteRange, chunk_nbytes: int = CHUNK_NBYTES) -> list[Crc
             view = buffer[: min(chunk_nbytes, record.nbytes - begin)]
             sources.read_into(record, begin, view)
             crc = crc32(view, crc)
-    return [CrcPart(record, 0, record.nbytes, crc)]
+    check_crc(record, crc)
 
 
 def read_chunks(info: TensorInfo, sources: SourceFiles, buffer: bytearray) -> Iterator[memoryview]:
@@ -189,7 +189,7 @@ class SourceFiles:
 
 
 class _PieceReader:
-    """Yields a piece's bytes in chunks; afterwards ``crcs`` has the parts of the records that it read."""
+    """Yields a piece's bytes in chunks, checking records that it reads whole; ``crcs`` has the parts of the others."""
 
     def __init__(self, piece: Piece, sources: SourceFiles, chunk_nbytes: int) -> None:
         strided = not all(step.copy.source.is_contiguous for step in piece.steps)
@@ -222,9 +222,25 @@ class _PieceReader:
                 begin += count
                 filled += count
             if checked:
-                self.crcs.append(CrcPart(info.storage, step.begin, end - step.begin, crc))
+                self._note_crc(CrcPart(info.storage, step.begin, end - step.begin, crc))
         if filled:
             yield view[:filled]
+
+    def _note_crc(self, part: CrcPart) -> None:
+        if part.nbytes == part.record.nbytes:
+            check_crc(part.record, part.crc32)
+        else:
+            self.crcs.append(part)
+
+
+def check_crc(record: ByteRange, crc: int) -> None:
+    """Raise BadFile where a record's bytes do not give the CRC32 that is noted for it."""
+    if crc != record.crc32:
+        raise BadFile(
+            record.path,
+            f"its bytes {record.offset:,} to {record.offset + record.nbytes:,} do not give the CRC32 that it notes",
+            "The file is damaged: fetch it again.",
+        )
 
 
 def _read_some(file: BinaryIO, out: memoryview) -> int:

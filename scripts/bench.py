@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -417,7 +417,6 @@ def check_kills(bench: Bench) -> Iterator[Row]:
     source = llama(bench, bench.gb)
     for case in CASES:
         command = bench.command(case, source)
-        source_hashes = hash_files(source)
         clear(bench)
         undisturbed = run(case.name, command)
         expected = hash_files(bench.out)
@@ -427,26 +426,35 @@ def check_kills(bench: Bench) -> Iterator[Row]:
         yield kill_row(f"{case.name}, twice", [undisturbed], "twice the same bytes, safetensors opens them", faults)
         in_the_middle = 0
         for point in KILL_POINTS:
-            clear(bench)
-            killed = kill_after(point * undisturbed.seconds, command)
-            faults = differences("the source's", source_hashes, hash_files(source))
-            runs: list[Run] = []
-            if bench.out.exists():  # the commit came first, and the same command would be refused
-                note = "killed after the commit, all is there" if killed else "ended before the kill"
-            else:
-                left = ", ".join(sorted(path.name for path in bench.out.parent.iterdir()))
-                in_the_middle += bool(left)
-                note = f"left {left or 'nothing'}; the same again ends right"
-                try:
-                    runs.append(run(f"{case.name}, after a kill at {point:.0%}", command))
-                except RunFailed as error:
-                    faults.append(str(error))
-                faults += differences("the source's", source_hashes, hash_files(source))
-            faults += differences("the output's", expected, hash_files(bench.out))
-            faults += [f"{path.name} is left over" for path in bench.out.parent.iterdir() if path != bench.out]
-            yield kill_row(f"{case.name}, killed at {point:.0%}", runs, note, faults)
+            row, left = kill_once(bench, case, source, point * undisturbed.seconds, expected)
+            in_the_middle += left
+            yield replace(row, name=f"{case.name}, killed at {point:.0%}")
         if not in_the_middle:
             yield kill_row(case.name, [], "", ["no kill came while it wrote. choose a larger --gb"])
+
+
+def kill_once(bench: Bench, case: Case, source: Path, seconds: float, expected: Hashes) -> tuple[Row, bool]:
+    """Kill one conversion and run it again; say also whether the kill came while it wrote."""
+    command = bench.command(case, source)
+    before = hash_files(source)
+    clear(bench)
+    killed = kill_after(seconds, command)
+    left = ", ".join(sorted(path.name for path in bench.out.parent.iterdir()))
+    if bench.out.exists():  # then all of it must be there, and the same command would be refused
+        note = f"killed after the commit, left {left}" if killed else "ended before the kill"
+        faults = differences("the output's", expected, hash_files(bench.out))
+        faults += differences("the source's", before, hash_files(source))
+        return kill_row("", [], note, faults), False
+    faults = differences("the source's", before, hash_files(source))
+    runs = []
+    try:
+        runs.append(run(f"{case.name}, after a kill at {seconds:.2f} s", command))
+    except RunFailed as error:
+        faults.append(str(error))
+    faults += differences("the output's", expected, hash_files(bench.out))
+    faults += differences("the source's", before, hash_files(source))
+    faults += [f"{path.name} is left over" for path in bench.out.parent.iterdir() if path != bench.out]
+    return kill_row("", runs, f"left {left or 'nothing'}; the same again ends right", faults), bool(left)
 
 
 def kill_row(name: str, runs: list[Run], note: str, faults: list[str]) -> Row:

@@ -8,7 +8,8 @@ loads source and results in every environment: the whole pipeline, the pipeline 
 saves none that transformers 4 reads, which no conversion of weights can mend), and the UNet alone. A load is `ok` only
 when every tensor is the source's: old transformers fill in names they do not find with random numbers, and only warn.
 
-Ends with 1 when a pipeline loads in some environment neither as converted nor merged with `--max-shard-size none`.
+Ends with 1 when a conversion fails, or a pipeline loads in some environment neither as converted nor merged with
+`--max-shard-size none`.
 Takes several GB of disk and, the first time, half an hour of pip; needs Python 3.11. No part of `make test`.
 """
 
@@ -75,6 +76,7 @@ FORMS: dict[str, list[str] | None] = {
     "beside": [],
     "new": [],
     "merged": ["--max-shard-size", "none"],
+    "new merged": ["--max-shard-size", "none"],
 }
 
 
@@ -102,11 +104,12 @@ def run(work: Path, names: list[str]) -> int:
     if today is None:
         print("today's libraries do not install: nothing to convert with", file=sys.stderr)
         return 1
-    models = build_models(work / "models", today)
+    models = work / "models"
+    failures = build_models(models, today)
     results = {name: ask(pythons[name], models) for name in names if pythons[name]}
     print_table(results)
-    print_missing([name for name in names if not pythons[name]])
-    return int(any(unloadable(rows) for rows in results.values()))
+    print_failures(failures, [name for name in names if not pythons[name]])
+    return int(bool(failures) or any(unloadable(rows) for rows in results.values()))
 
 
 def make_environment(folder: Path, requirements: list[str]) -> Path | None:
@@ -136,8 +139,9 @@ def own_requirements() -> list[str]:
     return config["options"]["install_requires"].split()
 
 
-def build_models(models: Path, python: Path) -> Path:
-    """Write both source pipelines, the digests of their tensors, and every converted form."""
+def build_models(models: Path, python: Path) -> list[str]:
+    """Write both source pipelines and every converted form; return which conversions failed, and how."""
+    failures = []
     shutil.rmtree(models, ignore_errors=True)
     for name in PIPELINES:
         source = models / name / "source"
@@ -145,24 +149,29 @@ def build_models(models: Path, python: Path) -> Path:
         build = f"import sys, builders, pathlib; builders.save_{name}(pathlib.Path(sys.argv[1]))"
         check([python, "-c", build, source], PYTHONPATH=str(ROOT / "tests"))
         for form, options in FORMS.items():
-            if options is not None:
-                convert(python, source, models / name / form, options)
-    return models
+            done = None if options is None else convert(python, source, models / name / form, options)
+            if done and done.returncode:
+                failures.append(f"{name}/{form}: wconv ended with {done.returncode}: {last_line(done.stderr)}")
+    return failures
 
 
-def convert(python: Path, source: Path, folder: Path, options: list[str]) -> None:
-    """Run `wconv to-safetensors`: into a new folder for the form of that name, else beside a copy of the source."""
+def convert(python: Path, source: Path, folder: Path, options: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run `wconv to-safetensors`: into a new folder for forms of that name, else beside a copy of the source."""
     command: list[str | Path] = [python, "-m", "converter", "to-safetensors", "--quiet", *options]
-    if folder.name == "new":
-        check([*command, source, "-o", folder], PYTHONPATH=str(ROOT))
-    else:
-        shutil.copytree(source, folder)
-        check([*command, folder], PYTHONPATH=str(ROOT))
+    if folder.name.startswith("new"):
+        return call([*command, source, "-o", folder], PYTHONPATH=str(ROOT))
+    shutil.copytree(source, folder)
+    return call([*command, folder], PYTHONPATH=str(ROOT))
+
+
+def call(command: list[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command."""
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
 def check(command: list[str | Path], **environment: str) -> str:
     """Run a command and return what it printed; end this script with its errors when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    done = call(command, **environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{done.stderr}")
     return done.stdout
@@ -180,13 +189,13 @@ def print_table(results: dict[str, dict[str, dict[str, str]]]) -> None:
         print(f"\n{name}: {', '.join(ENVIRONMENTS[name][:2])}")
         for row, cells in rows.items():
             for call, said in cells.items():
-                print(f"  {row:<28} {call:<26} {said}")
+                print(f"  {row:<32} {call:<26} {said}")
 
 
-def print_missing(names: list[str]) -> None:
-    """Say which environments could not be made."""
-    for name in names:
-        print(f"\n{name}: does not install")
+def print_failures(failures: list[str], missing: list[str]) -> None:
+    """Say which conversions failed and which environments could not be made."""
+    for line in [*failures, *(f"{name}: does not install" for name in missing)]:
+        print(f"\n{line}")
 
 
 def unloadable(rows: dict[str, dict[str, str]]) -> list[str]:

@@ -211,6 +211,11 @@ def vae_half(n_in: int, channels: list[int], layers: int, n_out: int, way: str) 
 
 
 def text_encoder(config: Json) -> Shapes:
+    """Names as transformers before 5 spells them; 5 reads these too, older ones read no others."""
+    yield from under("text_model", text_model(config))
+
+
+def text_model(config: Json) -> Shapes:
     n, n_inner = config["hidden_size"], config["intermediate_size"]
     yield from layer("embeddings.token_embedding", config["vocab_size"], n, bias=False)
     yield from layer("embeddings.position_embedding", config["max_position_embeddings"], n, bias=False)

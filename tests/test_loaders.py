@@ -240,7 +240,7 @@ def test_tied_duplicate_writes_every_name(builders, saved_model, tmp_path, wconv
     assert_same_weights(builders, load_silently(model, folder), model)
 
 
-@pytest.mark.parametrize("limit", ["100KB", "300KB", "1MB", "10GB"])
+@pytest.mark.parametrize("limit", ["50KB", "300KB", "10GB"])
 def test_shards_are_cut_where_huggingface_hub_cuts_them(limit, saved_model, tmp_path, wconv):
     _, source = saved_model("sd", 1)
     wconv("to-safetensors", source / "unet", "-o", tmp_path / "out", "--max-shard-size", limit)

@@ -66,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
-        _complain("Interrupted. Nothing was changed.")
+        _complain("Interrupted.")
         return EXIT_INTERRUPTED
     except click.ClickException as error:
         error.show()
