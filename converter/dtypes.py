@@ -60,7 +60,7 @@ _ROWS: tuple[tuple[str, int, str, str, tuple[str, ...], bool], ...] = (
     ("U8", 8, "uint8", "ByteStorage", (), False),
     ("F6_E3M2", 6, "", "", (), True),
     ("F6_E2M3", 6, "", "", (), True),
-    ("F4", 4, "float4_e2m1fn_x2", "", (), True),
+    ("F4", 4, "", "", (), True),
     ("BOOL", 8, "bool", "BoolStorage", (), False),
 )
 
@@ -68,7 +68,7 @@ DTYPES: dict[str, DType] = {row[0]: DType(*row, rank) for rank, row in enumerate
 """By safetensors tag."""
 
 BY_TORCH_NAME: dict[str, DType] = {dtype.torch_name: dtype for dtype in DTYPES.values() if dtype.torch_name}
-"""By the name that torch gives it: ``float32``."""
+"""By the name that torch gives it: ``float32``. Its packed 4-bit type counts pairs, so it is none of ours."""
 
 BY_STORAGE_CLASS: dict[str, DType] = {dtype.storage_class: dtype for dtype in DTYPES.values() if dtype.storage_class}
 """By the class of typed storage in a torch pickle: ``FloatStorage``."""

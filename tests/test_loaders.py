@@ -7,12 +7,14 @@ bytes that `safetensors.torch.save_file` writes.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import shutil
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,17 +44,19 @@ TIES = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted folder, the model in memory that it must equal, and the `.bin` folder it came from."""
+    """A converted folder, the model in memory it must equal, the `.bin` folder it came from, what wconv said."""
 
     name: str
     shards: int
     model: Any
     source: Path
     folder: Path
+    said: str
 
 
 CASES = list(itertools.product(MODEL_NAMES, [1, 3], ["beside", "new"]))
 BESIDE = [case for case in CASES if case[2] == "beside"]
+SHARDED_BESIDE = [case for case in BESIDE if case[1] > 1]
 
 
 def case_id(case: tuple[str, int, str]) -> str:
@@ -66,11 +70,11 @@ def conversion(request, wconv, saved_model, tmp_path_factory) -> Conversion:
     model, source = saved_model(name, shards)
     folder = tmp_path_factory.mktemp("converted") / "model"
     if place == "new":
-        wconv("to-safetensors", source, "-o", folder)
+        outcome = wconv("to-safetensors", source, "-o", folder)
     else:
         shutil.copytree(source, folder)
-        wconv("to-safetensors", folder)
-    return Conversion(name, shards, model, source, folder)
+        outcome = wconv("to-safetensors", folder)
+    return Conversion(name, shards, model, source, folder, outcome.stdout)
 
 
 def test_loads_silently_with_the_same_bits_and_numbers(conversion, builders):
@@ -82,6 +86,16 @@ def test_loads_silently_with_the_same_bits_and_numbers(conversion, builders):
 @pytest.mark.parametrize("conversion", BESIDE, ids=case_id, indirect=True)
 def test_beside_the_source_it_is_not_the_bin_that_loads(conversion, builders):
     loaded = load_silently(conversion.model, conversion.folder, use_safetensors=True)
+    assert_same_weights(builders, loaded, conversion.model)
+
+
+@pytest.mark.parametrize("conversion", SHARDED_BESIDE, ids=case_id, indirect=True)
+def test_the_printed_line_loads_it(conversion, builders):
+    *setup, load = ast.parse(textwrap.dedent(conversion.said.split("Load it with:\n")[1])).body
+    scope: dict[str, Any] = {}
+    exec(compile(ast.Module(setup, []), "<said>", "exec"), scope)
+    loaded = eval(compile(ast.Expression(load.value), "<said>", "eval"), scope)
+    assert type(loaded) is type(conversion.model)
     assert_same_weights(builders, loaded, conversion.model)
 
 

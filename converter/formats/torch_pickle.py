@@ -465,6 +465,7 @@ _UNSUPPORTED = {
     "QInt32Storage": "quantized tensors",
     "ComplexDoubleStorage": "complex128 tensors",
     "complex128": "complex128 tensors",
+    "float4_e2m1fn_x2": "packed 4-bit tensors",
 }
 
 
