@@ -28,8 +28,6 @@ def plan_conversion(source: Path, output: Path | None, wishes: Wishes) -> Plan:
     target = open_target(folder, output, wishes.overwrite)
     chosen = choose_sets(folder, wishes)
     elsewhere = output is not None and not (output.exists() and output.samefile(folder.root))
-    if not elsewhere:
-        chosen = _leave_ready(folder, chosen, wishes)
     checkpoints = [(component, open_checkpoint(weight_set)) for component, weight_set in chosen]
     if renamed:
         component, checkpoint = checkpoints[0]
@@ -37,7 +35,10 @@ def plan_conversion(source: Path, output: Path | None, wishes: Wishes) -> Plan:
         checkpoints = [(component, dataclasses.replace(checkpoint, weight_set=weight_set))]
     carried, notes = _carry(folder, chosen, target) if elsewhere and folder.kind != "file" else ([], [])
     existing = _find_existing(target, [component for component, _ in chosen])
-    return make_plan(folder, checkpoints, target, wishes, existing, carried, notes)
+    plan = make_plan(folder, checkpoints, target, wishes, existing, carried, notes)
+    if not plan.sets:
+        _refuse_beside(chosen)
+    return plan
 
 
 def convert(
@@ -92,18 +93,11 @@ def _split_output(folder: ModelFolder, output: Path | None) -> tuple[Path | None
     return output.parent, parsed.name if parsed else None
 
 
-def _leave_ready(
-    folder: ModelFolder, chosen: Sequence[tuple[Component, WeightSet]], wishes: Wishes
-) -> list[tuple[Component, WeightSet]]:
-    """Leave out what is in safetensors already; refuse where another form of all of it lies beside it."""
-    if wishes.variant is not None or wishes.max_shard_nbytes is not None:
-        return list(chosen)
-    todo = [(component, found) for component, found in chosen if found.name.ext != "safetensors"]
-    if not todo and not wishes.delete_source:
-        for component, found in chosen:
-            if any(other is not found and other.name.as_safetensors() == found.name for other in component.weight_sets):
-                raise OutputRefused(found.path, "exists", "Use --overwrite to write it again, or -o for a new folder.")
-    return todo
+def _refuse_beside(chosen: Sequence[tuple[Component, WeightSet]]) -> None:
+    """Refuse, where nothing is left to write, to pass over another form of weights whose output is there."""
+    for component, found in chosen:
+        if any(other is not found and other.name.as_safetensors() == found.name for other in component.weight_sets):
+            raise OutputRefused(found.path, "exists", "Use --overwrite to write it again, or -o for a new folder.")
 
 
 def _carry(

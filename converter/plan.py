@@ -135,6 +135,12 @@ class Plan:
         return bool(self.delete) or any(self.target.folder / name in read for name in self.superseded)
 
     @property
+    def removed(self) -> tuple[str, ...]:
+        """The files that are gone in the end: relative paths are from the target folder."""
+        written = {*(shard.path for shard in self.shards), *(name for name, _ in self.texts)}
+        return (*(name for name in self.superseded if name not in written), *map(str, self.delete))
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all weight files that are written."""
         return sum(planned.nbytes for planned in self.sets)
@@ -199,6 +205,7 @@ def make_plan(
 ) -> Plan:
     """Plan a conversion to safetensors of opened checkpoints; ``existing`` are the target's own sets, by component.
 
+    What would come out as it lies there is left out.
     Raises BadRequest, OutputRefused or Unsupported for what cannot or must not be done.
     """
     sets = []
@@ -206,7 +213,9 @@ def make_plan(
         name = checkpoint.name.as_safetensors()
         if wishes.variant is not None:
             name = replace(name, variant=_tag(wishes.variant) and check_variant(wishes.variant))
-        sets.append(_plan_set(component, checkpoint, name, wishes))
+        planned = _plan_set(component, checkpoint, name, wishes)
+        if not _is_there(planned, checkpoint, existing.get(component.name, ())):
+            sets.append(planned)
     _check_collisions(folder, sets)
     superseded = () if target.is_new else tuple(_find_superseded(existing, sets, wishes))
     sources = tuple(p.source.folder / name for p in sets for name in p.source.all_names) if wishes.delete_source else ()
@@ -220,6 +229,15 @@ def make_plan(
         notes=tuple(notes),
         wishes=wishes,
     )
+
+
+def _is_there(planned: SetPlan, checkpoint: Checkpoint, existing: Sequence[WeightSet]) -> bool:
+    """Say whether a set would come out as it lies there: in place, with the same names and the same boundaries."""
+    if planned.source not in existing or planned.name != planned.source.name or planned.source.is_legacy:
+        return False
+    before = [{info.name for info in file.tensors} for file in checkpoint.files]
+    after = [{copy.source.name for copy in shard.copies} for shard in planned.shards]
+    return before == after
 
 
 def _check_collisions(folder: ModelFolder, sets: Sequence[SetPlan]) -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -56,14 +56,10 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code; errors are one line on stderr."""
-    # wconv makes hundreds of thousands of small objects and no cycles: collecting them would double the time to open
-    # a checkpoint of many tensors.
-    gc.disable()
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = cli.main(args=list(args) if args is not None else None, prog_name="wconv", standalone_mode=False)
-        sys.stdout.flush()
+        with _own_process():
+            code = cli.main(args=list(args) if args is not None else None, prog_name="wconv", standalone_mode=False)
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
         _complain("Interrupted.")
@@ -81,6 +77,25 @@ def main(args: Sequence[str] | None = None) -> int:
         return _report(SystemRefused.from_os_error(error))
     except Exception as error:
         return _report(error)
+
+
+@contextlib.contextmanager
+def _own_process() -> Iterator[None]:
+    """Set the process up for one command, and back again for whoever calls ``main`` from a program."""
+    # wconv makes hundreds of thousands of small objects and no cycles: collecting them would double the time to open
+    # a checkpoint of many tensors.
+    collecting = gc.isenabled()
+    gc.disable()
+    handler: Any = None
+    with contextlib.suppress(ValueError):  # not in the main thread
+        handler = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _report(error: Exception) -> int:

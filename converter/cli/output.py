@@ -104,7 +104,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             for planned in plan.sets
         ],
         "carried": [name for name, _ in plan.carried],
-        "removed": [*plan.superseded, *map(str, plan.delete)],
+        "removed": list(plan.removed),
         "notes": [*plan.notes, *(note for planned in plan.sets for note in planned.notes)],
         "nbytes": plan.nbytes,
         "load_with": loading_lines(plan),
@@ -120,8 +120,8 @@ def show_plan(plan: Plan, memory_nbytes: int) -> None:
     click.echo()
     if plan.carried:
         click.echo(f"Would carry over {len(plan.carried)} other files.")
-    for path in (*plan.superseded, *plan.delete):
-        click.echo(f"Would remove {printable(str(path))}")
+    for name in plan.removed:
+        click.echo(printable(f"Would remove {name}"))
     _show_remarks(plan)
     carried = sum(path.stat().st_size for _, path in plan.carried)
     click.echo(f"Takes {show_bytes(plan.nbytes + carried)} of disk and about {show_bytes(memory_nbytes)} of memory.")
@@ -149,8 +149,8 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
         for name in [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]:
             click.echo(f"wrote {printable(name)}")
     _show_remarks(plan)
-    for path in (*plan.superseded, *plan.delete):
-        click.echo(f"Removed {printable(str(path))}")
+    for name in plan.removed:
+        click.echo(printable(f"Removed {name}"))
     if result.reused_nbytes:
         click.echo(f"Took up {show_bytes(result.reused_nbytes)} that an earlier run had left.")
     rate = show_bytes(plan.nbytes / max(result.seconds, 1e-3))
