@@ -107,7 +107,10 @@ def find_weight_sets(folder: Path) -> tuple[WeightSet, ...]:
             sets.append(WeightSet(folder, found.name, (name,)))
         elif found.role == "shard":
             shards[found.name, found.count].append((found.number, name, found.is_legacy))
+    indexed = {weight_set.name for weight_set in sets if weight_set.index_name}
     for (weights_name, _), members in shards.items():
+        if weights_name in indexed:
+            continue  # left over from another split: the index does not name them, and no loader reads them
         names = tuple(name for _, name, _ in sorted(members))
         sets.append(WeightSet(folder, weights_name, names, is_legacy=members[0][2]))
     return tuple(sorted(sets, key=lambda weight_set: weight_set.path.name))

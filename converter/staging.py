@@ -30,6 +30,7 @@ from converter.plan import Plan, Target
 _SUFFIX = ".wconv"  # with a dot: Diffusers takes the second dotted part of each name in a folder for a variant
 _TREE = "files"
 _JOURNAL = "commit.json"
+_LOCK = "lock"
 _RESERVE_NBYTES = 1 << 20  # room for the journal and the folders themselves
 
 
@@ -141,9 +142,9 @@ class Staging:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the staging folder and all in it; the journal goes last."""
+        """Remove what is staged, the journal last."""
         shutil.rmtree(self.tree, ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        (self.folder / _JOURNAL).unlink(missing_ok=True)
 
     def read_journal(self) -> _Journal | None:
         try:
@@ -166,13 +167,13 @@ def _staging_folder(target: Target) -> Path:
 
 @contextmanager
 def open_staging(target: Target) -> Iterator[Staging]:
-    """Lock a target's staging folder and make it; on any error remove it again, with the folders made for it.
+    """Make a target's staging folder and lock it; on any error remove it again, with the folders made for it.
 
     Raises OutputRefused while another run holds it, SystemRefused where the place cannot be written.
     """
     staging = Staging(target)
-    made = _make_folders(staging.folder.parent)
-    lock = FileLock(staging.folder.with_name(staging.folder.name + ".lock"), timeout=0)
+    made = _make_folders(staging.folder)
+    lock = FileLock(staging.folder / _LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -181,30 +182,36 @@ def open_staging(target: Target) -> Iterator[Staging]:
         _remove_empty(made)
         raise SystemRefused.from_os_error(error, target.folder) from None
     try:
-        try:
-            staging.begin()
-            yield staging
-        except BaseException:
-            # A commit that has begun is finished by the next run, not undone.
-            if not (staging.folder / _JOURNAL).exists():
-                staging.remove()
-            raise
-    except OSError as error:
-        if isinstance(error, SystemRefused):
-            raise
-        raise SystemRefused.from_os_error(error, error.filename or target.folder) from error
+        staging.begin()
+        yield staging
+    except BaseException as error:
+        # A commit that has begun is finished by the next run, not undone.
+        if not (staging.folder / _JOURNAL).exists():
+            staging.remove()
+        if isinstance(error, OSError) and not isinstance(error, SystemRefused):
+            raise SystemRefused.from_os_error(error, error.filename or target.folder) from error
+        raise
     finally:
-        lock.release()
-        with suppress(OSError):
-            Path(lock.lock_file).unlink(missing_ok=True)
-        _remove_empty(made)
+        _release(lock)
+        _remove_empty([staging.folder, *made])
+
+
+def _release(lock: FileLock) -> None:
+    # Where an open file can be removed, it goes while it is held, so that nobody takes a lock that is about to go.
+    path = Path(lock.lock_file)
+    with suppress(OSError):
+        path.unlink()
+    lock.release()
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def recover(folder: Path, request: str) -> bool:
     """Finish a commit into ``folder`` that a killed run had begun; True if that run was for the same request."""
     same = False
     for target in (Target(folder, is_new=True), Target(folder, is_new=False)):
-        if (_staging_folder(target) / _JOURNAL).exists():
+        staged = Staging(target)
+        if staged.folder.is_dir() and not (staged.tree.exists() and staged.read_journal() is None):
             with open_staging(target) as staging:
                 same = same or staging.finished_request == request
                 staging.remove()

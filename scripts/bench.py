@@ -5,8 +5,9 @@ weight files and a conversion then run in turn, each in a process of its own; ou
 between them, outside of the timed span. A ratio belongs to one pair, so that a machine that slows down slows down both;
 the median of the ratios counts. Times go from the start of the process to its end, imports included.
 
-MB and GB are powers of ten. What comes out wrong ends with exit code 1; a time or a size out of reach is marked in the
-table, no more. Needs `cp` and `os.wait4`: Linux or macOS.
+MB and GB are powers of ten. A peak below that of the launcher, some 9 MB, shows as the launcher's: `cp` needs less.
+What comes out wrong ends with exit code 1; a time or a size out of reach is marked in the table, no more. Needs `cp`
+and `os.wait4`: Linux or macOS.
 """
 
 from __future__ import annotations
@@ -291,7 +292,7 @@ def clear(bench: Bench, warm_nbytes: int = 0) -> None:
     shutil.rmtree(bench.out.parent, ignore_errors=True)
     bench.out.parent.mkdir(parents=True)
     os.sync()
-    warm_nbytes = min(warm_nbytes, psutil.virtual_memory().available * 3 // 4)
+    warm_nbytes = min(warm_nbytes, psutil.virtual_memory().free * 9 // 10)  # more would push the source out of memory
     if warm_nbytes:
         subprocess.run([sys.executable, "-c", WARM_MEMORY, str(warm_nbytes)], check=True)
 
@@ -417,10 +418,10 @@ def check_kills(bench: Bench) -> Iterator[Row]:
     source = llama(bench, bench.gb)
     for case in CASES:
         command = bench.command(case, source)
-        clear(bench)
+        clear(bench, weights_nbytes(source))
         undisturbed = run(case.name, command)
         expected = hash_files(bench.out)
-        clear(bench)
+        clear(bench, weights_nbytes(source))
         undisturbed = min(undisturbed, run(case.name, command), key=lambda run: run.seconds)
         faults = [*unreadable(bench.out), *differences("the second run's", expected, hash_files(bench.out))]
         yield kill_row(f"{case.name}, twice", [undisturbed], "twice the same bytes, safetensors opens them", faults)
@@ -437,7 +438,7 @@ def kill_once(bench: Bench, case: Case, source: Path, seconds: float, expected: 
     """Kill one conversion and run it again; say also whether the kill came while it wrote."""
     command = bench.command(case, source)
     before = hash_files(source)
-    clear(bench)
+    clear(bench, weights_nbytes(source))  # as the undisturbed run had it, or the moments do not fit
     killed = kill_after(seconds, command)
     left = ", ".join(sorted(path.name for path in bench.out.parent.iterdir()))
     if bench.out.exists():  # then all of it must be there, and the same command would be refused
