@@ -102,3 +102,9 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(folder, tmp_path / "source"))
 
     return copy
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder for files that are written again and again, as property tests do."""
+    return tmp_path_factory.mktemp("scratch")

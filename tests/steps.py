@@ -104,9 +104,11 @@ def run_until_it_ends(template: Path, work: Path, args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.dont_write_bytecode = True
-    import converter.cli.convert
-    import numpy  # noqa: F401, ICN001 (imported here, not in every child)
+    # Here, so that no child has to; the packages are found through PYTHONPATH.
+    import numpy  # noqa: F401
 
-    del converter
+    import converter.cli.convert  # noqa: F401
+
+    sys.dont_write_bytecode = True
+    os.fsync = lambda fd: None  # a killed process takes nothing with it that was written; a killed system would
     run_until_it_ends(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -26,7 +26,9 @@ def info(
     tag: str = "F32",
     storage: ByteRange = RECORD,
 ) -> TensorInfo:
-    return TensorInfo(name, DTYPES[tag], shape, storage, start, contiguous_strides(shape) if strides is None else strides)
+    return TensorInfo(
+        name, DTYPES[tag], shape, storage, start, contiguous_strides(shape) if strides is None else strides
+    )
 
 
 @st.composite

@@ -1,0 +1,167 @@
+"""``wconv inspect``: components, weight sets, ties, and what is not weights; headers only."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import (
+    TENSOR_NBYTES,
+    make_state,
+    save,
+    save_bin_shards,
+    save_pipeline,
+    save_shards,
+    snapshot,
+    write_json,
+)
+
+import converter.stream
+
+STATE = make_state()
+
+
+@pytest.fixture
+def inspect(wconv):
+    """Run the command and read its JSON."""
+
+    def run(path: Path, *args: str) -> dict[str, Any]:
+        return dict(json.loads(wconv("inspect", path, "--json", *args).stdout))
+
+    return run
+
+
+def test_a_pipeline(inspect, tmp_path):
+    save_pipeline(tmp_path)
+    save(STATE, tmp_path / "v1-5.ckpt")
+    (tmp_path / "unet" / "model.onnx").write_text("x")
+    found = inspect(tmp_path)
+    assert (found["path"], found["kind"], found["class"]) == (str(tmp_path), "pipeline", "P")
+    assert [(one["component"], one["weights"], len(one["files"])) for one in found["weight_sets"]] == [
+        ("text_encoder", "pytorch_model", 1),
+        ("unet", "diffusion_pytorch_model", 2),
+        ("vae", "diffusion_pytorch_model", 1),
+    ]
+    assert set(found["other_weights"]) == {"unet/model.onnx", "v1-5.ckpt"}
+    assert "tokenizer/vocab.json" in found["not_weights"]
+
+
+def test_a_weight_set(inspect, tmp_path):
+    state = {**STATE, "g": torch.zeros(3, 4, dtype=torch.float16), "h": torch.tensor(1)}
+    save_shards(state, tmp_path, ("abcdef", "gh"), "m-{:05d}-of-{:05d}.fp16.bin", "m.bin.fp16.index.json")
+    (one,) = inspect(tmp_path)["weight_sets"]
+    assert one == {
+        "component": "",
+        "weights": "m",
+        "format": "torch",
+        "variant": "fp16",
+        "files": ["m-00001-of-00002.fp16.bin", "m-00002-of-00002.fp16.bin"],
+        "index": "m.bin.fp16.index.json",
+        "tensors": 8,
+        "parameters": 6 * 8 + 12 + 1,
+        "nbytes": 6 * TENSOR_NBYTES + 24 + 8,
+        "dtypes": {"F32": 6, "F16": 1, "I64": 1},
+        "tied": {},
+        "notes": [],
+    }
+
+
+def test_every_variant_and_format_is_listed(inspect, tmp_path):
+    for name in ("pytorch_model.bin", "pytorch_model.fp16.bin", "model.safetensors", "other.pt"):
+        save(STATE, tmp_path / name)
+    assert {(one["weights"], one["variant"], one["format"]) for one in inspect(tmp_path)["weight_sets"]} == {
+        ("model", None, "safetensors"),
+        ("other", None, "torch"),
+        ("pytorch_model", None, "torch"),
+        ("pytorch_model", "fp16", "torch"),
+    }
+
+
+def test_one_file_or_index(inspect, tmp_path):
+    index = save_bin_shards(STATE, tmp_path)
+    save(STATE, tmp_path / "other.bin")
+    for path, files in ((index, 3), (tmp_path / "other.bin", 1)):
+        found = inspect(path)
+        assert (found["kind"], len(found["weight_sets"][0]["files"])) == ("file", files)
+        assert found["other_weights"] == found["not_weights"] == []
+
+
+def test_ties_are_shown_in_memory_and_as_recorded(inspect, wconv, tmp_path):
+    save({"a": STATE["a"], "t": STATE["a"]}, tmp_path / "pytorch_model.bin")
+    wconv("to-safetensors", tmp_path)
+    assert [one["tied"] for one in inspect(tmp_path)["weight_sets"]] == [{"t": "a"}, {"t": "a"}]
+    assert "tied: t is a" in wconv("inspect", tmp_path).stdout
+
+
+def test_tensors(inspect, wconv, tmp_path):
+    save_bin_shards(STATE, tmp_path)
+    (one,) = inspect(tmp_path, "--tensors")["weight_sets"]
+    assert [tensor["name"] for tensor in one["all_tensors"]] == list("abcdef")
+    assert one["all_tensors"][2] == {
+        "name": "c",
+        "dtype": "F32",
+        "shape": [8],
+        "file": "pytorch_model-00002-of-00003.bin",
+    }
+    shown = wconv("inspect", tmp_path, "--tensors").stdout
+    assert re.search(r"^c +F32 +\[8\] +pytorch_model-00002-of-00003\.bin$", shown, re.MULTILINE)
+
+
+def test_tensors_that_the_index_lacks_are_noted(inspect, wconv, tmp_path):
+    index = save_bin_shards(STATE, tmp_path)
+    content = json.loads(index.read_text())
+    del content["weight_map"]["f"]
+    write_json(index, content)
+    (note,) = inspect(tmp_path)["weight_sets"][0]["notes"]
+    assert "'f'" in note
+    assert note in wconv("inspect", tmp_path).stdout
+
+
+def test_only_headers_are_read(wconv, tmp_path, monkeypatch):
+    save_pipeline(tmp_path)
+    monkeypatch.setattr(converter.stream.SourceFiles, "read_into", lambda *_: pytest.fail("a tensor was read"))
+    before = snapshot(tmp_path)
+    shown = wconv("inspect", tmp_path).stdout
+    assert snapshot(tmp_path) == before
+    for name in ("text_encoder", "unet", "vae"):
+        assert re.search(rf"^{name} ", shown, re.MULTILINE)
+    assert "2 + index" in shown
+
+
+@pytest.mark.parametrize("config", [{}, {"architectures": []}, {"_class_name": "X\x1b[2J"}, {"architectures": [3]}])
+def test_control_characters_do_not_reach_the_terminal(config, wconv, tmp_path):
+    save({"a\x1b[31m\nb": STATE["a"], "t\x07": STATE["a"], "\u202e": STATE["b"]}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "x\x1b[2J.txt").write_text("x")
+    write_json(tmp_path / "config.json", config)
+    shown = wconv("inspect", tmp_path, "--tensors").stdout
+    assert not re.search("[\x1b\x07\u202e]", shown)
+    assert "a\\x1b[31m\\nb" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "exit_code"),
+    [
+        ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1\n", 3),
+        ("pytorch_model.bin", b"", 3),
+        ("pytorch_model.bin", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", 4),
+        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", 3),
+        ("config.json", b"{}", 3),
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--json",), ("--tensors",)])
+def test_bad_input(name, content, exit_code, options, wconv, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    outcome = wconv("inspect", tmp_path, *options, exit_code=exit_code)
+    assert outcome.stdout == ""
+    assert outcome.stderr.startswith(f"{tmp_path}")
+    assert outcome.stderr.count("\n") == 1
+
+
+def test_an_empty_state_dict(wconv, inspect, tmp_path):
+    save({}, tmp_path / "pytorch_model.bin")
+    assert inspect(tmp_path, "--tensors")["weight_sets"][0]["tensors"] == 0
+    assert "pytorch_model" in wconv("inspect", tmp_path, "--tensors").stdout

@@ -1,0 +1,320 @@
+"""The program around the commands: help, exit codes, signals, pipes, terminals, and errors that nobody expected."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import make_state, names_in, save, save_bin_shards, save_pipeline, snapshot
+
+import converter
+import converter.cli.convert
+from converter.cli import COMMANDS
+from converter.errors import BadFile, BadRequest, LossyCast, OutputRefused, SystemRefused, Unsupported
+
+STATE = make_state()
+WCONV = (sys.executable, "-m", "converter")
+
+# Runs a command whose every piece takes a while; says when the first one has begun.
+SLOW = """
+import sys, time
+import converter.run
+from converter.cli import main
+write = converter.run.write_piece
+def write_slowly(piece, chunk_nbytes):
+    print("begun", flush=True)
+    time.sleep(0.2)
+    return write(piece, chunk_nbytes)
+converter.run.write_piece = write_slowly
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+# Help.
+
+
+def test_the_list_of_commands(wconv):
+    shown = wconv("--help").stdout
+    assert shown == wconv("-h").stdout
+    listed = re.search(r"Commands:\n(.*?)\n\n", shown + "\n\n", re.DOTALL)
+    assert listed
+    flat = " ".join(listed[1].split())
+    assert flat == " ".join(f"{name} {summary}" for name, summary in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_matches_the_list(name, wconv):
+    from converter.cli import cli
+
+    command = cli.get_command(None, name)
+    assert (command.name, command.short_help) == (name, COMMANDS[name])
+    shown = wconv(name, "--help").stdout
+    assert f"wconv {name}" in shown
+    assert command.help
+    assert all(option.help for option in command.params if option.param_type_name == "option")
+    assert command.callback.__doc__
+
+
+def test_every_command_has_its_module_and_nothing_else():
+    folder = Path(converter.cli.convert.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "convert", "options", "output"}
+    assert modules == {name.replace("-", "_") for name in COMMANDS}
+
+
+def test_the_version(wconv):
+    assert wconv("--version").stdout == f"wconv, version {converter.__version__}\n"
+
+
+@pytest.mark.parametrize("args", [("no-such-command",), ("inspect", "a", "b"), ("--no-such-option",), ("verify",)])
+def test_wrong_usage(args, wconv):
+    outcome = wconv(*args, exit_code=2)
+    assert outcome.stdout == ""
+    assert outcome.stderr.startswith("Usage: wconv")
+
+
+# Exit codes.
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [
+        (BadRequest("x", "is wrong", "Do this."), 2),
+        (BadFile("x", "is bad", "Do this."), 3),
+        (Unsupported("x", "is odd", "Do this."), 4),
+        (OutputRefused("x", "exists", "Do this."), 5),
+        (LossyCast("x", "overflows", "Do this."), 6),
+        (SystemRefused("x", "is full", "Do this."), 7),
+        (PermissionError(13, "Permission denied", "x"), 7),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_each_error_has_its_exit_code_and_one_line(error, exit_code, wconv, tmp_path, monkeypatch):
+    def fail(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr(converter.cli.convert, "prepare", fail)
+    outcome = wconv("to-safetensors", tmp_path, exit_code=exit_code)
+    assert outcome.stdout == ""
+    assert outcome.stderr.strip().count("\n") == 0
+    assert outcome.stderr.startswith("x: ") or exit_code == 130
+
+
+@pytest.mark.parametrize("error", [RuntimeError("oh"), MemoryError(), KeyError("x"), AssertionError()], ids=repr)
+def test_an_unexpected_error_is_a_bug_with_its_traceback(error, wconv, tmp_path, monkeypatch):
+    def fail(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr(converter.cli.convert, "prepare", fail)
+    outcome = wconv("to-safetensors", tmp_path, exit_code=70)
+    assert outcome.stdout == ""
+    assert outcome.stderr.startswith("Traceback")
+    assert type(error).__name__ in outcome.stderr
+    assert "report" in outcome.stderr.splitlines()[-1]
+
+
+def test_the_messages_of_the_system_are_printable(wconv, tmp_path):
+    outcome = wconv("to-safetensors", tmp_path / "x\x1b[31m\ny", exit_code=3)
+    assert "\x1b" not in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+
+
+# Signals.
+
+
+def begin_slowly(folder: Path, *args: str) -> subprocess.Popen[str]:
+    """Start a slow command; return when it has begun to write."""
+    process = subprocess.Popen(
+        (sys.executable, "-c", SLOW, *args), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n", process.communicate()[1]
+    return process
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
+@pytest.mark.parametrize("args", [("m",), ("m", "-o", "deep/out"), ("m", "--delete-source", "--json")], ids=" ".join)
+def test_a_signal_ends_it_cleanly(which, args, tmp_path):
+    save_pipeline(tmp_path / "m")
+    before = snapshot(tmp_path)
+    process = begin_slowly(tmp_path, "to-safetensors", *args)
+    process.send_signal(which)
+    _, complaint = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Interrupted" in complaint
+    assert complaint.strip().count("\n") == 0
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_a_kill_leaves_no_file_with_a_final_name(wconv, tmp_path):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    process = begin_slowly(tmp_path, "to-safetensors", "m")
+    process.kill()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    assert [name for name in names_in(source) if "/" not in name and not name.startswith((".", "pytorch_model"))] == []
+    wconv("to-safetensors", source)
+    assert not list(source.glob(".*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_verify_is_interrupted_too(tmp_path):
+    save(STATE, tmp_path / "a.bin")
+    slow = SLOW.replace("converter.run.write_piece", "converter.compare._compare_batch").replace(
+        "import converter.run\n", "import converter.compare\n"
+    )
+    process = subprocess.Popen(
+        (sys.executable, "-c", slow, "verify", "a.bin", "a.bin"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=30)
+    assert (process.returncode, complaint.strip()) == (130, "Interrupted.")
+
+
+# Pipes and terminals.
+
+
+def test_output_through_a_pipe_that_closes(tmp_path):
+    save({f"t{number:05d}" * 20: STATE["a"] for number in range(2000)}, tmp_path / "pytorch_model.bin")
+    process = subprocess.Popen(
+        (*WCONV, "inspect", "--tensors"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=30) == 0
+    process.stderr.close()
+
+
+def run_unheard(folder: Path, *args: str) -> tuple[int, str]:
+    """Run a command whose output nobody reads; give its exit code and what it says on stderr."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            (*WCONV, *args), cwd=folder, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writer)
+    return done.returncode, done.stderr
+
+
+def test_a_conversion_whose_output_nobody_reads_is_done_all_the_same(tmp_path):
+    save_bin_shards(STATE, tmp_path / "m")
+    assert run_unheard(tmp_path, "to-safetensors", "m", "-o", "out") == (0, "")
+    assert len(names_in(tmp_path / "out")) == 4
+
+
+def test_a_comparison_whose_output_nobody_reads_has_its_exit_code(tmp_path):
+    for name, seed in (("a.bin", 0), ("b.bin", 0), ("c.bin", 1)):
+        save(make_state(seed=seed), tmp_path / name)
+    assert run_unheard(tmp_path, "verify", "a.bin", "b.bin") == (0, "")
+    assert run_unheard(tmp_path, "verify", "a.bin", "c.bin") == (1, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_names_that_the_output_cannot_spell(encoding, tmp_path):
+    save({"ü": STATE["a"], "重み": STATE["b"]}, tmp_path / "重み.bin")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    for args in (("inspect", "--tensors"), ("inspect", "--json"), ("to-safetensors", "--dry-run"), ("to-safetensors",)):
+        done = subprocess.run((*WCONV, *args), cwd=tmp_path, capture_output=True, env=environment, check=False)
+        assert (done.returncode, done.stderr) == (0, b""), args
+
+
+def test_errors_that_the_output_cannot_spell(tmp_path):
+    (tmp_path / "重み.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = (*WCONV, "inspect", "重み.bin")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (3, 1)
+
+
+def read_terminal(args: tuple[str, ...], folder: Path) -> bytes:
+    """Run a slow command whose stderr is a terminal; give what it shows there."""
+    import fcntl
+    import pty
+    import termios
+
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    command = (sys.executable, "-c", SLOW, *args)
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=slave) as process:
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                part = os.read(master, 4096)
+            except OSError:  # Linux says so when the other end is closed
+                break
+            if not part:
+                break
+            shown += part
+    os.close(master)
+    assert process.returncode == 0
+    return shown
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pseudo-terminals")
+def test_a_bar_is_drawn_on_a_terminal_only(tmp_path):
+    save_bin_shards(STATE, tmp_path / "m")
+    shown = read_terminal(("to-safetensors", "m", "-o", "out"), tmp_path)
+    assert b"converting" in shown
+    assert b"B/s" in shown
+    assert read_terminal(("to-safetensors", "m", "-o", "quiet", "-q"), tmp_path) == b""
+    command = (*WCONV, "to-safetensors", "m", "-o", "plain")
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stderr == b""
+
+
+# As a module, and from a program.
+
+
+def test_the_module_is_the_command(tmp_path):
+    save(STATE, tmp_path / "pytorch_model.bin")
+    done = subprocess.run((*WCONV, "inspect", "--json"), cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["kind"] == "folder"
+
+
+def test_a_program_that_calls_it_is_as_it_was(tmp_path):
+    save(STATE, tmp_path / "pytorch_model.bin")
+    before = gc.isenabled(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), Path.cwd()
+    for source in (tmp_path, tmp_path / "none"):
+        converter.cli.main(["to-safetensors", str(source), "-q"])
+    assert before == (gc.isenabled(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), Path.cwd())
+
+
+def test_it_may_be_called_from_a_thread(tmp_path, wconv):
+    from concurrent.futures import ThreadPoolExecutor
+
+    save(STATE, tmp_path / "pytorch_model.bin")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(converter.cli.main, ["to-safetensors", str(tmp_path), "-q"]).result() == 0
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_long_run_is_not_needed_to_end_at_once(tmp_path):
+    # An interrupt is heard within a piece, not at the end of the shard.
+    save_bin_shards(STATE, tmp_path / "m", tuple("abcdef"))
+    process = begin_slowly(tmp_path, "to-safetensors", "m", "--workers", "1")
+    begun = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.perf_counter() - begun < 0.8  # six pieces would take 1.2 s

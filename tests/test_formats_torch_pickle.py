@@ -1,0 +1,449 @@
+"""The pickle machine: plain values as Python reads them, and nothing else: no global, no call, no bomb.
+
+Hostile pickles would make a folder, the canary, if anything of them were run; Python's own unpickler shows first that
+they do.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import time
+import tracemalloc
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from archives import ORDERED_DICT, archive, call, items, name_of, number, pickled, state_dict, storage, tensor, text
+from hypothesis import given
+from hypothesis import strategies as st
+from odd_names import ODD_NAMES
+
+from converter.errors import BadFile, HostileFile, Unsupported, WconvError
+from converter.formats import read_file, torch_pickle
+from converter.formats.torch_pickle import parse_pickle
+
+PATH = Path("model.bin")
+MB = 1 << 20
+
+REBUILD = name_of("torch._utils", "_rebuild_tensor_v2")
+REBUILD_3 = name_of("torch._utils", "_rebuild_tensor_v3")
+PARAMETER = name_of("torch._utils", "_rebuild_parameter")
+FLOAT_STORAGE, FLOAT32 = name_of("torch", "FloatStorage"), name_of("torch", "float32")
+DICT_CLASS, SIZE_CLASS = name_of("collections", "OrderedDict"), name_of("torch", "Size")
+SHAPE, STRIDES = items(number(4)), items(number(1))
+NO_GRADIENT = (b"\x89", ORDERED_DICT)
+
+
+def brief(raw: bytes) -> str:
+    """Name a test by its bytes."""
+    return repr(raw)[:50]
+
+
+def parse(raw: bytes) -> Any:
+    return parse_pickle(raw, PATH)
+
+
+def read(folder: Path, described: bytes) -> Any:
+    """Read an archive with this pickle in it."""
+    path = folder / "model.bin"
+    path.write_bytes(archive(described))
+    return read_file(path)
+
+
+def exit_code_of(work: Callable[[], object]) -> int:
+    """Give 0, or the exit code of the error of ours that came out."""
+    try:
+        work()
+    except WconvError as error:
+        return error.exit_code
+    return 0
+
+
+@contextmanager
+def limits(seconds: float = 2, nbytes: int = 32 * MB) -> Iterator[None]:
+    """Hold what is done to a time and to a peak of memory."""
+    tracemalloc.start()
+    begun = time.perf_counter()
+    try:
+        yield
+        assert time.perf_counter() - begun < seconds
+        assert tracemalloc.get_traced_memory()[1] < nbytes
+    finally:
+        tracemalloc.stop()
+
+
+# Plain values
+
+SCALARS = st.none() | st.booleans() | st.integers(-(2**120), 2**120) | st.floats(allow_nan=False) | ODD_NAMES
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(ODD_NAMES | st.integers(), inner, max_size=4)
+        | inner.map(lambda value: [value, value])
+    ),
+    max_leaves=12,
+)
+
+
+@given(VALUES, st.integers(1, 5))
+def test_plain_values_are_what_python_pickled(value: Any, protocol: int) -> None:
+    assert parse(pickle.dumps(value, protocol)) == value
+
+
+@given(VALUES)
+def test_plain_values_of_protocol_0(value: Any) -> None:
+    assert parse(pickle.dumps(value, 0)) == value
+
+
+@given(st.binary(max_size=400), st.integers(3, 5))
+def test_bytes(value: bytes, protocol: int) -> None:
+    assert parse(pickle.dumps({"x": value}, protocol)) == {"x": value}
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_many_values_need_wide_memo_places(protocol: int) -> None:
+    value = {f"name {place}": (place, str(place % 7)) for place in range(1000)}
+    assert parse(pickle.dumps(value, protocol)) == value
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_an_ordered_dict(protocol: int) -> None:
+    value = OrderedDict([("b", 1), ("a", OrderedDict())])
+    parsed = parse(pickle.dumps(value, protocol))
+    assert (parsed, list(parsed)) == ({"b": 1, "a": {}}, ["b", "a"])
+
+
+def test_the_ordered_dict_of_python_2() -> None:
+    raw = call(DICT_CLASS, b"](" + items(text("b"), number(1)) + b"]" + text("a") + b"aNae")
+    assert parse(pickled(raw)) == {"b": 1, "a": None}
+
+
+OPCODES = [
+    b"I5\n.", b"I-5\n.", b"I00\n.", b"I01\n.", b"L5L\n.", b"L5\n.", b"K\xff.", b"M\xff\xff.", b"J\xff\xff\xff\xff.",
+    b"\x8a\0.", b"\x8a\x01\xff.", b"\x8a\x02\xff\0.", b"\x8b\x01\0\0\0\x80.", b"F1.5\n.", b"F-inf\n.",
+    b"G?\xf8\0\0\0\0\0\0.",
+    b"N.", b"\x88.", b"\x89.", b"S'x'\n.", b'S"x"\n.', b"S'it\\'s'\n.", b"S'\\\\n\\x41\\n'\n.", b"U\x02\xc3\xa9.",
+    b"T\x01\0\0\0x.",
+    b"Vx\n.", b"Vcaf\xe9\n.", b"V\\u65e5\\u000a\\u005c\n.", b"X\x02\0\0\0\xc3\xa9.", b"X\x03\0\0\0\xed\xa0\x80.",
+    b"\x8c\x01x.", b"\x8d\x01\0\0\0\0\0\0\0x.", b"C\x01\xff.", b"B\x01\0\0\0\xff.", b"\x8e\x01\0\0\0\0\0\0\0\xff.",
+    b").", b"].", b"}.", b"(t.", b"(l.", b"(d.", b"(K\x01K\x02t.", b"(K\x01K\x02l.", b"(K\x01K\x02d.", b"K\x01\x85.",
+    b"K\x01K\x02\x86.", b"K\x01K\x02K\x03\x87.", b"]K\x01a.", b"](K\x01K\x02e.", b"}K\x01K\x02s.",
+    b"}(K\x01K\x02K\x03K\x04u.",
+    b"K\x012\x86.", b"K\x01K\x020.", b"K\x01(K\x02K\x031.", b"(K\x01K\x020t.", b"K\x01(0.", b"]q\0h\0a0K\x05.",
+    b"K\x05p0\n0g0\n.", b"K\x05q\x07" b"0h\x07.", b"K\x05r\x07\0\0\0" b"0j\x07\0\0\0.",
+    b"K\x05\x94K\x06\x94" b"00h\0h\x01\x86.",
+    b"\x80\x05\x95\x02\0\0\0\0\0\0\0K\x05.", b"K\x05. and more",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", OPCODES, ids=brief)
+def test_every_opcode_means_what_it_means_in_python(raw: bytes) -> None:
+    assert parse(raw) == pickle.loads(raw, encoding="utf-8", errors="surrogatepass")
+
+
+def test_a_list_that_holds_itself_is_no_trouble(tmp_path: Path) -> None:
+    looped = b"]q\0h\0a"
+    assert parse(pickled(looped))
+    with pytest.raises(Unsupported):
+        read(tmp_path, pickled(state_dict(("x", looped))))
+
+
+# Malice
+
+
+def getattr_chain(canary: str) -> bytes:
+    module = call(name_of("importlib", "import_module"), text("os"))
+    return call(call(name_of("builtins", "getattr"), module, text("mkdir")), text(canary))
+
+
+def stack_global(module: str, name: str) -> bytes:
+    return text(module) + text(name) + b"\x93"
+
+
+MALICE: dict[str, tuple[Callable[[str], bytes], str]] = {
+    "system": (lambda canary: call(name_of("os", "system"), text(f'mkdir "{canary}"')), "os.system"),
+    "mkdir": (lambda canary: call(name_of("os", "mkdir"), text(canary)), "os.mkdir"),
+    "eval": (
+        lambda canary: call(name_of("builtins", "eval"), text(f"__import__('os').mkdir({canary!r})")),
+        "builtins.eval",
+    ),
+    "exec, by Python 2's name": (
+        lambda canary: call(name_of("__builtin__", "eval"), text(f"__import__('os').mkdir({canary!r})")),
+        "__builtin__.eval",
+    ),
+    "getattr": (getattr_chain, "builtins.getattr"),
+    "dotted": (
+        lambda canary: b"\x80\x04" + call(stack_global("pathlib", "os.mkdir"), text(canary)),
+        "pathlib.os.mkdir",
+    ),
+    "stack global": (lambda canary: b"\x80\x04" + call(stack_global("os", "mkdir"), text(canary)), "os.mkdir"),
+    "stack global from the memo": (
+        lambda canary: (
+            b"\x80\x04" + text("mkdir") + b"\x94" + text("os") + b"\x9400" + call(b"h\x01h\0\x93", text(canary))
+        ),
+        "os.mkdir",
+    ),
+    "inst": (lambda canary: b"(" + text(canary) + b"ios\nmkdir\n", "os.mkdir"),
+    "obj": (lambda canary: b"(" + name_of("os", "mkdir") + text(canary) + b"o", "os.mkdir"),
+    "newobj": (
+        lambda canary: name_of("functools", "partial") + items(name_of("os", "mkdir"), text(canary)) + b"\x81)R",
+        "functools.partial",
+    ),
+    "newobj ex": (
+        lambda canary: (
+            b"\x80\x04" + name_of("functools", "partial") + items(name_of("os", "mkdir"), text(canary)) + b"}\x92)R"
+        ),
+        "functools.partial",
+    ),
+    "inside a state dict": (
+        lambda canary: state_dict(("x", number(1)), ("y", call(name_of("os", "mkdir"), text(canary)))),
+        "os.mkdir",
+    ),
+    "as a name": (lambda canary: b"}" + call(name_of("os", "mkdir"), text(canary)) + b"Ns", "os.mkdir"),
+    "thrown away": (lambda canary: call(name_of("os", "mkdir"), text(canary)) + b"0}", "os.mkdir"),
+    "in arguments": (
+        lambda canary: call(DICT_CLASS, b"]" + call(name_of("os", "mkdir"), text(canary)) + b"0"),
+        "os.mkdir",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "named"), MALICE.values(), ids=MALICE)
+def test_nothing_of_it_is_run_and_the_error_names_it(tmp_path: Path, make: Callable[[str], bytes], named: str) -> None:
+    canary = tmp_path / "canary"
+    described = pickled(make(str(canary)))
+    pickle.loads(described)
+    assert canary.is_dir(), "Python itself runs this"
+    canary.rmdir()
+    with pytest.raises(HostileFile) as caught:
+        read(tmp_path, described)
+    assert named in str(caught.value)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("torch.storage", "_load_from_bytes"), ("torch._utils", "_import_dotted_name"), ("torch", "load"),
+     ("torch._utils", "_rebuild_tensor_v2.__globals__"), ("torch", "FloatStorage.from_file"), ("torch", "nn.Module"),
+     ("torch.hub", "load"), ("torch.nn.modules.linear", "Linear"), ("numpy.core.multiarray", "_reconstruct"),
+     ("numpy", "dtype"), ("argparse", "Namespace"), ("collections", "namedtuple"), ("collections",
+     "OrderedDict.update"),
+     ("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor"), ("posix", "system"), ("nt", "system"),
+     ("subprocess", "Popen"), ("pickle", "loads"), ("os.path", "os.system"), ("", ""), ("os\n", "system"),
+     ("TORCH", "FloatStorage"), ("torch ", "FloatStorage"), ("torch", "floatstorage"), ("torch.cuda",
+     "FloatStorage\0")],
+)  # fmt: skip
+def test_only_exact_names_of_the_table_are_known(module: str, name: str) -> None:
+    with pytest.raises(HostileFile) as caught:
+        parse(b"\x80\x04" + stack_global(module, name) + b".")
+    assert f"{module}.{name}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        call(text("os.system"), text("x")), call(b"}", text("x")), call(number(3)), call(b"N"), call(storage()),
+        call(tensor()), call(FLOAT_STORAGE, number(3)), call(FLOAT32),
+        DICT_CLASS + b"]R", DICT_CLASS + b"}R",
+        DICT_CLASS + b")\x81", SIZE_CLASS + b")\x81",
+        DICT_CLASS + b")}\x92", b"(" + DICT_CLASS + b"o",
+        b"(icollections\nOrderedDict\n", b"\x82\x01", b"\x83\x01\0", b"\x84\x01\0\0\0",
+        tensor() + b"}b", storage() + b"}b", DICT_CLASS + b"}b",
+        FLOAT_STORAGE + b"}b", text("x") + b"}b", b")}b", b"]}b", ORDERED_DICT + text("x") + b"b",
+        ORDERED_DICT + items(b"}", b"}") + b"b",
+    ],
+    ids=brief,
+)  # fmt: skip
+def test_what_is_known_is_used_in_no_other_way(raw: bytes) -> None:
+    with pytest.raises(WconvError) as caught:
+        parse(pickled(raw))
+    assert caught.value.exit_code == 3
+
+
+def test_the_attributes_of_a_state_dict_are_let_go() -> None:
+    attributes = b"}" + text("_metadata") + ORDERED_DICT + b"s"
+    assert parse(pickled(ORDERED_DICT + attributes + b"b")) == {}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        call(REBUILD), call(REBUILD, storage()), call(REBUILD, text("0"), number(0), SHAPE, STRIDES, *NO_GRADIENT),
+        call(REBUILD, tensor(), number(0), SHAPE, STRIDES, *NO_GRADIENT),
+        call(REBUILD, FLOAT_STORAGE, number(0), SHAPE, STRIDES, *NO_GRADIENT),
+        call(REBUILD, storage(), b"N", SHAPE, STRIDES, *NO_GRADIENT),
+        call(REBUILD, storage(), b"\x88", SHAPE, STRIDES, *NO_GRADIENT),
+        call(REBUILD, storage(), number(0), number(4), number(1), *NO_GRADIENT),
+        call(REBUILD, storage(), number(0), items(b"G" + struct.pack(">d", 4)), STRIDES, *NO_GRADIENT),
+        call(REBUILD, storage(), number(0), items(b"\x88"), STRIDES, *NO_GRADIENT),
+        call(REBUILD, storage(), number(0), items(text("4")), STRIDES, *NO_GRADIENT),
+        call(REBUILD_3, storage(), number(0), SHAPE, STRIDES, *NO_GRADIENT),
+        call(REBUILD_3, storage(), number(0), SHAPE, STRIDES, *NO_GRADIENT, text("float32")),
+        call(REBUILD_3, text("0"), number(0), SHAPE, STRIDES, *NO_GRADIENT, FLOAT32),
+        call(REBUILD_3, tensor(), number(0), SHAPE, STRIDES, *NO_GRADIENT, FLOAT32),
+        call(REBUILD_3, b"N", number(0), SHAPE, STRIDES, *NO_GRADIENT, FLOAT32),
+        call(PARAMETER, storage(), b"\x88", ORDERED_DICT),
+        call(PARAMETER), call(SIZE_CLASS, number(3)),
+        b"NQ", b")Q", text("stora") + b"Q", items(*[b"N"] * 5) + b"Q", items(text("module"), *[b"N"] * 4) + b"Q",
+        items(text("storage"), text("FloatStorage"), text("0"), text("cpu"), number(4)) + b"Q",
+        items(text("storage"), FLOAT_STORAGE, number(0), text("cpu"), number(4)) + b"Q",
+        items(text("storage"), FLOAT_STORAGE, text("0"), b"N", number(4)) + b"Q",
+        items(text("storage"), FLOAT_STORAGE, text("0"), text("cpu"), text("4")) + b"Q",
+        items(text("storage"), FLOAT_STORAGE, text("0"), text("cpu"), number(-4)) + b"Q",
+        items(text("storage"), FLOAT_STORAGE, text("0"), text("cpu"), b"\x88") + b"Q",
+    ],
+    ids=brief,
+)  # fmt: skip
+def test_a_tensor_described_by_the_wrong_things(tmp_path: Path, raw: bytes) -> None:
+    with pytest.raises(BadFile):
+        read(tmp_path, pickled(state_dict(("x", raw))))
+
+
+# Damage
+
+
+@pytest.mark.parametrize("protocol", range(1, 6))
+def test_truncated_anywhere_it_is_refused(protocol: int) -> None:
+    raw = pickle.dumps({"a": [1, 2.5, "x", (None, True)], "b": {"c": -1, "long": 2**70}}, protocol)
+    for nbytes in range(len(raw)):
+        with pytest.raises(BadFile):
+            parse(raw[:nbytes])
+
+
+@pytest.mark.parametrize("code", [code for code in range(256) if code != ord(".")])
+def test_an_opcode_with_nothing_to_work_on(code: int) -> None:
+    one = bytes([code])
+    for raw in (one, one + b".", b"(" + one + bytes(8) + b"."):
+        assert exit_code_of(lambda raw=raw: parse(raw)) in (0, 3, 4)
+
+
+SNIPPETS = [
+    b"(", b")", b"]", b"}", b"t", b"l", b"d", b"a", b"e", b"s", b"u", b"0", b"1", b"2", b"N", b"\x88", b"K\x01",
+    b"K\x04",
+    b"\x85", b"\x86", b"\x87", b"R", b"b", b"Q", b"o", b"\x81", b"\x93", b"q\0", b"q\x01", b"h\0", b"h\x01", b"\x94",
+    b".",
+    text("x"), text("storage"), text("0"), text("cpu"), text("torch"), text("float32"), items(number(4)),
+    items(number(1)),
+    FLOAT_STORAGE, FLOAT32, DICT_CLASS, REBUILD, REBUILD_3,
+    SIZE_CLASS, PARAMETER, storage(), tensor(), ORDERED_DICT,
+    state_dict(("x", tensor())),
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(SNIPPETS), max_size=14).map(b"".join))
+def test_whatever_the_opcodes_only_errors_of_ours_come_out(scratch: Path, raw: bytes) -> None:
+    assert exit_code_of(lambda: read(scratch, raw + b".")) in (0, 3, 4)
+
+
+@given(st.data())
+def test_whatever_the_bytes_only_errors_of_ours_come_out(scratch: Path, data: st.DataObject) -> None:
+    raw = bytearray(pickled(state_dict(("a", tensor()), ("b", tensor()))))
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    assert exit_code_of(lambda: read(scratch, bytes(raw))) in (0, 3, 4)
+
+
+# Bombs: small files that ask for much memory or time
+
+
+@pytest.mark.parametrize("place", [2**16, 2**27, 2**31, 2**32 - 1])
+def test_a_memo_place_costs_what_it_holds(place: int) -> None:
+    raw = b"N" + b"r" + struct.pack("<I", place) + b"j" + struct.pack("<I", place) + b"."
+    with limits(nbytes=MB):
+        assert parse(raw) is None
+    with limits(nbytes=MB):
+        assert parse(b"Np%d\ng%d\n." % (place, place)) is None
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"\x8b\xff\xff\xff\x7f.", b"\x8b" + struct.pack("<I", 2 * MB) + bytes(2 * MB) + b".",
+     b"\x8a\xff" + bytes(255) + b".",
+     b"L" + b"9" * 2 * MB + b"L\n.", b"I" + b"9" * 2 * MB + b"\n.", b"X\xff\xff\xff\xff.", b"B\xff\xff\xff\xff.",
+     b"\x8d" + b"\xff" * 8 + b".", b"\x8e" + b"\xff" * 8 + b".", b"T\xff\xff\xff\x7f.", b"\x95" + b"\xff" * 8 + b".",
+     b"c" + b"a" * 2 * MB, b"c" + b"a" * MB + b"\n" + b"b" * MB, b"V" + b"a" * 2 * MB, b"p" + b"9" * 2 * MB + b"\n"],
+    ids=brief,
+)  # fmt: skip
+def test_a_length_that_is_a_lie_or_a_bomb(raw: bytes) -> None:
+    with limits(), pytest.raises(BadFile):
+        parse(raw)
+
+
+@pytest.mark.parametrize("end", [b".", b"}b.", b")R.", b"\x81.", b"Q.", b"\x93.", b"s."], ids=brief)
+@pytest.mark.parametrize(
+    "nested",
+    [b"N" + b"\x85" * 20_000, b"]" * 20_000 + b"a" * 19_999, b"(" * 20_000 + b"t" * 20_000,
+     b"}N" * 20_000 + b"N" + b"s" * 20_000],
+    ids=["tuples of one", "lists", "tuples", "dicts"],
+)  # fmt: skip
+def test_deep_nesting(tmp_path: Path, nested: bytes, end: bytes) -> None:
+    with limits(), pytest.raises(WconvError):
+        read(tmp_path, nested + end)
+
+
+@pytest.mark.parametrize("end", [b".", b"}b.", b")R.", b"}" + b"22s.", b"\x85Q."], ids=brief)
+def test_a_value_that_is_small_until_it_is_spelled_out(tmp_path: Path, end: bytes) -> None:
+    # Each list holds the one before twice: 2**20 items to print, if anybody did.
+    doubled = b"]" + b"".join(
+        b"q" + bytes([place]) + b"0]h" + bytes([place]) + b"ah" + bytes([place]) + b"a" for place in range(20)
+    )
+    with limits(), pytest.raises(WconvError):
+        read(tmp_path, doubled + end)
+
+
+def test_sizes_made_of_one_list_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each call would copy the list: a few MB of file, some GB of memory.
+    monkeypatch.setattr("converter.formats.torch_pickle.MAX_OPCODES", 200_000)
+    made = b"]q\0(" + b"K\x01" * 20_000 + b"e" + SIZE_CLASS + b"q\x01" + b"]q\x02(" + b"h\x01h\0\x85R" * 400 + b"e."
+    with limits(), pytest.raises(WconvError):
+        parse(made)
+
+
+def test_dicts_made_of_one_list_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("converter.formats.torch_pickle.MAX_OPCODES", 200_000)
+    pairs = b"".join(text(str(place)) + b"N\x86" for place in range(10_000))
+    ordered = DICT_CLASS + b"q\x01"
+    with limits(), pytest.raises(WconvError):
+        parse(b"]q\0(" + pairs + b"e" + ordered + b"](" + b"h\x01h\0\x85R" * 400 + b"e.")
+
+
+def test_tensors_of_one_long_shape_again_and_again() -> None:
+    # The shape is looked through for every tensor: quadratic, if it may be of any length.
+    shape = b"(" + b"K\x01" * 20_000 + b"tq\0"
+    rebuilt = b"".join(
+        [REBUILD, b"q\x01", storage(numel=1), b"q\x02", b"](", *[b"h\x01(h\x02K\0h\0h\0\x89NtR"] * 1000, b"e."]
+    )
+    with limits(seconds=1), pytest.raises(WconvError):
+        parse(shape + rebuilt)
+
+
+def test_steps_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("converter.formats.torch_pickle.MAX_OPCODES", 100)
+    assert parse(b"N0" * 49 + b"N.") is None
+    with pytest.raises(HostileFile, match="steps"):
+        parse(b"N0" * 51 + b"N.")
+
+
+@pytest.mark.parametrize("code", [b"]", b"}", b"}NNs"], ids=brief)
+def test_all_the_steps_there_may_be_take_some_hundred_megabytes(code: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadFile):
+            parse(code * 20_000)
+        nbytes_a_step = tracemalloc.get_traced_memory()[1] / (20_000 * len(code))
+    finally:
+        tracemalloc.stop()
+    assert nbytes_a_step * torch_pickle.MAX_OPCODES < 1024 * MB
+
+
+def test_a_long_pickle_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("converter.formats.torch_pickle.MAX_PICKLE_NBYTES", 10)
+    assert parse(b"N0" * 4 + b"N.") is None
+    with pytest.raises(HostileFile, match="too long"):
+        parse(b"N0" * 5 + b"N.")

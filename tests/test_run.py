@@ -1,0 +1,559 @@
+"""Carrying out a plan: on any executor, in little memory, always with the same bytes, all of it or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import (
+    assert_same,
+    flip_byte,
+    left_behind,
+    load_set,
+    make_state,
+    raw_bytes,
+    save,
+    save_bin_shards,
+    save_pipeline,
+    save_safetensors_shards,
+    snapshot,
+    write_json,
+)
+
+import converter.run
+import converter.stream
+from converter import Wishes, convert, plan_conversion, run_plan
+from converter.errors import BadFile, OutputRefused, SystemRefused
+from converter.plan import Target
+from converter.staging import open_staging
+
+STATE = make_state()
+MEMORY_CEILING_NBYTES = 64_000_000  # the interpreter and its imports take about 35 MB, buffers 4 MB
+TMPFS_NBYTES = 1 << 23
+
+
+def make_varied(folder: Path) -> Path:
+    """Write a sharded model of every kind of tensor: several dtypes, strided, tied, empty, longer than a chunk."""
+    generator = torch.Generator().manual_seed(3)
+    wide = torch.randn(300, 700, generator=generator)
+    state = {
+        "a.transposed": wide.T,
+        "b.wide": wide,
+        "c.tied": wide,
+        "d.ints": torch.arange(1001),
+        "e.half": torch.randn(999, generator=generator).half(),
+        "f.empty": torch.zeros(0, 4),
+        "g.scalar": torch.tensor(True),
+        "h.every_third": torch.randn(3000, generator=generator)[::3],
+        "i.bytes": torch.arange(200_003).to(torch.uint8),
+    }
+    names = list(state)
+    save({name: state[name] for name in names[:6]}, folder / "pytorch_model-00001-of-00002.bin")
+    save({name: state[name] for name in names[6:]}, folder / "pytorch_model-00002-of-00002.bin")
+    return folder
+
+
+# Executors.
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[Executor]:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def process_pool() -> Iterator[Executor]:
+    with processes() as pool:
+        yield pool
+
+
+@pytest.fixture(params=["none", "threads", "processes"])
+def executor(request, process_pool) -> Iterator[Executor | None]:
+    if request.param == "threads":
+        with ThreadPoolExecutor(3) as pool:
+            yield pool
+    else:
+        yield process_pool if request.param == "processes" else None
+
+
+def test_any_executor_gives_the_same_bytes(executor, tmp_path):
+    source = make_varied(tmp_path / "m")
+    convert(source, tmp_path / "expected", workers=1)
+    plan = plan_conversion(source, tmp_path / "out", Wishes())
+    seen: list[int] = []
+    result = run_plan(plan, executor, verify=True, progress=seen.append)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
+    assert result.verified
+    assert sum(seen) == 2 * sum(copy.nbytes for shard in plan.shards for copy in shard.copies)
+
+
+def test_an_executor_that_is_given_stays_open(tmp_path):
+    make_varied(tmp_path / "m")
+    with ThreadPoolExecutor(1) as pool:
+        convert(tmp_path / "m", tmp_path / "a", executor=pool)
+        convert(tmp_path / "m", tmp_path / "b", executor=pool)
+        assert pool.submit(int, "3").result() == 3
+
+
+def test_errors_come_through_processes(process_pool, tmp_path):
+    flip_byte(save(STATE, tmp_path / "m" / "pytorch_model.bin"), raw_bytes(STATE["c"]))
+    before = snapshot(tmp_path)
+    with pytest.raises(BadFile, match="CRC32"):
+        convert(tmp_path / "m", tmp_path / "out", executor=process_pool)
+    plan = plan_conversion(save(STATE, tmp_path / "x.bin"), tmp_path / "out", Wishes())
+    (tmp_path / "x.bin").unlink()
+    with pytest.raises(SystemRefused, match=r"x\.bin: no such file"):
+        run_plan(plan, process_pool)
+    assert snapshot(tmp_path) == before
+
+
+# The same bytes, whatever the circumstances.
+
+
+@pytest.mark.parametrize(
+    ("workers", "memory_nbytes", "verify"), list(itertools.product([1, 3], [1, 1 << 17, 1 << 26], [False, True]))
+)
+def test_workers_and_memory_change_nothing(workers, memory_nbytes, verify, tmp_path):
+    source = make_varied(tmp_path / "m")
+    wishes = Wishes(tied="duplicate", max_shard_nbytes=500_000)
+    convert(source, tmp_path / "expected", wishes)
+    convert(source, tmp_path / "out", wishes, workers=workers, memory_nbytes=memory_nbytes, verify=verify)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
+
+
+def test_values_and_bytes_are_those_of_save_file(tmp_path):
+    source = make_varied(tmp_path / "m")
+    convert(source, tmp_path / "out", Wishes(tied="duplicate"))
+    for number in (1, 2):
+        state = torch.load(source / f"pytorch_model-0000{number}-of-00002.bin", weights_only=True)
+        copied = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+        save_file(copied, tmp_path / "judge.safetensors", {"format": "pt"})
+        written = tmp_path / "out" / f"model-0000{number}-of-00002.safetensors"
+        assert written.read_bytes() == (tmp_path / "judge.safetensors").read_bytes()
+
+
+def test_the_hash_seed_changes_nothing(tmp_path):
+    save_pipeline(tmp_path / "m")
+    make_varied(tmp_path / "m" / "text_encoder_2")
+    for seed in ("1", "2"):
+        command = [sys.executable, "-m", "converter", "to-safetensors", "m", "-o", seed, "-q"]
+        subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": seed})
+    assert snapshot(tmp_path / "1") == snapshot(tmp_path / "2")
+
+
+def test_what_is_converted_twice_is_as_if_once(tmp_path):
+    source = make_varied(tmp_path / "m")
+    convert(source, tmp_path / "sharded", Wishes(max_shard_nbytes=300_000))
+    convert(tmp_path / "sharded", tmp_path / "again", Wishes(max_shard_nbytes=float("inf")))
+    convert(source, tmp_path / "once", Wishes(max_shard_nbytes=float("inf")))
+    assert_same(load_file(tmp_path / "again" / "model.safetensors"), load_file(tmp_path / "once" / "model.safetensors"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a umask")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_and_folders_follow_the_umask(umask, tmp_path):
+    save_pipeline(tmp_path / "m")
+    before = os.umask(umask)
+    try:
+        convert(tmp_path / "m", tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.suffix: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out" / "unet").iterdir()}
+    assert modes[".safetensors"] == 0o666 & ~umask
+    assert stat.S_IMODE((tmp_path / "out" / "unet").stat().st_mode) == 0o777 & ~umask
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
+
+
+# Memory.
+
+
+PEAK_OF = """
+import sys
+from converter.cli import main
+code = main(sys.argv[1:])
+status = open("/proc/self/status").read()
+print("peak", int(status.split("VmHWM:")[1].split()[0]) * 1024)
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("verify", [[], ["--verify"]], ids=["plain", "verify"])
+def test_a_tensor_of_256_mb_takes_no_more_memory_than_a_small_one(verify, tmp_path):
+    header = b'{"w":{"dtype":"F32","shape":[8192,8192],"data_offsets":[0,268435456]}}'
+    with (tmp_path / "big.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 28))
+    command = [sys.executable, "-c", PEAK_OF, "to-safetensors", "big.safetensors", "-o", "out", "-q", *verify]
+    done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+    shutil.rmtree(tmp_path / "out")
+    assert int(done.stdout.split("peak ")[1]) <= MEMORY_CEILING_NBYTES
+
+
+# What goes wrong.
+
+
+def test_a_staged_file_that_changes_is_caught(tmp_path, monkeypatch):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    before = snapshot(tmp_path)
+    check = converter.run.check_staged
+
+    def check_and_change(shard, staging):
+        check(shard, staging)
+        if shard.path.startswith("model-00002"):
+            flip_byte(staging.path_of(shard.path), raw_bytes(STATE["d"]))
+
+    monkeypatch.setattr(converter.run, "check_staged", check_and_change)
+    for wishes, output in ((Wishes(), tmp_path / "out"), (Wishes(delete_source=True), None)):
+        with pytest.raises(BadFile, match=r"model-00002-of-00003\.safetensors.*'d'"):
+            convert(source, output, wishes, verify=output is not None)
+        assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", ["short", "garbage", "another"])
+def test_a_staged_file_that_is_wrong_is_a_bug(damage, tmp_path, monkeypatch, wconv):
+    source = save(STATE, tmp_path / "m" / "pytorch_model.bin").parent
+    before = snapshot(tmp_path)
+    write = converter.run.write_piece
+
+    def write_wrongly(piece, chunk_nbytes):
+        parts = write(piece, chunk_nbytes)
+        if damage == "short":
+            os.truncate(piece.path, piece.path.stat().st_size - 1)
+        elif damage == "garbage":
+            piece.path.write_bytes(b"\0" * piece.path.stat().st_size)
+        else:
+            save_file({"a": STATE["a"]}, piece.path)
+        return parts
+
+    monkeypatch.setattr(converter.run, "write_piece", write_wrongly)
+    assert "bug in wconv" in wconv("to-safetensors", source, "-o", tmp_path / "out", exit_code=70).stderr
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_a_source_cut_short_while_it_is_read(suffix, tmp_path, monkeypatch):
+    source = save(STATE, tmp_path / "m" / f"model{suffix}")
+    write = converter.run.write_piece
+
+    def cut_and_write(piece, chunk_nbytes):
+        os.truncate(source, piece.steps[-1].copy.source.storage.offset + 3)
+        return write(piece, chunk_nbytes)
+
+    monkeypatch.setattr(converter.run, "write_piece", cut_and_write)
+    with pytest.raises(BadFile, match="shorter") as caught:
+        convert(source, tmp_path / "out")
+    assert caught.value.where == source
+    assert list(tmp_path.iterdir()) == [source.parent]
+
+
+def test_a_source_that_goes_away_while_it_is_read(tmp_path, monkeypatch):
+    source = save(STATE, tmp_path / "m" / "model.bin")
+    plan = plan_conversion(source, tmp_path / "out", Wishes())
+    source.unlink()
+    with pytest.raises(SystemRefused, match=r"model\.bin"):
+        run_plan(plan)
+    assert list(tmp_path.iterdir()) == [source.parent]
+
+
+def test_a_disk_that_is_full_before_the_first_byte(tmp_path, monkeypatch, wconv):
+    source = save(STATE, tmp_path / "m" / "pytorch_model.bin").parent
+    before = snapshot(tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(converter.run, "write_piece", lambda *_: pytest.fail("a byte was written"))
+    outcome = wconv("to-safetensors", source, exit_code=7)
+    assert "GB" in outcome.stderr or "MB" in outcome.stderr
+    assert snapshot(tmp_path) == before
+
+
+def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, wconv):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    before = snapshot(tmp_path)
+
+    def refuse(file, data):
+        file.write(data[:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(converter.stream, "_write_all", refuse)
+    for output in ([], ["-o", tmp_path / "out"]):
+        outcome = wconv("to-safetensors", source, *output, exit_code=7)
+        assert "no space left" in outcome.stderr.lower()
+        assert outcome.stderr.strip().count("\n") == 0
+        assert snapshot(tmp_path) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """Give the root of a file system of 8 MB."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    root = tmp_path / "disk"
+    root.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_NBYTES}", "tmpfs", root]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount")
+    try:
+        yield root
+    finally:
+        subprocess.run(["umount", "-l", root], check=True)
+
+
+def test_a_small_disk_is_refused_before_the_first_byte(small_disk, tmp_path, wconv):
+    source = save({"w": torch.ones(TMPFS_NBYTES // 4)}, tmp_path / "m" / "pytorch_model.bin")
+    outcome = wconv("to-safetensors", source, "-o", small_disk / "deep" / "out", exit_code=7)
+    assert "needs" in outcome.stderr
+    assert not list(small_disk.iterdir())
+
+
+def test_a_small_disk_that_another_fills_up(small_disk, tmp_path):
+    names = "abcdef"
+    state = {name: torch.ones(TMPFS_NBYTES // 4 // 10) for name in names}
+    source = save_bin_shards(state, tmp_path / "m").parent
+    other = small_disk / "other"
+
+    def fill_up(nbytes: int) -> None:
+        with contextlib.suppress(OSError), other.open("ab") as file:
+            file.write(bytes(TMPFS_NBYTES))
+
+    with pytest.raises(SystemRefused, match=r"(?i)no space left"):
+        convert(source, small_disk / "out", progress=fill_up, workers=1)
+    assert list(small_disk.iterdir()) == [other]
+    other.unlink()
+    convert(source, small_disk / "out")
+    assert_same(load_set(small_disk / "out"), state)
+
+
+def test_a_disk_may_be_the_new_folder(small_disk, tmp_path):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    convert(source, small_disk)
+    assert_same(load_set(small_disk), STATE)
+    assert not left_behind(tmp_path)
+
+
+def test_a_component_may_lie_on_another_disk(small_disk, tmp_path):
+    source = save_pipeline(tmp_path / "m")
+    convert(source, tmp_path / "expected")
+    shutil.move(source / "unet", small_disk / "unet")
+    (source / "unet").symlink_to(small_disk / "unet", target_is_directory=True)
+    convert(source)
+    for path in (tmp_path / "expected").rglob("*.safetensors*"):
+        assert (source / path.relative_to(tmp_path / "expected")).read_bytes() == path.read_bytes()
+    assert not left_behind(source)
+
+
+@pytest.fixture
+def as_somebody(tmp_path, wconv) -> Iterator[Path]:
+    """Become an ordinary user, where root would not be refused anything; give a folder that is this user's."""
+    if os.name != "posix":
+        pytest.skip("needs POSIX permissions")
+    # Such a user may not be allowed to read this interpreter's own files: nothing may be left to import.
+    wconv("to-safetensors", save_bin_shards(STATE, tmp_path / "first"))
+    root = Path(tempfile.mkdtemp(prefix="wconv-test-"))
+    root.chmod(0o777)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield root
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path in root.rglob("*"):
+            if path.is_dir():
+                path.chmod(0o755)
+        shutil.rmtree(root)
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    folder.chmod(0o555)
+    yield
+    folder.chmod(0o755)
+
+
+def test_a_read_only_folder(as_somebody, wconv):
+    source = save_bin_shards(STATE, as_somebody / "m").parent
+    before = snapshot(as_somebody)
+    with read_only(source):
+        outcome = wconv("to-safetensors", source, exit_code=7)
+        assert "permission denied" in outcome.stderr
+        assert outcome.stderr.strip().count("\n") == 0
+        wconv("to-safetensors", source, "-o", source / "out", exit_code=7)
+        wconv("to-safetensors", source, "-o", source / "deep" / "out", exit_code=7)
+        assert snapshot(as_somebody) == before
+        wconv("to-safetensors", source, "-o", as_somebody / "out")
+    assert_same(load_set(as_somebody / "out"), STATE)
+
+
+def test_a_read_only_folder_of_a_component(as_somebody, wconv):
+    source = save_pipeline(as_somebody / "m")
+    before = snapshot(as_somebody)
+    with read_only(source / "unet"):
+        outcome = wconv("to-safetensors", source, exit_code=7)
+        assert outcome.stderr.startswith(f"{source / 'unet'}")
+        assert snapshot(as_somebody) == before
+    wconv("to-safetensors", source)
+
+
+def test_a_source_that_may_not_be_read(as_somebody, wconv):
+    source = save(STATE, as_somebody / "m" / "pytorch_model.bin")
+    before = snapshot(as_somebody)
+    source.chmod(0o000)
+    for path in (source, source.parent):
+        outcome = wconv("to-safetensors", path, "-o", as_somebody / "out", exit_code=7)
+        assert outcome.stderr.startswith(f"{source}: permission denied")
+    source.chmod(0o644)
+    assert snapshot(as_somebody) == before
+
+
+def test_read_only_files_that_a_killed_run_left_are_taken_up(as_somebody, wconv):
+    source = save_bin_shards(STATE, as_somebody / "m").parent
+    write_json(source / "config.json", {}).chmod(0o444)
+    with open_staging(Target(as_somebody / "out", is_new=True)) as staging:
+        shutil.copy(source / "config.json", staging.path_of("config.json"))
+    wconv("to-safetensors", source, "-o", as_somebody / "out")
+    assert_same(load_set(as_somebody / "out"), STATE)
+
+
+# Taking up what a killed run left.
+
+
+def leave_behind(source: Path, output: Path, damage: Callable[[Path], object]) -> None:
+    """Leave a staging folder as a killed run does, its files damaged."""
+    plan = plan_conversion(source, output, Wishes())
+    convert(source, output)
+    with open_staging(plan.target) as staging:
+        shutil.copytree(output, staging.tree, dirs_exist_ok=True)
+        damage(staging.tree)
+    shutil.rmtree(output)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reused"),
+    [
+        (lambda tree: None, 3),
+        (lambda tree: flip_byte(tree / "model-00002-of-00003.safetensors", raw_bytes(STATE["c"])), 3),
+        (lambda tree: (tree / "model-00001-of-00003.safetensors").write_bytes(b"x"), 2),
+        (lambda tree: (tree / "model-00003-of-00003.safetensors").unlink(), 2),
+        (lambda tree: (tree / "stranger.txt").write_text("x"), 3),
+        (lambda tree: (tree / "model.safetensors.index.json").write_text("{}"), 3),
+    ],
+    ids=["whole", "flipped", "short", "missing", "stranger", "wrong-index"],
+)
+def test_what_a_killed_run_left_is_taken_up_and_not_trusted(damage, reused, tmp_path):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    convert(source, tmp_path / "expected")
+    leave_behind(source, tmp_path / "out", damage)
+    result = convert(source, tmp_path / "out")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
+    size = (tmp_path / "out" / "model-00001-of-00003.safetensors").stat().st_size
+    assert result.reused_nbytes == reused * size
+    assert not left_behind(tmp_path)
+
+
+def test_what_a_killed_run_left_of_another_source_is_not_mixed_in(tmp_path):
+    other = save_bin_shards(make_state(seed=5), tmp_path / "other").parent
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    leave_behind(other, tmp_path / "out", lambda tree: None)
+    convert(source, tmp_path / "out")
+    assert_same(load_set(tmp_path / "out"), STATE)
+
+
+# Two at once, and others who come between.
+
+
+def test_two_runs_into_one_output(tmp_path, wconv):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    for output in ([], ["-o", tmp_path / "out"]):
+        refused: list[str] = []
+
+        def run_another(nbytes: int, output=output, refused=refused) -> None:
+            refused.append(wconv("to-safetensors", source, *output, exit_code=5).stderr)
+
+        convert(source, output[1] if output else None, progress=run_another)
+        assert refused
+        assert all("another run" in line and line.count("\n") == 1 for line in refused)
+        assert_same(load_set(output[1] if output else source), STATE)
+    assert not left_behind(tmp_path)
+
+
+def test_two_processes_into_one_output(tmp_path):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    with open_staging(Target(tmp_path / "out", is_new=True)) as staging:
+        command = [sys.executable, "-m", "converter", "to-safetensors", source, "-o", tmp_path / "out"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        staging.remove()
+    assert (done.returncode, done.stderr.count("\n")) == (5, 1)
+    assert not (tmp_path / "out").exists()
+    assert not left_behind(tmp_path)
+
+
+def test_a_new_folder_that_another_makes_meanwhile(tmp_path):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    foreign = tmp_path / "out" / "theirs.txt"
+
+    def come_between(nbytes: int) -> None:
+        foreign.parent.mkdir(exist_ok=True)
+        foreign.write_text("x")
+
+    with pytest.raises((OutputRefused, SystemRefused)):
+        convert(source, tmp_path / "out", progress=come_between)
+    assert sorted(snapshot(tmp_path / "out")) == ["theirs.txt"]
+    assert not left_behind(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    convert(source, tmp_path / "out")
+    assert_same(load_set(tmp_path / "out"), STATE)
+
+
+def test_output_that_another_writes_meanwhile_is_not_overwritten(tmp_path):
+    source = save(STATE, tmp_path / "m" / "pytorch_model.bin").parent
+
+    def come_between(nbytes: int) -> None:
+        save(make_state(seed=9), source / "model.safetensors")
+
+    with contextlib.suppress(OutputRefused, SystemRefused):
+        convert(source, progress=come_between)
+    assert_same(load_set(source), make_state(seed=9))
+
+
+# Where the output is the source under another name.
+
+
+def spellings(folder: Path, link: Path) -> list[Path]:
+    """Spell a folder in other ways."""
+    link.symlink_to(folder, target_is_directory=True)
+    return [folder / ".." / folder.name, Path(os.path.relpath(folder)), link]
+
+
+@pytest.mark.parametrize("number", range(3), ids=["dotted", "relative", "link"])
+def test_deleting_the_source_spares_the_output_however_it_is_spelled(number, tmp_path, monkeypatch):
+    source = save_safetensors_shards(STATE, tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    output = spellings(source.parent, tmp_path / "link")[number]
+    convert(source, output, Wishes(overwrite=True, delete_source=True, max_shard_nbytes=64))
+    assert_same(load_set(source.parent), STATE)
+
+
+@pytest.mark.parametrize("number", range(3), ids=["dotted", "relative", "link"])
+def test_replacing_the_source_is_verified_however_it_is_spelled(number, tmp_path, monkeypatch):
+    source = save(STATE, tmp_path / "m" / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    output = spellings(source.parent, tmp_path / "link")[number]
+    assert convert(source, output, Wishes(overwrite=True, max_shard_nbytes=64)).verified
+    assert_same(load_set(source.parent), STATE)
