@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from converter.checkpoint import Checkpoint, WeightSet, open_checkpoint
+    from converter.choose import Wishes
     from converter.compare import verify
     from converter.conversion import convert, plan_conversion
     from converter.dtypes import DType
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from converter.folder import Component, ModelFolder, open_folder
     from converter.index import WeightIndex
     from converter.names import WeightsName
-    from converter.plan import Copy, Plan, Shard, Wishes, make_plan
+    from converter.plan import Copy, Plan, Shard, make_plan
+    from converter.rename import plan_rename
     from converter.run import Result, run_plan
     from converter.tensors import ByteRange, TensorInfo
 
@@ -50,7 +52,9 @@ _HOMES = {
     "folder": ("Component", "ModelFolder", "open_folder"),
     "index": ("WeightIndex",),
     "names": ("WeightsName",),
-    "plan": ("Copy", "Plan", "Shard", "Wishes", "make_plan"),
+    "choose": ("Wishes",),
+    "plan": ("Copy", "Plan", "Shard", "make_plan"),
+    "rename": ("plan_rename",),
     "run": ("Result", "run_plan"),
     "tensors": ("ByteRange", "TensorInfo"),
     "compare": ("verify",),
@@ -85,6 +89,7 @@ __all__ = [
     "open_checkpoint",
     "open_folder",
     "plan_conversion",
+    "plan_rename",
     "run_plan",
     "verify",
 ]

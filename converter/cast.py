@@ -1,18 +1,29 @@
-"""Numbers: chunks of bytes as numpy arrays. The only module that looks at values.
+"""Numbers: one chunk from dtype to dtype, counting what overflows. The only module that looks at values.
 
-bfloat16 and the 8-bit floats come from ml_dtypes, whose casts round to nearest even and agree with torch's bit for bit
-in every value that is not NaN.
+One kernel casts to all targets: numkong's, which rounds to nearest even. Compared with torch's ``.to()`` over all 2**32
+float32 patterns it agrees bit for bit in every value that is not NaN, for float16, bfloat16 and both 8-bit floats;
+numpy's float16 is 20 times slower, ml_dtypes' bfloat16 3 times, its 8-bit floats 50 times. Two things are mended here:
+its bfloat16 turns some NaNs into infinities, and what to do with a value that is too large is for the user to say. Both
+show in the output as its largest bit patterns, so one look for the maximum, at memory speed, finds the chunks that need
+a closer one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
+import numkong
 import numpy as np
 import numpy.typing as npt
 
 from converter.dtypes import DType
+
+if TYPE_CHECKING:
+    from converter.choose import OnOverflow
+
+Array = npt.NDArray[Any]
 
 _NUMPY_NAMES = {
     "U64": "u8", "I64": "i8", "F64": "f8", "C64": "c8", "F32": "f4", "U32": "u4", "I32": "i4", "F16": "f2",
@@ -28,29 +39,88 @@ _ML_NAMES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What a cast to a dtype needs to know; bit patterns are of the positive value."""
+
+    kernel: str  # numkong's name
+    limit: float  # magnitudes from here on round to more than the dtype holds
+    largest: int  # the largest finite value
+    infinity: int | None
+    nan: int
+    suspect: int  # magnitudes from this pattern on may be other than they should
+
+
+# A tie at the limit rounds to the even neighbour: up where the largest mantissa is odd, down in E4M3 (448 is even).
+# The kernels of the 8-bit floats end some NaNs, and some values that are too large, in patterns next to the right one.
+_TARGETS = {
+    "F32": _Target("float32", float.fromhex("0x1.ffffffp127"), 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7F800000),
+    "BF16": _Target("bfloat16", float.fromhex("0x1.ffp127"), 0x7F7F, 0x7F80, 0x7FC0, 0x7F80),
+    "F16": _Target("float16", 65520.0, 0x7BFF, 0x7C00, 0x7E00, 0x7C00),
+    "F8_E5M2": _Target("e5m2", 61440.0, 0x7B, 0x7C, 0x7F, 0x7C),
+    "F8_E4M3": _Target("e4m3", float(np.nextafter(464.0, 465.0)), 0x7E, None, 0x7F, 0x7E),
+}
+
+
+def cast_chunk(chunk: memoryview, before: DType, out: memoryview, after: DType, on_overflow: OnOverflow) -> int:
+    """Cast a chunk of ``before`` into ``out`` as ``after``; give the number of values that are too large for it.
+
+    ``saturate`` makes those the largest finite value, anything else infinity (NaN in E4M3, which has none). NaN stays
+    NaN. float64 goes by way of float32, as in torch.
+    """
+    target = _TARGETS[after.tag]
+    values, cast = as_array(chunk, before), as_array(out, after)
+    numkong.astype(_as_float32(values, after), target.kernel, out=cast)
+    bits = as_bits(cast)
+    # As signed integers the positive magnitudes are the largest, as unsigned ones the negative.
+    sign = 1 << (after.bits - 1)
+    if bits.view(f"i{after.itemsize}").max() < target.suspect and bits.max() < sign | target.suspect:
+        return 0
+    return _mend(values, bits, sign, target, on_overflow)
+
+
+def _as_float32(values: Array, after: DType) -> Array:
+    """Go by way of float32 where the kernel would round twice, or not to nearest."""
+    if values.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            return values.astype(np.float32)
+    if after.bits == 8 and values.dtype != np.float32:
+        return np.asarray(numkong.astype(values, "float32"))
+    return values
+
+
+def _mend(values: Array, bits: Array, sign: int, target: _Target, on_overflow: OnOverflow) -> int:
+    """Set the bits of NaNs and of what is too large; give the number of the latter."""
+    with np.errstate(invalid="ignore"):
+        wide = values.astype(np.float64)
+    signs = np.where(np.signbit(wide), sign, 0).astype(bits.dtype)
+    too_large = np.abs(wide) >= target.limit
+    bits[...] = np.where(np.isnan(wide), signs | target.nan, bits)
+    if target.infinity is not None:
+        bits[...] = np.where(np.isinf(wide), signs | target.infinity, bits)
+        too_large &= np.isfinite(wide)
+    beyond = target.nan if target.infinity is None else target.infinity
+    bits[...] = np.where(too_large, signs | (target.largest if on_overflow == "saturate" else beyond), bits)
+    return int(too_large.sum())
+
+
 def numpy_dtype(dtype: DType) -> np.dtype[Any] | None:
     """Give numpy's dtype for one of ours; None for the packed ones (F4, F6), which have none."""
     name = _NUMPY_NAMES.get(dtype.tag) or _ML_NAMES.get(dtype.tag)
     return np.dtype(name).newbyteorder("<") if isinstance(name, str) else np.dtype(name) if name else None
 
 
-def as_array(chunk: memoryview, dtype: DType) -> npt.NDArray[Any]:
+def as_array(chunk: memoryview, dtype: DType) -> Array:
     """View a chunk as a flat array of its elements; single bytes where numpy has no such dtype."""
     return np.frombuffer(chunk, numpy_dtype(dtype) or np.dtype("u1"))
 
 
-def as_bits(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def as_bits(values: Array) -> Array:
     """View elements as unsigned integers (pairs of them for complex ones), so that equal means the same bits."""
     return values.view(f"u{min(values.dtype.itemsize, 4)}" if values.dtype.kind == "c" else f"u{values.dtype.itemsize}")
 
 
-def cast_values(values: npt.NDArray[Any], dtype: DType) -> npt.NDArray[Any]:
-    """Cast an array of real numbers to a dtype, to nearest even; what is too large becomes infinite or NaN."""
-    with np.errstate(all="ignore"):
-        return values.astype(numpy_dtype(dtype))
-
-
-def errors(before: npt.NDArray[Any], after: npt.NDArray[Any]) -> tuple[float, float]:
+def errors(before: Array, after: Array) -> tuple[float, float]:
     """Give the largest absolute and the largest relative difference of two arrays of real numbers, both shapes alike.
 
     Differences between two NaNs, or two like infinities, are none.

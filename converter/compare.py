@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from converter.checkpoint import Checkpoint, WeightSet, open_checkpoint
+from converter.choose import only_set
 from converter.folder import Component, open_folder
-from converter.plan import only_set
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.stream import PIECE_NBYTES, SourceFiles, read_range
 from converter.tensors import TensorInfo
@@ -217,10 +217,14 @@ def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[ValueErrors]:
 
 
 def _value_errors(pair: _Pair, view_a: memoryview, view_b: memoryview) -> ValueErrors:
-    from converter.cast import as_array, as_bits, cast_values, errors
+    from converter.cast import as_array, as_bits, cast_chunk, errors
 
     before, after = as_array(view_a, pair.a.dtype), as_array(view_b, pair.b.dtype)
-    expected = before if pair.a.dtype is pair.b.dtype else cast_values(before, pair.b.dtype)
+    expected = before
+    if pair.a.dtype is not pair.b.dtype:
+        rounded = memoryview(bytearray(len(view_b)))
+        cast_chunk(view_a, pair.a.dtype, rounded, pair.b.dtype, "inf")
+        expected = as_array(rounded, pair.b.dtype)
     wrong = as_bits(expected) != as_bits(after)
     if pair.a.dtype is not pair.b.dtype:
         wrong &= ~((expected != expected) & (after != after))  # a NaN may change its payload in a cast

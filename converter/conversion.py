@@ -8,10 +8,11 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from converter.checkpoint import WeightSet, find_weight_sets, open_checkpoint
+from converter.choose import Wishes, choose_sets
 from converter.errors import BadRequest, OutputRefused
 from converter.folder import Component, ModelFolder, find_rest, open_folder
 from converter.names import WeightsName, parse_name
-from converter.plan import Plan, Target, Wishes, choose_sets, make_plan
+from converter.plan import Plan, Target, make_plan
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
 from converter.staging import open_target, recover
 
@@ -19,15 +20,19 @@ _NO_WISHES = Wishes()
 
 
 def plan_conversion(source: Path, output: Path | None, wishes: Wishes) -> Plan:
-    """Plan the conversion of every weight set of ``source`` to safetensors, beside it or into ``output``.
+    """Plan a conversion of ``source``, beside it or into ``output``.
 
     A plan without sets means that there is nothing to do. Raises WconvError as the commands do.
     """
+    if wishes.in_place and output is not None:
+        raise BadRequest(output, "is given, and --in-place too", "Choose one.")
     folder = open_folder(source)
-    output, renamed = _split_output(folder, output)
+    output, renamed = _split_output(folder, output, wishes)
     target = open_target(folder, output, wishes.overwrite)
     chosen = choose_sets(folder, wishes)
     elsewhere = output is not None and not (output.exists() and output.samefile(folder.root))
+    if wishes.dtype and wishes.variant == "none" and not elsewhere:
+        raise BadRequest(source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
     checkpoints = [(component, open_checkpoint(weight_set)) for component, weight_set in chosen]
     if renamed:
         component, checkpoint = checkpoints[0]
@@ -37,7 +42,7 @@ def plan_conversion(source: Path, output: Path | None, wishes: Wishes) -> Plan:
     existing = _find_existing(target, [component for component, _ in chosen])
     plan = make_plan(folder, checkpoints, target, wishes, existing, carried, notes)
     if not plan.sets:
-        _refuse_beside(chosen)
+        _refuse_beside(chosen, wishes)
     return plan
 
 
@@ -52,7 +57,7 @@ def convert(
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """Convert every weight set of ``source`` to safetensors, beside it or into ``output``.
+    """Convert the weights of ``source`` as ``wishes`` say, by default every set to safetensors, beside it or elsewhere.
 
     All of the output is there afterwards, or nothing; the source is never changed unless ``wishes.delete_source`` says
     so, and then only after every value was compared. Raises WconvError.
@@ -83,20 +88,22 @@ def prepare(source: Path, output: Path | None, wishes: Wishes, recovering: bool 
     return request, plan_conversion(source, output, wishes)
 
 
-def _split_output(folder: ModelFolder, output: Path | None) -> tuple[Path | None, WeightsName | None]:
+def _split_output(folder: ModelFolder, output: Path | None, wishes: Wishes) -> tuple[Path | None, WeightsName | None]:
     """Tell an output folder from an output file; the latter gives a single set its name."""
-    if output is None or output.suffix != ".safetensors" or output.is_dir():
+    parsed = parse_name(output.name) if output and not output.is_dir() else None
+    if output is None or parsed is None:
         return output, None
-    if folder.kind != "file":
+    if folder.kind != "file" or parsed.role != "single":
         raise BadRequest(output, "is a file name, and the source is a folder", "Name a folder for the output.")
-    parsed = parse_name(output.name)
-    return output.parent, parsed.name if parsed else None
+    if wishes.form and parsed.name.format != wishes.form:
+        raise BadRequest(output, f"is no name for a {wishes.form} file", "Name a folder, or give it the right ending.")
+    return output.parent, parsed.name
 
 
-def _refuse_beside(chosen: Sequence[tuple[Component, WeightSet]]) -> None:
+def _refuse_beside(chosen: Sequence[tuple[Component, WeightSet]], wishes: Wishes) -> None:
     """Refuse, where nothing is left to write, to pass over another form of weights whose output is there."""
     for component, found in chosen:
-        if any(other is not found and other.name.as_safetensors() == found.name for other in component.weight_sets):
+        if any(other is not found and wishes.name_output(other.name) == found.name for other in component.weight_sets):
             raise OutputRefused(found.path, "exists", "Use --overwrite to write it again, or -o for a new folder.")
 
 

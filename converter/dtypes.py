@@ -64,6 +64,11 @@ _ROWS: tuple[tuple[str, int, str, str, tuple[str, ...], bool], ...] = (
     ("BOOL", 8, "bool", "BoolStorage", (), False),
 )
 
+RECAST_SOURCES = frozenset({"F64", "F32", "BF16", "F16"})
+"""What is cast when a dtype is asked for; 8-bit floats are not: theirs are another model's scales."""
+
+RECAST_TARGETS = ("fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
+
 DTYPES: dict[str, DType] = {row[0]: DType(*row, rank) for rank, row in enumerate(_ROWS)}
 """By safetensors tag."""
 

@@ -18,6 +18,9 @@ from typing import Literal
 
 from converter.errors import BadRequest
 
+Format = Literal["safetensors", "torch"]
+"""The two that are written; what is read is for the first bytes of a file to say."""
+
 WEIGHT_EXTENSIONS = ("safetensors", "bin", "pt", "pth", "ckpt")
 
 # The stems of which every dotted tail is a variant; of another stem it is one only if it is a well-known tag.
@@ -26,6 +29,7 @@ _KNOWN_TAGS = re.compile(r"(?:fp|bf|f|int)\d+\w*|(?:non_?)?ema", re.IGNORECASE)
 
 # transformers names the same weights by format (``WEIGHTS_NAME`` and ``SAFE_WEIGHTS_NAME``); diffusers does not.
 _SAFETENSORS_STEMS = {"pytorch_model": "model"}
+_TORCH_STEMS = {"model": "pytorch_model"}
 
 _EXT = "|".join(WEIGHT_EXTENSIONS)
 _INDEX = re.compile(rf"(?P<base>.+)\.(?P<ext>{_EXT})(?P<old>\.[^.]+)?\.index(?P<new>\.[^.]+)?\.json")
@@ -68,9 +72,16 @@ class WeightsName:
             return (self.single,)
         return tuple(self.shard(number, count) for number in range(1, count + 1))
 
-    def as_safetensors(self) -> WeightsName:
-        """Name the same weights in safetensors: ``pytorch_model.bin`` becomes ``model.safetensors``."""
-        return replace(self, stem=_SAFETENSORS_STEMS.get(self.stem, self.stem), ext="safetensors")
+    def in_format(self, form: Format | None) -> WeightsName:
+        """Name the same weights in a format: ``pytorch_model.bin`` becomes ``model.safetensors`` and back."""
+        if form is None or form == self.format:
+            return self
+        stems, ext = (_SAFETENSORS_STEMS, "safetensors") if form == "safetensors" else (_TORCH_STEMS, "bin")
+        return replace(self, stem=stems.get(self.stem, self.stem), ext=ext)
+
+    @property
+    def format(self) -> Format:
+        return "safetensors" if self.ext == "safetensors" else "torch"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,45 +6,30 @@ Printing a Plan is the dry run; pickling it sends it elsewhere.
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from converter.checkpoint import Checkpoint, WeightSet
-from converter.dtypes import DType
+from converter.choose import Tied, Wishes
+from converter.dtypes import DTYPES, RECAST_SOURCES, DType
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.folder import Component, ModelFolder
-from converter.formats.safetensors import build_header, sort_key
+from converter.formats import FORMATS
 from converter.index import WeightIndex
-from converter.names import WeightsName, check_variant
+from converter.keep_fp32 import keep_rule
+from converter.names import Format, WeightsName
 from converter.tensors import TensorInfo, find_ties
-
-Tied = Literal["first", "duplicate"]
 
 # Renamed on load, but only where the checkpoint is one file (``_fix_state_dict_keys_on_load`` and its call in
 # ``diffusers/models/modeling_utils.py``): in shards these tensors are silently not used.
 _OLD_ATTENTION_CLASSES = frozenset({"AutoencoderKL", "VQModel", "UNet2DModel"})
 _OLD_ATTENTION_NAME = re.compile(r".*\.attentions\.\d+\.(query|key|value|proj_attn)\.(weight|bias)")
-
-
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What the user asks of a conversion; each field is an option of the command line.
-
-    ``variant`` and ``from_variant`` are a tag, ``"none"`` for untagged, or None for the source's own;
-    ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file.
-    """
-
-    variant: str | None = None
-    from_variant: str | None = None
-    components: tuple[str, ...] = ()
-    max_shard_nbytes: float | None = None
-    tied: Tied | None = None
-    overwrite: bool = False
-    delete_source: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +47,28 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One weight file to be written: ``path`` from the target folder, its header, and the tensors in file order."""
+    """One weight file to be written: ``path`` from the target folder, and the tensors in file order.
+
+    ``header`` begins the file; what else a format needs between and after the tensors is written when their bytes are
+    there. ``ties`` are names left out, each with the name in this file that it stands for. With a ``link`` the file comes
+    out as the one that is there, byte for byte.
+    """
 
     path: str
+    format: Format
     header: bytes
     copies: tuple[Copy, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.copies[-1].offset + self.copies[-1].nbytes if self.copies else len(self.header)
+    nbytes: int
+    ties: Mapping[str, str]
+    link: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SetPlan:
-    """One weight set to be written, from one that was read. ``ties`` maps each name left out to the name that stays."""
+    """One weight set to be written, from one that was read.
+
+    ``ties`` maps each name left out to the name that stays, ``kept`` are the tensors that stay float32 in a recast.
+    """
 
     component: str
     source: WeightSet
@@ -83,6 +76,7 @@ class SetPlan:
     shards: tuple[Shard, ...]
     index: tuple[str, bytes] | None
     ties: Mapping[str, str]
+    kept: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -106,14 +100,15 @@ class Target:
 class Plan:
     """All that a conversion writes, carries over and removes.
 
-    ``carried`` are pairs of a path from the target folder and the file it is copied from; ``superseded`` are paths from
-    the target folder that go once the new files are there; ``delete`` are source files that go last.
+    ``carried`` are pairs of a path from the target folder and the file it is copied from, ``edited`` such of a path and
+    its content; ``superseded`` are paths from the target folder that go once the new files are there; ``delete`` are source files that go last.
     """
 
     source: ModelFolder
     target: Target
     sets: tuple[SetPlan, ...]
     carried: tuple[tuple[str, Path], ...] = ()
+    edited: tuple[tuple[str, bytes], ...] = ()
     superseded: tuple[str, ...] = ()
     delete: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
@@ -124,9 +119,14 @@ class Plan:
         return tuple(shard for planned in self.sets for shard in planned.shards)
 
     @property
-    def texts(self) -> tuple[tuple[str, bytes], ...]:
+    def indexes(self) -> tuple[tuple[str, bytes], ...]:
         """The indexes, as pairs of a path from the target folder and content."""
         return tuple(planned.index for planned in self.sets if planned.index)
+
+    @property
+    def texts(self) -> tuple[tuple[str, bytes], ...]:
+        """All files whose content is known now, as pairs of a path from the target folder and content."""
+        return (*self.edited, *self.indexes)
 
     @property
     def destroys_source(self) -> bool:
@@ -146,54 +146,6 @@ class Plan:
         return sum(planned.nbytes for planned in self.sets)
 
 
-def choose_sets(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
-    """Choose what a command that takes every variant converts, a component at a time.
-
-    Of several sets of one variant the safetensors one is taken, unless it is to be overwritten. Raises BadRequest where
-    a wish names a component or a variant that is not there, or where one variant is there twice in one format.
-    """
-    known = {component.name for component in folder.components}
-    for name in wishes.components:
-        if name not in known:
-            raise BadRequest(folder.path, f"has no component {name!r}", f"It has: {', '.join(sorted(known))}.")
-    components = [c for c in folder.components if not wishes.components or c.name in wishes.components]
-    chosen = [(component, found) for component in components for found in _choose(component, wishes)]
-    tag = _tag(wishes.from_variant)
-    if wishes.from_variant and not any(weight_set.name.variant == tag for _, weight_set in chosen):
-        raise BadRequest(folder.path, f"has no variant {wishes.from_variant!r}", "'wconv inspect' lists what it has.")
-    return chosen
-
-
-def _choose(component: Component, wishes: Wishes) -> list[WeightSet]:
-    by_output: dict[WeightsName, list[WeightSet]] = {}
-    for weight_set in component.weight_sets:
-        by_output.setdefault(weight_set.name.as_safetensors(), []).append(weight_set)
-    best = [only_set(component, sets, prefer_others=wishes.overwrite) for sets in by_output.values()]
-    if wishes.from_variant is None:
-        return best
-    # As Diffusers does it: a component that lacks the variant gives its untagged weights.
-    tag = _tag(wishes.from_variant)
-    return [s for s in best if s.name.variant == tag] or [s for s in best if s.name.variant is None]
-
-
-def only_set(component: Component, sets: Sequence[WeightSet], prefer_others: bool = False) -> WeightSet:
-    """Give the one set that is meant where several hold the same weights: the safetensors one, or one of the others.
-
-    Raises BadRequest where that does not decide.
-    """
-    ready = [weight_set for weight_set in sets if weight_set.name.ext == "safetensors"]
-    others = [weight_set for weight_set in sets if weight_set.name.ext != "safetensors"]
-    candidates = (others or ready) if prefer_others else (ready or others)
-    if len(candidates) > 1:
-        names = " and ".join(weight_set.path.name for weight_set in candidates)
-        raise BadRequest(component.path, f"has the same weights twice: {names}", "Name the one you want.")
-    return candidates[0]
-
-
-def _tag(variant: str | None) -> str | None:
-    return None if variant in (None, "none") else variant
-
-
 def make_plan(
     folder: ModelFolder,
     checkpoints: Iterable[tuple[Component, Checkpoint]],
@@ -203,32 +155,41 @@ def make_plan(
     carried: Iterable[Path] = (),
     notes: Iterable[str] = (),
 ) -> Plan:
-    """Plan a conversion to safetensors of opened checkpoints; ``existing`` are the target's own sets, by component.
+    """Plan a conversion of opened checkpoints; ``existing`` are the target's own sets, by component.
 
-    What would come out as it lies there is left out.
-    Raises BadRequest, OutputRefused or Unsupported for what cannot or must not be done.
+    What would come out as it lies there is left out. Raises BadRequest, OutputRefused or Unsupported for what cannot or
+    must not be done.
     """
-    sets = []
+    sets: list[SetPlan] = []
+    remarks = list(notes)
+    edited: dict[str, bytes] = {}
     for component, checkpoint in checkpoints:
-        name = checkpoint.name.as_safetensors()
-        if wishes.variant is not None:
-            name = replace(name, variant=_tag(wishes.variant) and check_variant(wishes.variant))
-        planned = _plan_set(component, checkpoint, name, wishes)
-        if not _is_there(planned, checkpoint, existing.get(component.name, ())):
+        planned = _plan_set(component, checkpoint, wishes, in_place=_is_beside(component, target))
+        there = existing.get(component.name, ())
+        if wishes.dtype and not wishes.overwrite and any(old.name == planned.name != checkpoint.name for old in there):
+            remarks.append(f"{planned.shards[0].path}: is there already, and stays as it is")
+        elif not _is_there(planned, checkpoint, there):
             sets.append(planned)
+            edited.update(_edit_config(component, planned, target, wishes))
     _check_collisions(folder, sets)
     superseded = () if target.is_new else tuple(_find_superseded(existing, sets, wishes))
     sources = tuple(p.source.folder / name for p in sets for name in p.source.all_names) if wishes.delete_source else ()
+    along = ((path.relative_to(folder.root).as_posix(), path) for path in carried)
     return Plan(
         source=folder,
         target=target,
         sets=tuple(sets),
-        carried=tuple((path.relative_to(folder.root).as_posix(), path) for path in carried),
+        carried=tuple((name, path) for name, path in along if name not in edited),
+        edited=tuple(edited.items()),
         superseded=superseded,
         delete=tuple(path for path in sources if path not in {target.folder / name for name in superseded}),
-        notes=tuple(notes),
+        notes=tuple(remarks),
         wishes=wishes,
     )
+
+
+def _is_beside(component: Component, target: Target) -> bool:
+    return not target.is_new and component.path == target.folder / component.name
 
 
 def _is_there(planned: SetPlan, checkpoint: Checkpoint, existing: Sequence[WeightSet]) -> bool:
@@ -236,8 +197,12 @@ def _is_there(planned: SetPlan, checkpoint: Checkpoint, existing: Sequence[Weigh
     if planned.source not in existing or planned.name != planned.source.name or planned.source.is_legacy:
         return False
     before = [{info.name for info in file.tensors} for file in checkpoint.files]
-    after = [{copy.source.name for copy in shard.copies} for shard in planned.shards]
-    return before == after
+    after = [{copy.source.name for copy in shard.copies} | shard.ties.keys() for shard in planned.shards]
+    return before == after and not any(_casts(shard) for shard in planned.shards)
+
+
+def _casts(shard: Shard) -> bool:
+    return any(copy.dtype is not copy.source.dtype for copy in shard.copies)
 
 
 def _check_collisions(folder: ModelFolder, sets: Sequence[SetPlan]) -> None:
@@ -258,34 +223,58 @@ def _find_superseded(
     for planned in sets:
         for old in existing.get(planned.component, ()):
             if old.name == planned.name:
-                if not wishes.overwrite:
+                if not (wishes.overwrite or (wishes.in_place and old == planned.source)):
                     raise OutputRefused(old.path, "exists", "Use --overwrite to replace it, or -o for a new folder.")
                 yield from ((Path(planned.component) / name).as_posix() for name in old.all_names)
 
 
-def _plan_set(component: Component, checkpoint: Checkpoint, name: WeightsName, wishes: Wishes) -> SetPlan:
-    tied = wishes.tied or default_tied(component)
-    ties = find_ties(checkpoint.tensors) if tied == "first" else {}
-    recorded = {dropped: kept for dropped, kept in checkpoint.metadata.items() if dropped != "format"}
-    if "format" in ties:
-        raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
+def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_place: bool) -> SetPlan:
+    name = wishes.name_output(checkpoint.name)
+    _check_quantized(component, checkpoint, wishes)
+    ties = _find_ties(component, checkpoint, name.format, wishes)
+    keep = _keep_rule(component, wishes)
+    casts = {info.name: _target_dtype(info, wishes, keep) for info in checkpoint.tensors}
     groups = [[info for info in file.tensors if info.name not in ties] for file in checkpoint.files]
     if wishes.max_shard_nbytes is not None:
-        tensors = [info for group in groups for info in group]
-        parts = split_into_shards([info.nbytes for info in tensors], wishes.max_shard_nbytes)
+        tensors = list(itertools.chain.from_iterable(groups))
+        parts = split_into_shards([casts[info.name].nbytes(info.numel) for info in tensors], wishes.max_shard_nbytes)
         groups = [[tensors[place] for place in part] for part in parts]
     groups = [group for group in groups if group] or [[]]
-    _check_old_attention(component, checkpoint, len(groups))
-    file_names = name.files(len(groups))
+    _check_shard_count(component, checkpoint, name, len(groups), wishes)
     base = Path(component.name)
-    shards = tuple(
-        _plan_shard((base / file_name).as_posix(), group, _metadata(group, ties, recorded, len(groups)))
+    file_names = name.files(len(groups))
+    shards = [
+        _plan_shard((base / file_name).as_posix(), name.format, group, casts, ties, _notes_of(group, checkpoint))
         for file_name, group in zip(file_names, groups, strict=True)
-    )
+    ]
+    if in_place:
+        shards = [_link_if_same(shard, checkpoint) for shard in shards]
     index = None
     if len(shards) > 1:
         index = ((base / name.index).as_posix(), _build_index(checkpoint, shards, file_names).render())
-    return SetPlan(component.name, checkpoint.weight_set, name, shards, index, ties, checkpoint.notes)
+    kept = tuple(info.name for info in checkpoint.tensors if keep(info.name) and info.dtype.tag in RECAST_SOURCES)
+    return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, checkpoint.notes)
+
+
+def _check_quantized(component: Component, checkpoint: Checkpoint, wishes: Wishes) -> None:
+    if wishes.dtype and "quantization_config" in component.config and not wishes.force:
+        raise Unsupported(
+            checkpoint.weight_set.path,
+            "is quantized (its config.json has a quantization_config): a cast would ruin it",
+            "Recast the model it was made from, or use --force.",
+        )
+
+
+def _find_ties(component: Component, checkpoint: Checkpoint, form: Format, wishes: Wishes) -> dict[str, str]:
+    """Map the names that are not written to those that are; in a torch file they stay, as a second name."""
+    if form == "torch":
+        names = {info.name for info in checkpoint.tensors}
+        recorded = {name: kept for name, kept in checkpoint.metadata.items() if kept in names and name not in names}
+        return {} if wishes.tied == "duplicate" else {**find_ties(checkpoint.tensors), **recorded}
+    ties = find_ties(checkpoint.tensors) if (wishes.tied or default_tied(component)) == "first" else {}
+    if "format" in ties:
+        raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
+    return ties
 
 
 def default_tied(component: Component) -> Tied:
@@ -299,47 +288,125 @@ def default_tied(component: Component) -> Tied:
     return "first"
 
 
-def _metadata(
-    group: Sequence[TensorInfo], ties: Mapping[str, str], recorded: Mapping[str, str], count: int
-) -> dict[str, str]:
-    names = {info.name for info in group}
+def _keep_rule(component: Component, wishes: Wishes) -> Callable[[str], bool]:
+    if wishes.dtype is None or wishes.dtype.bits >= 32:
+        return lambda name: False
+    try:
+        patterns = [re.compile(pattern) for pattern in wishes.keep_fp32]
+    except re.error as error:
+        raise BadRequest(repr(error.pattern), f"is no regular expression ({error})") from None
+    rule = keep_rule(component.class_name, component.is_diffusers, wishes.dtype)
+    return lambda name: rule(name) or any(pattern.search(name) for pattern in patterns)
+
+
+def _target_dtype(info: TensorInfo, wishes: Wishes, keep: Callable[[str], bool]) -> DType:
+    if wishes.dtype is None or info.dtype.tag not in RECAST_SOURCES:
+        return info.dtype
+    return DTYPES["F32"] if keep(info.name) else wishes.dtype
+
+
+def _notes_of(group: Sequence[TensorInfo], checkpoint: Checkpoint) -> dict[str, str]:
+    """Give the notes of the source's header that go with these tensors: a tie goes with the tensor it names."""
+    mine = {info.name for info in group}
+    others = {info.name for info in checkpoint.tensors} - mine
+    return {key: value for key, value in checkpoint.metadata.items() if key != "format" and value not in others}
+
+
+def _plan_shard(
+    path: str,
+    form: Format,
+    tensors: Sequence[TensorInfo],
+    casts: Mapping[str, DType],
+    ties: Mapping[str, str],
+    notes: Mapping[str, str],
+) -> Shard:
+    names = {info.name for info in tensors}
     mine = {dropped: kept for dropped, kept in ties.items() if kept in names}
-    # Notes of a source header go along; one that names a tensor goes with that tensor's shard.
-    notes = {key: value for key, value in recorded.items() if count == 1 or value in names}
-    return {**notes, **mine, "format": "pt"}
+    described = [(info.name, casts[info.name], info.shape) for info in tensors]
+    lay_out = FORMATS[form].lay_out
+    try:
+        layout = lay_out(described, mine, notes)
+    except ValueError as error:
+        raise Unsupported(path, str(error)) from None
+    copies = (
+        Copy(tensors[place], casts[tensors[place].name], offset)
+        for place, offset in zip(layout.order, layout.offsets, strict=True)
+    )
+    return Shard(path, form, layout.header, tuple(copies), layout.nbytes, mine)
 
 
-def _plan_shard(path: str, tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> Shard:
-    ordered = sorted(tensors, key=lambda info: sort_key(info.dtype, info.name))
-    header = build_header([(info.name, info.dtype, info.shape) for info in ordered], metadata)
-    copies = []
-    offset = len(header)
-    for info in ordered:
-        copies.append(Copy(info, info.dtype, offset))
-        offset += info.nbytes
-    return Shard(path, header, tuple(copies))
+def _link_if_same(shard: Shard, checkpoint: Checkpoint) -> Shard:
+    """Let a shard be linked to a file of the set that it replaces, where it would be the same, byte for byte."""
+    for file in checkpoint.files:
+        places = [(copy.source.storage.path, copy.source.storage.offset) for copy in shard.copies]
+        same_bytes = (
+            file.format == shard.format == "safetensors"
+            and places == [(file.path, copy.offset) for copy in shard.copies]
+            and len(places) == len(file.tensors)
+            and {"format": "pt", **file.metadata} == file.metadata
+            and not _casts(shard)
+        )
+        if same_bytes:
+            return replace(shard, link=file.path)
+    return shard
 
 
 def _build_index(checkpoint: Checkpoint, shards: Iterable[Shard], file_names: Iterable[str]) -> WeightIndex:
-    copies = [(copy, name) for shard, name in zip(shards, file_names, strict=True) for copy in shard.copies]
+    placed = [(shard, name) for shard, name in zip(shards, file_names, strict=True)]
+    copies = [copy for shard, _ in placed for copy in shard.copies]
     metadata = {
-        "total_parameters": sum(copy.source.numel for copy, _ in copies),
+        "total_parameters": sum(copy.source.numel for copy in copies),
         **checkpoint.index_metadata,
-        "total_size": sum(copy.nbytes for copy, _ in copies),
+        "total_size": sum(copy.nbytes for copy in copies),
     }
-    return WeightIndex({copy.source.name: name for copy, name in copies}, metadata)
+    weight_map = {copy.source.name: name for shard, name in placed for copy in shard.copies}
+    aliases = {dropped: name for shard, name in placed if shard.format == "torch" for dropped in shard.ties}
+    return WeightIndex({**weight_map, **aliases}, metadata)
 
 
-def _check_old_attention(component: Component, checkpoint: Checkpoint, shard_count: int) -> None:
-    if shard_count == 1 or component.class_name not in _OLD_ATTENTION_CLASSES:
+def _check_shard_count(
+    component: Component, checkpoint: Checkpoint, name: WeightsName, count: int, wishes: Wishes
+) -> None:
+    if count == 1 or wishes.force:
+        return
+    path = checkpoint.weight_set.path
+    if name.format == "torch" and component.is_diffusers:
+        raise Unsupported(
+            path,
+            "would become sharded .bin, which no Diffusers pipeline loads",
+            "Use --max-shard-size none, or --force.",
+        )
+    if component.class_name not in _OLD_ATTENTION_CLASSES:
         return
     for info in checkpoint.tensors:
         if _OLD_ATTENTION_NAME.fullmatch(info.name):
             raise Unsupported(
-                checkpoint.weight_set.path,
+                path,
                 f"has tensors with old names, such as {info.name!r}, which Diffusers reads from a single file only",
                 "Use --max-shard-size none.",
             )
+
+
+def _edit_config(component: Component, planned: SetPlan, target: Target, wishes: Wishes) -> Iterable[tuple[str, bytes]]:
+    """Give the config.json of a component that is recast, untagged, into a new folder: with its new dtype.
+
+    A variant shares its config.json with the others, so that stays. transformers 5 writes ``dtype``, 4 ``torch_dtype``.
+    """
+    if wishes.dtype is None or planned.name.variant is not None or _is_beside(component, target):
+        return
+    edited = _with_dtype(component.config, wishes.dtype.torch_name)
+    if edited != component.config:
+        yield (Path(component.name) / "config.json").as_posix(), (json.dumps(edited, indent=2) + "\n").encode()
+
+
+def _with_dtype(config: Any, name: str) -> Any:
+    if not isinstance(config, dict):
+        return config
+    named = ("dtype", "torch_dtype")
+    return {
+        key: name if key in named and isinstance(value, str) else _with_dtype(value, name)
+        for key, value in config.items()
+    }
 
 
 def split_into_shards(sizes: Sequence[int], max_nbytes: float) -> list[list[int]]:

@@ -11,17 +11,19 @@ import itertools
 import os
 import shutil
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 from zlib_ng.zlib_ng import crc32_combine
 
-from converter.errors import WconvError
+from converter.errors import BadFile, LossyCast, WconvError
+from converter.formats import FORMATS
 from converter.plan import Plan, Shard
 from converter.staging import Staging, check_room, open_staging
 from converter.stream import (
@@ -29,6 +31,7 @@ from converter.stream import (
     GATHER_NBYTES,
     CrcPart,
     Piece,
+    Report,
     check_crc,
     check_record,
     compare_piece,
@@ -37,7 +40,7 @@ from converter.stream import (
     rewrite_piece,
     write_piece,
 )
-from converter.tensors import ByteRange
+from converter.tensors import ByteRange, Described
 
 DEFAULT_MEMORY_NBYTES = 1 << 26
 _MIN_CHUNK_NBYTES = 1 << 16
@@ -100,12 +103,13 @@ def run_plan(
         names = [shard.path for shard in plan.shards] + [name for name, _ in (*plan.carried, *plan.texts)]
         staging.drop_strangers(set(names))
         check_room(staging, plan)
-        reused = _write_shards(plan.shards, staging, tasks)
+        reused = _write_shards(plan, staging, tasks)
         _write_others(plan, staging)
         for shard in plan.shards:
-            check_staged(shard, staging)
+            if shard.link is None:
+                check_staged(shard, staging)
         if verify:
-            tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan.shards, staging))
+            tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, staging))
         staging.commit(plan, request)
     return Result(plan, time.perf_counter() - begun, reused, verify)
 
@@ -169,9 +173,10 @@ def run_tasks(
         yield from tasks.run(calls)
 
 
-def _write_shards(shards: Sequence[Shard], staging: Staging, tasks: _Tasks) -> int:
+def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> int:
     """Stage all shards; give the bytes of those that an earlier run had left."""
-    writers: dict[str, Callable[[Piece, int], list[CrcPart]]] = {}
+    shards = [shard for shard in plan.shards if shard.link is None]
+    writers: dict[str, Callable[[Piece, int], Report]] = {}
     reused = 0
     for shard in shards:
         taken_up = staging.has_left_over(shard.path, shard.nbytes)
@@ -179,15 +184,43 @@ def _write_shards(shards: Sequence[Shard], staging: Staging, tasks: _Tasks) -> i
         reused += shard.nbytes if taken_up else 0
         _prepare_file(shard, staging)
     by_path = {staging.path_of(path): writer for path, writer in writers.items()}
+    read: dict[ByteRange, list[CrcPart]] = defaultdict(list)
+    written: dict[tuple[Path, int], list[CrcPart]] = defaultdict(list)
+    too_large: Counter[str] = Counter()
+    pieces = _pieces(plan, staging)
+    for report in tasks.run((by_path[piece.path], piece, piece.nbytes) for piece in pieces):
+        too_large += report.too_large
+        for part in report.read:
+            read[part.of].append(part)
+        for part in report.written:
+            written[part.of.path, part.of.offset].append(part)
+    if too_large and plan.wishes.on_overflow == "error":
+        raise _too_large(plan, too_large)
+    for record, parts in read.items():
+        check_crc(record, _combine(parts))
     uncovered = sorted(records_to_check(copy for shard in shards for copy in shard.copies), key=lambda r: r.offset)
-    parts: dict[ByteRange, list[CrcPart]] = defaultdict(list)
-    written = tasks.run((by_path[piece.path], piece, piece.nbytes) for piece in _pieces(shards, staging))
-    for part in itertools.chain.from_iterable(written):
-        parts[part.record].append(part)
-    for record, of_record in parts.items():
-        check_crc(record, _combine(of_record))
     tasks.finish((check_record, record, 0) for record in uncovered)
+    for shard in shards:
+        finish_file = FORMATS[shard.format].finish_file
+        if finish_file is not None:
+            path = staging.path_of(shard.path)
+            crcs = [_combine(written[path, copy.offset]) for copy in shard.copies]
+            finish_file(path, _described(shard), shard.ties, crcs)
     return reused
+
+
+def _described(shard: Shard) -> list[Described]:
+    return [(copy.source.name, copy.dtype, copy.source.shape) for copy in shard.copies]
+
+
+def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
+    named = ", ".join(f"{name} ({count:,})" for name, count in counts.most_common(5))
+    more = f" and {len(counts) - 5} more tensors" if len(counts) > 5 else ""
+    return LossyCast(
+        plan.source.path,
+        f"holds values that are too large for {plan.wishes.dtype}: {named}{more}",
+        "Keep them with --keep-fp32, take bf16, or say --on-overflow saturate or inf.",
+    )
 
 
 def _prepare_file(shard: Shard, staging: Staging) -> None:
@@ -198,9 +231,10 @@ def _prepare_file(shard: Shard, staging: Staging) -> None:
         file.truncate(shard.nbytes)
 
 
-def _pieces(shards: Iterable[Shard], staging: Staging) -> Iterator[Piece]:
+def _pieces(plan: Plan, staging: Staging) -> Iterator[Piece]:
     """Take a piece of each shard in turn."""
-    rows = [cut_pieces(shard, staging.path_of(shard.path)) for shard in shards]
+    how = plan.wishes.on_overflow
+    rows = [cut_pieces(shard, staging.path_of(shard.path), how) for shard in plan.shards if shard.link is None]
     while rows:
         for row in list(rows):
             piece = next(row, None)
@@ -221,6 +255,9 @@ def _combine(parts: Iterable[CrcPart]) -> int:
 
 
 def _write_others(plan: Plan, staging: Staging) -> None:
+    for shard in plan.shards:
+        if shard.link is not None:
+            _link(shard.link, staging.path_of(shard.path))
     for name, source in plan.carried:
         path = staging.path_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,16 +268,38 @@ def _write_others(plan: Plan, staging: Staging) -> None:
         path.write_bytes(content)
 
 
-def check_staged(shard: Shard, staging: Staging) -> None:
-    """Open a staged file with safetensors' own reader and hold names, dtypes and shapes against the plan."""
-    path = staging.path_of(shard.path)
+def _link(source: Path, path: Path) -> None:
+    """Give a file a second name; where the disk has no such thing, copy it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
     try:
-        # "np" asks for no framework that may be missing; no tensor is read.
-        with safe_open(path, framework="np") as file:
-            held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            planned = {copy.source.name: (copy.dtype.tag, list(copy.source.shape)) for copy in shard.copies}
-            found = {name: (view.get_dtype(), view.get_shape()) for name, view in held.items()}
-    except SafetensorError as error:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
+
+
+def check_staged(shard: Shard, staging: Staging) -> None:
+    """Open a staged file again and hold names, dtypes and shapes against the plan; raises WconvError for our own bug.
+
+    safetensors has a reader of its own for that; an archive is read by ours.
+    """
+    path = staging.path_of(shard.path)
+    planned = {name: (dtype.tag, list(shape)) for name, dtype, shape in _described(shard)}
+    try:
+        found = _read_back(path) if shard.format == "safetensors" else _read_archive_back(path, shard)
+    except (SafetensorError, BadFile) as error:
         raise WconvError(path, f"was written wrongly ({error})", "This is a bug in wconv: please report it.") from error
     if found != planned:
         raise WconvError(path, "does not hold what was planned", "This is a bug in wconv: please report it.")
+
+
+def _read_back(path: Path) -> dict[str, tuple[str, list[int]]]:
+    # "np" asks for no framework that may be missing; no tensor is read.
+    with safe_open(path, framework="np") as file:
+        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (view.get_dtype(), view.get_shape()) for name, view in views.items()}
+
+
+def _read_archive_back(path: Path, shard: Shard) -> dict[str, tuple[str, list[int]]]:
+    tensors = FORMATS["torch"].read_file(path).tensors
+    return {info.name: (info.dtype.tag, list(info.shape)) for info in tensors if info.name not in shard.ties}

@@ -92,7 +92,7 @@ class Staging:
 
     def commit(self, plan: Plan, request: str) -> None:
         """Publish all staged files, then remove what they supersede and the sources that are to go."""
-        indexes = {name for name, _ in plan.texts}
+        indexes = {name for name, _ in plan.indexes}
         weights = [shard.path for shard in plan.shards]
         superseded_indexes = [name for name in plan.superseded if name.endswith(".json")]
         kept = {*indexes, *weights}
@@ -100,7 +100,7 @@ class Staging:
             request=request,
             is_new=plan.target.is_new,
             first_away=tuple(superseded_indexes),
-            move=(*(name for name, _ in plan.carried), *weights, *sorted(indexes)),
+            move=(*(name for name, _ in (*plan.carried, *plan.edited)), *weights, *sorted(indexes)),
             last_away=tuple(name for name in plan.superseded if name not in kept and not name.endswith(".json")),
             delete=tuple(str(path.absolute()) for path in plan.delete),
         )
@@ -220,7 +220,11 @@ def recover(folder: Path, request: str) -> bool:
 
 def check_room(staging: Staging, plan: Plan) -> None:
     """Raise SystemRefused where the disk has less room than the plan still takes."""
-    missing = sum(shard.nbytes for shard in plan.shards if not staging.has_left_over(shard.path, shard.nbytes))
+    missing = sum(
+        shard.nbytes
+        for shard in plan.shards
+        if shard.link is None and not staging.has_left_over(shard.path, shard.nbytes)
+    )
     missing += sum(path.stat().st_size for _, path in plan.carried)
     missing += sum(len(content) for _, content in plan.texts) + _RESERVE_NBYTES
     free = shutil.disk_usage(staging.folder).free

@@ -10,8 +10,9 @@ CRC32s are computed as the bytes go by, where a tensor covers its whole record; 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,12 +24,14 @@ from converter.tensors import ByteRange, TensorInfo
 if TYPE_CHECKING:
     import numpy as np
 
+    from converter.choose import OnOverflow
     from converter.plan import Copy, Shard
 
 CHUNK_NBYTES = 1 << 18  # the fastest of 64 KiB to 4 MiB against cp: it stays in the processor's cache
 PIECE_NBYTES = 1 << 25  # 100 and more tasks for a checkpoint of some GB, each well above the cost of a task
 GATHER_NBYTES = 1 << 23  # a transposed matrix needs many rows at once, or it is read in single elements
 _SLAB_NBYTES = 1 << 20
+_MAX_ITEM_NBYTES = 16  # a multiple of the size of any element
 _SPARSE = 16  # a slab of which less than this share is wanted is read in parts
 
 
@@ -43,11 +46,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of bytes of one output file: what fills it, in order, from ``offset`` on."""
+    """A part of one output file: steps in the order of their places in it. ``with_crcs`` asks for those of the output."""
 
     path: Path
-    offset: int
     steps: tuple[Step, ...]
+    with_crcs: bool = False
+    on_overflow: OnOverflow = "error"
 
     @property
     def nbytes(self) -> int:
@@ -56,19 +60,30 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class CrcPart:
-    """The CRC32 of ``nbytes`` bytes at ``begin`` of a record."""
+    """The CRC32 of ``nbytes`` bytes at ``begin`` of a record, or of a tensor as it is written into a file."""
 
-    record: ByteRange
+    of: ByteRange
     begin: int
     nbytes: int
     crc32: int
 
 
-def cut_pieces(shard: Shard, path: Path, piece_nbytes: int = PIECE_NBYTES) -> Iterator[Piece]:
+@dataclass(slots=True)
+class Report:
+    """What a piece has to tell: CRC32s of records read in part and of what was written, and values that were too large."""
+
+    read: list[CrcPart] = field(default_factory=list)
+    written: list[CrcPart] = field(default_factory=list)
+    too_large: Counter[str] = field(default_factory=Counter)
+
+
+def cut_pieces(
+    shard: Shard, path: Path, on_overflow: OnOverflow = "error", piece_nbytes: int = PIECE_NBYTES
+) -> Iterator[Piece]:
     """Cut the data of a shard, to be written at ``path``, into pieces of about ``piece_nbytes`` bytes."""
+    with_crcs = shard.format == "torch"
     steps: list[Step] = []
     room = piece_nbytes
-    offset = len(shard.header)
     for copy in shard.copies:
         begin = 0
         nbytes = copy.nbytes
@@ -77,12 +92,11 @@ def cut_pieces(shard: Shard, path: Path, piece_nbytes: int = PIECE_NBYTES) -> It
             steps.append(Step(copy, begin, end))
             room -= end - begin
             begin = end
-            if not room:
-                yield Piece(path, offset, tuple(steps))
-                offset += piece_nbytes
+            if room < _MAX_ITEM_NBYTES:  # so that no element is cut, whatever came before
+                yield Piece(path, tuple(steps), with_crcs, on_overflow)
                 steps, room = [], piece_nbytes
     if steps:
-        yield Piece(path, offset, tuple(steps))
+        yield Piece(path, tuple(steps), with_crcs, on_overflow)
 
 
 def covers_record(info: TensorInfo) -> bool:
@@ -90,46 +104,43 @@ def covers_record(info: TensorInfo) -> bool:
     return info.start == 0 and info.nbytes == info.storage.nbytes and info.is_contiguous
 
 
-def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> list[CrcPart]:
-    """Write a piece into its file, which is there; give the CRC32s of records that were read in part."""
+def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
+    """Write a piece into its file, which is there. Raises BadFile for a record that is damaged."""
     with SourceFiles() as sources, piece.path.open("r+b", buffering=0) as out:
-        out.seek(piece.offset)
         source = _PieceReader(piece, sources, chunk_nbytes)
-        for chunk in source.chunks():
+        for place, chunk in source.chunks():
+            out.seek(place)
             _write_all(out, chunk)
-        return source.crcs
+        return source.report
 
 
-def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> list[CrcPart]:
+def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Like ``write_piece``, for a file that an earlier run left: only chunks that differ are written."""
     with SourceFiles() as sources, piece.path.open("r+b", buffering=0) as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
         there = bytearray(len(source.buffer))
-        place = piece.offset
-        for chunk in source.chunks():
-            out.seek(place)
-            if not _is_next(out, chunk, there):
+        for place, chunk in source.chunks():
+            if not _is_at(out, place, chunk, there):
                 out.seek(place)
                 _write_all(out, chunk)
-            place += len(chunk)
-        return source.crcs
+        return source.report
 
 
 def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Hold a written piece against its source; raises BadFile where they differ."""
     with SourceFiles() as sources, piece.path.open("rb", buffering=0) as out:
-        out.seek(piece.offset)
         source = _PieceReader(piece, sources, chunk_nbytes)
         there = bytearray(len(source.buffer))
-        for chunk in source.chunks():
-            if not _is_next(out, chunk, there):
+        for place, chunk in source.chunks():
+            if not _is_at(out, place, chunk, there):
                 name = source.step.copy.source.name
                 raise BadFile(
                     piece.path, f"was written, and then read back otherwise near tensor {name!r}", "Check the disk."
                 )
 
 
-def _is_next(file: BinaryIO, chunk: memoryview, scratch: bytearray) -> bool:
+def _is_at(file: BinaryIO, place: int, chunk: memoryview, scratch: bytearray) -> bool:
+    file.seek(place)
     # startswith compares as memcmp does; memoryviews compare item by item.
     count = _read_some(file, memoryview(scratch)[: len(chunk)])
     return count == len(chunk) and scratch.startswith(chunk)
@@ -150,7 +161,7 @@ def check_record(record: ByteRange, chunk_nbytes: int = CHUNK_NBYTES) -> None:
 def read_chunks(info: TensorInfo, sources: SourceFiles, buffer: bytearray) -> Iterator[memoryview]:
     """Yield a tensor's bytes in row-major order; each view is of ``buffer`` and valid until the next one."""
     view = memoryview(buffer)
-    room = len(buffer) // 16 * 16
+    room = len(buffer) // _MAX_ITEM_NBYTES * _MAX_ITEM_NBYTES
     for begin in range(0, info.nbytes, room):
         chunk = view[: min(room, info.nbytes - begin)]
         read_range(info, sources, begin, chunk)
@@ -189,48 +200,85 @@ class SourceFiles:
 
 
 class _PieceReader:
-    """Yields a piece's bytes in chunks, checking records that it reads whole; ``crcs`` has the parts of the others."""
+    """Yields a piece's bytes in chunks, each with its place in the file; afterwards ``report`` is complete."""
 
     def __init__(self, piece: Piece, sources: SourceFiles, chunk_nbytes: int) -> None:
         strided = not all(step.copy.source.is_contiguous for step in piece.steps)
         self.buffer = bytearray(max(chunk_nbytes, GATHER_NBYTES) if strided else chunk_nbytes)
         self.piece = piece
         self.sources = sources
-        self.crcs: list[CrcPart] = []
+        self.report = Report()
         self.step = piece.steps[0]
+        self._scratch = bytearray()
 
-    def chunks(self) -> Iterator[memoryview]:
+    def chunks(self) -> Iterator[tuple[int, memoryview]]:
         view = memoryview(self.buffer)
         size = len(view)
         filled = 0
+        start = self.step.copy.offset + self.step.begin
         for step in self.piece.steps:
             self.step = step
-            begin, end, info = step.begin, step.end, step.copy.source
-            checked = info.storage.crc32 is not None and covers_record(info)
-            crc = 0
+            place = step.copy.offset + step.begin
+            if place != start + filled:
+                yield start, view[:filled]
+                start, filled = place, 0
+            begin, end = step.begin, step.end
+            read_crc = written_crc = 0
+            checked = step.copy.source.storage.crc32 is not None and covers_record(step.copy.source)
             while begin < end:
                 # Elements stay whole, of whatever dtype.
-                count = min(end - begin, (size - filled) // 16 * 16)
+                count = min(end - begin, (size - filled) // _MAX_ITEM_NBYTES * _MAX_ITEM_NBYTES)
                 if not count:
-                    yield view[:filled]
-                    filled = 0
+                    yield start, view[:filled]
+                    start, filled = start + filled, 0
                     continue
                 out = view[filled : filled + count]
-                read_range(info, self.sources, begin, out)
+                source = self._fill(step.copy, begin, out)
                 if checked:
-                    crc = crc32(out, crc)
+                    read_crc = crc32(source, read_crc)
+                if self.piece.with_crcs:
+                    written_crc = crc32(out, written_crc)
                 begin += count
                 filled += count
             if checked:
-                self._note_crc(CrcPart(info.storage, step.begin, end - step.begin, crc))
+                self._note_read(step, read_crc)
+            if self.piece.with_crcs:
+                self._note_written(step, written_crc)
         if filled:
-            yield view[:filled]
+            yield start, view[:filled]
 
-    def _note_crc(self, part: CrcPart) -> None:
-        if part.nbytes == part.record.nbytes:
-            check_crc(part.record, part.crc32)
+    def _fill(self, copy: Copy, begin: int, out: memoryview) -> memoryview:
+        """Fill ``out`` with the tensor's bytes, cast where it is; give what was read for it."""
+        info = copy.source
+        source = out
+        if copy.dtype is not info.dtype:
+            begin = begin // copy.dtype.itemsize * info.dtype.itemsize
+            source = self._borrow(len(out) // copy.dtype.itemsize * info.dtype.itemsize)
+        read_range(info, self.sources, begin, source)
+        if copy.dtype is not info.dtype:
+            from converter.cast import cast_chunk
+
+            too_large = cast_chunk(source, info.dtype, out, copy.dtype, self.piece.on_overflow)
+            if too_large:
+                self.report.too_large[info.name] += too_large
+        return source
+
+    def _borrow(self, nbytes: int) -> memoryview:
+        if len(self._scratch) < nbytes:
+            self._scratch = bytearray(nbytes)
+        return memoryview(self._scratch)[:nbytes]
+
+    def _note_read(self, step: Step, crc: int) -> None:
+        info = step.copy.source
+        begin, end = (place * info.dtype.bits // step.copy.dtype.bits for place in (step.begin, step.end))
+        if end - begin == info.storage.nbytes:
+            check_crc(info.storage, crc)
         else:
-            self.crcs.append(part)
+            self.report.read.append(CrcPart(info.storage, begin, end - begin, crc))
+
+    def _note_written(self, step: Step, crc: int) -> None:
+        of = ByteRange(self.piece.path, step.copy.offset, step.copy.nbytes)
+        self.report.written.append(CrcPart(of, step.begin, step.end - step.begin, crc))
 
 
 def check_crc(record: ByteRange, crc: int) -> None:

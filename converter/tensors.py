@@ -111,3 +111,20 @@ class WeightsFile:
     format: str
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the tensors of a file to be written go: ``order`` are places in the list that was asked about.
+
+    ``offsets`` (in bytes, of each in that order) are from the start of the file, which ``header`` begins.
+    """
+
+    header: bytes
+    order: tuple[int, ...]
+    offsets: tuple[int, ...]
+    nbytes: int
+
+
+Described = tuple[str, DType, tuple[int, ...]]
+"""Name, dtype and shape of a tensor to be written."""

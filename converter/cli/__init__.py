@@ -20,6 +20,10 @@ from converter.errors import SystemRefused, WconvError
 # Name, module and summary of each command; the summary stands here too, so that the list of commands imports none.
 COMMANDS = {
     "to-safetensors": "Write every weight set of a model in safetensors.",
+    "recast": "Write a variant of a model in another dtype, such as bf16.",
+    "reshard": "Write a model in shards of another size, or in one file.",
+    "rename-variant": "Give a variant another tag; no weights are moved.",
+    "to-bin": "Write weight sets as torch .bin, the way back.",
     "inspect": "Show which weights a file or folder holds; reads headers only.",
     "verify": "Compare two files or folders of weights, value by value.",
 }

@@ -8,16 +8,22 @@ from typing import Any
 
 import psutil
 
+from converter.choose import Wishes
 from converter.cli.output import open_meter, plan_as_json, show_json, show_plan, show_result
 from converter.conversion import prepare
-from converter.plan import Plan, Wishes
-from converter.run import Result, default_workers, peak_buffer_nbytes, run_plan
+from converter.plan import Plan
+from converter.run import DEFAULT_MEMORY_NBYTES, Result, default_workers, peak_buffer_nbytes, run_plan
 
 
-def run_conversion(source: Path, options: dict[str, Any]) -> None:
-    """Carry out a conversion as the options ask, and print what came of it."""
-    wishes = Wishes(**{field.name: options[field.name] for field in fields(Wishes)})
-    request, plan = prepare(source, options["output"], wishes, recovering=not options["dry_run"])
+def run_conversion(source: Path, options: dict[str, Any], **fixed: Any) -> None:
+    """Carry out a conversion as the options ask, with what the command fixes, and print what came of it."""
+    asked = {field.name: options[field.name] for field in fields(Wishes) if field.name in options}
+    request, plan = prepare(source, options["output"], Wishes(**asked, **fixed), recovering=not options["dry_run"])
+    run_planned(plan, request, options)
+
+
+def run_planned(plan: Plan | None, request: str, options: dict[str, Any]) -> None:
+    """Print a plan, or run it and print what came of it."""
     if options["dry_run"]:
         assert plan is not None
         _show_dry_run(plan, options)
@@ -33,12 +39,12 @@ def run_conversion(source: Path, options: dict[str, Any]) -> None:
 def _run(plan: Plan | None, request: str, options: dict[str, Any]) -> tuple[Result, int]:
     if plan is None or not plan.sets:
         return Result(plan, 0.0), 0
-    verify = options["verify"] or plan.destroys_source
+    verify = options.get("verify", False) or plan.destroys_source
     with open_meter(plan.nbytes * (2 if verify else 1), "converting", options["quiet"]) as meter:
         result = run_plan(
             plan,
-            workers=options["workers"],
-            memory_nbytes=int(options["memory"]),
+            workers=options.get("workers"),
+            memory_nbytes=_memory_nbytes(options),
             verify=verify,
             progress=meter,
             request=request,
@@ -47,8 +53,12 @@ def _run(plan: Plan | None, request: str, options: dict[str, Any]) -> tuple[Resu
     return result, meter.peak_nbytes
 
 
+def _memory_nbytes(options: dict[str, Any]) -> int:
+    return int(options.get("memory", DEFAULT_MEMORY_NBYTES))
+
+
 def _show_dry_run(plan: Plan, options: dict[str, Any]) -> None:
-    buffers = peak_buffer_nbytes(plan, int(options["memory"]), options["workers"] or default_workers())
+    buffers = peak_buffer_nbytes(plan, _memory_nbytes(options), options.get("workers") or default_workers())
     memory_nbytes = psutil.Process().memory_info().rss + buffers
     if options["as_json"]:
         show_json({**plan_as_json(plan), "dry_run": True, "peak_memory_nbytes": memory_nbytes})

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
+from converter.dtypes import BY_ALIAS, RECAST_TARGETS, DType
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 # huggingface_hub knows the powers of ten (``parse_size_to_int``); the powers of two are ours.
@@ -54,6 +56,20 @@ class Size(click.ParamType[float]):
             self.fail(f"{value!r} is no size. Write it as 5GB, 500MB or 2GiB{or_none}.", param, ctx)
 
 
+class DTypeName(click.ParamType[DType]):
+    """A dtype to cast to."""
+
+    name = "DTYPE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> DType:
+        if isinstance(value, DType):
+            return value
+        dtype = BY_ALIAS.get(value.lower())
+        if dtype is None or dtype.short_name not in RECAST_TARGETS:
+            self.fail(f"{value!r} is none of {', '.join(RECAST_TARGETS)}.", param, ctx)
+        return dtype
+
+
 source_arg = click.argument("source", metavar="[SRC]", default=".", type=click.Path(path_type=Path))
 
 _RUN_OPTIONS = (
@@ -67,6 +83,10 @@ _OUTPUT_OPTIONS = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("-v", "--verbose", is_flag=True, help="Print every file."),
 )
+_IN_PLACE = click.option("--in-place", is_flag=True, help="Replace the weights that are read, once all is verified.")
+_DTYPE = click.option(
+    "--dtype", type=DTypeName(), metavar="DTYPE", help=f"Cast floating tensors: {', '.join(RECAST_TARGETS)}."
+)
 _CONVERSION_OPTIONS = (
     click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT",
                  help="Write to this new folder (or file) instead of beside the source."),
@@ -78,6 +98,11 @@ _CONVERSION_OPTIONS = (
                  help="Split into shards of this size at most; none makes one file (default: shards as they are)."),
     click.option("--tied", type=click.Choice(["first", "duplicate"]),
                  help="Write tied tensors once, or under each name (default: as the model's loader wants it)."),
+    click.option("--keep-fp32", multiple=True, metavar="REGEX",
+                 help="Leave tensors whose names match in fp32; may be given again. What the model's own library keeps stays."),
+    click.option("--on-overflow", type=click.Choice(["error", "saturate", "inf"]), default="error", show_default=True,
+                 help="What becomes of values that the dtype cannot hold."),
+    click.option("--force", is_flag=True, help="Recast quantized models; write what only some loaders read."),
     click.option("--overwrite", is_flag=True, help="Replace output that is there."),
     click.option("--delete-source", is_flag=True, help="Remove the converted files once every value was compared."),
     click.option("--verify", is_flag=True, help="Read the output back and compare every value before publishing it."),
@@ -97,7 +122,12 @@ def output_options(command: _F) -> _F:
 
 def conversion_options(command: _F) -> _F:
     """Give a command all options of a conversion."""
-    return _apply((*_CONVERSION_OPTIONS, *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
+    return _apply((_DTYPE, *_CONVERSION_OPTIONS, *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
+
+
+def in_place_option(command: _F) -> _F:
+    """Give a command the option to replace what it reads."""
+    return _apply((_IN_PLACE,), command)
 
 
 def _apply(options: tuple[Callable[[Any], Any], ...], command: _F) -> _F:

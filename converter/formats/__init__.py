@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from converter.errors import BadFile, Unsupported
-from converter.formats import safetensors, torch_zip
-from converter.tensors import WeightsFile
+from converter.formats import safetensors, torch_write, torch_zip
+from converter.tensors import Described, Layout, WeightsFile
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
-    """One format: how it is recognised, and the function that reads a file's header."""
+class FormatRow:
+    """One format: how it is recognised, what reads a file's header, and what writes one.
+
+    ``lay_out`` says where tensors go, given the ties and the notes of a header; ``finish_file`` writes, into a file that
+    has the header and all bytes of tensors, what else the format wants, given their CRC32s.
+    """
 
     name: str
     matches: Callable[[bytes], bool]
     read_file: Callable[[Path], WeightsFile]
+    lay_out: Callable[[Sequence[Described], Mapping[str, str], Mapping[str, str]], Layout]
+    finish_file: Callable[[Path, Sequence[Described], Mapping[str, str], Sequence[int]], None] | None = None
 
 
 HEAD_NBYTES = 512
@@ -27,15 +33,19 @@ def _is_safetensors(head: bytes) -> bool:
     return len(head) > 8 and head[8:9] in b"{ " and int.from_bytes(head[:8], "little") <= safetensors.MAX_HEADER_NBYTES
 
 
+def _is_zip(head: bytes) -> bool:
+    return head.startswith(b"PK\x03\x04")
+
+
 def _is_old_torch(head: bytes) -> bool:
     return head.startswith(b"\x80\x02\x8a\x0a") or head[257:262] == b"ustar"
 
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, FormatRow] = {
     row.name: row
     for row in (
-        Format("safetensors", _is_safetensors, safetensors.read_file),
-        Format("torch", lambda head: head.startswith(b"PK\x03\x04"), torch_zip.read_file),
+        FormatRow("safetensors", _is_safetensors, safetensors.read_file, safetensors.lay_out),
+        FormatRow("torch", _is_zip, torch_zip.read_file, torch_write.lay_out, torch_write.finish_file),
     )
 }
 

@@ -8,15 +8,16 @@ largest alignment first, then by name, compact JSON, padded with blanks to 8 byt
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converter.dtypes import DTYPES, DType
+from converter.dtypes import DTYPES
 from converter.errors import BadFile, Unsupported
-from converter.tensors import ByteRange, TensorInfo, WeightsFile, contiguous_strides
+from converter.tensors import ByteRange, Described, Layout, TensorInfo, WeightsFile, contiguous_strides
 
 MAX_HEADER_NBYTES = 100_000_000  # same cap as the reference reader
 METADATA_KEY = "__metadata__"
@@ -82,8 +83,19 @@ def _check_layout(tensors: Iterable[TensorInfo], data_offset: int, file_nbytes: 
         raise BadFile(path, f"its tensors end at byte {place:,}, the file has {file_nbytes:,}", _INCOMPLETE)
 
 
-def build_header(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Spell the header, length included, of a file that holds these tensors in this order (see ``sort_key``)."""
+def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mapping[str, str]) -> Layout:
+    """Lay tensors out as the reference writer does (``prepare`` in its ``tensor.rs``); ties are noted in the header."""
+    order = sorted(range(len(tensors)), key=lambda place: (tensors[place][1].rank, tensors[place][0]))
+    header = build_header([tensors[place] for place in order], {**notes, **ties, "format": "pt"})
+    ends = itertools.accumulate(
+        (tensors[place][1].nbytes(math.prod(tensors[place][2])) for place in order), initial=len(header)
+    )
+    *offsets, nbytes = ends
+    return Layout(header, tuple(order), tuple(offsets), nbytes)
+
+
+def build_header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> bytes:
+    """Spell the header, length included, of a file that holds these tensors in this order."""
     header: dict[str, Any] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
@@ -92,11 +104,6 @@ def build_header(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw
-
-
-def sort_key(dtype: DType, name: str) -> tuple[int, str]:
-    """Order the tensors of a file as the reference writer does (``prepare`` in its ``tensor.rs``)."""
-    return dtype.rank, name
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

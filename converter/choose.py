@@ -1,0 +1,104 @@
+"""What the user asks of a conversion, and which of a folder's weight sets that means. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from converter.checkpoint import WeightSet
+from converter.dtypes import DType
+from converter.errors import BadRequest
+from converter.folder import Component, ModelFolder
+from converter.names import Format, WeightsName, check_variant
+
+Tied = Literal["first", "duplicate"]
+OnOverflow = Literal["error", "saturate", "inf"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the user asks of a conversion; most fields are options of the command line.
+
+    ``form`` is the output's format, None for the source's own. ``variant`` and ``from_variant`` are a tag, ``"none"`` for
+    untagged, or None for the source's own; without ``every_variant`` each component gives one set, the untagged one
+    before others. ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file. ``keep_fp32``
+    are regular expressions, searched in tensor names. ``in_place`` lets the output replace the very set that is read.
+    """
+
+    form: Format | None = "safetensors"
+    every_variant: bool = True
+    dtype: DType | None = None
+    variant: str | None = None
+    from_variant: str | None = None
+    components: tuple[str, ...] = ()
+    max_shard_nbytes: float | None = None
+    tied: Tied | None = None
+    keep_fp32: tuple[str, ...] = ()
+    on_overflow: OnOverflow = "error"
+    overwrite: bool = False
+    in_place: bool = False
+    delete_source: bool = False
+    force: bool = False
+
+    def name_output(self, name: WeightsName) -> WeightsName:
+        """Give the name under which a set of this name is written. Raises BadRequest for a tag that is none."""
+        name = name.in_format(self.form)
+        if self.variant is None:
+            return name
+        return replace(name, variant=None if self.variant == "none" else check_variant(self.variant))
+
+
+def choose_sets(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
+    """Choose the sets that a conversion reads, a component at a time.
+
+    Of several forms of the same weights the safetensors one is taken, unless it is to be overwritten. Raises BadRequest
+    where a wish names a component or a variant that is not there, or where it does not decide.
+    """
+    known = {component.name for component in folder.components}
+    for name in wishes.components:
+        if name not in known:
+            raise BadRequest(folder.path, f"has no component {name!r}", f"It has: {', '.join(sorted(known))}.")
+    components = [c for c in folder.components if not wishes.components or c.name in wishes.components]
+    chosen = [(component, found) for component in components for found in _choose(component, wishes)]
+    tag = None if wishes.from_variant == "none" else wishes.from_variant
+    if wishes.from_variant and not any(weight_set.name.variant == tag for _, weight_set in chosen):
+        raise BadRequest(folder.path, f"has no variant {wishes.from_variant!r}", "'wconv inspect' lists what it has.")
+    return chosen
+
+
+def _choose(component: Component, wishes: Wishes) -> list[WeightSet]:
+    by_output: dict[WeightsName, list[WeightSet]] = {}
+    for weight_set in component.weight_sets:
+        by_output.setdefault(weight_set.name.in_format("safetensors"), []).append(weight_set)
+    overwritten = [s for s in component.weight_sets if wishes.overwrite and wishes.name_output(s.name) == s.name]
+    best = [only_set(component, sets, wishes.form, overwritten) for sets in by_output.values()]
+    untagged = [weight_set for weight_set in best if weight_set.name.variant is None]
+    if wishes.from_variant is not None:
+        # As Diffusers does it: a component that lacks the variant gives its untagged weights.
+        return [s for s in best if s.name.variant == wishes.from_variant] or untagged
+    if wishes.every_variant:
+        return best
+    if not untagged and len({weight_set.name.variant for weight_set in best}) > 1:
+        tags = ", ".join(sorted(weight_set.name.variant or "" for weight_set in best))
+        raise BadRequest(component.path, f"has several variants ({tags})", "Choose one with --from-variant.")
+    return untagged or best
+
+
+def only_set(
+    component: Component, sets: Sequence[WeightSet], form: Format | None = None, last: Sequence[WeightSet] = ()
+) -> WeightSet:
+    """Give the one set that is meant where several hold the same weights: one in ``form``, else the safetensors one.
+
+    Those in ``last`` are taken where there is no other. Raises BadRequest where that does not decide.
+    """
+
+    def rank(weight_set: WeightSet) -> tuple[bool, bool]:
+        return weight_set in last, weight_set.name.format != (form or "safetensors")
+
+    best = min(map(rank, sets))
+    candidates = [weight_set for weight_set in sets if rank(weight_set) == best]
+    if len(candidates) > 1:
+        names = " and ".join(weight_set.path.name for weight_set in candidates)
+        raise BadRequest(component.path, f"has the same weights twice: {names}", "Name the one you want.")
+    return candidates[0]

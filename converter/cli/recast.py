@@ -1,0 +1,32 @@
+"""``wconv recast``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.cli.options import conversion_options, source_arg
+
+
+@click.command("recast", short_help="Write a variant of a model in another dtype, such as bf16.")
+@source_arg
+@conversion_options
+def command(source: Path, **options: Any) -> None:
+    """Write the floating tensors of SRC in another dtype, as a variant beside it or into a new folder.
+
+    The files are tagged with the dtype's name, so that loaders find them with variant="bf16". Integers and booleans stay
+    as they are, and so does what the model's own library keeps in fp32. Values are rounded to nearest even.
+
+    \b
+    wconv recast ./model --dtype bf16                      add a bf16 variant
+    wconv recast ./model --dtype fp16 -o ./small           a new folder with that variant alone
+    wconv recast ./model --dtype bf16 --variant none -o ./small    the same under plain names
+    """
+    from converter.cli.convert import run_conversion
+
+    if options["dtype"] is None:
+        raise click.UsageError("Say which dtype: --dtype bf16, for example.")
+    options["variant"] = options["variant"] or options["dtype"].short_name
+    run_conversion(source, options, every_variant=False)

@@ -1,0 +1,32 @@
+"""``wconv rename-variant``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.cli.options import output_options, source_arg
+
+
+@click.command("rename-variant", short_help="Give a variant another tag; no weights are moved.")
+@source_arg
+@click.option("--from", "before", required=True, metavar="TAG|none", help="The variant to rename.")
+@click.option("--to", "after", required=True, metavar="TAG|none", help="Its new tag; none takes the tag away.")
+@click.option("--component", "components", multiple=True, metavar="NAME", help="Rename only in this component.")
+@click.option("--dry-run", is_flag=True, help="Print what would be renamed, and rename nothing.")
+@output_options
+def command(source: Path, before: str, after: str, components: tuple[str, ...], **options: Any) -> None:
+    """Give the weights of one variant in SRC another tag, all files and the index at once.
+
+    The same tag twice gives legacy spellings (model-00001-of-00002.fp16.safetensors) their current form.
+
+    \b
+    wconv rename-variant ./model --from none --to fp16
+    """
+    from converter.cli.convert import run_planned
+    from converter.rename import plan_rename
+
+    plan = plan_rename(source, before, after, components)
+    run_planned(plan, repr(("rename", str(source.absolute()), before, after)), options)

@@ -1,0 +1,32 @@
+"""``wconv reshard``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.cli.options import conversion_options, in_place_option, source_arg
+
+
+@click.command("reshard", short_help="Write a model in shards of another size, or in one file.")
+@source_arg
+@in_place_option
+@conversion_options
+def command(source: Path, **options: Any) -> None:
+    """Write the weights of SRC in shards of another size, into a new folder or in place; the format stays.
+
+    Shards are cut as save_pretrained cuts them. One shard is one plain file without an index.
+
+    \b
+    wconv reshard ./model --max-shard-size 2GB -o ./model-2gb
+    wconv reshard ./model --max-shard-size none --in-place     merge into one file
+    """
+    from converter.cli.convert import run_conversion
+
+    if options["max_shard_nbytes"] is None:
+        raise click.UsageError("Say how large a shard may be: --max-shard-size 5GB, or none.")
+    if options["output"] is None and not options["in_place"]:
+        raise click.UsageError("Say where to write: -o OUT, or --in-place.")
+    run_conversion(source, options, form=None, every_variant=False)

@@ -1,0 +1,27 @@
+"""``wconv to-bin``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.cli.options import conversion_options, source_arg
+
+
+@click.command("to-bin", short_help="Write weight sets as torch .bin, the way back.")
+@source_arg
+@conversion_options
+def command(source: Path, **options: Any) -> None:
+    """Write every weight set of SRC as torch .bin files, beside it or into a new folder.
+
+    Any torch since 1.6 opens them, with weights_only=True and mmap=True. Tied tensors noted in a header are tied again.
+
+    \b
+    wconv to-bin ./model -o ./for-an-old-tool
+    wconv to-bin ./model/unet --max-shard-size none    one file: no Diffusers pipeline loads sharded .bin
+    """
+    from converter.cli.convert import run_conversion
+
+    run_conversion(source, options, form="torch")
