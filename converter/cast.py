@@ -11,7 +11,7 @@ a closer one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
 import numkong
@@ -43,7 +43,7 @@ _ML_NAMES = {
 class _Target:
     """What a cast to a dtype needs to know; bit patterns are of the positive value."""
 
-    kernel: str  # numkong's name
+    kernel: Literal["float32", "bfloat16", "float16", "e5m2", "e4m3"]  # numkong's names
     limit: float  # magnitudes from here on round to more than the dtype holds
     largest: int  # the largest finite value
     infinity: int | None

@@ -20,10 +20,11 @@ OnOverflow = Literal["error", "saturate", "inf"]
 class Wishes:
     """What the user asks of a conversion; most fields are options of the command line.
 
-    ``form`` is the output's format, None for the source's own. ``variant`` and ``from_variant`` are a tag, ``"none"`` for
-    untagged, or None for the source's own; without ``every_variant`` each component gives one set, the untagged one
-    before others. ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file. ``keep_fp32``
-    are regular expressions, searched in tensor names. ``in_place`` lets the output replace the very set that is read.
+    ``form`` is the output's format, None for the source's own. ``variant`` and ``from_variant`` are a tag, ``"none"``
+    for untagged, or None for the source's own; without ``every_variant`` each component gives one set, the untagged one
+    before others. ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file.
+    ``keep_fp32`` are regular expressions, searched in tensor names. ``in_place`` lets the output replace the very set
+    that is read.
     """
 
     form: Format | None = "safetensors"

@@ -131,10 +131,9 @@ def _pair_variants(
     a: Component, b: Component, differences: list[Difference]
 ) -> Iterator[tuple[str, Mapping[str, TensorInfo], Mapping[str, TensorInfo]]]:
     left, right = _by_variant(a), _by_variant(b)
-    if len(left) == len(right) == 1:
-        # One set on each side: these are meant, whatever they are called.
-        (variant,) = left
-        right = {variant: next(iter(right.values()))}
+    if not left.keys() & right.keys() and 1 in (len(left), len(right)):
+        # One set under another name: it is meant for the other side's untagged one, or its only one.
+        left, right = _meant(left), _meant(right)
     for variant in sorted(left.keys() & right.keys()):
         label = f"{a.name} ({variant})" if variant else a.name
         yield label, _by_name(open_checkpoint(left[variant])), _by_name(open_checkpoint(right[variant]))
@@ -142,6 +141,10 @@ def _pair_variants(
         for variant in sorted(variants):
             which = f"the variant {variant}" if variant else "the untagged weights"
             differences.append(Difference("missing" if kind == "missing" else "extra", a.name, "", which))
+
+
+def _meant(variants: dict[str, WeightSet]) -> dict[str, WeightSet]:
+    return {"": variants.get("") or next(iter(variants.values()))}
 
 
 def _by_variant(component: Component) -> dict[str, WeightSet]:

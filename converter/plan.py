@@ -50,8 +50,8 @@ class Shard:
     """One weight file to be written: ``path`` from the target folder, and the tensors in file order.
 
     ``header`` begins the file; what else a format needs between and after the tensors is written when their bytes are
-    there. ``ties`` are names left out, each with the name in this file that it stands for. With a ``link`` the file comes
-    out as the one that is there, byte for byte.
+    there. ``ties`` are names left out, each with the name in this file that it stands for. With a ``link`` the file
+    comes out as the one that is there, byte for byte.
     """
 
     path: str
@@ -101,7 +101,8 @@ class Plan:
     """All that a conversion writes, carries over and removes.
 
     ``carried`` are pairs of a path from the target folder and the file it is copied from, ``edited`` such of a path and
-    its content; ``superseded`` are paths from the target folder that go once the new files are there; ``delete`` are source files that go last.
+    its content; ``superseded`` are paths from the target folder that go once the new files are there; ``delete`` are
+    source files that go last.
     """
 
     source: ModelFolder
@@ -161,16 +162,18 @@ def make_plan(
     must not be done.
     """
     sets: list[SetPlan] = []
-    remarks = list(notes)
+    there_already: list[str] = []
     edited: dict[str, bytes] = {}
     for component, checkpoint in checkpoints:
         planned = _plan_set(component, checkpoint, wishes, in_place=_is_beside(component, target))
         there = existing.get(component.name, ())
         if wishes.dtype and not wishes.overwrite and any(old.name == planned.name != checkpoint.name for old in there):
-            remarks.append(f"{planned.shards[0].path}: is there already, and stays as it is")
+            there_already.append(planned.shards[0].path)
         elif not _is_there(planned, checkpoint, there):
             sets.append(planned)
             edited.update(_edit_config(component, planned, target, wishes))
+    if there_already and not sets:
+        raise OutputRefused(there_already[0], "exists", "Use --overwrite to write it again, or -o for a new folder.")
     _check_collisions(folder, sets)
     superseded = () if target.is_new else tuple(_find_superseded(existing, sets, wishes))
     sources = tuple(p.source.folder / name for p in sets for name in p.source.all_names) if wishes.delete_source else ()
@@ -183,7 +186,7 @@ def make_plan(
         edited=tuple(edited.items()),
         superseded=superseded,
         delete=tuple(path for path in sources if path not in {target.folder / name for name in superseded}),
-        notes=tuple(remarks),
+        notes=(*notes, *(f"{path} is there already, and stays as it is" for path in there_already)),
         wishes=wishes,
     )
 

@@ -46,7 +46,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of one output file: steps in the order of their places in it. ``with_crcs`` asks for those of the output."""
+    """A part of one output file: steps in the order of their places. ``with_crcs`` asks for CRC32s of the output."""
 
     path: Path
     steps: tuple[Step, ...]
@@ -70,7 +70,7 @@ class CrcPart:
 
 @dataclass(slots=True)
 class Report:
-    """What a piece has to tell: CRC32s of records read in part and of what was written, and values that were too large."""
+    """What a piece tells: CRC32s of records read in part and of what was written; how many values were too large."""
 
     read: list[CrcPart] = field(default_factory=list)
     written: list[CrcPart] = field(default_factory=list)

@@ -100,6 +100,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
                 "index": planned.index[0] if planned.index else None,
                 "tensors": planned.tensor_count,
                 "tied": dict(planned.ties),
+                "kept_fp32": list(planned.kept),
             }
             for planned in plan.sets
         ],
@@ -122,7 +123,7 @@ def show_plan(plan: Plan, memory_nbytes: int) -> None:
         click.echo(f"Would carry over {len(plan.carried)} other files.")
     for name in plan.removed:
         click.echo(printable(f"Would remove {name}"))
-    _show_remarks(plan)
+    _show_remarks(plan, every=True)
     carried = sum(path.stat().st_size for _, path in plan.carried)
     click.echo(f"Takes {show_bytes(plan.nbytes + carried)} of disk and about {show_bytes(memory_nbytes)} of memory.")
 
@@ -134,40 +135,51 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
         click.echo("An earlier run had been stopped while it published its files; that is finished now.")
         return
     if not plan.sets:
-        click.echo(f"Nothing to do: all weights of {plan.source.path} are in safetensors.")
+        click.echo(f"Nothing to do: {plan.source.path} is as it would be.")
         return
     rows = []
     for planned in plan.sets:
         files = f"{len(planned.shards)} files" if len(planned.shards) > 1 else planned.name.single
-        rows.append(
-            (planned.component or ".", planned.source.path.name, "->", files, f"{planned.tensor_count:,} tensors",
-             show_bytes(planned.nbytes))
-        )  # fmt: skip
-    show_table(("component", "source", "", "output", "tensors", "size"), rows)
+        rows.append((planned.component or ".", planned.source.path.name, "->", files, show_bytes(planned.nbytes)))
+    show_table(("component", "source", "", "output", "size"), rows)
     click.echo()
     if verbose:
         for name in [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]:
             click.echo(f"wrote {printable(name)}")
-    _show_remarks(plan)
+    _show_remarks(plan, verbose)
     for name in plan.removed:
         click.echo(printable(f"Removed {name}"))
     if result.reused_nbytes:
         click.echo(f"Took up {show_bytes(result.reused_nbytes)} that an earlier run had left.")
-    rate = show_bytes(plan.nbytes / max(result.seconds, 1e-3))
-    checked = ", every value compared with the source" if result.verified else ""
-    click.echo(
-        f"Wrote {show_bytes(plan.nbytes)} to {plan.target.folder} in {result.seconds:.1f} s ({rate}/s) "
-        f"with {show_bytes(peak_nbytes)} of memory{checked}."
-    )
+    click.echo(_how_it_went(result, peak_nbytes))
     click.echo("\nLoad it with:\n")
     for line in loading_lines(plan):
         click.echo(f"    {line}")
 
 
-def _show_remarks(plan: Plan) -> None:
+def _how_it_went(result: Result, peak_nbytes: int) -> str:
+    assert result.plan is not None
+    written = sum(shard.nbytes for shard in result.plan.shards if shard.link is None)
+    linked = sum(shard.nbytes for shard in result.plan.shards if shard.link is not None)
+    if not written:
+        return f"Renamed {show_bytes(linked)} of weights in {result.plan.target.folder}; none were written."
+    rate = show_bytes(written / max(result.seconds, 1e-3))
+    kept = f", kept {show_bytes(linked)} as they were" if linked else ""
+    checked = ", every value compared with the source" if result.verified else ""
+    return (
+        f"Wrote {show_bytes(written)} to {result.plan.target.folder}{kept} in {result.seconds:.1f} s ({rate}/s) "
+        f"with {show_bytes(peak_nbytes)} of memory{checked}."
+    )
+
+
+def _show_remarks(plan: Plan, every: bool) -> None:
     for planned in plan.sets:
         for dropped, kept in planned.ties.items():
             click.echo(printable(f"Tied: {dropped} is {kept}, written once and noted in the header"))
+        if planned.kept:
+            names = ", ".join(planned.kept if every else planned.kept[:3])
+            more = "" if every or len(planned.kept) <= 3 else ", ... (-v lists them)"
+            click.echo(printable(f"Kept in fp32 in {planned.source.path.name}: {len(planned.kept)} ({names}{more})"))
         for note in planned.notes:
             click.echo(printable(f"Note: {note}"))
     for note in plan.notes:

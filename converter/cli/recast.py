@@ -16,8 +16,8 @@ from converter.cli.options import conversion_options, source_arg
 def command(source: Path, **options: Any) -> None:
     """Write the floating tensors of SRC in another dtype, as a variant beside it or into a new folder.
 
-    The files are tagged with the dtype's name, so that loaders find them with variant="bf16". Integers and booleans stay
-    as they are, and so does what the model's own library keeps in fp32. Values are rounded to nearest even.
+    The files are tagged with the dtype's name, so that loaders find them with variant="bf16". Integers and booleans
+    stay as they are, and so does what the model's own library keeps in fp32. Values are rounded to nearest even.
 
     \b
     wconv recast ./model --dtype bf16                      add a bf16 variant

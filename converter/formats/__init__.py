@@ -15,8 +15,8 @@ from converter.tensors import Described, Layout, WeightsFile
 class FormatRow:
     """One format: how it is recognised, what reads a file's header, and what writes one.
 
-    ``lay_out`` says where tensors go, given the ties and the notes of a header; ``finish_file`` writes, into a file that
-    has the header and all bytes of tensors, what else the format wants, given their CRC32s.
+    ``lay_out`` says where tensors go, given the ties and the notes of a header; ``finish_file`` writes, into a file
+    that has the header and all bytes of tensors, what else the format wants, given their CRC32s.
     """
 
     name: str

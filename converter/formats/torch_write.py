@@ -145,7 +145,7 @@ def build_pickle(tensors: Sequence[Described], ties: Mapping[str, str]) -> bytes
     """Spell the pickle of a state dict, protocol 2: storage ``n`` is that of tensor ``n``, ties come last."""
     writer = _Pickler()
     numbers = {name: number for number, (name, _, _) in enumerate(tensors)}
-    entries = [(name, number) for name, number in numbers.items()]
+    entries = list(numbers.items())
     entries += [(dropped, numbers[kept]) for dropped, kept in ties.items()]
     writer.global_("collections", "OrderedDict")
     writer.parts.append(b")R(")
@@ -195,7 +195,7 @@ class _Pickler:
         self.parts.append(b"t")
 
     def tensor(self, number: int, dtype: DType, shape: tuple[int, ...]) -> None:
-        """``_rebuild_tensor_v2`` for a dtype that has a typed storage, ``_v3`` for others (``Tensor.__reduce_ex__``)."""
+        """Spell a tensor: ``_rebuild_tensor_v2`` for dtypes with a typed storage, else ``_v3`` (torch/_tensor.py)."""
         if not dtype.torch_name:
             raise ValueError(f"holds tensors of dtype {dtype}, which torch does not have")
         typed = bool(dtype.storage_class)
