@@ -16,7 +16,8 @@ from converter.checkpoint import Checkpoint, WeightSet, open_checkpoint
 from converter.choose import only_set
 from converter.folder import Component, open_folder
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
-from converter.stream import PIECE_NBYTES, SourceFiles, read_range
+from converter.sources import SourceFiles, read_range
+from converter.stream import PIECE_NBYTES
 from converter.tensors import TensorInfo
 
 Kind = Literal["missing", "extra", "shape", "dtype", "values"]

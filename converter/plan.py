@@ -9,27 +9,20 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from converter.checkpoint import Checkpoint, WeightSet
-from converter.choose import Tied, Wishes
-from converter.dtypes import DTYPES, RECAST_SOURCES, DType
+from converter.choose import Wishes
+from converter.dtypes import RECAST_SOURCES, DType
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.folder import Component, ModelFolder
 from converter.formats import FORMATS
 from converter.index import WeightIndex
-from converter.keep_fp32 import keep_rule
 from converter.names import Format, WeightsName
-from converter.tensors import TensorInfo, find_ties
-
-# Renamed on load, but only where the checkpoint is one file (``_fix_state_dict_keys_on_load`` and its call in
-# ``diffusers/models/modeling_utils.py``): in shards these tensors are silently not used.
-_OLD_ATTENTION_CLASSES = frozenset({"AutoencoderKL", "VQModel", "UNet2DModel"})
-_OLD_ATTENTION_NAME = re.compile(r".*\.attentions\.\d+\.(query|key|value|proj_attn)\.(weight|bias)")
+from converter.rules import check_quantized, check_shard_count, choose_ties, find_kept, target_dtype, with_dtype
+from converter.tensors import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,17 +226,17 @@ def _find_superseded(
 
 def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_place: bool) -> SetPlan:
     name = wishes.name_output(checkpoint.name)
-    _check_quantized(component, checkpoint, wishes)
-    ties = _find_ties(component, checkpoint, name.format, wishes)
-    keep = _keep_rule(component, wishes)
-    casts = {info.name: _target_dtype(info, wishes, keep) for info in checkpoint.tensors}
+    check_quantized(component, checkpoint, wishes)
+    ties = choose_ties(component, checkpoint, name.format, wishes)
+    keep = find_kept(component, wishes)
+    casts = {info.name: target_dtype(info, wishes, keep) for info in checkpoint.tensors}
     groups = [[info for info in file.tensors if info.name not in ties] for file in checkpoint.files]
     if wishes.max_shard_nbytes is not None:
         tensors = list(itertools.chain.from_iterable(groups))
         parts = split_into_shards([casts[info.name].nbytes(info.numel) for info in tensors], wishes.max_shard_nbytes)
         groups = [[tensors[place] for place in part] for part in parts]
     groups = [group for group in groups if group] or [[]]
-    _check_shard_count(component, checkpoint, name, len(groups), wishes)
+    check_shard_count(component, checkpoint, name, len(groups), wishes)
     base = Path(component.name)
     file_names = name.files(len(groups))
     shards = [
@@ -257,55 +250,6 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
         index = ((base / name.index).as_posix(), _build_index(checkpoint, shards, file_names).render())
     kept = tuple(info.name for info in checkpoint.tensors if keep(info.name) and info.dtype.tag in RECAST_SOURCES)
     return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, checkpoint.notes)
-
-
-def _check_quantized(component: Component, checkpoint: Checkpoint, wishes: Wishes) -> None:
-    if wishes.dtype and "quantization_config" in component.config and not wishes.force:
-        raise Unsupported(
-            checkpoint.weight_set.path,
-            "is quantized (its config.json has a quantization_config): a cast would ruin it",
-            "Recast the model it was made from, or use --force.",
-        )
-
-
-def _find_ties(component: Component, checkpoint: Checkpoint, form: Format, wishes: Wishes) -> dict[str, str]:
-    """Map the names that are not written to those that are; in a torch file they stay, as a second name."""
-    if form == "torch":
-        names = {info.name for info in checkpoint.tensors}
-        recorded = {name: kept for name, kept in checkpoint.metadata.items() if kept in names and name not in names}
-        return {} if wishes.tied == "duplicate" else {**find_ties(checkpoint.tensors), **recorded}
-    ties = find_ties(checkpoint.tensors) if (wishes.tied or default_tied(component)) == "first" else {}
-    if "format" in ties:
-        raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
-    return ties
-
-
-def default_tied(component: Component) -> Tied:
-    """Say whether tied tensors are written once or each by its name, where the user does not.
-
-    A transformers model ties again what its config says is tied; where the config says it does not, and in Diffusers,
-    which never ties, a name that is not in the file is a missing weight.
-    """
-    if component.is_diffusers or component.config.get("tie_word_embeddings") is False:
-        return "duplicate"
-    return "first"
-
-
-def _keep_rule(component: Component, wishes: Wishes) -> Callable[[str], bool]:
-    if wishes.dtype is None or wishes.dtype.bits >= 32:
-        return lambda name: False
-    try:
-        patterns = [re.compile(pattern) for pattern in wishes.keep_fp32]
-    except re.error as error:
-        raise BadRequest(repr(error.pattern), f"is no regular expression ({error})") from None
-    rule = keep_rule(component.class_name, component.is_diffusers, wishes.dtype)
-    return lambda name: rule(name) or any(pattern.search(name) for pattern in patterns)
-
-
-def _target_dtype(info: TensorInfo, wishes: Wishes, keep: Callable[[str], bool]) -> DType:
-    if wishes.dtype is None or info.dtype.tag not in RECAST_SOURCES:
-        return info.dtype
-    return DTYPES["F32"] if keep(info.name) else wishes.dtype
 
 
 def _notes_of(group: Sequence[TensorInfo], checkpoint: Checkpoint) -> dict[str, str]:
@@ -367,49 +311,16 @@ def _build_index(checkpoint: Checkpoint, shards: Iterable[Shard], file_names: It
     return WeightIndex({**weight_map, **aliases}, metadata)
 
 
-def _check_shard_count(
-    component: Component, checkpoint: Checkpoint, name: WeightsName, count: int, wishes: Wishes
-) -> None:
-    if count == 1 or wishes.force:
-        return
-    path = checkpoint.weight_set.path
-    if name.format == "torch" and component.is_diffusers:
-        raise Unsupported(
-            path,
-            "would become sharded .bin, which no Diffusers pipeline loads",
-            "Use --max-shard-size none, or --force.",
-        )
-    if component.class_name not in _OLD_ATTENTION_CLASSES:
-        return
-    for info in checkpoint.tensors:
-        if _OLD_ATTENTION_NAME.fullmatch(info.name):
-            raise Unsupported(
-                path,
-                f"has tensors with old names, such as {info.name!r}, which Diffusers reads from a single file only",
-                "Use --max-shard-size none.",
-            )
-
-
 def _edit_config(component: Component, planned: SetPlan, target: Target, wishes: Wishes) -> Iterable[tuple[str, bytes]]:
     """Give the config.json of a component that is recast, untagged, into a new folder: with its new dtype.
 
-    A variant shares its config.json with the others, so that stays. transformers 5 writes ``dtype``, 4 ``torch_dtype``.
+    A variant shares its config.json with the others, so that stays.
     """
     if wishes.dtype is None or planned.name.variant is not None or _is_beside(component, target):
         return
-    edited = _with_dtype(component.config, wishes.dtype.torch_name)
+    edited = with_dtype(component.config, wishes.dtype.torch_name)
     if edited != component.config:
         yield (Path(component.name) / "config.json").as_posix(), (json.dumps(edited, indent=2) + "\n").encode()
-
-
-def _with_dtype(config: Any, name: str) -> Any:
-    if not isinstance(config, dict):
-        return config
-    named = ("dtype", "torch_dtype")
-    return {
-        key: name if key in named and isinstance(value, str) else _with_dtype(value, name)
-        for key, value in config.items()
-    }
 
 
 def split_into_shards(sizes: Sequence[int], max_nbytes: float) -> list[list[int]]:

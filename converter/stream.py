@@ -1,9 +1,8 @@
 """Bytes on their way: from byte ranges of source files, through one small buffer, to a place in an output file.
 
 A shard is cut into pieces of some MB; each is a task of its own, for any executor, in this process or another. A piece
-fills its buffer tensor after tensor, so that many small ones make one write. Contiguous tensors are read straight
-into the buffer, strided ones are gathered with numpy from short reads: nothing is mapped, because mapped pages count
-as memory and a file cut short would kill the process.
+fills its buffer tensor after tensor, so that many small ones make one write; a tensor that changes its dtype passes
+through a second buffer.
 
 CRC32s are computed as the bytes go by, where a tensor covers its whole record; other records are read once more.
 """
@@ -14,25 +13,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from zlib_ng.zlib_ng import crc32
 
 from converter.errors import BadFile
+from converter.sources import ITEM_MULTIPLE, SourceFiles, read_range, read_some
 from converter.tensors import ByteRange, TensorInfo
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from converter.choose import OnOverflow
     from converter.plan import Copy, Shard
 
 CHUNK_NBYTES = 1 << 18  # the fastest of 64 KiB to 4 MiB against cp: it stays in the processor's cache
 PIECE_NBYTES = 1 << 25  # 100 and more tasks for a checkpoint of some GB, each well above the cost of a task
 GATHER_NBYTES = 1 << 23  # a transposed matrix needs many rows at once, or it is read in single elements
-_SLAB_NBYTES = 1 << 20
-_MAX_ITEM_NBYTES = 16  # a multiple of the size of any element
-_SPARSE = 16  # a slab of which less than this share is wanted is read in parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +87,7 @@ def cut_pieces(
             steps.append(Step(copy, begin, end))
             room -= end - begin
             begin = end
-            if room < _MAX_ITEM_NBYTES:  # so that no element is cut, whatever came before
+            if room < ITEM_MULTIPLE:  # so that no element is cut, whatever came before
                 yield Piece(path, tuple(steps), with_crcs, on_overflow)
                 steps, room = [], piece_nbytes
     if steps:
@@ -142,7 +137,7 @@ def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
 def _is_at(file: BinaryIO, place: int, chunk: memoryview, scratch: bytearray) -> bool:
     file.seek(place)
     # startswith compares as memcmp does; memoryviews compare item by item.
-    count = _read_some(file, memoryview(scratch)[: len(chunk)])
+    count = read_some(file, memoryview(scratch)[: len(chunk)])
     return count == len(chunk) and scratch.startswith(chunk)
 
 
@@ -156,47 +151,6 @@ def check_record(record: ByteRange, chunk_nbytes: int = CHUNK_NBYTES) -> None:
             sources.read_into(record, begin, view)
             crc = crc32(view, crc)
     check_crc(record, crc)
-
-
-def read_chunks(info: TensorInfo, sources: SourceFiles, buffer: bytearray) -> Iterator[memoryview]:
-    """Yield a tensor's bytes in row-major order; each view is of ``buffer`` and valid until the next one."""
-    view = memoryview(buffer)
-    room = len(buffer) // _MAX_ITEM_NBYTES * _MAX_ITEM_NBYTES
-    for begin in range(0, info.nbytes, room):
-        chunk = view[: min(room, info.nbytes - begin)]
-        read_range(info, sources, begin, chunk)
-        yield chunk
-
-
-def read_range(info: TensorInfo, sources: SourceFiles, begin: int, out: memoryview) -> None:
-    """Fill ``out`` with a tensor's bytes from ``begin`` on, as they lie in row-major order."""
-    if info.is_contiguous:
-        sources.read_into(info.storage, info.dtype.nbytes(info.start) + begin, out)
-    else:
-        _gather(info, sources, begin // info.dtype.itemsize, out)
-
-
-class SourceFiles:
-    """The source files that one task has open; a file that turns out shorter than its header said is a BadFile."""
-
-    def __init__(self) -> None:
-        self._files: dict[Path, BinaryIO] = {}
-
-    def __enter__(self) -> SourceFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def read_into(self, storage: ByteRange, begin: int, out: memoryview) -> None:
-        """Fill ``out`` with the bytes from ``begin`` of a byte range on."""
-        file = self._files.get(storage.path)
-        if file is None:
-            file = self._files[storage.path] = storage.path.open("rb", buffering=0)
-        file.seek(storage.offset + begin)
-        if _read_some(file, out) != len(out):
-            raise BadFile(storage.path, "became shorter while it was read", "Fetch the file again.")
 
 
 class _PieceReader:
@@ -227,7 +181,7 @@ class _PieceReader:
             checked = step.copy.source.storage.crc32 is not None and covers_record(step.copy.source)
             while begin < end:
                 # Elements stay whole, of whatever dtype.
-                count = min(end - begin, (size - filled) // _MAX_ITEM_NBYTES * _MAX_ITEM_NBYTES)
+                count = min(end - begin, (size - filled) // ITEM_MULTIPLE * ITEM_MULTIPLE)
                 if not count:
                     yield start, view[:filled]
                     start, filled = start + filled, 0
@@ -291,81 +245,10 @@ def check_crc(record: ByteRange, crc: int) -> None:
         )
 
 
-def _read_some(file: BinaryIO, out: memoryview) -> int:
-    """Fill ``out`` as far as the file goes, whatever a single read gives."""
-    done = 0
-    while done < len(out):
-        count = file.readinto(out[done:])  # type: ignore[attr-defined]
-        if not count:
-            break
-        done += count
-    return done
-
-
 def _write_all(file: BinaryIO, data: memoryview) -> None:
     done = 0
     while done < len(data):
         done += file.write(data[done:])
-
-
-def _gather(info: TensorInfo, sources: SourceFiles, first: int, out: memoryview) -> None:
-    import numpy as np
-
-    # Only bits move, so any type of the right width will do.
-    values = np.frombuffer(out, dtype=f"u{info.dtype.itemsize}")
-    _Gather(info, sources).fill(info.shape, info.strides, info.start, first, values)
-
-
-class _Gather:
-    """Reads parts of a strided tensor. Shapes, strides and starts are in elements, as in TensorInfo."""
-
-    def __init__(self, info: TensorInfo, sources: SourceFiles) -> None:
-        self.storage = info.storage
-        self.itemsize = info.dtype.itemsize
-        self.sources = sources
-
-    def fill(
-        self, shape: tuple[int, ...], strides: tuple[int, ...], start: int, first: int, out: np.ndarray[Any, Any]
-    ) -> None:
-        """Fill the flat ``out`` with as many elements as it takes, from the ``first`` in row-major order on."""
-        if not shape:
-            self.read_block((), (), start, out.reshape(()))
-            return
-        row = 1
-        for length in shape[1:]:
-            row *= length
-        done = 0
-        while done < len(out):
-            place, offset = divmod(first + done, row)
-            rows = (len(out) - done) // row
-            begin = start + place * strides[0]
-            if offset or not rows:
-                count = min(row - offset, len(out) - done)
-                self.fill(shape[1:], strides[1:], begin, offset, out[done : done + count])
-            else:
-                count = rows * row
-                self.read_block((rows, *shape[1:]), strides, begin, out[done : done + count].reshape(rows, *shape[1:]))
-            done += count
-
-    def read_block(
-        self, shape: tuple[int, ...], strides: tuple[int, ...], start: int, out: np.ndarray[Any, Any]
-    ) -> None:
-        """Fill ``out``, an array of ``shape``; cut the block until what it spans is small, or mostly wanted."""
-        import numpy as np
-
-        extents = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
-        span = 1 + sum(extents)
-        if span == 1 or (span * self.itemsize <= _SLAB_NBYTES and span <= _SPARSE * out.size):
-            slab = np.empty(span, dtype=out.dtype)
-            self.sources.read_into(self.storage, start * self.itemsize, slab.data.cast("B"))
-            out[...] = np.lib.stride_tricks.as_strided(slab, shape, [stride * self.itemsize for stride in strides])
-            return
-        axis = extents.index(max(extents))
-        half = shape[axis] // 2
-        for begin, end in ((0, half), (half, shape[axis])):
-            part = tuple(end - begin if place == axis else length for place, length in enumerate(shape))
-            where = (slice(None),) * axis + (slice(begin, end),)
-            self.read_block(part, strides, start + begin * strides[axis], out[where])
 
 
 def records_to_check(copies: Iterable[Copy]) -> set[ByteRange]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from converter.errors import BadFile, HostileFile, Unsupported
-from converter.formats.torch_pickle import MAX_PICKLE_NBYTES, StorageRef, TensorRef, parse_pickle
+from converter.formats.pickle_machine import MAX_PICKLE_NBYTES
+from converter.formats.torch_pickle import StorageRef, TensorRef, parse_pickle
 from converter.tensors import ByteRange, TensorInfo, WeightsFile
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7

@@ -1,0 +1,205 @@
+"""Which tensors a model's own library keeps in float32 when it loads the model in a smaller dtype.
+
+Stored in the smaller dtype they would be widened on load, and what the cast took off would be gone. So they stay
+float32 in the file: loading it gives the same tensors as loading the source in that dtype. A table has a row for each
+rule and the classes that it holds for; a class that is in none keeps nothing.
+
+A transformers model that is made of others keeps what its parts keep, and its config says what they are: ask for the
+class of each nested config too (``text_config.architectures[0]``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from converter.dtypes import DType
+
+# Each row: entries, classes. For transformers: entries for float16, entries for float16 and bfloat16, classes.
+# Written by scripts/make_keep_fp32.py from diffusers 0.42.1 and transformers 5.23.0.
+_DIFFUSERS: tuple[tuple[str, str], ...] = (
+    (
+        "time_embedder scale_shift_table norm1 norm2 norm3",
+        "AnyFlowFARTransformer3DModel AnyFlowTransformer3DModel ChronoEditTransformer3DModel",
+    ),
+    ("encoder quant_conv norm1 norm2 norm_out scale1 scale2", "AutoencoderKLMiniMaxH3"),
+    ("encoder decoder pre_block dec_in_proj mean_proj logs_proj", "AutoencoderKLMiniMaxH3Audio"),
+    ("time_embedder", "Cosmos3OmniTransformer"),
+    ("learnable_pos_embed", "CosmosControlNetModel CosmosTransformer3DModel"),
+    ("norm_q norm_k", "Flux3Transformer2DModel"),
+    ("time_embedder scale_shift_table norm1 norm2 norm3 history_key_scale", "HeliosTransformer3DModel"),
+    ("time_embedder norm1 norm2 norm_out", "JoyImageEditPlusTransformer3DModel JoyImageEditTransformer3DModel"),
+    ("time_embeddings modulation visual_modulation text_modulation", "Kandinsky5Transformer3DModel"),
+    ("time_embeddings pooled_bias modulation", "Kandinsky6SRTransformer3DModel"),
+    ("time_embeddings modulation", "Kandinsky6Transformer3DModel"),
+    ("norm norm1 norm2 norm_q norm_k", "Krea2Transformer2DModel"),
+    ("proj_in audio_proj_in time_embedder proj_out audio_proj_out rope", "MiniMaxH3Transformer3DModel"),
+    ("latent_decoder_mean_n_log_scale norm", "RFD4ProteinaAutoencoder"),
+    ("cond_factory norm ln_out", "RFD4ProteinaTransformer"),
+    (
+        "rope time_embedder scale_shift_table norm1 norm2 norm3",
+        "SkyReelsV2Transformer3DModel WanTransformer3DModel WanVACETransformer3DModel",
+    ),
+    ("time_embedding time_projection scale_shift_table norm1 norm2 norm3 modulation", "WanAnimate2Transformer3DModel"),
+    ("time_embedder scale_shift_table norm1 norm2 norm3 motion_synthesis_weight rope", "WanAnimateTransformer3DModel"),
+)
+
+_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
+    (
+        "",
+        "e_score_correction_bias",
+        "AXK1ForCausalLM AXK1ForSequenceClassification AXK1ForTokenClassification AXK1Model DeepseekV3ForCausalLM "
+        "DeepseekV3ForSequenceClassification DeepseekV3ForTokenClassification DeepseekV3Model Dots1ForCausalLM "
+        "Dots1Model Dots3NoteForCausalLM Dots3NoteForConditionalGeneration Dots3NoteModel Dots3NoteTextModel "
+        "Dots3NoteVisionModel ExaoneMoeForCausalLM ExaoneMoeModel Glm4MoeForCausalLM Glm4MoeLiteForCausalLM "
+        "Glm4MoeLiteModel Glm4MoeModel Glm4vMoeForConditionalGeneration Glm4vMoeModel Glm4vMoeTextModel "
+        "Glm4vMoeVisionModel HYV3ForCausalLM HYV3Model Kolibri1ForCausalLM Kolibri1Model MiMoV2FlashForCausalLM "
+        "MiMoV2FlashModel NemotronHForCausalLM NemotronHModel SolarOpenForCausalLM SolarOpenModel",
+    ),
+    (
+        "indexer.weights_proj",
+        "e_score_correction_bias",
+        "AXK2ForCausalLM AXK2ForSequenceClassification AXK2ForTokenClassification AXK2Model DeepseekV32ForCausalLM "
+        "DeepseekV32Model GlmMoeDsaForCausalLM GlmMoeDsaModel",
+    ),
+    (
+        "input_layernorm post_attention_layernorm pre_mlp_layernorm post_mlp_layernorm q_norm k_norm norm expert_bias",
+        "",
+        "AfmoeForCausalLM AfmoeModel",
+    ),
+    ("", "e_score_correction_bias conv1d dt_bias A_log", "BailingHybridForCausalLM BailingHybridModel"),
+    ("", "e_score_correction_bias mlp.gate.weight", "BeamForCausalLM BeamModel"),
+    (
+        "query_tokens qformer",
+        "",
+        "Blip2ForConditionalGeneration Blip2ForImageTextRetrieval Blip2Model Blip2TextModelWithProjection "
+        "Blip2VisionModelWithProjection",
+    ),
+    (
+        "self_attn.compressor.kv_proj self_attn.compressor.gate_proj self_attn.compressor.indexer.kv_proj "
+        "self_attn.compressor.indexer.gate_proj self_attn.compressor.indexer.scorer.weights_proj",
+        "attn_hc ffn_hc hc_head sinks position_bias e_score_correction_bias q_a_norm kv_norm input_layernorm "
+        "post_attention_layernorm norm",
+        "DeepseekV4ForCausalLM DeepseekV4Model",
+    ),
+    (
+        "",
+        "gate.weight moe_statics",
+        "Ernie4_5_MoeForCausalLM Ernie4_5_MoeModel Ernie4_5_VLMoeForConditionalGeneration Ernie4_5_VLMoeModel "
+        "Ernie4_5_VLMoeTextModel Ernie4_5_VLMoeVisionTransformerPretrainedModel "
+        "Ernie4_5_VL_MoeForConditionalGeneration Ernie4_5_VL_MoeModel Ernie4_5_VL_MoeTextModel "
+        "Ernie4_5_VL_MoeVisionTransformerPretrainedModel",
+    ),
+    ("", "fourier norm.weight norm.bias norm_mix norm_start norm_single boundaries distogram_head", "EsmFold2Model"),
+    ("", "gate.weight sinks", "FlintForCausalLM FlintModel"),
+    (
+        "",
+        "e_score_correction_bias conv1d dt_bias A_log attn_hc.base attn_hc.scale ffn_hc.base ffn_hc.scale",
+        "Glm5NextForConditionalGeneration Glm5NextModel Glm5NextTextModel Glm5NextVisionModel",
+    ),
+    (
+        "post_attention_layernorm input_layernorm norm",
+        "",
+        "GptOssForCausalLM GptOssForSequenceClassification GptOssForTokenClassification GptOssModel",
+    ),
+    ("", "latent_mean latent_std freqs", "GradiumPhononTTSForConditionalGeneration PocketTTSForConditionalGeneration"),
+    ("", "conv.norm", "GraniteSpeech5Encoder GraniteSpeech5ForCTC"),
+    (
+        "",
+        "e_score_correction_bias fn scale base hc_fn hc_scale hc_base weights_proj k_norm sinks lm_head",
+        "HYV4ForCausalLM",
+    ),
+    ("", "e_score_correction_bias fn scale base hc_fn hc_scale hc_base weights_proj k_norm sinks", "HYV4Model"),
+    (
+        "",
+        "e_score_correction_bias mlp.gate.weight post_attention_convolution post_mlp_convolution k_sconv.conv1d "
+        "v_sconv.conv1d attention_input mlp_input final_input",
+        "Inkling2ForCausalLM Inkling2ForConditionalGeneration Inkling2Model Inkling2TextModel Inkling2VisionModel",
+    ),
+    (
+        "",
+        "attn_sconv mlp_sconv k_sconv v_sconv e_score_correction_bias gate.global_scale",
+        "InklingAudioModel InklingForCausalLM InklingForConditionalGeneration InklingModel InklingTextModel "
+        "InklingVisionModel",
+    ),
+    (
+        "query_tokens",
+        "",
+        "InstructBlipForConditionalGeneration InstructBlipModel InstructBlipVideoForConditionalGeneration "
+        "InstructBlipVideoModel",
+    ),
+    ("", "codec_model", "KyutaiSpeechToTextForConditionalGeneration"),
+    ("classifier.weight", "", "LongcatFlashForCausalLM LongcatFlashModel"),
+    (
+        "wo",
+        "",
+        "MT5EncoderModel MT5ForConditionalGeneration MT5ForQuestionAnswering MT5ForSequenceClassification "
+        "MT5ForTokenClassification MT5Model MT5Stack Pop2PianoForConditionalGeneration Pop2PianoStack T5EncoderModel "
+        "T5ForConditionalGeneration T5ForQuestionAnswering T5ForSequenceClassification T5ForTokenClassification "
+        "T5Model T5Stack UMT5EncoderModel UMT5ForConditionalGeneration UMT5ForQuestionAnswering "
+        "UMT5ForSequenceClassification UMT5ForTokenClassification UMT5Model UMT5Stack UdopEncoderModel "
+        "UdopForConditionalGeneration UdopModel UdopStack",
+    ),
+    (
+        "indexer.weights_proj",
+        "rotary_emb mlp.gate.weight",
+        "MistralLarge4ForConditionalGeneration MistralLarge4Model MistralLarge4TextModel",
+    ),
+    (
+        "",
+        "post_attention_residual_gate post_feedforward_residual_gate mlp.gate.weight e_score_correction_bias",
+        "MuseSparkAudioModel MuseSparkForConditionalGeneration MuseSparkModel MuseSparkTextModel MuseSparkVisionModel",
+    ),
+    ("", "audio_tower multi_modal_projector", "Nemotron3_5TranscribeModel"),
+    ("", "sinks", "OpenAIPrivacyFilterForTokenClassification OpenAIPrivacyFilterModel"),
+    ("time_decay time_first", "", "RwkvForCausalLM RwkvModel"),
+    (
+        "",
+        "structure_attention_cell structure_generator",
+        "SLANeXtBackbone SLANeXtForTableRecognition SLANeXtSLAHead SLANeXtVisionEncoder",
+    ),
+    ("", "embed_positions", "VoxtralForConditionalGeneration"),
+)
+# End of what scripts/make_keep_fp32.py writes.
+
+_MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = ()
+
+
+def keep_rule(class_name: str, is_diffusers: bool, target: DType) -> Callable[[str], bool]:
+    """Give the predicate on tensor names that the library of a class keeps float32 when it loads in ``target``."""
+    if target.bits >= 32 or not target.is_floating:
+        return _keep_nothing
+    if is_diffusers:
+        return keep_segments(entry for row in _DIFFUSERS if class_name in row[1].split() for entry in row[0].split())
+    kept: list[str] = []
+    for fp16, strict, classes in (*_TRANSFORMERS, *_MORE_TRANSFORMERS):
+        if class_name in classes.split():
+            kept += strict.split() if target.tag == "BF16" else [*fp16.split(), *strict.split()]
+    return keep_matches(kept)
+
+
+def keep_segments(entries: Iterable[str]) -> Callable[[str], bool]:
+    """Match as Diffusers does: an entry is a whole segment between the dots of a name, for whatever dtype.
+
+    ``load_model_dict_into_meta`` in ``diffusers/models/model_loading_utils.py``.
+    """
+    kept = frozenset(entries)
+    return lambda name: not kept.isdisjoint(name.split("."))
+
+
+def keep_matches(entries: Iterable[str]) -> Callable[[str], bool]:
+    """Match as transformers does: an entry is a regular expression for any part of a name, with ``*`` for ``.*``.
+
+    ``_get_dtype_plan`` in ``transformers/modeling_utils.py``: ``_keep_in_fp32_modules`` is for float16 alone,
+    ``_keep_in_fp32_modules_strict`` for bfloat16 too; ``build_glob_alternation`` and its ``search`` in
+    ``transformers/core_model_loading.py``. Neither is for float8, where what is not known to fit is kept.
+    """
+    patterns = [entry.replace("*", ".*") for entry in entries]
+    if not patterns:
+        return _keep_nothing
+    pattern = re.compile("|".join(f"(?:{body})" for body in patterns))
+    return lambda name: pattern.search(name) is not None
+
+
+def _keep_nothing(name: str) -> bool:
+    return False

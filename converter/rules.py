@@ -1,0 +1,112 @@
+"""What the models' own loaders ask of a set that is written: ties, dtypes, shard counts, configs. Pure.
+
+Each rule names the loader that makes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from converter.checkpoint import Checkpoint
+from converter.choose import Tied, Wishes
+from converter.dtypes import DTYPES, RECAST_SOURCES, DType
+from converter.errors import BadRequest, Unsupported
+from converter.folder import Component
+from converter.keep_fp32 import keep_rule
+from converter.names import Format, WeightsName
+from converter.tensors import TensorInfo
+from converter.tensors import find_ties as find_equal_views
+
+# Renamed on load, but only where the checkpoint is one file (``_fix_state_dict_keys_on_load`` and its call in
+# ``diffusers/models/modeling_utils.py``): in shards these tensors are silently not used.
+_OLD_ATTENTION_CLASSES = frozenset({"AutoencoderKL", "VQModel", "UNet2DModel"})
+_OLD_ATTENTION_NAME = re.compile(r".*\.attentions\.\d+\.(query|key|value|proj_attn)\.(weight|bias)")
+
+
+def choose_ties(component: Component, checkpoint: Checkpoint, form: Format, wishes: Wishes) -> dict[str, str]:
+    """Map the names that are not written to those that are; in a torch file they stay, as a second name."""
+    if form == "torch":
+        names = {info.name for info in checkpoint.tensors}
+        recorded = {name: kept for name, kept in checkpoint.metadata.items() if kept in names and name not in names}
+        return {} if wishes.tied == "duplicate" else {**find_equal_views(checkpoint.tensors), **recorded}
+    ties = find_equal_views(checkpoint.tensors) if (wishes.tied or default_tied(component)) == "first" else {}
+    if "format" in ties:
+        raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
+    return ties
+
+
+def default_tied(component: Component) -> Tied:
+    """Say whether tied tensors are written once or each by its name, where the user does not.
+
+    A transformers model ties again what its config says is tied; where the config says it does not, and in Diffusers,
+    which never ties, a name that is not in the file is a missing weight.
+    """
+    if component.is_diffusers or component.config.get("tie_word_embeddings") is False:
+        return "duplicate"
+    return "first"
+
+
+def find_kept(component: Component, wishes: Wishes) -> Callable[[str], bool]:
+    """Say which tensors stay float32 in a recast: those of the model's library, and those that are asked for."""
+    if wishes.dtype is None or wishes.dtype.bits >= 32:
+        return lambda name: False
+    try:
+        patterns = [re.compile(pattern) for pattern in wishes.keep_fp32]
+    except re.error as error:
+        raise BadRequest(repr(error.pattern), f"is no regular expression ({error})") from None
+    rule = keep_rule(component.class_name, component.is_diffusers, wishes.dtype)
+    return lambda name: rule(name) or any(pattern.search(name) for pattern in patterns)
+
+
+def target_dtype(info: TensorInfo, wishes: Wishes, keep: Callable[[str], bool]) -> DType:
+    """Give the dtype in which a tensor is written; integers, booleans and packed floats stay as they are."""
+    if wishes.dtype is None or info.dtype.tag not in RECAST_SOURCES:
+        return info.dtype
+    return DTYPES["F32"] if keep(info.name) else wishes.dtype
+
+
+def check_quantized(component: Component, checkpoint: Checkpoint, wishes: Wishes) -> None:
+    """Refuse to cast what is quantized."""
+    if wishes.dtype and "quantization_config" in component.config and not wishes.force:
+        raise Unsupported(
+            checkpoint.weight_set.path,
+            "is quantized (its config.json has a quantization_config): a cast would ruin it",
+            "Recast the model it was made from, or use --force.",
+        )
+
+
+def check_shard_count(
+    component: Component, checkpoint: Checkpoint, name: WeightsName, count: int, wishes: Wishes
+) -> None:
+    """Refuse shards that no loader, or not the model's, reads."""
+    if count == 1 or wishes.force:
+        return
+    path = checkpoint.weight_set.path
+    if name.format == "torch" and component.is_diffusers:
+        raise Unsupported(
+            path,
+            "would become sharded .bin, which no Diffusers pipeline loads",
+            "Use --max-shard-size none, or --force.",
+        )
+    if component.class_name not in _OLD_ATTENTION_CLASSES:
+        return
+    for info in checkpoint.tensors:
+        if _OLD_ATTENTION_NAME.fullmatch(info.name):
+            raise Unsupported(
+                path,
+                f"has tensors with old names, such as {info.name!r}, which Diffusers reads from a single file only",
+                "Use --max-shard-size none.",
+            )
+
+
+def with_dtype(config: Any, name: str) -> Any:
+    """Give a config with another dtype, its sub-configs' too; transformers 5 writes ``dtype``, 4 ``torch_dtype``."""
+    if not isinstance(config, dict):
+        return config
+    named = ("dtype", "torch_dtype")
+    return {
+        key: name if key in named and isinstance(value, str) else with_dtype(value, name)
+        for key, value in config.items()
+    }

@@ -1,0 +1,133 @@
+"""A tensor's bytes from its source files, contiguous or not, into a buffer of the caller's.
+
+Contiguous tensors are read straight into the buffer, strided ones are gathered with numpy from short reads: nothing is
+mapped, because mapped pages count as memory and a file cut short would kill the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from converter.errors import BadFile
+from converter.tensors import ByteRange, TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ITEM_MULTIPLE = 16  # a multiple of the size of any element, in bytes
+_SLAB_NBYTES = 1 << 20
+_SPARSE = 16  # a slab of which less than this share is wanted is read in parts
+
+
+def read_chunks(info: TensorInfo, sources: SourceFiles, buffer: bytearray) -> Iterator[memoryview]:
+    """Yield a tensor's bytes in row-major order; each view is of ``buffer`` and valid until the next one."""
+    view = memoryview(buffer)
+    room = len(buffer) // ITEM_MULTIPLE * ITEM_MULTIPLE
+    for begin in range(0, info.nbytes, room):
+        chunk = view[: min(room, info.nbytes - begin)]
+        read_range(info, sources, begin, chunk)
+        yield chunk
+
+
+def read_range(info: TensorInfo, sources: SourceFiles, begin: int, out: memoryview) -> None:
+    """Fill ``out`` with a tensor's bytes from ``begin`` on, as they lie in row-major order."""
+    if info.is_contiguous:
+        sources.read_into(info.storage, info.dtype.nbytes(info.start) + begin, out)
+    else:
+        _gather(info, sources, begin // info.dtype.itemsize, out)
+
+
+class SourceFiles:
+    """The source files that one task has open; a file that turns out shorter than its header said is a BadFile."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, BinaryIO] = {}
+
+    def __enter__(self) -> SourceFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read_into(self, storage: ByteRange, begin: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``begin`` of a byte range on."""
+        file = self._files.get(storage.path)
+        if file is None:
+            file = self._files[storage.path] = storage.path.open("rb", buffering=0)
+        file.seek(storage.offset + begin)
+        if read_some(file, out) != len(out):
+            raise BadFile(storage.path, "became shorter while it was read", "Fetch the file again.")
+
+
+def read_some(file: BinaryIO, out: memoryview) -> int:
+    """Fill ``out`` as far as the file goes, whatever a single read gives; give the number of bytes."""
+    done = 0
+    while done < len(out):
+        count = file.readinto(out[done:])  # type: ignore[attr-defined]
+        if not count:
+            break
+        done += count
+    return done
+
+
+def _gather(info: TensorInfo, sources: SourceFiles, first: int, out: memoryview) -> None:
+    import numpy as np
+
+    # Only bits move, so any type of the right width will do.
+    values = np.frombuffer(out, dtype=f"u{info.dtype.itemsize}")
+    _Gather(info, sources).fill(info.shape, info.strides, info.start, first, values)
+
+
+class _Gather:
+    """Reads parts of a strided tensor. Shapes, strides and starts are in elements, as in TensorInfo."""
+
+    def __init__(self, info: TensorInfo, sources: SourceFiles) -> None:
+        self.storage = info.storage
+        self.itemsize = info.dtype.itemsize
+        self.sources = sources
+
+    def fill(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], start: int, first: int, out: np.ndarray[Any, Any]
+    ) -> None:
+        """Fill the flat ``out`` with as many elements as it takes, from the ``first`` in row-major order on."""
+        if not shape:
+            self.read_block((), (), start, out.reshape(()))
+            return
+        row = 1
+        for length in shape[1:]:
+            row *= length
+        done = 0
+        while done < len(out):
+            place, offset = divmod(first + done, row)
+            rows = (len(out) - done) // row
+            begin = start + place * strides[0]
+            if offset or not rows:
+                count = min(row - offset, len(out) - done)
+                self.fill(shape[1:], strides[1:], begin, offset, out[done : done + count])
+            else:
+                count = rows * row
+                self.read_block((rows, *shape[1:]), strides, begin, out[done : done + count].reshape(rows, *shape[1:]))
+            done += count
+
+    def read_block(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], start: int, out: np.ndarray[Any, Any]
+    ) -> None:
+        """Fill ``out``, an array of ``shape``; cut the block until what it spans is small, or mostly wanted."""
+        import numpy as np
+
+        extents = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
+        span = 1 + sum(extents)
+        if span == 1 or (span * self.itemsize <= _SLAB_NBYTES and span <= _SPARSE * out.size):
+            slab = np.empty(span, dtype=out.dtype)
+            self.sources.read_into(self.storage, start * self.itemsize, slab.data.cast("B"))
+            out[...] = np.lib.stride_tricks.as_strided(slab, shape, [stride * self.itemsize for stride in strides])
+            return
+        axis = extents.index(max(extents))
+        half = shape[axis] // 2
+        for begin, end in ((0, half), (half, shape[axis])):
+            part = tuple(end - begin if place == axis else length for place, length in enumerate(shape))
+            where = (slice(None),) * axis + (slice(begin, end),)
+            self.read_block(part, strides, start + begin * strides[axis], out[where])
