@@ -99,7 +99,7 @@ _CONVERSION_OPTIONS = (
     click.option("--tied", type=click.Choice(["first", "duplicate"]),
                  help="Write tied tensors once, or under each name (default: as the model's loader wants it)."),
     click.option("--keep-fp32", multiple=True, metavar="REGEX",
-                 help="Leave tensors of these names in fp32, besides those of the model's library; may be given again."),
+                 help="Leave tensors of these names in fp32, as well as those of the model's library; repeatable."),
     click.option("--on-overflow", type=click.Choice(["error", "saturate", "inf"]), default="error", show_default=True,
                  help="What becomes of values that the dtype cannot hold."),
     click.option("--force", is_flag=True, help="Recast quantized models; write what only some loaders read."),
