@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from converter.formats import read_file
-from converter.stream import SourceFiles, read_chunks
+from converter.sources import SourceFiles, read_chunks
 
 Description = dict[str, tuple[str, tuple[int, ...], bytes]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from odd_names import ODD_NAMES
 from converter.dtypes import BY_TORCH_NAME, DTYPES, DType
 from converter.errors import BadFile, Unsupported, WconvError
 from converter.formats import read_file
-from converter.formats.safetensors import build_header, parse_header, sort_key
+from converter.formats.safetensors import build_header, lay_out, parse_header
 from converter.tensors import ByteRange, TensorInfo, WeightsFile, contiguous_strides
 
 PATH = Path("model.safetensors")
@@ -120,10 +121,19 @@ def states(draw: st.DrawFn) -> dict[str, torch.Tensor]:
 @given(states())
 def test_a_file_is_byte_for_byte_what_save_file_writes(state: dict[str, torch.Tensor]) -> None:
     described = described_by_safetensors(state)
-    ordered = sorted(described, key=lambda name: sort_key(DTYPES[described[name][0]], name))
-    header = build_header([(name, DTYPES[described[name][0]], described[name][1]) for name in ordered], PT)
-    data = b"".join(described[name][2] for name in ordered)
-    assert header + data == safetensors.torch.save(state, PT)
+    names = list(described)
+    layout = lay_out([(name, DTYPES[tag], shape) for name, (tag, shape, _) in described.items()], {}, {})
+    expected = safetensors.torch.save(state, PT)
+    assert layout.nbytes == len(expected)
+    assert expected.startswith(layout.header)
+    assert [described[names[place]][2] for place in layout.order] == [
+        expected[begin:end] for begin, end in itertools.pairwise([*layout.offsets, layout.nbytes])
+    ]
+
+
+def test_ties_and_notes_are_metadata() -> None:
+    layout = lay_out([("b", DTYPES["U8"], (1,))], {"a": "b"}, {"note": "x", "format": "tf"})
+    assert parse_header(layout.header[8:], layout.nbytes, PATH).metadata == {"a": "b", "format": "pt", "note": "x"}
 
 
 @given(states())

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from odd_names import ODD_NAMES
 
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
-from converter.formats import read_file, torch_pickle
+from converter.formats import pickle_machine, read_file
 from converter.formats.torch_pickle import parse_pickle
 
 PATH = Path("model.bin")
@@ -399,14 +399,14 @@ def test_a_value_that_is_small_until_it_is_spelled_out(tmp_path: Path, end: byte
 
 def test_sizes_made_of_one_list_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each call would copy the list: a few MB of file, some GB of memory.
-    monkeypatch.setattr("converter.formats.torch_pickle.MAX_OPCODES", 200_000)
+    monkeypatch.setattr("converter.formats.pickle_machine.MAX_OPCODES", 200_000)
     made = b"]q\0(" + b"K\x01" * 20_000 + b"e" + SIZE_CLASS + b"q\x01" + b"]q\x02(" + b"h\x01h\0\x85R" * 400 + b"e."
     with limits(), pytest.raises(WconvError):
         parse(made)
 
 
 def test_dicts_made_of_one_list_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converter.formats.torch_pickle.MAX_OPCODES", 200_000)
+    monkeypatch.setattr("converter.formats.pickle_machine.MAX_OPCODES", 200_000)
     pairs = b"".join(text(str(place)) + b"N\x86" for place in range(10_000))
     ordered = DICT_CLASS + b"q\x01"
     with limits(), pytest.raises(WconvError):
@@ -424,7 +424,7 @@ def test_tensors_of_one_long_shape_again_and_again() -> None:
 
 
 def test_steps_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converter.formats.torch_pickle.MAX_OPCODES", 100)
+    monkeypatch.setattr("converter.formats.pickle_machine.MAX_OPCODES", 100)
     assert parse(b"N0" * 49 + b"N.") is None
     with pytest.raises(HostileFile, match="steps"):
         parse(b"N0" * 51 + b"N.")
@@ -439,11 +439,11 @@ def test_all_the_steps_there_may_be_take_some_hundred_megabytes(code: bytes) -> 
         nbytes_a_step = tracemalloc.get_traced_memory()[1] / (20_000 * len(code))
     finally:
         tracemalloc.stop()
-    assert nbytes_a_step * torch_pickle.MAX_OPCODES < 1024 * MB
+    assert nbytes_a_step * pickle_machine.MAX_OPCODES < 1024 * MB
 
 
 def test_a_long_pickle_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converter.formats.torch_pickle.MAX_PICKLE_NBYTES", 10)
+    monkeypatch.setattr("converter.formats.pickle_machine.MAX_PICKLE_NBYTES", 10)
     assert parse(b"N0" * 4 + b"N.") is None
     with pytest.raises(HostileFile, match="too long"):
         parse(b"N0" * 5 + b"N.")

@@ -18,12 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.checkpoint import Checkpoint, WeightSet
+from converter.choose import Wishes, choose_sets
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.folder import Component, ModelFolder
 from converter.index import parse_index
 from converter.names import WeightsName, parse_name
-from converter.plan import Plan, Target, Wishes, choose_sets, default_tied, make_plan, split_into_shards
+from converter.plan import Plan, Target, make_plan, split_into_shards
+from converter.rules import default_tied
 from converter.tensors import ByteRange, TensorInfo, WeightsFile, contiguous_strides
 
 HERE = Path("model")

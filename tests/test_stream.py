@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pickle
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,18 @@ from hypothesis import strategies as st
 from judges import described_by_safetensors, described_by_wconv, own_copy, saved_by_torch
 
 import converter.run
-from converter import stream
+from converter import sources, stream
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
-from converter.formats import read_file
-from converter.formats.safetensors import build_header, sort_key
+from converter.formats import FORMATS, read_file
 from converter.plan import Copy, Shard
+from converter.sources import SourceFiles, read_chunks, read_range
 from converter.stream import (
     Piece,
-    SourceFiles,
     check_record,
     compare_piece,
     covers_record,
     cut_pieces,
-    read_chunks,
-    read_range,
     records_to_check,
     rewrite_piece,
     write_piece,
@@ -88,16 +86,16 @@ def bytes_of(view: torch.Tensor) -> bytes:
 
 
 def read_all(info: TensorInfo, buffer_nbytes: int) -> bytes:
-    with SourceFiles() as sources:
-        return b"".join(map(bytes, read_chunks(info, sources, bytearray(buffer_nbytes))))
+    with SourceFiles() as files:
+        return b"".join(map(bytes, read_chunks(info, files, bytearray(buffer_nbytes))))
 
 
-@pytest.fixture(scope="module", params=[None, 64, 1])
+@pytest.fixture(scope="class", params=[None, 64, 1])
 def slab_nbytes(request: pytest.FixtureRequest) -> Iterator[None]:
     """Cut blocks of any size: what a slab takes decides between one read and many."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param:
-            patch.setattr(stream, "_SLAB_NBYTES", request.param)
+            patch.setattr(sources, "_SLAB_NBYTES", request.param)
         yield
 
 
@@ -118,8 +116,8 @@ class TestGather:
         begin = data.draw(st.integers(0, info.numel)) * info.dtype.itemsize
         end = data.draw(st.integers(begin // info.dtype.itemsize, info.numel)) * info.dtype.itemsize
         part = bytearray(end - begin)
-        with SourceFiles() as sources:
-            read_range(info, sources, begin, memoryview(part))
+        with SourceFiles() as files:
+            read_range(info, files, begin, memoryview(part))
         assert part == bytes_of(drawn[2])[begin:end]
 
 
@@ -157,16 +155,12 @@ def test_a_source_that_becomes_shorter(tmp_path: Path, view: torch.Tensor) -> No
 # Pieces
 
 
-def shard_of(infos: Iterable[TensorInfo]) -> Shard:
-    """Plan one file of tensors, as safetensors would write it."""
-    ordered = sorted(infos, key=lambda info: sort_key(info.dtype, info.name))
-    header = build_header([(info.name, info.dtype, info.shape) for info in ordered], PT)
-    copies = []
-    offset = len(header)
-    for info in ordered:
-        copies.append(Copy(info, info.dtype, offset))
-        offset += info.nbytes
-    return Shard("model.safetensors", header, tuple(copies))
+def shard_of(tensors: Sequence[TensorInfo]) -> Shard:
+    """Plan one safetensors file."""
+    layout = FORMATS["safetensors"].lay_out([(info.name, info.dtype, info.shape) for info in tensors], {}, {})
+    ordered = [tensors[place] for place in layout.order]
+    copies = tuple(Copy(info, info.dtype, offset) for info, offset in zip(ordered, layout.offsets, strict=True))
+    return Shard("model.safetensors", "safetensors", layout.header, copies, layout.nbytes, {})
 
 
 @st.composite
@@ -196,21 +190,22 @@ PIECES = st.sampled_from([16, 32, 64, 176, 1 << 20])
 CHUNKS = st.sampled_from([16, 48, 100, 1 << 18])
 
 
+def cut(shard: Shard, path: Path, piece_nbytes: int) -> list[Piece]:
+    return list(cut_pieces(shard, path, piece_nbytes=piece_nbytes))
+
+
 @given(state_dicts(), PIECES)
 def test_pieces_cover_each_byte_once(scratch: Path, state: dict[str, torch.Tensor], piece_nbytes: int) -> None:
     shard, path, _ = stage(scratch, state)
-    pieces = list(cut_pieces(shard, path, piece_nbytes))
+    pieces = cut(shard, path, piece_nbytes)
     place = len(shard.header)
     for piece in pieces:
-        assert piece.offset == place
-        place += piece.nbytes
+        assert 0 < piece.nbytes <= piece_nbytes
+        for step in piece.steps:
+            assert step.copy.offset + step.begin == place
+            assert step.begin % step.copy.dtype.itemsize == step.end % step.copy.dtype.itemsize == 0
+            place += step.end - step.begin
     assert place == shard.nbytes
-    assert [piece.nbytes for piece in pieces[:-1]] == [piece_nbytes] * len(pieces[:-1])
-    steps = [(step.copy.source.name, step.begin, step.end) for piece in pieces for step in piece.steps]
-    for copy in shard.copies:
-        of_copy = [(begin, end) for name, begin, end in steps if name == copy.source.name]
-        assert [begin for begin, _ in of_copy] == [0, *(end for _, end in of_copy)][: len(of_copy)]
-        assert sum(end - begin for begin, end in of_copy) == copy.nbytes
 
 
 @given(state_dicts(), PIECES, CHUNKS, st.randoms(use_true_random=False))
@@ -218,7 +213,7 @@ def test_pieces_in_any_order_make_the_file_that_safetensors_writes(
     scratch: Path, state: dict[str, torch.Tensor], piece_nbytes: int, chunk_nbytes: int, order: random.Random
 ) -> None:
     shard, path, expected = stage(scratch, state)
-    pieces = list(cut_pieces(shard, path, piece_nbytes))
+    pieces = cut(shard, path, piece_nbytes)
     order.shuffle(pieces)
     for piece in pieces:
         write_piece(piece, chunk_nbytes)
@@ -234,10 +229,10 @@ def test_every_record_is_checked_whole_or_in_parts_that_make_a_whole(
     shard, path, _ = stage(scratch, state)
     raw = (scratch / "model.bin").read_bytes()
     read_again = records_to_check(shard.copies)
-    pieces = list(cut_pieces(shard, path, piece_nbytes))
-    parts = [part for piece in pieces for part in write_piece(piece, chunk_nbytes)]
+    pieces = cut(shard, path, piece_nbytes)
+    parts = [part for piece in pieces for part in write_piece(piece, chunk_nbytes).read]
     for part in parts:
-        begin = part.record.offset + part.begin
+        begin = part.of.offset + part.begin
         assert part.crc32 == zlib.crc32(raw[begin : begin + part.nbytes])
     for record in {copy.source.storage for copy in shard.copies if copy.source.storage.nbytes}:
         covering = [
@@ -245,8 +240,22 @@ def test_every_record_is_checked_whole_or_in_parts_that_make_a_whole(
         ]
         assert (record in read_again) == (not covering)
         steps = [step for piece in pieces for step in piece.steps if step.copy.source in covering]
-        of_record = {(part.begin, part.nbytes) for part in parts if part.record == record}
+        of_record = {(part.begin, part.nbytes) for part in parts if part.of == record}
         assert of_record == {(step.begin, step.end - step.begin) for step in steps} - {(0, record.nbytes)}
+
+
+@given(state_dicts(), PIECES, CHUNKS)
+def test_checksums_of_what_is_written_are_of_the_file(
+    scratch: Path, state: dict[str, torch.Tensor], piece_nbytes: int, chunk_nbytes: int
+) -> None:
+    shard, path, expected = stage(scratch, state)
+    pieces = cut(dataclasses.replace(shard, format="torch"), path, piece_nbytes)
+    parts = [part for piece in pieces for part in write_piece(piece, chunk_nbytes).written]
+    for part in parts:
+        begin = part.of.offset + part.begin
+        assert part.crc32 == zlib.crc32(expected[begin : begin + part.nbytes])
+    steps = [(step.copy.offset, step.begin, step.end - step.begin) for piece in pieces for step in piece.steps]
+    assert [(part.of.offset, part.begin, part.nbytes) for part in parts] == steps
 
 
 @pytest.mark.parametrize("chunk_nbytes", [16, 48, 1 << 18])
@@ -269,10 +278,10 @@ def test_what_an_earlier_run_left_is_put_right(
     for place in range(len(shard.header), len(left), 1 + damage % 50):
         left[place] ^= 0x55
     path.write_bytes(left)
-    pieces = list(cut_pieces(shard, path, piece_nbytes))
-    parts = [part for piece in pieces for part in rewrite_piece(piece, chunk_nbytes)]
+    pieces = cut(shard, path, piece_nbytes)
+    parts = [part for piece in pieces for part in rewrite_piece(piece, chunk_nbytes).read]
     assert path.read_bytes() == expected
-    assert parts == [part for piece in pieces for part in write_piece(piece, chunk_nbytes)]
+    assert parts == [part for piece in pieces for part in write_piece(piece, chunk_nbytes).read]
 
 
 def test_the_checksum_of_a_whole_record_is_checked_at_once(tmp_path: Path) -> None:

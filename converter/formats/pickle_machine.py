@@ -9,6 +9,7 @@ claim 32 GB), and its REDUCE, NEWOBJ and BUILD call what they find; here there i
 
 from __future__ import annotations
 
+import codecs
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,10 +61,15 @@ def run_pickle(
         raise BadFile(path, f"its pickle is damaged near byte {machine.place:,}", "Fetch the file again.") from error
 
 
+def _name(value: Any) -> str:
+    """Name a value without spelling it out: it may be nested a million deep."""
+    return str(value) if isinstance(value, (Global, Rebuild)) else f"a value of type {type(value).__name__}"
+
+
 class _Machine:
     """The stack, the memo and the place in the stream; one method a kind of opcode, listed in _OPCODES below."""
 
-    __slots__ = ("find", "find_persistent", "marks", "memo", "path", "place", "raw", "stack")
+    __slots__ = ("charged", "find", "find_persistent", "marks", "memo", "path", "place", "raw", "stack")
 
     def __init__(
         self,
@@ -80,6 +86,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.charged = 0
 
     def run(self) -> Any:
         raw, memo, table = self.raw, self.memo, _TABLE
@@ -103,6 +110,12 @@ class _Machine:
                 table[code](self)
         raise HostileFile(self.path, f"its pickle takes more than {MAX_OPCODES:,} steps")
 
+    def charge(self, steps: int) -> None:
+        """Count what a call looks through as steps: one list may be handed to many calls."""
+        self.charged += steps
+        if self.charged > MAX_OPCODES:
+            raise HostileFile(self.path, f"its pickle takes more than {MAX_OPCODES:,} steps")
+
     # Reading arguments.
 
     def take(self, nbytes: int) -> bytes:
@@ -116,11 +129,14 @@ class _Machine:
     def take_uint(self, nbytes: int) -> int:
         return int.from_bytes(self.take(nbytes), "little")
 
-    def take_line(self) -> str:
+    def take_line(self) -> bytes:
         end = self.raw.index(b"\n", self.place)
-        line = self.raw[self.place : end].decode("utf-8")
+        line = self.raw[self.place : end]
         self.place = end + 1
         return line
+
+    def take_text_line(self) -> str:
+        return self.take_line().decode("utf-8")
 
     # Values.
 
@@ -137,10 +153,10 @@ class _Machine:
         self.stack.append(int.from_bytes(self.take(nbytes), "little", signed=True))
 
     def push_int_line(self) -> None:
-        line = self.take_line().rstrip("L")
+        line = self.take_line().rstrip(b"L")
         if len(line) > 3 * MAX_LONG_NBYTES:
             raise HostileFile(self.path, f"its pickle holds a whole number of {len(line):,} digits")
-        self.stack.append({"00": False, "01": True}[line] if line in ("00", "01") else int(line))
+        self.stack.append({b"00": False, b"01": True}[line] if line in (b"00", b"01") else int(line))
 
     def push_text(self, count_nbytes: int) -> None:
         begin = self.place + count_nbytes
@@ -155,12 +171,12 @@ class _Machine:
 
     def push_quoted_line(self) -> None:
         line = self.take_line()
-        if len(line) < 2 or line[0] != line[-1] or line[0] not in "'\"":
+        if len(line) < 2 or line[0] != line[-1] or line[0] not in b"'\"":
             raise ValueError("a string without quotes")
-        self.stack.append(line[1:-1])
+        self.stack.append(codecs.escape_decode(line[1:-1])[0].decode("utf-8"))
 
     def push_text_line(self) -> None:
-        self.stack.append(self.take_line())
+        self.stack.append(self.take_line().decode("raw-unicode-escape"))
 
     def push_float(self) -> None:
         self.stack.append(struct.unpack(">d", self.take(8))[0])
@@ -267,7 +283,8 @@ class _Machine:
     def reduce(self) -> None:
         arguments, target = self.stack.pop(), self.stack.pop()
         if not isinstance(target, Rebuild) or type(arguments) is not tuple:
-            raise HostileFile(self.path, f"its pickle calls {target}, which is no part of a state dict")
+            raise HostileFile(self.path, f"its pickle calls {_name(target)}, which is no part of a state dict")
+        self.charge(sum(len(argument) for argument in arguments if type(argument) in (list, tuple)))
         self.stack.append(target.rebuild(arguments, self.path))
 
     def build(self) -> None:
@@ -275,13 +292,17 @@ class _Machine:
         # needs them.
         state = self.stack.pop()
         if type(self.stack[-1]) is not dict or type(state) is not dict:
-            raise HostileFile(self.path, f"its pickle sets the state of {self.stack[-1]}")
+            raise HostileFile(self.path, f"its pickle sets the state of {_name(self.stack[-1])}")
 
     def skip(self, nbytes: int) -> None:
         self.take(nbytes)
 
     def refuse(self) -> None:
         raise HostileFile(self.path, "its pickle makes objects, which is no part of a state dict")
+
+    def refuse_inst(self) -> None:
+        self.push_global(self.take_text_line(), self.take_text_line())
+        self.refuse()
 
 
 _STOP = ord(".")
@@ -336,14 +357,14 @@ _OPCODES: dict[str, _Step] = {
     "d": _Machine.push_dict,
     "s": _Machine.set_item,
     "u": _Machine.set_items,
-    "c": lambda m: m.push_global(m.take_line(), m.take_line()),
+    "c": lambda m: m.push_global(m.take_text_line(), m.take_text_line()),
     "\x93": _Machine.push_stack_global,
     "Q": _Machine.push_persistent,
     "R": _Machine.reduce,
     "b": _Machine.build,
     "\x80": lambda m: m.skip(1),  # PROTO
     "\x95": lambda m: m.skip(8),  # FRAME
-    "i": _Machine.refuse,  # INST
+    "i": _Machine.refuse_inst,
     "o": _Machine.refuse,  # OBJ
     "\x81": _Machine.refuse,  # NEWOBJ
     "\x92": _Machine.refuse,  # NEWOBJ_EX

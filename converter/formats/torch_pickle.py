@@ -14,6 +14,8 @@ from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from converter.errors import HostileFile, Unsupported
 from converter.formats.pickle_machine import Global, Rebuild, run_pickle
 
+_MAX_DIMS = 64  # as numpy has it; no weights have a tenth of it
+
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
@@ -50,6 +52,11 @@ class _StorageClass:
     dtype: DType | None
 
 
+@dataclass(frozen=True, slots=True)
+class _TensorClass:
+    """A class that adds nothing to a tensor that weights could lose."""
+
+
 def _ordered_dict(arguments: tuple[Any, ...], path: Path) -> dict[Any, Any]:
     # Python 2 gives the items here; Python 3 gives none and sets them one by one.
     content: dict[Any, Any] = {}
@@ -63,8 +70,8 @@ def _ordered_dict(arguments: tuple[Any, ...], path: Path) -> dict[Any, Any]:
 def _rebuild_tensor(arguments: tuple[Any, ...], path: Path) -> TensorRef:
     """Describe what ``torch._utils._rebuild_tensor(_v2)`` would build: (storage, start, shape, strides, ...)."""
     storage = arguments[0]
-    if storage.dtype is None:
-        raise TypeError("an untyped storage without a dtype")
+    if type(storage) is not StorageRef or storage.dtype is None:
+        raise TypeError("a tensor without a typed storage")
     return _tensor(storage, storage.dtype, arguments, path, arguments[6:7])
 
 
@@ -80,7 +87,9 @@ def _tensor(
     storage: StorageRef, dtype: DType, arguments: tuple[Any, ...], path: Path, flags: tuple[Any, ...]
 ) -> TensorRef:
     start, shape, strides = arguments[1:4]
-    if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
+    if type(storage) is not StorageRef:
+        raise TypeError("a tensor without a storage")
+    if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= _MAX_DIMS:
         raise TypeError("a shape that does not fit its strides")
     for number in (start, *shape, *strides):
         if type(number) is not int or not 0 <= number < 1 << 63:
@@ -94,6 +103,14 @@ def _rebuild_parameter(arguments: tuple[Any, ...], path: Path) -> TensorRef:
     if type(arguments[0]) is not TensorRef:
         raise TypeError("a parameter without a tensor")
     return arguments[0]
+
+
+def _rebuild_from_type(arguments: tuple[Any, ...], path: Path) -> TensorRef:
+    """A tensor of a plain type that carries attributes (a buffer does): (function, type, its arguments, attributes)."""
+    function, kind, inner = arguments[:3]
+    if type(function) is not Rebuild or type(kind) is not _TensorClass or type(inner) is not tuple:
+        raise TypeError("a tensor of another type")
+    return _rebuild_parameter((function.rebuild(inner, path),), path)
 
 
 def _size(arguments: tuple[Any, ...], path: Path) -> tuple[Any, ...]:
@@ -116,6 +133,13 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): Rebuild("torch._utils._rebuild_tensor_v2", _rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): Rebuild("torch._utils._rebuild_tensor_v3", _rebuild_tensor_v3),
     ("torch._utils", "_rebuild_parameter"): Rebuild("torch._utils._rebuild_parameter", _rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): Rebuild(
+        "torch._utils._rebuild_parameter_with_state", _rebuild_parameter
+    ),
+    ("torch._tensor", "_rebuild_from_type_v2"): Rebuild("torch._tensor._rebuild_from_type_v2", _rebuild_from_type),
+    ("torch", "Tensor"): _TensorClass(),
+    ("torch.nn.parameter", "Parameter"): _TensorClass(),
+    ("torch.nn.parameter", "Buffer"): _TensorClass(),
     ("torch", "Size"): Rebuild("torch.Size", _size),
     ("torch.storage", "UntypedStorage"): _StorageClass(None),
     ("torch", "UntypedStorage"): _StorageClass(None),
@@ -136,6 +160,11 @@ _UNSUPPORTED = {
     "QInt32Storage": "quantized tensors",
     "ComplexDoubleStorage": "complex128 tensors",
     "complex128": "complex128 tensors",
+    "complex32": "complex32 tensors",
+    "ComplexHalfStorage": "complex32 tensors",
+    "qint8": "quantized tensors",
+    "quint8": "quantized tensors",
+    "qint32": "quantized tensors",
     "float4_e2m1fn_x2": "packed 4-bit tensors",
 }
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from converter.dtypes import DType
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.pickle_machine import MAX_PICKLE_NBYTES
 from converter.formats.torch_pickle import StorageRef, TensorRef, parse_pickle
@@ -23,6 +25,7 @@ from converter.tensors import ByteRange, TensorInfo, WeightsFile
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7
 _ENCRYPTED = 0x1
+_DAMAGED = "The file is damaged: fetch it again."
 _INCOMPLETE = "The file is incomplete: fetch it again."
 
 
@@ -67,6 +70,8 @@ def _record_ranges(
         if record.flag_bits & _ENCRYPTED or record.compress_type != zipfile.ZIP_STORED:
             how = "encrypted" if record.flag_bits & _ENCRYPTED else "compressed"
             raise Unsupported(path, f"its record {record.filename} is {how}", "Save it again with torch.save.")
+        if not place <= record.header_offset < end or record.compress_size != record.file_size:
+            raise HostileFile(path, f"its record {record.filename} overlaps another, or lies outside the archive")
         file.seek(record.header_offset)
         header = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
         name_nbytes, extra_nbytes = header[-2:]
@@ -74,8 +79,6 @@ def _record_ranges(
         begin = record.header_offset + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
         if header[0] != b"PK\x03\x04" or header[3] != record.compress_type or name != _raw_name(record):
             raise BadFile(path, f"its directory and the header of its record {record.filename} disagree", _INCOMPLETE)
-        if record.header_offset < place or record.compress_size != record.file_size:
-            raise HostileFile(path, f"its record {record.filename} overlaps another")
         place = begin + record.file_size
         if place > end:
             raise BadFile(path, f"its record {record.filename} runs past the end of the archive", _INCOMPLETE)
@@ -89,14 +92,18 @@ def _raw_name(record: zipfile.ZipInfo) -> bytes:
 
 def _read_small(file: BinaryIO, place: ByteRange, max_nbytes: int) -> bytes:
     if place.nbytes > max_nbytes:
-        raise HostileFile(place.path, f"a record of notes claims {place.nbytes:,} bytes")
+        raise HostileFile(place.path, f"a record that describes tensors claims {place.nbytes:,} bytes")
     file.seek(place.offset)
-    return file.read(place.nbytes)
+    raw = file.read(place.nbytes)
+    if place.crc32 is not None and zlib.crc32(raw) != place.crc32:
+        raise BadFile(place.path, "the description of its tensors does not give the CRC32 that is noted", _DAMAGED)
+    return raw
 
 
 def _resolve(state_dict: Any, records: dict[str, ByteRange], path: Path) -> Iterator[TensorInfo]:
     if type(state_dict) is not dict:
         raise Unsupported(path, f"holds a {_kind(state_dict)}, not a state dict", "Save its state_dict() instead.")
+    dtypes: dict[str, DType] = {}
     for name, value in state_dict.items():
         if type(name) is not str or type(value) is not TensorRef:
             raise Unsupported(
@@ -104,7 +111,10 @@ def _resolve(state_dict: Any, records: dict[str, ByteRange], path: Path) -> Iter
                 f"is no plain state dict: its entry {name!r} is a {_kind(value)}",
                 "Save the state dict alone: a dict from names to tensors.",
             )
-        yield _resolve_tensor(name, value, _find_record(name, value.storage, records, path), path)
+        storage = value.storage
+        if storage.dtype and dtypes.setdefault(storage.key, storage.dtype) is not storage.dtype:
+            raise BadFile(path, f"tensor {name!r} takes its storage for another dtype than a tensor before it")
+        yield _resolve_tensor(name, value, _find_record(name, storage, records, path), path)
 
 
 def _find_record(name: str, storage: StorageRef, records: dict[str, ByteRange], path: Path) -> ByteRange:
@@ -114,7 +124,7 @@ def _find_record(name: str, storage: StorageRef, records: dict[str, ByteRange], 
     if record is None:
         raise BadFile(path, f"the record of tensor {name!r} is missing (data/{storage.key})", _INCOMPLETE)
     itemsize = storage.dtype.itemsize if storage.dtype else 1
-    if storage.numel * itemsize > record.nbytes:
+    if storage.numel * itemsize != record.nbytes:
         raise BadFile(
             path,
             f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims "
@@ -126,7 +136,7 @@ def _find_record(name: str, storage: StorageRef, records: dict[str, ByteRange], 
 
 def _resolve_tensor(name: str, ref: TensorRef, record: ByteRange, path: Path) -> TensorInfo:
     info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides)
-    if (ref.start + info.span) * ref.dtype.bits > record.nbytes * 8:
+    if (ref.start + info.span) * ref.dtype.bits > record.nbytes * 8 or info.numel >= 1 << 63:
         raise BadFile(path, f"tensor {name!r} reaches past the end of its record")
     return info
 
