@@ -126,8 +126,8 @@ def errors(before: Array, after: Array) -> tuple[float, float]:
     Differences between two NaNs, or two like infinities, are none.
     """
     wide = np.complex128 if before.dtype.kind == "c" else np.float64
-    old, new = before.astype(wide), after.astype(wide)
     with np.errstate(all="ignore"):
+        old, new = before.astype(wide), after.astype(wide)
         gap = np.abs(old - new)
         gap[(old == new) | (np.isnan(old) & np.isnan(new))] = 0.0
         gap[np.isnan(gap)] = np.inf

@@ -60,6 +60,8 @@ def choose_sets(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, We
     for name in wishes.components:
         if name not in known:
             raise BadRequest(folder.path, f"has no component {name!r}", f"It has: {', '.join(sorted(known))}.")
+    if wishes.from_variant not in (None, "none"):
+        check_variant(wishes.from_variant)
     components = [c for c in folder.components if not wishes.components or c.name in wishes.components]
     chosen = [(component, found) for component in components for found in _choose(component, wishes)]
     tag = None if wishes.from_variant == "none" else wishes.from_variant

@@ -37,8 +37,10 @@ class Component:
     def class_name(self) -> str:
         """The class that its config names: Diffusers' ``_class_name``, or transformers' first architecture."""
         architectures = self.config.get("architectures")
-        name = self.config.get("_class_name") or (architectures[0] if isinstance(architectures, list) else "")
-        return name if isinstance(name, str) else ""
+        first = architectures[0] if architectures and isinstance(architectures, list) else ""
+        name = self.config.get("_class_name") or first
+        # What is no identifier is no class either, and may be made to be pasted into a shell.
+        return name if isinstance(name, str) and name.isidentifier() else ""
 
     @property
     def is_diffusers(self) -> bool:
@@ -125,16 +127,19 @@ def find_rest(folder: ModelFolder, skip: Path | None = None) -> Iterator[tuple[P
     """
     sets = (weight_set for component in folder.components for weight_set in component.weight_sets)
     own = {weight_set.folder / name for weight_set in sets for name in weight_set.all_names}
-    seen: set[Path] = set()
     for top, folders, names in os.walk(folder.root, followlinks=True):
         here = Path(top)
-        seen.add(here.resolve())
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith((".", "__pycache__")) and here / name != skip and (here / name).resolve() not in seen
+            if not name.startswith((".", "__pycache__")) and here / name != skip and not _is_loop(here, name)
         )
         for name in sorted(names):
             path = here / name
             if path not in own and path.is_file():
                 yield path, is_weight_file(path) or _OTHER_WEIGHTS.fullmatch(name) is not None
+
+
+def _is_loop(folder: Path, name: str) -> bool:
+    """Say whether an entry is a link back to its own folder, or to one above it."""
+    return (folder / name).is_symlink() and folder.resolve().is_relative_to((folder / name).resolve())

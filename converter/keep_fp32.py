@@ -162,7 +162,94 @@ _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
 )
 # End of what scripts/make_keep_fp32.py writes.
 
-_MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = ()
+# What the attributes do not say; found by ``scripts/make_keep_fp32.py --missed``.
+_MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
+    # Made of models that have lists, by their default configs; on load a model gathers those of its parts
+    # (``post_init`` in ``transformers/modeling_utils.py``).
+    ("", "e_score_correction_bias", "Kimi_K25ForConditionalGeneration Kimi_K25Model NemotronH_Omni_Reasoning_V3"),
+    ("wo", "", "MusicgenForConditionalGeneration MusicgenMelodyForConditionalGeneration"),
+    ("", "perception.encoder perception.proj", "Nemotron3_5TranscribeForConditionalGeneration"),
+    (
+        "",
+        "audio_tower multi_modal_projector e_score_correction_bias",
+        "Nemotron3_5TranscribeForConditionalGeneration Nemotron3_5TranscribeModel",
+    ),
+    # Named otherwise in files: the lists are for the names after the renaming on load
+    # (``transformers/conversion_mapping.py``).
+    (
+        "",
+        "expert_bias",
+        "BailingHybridForCausalLM BailingHybridModel HYV3ForCausalLM HYV3Model Kolibri1ForCausalLM Kolibri1Model",
+    ),
+    (
+        r"attn.*compressor\.(wkv|wgate) indexer\.weights_proj",
+        r"hc_attn_ hc_ffn_ attn_sink compressor\.ape ffn\.gate\.bias",
+        "DeepseekV4ForCausalLM DeepseekV4Model",
+    ),
+    ("", "router_bias", "Dots3NoteForConditionalGeneration Dots3NoteModel Dots3NoteVisionModel"),
+    ("", "softmax_offset", "FlintForCausalLM FlintModel"),
+    (
+        "",
+        "hc_attn_base hc_attn_scale hc_ffn_base hc_ffn_scale",
+        "Glm5NextForConditionalGeneration Glm5NextModel Glm5NextTextModel",
+    ),
+    ("", "emb_mean emb_std", "GradiumPhononTTSForConditionalGeneration"),
+    ("", "learnable_sink_param", "HYV4ForCausalLM HYV4Model"),
+    (
+        "",
+        r"attn_res attn_sconv mlp_sconv attn\.[kv]_sconv\.weight mlp\.gate\.bias",
+        "Inkling2ForCausalLM Inkling2ForConditionalGeneration Inkling2Model Inkling2TextModel",
+    ),
+    ("", r"mlp\.gate\.bias", "InklingForConditionalGeneration InklingModel"),
+    (
+        "",
+        r"layers\.\d+\.gate\.weight",
+        "MistralLarge4ForConditionalGeneration MistralLarge4Model MistralLarge4TextModel",
+    ),
+    # Made as float32 in their class, whatever the dtype of the model: the loader leaves it so
+    # (``empty_param.dtype`` in ``transformers/core_model_loading.py``).
+    (
+        "",
+        "inv_freq",
+        "ClvpEncoder ClvpModelForConditionalGeneration EsmForMaskedLM EsmForSequenceClassification "
+        "EsmForTokenClassification EsmModel EvollaForProteinText2Text EvollaModel EvollaSaProtProteinEncoder",
+    ),
+    ("", r"codebook\.initialized", "CsmForConditionalGeneration MimiModel"),
+    (
+        "",
+        "num_points_scale",
+        "DFineDecoder DFineForObjectDetection DFineModel Deimv2Decoder Deimv2ForObjectDetection Deimv2Model",
+    ),
+    (
+        "",
+        "q_bias v_bias",
+        "DebertaForMaskedLM DebertaForQuestionAnswering DebertaForSequenceClassification "
+        "DebertaForTokenClassification DebertaModel",
+    ),
+    ("", "log_delta", "EsmFold2Model"),
+    ("", "A_log", "OlmoHybridForCausalLM OlmoHybridModel ZambaForCausalLM ZambaForSequenceClassification ZambaModel"),
+    ("", "token2wav", "Qwen2_5OmniForConditionalGeneration"),
+    ("", "n_points_scale", "RTDetrV2Decoder RTDetrV2ForObjectDetection RTDetrV2Model"),
+    (
+        "",
+        r"position_embeddings\.weights",
+        "ReformerForMaskedLM ReformerForQuestionAnswering ReformerForSequenceClassification ReformerModel "
+        "ReformerModelWithLMHead",
+    ),
+    (
+        "",
+        r"quantizer\.codevectors label_embeddings_concat",
+        "UniSpeechForPreTraining UniSpeechSatForPreTraining Wav2Vec2ConformerForPreTraining Wav2Vec2ForPreTraining",
+    ),
+    ("", r"embeddings\.position_embedding$", "VideoPrismClipModel VideoPrismTextModel"),
+    (
+        "",
+        r"rel_attn\.(?!layer_norm) mask_emb",
+        "XLNetForMultipleChoice XLNetForQuestionAnswering XLNetForQuestionAnsweringSimple "
+        "XLNetForSequenceClassification XLNetForTokenClassification XLNetLMHeadModel XLNetModel",
+    ),
+    ("", "balancing_biases", "ZayaForCausalLM ZayaModel"),
+)
 
 
 def keep_rule(class_name: str, is_diffusers: bool, target: DType) -> Callable[[str], bool]:

@@ -125,8 +125,8 @@ class Plan:
     @property
     def destroys_source(self) -> bool:
         """Whether a file that is read is removed, or replaced, in the end."""
-        read = {planned.source.folder / name for planned in self.sets for name in planned.source.all_names}
-        return bool(self.delete) or any(self.target.folder / name in read for name in self.superseded)
+        read = {_place(planned.source.folder / name) for planned in self.sets for name in planned.source.all_names}
+        return bool(self.delete) or any(_place(self.target.folder / name) in read for name in self.superseded)
 
     @property
     def removed(self) -> tuple[str, ...]:
@@ -169,7 +169,10 @@ def make_plan(
         raise OutputRefused(there_already[0], "exists", "Use --overwrite to write it again, or -o for a new folder.")
     _check_collisions(folder, sets)
     superseded = () if target.is_new else tuple(_find_superseded(existing, sets, wishes))
-    sources = tuple(p.source.folder / name for p in sets for name in p.source.all_names) if wishes.delete_source else ()
+    outputs = {*superseded, *(shard.path for planned in sets for shard in planned.shards)}
+    outputs |= {planned.index[0] for planned in sets if planned.index}
+    spared = {_place(target.folder / name) for name in outputs}
+    sources = (p.source.folder / name for p in sets for name in p.source.all_names) if wishes.delete_source else ()
     along = ((path.relative_to(folder.root).as_posix(), path) for path in carried)
     return Plan(
         source=folder,
@@ -178,14 +181,19 @@ def make_plan(
         carried=tuple((name, path) for name, path in along if name not in edited),
         edited=tuple(edited.items()),
         superseded=superseded,
-        delete=tuple(path for path in sources if path not in {target.folder / name for name in superseded}),
+        delete=tuple(path for path in sources if _place(path) not in spared),
         notes=(*notes, *(f"{path} is there already, and stays as it is" for path in there_already)),
         wishes=wishes,
     )
 
 
+def _place(path: Path) -> Path:
+    """Give the place of a name, however its folder is spelled: a link at the end stands for itself."""
+    return path.parent.resolve() / path.name
+
+
 def _is_beside(component: Component, target: Target) -> bool:
-    return not target.is_new and component.path == target.folder / component.name
+    return not target.is_new and component.path.resolve() == (target.folder / component.name).resolve()
 
 
 def _is_there(planned: SetPlan, checkpoint: Checkpoint, existing: Sequence[WeightSet]) -> bool:

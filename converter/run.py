@@ -261,6 +261,7 @@ def _write_others(plan: Plan, staging: Staging) -> None:
     for name, source in plan.carried:
         path = staging.path_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
         shutil.copy(source, path)
     for name, content in plan.texts:
         path = staging.path_of(name)

@@ -78,7 +78,10 @@ def _gather(info: TensorInfo, sources: SourceFiles, first: int, out: memoryview)
 
     # Only bits move, so any type of the right width will do.
     values = np.frombuffer(out, dtype=f"u{info.dtype.itemsize}")
-    _Gather(info, sources).fill(info.shape, info.strides, info.start, first, values)
+    # Axes of length 1 say nothing, and numpy has a limit on how many there are.
+    axes = [(length, stride) for length, stride in zip(info.shape, info.strides, strict=True) if length != 1]
+    shape, strides = tuple(length for length, _ in axes), tuple(stride for _, stride in axes)
+    _Gather(info, sources).fill(shape, strides, info.start, first, values)
 
 
 class _Gather:

@@ -12,6 +12,7 @@ renames, a journal says how to finish those first.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -29,7 +29,6 @@ from converter.plan import Plan, Target
 
 _SUFFIX = ".wconv"  # with a dot: Diffusers takes the second dotted part of each name in a folder for a variant
 _TREE = "files"
-_JOURNAL = "commit.json"
 _LOCK = "lock"
 _RESERVE_NBYTES = 1 << 20  # room for the journal and the folders themselves
 
@@ -52,7 +51,27 @@ def open_target(folder: ModelFolder, output: Path | None, overwrite: bool) -> Ta
             raise OutputRefused(output, "holds the source", "Name a new folder.")
         if any(output.iterdir()) and not overwrite:
             raise OutputRefused(output, "exists and is not empty", "Name a new folder, or use --overwrite.")
-    return Target(output, is_new=not any(output.iterdir()))
+    return Target(output, is_new=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Doomed:
+    """A file that is to go, as it was when that was decided; one that has come in its place since stays."""
+
+    path: str
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def at(cls, path: Path) -> _Doomed:
+        stat = path.lstat()
+        return cls(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
+
+    def remove(self) -> None:
+        path = Path(self.path)
+        with suppress(FileNotFoundError):
+            if _Doomed.at(path) == self:
+                path.unlink()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +80,9 @@ class _Journal:
 
     request: str
     is_new: bool
-    first_away: tuple[str, ...]
+    first_away: tuple[_Doomed, ...]
     move: tuple[str, ...]
-    last_away: tuple[str, ...]
-    delete: tuple[str, ...]
+    last_away: tuple[_Doomed, ...]
 
 
 class Staging:
@@ -74,6 +92,7 @@ class Staging:
         self.target = target
         self.folder = _staging_folder(target)
         self.tree = self.folder / _TREE
+        self.journal_path = self.folder.with_name(self.folder.name + ".json")
         self.finished_request: str | None = None
 
     def path_of(self, name: str) -> Path:
@@ -92,24 +111,36 @@ class Staging:
 
     def commit(self, plan: Plan, request: str) -> None:
         """Publish all staged files, then remove what they supersede and the sources that are to go."""
-        indexes = {name for name, _ in plan.indexes}
-        weights = [shard.path for shard in plan.shards]
-        superseded_indexes = [name for name in plan.superseded if name.endswith(".json")]
-        kept = {*indexes, *weights}
+        target = plan.target.folder
+        indexes = [name for name, _ in plan.indexes]
+        moved = [*(name for name, _ in (*plan.carried, *plan.edited)), *(shard.path for shard in plan.shards), *indexes]
+        self._check_free(plan, moved)
+        superseded = [name for name in plan.superseded if (target / name).exists() or (target / name).is_symlink()]
         journal = _Journal(
             request=request,
             is_new=plan.target.is_new,
-            first_away=tuple(superseded_indexes),
-            move=(*(name for name, _ in (*plan.carried, *plan.edited)), *weights, *sorted(indexes)),
-            last_away=tuple(name for name in plan.superseded if name not in kept and not name.endswith(".json")),
-            delete=tuple(str(path.absolute()) for path in plan.delete),
+            first_away=tuple(_Doomed.at(target / name) for name in superseded if name.endswith(".json")),
+            move=tuple(moved),
+            last_away=(
+                *(_Doomed.at(target / name) for name in superseded if not name.endswith(".json") and name not in moved),
+                *(_Doomed.at(path) for path in plan.delete),
+            ),
         )
-        if journal.first_away or journal.last_away or journal.delete:
+        if journal.first_away or journal.last_away:
             _sync_tree(self.tree)  # what replaces the only other copy must be on the disk, not in a cache
-        staged = self.folder / (_JOURNAL + ".new")
+        staged = self.folder / "journal.new"
         staged.write_text(json.dumps(asdict(journal)), "utf-8")
-        staged.replace(self.folder / _JOURNAL)
+        staged.replace(self.journal_path)
         self.finish(journal)
+
+    def _check_free(self, plan: Plan, names: list[str]) -> None:
+        """Look once more whether anybody has put a file where one is to go."""
+        target = plan.target.folder
+        taken = target if plan.target.is_new and target.exists() else None
+        if not plan.target.is_new and not plan.wishes.overwrite:
+            taken = next((target / n for n in names if n not in plan.superseded and (target / n).exists()), None)
+        if taken is not None:
+            raise OutputRefused(taken, "was made while this ran", "Use --overwrite to replace it, or another -o.")
 
     def begin(self) -> None:
         """Make the folder ready, after finishing a commit that a killed run had begun."""
@@ -117,44 +148,53 @@ class Staging:
         if journal is not None:
             self.finish(journal)
             self.finished_request = journal.request
+            self.journal_path.unlink()
         self.tree.mkdir(parents=True, exist_ok=True)
 
     def finish(self, journal: _Journal) -> None:
         """Carry out the steps of a journal, those already done included."""
         target = self.target.folder
         if journal.is_new:
-            if self.tree.exists():
-                with suppress(FileNotFoundError):
-                    target.rmdir()
+            if self.tree.exists() and not target.exists():
                 self.tree.rename(target)
         else:
-            for name in journal.first_away:
-                if name not in journal.move or self.path_of(name).exists():
-                    (target / name).unlink(missing_ok=True)
+            for doomed in journal.first_away:
+                doomed.remove()
             for name in journal.move:
                 if self.path_of(name).exists():
                     (target / name).parent.mkdir(parents=True, exist_ok=True)
-                    self.path_of(name).replace(target / name)
-            for name in journal.last_away:
-                (target / name).unlink(missing_ok=True)
-        for path in journal.delete:
-            Path(path).unlink(missing_ok=True)
+                    _move(self.path_of(name), target / name)
+        for doomed in journal.last_away:
+            doomed.remove()
         self.remove()
 
     def remove(self) -> None:
-        """Remove what is staged, the journal last."""
+        """Remove all that is staged."""
         shutil.rmtree(self.tree, ignore_errors=True)
-        (self.folder / _JOURNAL).unlink(missing_ok=True)
 
     def read_journal(self) -> _Journal | None:
+        """Give the journal of a commit that has begun, if there is one."""
         try:
-            raw = json.loads((self.folder / _JOURNAL).read_text("utf-8"))
+            raw = json.loads(self.journal_path.read_text("utf-8"))
+            doomed = {key: tuple(_Doomed(**one) for one in raw[key]) for key in ("first_away", "last_away")}
+            return _Journal(raw["request"], raw["is_new"], move=tuple(raw["move"]), **doomed)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise BadFile(self.folder / _JOURNAL, f"cannot be read ({error})", "Remove its folder.") from None
-        fields: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
-        return _Journal(**fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadFile(self.journal_path, f"cannot be read ({error})", "Remove it.") from None
+
+
+def _move(source: Path, destination: Path) -> None:
+    """Rename a file into place; where that is on another disk, through a copy beside it."""
+    try:
+        source.replace(destination)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = destination.with_name(f".{destination.name}{_SUFFIX}")
+        shutil.copyfile(source, beside)
+        beside.replace(destination)
+        source.unlink()
 
 
 def _staging_folder(target: Target) -> Path:
@@ -181,27 +221,34 @@ def open_staging(target: Target) -> Iterator[Staging]:
     except OSError as error:
         _remove_empty(made)
         raise SystemRefused.from_os_error(error, target.folder) from None
+    done = False
     try:
         staging.begin()
         yield staging
+        done = True
     except BaseException as error:
         # A commit that has begun is finished by the next run, not undone.
-        if not (staging.folder / _JOURNAL).exists():
+        if not staging.journal_path.exists():
             staging.remove()
         if isinstance(error, OSError) and not isinstance(error, SystemRefused):
             raise SystemRefused.from_os_error(error, error.filename or target.folder) from error
         raise
     finally:
         _release(lock)
-        _remove_empty([staging.folder, *made])
+        _remove_empty([staging.folder])
+        if done:
+            staging.journal_path.unlink(missing_ok=True)  # the very last: up to here, a killed run is taken up
+        _remove_empty(made)
 
 
 def _release(lock: FileLock) -> None:
     # Where an open file can be removed, it goes while it is held, so that nobody takes a lock that is about to go.
     path = Path(lock.lock_file)
-    with suppress(OSError):
-        path.unlink()
-    lock.release()
+    try:
+        with suppress(OSError):
+            path.unlink()
+    finally:
+        lock.release()
     with suppress(OSError):
         path.unlink(missing_ok=True)
 
@@ -211,7 +258,7 @@ def recover(folder: Path, request: str) -> bool:
     same = False
     for target in (Target(folder, is_new=True), Target(folder, is_new=False)):
         staged = Staging(target)
-        if staged.folder.is_dir() and not (staged.tree.exists() and staged.read_journal() is None):
+        if staged.journal_path.exists() or (staged.folder.is_dir() and not staged.tree.exists()):
             with open_staging(target) as staging:
                 same = same or staging.finished_request == request
                 staging.remove()
@@ -219,7 +266,10 @@ def recover(folder: Path, request: str) -> bool:
 
 
 def check_room(staging: Staging, plan: Plan) -> None:
-    """Raise SystemRefused where the disk has less room than the plan still takes."""
+    """Raise SystemRefused where a folder cannot be written, or the disk has less room than the plan still takes."""
+    for folder in {(plan.target.folder / shard.path).parent for shard in plan.shards}:
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise SystemRefused(folder, "cannot be written", "Change its permissions, or write elsewhere with -o.")
     missing = sum(
         shard.nbytes
         for shard in plan.shards

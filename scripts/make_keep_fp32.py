@@ -144,7 +144,7 @@ def build(model_class: Any) -> Any:
 
 
 def loader_rule(model: Any, dtype: torch.dtype) -> tuple[list[str], Callable[[str], bool]]:
-    """Give the names that a model's file has, and the predicate that its loader keeps a name in float32.
+    """Give the names that a model's file has, and the predicate that the loader makes one float32.
 
     The steps of ``convert_and_load_state_dict_in_model`` in ``transformers/core_model_loading.py``.
     """
@@ -158,11 +158,8 @@ def loader_rule(model: Any, dtype: torch.dtype) -> tuple[list[str], Callable[[st
     dtype_plan = model._get_dtype_plan(dtype)
     listed = core.build_glob_alternation(list(dtype_plan))[0] if dtype_plan else None
     model._weight_conversions = conversions
-    names = [
-        name
-        for name, tensor in core.revert_weight_conversion(model, dict(state)).items()
-        if tensor.is_floating_point() and name not in model.all_tied_weights_keys
-    ]
+    held = core.revert_weight_conversion(model, dict(state))
+    names = [name for name, tensor in held.items() if tensor.is_floating_point()]
 
     def is_kept(name: str) -> bool:
         renamed, _ = core.rename_source_key(name, renamings, converters, model.base_model_prefix, state)
@@ -181,10 +178,11 @@ def find_missed(model_class: Any) -> dict[str, list[str]]:
         target = BY_ALIAS[alias]
         names, is_kept = loader_rule(model, getattr(torch, target.torch_name))
         keep = keep_rule(model_class.__name__, False, target)
-        for name in names:
+        # One layer, one expert stands for all.
+        for pattern, name in {re.sub(r"\d+", "N", name): name for name in names}.items():
             if keep(name) != is_kept(name):
                 wrong = "not kept" if is_kept(name) else "kept"
-                missed.setdefault(f"{alias} {wrong}", set()).add(re.sub(r"\d+", "N", name))
+                missed.setdefault(f"{alias} {wrong}", set()).add(pattern)
     return {wrong: sorted(names) for wrong, names in missed.items()}
 
 

@@ -344,4 +344,4 @@ def test_a_shape_of_many_numbers_takes_no_time() -> None:
     begun = time.perf_counter()
     with pytest.raises(BadFile):
         parse(raw)
-    assert time.perf_counter() - begun < 1
+    assert time.perf_counter() - begun < 2

@@ -69,6 +69,7 @@ STATES: dict[str, Callable[[], Mapping[str, Any]]] = {
     "requires grad": lambda: {"x": torch.arange(3.0, requires_grad=True)},
     "scalars": lambda: {"x": torch.tensor(1.5), "y": BASE[1, 2], "z": torch.tensor(True)},
     "empty": lambda: {"a": torch.empty(0), "b": torch.empty(0, 3), "c": BASE[4:], "d": BASE[:, 3:3], "e": BASE[9:9]},
+    "empty, beyond the end": lambda: {"x": torch.zeros(1, 0)[1:], "y": torch.arange(0).as_strided((0, 2), (2, 1), 9)},
     "view": lambda: {"x": BASE[1:3]},
     "view of one row": lambda: {"x": BASE[2]},
     "column": lambda: {"x": BASE[:, 2]},
@@ -350,6 +351,13 @@ def test_a_record_inside_another(tmp_path: Path) -> None:
     nbytes = second + 30 + len("archive/data/1") + 16 - (first + 30 + len(DATA))
     with pytest.raises(HostileFile, match="overlaps"):
         read_file(write(tmp_path, lie(raw, DATA, packed_nbytes=nbytes, nbytes=nbytes)))
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    raw = archive(records={"data/0": FLOATS, "data/é": b""})
+    assert raw.count("é".encode()) == 2
+    with pytest.raises(BadFile):
+        read_file(write(tmp_path, raw.replace("é".encode(), b"\xff\xff")))
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

@@ -31,6 +31,7 @@ MB = 1 << 20
 
 REBUILD = name_of("torch._utils", "_rebuild_tensor_v2")
 REBUILD_3 = name_of("torch._utils", "_rebuild_tensor_v3")
+FROM_TYPE = name_of("torch._tensor", "_rebuild_from_type_v2")
 PARAMETER = name_of("torch._utils", "_rebuild_parameter")
 FLOAT_STORAGE, FLOAT32 = name_of("torch", "FloatStorage"), name_of("torch", "float32")
 DICT_CLASS, SIZE_CLASS = name_of("collections", "OrderedDict"), name_of("torch", "Size")
@@ -64,7 +65,7 @@ def exit_code_of(work: Callable[[], object]) -> int:
 
 
 @contextmanager
-def limits(seconds: float = 2, nbytes: int = 32 * MB) -> Iterator[None]:
+def limits(seconds: float = 5, nbytes: int = 32 * MB) -> Iterator[None]:
     """Hold what is done to a time and to a peak of memory."""
     tracemalloc.start()
     begun = time.perf_counter()
@@ -378,8 +379,8 @@ def test_a_length_that_is_a_lie_or_a_bomb(raw: bytes) -> None:
 @pytest.mark.parametrize("end", [b".", b"}b.", b")R.", b"\x81.", b"Q.", b"\x93.", b"s."], ids=brief)
 @pytest.mark.parametrize(
     "nested",
-    [b"N" + b"\x85" * 20_000, b"]" * 20_000 + b"a" * 19_999, b"(" * 20_000 + b"t" * 20_000,
-     b"}N" * 20_000 + b"N" + b"s" * 20_000],
+    [b"N" + b"\x85" * 3000, b"]" * 3000 + b"a" * 2999, b"(" * 3000 + b"t" * 3000,
+     b"}N" * 3000 + b"N" + b"s" * 3000],
     ids=["tuples of one", "lists", "tuples", "dicts"],
 )  # fmt: skip
 def test_deep_nesting(tmp_path: Path, nested: bytes, end: bytes) -> None:
@@ -387,9 +388,12 @@ def test_deep_nesting(tmp_path: Path, nested: bytes, end: bytes) -> None:
         read(tmp_path, nested + end)
 
 
-@pytest.mark.parametrize("end", [b".", b"}b.", b")R.", b"}" + b"22s.", b"\x85Q."], ids=brief)
+FLAGGED = b"q\x30" + REBUILD + b"(" + storage() + number(0) + SHAPE + STRIDES + b"".join(NO_GRADIENT) + b"h\x30tR."
+
+
+@pytest.mark.parametrize("end", [b".", b"}b.", b")R.", b"}" + b"22s.", b"\x85Q.", FLAGGED], ids=brief)
 def test_a_value_that_is_small_until_it_is_spelled_out(tmp_path: Path, end: bytes) -> None:
-    # Each list holds the one before twice: 2**20 items to print, if anybody did.
+    # Each list holds the one before twice: 2**22 items to print, if anybody did.
     doubled = b"]" + b"".join(
         b"q" + bytes([place]) + b"0]h" + bytes([place]) + b"ah" + bytes([place]) + b"a" for place in range(20)
     )
@@ -419,8 +423,52 @@ def test_tensors_of_one_long_shape_again_and_again() -> None:
     rebuilt = b"".join(
         [REBUILD, b"q\x01", storage(numel=1), b"q\x02", b"](", *[b"h\x01(h\x02K\0h\0h\0\x89NtR"] * 1000, b"e."]
     )
-    with limits(seconds=1), pytest.raises(WconvError):
+    with limits(seconds=3), pytest.raises(WconvError):
         parse(shape + rebuilt)
+
+
+def test_tensors_with_attributes_of_one_long_shape_again_and_again() -> None:
+    shape = b"(" + b"K\x01" * 20_000 + b"tq\0"
+    rebuilt = b"".join(
+        [
+            FROM_TYPE,
+            b"q\x01",
+            REBUILD,
+            b"q\x02",
+            name_of("torch", "Tensor"),
+            b"q\x03",
+            storage(numel=1),
+            b"q\x04",
+            b"](",
+        ]
+        + [b"h\x01(h\x02h\x03(h\x04K\0h\0h\0\x89NtNtR"] * 1000
+        + [b"e."]
+    )
+    with limits(seconds=3), pytest.raises(WconvError):
+        parse(shape + rebuilt)
+
+
+def test_attributes_of_attributes_of_a_tensor() -> None:
+    # What rebuilds a tensor with attributes may name itself.
+    head = FROM_TYPE + b"q\0" + name_of("torch", "Tensor") + b"q\x01" + REBUILD + b"q\x02"
+    plain = b"(h\x02h\x01" + items(storage(), number(0), SHAPE, STRIDES, *NO_GRADIENT) + b"Nt"
+    nested = b"(h\0h\x01" * 3000 + plain + b"Nt" * 3000
+    with limits(), pytest.raises(WconvError):
+        parse(head + b"h\0" + nested + b"R.")
+
+
+def test_a_shape_of_many_numbers_takes_no_time(tmp_path: Path) -> None:
+    shape = b"(" + number(2**62) * 50_000 + b"t"
+    raw = call(REBUILD, storage(), number(0), shape, b"(" + b"K\0" * 50_000 + b"t", *NO_GRADIENT)
+    with limits(seconds=3), pytest.raises(WconvError):
+        read(tmp_path, pickled(state_dict(("x", raw))))
+
+
+def test_names_that_all_hash_alike() -> None:
+    # Numbers that are alike modulo 2**61 - 1 make a dict quadratic.
+    raw = b"}(" + b"".join(number(place * (2**61 - 1)) + b"N" for place in range(1, 20_000)) + b"u."
+    with limits(seconds=3):
+        assert exit_code_of(lambda: parse(raw)) in (0, 3, 4)
 
 
 def test_steps_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

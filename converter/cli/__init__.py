@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import signal
 import sys
@@ -63,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with _own_process():
             code = cli.main(args=list(args) if args is not None else None, prog_name="wconv", standalone_mode=False)
-            sys.stdout.flush()
+            _flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
         _complain("Interrupted.")
@@ -71,10 +72,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return 2
-    except BrokenPipeError:
-        # The reader of our output has seen enough (as `head` does).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except WconvError as error:
         return _report(error)
     except OSError as error:
@@ -83,11 +80,22 @@ def main(args: Sequence[str] | None = None) -> int:
         return _report(error)
 
 
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output has seen enough (as `head` does); Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextlib.contextmanager
 def _own_process() -> Iterator[None]:
     """Set the process up for one command, and back again for whoever calls ``main`` from a program."""
     # wconv makes hundreds of thousands of small objects and no cycles: collecting them would double the time to open
     # a checkpoint of many tensors.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell is no error
     collecting = gc.isenabled()
     gc.disable()
     handler: Any = None

@@ -62,7 +62,9 @@ def _show_dry_run(plan: Plan, options: dict[str, Any]) -> None:
     memory_nbytes = psutil.Process().memory_info().rss + buffers
     if options["as_json"]:
         show_json({**plan_as_json(plan), "dry_run": True, "peak_memory_nbytes": memory_nbytes})
-    elif not plan.sets:
-        show_result(Result(plan, 0.0), 0, False)
-    elif not options["quiet"]:
+    elif options["quiet"]:
+        return
+    elif plan.sets:
         show_plan(plan, memory_nbytes)
+    else:
+        show_result(Result(plan, 0.0), 0, False)

@@ -92,10 +92,10 @@ def _describe_rest(folder: ModelFolder) -> dict[str, list[str]]:
 
 
 def _show(content: dict[str, Any]) -> None:
-    from converter.cli.output import printable, show_bytes, show_count, show_table
+    from converter.cli.output import echo, printable, show_bytes, show_count, show_table
 
     suffix = f" ({content['class']})" if content["class"] else ""
-    click.echo(printable(f"{content['path']}: {_KINDS[content['kind']]}{suffix}") + "\n")
+    echo(printable(f"{content['path']}: {_KINDS[content['kind']]}{suffix}") + "\n")
     header = ("component", "weights", "format", "variant", "files", "tensors", "parameters", "size", "dtypes")
     rows = []
     for found in content["weight_sets"]:
@@ -106,19 +106,19 @@ def _show(content: dict[str, Any]) -> None:
              ", ".join(found["dtypes"]) or "-")
         )  # fmt: skip
     show_table(header, rows)
-    click.echo()
+    echo()
     for found in content["weight_sets"]:
         for dropped, kept in found["tied"].items():
-            click.echo(printable(f"tied: {dropped} is {kept}"))
+            echo(printable(f"tied: {dropped} is {kept}"))
         for note in found["notes"]:
-            click.echo(printable(f"note: {note}"))
+            echo(printable(f"note: {note}"))
     if content["other_weights"]:
-        click.echo(printable(f"other weights: {', '.join(content['other_weights'])}"))
+        echo(printable(f"other weights: {', '.join(content['other_weights'])}"))
     if content["not_weights"]:
-        click.echo(printable(f"not weights: {', '.join(content['not_weights'])}"))
+        echo(printable(f"not weights: {', '.join(content['not_weights'])}"))
     for found in content["weight_sets"]:
         if "all_tensors" in found:
-            click.echo(printable(f"\n{found['component'] or '.'} {found['weights']} {found['variant'] or ''}").rstrip())
+            echo(printable(f"\n{found['component'] or '.'} {found['weights']} {found['variant'] or ''}").rstrip())
             tensors = found["all_tensors"]
             show_table(
                 ("tensor", "dtype", "shape", "file"),

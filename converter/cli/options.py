@@ -30,10 +30,10 @@ def parse_size(text: str) -> int:
     unit = match[2].upper() if match else ""
     if not match or (unit and unit not in _UNITS) or (not unit and "." in match[1]):
         raise ValueError(text)
-    nbytes = int(float(match[1]) * _UNITS[unit]) if unit else int(match[1])
-    if nbytes <= 0:
+    number = float(match[1]) * _UNITS.get(unit, 1)
+    if not 1 <= number < math.inf:
         raise ValueError(text)
-    return nbytes
+    return int(number)
 
 
 class Size(click.ParamType[float]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,14 @@ import psutil
 
 from converter.plan import Plan
 from converter.run import Result
+
+
+def echo(text: str = "") -> None:
+    """Print a line; a reader that has gone (as ``head`` does) is no error, and nobody's exit code."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
 
 
 def printable(text: str) -> str:
@@ -54,11 +63,12 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for line in [list(header), *cells]:
         columns = zip(line, widths, right, strict=True)
         text = "  ".join(cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in columns)
-        click.echo(text.rstrip())
+        echo(text.rstrip())
 
 
 def show_json(content: Any) -> None:
-    click.echo(json.dumps(content, indent=2))
+    """Print the machine-readable form of a result."""
+    echo(json.dumps(content, indent=2))
 
 
 class Meter:
@@ -116,45 +126,45 @@ def show_plan(plan: Plan, memory_nbytes: int) -> None:
     """Print what a plan would write, and what that takes."""
     rows = [(shard.path, str(len(shard.copies)), show_bytes(shard.nbytes)) for shard in plan.shards]
     rows += [(name, "", show_bytes(len(content))) for name, content in plan.texts]
-    click.echo(f"Would write into {plan.target.folder}:\n")
+    echo(f"Would write into {plan.target.folder}:\n")
     show_table(("file", "tensors", "size"), rows)
-    click.echo()
+    echo()
     if plan.carried:
-        click.echo(f"Would carry over {len(plan.carried)} other files.")
+        echo(f"Would carry over {len(plan.carried)} other files.")
     for name in plan.removed:
-        click.echo(printable(f"Would remove {name}"))
+        echo(printable(f"Would remove {name}"))
     _show_remarks(plan, every=True)
     carried = sum(path.stat().st_size for _, path in plan.carried)
-    click.echo(f"Takes {show_bytes(plan.nbytes + carried)} of disk and about {show_bytes(memory_nbytes)} of memory.")
+    echo(f"Takes {show_bytes(plan.nbytes + carried)} of disk and about {show_bytes(memory_nbytes)} of memory.")
 
 
 def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     """Print what was written, how fast, and how to load it."""
     plan = result.plan
     if plan is None:
-        click.echo("An earlier run had been stopped while it published its files; that is finished now.")
+        echo("An earlier run had been stopped while it published its files; that is finished now.")
         return
     if not plan.sets:
-        click.echo(f"Nothing to do: {plan.source.path} is as it would be.")
+        echo(f"Nothing to do: {plan.source.path} is as it would be.")
         return
     rows = []
     for planned in plan.sets:
         files = f"{len(planned.shards)} files" if len(planned.shards) > 1 else planned.name.single
         rows.append((planned.component or ".", planned.source.path.name, "->", files, show_bytes(planned.nbytes)))
     show_table(("component", "source", "", "output", "size"), rows)
-    click.echo()
+    echo()
     if verbose:
         for name in [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]:
-            click.echo(f"wrote {printable(name)}")
+            echo(f"wrote {printable(name)}")
     _show_remarks(plan, verbose)
     for name in plan.removed:
-        click.echo(printable(f"Removed {name}"))
+        echo(printable(f"Removed {name}"))
     if result.reused_nbytes:
-        click.echo(f"Took up {show_bytes(result.reused_nbytes)} that an earlier run had left.")
-    click.echo(_how_it_went(result, peak_nbytes))
-    click.echo("\nLoad it with:\n")
+        echo(f"Took up {show_bytes(result.reused_nbytes)} that an earlier run had left.")
+    echo(_how_it_went(result, peak_nbytes))
+    echo("\nLoad it with:\n")
     for line in loading_lines(plan):
-        click.echo(f"    {line}")
+        echo(f"    {line}")
 
 
 def _how_it_went(result: Result, peak_nbytes: int) -> str:
@@ -175,15 +185,15 @@ def _how_it_went(result: Result, peak_nbytes: int) -> str:
 def _show_remarks(plan: Plan, every: bool) -> None:
     for planned in plan.sets:
         for dropped, kept in planned.ties.items():
-            click.echo(printable(f"Tied: {dropped} is {kept}, written once and noted in the header"))
+            echo(printable(f"Tied: {dropped} is {kept}, written once and noted in the header"))
         if planned.kept:
             names = ", ".join(planned.kept if every else planned.kept[:3])
             more = "" if every or len(planned.kept) <= 3 else ", ... (-v lists them)"
-            click.echo(printable(f"Kept in fp32 in {planned.source.path.name}: {len(planned.kept)} ({names}{more})"))
+            echo(printable(f"Kept in fp32 in {planned.source.path.name}: {len(planned.kept)} ({names}{more})"))
         for note in planned.notes:
-            click.echo(printable(f"Note: {note}"))
+            echo(printable(f"Note: {note}"))
     for note in plan.notes:
-        click.echo(printable(f"Note: {note}"))
+        echo(printable(f"Note: {note}"))
 
 
 def loading_lines(plan: Plan) -> list[str]:

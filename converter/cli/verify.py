@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -42,14 +43,19 @@ def command(
     with open_meter(None, "comparing", quiet) as meter:
         found = verify(a, b, cast=cast, workers=workers, memory_nbytes=int(memory), progress=meter)
     if as_json:
-        show_json({"equal": found.is_equal, **asdict(found)})
+        show_json({"equal": found.is_equal, **asdict(found, dict_factory=_finite)})
     elif not quiet:
         _show(found, verbose)
     return 0 if found.is_equal else 1
 
 
+def _finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in pairs}
+
+
 def _show(found: Comparison, verbose: bool) -> None:
-    from converter.cli.output import show_bytes, show_table
+    from converter.cli.output import echo, show_bytes, show_table
 
     if found.recast:
         rows = sorted(found.recast, key=lambda error: -error.max_relative)
@@ -59,10 +65,10 @@ def _show(found: Comparison, verbose: bool) -> None:
              for e in (rows if verbose else rows[:_SHOWN])],
         )  # fmt: skip
         _show_more(len(rows), verbose)
-        click.echo()
+        echo()
     if found.is_equal:
         how = "each the rounded one" if found.recast else "bit for bit"
-        click.echo(f"The same: {found.tensor_count:,} tensors, {show_bytes(found.nbytes)}, {how}.")
+        echo(f"The same: {found.tensor_count:,} tensors, {show_bytes(found.nbytes)}, {how}.")
         return
     rows_ = found.differences if verbose else found.differences[:_SHOWN]
     show_table(
@@ -70,9 +76,11 @@ def _show(found: Comparison, verbose: bool) -> None:
         [(one.component or ".", one.name or "-", _WHAT[one.kind], one.detail) for one in rows_],
     )
     _show_more(len(found.differences), verbose)
-    click.echo(f"\nNot the same: {len(found.differences):,} differences, {found.tensor_count:,} tensors compared.")
+    echo(f"\nNot the same: {len(found.differences):,} differences, {found.tensor_count:,} tensors compared.")
 
 
 def _show_more(count: int, verbose: bool) -> None:
+    from converter.cli.output import echo
+
     if not verbose and count > _SHOWN:
-        click.echo(f"... and {count - _SHOWN:,} more (-v shows all)")
+        echo(f"... and {count - _SHOWN:,} more (-v shows all)")

@@ -56,7 +56,7 @@ _FETCH = "Fetch the file again."
 _LOOKALIKES: tuple[tuple[Callable[[bytes], bool], type[BadFile] | type[Unsupported], str, str], ...] = (
     (lambda head: not head, BadFile, "is empty", _FETCH),
     (lambda head: head.startswith(b"version https://git-lfs"), BadFile, "is a git-lfs pointer, not the weights", _LFS),
-    (lambda head: head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")), BadFile,
+    (lambda head: head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")), BadFile,
      "is a web page (perhaps an error message), not weights", _FETCH),
     (lambda head: len(head) >= 16 and not head.strip(b"\0"), BadFile, "begins with zeros: its download never finished",
      _FETCH),

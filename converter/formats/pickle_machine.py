@@ -19,7 +19,7 @@ from typing import Any
 from converter.errors import BadFile, HostileFile, Unsupported
 
 MAX_PICKLE_NBYTES = 100_000_000  # as much as a safetensors header may take: it too only names and describes tensors
-MAX_OPCODES = 20_000_000  # a tensor takes about 35, so 500,000 tensors; keeps the values within some hundred MB
+MAX_OPCODES = 7_000_000  # a tensor takes about 35, so 200,000 tensors; keeps the values within 512 MB
 MAX_LONG_NBYTES = 16  # sizes and offsets fit in 8 bytes
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from converter.tensors import ByteRange, Described, Layout, TensorInfo, WeightsF
 
 MAX_HEADER_NBYTES = 100_000_000  # same cap as the reference reader
 METADATA_KEY = "__metadata__"
+_TOO_LARGE = 1 << 64  # the reference reader counts in 64 bits, and refuses what overflows on the way
 _INCOMPLETE = "The file may be incomplete: fetch it again."
 
 
@@ -42,10 +44,11 @@ def parse_header(raw: bytes, file_nbytes: int, path: Path) -> WeightsFile:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_repeats)
     except (ValueError, RecursionError) as error:
-        raise BadFile(path, f"its safetensors header cannot be read ({error})") from None
+        raise BadFile(path, f"its safetensors header cannot be read ({error})", _INCOMPLETE) from None
     if not isinstance(header, dict):
         raise BadFile(path, "its safetensors header is no JSON object")
-    metadata = header.pop(METADATA_KEY, None) or {}
+    metadata = header.pop(METADATA_KEY, None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile(path, "the __metadata__ of its header is not a map of strings")
     data_offset = 8 + len(raw)
@@ -56,17 +59,20 @@ def parse_header(raw: bytes, file_nbytes: int, path: Path) -> WeightsFile:
 
 def _parse_tensor(name: str, entry: Any, data_offset: int, path: Path) -> TensorInfo:
     try:
-        tag, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        tag, sizes, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        shape = tuple(sizes)
         numbers = (*shape, begin, end)
     except (KeyError, TypeError, ValueError):
         raise BadFile(path, f"its header describes {name!r} wrongly") from None
-    if any(type(number) is not int or number < 0 for number in numbers):
+    if type(sizes) is not list or any(type(number) is not int or number < 0 for number in numbers):
         raise BadFile(path, f"its header gives {name!r} a shape or place that is no whole number")
+    if any(number >= _TOO_LARGE for number in (*numbers, *itertools.accumulate(shape, operator.mul))):
+        raise BadFile(path, f"its header gives {name!r} more elements than 64 bits count")
     if not isinstance(tag, str) or tag not in DTYPES:
-        raise Unsupported(path, f"tensor {name!r} has the unknown dtype {tag!r}")
+        raise Unsupported(path, f"tensor {name!r} has the unknown dtype {tag!r}", "A newer wconv may know it.")
     dtype = DTYPES[tag]
     bits = math.prod(shape) * dtype.bits
-    if end - begin != bits // 8 or bits % 8:
+    if bits >= _TOO_LARGE or end - begin != bits // 8 or bits % 8:
         raise BadFile(path, f"tensor {name!r} has {end - begin:,} bytes, its shape {list(shape)} takes {bits // 8:,}")
     return TensorInfo(
         name, dtype, shape, ByteRange(path, data_offset + begin, end - begin), 0, contiguous_strides(shape)
@@ -96,6 +102,9 @@ def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mappin
 
 def build_header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> bytes:
     """Spell the header, length included, of a file that holds these tensors in this order."""
+    for name, _, _ in tensors:
+        if name == METADATA_KEY or not _is_text(name):
+            raise Unsupported(repr(name), "is a name that no safetensors file can hold", "Rename the tensor.")
     header: dict[str, Any] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
@@ -104,6 +113,10 @@ def build_header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> b
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw
+
+
+def _is_text(name: str) -> bool:
+    return name.isascii() or not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

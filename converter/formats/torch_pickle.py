@@ -14,8 +14,6 @@ from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from converter.errors import HostileFile, Unsupported
 from converter.formats.pickle_machine import Global, Rebuild, run_pickle
 
-_MAX_DIMS = 64  # as numpy has it; no weights have a tenth of it
-
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
@@ -89,7 +87,7 @@ def _tensor(
     start, shape, strides = arguments[1:4]
     if type(storage) is not StorageRef:
         raise TypeError("a tensor without a storage")
-    if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= _MAX_DIMS:
+    if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
         raise TypeError("a shape that does not fit its strides")
     for number in (start, *shape, *strides):
         if type(number) is not int or not 0 <= number < 1 << 63:

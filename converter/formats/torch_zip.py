@@ -136,7 +136,8 @@ def _find_record(name: str, storage: StorageRef, records: dict[str, ByteRange], 
 
 def _resolve_tensor(name: str, ref: TensorRef, record: ByteRange, path: Path) -> TensorInfo:
     info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides)
-    if (ref.start + info.span) * ref.dtype.bits > record.nbytes * 8 or info.numel >= 1 << 63:
+    end = (ref.start + info.span) * ref.dtype.bits if info.numel else 0
+    if end > record.nbytes * 8 or info.numel >= 1 << 63:
         raise BadFile(path, f"tensor {name!r} reaches past the end of its record")
     return info
 
