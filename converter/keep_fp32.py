@@ -197,7 +197,7 @@ _MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     ("", "learnable_sink_param", "HYV4ForCausalLM HYV4Model"),
     (
         "",
-        r"attn_res attn_sconv mlp_sconv attn\.[kv]_sconv\.weight mlp\.gate\.bias",
+        r"attn_res attn_sconv mlp_sconv attn\.[kv]_sconv\.weight$ mlp\.gate\.bias",
         "Inkling2ForCausalLM Inkling2ForConditionalGeneration Inkling2Model Inkling2TextModel",
     ),
     ("", r"mlp\.gate\.bias", "InklingForConditionalGeneration InklingModel"),

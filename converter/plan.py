@@ -248,7 +248,15 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     base = Path(component.name)
     file_names = name.files(len(groups))
     shards = [
-        _plan_shard((base / file_name).as_posix(), name.format, group, casts, ties, _notes_of(group, checkpoint))
+        _plan_shard(
+            checkpoint.weight_set.path,
+            (base / file_name).as_posix(),
+            name.format,
+            group,
+            casts,
+            ties,
+            _notes_of(group, checkpoint),
+        )
         for file_name, group in zip(file_names, groups, strict=True)
     ]
     if in_place:
@@ -268,6 +276,7 @@ def _notes_of(group: Sequence[TensorInfo], checkpoint: Checkpoint) -> dict[str, 
 
 
 def _plan_shard(
+    source: Path,
     path: str,
     form: Format,
     tensors: Sequence[TensorInfo],
@@ -282,7 +291,7 @@ def _plan_shard(
     try:
         layout = lay_out(described, mine, notes)
     except ValueError as error:
-        raise Unsupported(path, str(error)) from None
+        raise Unsupported(source, str(error), "Rename or recast the tensor before.") from None
     copies = (
         Copy(tensors[place], casts[tensors[place].name], offset)
         for place, offset in zip(layout.order, layout.offsets, strict=True)

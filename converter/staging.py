@@ -267,8 +267,9 @@ def recover(folder: Path, request: str) -> bool:
 
 def check_room(staging: Staging, plan: Plan) -> None:
     """Raise SystemRefused where a folder cannot be written, or the disk has less room than the plan still takes."""
+    effective = os.access in os.supports_effective_ids
     for folder in {(plan.target.folder / shard.path).parent for shard in plan.shards}:
-        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK, effective_ids=effective):
             raise SystemRefused(folder, "cannot be written", "Change its permissions, or write elsewhere with -o.")
     missing = sum(
         shard.nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from judges import described_by_safetensors, described_by_wconv
+from judges import described_by_safetensors, described_by_wconv, saved_by_torch
 from odd_names import ODD_NAMES
 
 from converter.dtypes import BY_TORCH_NAME, DTYPES, DType
-from converter.errors import BadFile, Unsupported, WconvError
+from converter.errors import BadFile, Unsupported
 from converter.formats import read_file
 from converter.formats.safetensors import build_header, lay_out, parse_header
 from converter.tensors import ByteRange, TensorInfo, WeightsFile, contiguous_strides
@@ -146,8 +147,28 @@ def test_what_save_file_writes_is_read(scratch: Path, state: dict[str, torch.Ten
 
 @pytest.mark.parametrize("name", ["\ud800", "__metadata__"])
 def test_a_name_that_no_header_can_hold_is_an_error_of_ours(name: str) -> None:
-    with pytest.raises(WconvError):
+    with pytest.raises(ValueError, match="no safetensors file can hold"):
         build_header([(name, DTYPES["U8"], (1,))], PT)
+
+
+@pytest.mark.parametrize(
+    ("names", "tied"),
+    [
+        (["\ud800"], "first"),
+        (["a", "\ud800"], "first"),
+        (["a", "\ud800"], "duplicate"),
+        (["__metadata__"], "first"),
+        (["a", "__metadata__"], "duplicate"),
+    ],
+    ids=ascii,
+)
+def test_the_command_refuses_it_too(tmp_path: Path, wconv: Callable[..., Any], names: list[str], tied: str) -> None:
+    source = tmp_path / "model.bin"
+    value = torch.arange(3.0)
+    source.write_bytes(saved_by_torch(dict.fromkeys(names, value)))
+    outcome = wconv("to-safetensors", source, "--tied", tied, "-o", tmp_path / "out", exit_code=4)
+    assert len(outcome.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [source]
 
 
 # One field of one entry at a time. The file has 11 bytes of data, ``a`` in the first 8.

@@ -466,7 +466,7 @@ def test_a_shape_of_many_numbers_takes_no_time(tmp_path: Path) -> None:
 
 def test_names_that_all_hash_alike() -> None:
     # Numbers that are alike modulo 2**61 - 1 make a dict quadratic.
-    raw = b"}(" + b"".join(number(place * (2**61 - 1)) + b"N" for place in range(1, 20_000)) + b"u."
+    raw = b"}(" + b"".join(number(place * (2**61 - 1)) + b"N" for place in range(1, 40_000)) + b"u."
     with limits(seconds=3):
         assert exit_code_of(lambda: parse(raw)) in (0, 3, 4)
 

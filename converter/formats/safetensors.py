@@ -51,6 +51,8 @@ def parse_header(raw: bytes, file_nbytes: int, path: Path) -> WeightsFile:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile(path, "the __metadata__ of its header is not a map of strings")
+    if b"\\u" in raw and not all(map(_is_text, itertools.chain(header, metadata, metadata.values()))):
+        raise BadFile(path, "its header spells a name with half a character")
     data_offset = 8 + len(raw)
     tensors = [_parse_tensor(name, entry, data_offset, path) for name, entry in header.items()]
     _check_layout(tensors, data_offset, file_nbytes, path)
@@ -66,7 +68,7 @@ def _parse_tensor(name: str, entry: Any, data_offset: int, path: Path) -> Tensor
         raise BadFile(path, f"its header describes {name!r} wrongly") from None
     if type(sizes) is not list or any(type(number) is not int or number < 0 for number in numbers):
         raise BadFile(path, f"its header gives {name!r} a shape or place that is no whole number")
-    if any(number >= _TOO_LARGE for number in (*numbers, *itertools.accumulate(shape, operator.mul))):
+    if any(number >= _TOO_LARGE for number in itertools.chain(numbers, itertools.accumulate(shape, operator.mul))):
         raise BadFile(path, f"its header gives {name!r} more elements than 64 bits count")
     if not isinstance(tag, str) or tag not in DTYPES:
         raise Unsupported(path, f"tensor {name!r} has the unknown dtype {tag!r}", "A newer wconv may know it.")
@@ -90,7 +92,10 @@ def _check_layout(tensors: Iterable[TensorInfo], data_offset: int, file_nbytes: 
 
 
 def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mapping[str, str]) -> Layout:
-    """Lay tensors out as the reference writer does (``prepare`` in its ``tensor.rs``); ties are noted in the header."""
+    """Lay tensors out as the reference writer does (``prepare`` in its ``tensor.rs``); ties are noted in the header.
+
+    Raises ValueError for a name that it cannot hold.
+    """
     order = sorted(range(len(tensors)), key=lambda place: (tensors[place][1].rank, tensors[place][0]))
     header = build_header([tensors[place] for place in order], {**notes, **ties, "format": "pt"})
     ends = itertools.accumulate(
@@ -101,10 +106,10 @@ def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mappin
 
 
 def build_header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> bytes:
-    """Spell the header, length included, of a file that holds these tensors in this order."""
+    """Spell the header, length included, of a file that holds these tensors in this order; raises ValueError."""
     for name, _, _ in tensors:
         if name == METADATA_KEY or not _is_text(name):
-            raise Unsupported(repr(name), "is a name that no safetensors file can hold", "Rename the tensor.")
+            raise ValueError(f"holds a tensor named {name!r}, which no safetensors file can hold")
     header: dict[str, Any] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:

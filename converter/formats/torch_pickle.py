@@ -14,6 +14,8 @@ from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from converter.errors import HostileFile, Unsupported
 from converter.formats.pickle_machine import Global, Rebuild, run_pickle
 
+_MAX_DIMS = 100  # no weights have a tenth of it, and numbers of elements stay short
+
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
@@ -87,13 +89,13 @@ def _tensor(
     start, shape, strides = arguments[1:4]
     if type(storage) is not StorageRef:
         raise TypeError("a tensor without a storage")
-    if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
+    if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= _MAX_DIMS:
         raise TypeError("a shape that does not fit its strides")
     for number in (start, *shape, *strides):
         if type(number) is not int or not 0 <= number < 1 << 63:
             raise ValueError("a size that is no whole number")
     if flags and flags[0]:
-        raise Unsupported(path, f"a tensor carries flags outside its bytes ({flags[0]})", "Save a resolved copy of it.")
+        raise Unsupported(path, "holds a conjugate or negative view of a tensor", "Save a resolved copy of it.")
     return TensorRef(storage, dtype, start, shape, strides)
 
 
@@ -106,7 +108,12 @@ def _rebuild_parameter(arguments: tuple[Any, ...], path: Path) -> TensorRef:
 def _rebuild_from_type(arguments: tuple[Any, ...], path: Path) -> TensorRef:
     """A tensor of a plain type that carries attributes (a buffer does): (function, type, its arguments, attributes)."""
     function, kind, inner = arguments[:3]
-    if type(function) is not Rebuild or type(kind) is not _TensorClass or type(inner) is not tuple:
+    if (
+        type(function) is not Rebuild
+        or function.rebuild is _rebuild_from_type
+        or type(kind) is not _TensorClass
+        or type(inner) is not tuple
+    ):
         raise TypeError("a tensor of another type")
     return _rebuild_parameter((function.rebuild(inner, path),), path)
 

@@ -39,7 +39,7 @@ def read_file(path: Path) -> WeightsFile:
             notes = {name.removeprefix(root): place for name, place in ranges.items() if name.startswith(root)}
             pickle = _read_small(file, notes["data.pkl"], MAX_PICKLE_NBYTES)
             byteorder = _read_small(file, notes["byteorder"], 16) if "byteorder" in notes else b"little"
-    except (zipfile.BadZipFile, struct.error) as error:
+    except (zipfile.BadZipFile, struct.error, UnicodeDecodeError) as error:
         raise BadFile(path, f"is a torch archive whose directory cannot be read ({error})", _INCOMPLETE) from None
     except NotImplementedError as error:
         raise Unsupported(path, f"is an archive of a kind that torch.save never writes ({error})") from None
