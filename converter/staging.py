@@ -61,16 +61,19 @@ class _Doomed:
     path: str
     nbytes: int
     mtime_ns: int
+    ctime_ns: int
 
     @classmethod
     def at(cls, path: Path) -> _Doomed:
         stat = path.lstat()
-        return cls(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
+        return cls(str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
-    def remove(self) -> None:
+    def remove(self, published: set[tuple[int, int]]) -> None:
+        """Remove the file if it is still that one; a second name of a published file has changed by the rename."""
         path = Path(self.path)
         with suppress(FileNotFoundError):
-            if _Doomed.at(path) == self:
+            stat = path.lstat()
+            if _Doomed.at(path) == self or (stat.st_dev, stat.st_ino) in published:
                 path.unlink()
 
 
@@ -159,13 +162,14 @@ class Staging:
                 self.tree.rename(target)
         else:
             for doomed in journal.first_away:
-                doomed.remove()
+                doomed.remove(set())
             for name in journal.move:
                 if self.path_of(name).exists():
                     (target / name).parent.mkdir(parents=True, exist_ok=True)
                     _move(self.path_of(name), target / name)
+        published = {_identity(target / name) for name in journal.move if (target / name).exists()}
         for doomed in journal.last_away:
-            doomed.remove()
+            doomed.remove(published)
         self.remove()
 
     def remove(self) -> None:
@@ -182,6 +186,11 @@ class Staging:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise BadFile(self.journal_path, f"cannot be read ({error})", "Remove it.") from None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
 
 
 def _move(source: Path, destination: Path) -> None:
@@ -238,7 +247,8 @@ def open_staging(target: Target) -> Iterator[Staging]:
         _remove_empty([staging.folder])
         if done:
             staging.journal_path.unlink(missing_ok=True)  # the very last: up to here, a killed run is taken up
-        _remove_empty(made)
+        else:
+            _remove_empty(made)
 
 
 def _release(lock: FileLock) -> None:

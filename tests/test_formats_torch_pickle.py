@@ -85,7 +85,7 @@ VALUES = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.lists(inner, max_size=4).map(tuple)
-        | st.dictionaries(ODD_NAMES | st.integers(), inner, max_size=4)
+        | st.dictionaries(ODD_NAMES | st.integers(-(2**40), 2**40), inner, max_size=4)
         | inner.map(lambda value: [value, value])
     ),
     max_leaves=12,

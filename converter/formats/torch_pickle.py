@@ -95,7 +95,9 @@ def _tensor(
         if type(number) is not int or not 0 <= number < 1 << 63:
             raise ValueError("a size that is no whole number")
     if flags and flags[0]:
-        raise Unsupported(path, "holds a conjugate or negative view of a tensor", "Save a resolved copy of it.")
+        raise Unsupported(
+            path, "holds a conjugate or negative view of a tensor (flags outside its bytes)", "Save a resolved copy of it."
+        )
     return TensorRef(storage, dtype, start, shape, strides)
 
 
