@@ -154,7 +154,8 @@ def open_checkpoint(source: Path | WeightSet) -> Checkpoint:
     index = read_index(weight_set.folder / weight_set.index_name) if weight_set.index_name else None
     _check_shards(weight_set)
     files = tuple(read_file(weight_set.folder / name) for name in weight_set.file_names)
-    _check_names(files)
+    if len(files) > 1:
+        _check_names(files)
     notes = _check_index(weight_set.path, index, files) if index else ()
     return Checkpoint(weight_set, files, index.metadata if index else {}, notes)
 

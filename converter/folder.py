@@ -43,6 +43,11 @@ class Component:
         return name if isinstance(name, str) and name.isidentifier() else ""
 
     @property
+    def class_names(self) -> set[str]:
+        """The classes that its config and all nested ones name: a transformers model may be made of others."""
+        return {name for config in _nested(self.config) if (name := Component("", self.path, (), config).class_name)}
+
+    @property
     def is_diffusers(self) -> bool:
         return "_class_name" in self.config
 
@@ -138,6 +143,13 @@ def find_rest(folder: ModelFolder, skip: Path | None = None) -> Iterator[tuple[P
             path = here / name
             if path not in own and path.is_file():
                 yield path, is_weight_file(path) or _OTHER_WEIGHTS.fullmatch(name) is not None
+
+
+def _nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _nested(value)
 
 
 def _is_loop(folder: Path, name: str) -> bool:

@@ -182,7 +182,7 @@ _MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
         "BailingHybridForCausalLM BailingHybridModel HYV3ForCausalLM HYV3Model Kolibri1ForCausalLM Kolibri1Model",
     ),
     (
-        r"attn.*compressor\.(wkv|wgate) indexer\.weights_proj",
+        r"attn*compressor\.(wkv|wgate) indexer\.weights_proj",
         r"hc_attn_ hc_ffn_ attn_sink compressor\.ape ffn\.gate\.bias",
         "DeepseekV4ForCausalLM DeepseekV4Model",
     ),

@@ -56,8 +56,8 @@ def find_kept(component: Component, wishes: Wishes) -> Callable[[str], bool]:
         patterns = [re.compile(pattern) for pattern in wishes.keep_fp32]
     except re.error as error:
         raise BadRequest(repr(error.pattern), f"is no regular expression ({error})") from None
-    rule = keep_rule(component.class_name, component.is_diffusers, wishes.dtype)
-    return lambda name: rule(name) or any(pattern.search(name) for pattern in patterns)
+    rules = [keep_rule(name, component.is_diffusers, wishes.dtype) for name in component.class_names]
+    return lambda name: any(rule(name) for rule in rules) or any(pattern.search(name) for pattern in patterns)
 
 
 def target_dtype(info: TensorInfo, wishes: Wishes, keep: Callable[[str], bool]) -> DType:

@@ -111,7 +111,7 @@ class _Machine:
         raise HostileFile(self.path, f"its pickle takes more than {MAX_OPCODES:,} steps")
 
     def charge(self, steps: int) -> None:
-        """Count what a call looks through as steps: one list may be handed to many calls."""
+        """Count what a call copies as steps: one list may be handed to many calls."""
         self.charged += steps
         if self.charged > MAX_OPCODES:
             raise HostileFile(self.path, f"its pickle takes more than {MAX_OPCODES:,} steps")
@@ -285,7 +285,8 @@ class _Machine:
         arguments, target = self.stack.pop(), self.stack.pop()
         if not isinstance(target, Rebuild) or type(arguments) is not tuple:
             raise HostileFile(self.path, f"its pickle calls {_name(target)}, which is no part of a state dict")
-        self.charge(sum(len(argument) for argument in arguments if type(argument) in (list, tuple)))
+        if arguments and type(arguments[0]) is list:
+            self.charge(len(arguments[0]))
         self.stack.append(target.rebuild(arguments, self.path))
 
     def build(self) -> None:
