@@ -45,6 +45,9 @@ SMALL_SECONDS_REACH = 5.0
 RSS_SPREAD_REACH_MB = 4.0
 KILL_POINTS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # of the time that an undisturbed conversion takes
 
+# As a user's Python does it: modules are compiled once, not for every run.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
 OK, OUT_OF_REACH, WRONG = "ok", "OUT OF REACH", "WRONG"
 
 Shape = tuple[int, ...]
@@ -60,9 +63,33 @@ class Case:
     arguments: Arguments
     ratio_reach: float
     rss_reach_mb: float
+    from_safetensors: bool = False
 
 
-CASES = (Case("to-safetensors", lambda source, out: ["to-safetensors", str(source), "-o", str(out)], 1.1, 48.0),)
+def conversion(command: str, *options: str) -> Arguments:
+    """Return what follows `wconv` for a command with these options."""
+    return lambda source, out: [command, str(source), "-o", str(out), *options]
+
+
+def in_shards(command: str, count: int) -> Arguments:
+    """Return what follows `wconv` for a command that cuts the source into so many shards."""
+
+    def arguments(source: Path, out: Path) -> list[str]:
+        # Half as much again as an even share: tensors do not fill a shard to the brim.
+        nbytes = weights_nbytes(source) * 3 // (2 * count)
+        return [command, str(source), "-o", str(out), "--max-shard-size", str(nbytes) if count > 1 else "none"]
+
+    return arguments
+
+
+CASES = (
+    Case("to-safetensors", conversion("to-safetensors"), 1.1, 48.0),
+    Case("recast to bf16", conversion("recast", "--dtype", "bf16"), 0.65, 80.0),
+    Case("recast to fp16", conversion("recast", "--dtype", "fp16"), 0.65, 80.0),
+    Case("reshard 5 to 2", in_shards("reshard", 2), 1.1, 80.0, from_safetensors=True),
+    Case("reshard 5 to 1", in_shards("reshard", 1), 1.1, 80.0, from_safetensors=True),
+    Case("to-bin", conversion("to-bin"), 1.2, 80.0, from_safetensors=True),
+)
 
 # Run with the source and the output as arguments.
 TORCH_BASELINE = """
@@ -250,8 +277,21 @@ def llama(bench: Bench, gb: float) -> Path:
     return made_once(bench.folder / f"llama-{gb:g}gb", lambda folder: write_llama(folder, gb))
 
 
+def source_of(bench: Bench, case: Case, gb: float) -> Path:
+    source = llama(bench, gb)
+    if not case.from_safetensors:
+        return source
+    name = f"{source.name}-safetensors"
+    return made_once(bench.folder / name, lambda folder: make_safetensors(bench, source, folder))
+
+
+def make_safetensors(bench: Bench, source: Path, folder: Path) -> None:
+    folder.rmdir()
+    run("to-safetensors, for other cases", [*bench.wconv, "to-safetensors", str(source), "-o", str(folder)])
+
+
 def weights_of(source: Path) -> list[Path]:
-    return sorted(source.glob("*.bin"))
+    return sorted(path for path in source.iterdir() if path.suffix in (".bin", ".safetensors"))
 
 
 def weights_nbytes(source: Path) -> int:
@@ -300,7 +340,12 @@ def clear(bench: Bench, warm_nbytes: int = 0) -> None:
 def run(label: str, command: list[str]) -> Run:
     """Time one process that ends well, and take its peak memory."""
     launcher = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", LAUNCHER, *command], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-I", "-S", "-c", LAUNCHER, *command],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     words = launcher.stdout.split()
     if launcher.returncode or words[2] != "0":
@@ -338,8 +383,8 @@ def within(*reaches: tuple[float, float, str]) -> tuple[str, str]:
 
 def measure_ratio(bench: Bench) -> Iterator[Row]:
     """Run `cp` and each case in turn."""
-    source = llama(bench, bench.gb)
     for case in CASES:
+        source = source_of(bench, case, bench.gb)
         command = bench.command(case, source)
         run_pairs(bench, 1, source, f"{case.name}, warm-up", command)
         copies, conversions = run_pairs(bench, bench.pairs, source, case.name, command)
@@ -386,12 +431,12 @@ def measure_rss(bench: Bench) -> Iterator[Row]:
             if missing := missing_room(bench, gb):
                 yield Row("rss", name, note=f"left out: the disk lacks {missing / GB:.1f} GB")
                 continue
-            source = llama(bench, gb)
+            source = source_of(bench, case, gb)
             clear(bench)
-            conversion = run(name, bench.command(case, source))
-            peaks.append(conversion.peak_mb)
-            note, verdict = within((conversion.peak_mb, case.rss_reach_mb, "MB"))
-            yield Row("rss", name, (conversion,), note=note, verdict=verdict)
+            converted = run(name, bench.command(case, source))
+            peaks.append(converted.peak_mb)
+            note, verdict = within((converted.peak_mb, case.rss_reach_mb, "MB"))
+            yield Row("rss", name, (converted,), note=note, verdict=verdict)
         if len(peaks) > 1:
             spread = max(peaks) - min(peaks)
             note, verdict = within((spread, RSS_SPREAD_REACH_MB, "MB"))
@@ -415,8 +460,8 @@ def measure_small(bench: Bench) -> Iterator[Row]:
 
 def check_kills(bench: Bench) -> Iterator[Row]:
     """Kill a conversion at several moments, see what is there, and run the same command again."""
-    source = llama(bench, bench.gb)
     for case in CASES:
+        source = source_of(bench, case, bench.gb)
         command = bench.command(case, source)
         clear(bench, weights_nbytes(source))
         undisturbed = run(case.name, command)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 
 # Fields by (offset, struct format) from a record's signature: APPNOTE.TXT 4.3.7 and 4.3.12.
@@ -96,8 +97,12 @@ def archive(
     records: Mapping[str, bytes] | None = None,
     root: str = "archive/",
     method: int = zipfile.ZIP_STORED,
+    extras: Mapping[str, bytes] | None = None,
 ) -> bytes:
-    """Give an archive as torch.save lays it out; by default of one tensor ``weight`` that is ``FLOATS``."""
+    """Give an archive as torch.save lays it out; by default of one tensor ``weight`` that is ``FLOATS``.
+
+    ``extras`` are the extra fields of records.
+    """
     content = {
         "data.pkl": pickled(state_dict(("weight", tensor()))) if pickle is None else pickle,
         "byteorder": b"little",
@@ -107,8 +112,16 @@ def archive(
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as out:
         for name, raw in content.items():
-            out.writestr(zipfile.ZipInfo(root + name), raw, method)
+            info = zipfile.ZipInfo(root + name)
+            info.extra = (extras or {}).get(name, b"")
+            out.writestr(info, raw, method)
     return buffer.getvalue()
+
+
+def unicode_path(name: str, other: str) -> bytes:
+    """Spell the extra field that gives a record another name (APPNOTE.TXT 4.6.9)."""
+    content = b"\x01" + struct.pack("<I", zlib.crc32(name.encode())) + other.encode()
+    return struct.pack("<HH", 0x7075, len(content)) + content
 
 
 def places(raw: bytes, record: str) -> tuple[int, int]:

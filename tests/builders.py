@@ -20,13 +20,22 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     ModelMixin,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -38,11 +47,18 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 StateDict = dict[str, torch.Tensor]
@@ -205,6 +221,144 @@ def make_sdxl() -> StableDiffusionXLPipeline:
     )
 
 
+def make_gemma2(seed: int = 7) -> Gemma2Model:
+    """Make the text encoder of a Sana pipeline."""
+    torch.manual_seed(seed)
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=16,
+    )
+    return Gemma2Model(config).eval()
+
+
+def make_deep_vae(seed: int = 8) -> AutoencoderDC:
+    """Make the autoencoder of a Sana pipeline, with one level of each kind."""
+    torch.manual_seed(seed)
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+    ).eval()
+
+
+def make_sana(seed: int = 9) -> SanaPipeline:
+    """Make a Sana pipeline."""
+    torch.manual_seed(seed)
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=16,
+        sample_size=8,
+    ).eval()
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "a", "b"]
+    return SanaPipeline(
+        tokenizer=GemmaTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[]),
+        text_encoder=make_gemma2(),
+        vae=make_deep_vae(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def make_t5_tokenizer() -> T5Tokenizer:
+    """Make a tokenizer of a few letters."""
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("a", -1.0)], extra_ids=0)
+
+
+def make_t5_encoder(seed: int = 10) -> T5EncoderModel:
+    """Make the third text encoder of a Stable Diffusion 3 pipeline."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return T5EncoderModel(config).eval()
+
+
+def make_sd3(seed: int = 11) -> StableDiffusion3Pipeline:
+    """Make a Stable Diffusion 3 pipeline, with its T5."""
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        caption_projection_dim=16,
+        joint_attention_dim=16,
+        pooled_projection_dim=2 * CLIP_2_WIDTH,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    ).eval()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=make_vae(),
+        text_encoder=make_clip_with_projection(),
+        tokenizer=make_tokenizer(),
+        text_encoder_2=make_clip_with_projection(),
+        tokenizer_2=make_tokenizer(),
+        text_encoder_3=make_t5_encoder(),
+        tokenizer_3=make_t5_tokenizer(),
+    )
+
+
+def make_wan(seed: int = 12) -> WanPipeline:
+    """Make a Wan pipeline: parts of its transformer stay float32 whatever the dtype, parts of its UMT5 in float16."""
+    torch.manual_seed(seed)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    ).eval()
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    text = UMT5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    return WanPipeline(
+        tokenizer=make_t5_tokenizer(),
+        text_encoder=UMT5EncoderModel(text).eval(),
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
 MODELS: dict[str, Callable[[], Model | DiffusionPipeline]] = {
     "sd": make_sd,
     "sdxl": make_sdxl,
@@ -212,6 +366,9 @@ MODELS: dict[str, Callable[[], Model | DiffusionPipeline]] = {
     "llama_tied": lambda: make_llama(tied=True),
     "llama_untied": lambda: make_llama(tied=False),
     "clip": make_clip,
+    "sana": make_sana,
+    "sd3": make_sd3,
+    "wan": make_wan,
 }
 
 
@@ -297,6 +454,26 @@ def save_state_bin(state: StateDict, folder: Path, stem: str, shards: int = 1, v
         torch.save({name: state[name] for name in names}, folder / file_name)
     index = {"metadata": {"total_size": split.metadata["total_size"]}, "weight_map": split.tensor_to_filename}
     write_json(folder / f"{stem}.bin.index{dotted}.json", index)
+
+
+def save_safetensors(model: Model | DiffusionPipeline, folder: Path, shards: int = 1) -> Path:
+    """Write the model with all its weights in safetensors, by the libraries' own `save_pretrained`."""
+    if isinstance(model, DiffusionPipeline):
+        save_without_weights(model, folder)
+    for name, part in models_in(model).items():
+        limit = shard_limit(part.state_dict(), shards) if shards > 1 else "10GB"
+        part.save_pretrained(folder / name, max_shard_size=limit)
+    return folder
+
+
+def shake(model: Model | DiffusionPipeline, seed: int = 20) -> Model | DiffusionPipeline:
+    """Make every parameter and buffer of floats random, so that a cast has something to round; give the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in models_in(model).values():
+        for tensor in part.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model
 
 
 def respell_legacy(folder: Path, variant: str, index_too: bool = False) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import pickle
 import random
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 from archives import places
 from hypothesis import given
 from hypothesis import strategies as st
-from judges import described_by_safetensors, described_by_wconv, own_copy, saved_by_torch
+from judges import described_by_safetensors, described_by_torch, described_by_wconv, own_copy, saved_by_torch
 
 import converter.run
 from converter import sources, stream
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
 from converter.formats import FORMATS, read_file
+from converter.names import Format
 from converter.plan import Copy, Shard
 from converter.sources import SourceFiles, read_chunks, read_range
 from converter.stream import (
@@ -155,12 +157,12 @@ def test_a_source_that_becomes_shorter(tmp_path: Path, view: torch.Tensor) -> No
 # Pieces
 
 
-def shard_of(tensors: Sequence[TensorInfo]) -> Shard:
-    """Plan one safetensors file."""
-    layout = FORMATS["safetensors"].lay_out([(info.name, info.dtype, info.shape) for info in tensors], {}, {})
+def shard_of(tensors: Sequence[TensorInfo], form: Format = "safetensors") -> Shard:
+    """Plan one file."""
+    layout = FORMATS[form].lay_out([(info.name, info.dtype, info.shape) for info in tensors], {}, {})
     ordered = [tensors[place] for place in layout.order]
     copies = tuple(Copy(info, info.dtype, offset) for info, offset in zip(ordered, layout.offsets, strict=True))
-    return Shard("model.safetensors", "safetensors", layout.header, copies, layout.nbytes, {})
+    return Shard("model", form, layout.header, copies, layout.nbytes, {})
 
 
 @st.composite
@@ -220,6 +222,30 @@ def test_pieces_in_any_order_make_the_file_that_safetensors_writes(
     assert path.read_bytes() == expected
     for piece in pieces:
         compare_piece(piece, chunk_nbytes)
+
+
+@given(state_dicts(), PIECES, CHUNKS, st.randoms(use_true_random=False))
+def test_pieces_in_any_order_make_a_file_that_torch_reads(
+    scratch: Path, state: dict[str, torch.Tensor], piece_nbytes: int, chunk_nbytes: int, order: random.Random
+) -> None:
+    # Here the tensors lie in any order of their dtypes, with headers between them.
+    stage(scratch, state)
+    path = scratch / "written.bin"
+    shard = shard_of(read_file(scratch / "model.bin").tensors, "torch")
+    path.write_bytes(shard.header.ljust(shard.nbytes, b"\xee"))
+    pieces = cut(shard, path, piece_nbytes)
+    order.shuffle(pieces)
+    for piece in pieces:
+        for step in piece.steps:
+            assert step.begin % step.copy.dtype.itemsize == step.end % step.copy.dtype.itemsize == 0
+        write_piece(piece, chunk_nbytes)
+    right = described_by_safetensors(state)
+    tensors = [(copy.source.name, copy.dtype, copy.source.shape) for copy in shard.copies]
+    FORMATS["torch"].finish_file(path, tensors, {}, [zlib.crc32(content) for _, _, content in right.values()])
+    assert path.stat().st_size == shard.nbytes
+    assert described_by_torch(path) == right
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
 
 
 @given(state_dicts(), PIECES, CHUNKS)
