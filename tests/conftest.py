@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# Machines that run tests are slow now and then.
+settings.register_profile("wconv", deadline=None)
+settings.load_profile("wconv")
 
 
 @dataclass(frozen=True)

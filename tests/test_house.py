@@ -46,6 +46,7 @@ HOMES = {
     "psutil": ("cli/",),
     "numpy": ("sources.py", "cast.py"),
     "ml_dtypes": ("cast.py",),
+    "numkong": ("cast.py",),
     "torch": (),
     "transformers": (),
     "diffusers": (),

@@ -45,6 +45,14 @@ GATHERED = [dtype for dtype in DTYPES.values() if dtype.torch_name]
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_buffers() -> Iterator[None]:
+    """Gather with small buffers: thousands of pieces are read here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "GATHER_NBYTES", 1 << 12)
+        yield
+
+
 # Gathering
 
 

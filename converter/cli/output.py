@@ -149,9 +149,11 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
         return
     rows = []
     for planned in plan.sets:
-        files = f"{len(planned.shards)} files" if len(planned.shards) > 1 else planned.name.single
-        rows.append((planned.component or ".", planned.source.path.name, "->", files, show_bytes(planned.nbytes)))
-    show_table(("component", "source", "", "output", "size"), rows)
+        output = f"{len(planned.shards)} files" if len(planned.shards) > 1 else planned.name.single
+        count = f"{planned.tensor_count:,}" if planned.tensor_count else ""
+        source = planned.source.path.name
+        rows.append((planned.component or ".", source, "->", output, count, show_bytes(planned.nbytes)))
+    show_table(("component", "source", "", "output", "tensors", "size"), rows)
     echo()
     if verbose:
         for name in [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]:

@@ -96,7 +96,9 @@ def _tensor(
             raise ValueError("a size that is no whole number")
     if flags and flags[0]:
         raise Unsupported(
-            path, "holds a conjugate or negative view of a tensor (flags outside its bytes)", "Save a resolved copy of it."
+            path,
+            "holds a conjugate or negative view of a tensor (flags outside its bytes)",
+            "Save a resolved copy of it.",
         )
     return TensorRef(storage, dtype, start, shape, strides)
 
