@@ -83,11 +83,11 @@ def cut_pieces(
         begin = 0
         nbytes = copy.nbytes
         while begin < nbytes:
-            end = min(nbytes, begin + room)
+            end = min(nbytes, begin + room // ITEM_MULTIPLE * ITEM_MULTIPLE)  # no element is cut
             steps.append(Step(copy, begin, end))
             room -= end - begin
             begin = end
-            if room < ITEM_MULTIPLE:  # so that no element is cut, whatever came before
+            if room < ITEM_MULTIPLE:
                 yield Piece(path, tuple(steps), with_crcs, on_overflow)
                 steps, room = [], piece_nbytes
     if steps:

@@ -73,8 +73,14 @@ def cast_by_torch(bits: Bits, before: str, after: str, on_overflow: OnOverflow =
         too_large = numbers.to(torch.float32).abs() > LIMITS[after]
         beyond = torch.nan
     else:
-        too_large = result.to(torch.float32).isinf() & ~numbers.isinf()
+        infinity = int(to_bits(torch.tensor([torch.inf]).to(TORCH[after]))[0])
+        sign = 1 << (result.itemsize * 8 - 1)
+        too_large = torch.from_numpy(to_bits(result) & (sign - 1) == infinity)
         beyond = torch.inf
+    if not too_large.any():
+        return to_bits(result), 0
+    if after != "F8_E4M3":
+        too_large &= ~numbers.isinf()
     answer = torch.finfo(TORCH[after]).max if on_overflow == "saturate" else beyond
     signed = torch.copysign(torch.tensor(answer), numbers.to(torch.float32)).to(TORCH[after])
     to_int = SIGNED[result.itemsize]
@@ -86,8 +92,9 @@ def assert_cast_as_torch(bits: Bits, before: str, after: str, on_overflow: OnOve
     """Hold a cast against torch's: all bits of what is no number's NaN, NaN for NaN, and the count."""
     found, count = cast(bits, before, after, on_overflow)
     expected, expected_count = cast_by_torch(bits, before, after, on_overflow)
-    found_nan, expected_nan = is_nan(found, after), is_nan(expected, after)
-    wrong = (found_nan != expected_nan) | (~expected_nan & (found != expected))
+    wrong = found != expected
+    if wrong.any():
+        wrong &= ~(is_nan(found, after) & is_nan(expected, after))
     examples = [
         f"{bits[place]:#x} to {found[place]:#x}, not {expected[place]:#x}" for place in np.flatnonzero(wrong)[:5]
     ]
@@ -158,7 +165,7 @@ def test_a_sample_is_cast_as_torch_casts_it(before, after, on_overflow):
     [("BF16", "inf"), ("F16", "inf"), ("F8_E5M2", "inf"), ("F8_E4M3", "saturate"), ("F8_E4M3", "inf")],
 )
 def test_all_of_float32_is_cast_as_torch_casts_it(after, on_overflow):
-    step = 1 << 24
+    step = 1 << 20  # stays in the processor's cache
     for begin in range(0, 1 << 32, step):
         assert_cast_as_torch(np.arange(begin, begin + step, dtype=np.uint32), "F32", after, on_overflow)
 
