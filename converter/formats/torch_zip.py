@@ -56,6 +56,9 @@ def _find_root(records: list[zipfile.ZipInfo], path: Path) -> str:
         raise Unsupported(path, "is a TorchScript archive (code and weights)", "Save its state_dict() with torch.save.")
     if f"{root}data.pkl" not in names:
         raise BadFile(path, "is a zip archive, but not one that torch.save wrote", "If it holds files, unpack it.")
+    # Python's zipfile takes a name from an extra field, or cuts it; torch does neither.
+    if any(record.filename != record.orig_filename for record in records):
+        raise HostileFile(path, "its archive holds a record whose name not all readers see alike")
     if len(names) != len(records):
         raise HostileFile(path, "its archive holds two records of one name")
     return root

