@@ -153,7 +153,7 @@ def test_the_same_bytes_however_it_is_called(wconv, tmp_path):
     assert to_bin(make_state(), tmp_path / "b", wconv).read_bytes() == first
 
 
-@pytest.mark.parametrize("count", [65_529, 65_530, 65_531, 65_555])
+@pytest.mark.parametrize("count", [65_529, 65_530, 65_531])
 def test_more_records_than_an_old_zip_counts(count, tmp_path):
     tensors = [(f"{number:05x}", DTYPES_BY_TAG["F32"], (0,)) for number in range(count)]
     layout = lay_out(tensors, {}, {})
@@ -165,8 +165,15 @@ def test_more_records_than_an_old_zip_counts(count, tmp_path):
     assert path.stat().st_size == layout.nbytes
     with zipfile.ZipFile(path) as archive:
         assert len(archive.namelist()) == count + 5
-    if count == 65_531:  # the first that needs zip64 whichever way one counts; torch takes its time
-        assert len(load(path)) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [65_529, 65_530, 65_600])
+def test_torch_loads_them(count, wconv, tmp_path):
+    state = {f"{number:05x}": torch.tensor(float(number)) for number in range(count)}
+    found = load(to_bin(state, tmp_path, wconv))
+    assert len(found) == count
+    assert all(tensor == state[name] for name, tensor in found.items())
 
 
 # There and back.
