@@ -12,6 +12,17 @@ from converter.folder import Component, open_folder
 from converter.index import WeightIndex, read_index
 from converter.names import WeightsName, check_variant
 from converter.plan import Plan, SetPlan, Shard, Target
+from converter.staging import recover
+
+
+def prepare_rename(
+    source: Path, before: str, after: str, components: tuple[str, ...] = (), recovering: bool = True
+) -> tuple[str, Plan | None]:
+    """Name a request for ``run_plan`` and plan it; None for the plan if a killed run of it needed just finishing."""
+    request = repr(("rename", str(source.absolute()), before, after, components))
+    if recovering and recover(source if source.is_dir() else source.parent, request):
+        return request, None
+    return request, plan_rename(source, before, after, components)
 
 
 def plan_rename(source: Path, before: str, after: str, components: tuple[str, ...] = ()) -> Plan:

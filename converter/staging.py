@@ -189,7 +189,7 @@ class Staging:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    stat = path.stat()
+    stat = path.lstat()
     return stat.st_dev, stat.st_ino
 
 

@@ -202,18 +202,23 @@ def loading_lines(plan: Plan) -> list[str]:
     """Give the Python lines that load what a plan writes."""
     variants = {planned.name.variant for planned in plan.sets}
     tag = None if None in variants else sorted(filter(None, variants))[0] if variants else None
-    variant = f", variant={tag!r}" if tag else ""
+    target = repr(str(plan.target.folder))
+    arguments = f"{target}, variant={tag!r}" if tag else target
+    dtype = plan.wishes.dtype
+    imports = []
+    if dtype is not None and dtype.bits >= 16:
+        # Every version of both libraries knows this name; the newest ones say that ``dtype`` is to replace it.
+        imports = ["import torch"]
+        arguments += f", torch_dtype=torch.{dtype.torch_name}"
     kind = plan.source.kind
     config = plan.source.components[0]
     if kind == "pipeline":
-        return ["from diffusers import DiffusionPipeline",
-                f"DiffusionPipeline.from_pretrained({str(plan.target.folder)!r}{variant})"]  # fmt: skip
+        return [*imports, "from diffusers import DiffusionPipeline", f"DiffusionPipeline.from_pretrained({arguments})"]
     if kind == "sentence-transformers":
-        return ["from sentence_transformers import SentenceTransformer",
-                f"SentenceTransformer({str(plan.target.folder)!r})"]  # fmt: skip
+        return ["from sentence_transformers import SentenceTransformer", f"SentenceTransformer({target})"]
     if kind == "component" or (kind == "transformers" and config.class_name):
         library = "diffusers" if config.is_diffusers else "transformers"
-        return [f"from {library} import {config.class_name}",
-                f"{config.class_name}.from_pretrained({str(plan.target.folder)!r}{variant})"]  # fmt: skip
+        name = config.class_name
+        return [*imports, f"from {library} import {name}", f"{name}.from_pretrained({arguments})"]
     first = str(plan.target.folder / plan.shards[0].path) if plan.shards else ""
     return ["from safetensors.torch import load_file", f"load_file({first!r})"]

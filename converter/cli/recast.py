@@ -28,5 +28,6 @@ def command(source: Path, **options: Any) -> None:
 
     if options["dtype"] is None:
         raise click.UsageError("Say which dtype: --dtype bf16, for example.")
-    options["variant"] = options["variant"] or options["dtype"].short_name
+    if options["variant"] is None:
+        options["variant"] = options["dtype"].short_name
     run_conversion(source, options, every_variant=False)
