@@ -297,8 +297,8 @@ def check_staged(shard: Shard, staging: Staging) -> None:
 def _read_back(path: Path) -> dict[str, tuple[str, list[int]]]:
     # "np" asks for no framework that may be missing; no tensor is read.
     with safe_open(path, framework="np") as file:
-        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: (view.get_dtype(), view.get_shape()) for name, view in views.items()}
+        views = ((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118
+        return {name: (view.get_dtype(), view.get_shape()) for name, view in views}
 
 
 def _read_archive_back(path: Path, shard: Shard) -> dict[str, tuple[str, list[int]]]:

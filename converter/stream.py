@@ -253,9 +253,6 @@ def _write_all(file: BinaryIO, data: memoryview) -> None:
 
 def records_to_check(copies: Iterable[Copy]) -> set[ByteRange]:
     """Give the records with a CRC32 that no tensor covers, and that must be read once more to check it."""
-    covered: set[ByteRange] = set()
-    touched: set[ByteRange] = set()
-    for copy in copies:
-        if copy.source.storage.crc32 is not None:
-            (covered if covers_record(copy.source) else touched).add(copy.source.storage)
-    return touched - covered
+    known = [copy.source for copy in copies if copy.source.storage.crc32 is not None]
+    touched = {info.storage for info in known if not covers_record(info)}
+    return touched - {info.storage for info in known if covers_record(info)} if touched else touched

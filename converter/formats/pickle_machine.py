@@ -93,7 +93,7 @@ class _Machine:
         for _ in range(MAX_OPCODES):
             place = self.place
             code = raw[place]
-            # Half of the opcodes of a state dict are these three; a call for each would cost a third of the time.
+            # Most opcodes of a state dict are these few; a call for each would cost a third of the time.
             if code == _LONG_BINPUT:
                 memo[_UINT4(raw, place + 1)[0]] = self.stack[-1]
                 self.place = place + 5
@@ -103,6 +103,15 @@ class _Machine:
             elif code == _BININT1:
                 self.stack.append(raw[place + 1])
                 self.place = place + 2
+            elif code == _MARK:
+                self.marks.append(self.stack)
+                self.stack = []
+                self.place = place + 1
+            elif code == _TUPLE:
+                items = tuple(self.stack)
+                self.stack = self.marks.pop()
+                self.stack.append(items)
+                self.place = place + 1
             elif code == _STOP:
                 return self.stack.pop()
             else:
@@ -186,10 +195,6 @@ class _Machine:
 
     # Containers.
 
-    def mark(self) -> None:
-        self.marks.append(self.stack)
-        self.stack = []
-
     def pop_mark(self) -> list[Any]:
         items = self.stack
         self.stack = self.marks.pop()
@@ -197,10 +202,6 @@ class _Machine:
 
     def drop_to_mark(self) -> None:
         self.pop_mark()
-
-    def push_tuple(self) -> None:
-        items = self.pop_mark()
-        self.stack.append(tuple(items))
 
     def push_short_tuple(self, count: int) -> None:
         items = tuple(self.stack[-count:])
@@ -311,6 +312,8 @@ _STOP = ord(".")
 _LONG_BINPUT = ord("r")
 _BINGET = ord("h")
 _BININT1 = ord("K")
+_MARK = ord("(")
+_TUPLE = ord("t")
 _UINT4 = struct.Struct("<I").unpack_from
 _Step = Callable[[_Machine], None]
 
@@ -342,7 +345,6 @@ _OPCODES: dict[str, _Step] = {
     "N": lambda m: m.stack.append(None),
     "\x88": lambda m: m.stack.append(True),
     "\x89": lambda m: m.stack.append(False),
-    "(": _Machine.mark,
     "0": _Machine.pop,
     "1": _Machine.drop_to_mark,
     "2": lambda m: m.stack.append(m.stack[-1]),
@@ -350,7 +352,6 @@ _OPCODES: dict[str, _Step] = {
     "\x85": lambda m: m.push_short_tuple(1),
     "\x86": lambda m: m.push_short_tuple(2),
     "\x87": lambda m: m.push_short_tuple(3),
-    "t": _Machine.push_tuple,
     "]": lambda m: m.stack.append([]),
     "l": _Machine.push_list,
     "a": _Machine.append,

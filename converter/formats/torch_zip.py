@@ -76,11 +76,12 @@ def _record_ranges(
         if not place <= record.header_offset < end or record.compress_size != record.file_size:
             raise HostileFile(path, f"its record {record.filename} overlaps another, or lies outside the archive")
         file.seek(record.header_offset)
-        header = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-        name_nbytes, extra_nbytes = header[-2:]
-        name = file.read(name_nbytes)
-        begin = record.header_offset + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
-        if header[0] != b"PK\x03\x04" or header[3] != record.compress_type or name != _raw_name(record):
+        name = _raw_name(record)
+        raw = file.read(_LOCAL_HEADER.size + len(name))
+        header = _LOCAL_HEADER.unpack_from(raw)
+        begin = record.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
+        same_name = header[-2] == len(name) and raw.endswith(name)
+        if header[0] != b"PK\x03\x04" or header[3] != record.compress_type or not same_name:
             raise BadFile(path, f"its directory and the header of its record {record.filename} disagree", _INCOMPLETE)
         place = begin + record.file_size
         if place > end:
