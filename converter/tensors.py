@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from converter.dtypes import DType
@@ -47,7 +48,7 @@ class TensorInfo:
     @property
     def is_contiguous(self) -> bool:
         """Whether the elements lie in row-major order with no gaps (torch's ``is_contiguous``)."""
-        return self.strides == contiguous_strides(self.shape) or _is_contiguous(self.shape, self.strides)
+        return _is_contiguous(self.shape, self.strides)
 
     @property
     def span(self) -> int:
@@ -71,6 +72,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+@lru_cache(1024)  # asked several times of every tensor, and most have one of a few shapes
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     # Axes of length 1 may carry any stride, and an empty tensor any strides at all.
     if 0 in shape:
