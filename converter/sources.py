@@ -64,8 +64,8 @@ class SourceFiles:
 
 def read_some(file: BinaryIO, out: memoryview) -> int:
     """Fill ``out`` as far as the file goes, whatever a single read gives; give the number of bytes."""
-    done = 0
-    while done < len(out):
+    done: int = file.readinto(out)  # type: ignore[attr-defined]
+    while 0 < done < len(out):
         count = file.readinto(out[done:])  # type: ignore[attr-defined]
         if not count:
             break
