@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
+import sys
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from archives import FLOATS, archive, lie, pickled, places, state_dict, storage, tensor
+from archives import FLOATS, archive, lie, pickled, places, state_dict, storage, tensor, unicode_path
 from judges import described_by_safetensors, described_by_torch, described_by_wconv, saved_by_torch, torch_load
 
 from converter.dtypes import BY_TORCH_NAME
@@ -243,6 +244,23 @@ def test_a_record_longer_than_its_storage(tmp_path: Path) -> None:
         torch_load(path)
     with pytest.raises(BadFile):
         read_file(path)
+
+
+def test_a_name_that_only_some_readers_see(tmp_path: Path) -> None:
+    # Python's zipfile takes the other name from 3.12 on; torch never does.
+    extra = {"data/0": unicode_path("archive/data/0", "archive/data/1")}
+    path = write(tmp_path, archive(extras=extra))
+    if sys.version_info < (3, 12):
+        assert_refused_or_right(path, described_by_torch(path))
+    else:
+        with pytest.raises(HostileFile, match="not all readers see alike"):
+            read_file(path)
+
+
+def test_a_name_cut_at_a_nul(tmp_path: Path) -> None:
+    raw = archive(records={"data/0": FLOATS, "data/0_tail": b""}).replace(b"data/0_tail", b"data/0\0tail")
+    with pytest.raises(HostileFile, match="not all readers see alike"):
+        read_file(write(tmp_path, raw))
 
 
 def test_prefixed_and_extended_files(tmp_path: Path) -> None:
