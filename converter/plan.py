@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from converter.checkpoint import Checkpoint, WeightSet
 from converter.choose import Wishes
@@ -25,8 +26,7 @@ from converter.rules import check_quantized, check_shard_count, choose_ties, fin
 from converter.tensors import TensorInfo
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """One tensor's way: from its source to ``offset`` of the file it goes to, as ``dtype``."""
 
     source: TensorInfo

@@ -10,10 +10,10 @@ CRC32s are computed as the bytes go by, where a tensor covers its whole record; 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
@@ -30,8 +30,7 @@ PIECE_NBYTES = 1 << 25  # 100 and more tasks for a checkpoint of some GB, each w
 GATHER_NBYTES = 1 << 23  # a transposed matrix needs many rows at once, or it is read in single elements
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """Bytes ``begin`` to ``end`` of one tensor as it is written."""
 
     copy: Copy
@@ -172,13 +171,14 @@ class _PieceReader:
         start = self.step.copy.offset + self.step.begin
         for step in self.piece.steps:
             self.step = step
-            place = step.copy.offset + step.begin
+            copy, begin, end = step
+            info = copy.source
+            place = copy.offset + begin
             if place != start + filled:
                 yield start, view[:filled]
                 start, filled = place, 0
-            begin, end = step.begin, step.end
             read_crc = written_crc = 0
-            checked = step.copy.source.storage.crc32 is not None and covers_record(step.copy.source)
+            checked = info.storage.crc32 is not None and covers_record(info)
             while begin < end:
                 # Elements stay whole, of whatever dtype.
                 count = min(end - begin, (size - filled) // ITEM_MULTIPLE * ITEM_MULTIPLE)
@@ -187,7 +187,11 @@ class _PieceReader:
                     start, filled = start + filled, 0
                     continue
                 out = view[filled : filled + count]
-                source = self._fill(step.copy, begin, out)
+                if copy.dtype is info.dtype:
+                    source = out
+                    read_range(info, self.sources, begin, out)
+                else:
+                    source = self._fill_cast(copy, begin, out)
                 if checked:
                     read_crc = crc32(source, read_crc)
                 if self.piece.with_crcs:
@@ -201,20 +205,17 @@ class _PieceReader:
         if filled:
             yield start, view[:filled]
 
-    def _fill(self, copy: Copy, begin: int, out: memoryview) -> memoryview:
-        """Fill ``out`` with the tensor's bytes, cast where it is; give what was read for it."""
-        info = copy.source
-        source = out
-        if copy.dtype is not info.dtype:
-            begin = begin // copy.dtype.itemsize * info.dtype.itemsize
-            source = self._borrow(len(out) // copy.dtype.itemsize * info.dtype.itemsize)
-        read_range(info, self.sources, begin, source)
-        if copy.dtype is not info.dtype:
-            from converter.cast import cast_chunk
+    def _fill_cast(self, copy: Copy, begin: int, out: memoryview) -> memoryview:
+        """Fill ``out`` with the tensor's bytes, cast; give what was read for it."""
+        from converter.cast import cast_chunk
 
-            too_large = cast_chunk(source, info.dtype, out, copy.dtype, self.piece.on_overflow)
-            if too_large:
-                self.report.too_large[info.name] += too_large
+        info = copy.source
+        first = begin // copy.dtype.itemsize
+        source = self._borrow(len(out) // copy.dtype.itemsize * info.dtype.itemsize)
+        read_range(info, self.sources, first * info.dtype.itemsize, source)
+        too_large = cast_chunk(source, info.dtype, out, copy.dtype, self.piece.on_overflow)
+        if too_large:
+            self.report.too_large[info.name] += too_large
         return source
 
     def _borrow(self, nbytes: int) -> memoryview:
@@ -223,12 +224,13 @@ class _PieceReader:
         return memoryview(self._scratch)[:nbytes]
 
     def _note_read(self, step: Step, crc: int) -> None:
-        info = step.copy.source
-        begin, end = (place * info.dtype.bits // step.copy.dtype.bits for place in (step.begin, step.end))
-        if end - begin == info.storage.nbytes:
-            check_crc(info.storage, crc)
+        copy, begin, end = step
+        storage = copy.source.storage
+        if end - begin == copy.nbytes:
+            check_crc(storage, crc)
         else:
-            self.report.read.append(CrcPart(info.storage, begin, end - begin, crc))
+            begin, end = (place * storage.nbytes // copy.nbytes for place in (begin, end))
+            self.report.read.append(CrcPart(storage, begin, end - begin, crc))
 
     def _note_written(self, step: Step, crc: int) -> None:
         of = ByteRange(self.piece.path, step.copy.offset, step.copy.nbytes)
@@ -251,8 +253,7 @@ def _write_all(file: BinaryIO, data: memoryview) -> None:
         done += file.write(data[done:])
 
 
-def records_to_check(copies: Iterable[Copy]) -> set[ByteRange]:
+def records_to_check(infos: Collection[TensorInfo]) -> set[ByteRange]:
     """Give the records with a CRC32 that no tensor covers, and that must be read once more to check it."""
-    known = [copy.source for copy in copies if copy.source.storage.crc32 is not None]
-    touched = {info.storage for info in known if not covers_record(info)}
-    return touched - {info.storage for info in known if covers_record(info)} if touched else touched
+    touched = {info.storage for info in infos if info.storage.crc32 is not None and not covers_record(info)}
+    return touched - {info.storage for info in infos if covers_record(info)} if touched else touched

@@ -156,6 +156,7 @@ class Bench:
     baseline_runs: int
     rss_sizes: tuple[float, ...]
     small_tensors: int
+    cases: tuple[Case, ...]
     wconv: list[str] = field(repr=False)
 
     @property
@@ -383,7 +384,7 @@ def within(*reaches: tuple[float, float, str]) -> tuple[str, str]:
 
 def measure_ratio(bench: Bench) -> Iterator[Row]:
     """Run `cp` and each case in turn."""
-    for case in CASES:
+    for case in bench.cases:
         source = source_of(bench, case, bench.gb)
         command = bench.command(case, source)
         run_pairs(bench, 1, source, f"{case.name}, warm-up", command)
@@ -424,7 +425,7 @@ def judge_by_torch(bench: Bench, source: Path) -> tuple[str, str]:
 
 def measure_rss(bench: Bench) -> Iterator[Row]:
     """Hold the peaks at several sizes against each other."""
-    for case in CASES:
+    for case in bench.cases:
         peaks = []
         for gb in bench.rss_sizes:
             name = f"{case.name}, {gb:g} GB"
@@ -447,7 +448,7 @@ def measure_small(bench: Bench) -> Iterator[Row]:
     """Convert a checkpoint whose tensors are many and small."""
     count = bench.small_tensors
     source = made_once(bench.folder / f"small-{count}", lambda folder: write_small(folder, count))
-    for case in CASES:
+    for case in bench.cases:
         label = f"{case.name}, {count:,} tensors"
         runs = []
         for _ in range(SMALL_RUNS):
@@ -460,7 +461,7 @@ def measure_small(bench: Bench) -> Iterator[Row]:
 
 def check_kills(bench: Bench) -> Iterator[Row]:
     """Kill a conversion at several moments, see what is there, and run the same command again."""
-    for case in CASES:
+    for case in bench.cases:
         source = source_of(bench, case, bench.gb)
         command = bench.command(case, source)
         clear(bench, weights_nbytes(source))
@@ -613,6 +614,7 @@ def parse_arguments() -> tuple[Bench, list[str], Path | None]:
     parser.add_argument("--baseline-runs", type=int, default=1, help="runs of each other way (default: 1)")
     parser.add_argument("--rss-sizes", type=sizes, default=(1.0, 4.0, 8.0), metavar="GB,GB", help="default: 1,4,8")
     parser.add_argument("--small-tensors", type=int, default=100_000, metavar="N", help="default: 100000")
+    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="can be repeated")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="run this section; can be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--wconv", type=shlex.split, metavar="COMMAND", help="measure this, not the working tree")
@@ -628,6 +630,7 @@ def parse_arguments() -> tuple[Bench, list[str], Path | None]:
         baseline_runs=options.baseline_runs,
         rss_sizes=options.rss_sizes,
         small_tensors=options.small_tensors,
+        cases=tuple(case for case in CASES if case.name in (options.case or [case.name])),
         wconv=options.wconv or [sys.executable, "-m", "converter"],
     )
     return bench, options.only or list(SECTIONS), options.json

@@ -113,6 +113,30 @@ def test_many_values_need_wide_memo_places(protocol: int) -> None:
     assert parse(pickle.dumps(value, protocol)) == value
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"(](Vb\np1\nI7\np2\ng1\ng2\netp3\n.",  # Python 2 counts from 1
+        b"(Vb\nq\x05Vc\nr\x06\0\0\0h\x05j\x06\0\0\0t.",
+        b"(Vb\nq\x01Vc\nq\0Vd\nq\x02h\0h\x01h\x02t.",
+        b"(Vb\nq\x01Vc\nq\x01h\x01t.",
+        b"(Vb\nq\x03Vc\n\x94Vd\n\x94h\x01h\x03t.",
+        b"(Vb\nq\0Vc\nr\0\0\0\0Vd\nq\x01h\0h\x01t.",
+    ],
+    ids=["python 2", "gap", "out of order", "twice", "counted after a gap", "overwritten"],
+)
+def test_the_memo_is_that_of_python(raw: bytes) -> None:
+    assert parse(raw) == pickle.loads(raw)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"h\0.", b"Nq\0h\x01.", b"Nq\x05h\x04.", b"Nq\0g-1\n.", b"Np-1\n.", b"Nj\0\0\0\0."], ids=brief
+)
+def test_a_memo_place_that_holds_nothing(raw: bytes) -> None:
+    with pytest.raises(BadFile):
+        parse(raw)
+
+
 @pytest.mark.parametrize("protocol", range(2, 6))
 def test_an_ordered_dict(protocol: int) -> None:
     value = OrderedDict([("b", 1), ("a", OrderedDict())])

@@ -241,7 +241,7 @@ def test_index_counts_parameters_where_the_source_does_not():
 
 
 def test_index_names_exactly_what_is_stored():
-    shared = replace(tensor("tied"), storage=tensor("a").storage)
+    shared = tensor("tied")._replace(storage=tensor("a").storage)
     source = checkpoint({"pytorch_model.bin": "abc"})
     source = replace(source, files=(replace(source.files[0], tensors=(*source.files[0].tensors, shared)),))
     planned = plan(source, max_shard_nbytes=NBYTES)
@@ -317,7 +317,7 @@ def test_the_same_weights_twice_in_one_format_are_refused():
 def with_tie() -> Checkpoint:
     """Give a checkpoint whose tensor ``t`` is its tensor ``a``."""
     source = checkpoint({"pytorch_model.bin": "ab"})
-    tied = replace(tensor("t"), storage=tensor("a").storage)
+    tied = tensor("t")._replace(storage=tensor("a").storage)
     return replace(source, files=(replace(source.files[0], tensors=(*source.files[0].tensors, tied)),))
 
 
@@ -359,7 +359,7 @@ def test_a_tie_is_noted_where_the_kept_tensor_is():
 
 def test_a_tied_tensor_named_format_is_refused():
     source = with_tie()
-    tensors = (*source.files[0].tensors[:2], replace(source.files[0].tensors[2], name="format"))
+    tensors = (*source.files[0].tensors[:2], source.files[0].tensors[2]._replace(name="format"))
     source = replace(source, files=(replace(source.files[0], tensors=tensors),))
     with pytest.raises(Unsupported, match="--tied duplicate"):
         plan(source, tied="first")
@@ -379,7 +379,7 @@ OLD_NAME = "decoder.mid_block.attentions.0.query.weight"
 
 def old_attention(name: str = OLD_NAME) -> Checkpoint:
     source = checkpoint({"diffusion_pytorch_model.bin": "ab"})
-    tensors = (replace(source.files[0].tensors[0], name=name), source.files[0].tensors[1])
+    tensors = (source.files[0].tensors[0]._replace(name=name), source.files[0].tensors[1])
     return replace(source, files=(replace(source.files[0], tensors=tensors),))
 
 

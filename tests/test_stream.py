@@ -262,7 +262,7 @@ def test_every_record_is_checked_whole_or_in_parts_that_make_a_whole(
 ) -> None:
     shard, path, _ = stage(scratch, state)
     raw = (scratch / "model.bin").read_bytes()
-    read_again = records_to_check(shard.copies)
+    read_again = records_to_check([copy.source for copy in shard.copies])
     pieces = cut(shard, path, piece_nbytes)
     parts = [part for piece in pieces for part in write_piece(piece, chunk_nbytes).read]
     for part in parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from pathlib import Path
 
@@ -81,13 +80,13 @@ def test_the_very_same_view_is_a_tie_to_the_first_name() -> None:
         info((6,)),
         info((2, 3), strides=(1, 2)),
         info((2, 3), tag="I32"),
-        info((2, 3), storage=dataclasses.replace(RECORD, offset=128)),
-        info((2, 3), storage=dataclasses.replace(RECORD, path=Path("other.bin"))),
+        info((2, 3), storage=RECORD._replace(offset=128)),
+        info((2, 3), storage=RECORD._replace(path=Path("other.bin"))),
     ],
     ids=["start", "shape", "dims", "strides", "dtype", "record", "file"],
 )
 def test_what_differs_in_anything_is_no_tie(other: TensorInfo) -> None:
-    assert find_ties([info(name="x"), dataclasses.replace(other, name="y")]) == {}
+    assert find_ties([info(name="x"), other._replace(name="y")]) == {}
 
 
 def test_empty_tensors_are_never_tied() -> None:
@@ -113,5 +112,5 @@ def place_of(tensor: torch.Tensor) -> int:
 
 @pytest.mark.parametrize(("value", "field"), [(info(), "start"), (RECORD, "offset")])
 def test_what_exists_does_not_change(value: object, field: str) -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         setattr(value, field, 1)

@@ -54,11 +54,7 @@ def run_pickle(
     """
     if len(raw) > MAX_PICKLE_NBYTES:
         raise HostileFile(path, f"its pickle is {len(raw):,} bytes long, too long for a description of tensors")
-    machine = _Machine(raw, path, find, find_persistent)
-    try:
-        return machine.run()
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
-        raise BadFile(path, f"its pickle is damaged near byte {machine.place:,}", "Fetch the file again.") from error
+    return _Machine(raw, path, find, find_persistent).run()
 
 
 def _name(value: Any) -> str:
@@ -69,7 +65,7 @@ def _name(value: Any) -> str:
 class _Machine:
     """The stack, the memo and the place in the stream; one method a kind of opcode, listed in _OPCODES below."""
 
-    __slots__ = ("charged", "find", "find_persistent", "marks", "memo", "path", "place", "raw", "stack")
+    __slots__ = ("charged", "far", "find", "find_persistent", "marks", "memo", "path", "place", "raw", "stack")
 
     def __init__(
         self,
@@ -85,39 +81,74 @@ class _Machine:
         self.place = 0
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+        # Numbers count up from 0, at times with gaps (``pickletools.optimize``) or from 1 (Python 2): what is numbered
+        # beyond a gap is ``far``.
+        self.memo: list[Any] = []
+        self.far: dict[int, Any] = {}
         self.charged = 0
 
     def run(self) -> Any:
-        raw, memo, table = self.raw, self.memo, _TABLE
-        for _ in range(MAX_OPCODES):
-            place = self.place
-            code = raw[place]
-            # Most opcodes of a state dict are these few; a call for each would cost a third of the time.
-            if code == _LONG_BINPUT:
-                memo[_UINT4(raw, place + 1)[0]] = self.stack[-1]
-                self.place = place + 5
-            elif code == _BINGET:
-                self.stack.append(memo[raw[place + 1]])
-                self.place = place + 2
-            elif code == _BININT1:
-                self.stack.append(raw[place + 1])
-                self.place = place + 2
-            elif code == _MARK:
-                self.marks.append(self.stack)
-                self.stack = []
-                self.place = place + 1
-            elif code == _TUPLE:
-                items = tuple(self.stack)
-                self.stack = self.marks.pop()
-                self.stack.append(items)
-                self.place = place + 1
-            elif code == _STOP:
-                return self.stack.pop()
-            else:
-                self.place = place + 1
-                table[code](self)
-        raise HostileFile(self.path, f"its pickle takes more than {MAX_OPCODES:,} steps")
+        raw, path, find_persistent = self.raw, self.path, self.find_persistent
+        memo, far, marks = self.memo, self.far, self.marks
+        place, stack = self.place, self.stack
+        try:
+            for _ in range(MAX_OPCODES):
+                code = raw[place]
+                # Most opcodes of a state dict are these few; a method for each would take twice the time.
+                if code == _LONG_BINPUT:
+                    index = _UINT4(raw, place + 1)[0]
+                    if index == len(memo) and not far:
+                        memo.append(stack[-1])
+                    else:
+                        self.stack = stack
+                        self.put(index)
+                    place += 5
+                elif code == _BINGET:
+                    index = raw[place + 1]
+                    stack.append(memo[index] if index < len(memo) else far[index])
+                    place += 2
+                elif code == _BININT1:
+                    stack.append(raw[place + 1])
+                    place += 2
+                elif code == _MARK:
+                    marks.append(stack)
+                    stack = []
+                    place += 1
+                elif code == _TUPLE:
+                    items = tuple(stack)
+                    stack = marks.pop()
+                    stack.append(items)
+                    place += 1
+                elif code == _TUPLE1:
+                    stack[-1] = (stack[-1],)
+                    place += 1
+                elif code == _TUPLE2:
+                    last = stack.pop()
+                    stack[-1] = (stack[-1], last)
+                    place += 1
+                elif code == _REDUCE:
+                    arguments = stack.pop()
+                    stack[-1] = self.call(stack[-1], arguments)
+                    place += 1
+                elif code == _BINUNICODE:
+                    begin = place + 5
+                    end = begin + _UINT4(raw, place + 1)[0]
+                    if end > len(raw):
+                        raise ValueError("the stream ends early")
+                    stack.append(raw[begin:end].decode("utf-8", "surrogatepass"))
+                    place = end
+                elif code == _BINPERSID:
+                    stack[-1] = find_persistent(stack[-1], path)
+                    place += 1
+                elif code == _STOP:
+                    return stack.pop()
+                else:
+                    self.place, self.stack = place + 1, stack
+                    _TABLE[code](self)
+                    place, stack = self.place, self.stack
+        except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
+            raise BadFile(path, f"its pickle is damaged near byte {place:,}", "Fetch the file again.") from error
+        raise HostileFile(path, f"its pickle takes more than {MAX_OPCODES:,} steps")
 
     def charge(self, steps: int) -> None:
         """Count what a call copies as steps: one list may be handed to many calls."""
@@ -146,6 +177,12 @@ class _Machine:
 
     def take_text_line(self) -> str:
         return self.take_line().decode("utf-8")
+
+    def take_number(self) -> int:
+        number = int(self.take_line())
+        if number < 0:
+            raise ValueError("a number below 0")
+        return number
 
     # Values.
 
@@ -203,11 +240,9 @@ class _Machine:
     def drop_to_mark(self) -> None:
         self.pop_mark()
 
-    def push_short_tuple(self, count: int) -> None:
-        items = tuple(self.stack[-count:])
-        if len(items) != count:
-            raise ValueError("the stack is too short")
-        self.stack[-count:] = [items]
+    def push_tuple3(self) -> None:
+        third, second = self.stack.pop(), self.stack.pop()
+        self.stack[-1] = (self.stack[-1], second, third)
 
     def push_list(self) -> None:
         items = self.pop_mark()
@@ -258,14 +293,22 @@ class _Machine:
             self.pop_mark()
 
     def put(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
+        if index < len(self.memo):
+            self.memo[index] = self.stack[-1]
+        elif index == len(self.memo) and not self.far:
+            self.memo.append(self.stack[-1])
+        else:
+            self.far[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.stack.append(self.memo[index] if index < len(self.memo) else self.far[index])
 
     def put_uint1(self) -> None:
-        self.memo[self.raw[self.place]] = self.stack[-1]
+        self.put(self.raw[self.place])
         self.place += 1
 
     def get_uint4(self) -> None:
-        self.stack.append(self.memo[_UINT4(self.raw, self.place)[0]])
+        self.get(_UINT4(self.raw, self.place)[0])
         self.place += 4
 
     # Names and what they are applied to.
@@ -279,16 +322,12 @@ class _Machine:
             raise TypeError("a global whose name is no text")
         self.push_global(module, name)
 
-    def push_persistent(self) -> None:
-        self.stack.append(self.find_persistent(self.stack.pop(), self.path))
-
-    def reduce(self) -> None:
-        arguments, target = self.stack.pop(), self.stack.pop()
+    def call(self, target: Any, arguments: Any) -> Any:
         if not isinstance(target, Rebuild) or type(arguments) is not tuple:
             raise HostileFile(self.path, f"its pickle calls {_name(target)}, which is no part of a state dict")
         if arguments and type(arguments[0]) is list:
             self.charge(len(arguments[0]))
-        self.stack.append(target.rebuild(arguments, self.path))
+        return target.rebuild(arguments, self.path)
 
     def build(self) -> None:
         # The attributes of a state dict (``_metadata``: module versions) have no place in safetensors, and no loader
@@ -314,22 +353,26 @@ _BINGET = ord("h")
 _BININT1 = ord("K")
 _MARK = ord("(")
 _TUPLE = ord("t")
+_TUPLE1 = 0x85
+_TUPLE2 = 0x86
+_REDUCE = ord("R")
+_BINUNICODE = ord("X")
+_BINPERSID = ord("Q")
 _UINT4 = struct.Struct("<I").unpack_from
 _Step = Callable[[_Machine], None]
 
 _OPCODES: dict[str, _Step] = {
     "q": _Machine.put_uint1,
     "j": _Machine.get_uint4,
-    "p": lambda m: m.put(int(m.take_line())),
-    "g": lambda m: m.stack.append(m.memo[int(m.take_line())]),
-    "\x94": lambda m: m.put(len(m.memo)),
+    "p": lambda m: m.put(m.take_number()),
+    "g": lambda m: m.get(m.take_number()),
+    "\x94": lambda m: m.put(len(m.memo) + len(m.far)),
     "M": _Machine.push_uint2,
     "J": _Machine.push_int4,
     "I": _Machine.push_int_line,
     "L": _Machine.push_int_line,
     "\x8a": lambda m: m.push_long(1),
     "\x8b": lambda m: m.push_long(4),
-    "X": lambda m: m.push_text(4),
     "\x8c": lambda m: m.push_text(1),
     "\x8d": lambda m: m.push_text(8),
     "V": _Machine.push_text_line,
@@ -349,9 +392,7 @@ _OPCODES: dict[str, _Step] = {
     "1": _Machine.drop_to_mark,
     "2": lambda m: m.stack.append(m.stack[-1]),
     ")": lambda m: m.stack.append(()),
-    "\x85": lambda m: m.push_short_tuple(1),
-    "\x86": lambda m: m.push_short_tuple(2),
-    "\x87": lambda m: m.push_short_tuple(3),
+    "\x87": _Machine.push_tuple3,
     "]": lambda m: m.stack.append([]),
     "l": _Machine.push_list,
     "a": _Machine.append,
@@ -362,8 +403,6 @@ _OPCODES: dict[str, _Step] = {
     "u": _Machine.set_items,
     "c": lambda m: m.push_global(m.take_text_line(), m.take_text_line()),
     "\x93": _Machine.push_stack_global,
-    "Q": _Machine.push_persistent,
-    "R": _Machine.reduce,
     "b": _Machine.build,
     "\x80": lambda m: m.skip(1),  # PROTO
     "\x95": lambda m: m.skip(8),  # FRAME

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from converter.errors import HostileFile, Unsupported
@@ -17,8 +17,7 @@ from converter.formats.pickle_machine import Global, Rebuild, run_pickle
 _MAX_DIMS = 100  # no weights have a tenth of it, and numbers of elements stay short
 
 
-@dataclass(frozen=True, slots=True)
-class StorageRef:
+class StorageRef(NamedTuple):
     """A storage as a pickle names it: ``key`` is its record. ``dtype`` is None where the storage is untyped bytes."""
 
     dtype: DType | None
@@ -27,8 +26,7 @@ class StorageRef:
     numel: int
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(NamedTuple):
     """A tensor as a pickle describes it; ``start`` and ``strides`` in elements of ``dtype``."""
 
     storage: StorageRef
