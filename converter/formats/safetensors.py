@@ -107,17 +107,21 @@ def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mappin
 
 def build_header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> bytes:
     """Spell the header, length included, of a file that holds these tensors in this order; raises ValueError."""
-    for name, _, _ in tensors:
-        if name == METADATA_KEY or not _is_text(name):
-            raise ValueError(f"holds a tensor named {name!r}, which no safetensors file can hold")
-    header: dict[str, Any] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
+    parts = [f'"{METADATA_KEY}":{_spell(dict(sorted(metadata.items())))}'] if metadata else []
     end = 0
     for name, dtype, shape in tensors:
+        if name == METADATA_KEY or not _is_text(name):
+            raise ValueError(f"holds a tensor named {name!r}, which no safetensors file can hold")
         begin, end = end, end + dtype.nbytes(math.prod(shape))
-        header[name] = {"dtype": dtype.tag, "shape": shape, "data_offsets": (begin, end)}
-    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        # One json.dumps of all of it takes twice as long.
+        sizes = ",".join(map(str, shape))
+        parts.append(f'{_spell(name)}:{{"dtype":"{dtype.tag}","shape":[{sizes}],"data_offsets":[{begin},{end}]}}')
+    raw = f"{{{','.join(parts)}}}".encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw
+
+
+_spell = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _is_text(name: str) -> bool:
