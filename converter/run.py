@@ -66,8 +66,8 @@ class Result:
 
 
 def default_workers() -> int:
-    """Two threads keep a disk or a page cache busy; more only help where files are cast, up to the cores there are."""
-    return min(4, max(2, os.cpu_count() or 1))
+    """Say how many threads: some wait for the disk, or for each other, while others copy."""
+    return 4
 
 
 def chunk_nbytes_for(memory_nbytes: int, workers: int) -> int:

@@ -166,9 +166,9 @@ class _PieceReader:
 
     def chunks(self) -> Iterator[tuple[int, memoryview]]:
         view = memoryview(self.buffer)
-        size = len(view)
         filled = 0
         start = self.step.copy.offset + self.step.begin
+        room = self._room_at(start)
         for step in self.piece.steps:
             self.step = step
             copy, begin, end = step
@@ -177,14 +177,16 @@ class _PieceReader:
             if place != start + filled:
                 yield start, view[:filled]
                 start, filled = place, 0
+                room = self._room_at(start)
             read_crc = written_crc = 0
             checked = info.storage.crc32 is not None and covers_record(info)
+            itemsize = copy.dtype.itemsize or 1  # elements stay whole; packed ones are neither cast nor gathered
             while begin < end:
-                # Elements stay whole, of whatever dtype.
-                count = min(end - begin, (size - filled) // ITEM_MULTIPLE * ITEM_MULTIPLE)
+                count = min(end - begin, (room - filled) // itemsize * itemsize)
                 if not count:
                     yield start, view[:filled]
                     start, filled = start + filled, 0
+                    room = self._room_at(start)
                     continue
                 out = view[filled : filled + count]
                 if copy.dtype is info.dtype:
@@ -204,6 +206,12 @@ class _PieceReader:
                 self._note_written(step, written_crc)
         if filled:
             yield start, view[:filled]
+
+    def _room_at(self, place: int) -> int:
+        """Give the bytes up to the next multiple of a chunk's size: so writes fill whole pages of the file."""
+        size = len(self.buffer)
+        room = size - place % size
+        return room if room >= ITEM_MULTIPLE else size
 
     def _fill_cast(self, copy: Copy, begin: int, out: memoryview) -> memoryview:
         """Fill ``out`` with the tensor's bytes, cast; give what was read for it."""
