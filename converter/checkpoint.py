@@ -10,12 +10,13 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from converter.errors import BadFile, BadRequest
 from converter.formats import could_be_weights, read_file
+from converter.formats.state_dict import Reading
 from converter.index import WeightIndex, read_index
 from converter.names import ParsedName, WeightsName, parse_name
 from converter.tensors import TensorInfo, WeightsFile
@@ -36,6 +37,7 @@ _STANDARD_NAMES = frozenset(
         ("adapter_model", "safetensors"),
     }
 )
+_PLAIN = Reading()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,19 +147,43 @@ def find_weight_set(path: Path) -> WeightSet:
     return WeightSet(path.parent, name, (path.name,))
 
 
-def open_checkpoint(source: Path | WeightSet) -> Checkpoint:
+def open_checkpoint(source: Path | WeightSet, reading: Reading = _PLAIN) -> Checkpoint:
     """Read the headers of a set and hold its index, where it has one, against them.
+
+    ``reading`` says how pickled ones are read.
 
     Raises BadFile for a shard that is missing, a tensor that is in two shards, or in none.
     """
     weight_set = find_weight_set(source) if isinstance(source, Path) else source
     index = read_index(weight_set.folder / weight_set.index_name) if weight_set.index_name else None
     _check_shards(weight_set)
-    files = tuple(read_file(weight_set.folder / name) for name in weight_set.file_names)
+    files = tuple(read_file(weight_set.folder / name, reading) for name in weight_set.file_names)
     if len(files) > 1:
         _check_names(files)
-    notes = _check_index(weight_set.path, index, files) if index else ()
+    notes = tuple(f"{file.path.name}: {note}" for file in files for note in file.notes)
+    notes += _check_index(weight_set.path, index, files) if index else ()
     return Checkpoint(weight_set, files, index.metadata if index else {}, notes)
+
+
+def strip_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+    """Take a prefix off the names of all tensors that have it.
+
+    Raises BadRequest where none has it, or where two tensors would come to one name.
+    """
+    path = checkpoint.weight_set.path
+    before = [info.name for info in checkpoint.tensors]
+    after = {name: name.removeprefix(prefix) for name in before}
+    if list(after.values()) == before:
+        raise BadRequest(
+            path, f"has no tensor whose name begins with {prefix!r}", "'wconv inspect --tensors' lists them."
+        )
+    if len(set(after.values())) < len(after):
+        raise BadRequest(path, f"would hold two tensors of one name without the prefix {prefix!r}")
+    files = tuple(
+        replace(file, tensors=tuple(info._replace(name=after[info.name]) for info in file.tensors))
+        for file in checkpoint.files
+    )
+    return replace(checkpoint, files=files)
 
 
 def _check_shards(weight_set: WeightSet) -> None:

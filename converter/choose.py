@@ -23,6 +23,7 @@ class Wishes:
     ``form`` is the output's format, None for the source's own. ``variant`` and ``from_variant`` are a tag, ``"none"``
     for untagged, or None for the source's own; without ``every_variant`` each component gives one set, the untagged one
     before others. ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file.
+    ``key`` and ``strip_code`` are as in Reading, ``strip_prefix`` is taken off the names of tensors that have it.
     ``keep_fp32`` are regular expressions, searched in tensor names. ``in_place`` lets the output replace the very set
     that is read.
     """
@@ -35,6 +36,9 @@ class Wishes:
     components: tuple[str, ...] = ()
     max_shard_nbytes: float | None = None
     tied: Tied | None = None
+    key: str | None = None
+    strip_prefix: str = ""
+    strip_code: bool = False
     keep_fp32: tuple[str, ...] = ()
     on_overflow: OnOverflow = "error"
     overwrite: bool = False

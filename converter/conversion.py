@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
-from converter.checkpoint import WeightSet, find_weight_sets, open_checkpoint
+from converter.checkpoint import WeightSet, find_weight_sets, open_checkpoint, strip_prefix
 from converter.choose import Wishes, choose_sets
 from converter.errors import BadRequest, OutputRefused
 from converter.folder import Component, ModelFolder, find_rest, open_folder
+from converter.formats.state_dict import Reading
 from converter.names import WeightsName, parse_name
 from converter.plan import Plan, Target, make_plan
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
@@ -33,7 +34,10 @@ def plan_conversion(source: Path, output: Path | None, wishes: Wishes) -> Plan:
     elsewhere = output is not None and not (output.exists() and output.samefile(folder.root))
     if wishes.dtype and wishes.variant == "none" and not elsewhere:
         raise BadRequest(source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
-    checkpoints = [(component, open_checkpoint(weight_set)) for component, weight_set in chosen]
+    reading = Reading(wishes.key, wishes.strip_code)
+    checkpoints = [(component, open_checkpoint(weight_set, reading)) for component, weight_set in chosen]
+    if wishes.strip_prefix:
+        checkpoints = [(component, strip_prefix(opened, wishes.strip_prefix)) for component, opened in checkpoints]
     if renamed:
         component, checkpoint = checkpoints[0]
         weight_set = dataclasses.replace(checkpoint.weight_set, name=renamed)

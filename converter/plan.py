@@ -288,6 +288,7 @@ def _plan_shard(
     mine = {dropped: kept for dropped, kept in ties.items() if kept in names}
     described = [(info.name, casts[info.name], info.shape) for info in tensors]
     lay_out = FORMATS[form].lay_out
+    assert lay_out is not None
     try:
         layout = lay_out(described, mine, notes)
     except ValueError as error:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from zlib_ng.zlib_ng import crc32_combine
 
 from converter.errors import BadFile, LossyCast, WconvError
-from converter.formats import FORMATS
+from converter.formats import FORMATS, read_file
 from converter.plan import Plan, Shard
 from converter.staging import Staging, check_room, open_staging
 from converter.stream import (
@@ -301,6 +301,6 @@ def _is_header(path: Path, shard: Shard) -> bool:
 
 
 def _is_archive(path: Path, shard: Shard) -> bool:
-    tensors = FORMATS["torch"].read_file(path).tensors
+    tensors = read_file(path).tensors
     found = [(info.name, info.dtype, info.shape) for info in tensors if info.name not in shard.ties]
     return found == _described(shard)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -108,12 +108,18 @@ def find_ties(tensors: Iterable[TensorInfo]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class WeightsFile:
-    """What the header of one weight file says. ``tensors`` are in file order; a header's own notes are ``metadata``."""
+    """What the header of one weight file says. ``tensors`` are in file order; a header's own notes are ``metadata``.
+
+    ``notes`` are worth a user's look. ``foreign`` are the globals that a pickle has to do with, though no state dict
+    needs them: it ``names``, ``makes`` objects of or ``calls`` them.
+    """
 
     path: Path
     format: str
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    foreign: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

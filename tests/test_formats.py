@@ -32,8 +32,8 @@ LOOKALIKES = {
     "pickle": (b"\x80\x04\x95\x05\0\0\0\0\0\0\0}\x94.", BadFile, "no weight file"),
     "gguf": (b"GGUF\x03\0\0\0" + bytes(16), Unsupported, "GGUF"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(16), Unsupported, "HDF5"),
-    "before torch 1.6": (OLD, Unsupported, "before 1.6"),
-    "before torch 0.2": (TAR, Unsupported, "before 1.6"),
+    "before torch 1.6, cut short": (OLD[:-1], BadFile, "cut short"),
+    "before torch 0.2": (TAR, Unsupported, "before 0.1.10"),
 }
 
 

@@ -495,11 +495,7 @@ VALUES: dict[str, Callable[[], Any]] = {
     "a tensor": lambda: BASE,
     "a list": lambda: [BASE],
     "nothing": lambda: None,
-    "a nested dict": lambda: {"state_dict": {"x": BASE}, "epoch": 3},
-    "a number among tensors": lambda: {"x": BASE, "step": 3},
-    "nothing among tensors": lambda: {"x": BASE, "y": None},
     "a list of tensors": lambda: {"x": [BASE]},
-    "numbers as names": lambda: {0: BASE},
     "tuples as names": lambda: {("x", 1): BASE},
     "an optimizer's": lambda: {
         "state": {0: {"step": 1, "exp_avg": BASE}},
@@ -517,5 +513,5 @@ def test_a_value_that_is_no_state_dict(tmp_path: Path, make: Callable[[], Any]) 
 
 
 def test_a_whole_module_is_refused_by_its_name(tmp_path: Path) -> None:
-    with pytest.raises(HostileFile, match=r"torch\.nn\.modules\.linear\.Linear"):
+    with pytest.raises(Unsupported, match=r"torch\.nn\.modules\.linear\.Linear"):
         read_file(write(tmp_path, saved_by_torch(torch.nn.Linear(2, 2))))

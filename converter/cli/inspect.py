@@ -22,6 +22,12 @@ _KINDS = {
     "pipeline": "a Diffusers pipeline",
     "sentence-transformers": "a sentence-transformers model",
 }
+# What a pickle does with a global that no state dict needs, and what becomes of that here.
+_HOW = {
+    "names": "names what it does not use",
+    "makes": "makes an object, left out here, of",
+    "calls": "would call, and never does here",
+}
 
 
 @click.command("inspect", short_help="Show which weights a file or folder holds; reads headers only.")
@@ -33,10 +39,11 @@ def command(source: Path, with_tensors: bool, as_json: bool) -> None:
     from converter.checkpoint import open_checkpoint
     from converter.cli.output import show_json
     from converter.folder import open_folder
+    from converter.formats.state_dict import Reading
 
     folder = open_folder(source)
     sets = [
-        _describe(component, open_checkpoint(weight_set), with_tensors)
+        _describe(component, open_checkpoint(weight_set, Reading(strip_code=True, lenient=True)), with_tensors)
         for component in folder.components
         for weight_set in component.weight_sets
     ]
@@ -72,6 +79,7 @@ def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) 
         "dtypes": dict(Counter(info.dtype.tag for info in tensors).most_common()),
         "tied": {**find_ties(tensors), **{old: new for old, new in recorded.items() if new in names}},
         "notes": list(checkpoint.notes),
+        "globals": {name: how for file in checkpoint.files for name, how in file.foreign.items()},
     }
     if with_tensors:
         content["all_tensors"] = [
@@ -112,6 +120,8 @@ def _show(content: dict[str, Any]) -> None:
             echo(printable(f"tied: {dropped} is {kept}"))
         for note in found["notes"]:
             echo(printable(f"note: {note}"))
+        for name, how in found["globals"].items():
+            echo(printable(f"its pickle {_HOW[how]}: {name}"))
     if content["other_weights"]:
         echo(printable(f"other weights: {', '.join(content['other_weights'])}"))
     if content["not_weights"]:

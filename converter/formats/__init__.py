@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.errors import BadFile, Unsupported
-from converter.formats import safetensors, torch_write, torch_zip
+from converter.formats import safetensors, torch_stream, torch_write, torch_zip
+from converter.formats.state_dict import Reading
 from converter.tensors import Described, Layout, WeightsFile
 
 
@@ -15,18 +16,20 @@ from converter.tensors import Described, Layout, WeightsFile
 class FormatRow:
     """One format: how it is recognised, what reads a file's header, and what writes one.
 
-    ``lay_out`` says where tensors go, given the ties and the notes of a header; ``finish_file`` writes, into a file
-    that has the header and all bytes of tensors, what else the format wants, given their CRC32s.
+    ``lay_out`` says where tensors go, given the ties and the notes of a header (None for a format that is only read);
+    ``finish_file`` writes, into a file that has the header and all bytes of tensors, what else the format wants, given
+    their CRC32s.
     """
 
     name: str
     matches: Callable[[bytes], bool]
-    read_file: Callable[[Path], WeightsFile]
-    lay_out: Callable[[Sequence[Described], Mapping[str, str], Mapping[str, str]], Layout]
+    read_file: Callable[[Path, Reading], WeightsFile]
+    lay_out: Callable[[Sequence[Described], Mapping[str, str], Mapping[str, str]], Layout] | None = None
     finish_file: Callable[[Path, Sequence[Described], Mapping[str, str], Sequence[int]], None] | None = None
 
 
 HEAD_NBYTES = 512
+_PLAIN = Reading()
 
 
 def _is_safetensors(head: bytes) -> bool:
@@ -37,15 +40,20 @@ def _is_zip(head: bytes) -> bool:
     return head.startswith(b"PK\x03\x04")
 
 
-def _is_old_torch(head: bytes) -> bool:
-    return head.startswith(b"\x80\x02\x8a\x0a") or head[257:262] == b"ustar"
+def _is_stream(head: bytes) -> bool:
+    return head.startswith(b"\x80\x02\x8a\x0a" + torch_stream.MAGIC.to_bytes(10, "little"))
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar"
 
 
 FORMATS: dict[str, FormatRow] = {
     row.name: row
     for row in (
-        FormatRow("safetensors", _is_safetensors, safetensors.read_file, safetensors.lay_out),
+        FormatRow("safetensors", _is_safetensors, lambda path, _: safetensors.read_file(path), safetensors.lay_out),
         FormatRow("torch", _is_zip, torch_zip.read_file, torch_write.lay_out, torch_write.finish_file),
+        FormatRow("torch before 1.6", _is_stream, torch_stream.read_file),
     )
 }
 
@@ -63,7 +71,7 @@ _LOOKALIKES: tuple[tuple[Callable[[bytes], bool], type[BadFile] | type[Unsupport
     (lambda head: head.startswith(b"GGUF"), Unsupported, "is a GGUF file, which wconv does not read", ""),
     (lambda head: head.startswith(b"\x89HDF"), Unsupported, "is an HDF5 file (TensorFlow), which wconv does not read",
      ""),
-    (_is_old_torch, Unsupported, "is in a form that PyTorch wrote before 1.6",
+    (_is_tar, Unsupported, "is a tar archive, as PyTorch wrote before 0.1.10",
      "Load it with torch and save it again with torch.save."),
     (lambda head: b'"' in head and head.lstrip()[:1] in (b"{", b"["), BadFile, "is JSON text, not weights", _FETCH),
 )  # fmt: skip
@@ -72,18 +80,18 @@ _LOOKALIKES: tuple[tuple[Callable[[bytes], bool], type[BadFile] | type[Unsupport
 def could_be_weights(path: Path) -> bool:
     """Say by its first bytes whether a file may hold weights of torch's, readable here or not."""
     head = _read_head(path)
-    return _is_old_torch(head) or any(row.matches(head) for row in FORMATS.values())
+    return _is_tar(head) or any(row.matches(head) for row in FORMATS.values())
 
 
-def read_file(path: Path) -> WeightsFile:
-    """Read the header of a weight file in whatever format it is.
+def read_file(path: Path, reading: Reading = _PLAIN) -> WeightsFile:
+    """Read the header of a weight file in whatever format it is; ``reading`` is for pickled ones.
 
     Raises BadFile or Unsupported for a file that is none, and says what it is instead.
     """
     head = _read_head(path)
     for row in FORMATS.values():
         if row.matches(head):
-            return row.read_file(path)
+            return row.read_file(path, reading)
     for matches, error, problem, advice in _LOOKALIKES:
         if matches(head):
             raise error(path, problem, advice)

@@ -1,7 +1,8 @@
 """A machine that reads a pickle as data: nothing is ever imported, constructed or called.
 
 It walks the opcodes of protocols 0 to 5 (``Lib/pickletools.py`` of CPython describes each) over plain values. What a
-global or a persistent id means is for the caller to say; the only functions applied are the caller's own.
+global or a persistent id means is for the caller to say; the only functions applied are the caller's own. An object of
+any other class becomes an inert one; a call of anything else is a refusal.
 
 Why not a subclass of ``pickle.Unpickler``: its memo grows to whatever index the file names (a five-byte opcode can
 claim 32 GB), and its REDUCE, NEWOBJ and BUILD call what they find; here there is nothing to call.
@@ -14,9 +15,10 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from converter.errors import BadFile, HostileFile, Unsupported
+from converter.errors import BadFile, HostileFile
+from converter.formats.foreign import HARMLESS, RECONSTRUCTORS, SYSTEM
 
 MAX_PICKLE_NBYTES = 100_000_000  # as much as a safetensors header may take: it too only names and describes tensors
 MAX_OPCODES = 7_000_000  # a tensor takes about 35, so 200,000 tensors; keeps the values within 512 MB
@@ -34,6 +36,30 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
+class Inert(dict[Any, Any]):
+    """What stands for an object of a class that is never looked up; what is put into it is kept."""
+
+    __slots__ = ("name",)
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class Pickled(NamedTuple):
+    """What a pickle holds, the bytes that it takes, and what it does with each global that is not the caller's.
+
+    That is ``names`` it, ``makes`` an object of it, or ``calls`` it (as a function, which was not done).
+    """
+
+    value: Any
+    nbytes: int
+    foreign: dict[str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class Rebuild:
     """A function that a pickle may name, as one of ours that takes its arguments as data."""
@@ -46,15 +72,22 @@ class Rebuild:
 
 
 def run_pickle(
-    raw: bytes, path: Path, find: Callable[[Global, Path], Any], find_persistent: Callable[[Any, Path], Any]
-) -> Any:
-    """Give the value of a pickle; ``find`` gives what a global stands for, ``find_persistent`` a persistent id.
+    raw: bytes,
+    path: Path,
+    find: Callable[[Global, Path], Any],
+    find_persistent: Callable[[Any, Path], Any],
+    strip_code: bool = False,
+) -> Pickled:
+    """Read the pickle that ``raw`` begins with; ``find`` gives what a global stands for, if only itself.
 
-    Raises BadFile where the stream is damaged and HostileFile where it goes beyond what a checkpoint needs.
+    ``find_persistent`` gives what a persistent id stands for. With ``strip_code`` the calls of functions that no
+    checkpoint needs are left out. Raises BadFile where the stream is damaged and HostileFile where it goes beyond what
+    a checkpoint needs.
     """
     if len(raw) > MAX_PICKLE_NBYTES:
         raise HostileFile(path, f"its pickle is {len(raw):,} bytes long, too long for a description of tensors")
-    return _Machine(raw, path, find, find_persistent).run()
+    machine = _Machine(raw, path, find, find_persistent, strip_code)
+    return Pickled(machine.run(), machine.place, machine.foreign)
 
 
 def _name(value: Any) -> str:
@@ -65,7 +98,10 @@ def _name(value: Any) -> str:
 class _Machine:
     """The stack, the memo and the place in the stream; one method a kind of opcode, listed in _OPCODES below."""
 
-    __slots__ = ("charged", "far", "find", "find_persistent", "marks", "memo", "path", "place", "raw", "stack")
+    __slots__ = (
+        "charged", "far", "find", "find_persistent", "foreign", "marks", "memo", "path", "place", "raw", "stack",
+        "strip_code",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -73,6 +109,7 @@ class _Machine:
         path: Path,
         find: Callable[[Global, Path], Any],
         find_persistent: Callable[[Any, Path], Any],
+        strip_code: bool,
     ) -> None:
         self.raw = raw
         self.path = path
@@ -86,6 +123,8 @@ class _Machine:
         self.memo: list[Any] = []
         self.far: dict[int, Any] = {}
         self.charged = 0
+        self.strip_code = strip_code
+        self.foreign: dict[str, str] = {}
 
     def run(self) -> Any:
         raw, path, find_persistent = self.raw, self.path, self.find_persistent
@@ -141,6 +180,7 @@ class _Machine:
                     stack[-1] = find_persistent(stack[-1], path)
                     place += 1
                 elif code == _STOP:
+                    self.place = place + 1
                     return stack.pop()
                 else:
                     self.place, self.stack = place + 1, stack
@@ -254,17 +294,20 @@ class _Machine:
 
     def append(self) -> None:
         item = self.stack.pop()
-        self.list_on_top().append(item)
+        self.append_to([item])
 
     def append_many(self) -> None:
         items = self.pop_mark()
-        self.list_on_top().extend(items)
+        self.append_to(items)
 
-    def list_on_top(self) -> list[Any]:
+    def append_to(self, items: list[Any]) -> None:
         top = self.stack[-1]
-        if type(top) is not list:
+        if isinstance(top, Inert):
+            top.update(enumerate(items, len(top)))
+        elif type(top) is list:
+            top.extend(items)
+        else:
             raise TypeError("items for what is no list")
-        return top
 
     def set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -275,13 +318,13 @@ class _Machine:
         self.fill(self.stack[-1], items)
 
     def fill(self, target: Any, items: list[Any]) -> dict[Any, Any]:
-        if type(target) is not dict or len(items) % 2:
+        if not isinstance(target, dict) or len(items) % 2:
             raise TypeError("items for what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Of numbers, a file could choose such as all hash alike, and make the dict quadratic.
-            if type(key) not in (str, bytes, bool, type(None)) and not (type(key) is int and abs(key) < 1 << 53):
-                raise Unsupported(self.path, f"its pickle has a dict with an odd key of type {type(key).__name__}")
-            target[key] = value
+            # No tensor has a key that is neither text nor a number. Of large numbers, or of tuples, a file could choose
+            # such as all hash alike, and make the dict quadratic.
+            is_plain = type(key) in (str, bytes, bool, type(None)) or (type(key) is int and abs(key) < 1 << 53)
+            target[key if is_plain else Inert(type(key).__name__)] = value
         return target
 
     # Stack and memo.
@@ -314,7 +357,10 @@ class _Machine:
     # Names and what they are applied to.
 
     def push_global(self, module: str, name: str) -> None:
-        self.stack.append(self.find(Global(module, name), self.path))
+        found = self.find(Global(module, name), self.path)
+        if type(found) is Global:
+            self.foreign.setdefault(str(found), "names")
+        self.stack.append(found)
 
     def push_stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
@@ -323,28 +369,67 @@ class _Machine:
         self.push_global(module, name)
 
     def call(self, target: Any, arguments: Any) -> Any:
-        if not isinstance(target, Rebuild) or type(arguments) is not tuple:
-            raise HostileFile(self.path, f"its pickle calls {_name(target)}, which is no part of a state dict")
+        if type(arguments) is not tuple:
+            raise TypeError("arguments that are no tuple")
+        if type(target) is Global:
+            if str(target) in RECONSTRUCTORS:
+                return self.make(arguments[0])
+            if str(target) in HARMLESS:
+                return self.make(target)
+            return self.leave_out(target, "calls")
+        if not isinstance(target, Rebuild):
+            return self.leave_out(target, "calls")
         if arguments and type(arguments[0]) is list:
             self.charge(len(arguments[0]))
         return target.rebuild(arguments, self.path)
+
+    def make(self, of: Any) -> Inert:
+        """Make what stands for a new object, which Python makes without a call of anything in the class's module."""
+        if type(of) is not Global or (of.module.partition(".")[0] in SYSTEM and str(of) not in HARMLESS):
+            return self.leave_out(of, "makes an object of")
+        self.foreign[str(of)] = "makes"
+        return Inert(str(of))
+
+    def leave_out(self, target: Any, what: str) -> Inert:
+        if not self.strip_code:
+            raise HostileFile(
+                self.path,
+                f"its pickle {what} {_name(target)}, which is no part of a state dict",
+                "Nothing in it was run. --strip-code converts its tensors all the same.",
+            )
+        self.foreign[_name(target)] = "calls"
+        return Inert(_name(target))
+
+    def new_object(self) -> None:
+        self.stack.pop()
+        self.stack[-1] = self.make(self.stack[-1])
+
+    def new_object_ex(self) -> None:
+        self.stack.pop()
+        self.new_object()
+
+    def call_marked(self) -> None:
+        target, *arguments = self.pop_mark()
+        self.stack.append(self.call(target, tuple(arguments)))
+
+    def call_named(self) -> None:
+        arguments = self.pop_mark()
+        self.push_global(self.take_text_line(), self.take_text_line())
+        self.stack[-1] = self.call(self.stack[-1], tuple(arguments))
 
     def build(self) -> None:
         # The attributes of a state dict (``_metadata``: module versions) have no place in safetensors, and no loader
         # needs them.
         state = self.stack.pop()
-        if type(self.stack[-1]) is not dict or type(state) is not dict:
-            raise HostileFile(self.path, f"its pickle sets the state of {_name(self.stack[-1])}")
+        target = self.stack[-1]
+        if not isinstance(target, Inert) and (type(target) is not dict or type(state) is not dict):
+            self.leave_out(target, "sets the state of")
 
     def skip(self, nbytes: int) -> None:
         self.take(nbytes)
 
-    def refuse(self) -> None:
-        raise HostileFile(self.path, "its pickle makes objects, which is no part of a state dict")
-
-    def refuse_inst(self) -> None:
-        self.push_global(self.take_text_line(), self.take_text_line())
-        self.refuse()
+    def refuse_extension(self) -> None:
+        raise HostileFile(self.path, "its pickle uses the extension registry, which is no part of a state dict")
 
 
 _STOP = ord(".")
@@ -383,6 +468,7 @@ _OPCODES: dict[str, _Step] = {
     "C": lambda m: m.push_bytes(1),
     "B": lambda m: m.push_bytes(4),
     "\x8e": lambda m: m.push_bytes(8),
+    "\x96": lambda m: m.push_bytes(8),  # BYTEARRAY8
     "G": _Machine.push_float,
     "F": _Machine.push_float_line,
     "N": lambda m: m.stack.append(None),
@@ -406,13 +492,16 @@ _OPCODES: dict[str, _Step] = {
     "b": _Machine.build,
     "\x80": lambda m: m.skip(1),  # PROTO
     "\x95": lambda m: m.skip(8),  # FRAME
-    "i": _Machine.refuse_inst,
-    "o": _Machine.refuse,  # OBJ
-    "\x81": _Machine.refuse,  # NEWOBJ
-    "\x92": _Machine.refuse,  # NEWOBJ_EX
-    "\x82": _Machine.refuse,  # EXT1, EXT2, EXT4
-    "\x83": _Machine.refuse,
-    "\x84": _Machine.refuse,
+    "i": _Machine.call_named,  # INST
+    "o": _Machine.call_marked,  # OBJ
+    "\x81": _Machine.new_object,
+    "\x92": _Machine.new_object_ex,
+    "\x82": _Machine.refuse_extension,  # EXT1, EXT2, EXT4
+    "\x83": _Machine.refuse_extension,
+    "\x84": _Machine.refuse_extension,
+    "\x8f": lambda m: m.stack.append([]),  # EMPTY_SET: what is in a set is no weight
+    "\x90": _Machine.append_many,  # ADDITEMS
+    "\x91": _Machine.push_list,  # FROZENSET
 }
 
 

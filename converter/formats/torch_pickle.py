@@ -1,7 +1,7 @@
 """What the pickle in a torch checkpoint says of tensors: a closed table of exact (module, name) pairs, and no more.
 
 What the table gives is data, or one of the few functions below that rebuild a tensor's description (``torch/_utils.py``
-has the originals). Any other global is a refusal that names it.
+has the originals). Any other global stands for itself, and is never looked up.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
-from converter.errors import HostileFile, Unsupported
-from converter.formats.pickle_machine import Global, Rebuild, run_pickle
+from converter.errors import Unsupported
+from converter.formats.pickle_machine import Global, Pickled, Rebuild, run_pickle
 
 _MAX_DIMS = 100  # no weights have a tenth of it, and numbers of elements stay short
 
 
 class StorageRef(NamedTuple):
-    """A storage as a pickle names it: ``key`` is its record. ``dtype`` is None where the storage is untyped bytes."""
+    """A storage as a pickle names it: ``key`` is its record. ``dtype`` is None where the storage is untyped bytes.
+
+    ``start`` is that of the view, in elements, where it is a view of a storage.
+    """
 
     dtype: DType | None
     key: str
     device: str
     numel: int
+    start: int = 0
 
 
 class TensorRef(NamedTuple):
@@ -36,13 +40,26 @@ class TensorRef(NamedTuple):
     strides: tuple[int, ...]
 
 
-def parse_pickle(raw: bytes, path: Path) -> Any:
-    """Give the value of a pickle: dicts, lists, tuples, strings, numbers, and TensorRefs.
+def parse_pickle(
+    raw: bytes, path: Path, strip_code: bool = False, storages: dict[str, StorageRef] | None = None
+) -> Pickled:
+    """Read the pickle that ``raw`` begins with: dicts, lists, tuples, strings, numbers, TensorRefs and inert objects.
 
-    Raises BadFile where the stream is damaged, HostileFile where it names something outside the closed table, and
-    Unsupported for tensors that are not strided views of a storage.
+    Raises BadFile where the stream is damaged, HostileFile where it calls what is outside the closed table (not with
+    ``strip_code``), and Unsupported for tensors that are not strided views of a storage. All storages that it names are
+    put into ``storages``.
     """
-    return run_pickle(raw, path, _find, _storage)
+    if storages is None:
+        return run_pickle(raw, path, _find, _storage, strip_code)
+
+    def find(identity: Any, path: Path) -> StorageRef:
+        storage = _storage(identity, path)
+        first = storages.setdefault(storage.key, storage)
+        if (first.dtype, first.numel) != (storage.dtype, storage.numel):
+            raise ValueError("a storage of two kinds")
+        return storage
+
+    return run_pickle(raw, path, _find, find, strip_code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +115,7 @@ def _tensor(
             "holds a conjugate or negative view of a tensor (flags outside its bytes)",
             "Save a resolved copy of it.",
         )
-    return TensorRef(storage, dtype, start, shape, strides)
+    return TensorRef(storage, dtype, storage.start + start, shape, strides)
 
 
 def _rebuild_parameter(arguments: tuple[Any, ...], path: Path) -> TensorRef:
@@ -125,13 +142,17 @@ def _size(arguments: tuple[Any, ...], path: Path) -> tuple[Any, ...]:
 
 
 def _storage(identity: Any, path: Path) -> StorageRef:
-    """Read a persistent id: ("storage", class, key, device, numel), as ``torch.serialization._save`` makes it."""
-    kind, storage_class, key, device, numel = identity
+    """Read a persistent id: ("storage", class, key, device, numel), as ``torch.serialization._save`` makes it.
+
+    ``_legacy_save`` adds (key, start, numel) of a view of the storage, or None.
+    """
+    kind, storage_class, key, device, numel, *view = identity
+    start = view[0][1] if view and view[0] is not None else 0
     if kind != "storage" or type(storage_class) is not _StorageClass or type(key) is not str:
         raise TypeError("a persistent id that is no storage")
-    if type(numel) is not int or numel < 0 or type(device) is not str:
+    if type(numel) is not int or numel < 0 or type(device) is not str or type(start) is not int or start < 0:
         raise ValueError("a storage without a size")
-    return StorageRef(storage_class.dtype, key, device, numel)
+    return StorageRef(storage_class.dtype, key, device, numel, start)
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
@@ -182,8 +203,4 @@ def _find(named: Global, path: Path) -> Any:
         return known
     if named.module in ("torch", "torch._utils") and named.name in _UNSUPPORTED:
         raise Unsupported(path, f"it holds {_UNSUPPORTED[named.name]}", "safetensors has no place for them.")
-    raise HostileFile(
-        path,
-        f"its pickle names {named}, which is no part of a state dict",
-        "Nothing in it was run. If you trust its author, ask for a file with the state dict alone.",
-    )
+    return named

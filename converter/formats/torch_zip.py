@@ -10,22 +10,21 @@ as garbage), so all of it is checked here; CRC32s are held against the bytes whe
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from converter.dtypes import DType
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.pickle_machine import MAX_PICKLE_NBYTES
-from converter.formats.torch_pickle import StorageRef, TensorRef, parse_pickle
+from converter.formats.state_dict import Reading, choose_state_dict, resolve
+from converter.formats.torch_pickle import StorageRef, parse_pickle
 from converter.formats.zip_records import STORED, Record, read_records, spell
-from converter.tensors import ByteRange, TensorInfo, WeightsFile
+from converter.tensors import ByteRange, WeightsFile
 
 _DAMAGED = "The file is damaged: fetch it again."
-_INCOMPLETE = "The file is incomplete: fetch it again."
 
 
-def read_file(path: Path) -> WeightsFile:
+def read_file(path: Path, reading: Reading) -> WeightsFile:
     """Open an archive and read its directory and its pickle; no storage is read."""
     with path.open("rb") as file:
         records = {record.name: record for record in read_records(file, path)}
@@ -35,7 +34,14 @@ def read_file(path: Path) -> WeightsFile:
         byteorder = _read_small(file, note, 16, path) if note else b"little"
     if byteorder.strip() != b"little":
         raise Unsupported(path, "holds big-endian numbers", "Save it again on a little-endian machine.")
-    return WeightsFile(path, "torch", tuple(_resolve(parse_pickle(pickle, path), records, root + b"data/", path)), {})
+    pickled = parse_pickle(pickle, path, reading.strip_code)
+    state_dict, notes = choose_state_dict(pickled, path, reading)
+
+    def find(storage: StorageRef) -> ByteRange | None:
+        record = records.get(root + b"data/" + storage.key.encode("utf-8", "surrogatepass"))
+        return _range_of(record, path) if record else None
+
+    return WeightsFile(path, "torch", tuple(resolve(state_dict, find, path)), {}, notes, pickled.foreign)
 
 
 def _range_of(record: Record, path: Path) -> ByteRange:
@@ -66,52 +72,3 @@ def _read_small(file: BinaryIO, record: Record, max_nbytes: int, path: Path) -> 
     if place.crc32 is not None and zlib.crc32(raw) != place.crc32:
         raise BadFile(place.path, "the description of its tensors does not give the CRC32 that is noted", _DAMAGED)
     return raw
-
-
-def _resolve(state_dict: Any, records: Mapping[bytes, Record], root: bytes, path: Path) -> Iterator[TensorInfo]:
-    if type(state_dict) is not dict:
-        raise Unsupported(path, f"holds a {_kind(state_dict)}, not a state dict", "Save its state_dict() instead.")
-    dtypes: dict[str, DType] = {}
-    for name, value in state_dict.items():
-        if type(name) is not str or type(value) is not TensorRef:
-            raise Unsupported(
-                path,
-                f"is no plain state dict: its entry {name!r} is a {_kind(value)}",
-                "Save the state dict alone: a dict from names to tensors.",
-            )
-        storage = value.storage
-        if storage.dtype and dtypes.setdefault(storage.key, storage.dtype) is not storage.dtype:
-            raise BadFile(path, f"tensor {name!r} takes its storage for another dtype than a tensor before it")
-        yield _resolve_tensor(name, value, _find_storage(name, storage, records, root, path), path)
-
-
-def _find_storage(
-    name: str, storage: StorageRef, records: Mapping[bytes, Record], root: bytes, path: Path
-) -> ByteRange:
-    if storage.device == "meta":
-        raise Unsupported(path, f"tensor {name!r} is on the meta device: it has no values")
-    record = records.get(root + storage.key.encode("utf-8", "surrogatepass"))
-    if record is None:
-        raise BadFile(path, f"the record of tensor {name!r} is missing (data/{storage.key})", _INCOMPLETE)
-    itemsize = storage.dtype.itemsize if storage.dtype else 1
-    if storage.numel * itemsize != record.nbytes:
-        raise BadFile(
-            path,
-            f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims "
-            f"{storage.numel * itemsize:,}",
-            _INCOMPLETE,
-        )
-    return _range_of(record, path)
-
-
-def _resolve_tensor(name: str, ref: TensorRef, record: ByteRange, path: Path) -> TensorInfo:
-    info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides)
-    end = (ref.start + info.span) * ref.dtype.bits if info.numel else 0
-    if end > record.nbytes * 8 or info.numel >= 1 << 63:
-        raise BadFile(path, f"tensor {name!r} reaches past the end of its record")
-    return info
-
-
-def _kind(value: Any) -> str:
-    kinds = {TensorRef: "tensor", type(None): "None"}
-    return kinds.get(type(value), type(value).__name__)

@@ -67,6 +67,7 @@ def test_a_weight_set(inspect, tmp_path):
         "dtypes": {"F32": 6, "F16": 1, "I64": 1},
         "tied": {},
         "notes": [],
+        "globals": {},
     }
 
 
@@ -147,7 +148,7 @@ def test_control_characters_do_not_reach_the_terminal(config, wconv, tmp_path):
     [
         ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1\n", 3),
         ("pytorch_model.bin", b"", 3),
-        ("pytorch_model.bin", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", 4),
+        ("pytorch_model.bin", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", 3),
         ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", 3),
         ("config.json", b"{}", 3),
     ],

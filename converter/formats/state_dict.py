@@ -1,0 +1,185 @@
+"""The state dict in what a checkpoint holds, found by what it is: a mapping of names to tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from converter.dtypes import DType
+from converter.errors import BadFile, BadRequest, Unsupported
+from converter.formats.pickle_machine import Inert, Pickled
+from converter.formats.torch_pickle import StorageRef, TensorRef
+from converter.tensors import ByteRange, TensorInfo
+
+_MAX_DEPTH = 16  # trainers nest two or three
+_MAX_NAMED = 8
+_INCOMPLETE = "The file is incomplete: fetch it again."
+
+# What trainers keep beside the weights (Lightning's ``dump_checkpoint``, accelerate, mmengine): no state dict of theirs
+# is taken for the model's.
+_TRAINING = re.compile(r".*(optim|sched|scaler|callback|loops|rng|hyper_param|hparams|criterion).*|amp|args|cfg|config")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a pickled checkpoint is read: ``key`` chooses one of several state dicts in it, by the path of its keys.
+
+    With ``strip_code`` calls of functions that no state dict needs are left out, rather than refused; with ``lenient``
+    the largest state dict is taken where several are there.
+    """
+
+    key: str | None = None
+    strip_code: bool = False
+    lenient: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    path: tuple[str, ...]
+    content: Mapping[Any, Any]
+    is_training: bool
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.path)
+
+    @property
+    def tensors(self) -> list[TensorRef]:
+        return [value for value in self.content.values() if type(value) is TensorRef]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(ref.dtype.nbytes(prod(ref.shape)) for ref in self.tensors)
+
+    def __str__(self) -> str:
+        count = len(self.tensors)
+        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {self.nbytes / 1e6:,.1f} MB)"
+
+
+def choose_state_dict(pickled: Pickled, path: Path, reading: Reading) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+    """Give the names and tensors of the one state dict in a pickle's value, and notes on what is left out.
+
+    Raises BadRequest where several could be meant, or the key names none; Unsupported where there is none.
+    """
+    value = pickled.value
+    if not isinstance(value, (dict, list, tuple)) or type(value) in (TensorRef, Inert):
+        raise Unsupported(path, f"holds a {_kind(value)}, not a state dict", "Save its state_dict() instead.")
+    found = list(_find(value))
+    if not found:
+        if value == {}:
+            return {}, ()
+        raise Unsupported(path, "holds no tensors under names of their own", _describe(value))
+    chosen = _choose(found, path, reading)
+    state_dict: dict[str, TensorRef] = {}
+    for name, tensor in chosen.content.items():
+        if type(tensor) is TensorRef:
+            if str(name) in state_dict:
+                raise BadFile(path, f"holds two tensors named {str(name)!r}")
+            state_dict[str(name)] = tensor
+    return state_dict, tuple(_notes(pickled, chosen, found))
+
+
+def resolve(
+    state_dict: Mapping[str, TensorRef], find: Callable[[StorageRef], ByteRange | None], path: Path
+) -> Iterator[TensorInfo]:
+    """Yield the tensors, given where each storage lies; raises BadFile where one is not there, or not long enough."""
+    dtypes: dict[str, DType] = {}
+    for name, ref in state_dict.items():
+        storage = ref.storage
+        if storage.dtype and dtypes.setdefault(storage.key, storage.dtype) is not storage.dtype:
+            raise BadFile(path, f"tensor {name!r} takes its storage for another dtype than a tensor before it")
+        if storage.device == "meta":
+            raise Unsupported(path, f"tensor {name!r} is on the meta device: it has no values")
+        record = find(storage)
+        if record is None:
+            raise BadFile(path, f"the record of tensor {name!r} is missing (data/{storage.key})", _INCOMPLETE)
+        nbytes = storage.numel * (storage.dtype.itemsize if storage.dtype else 1)
+        if nbytes != record.nbytes:
+            problem = f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims {nbytes:,}"
+            raise BadFile(path, problem, _INCOMPLETE)
+        info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides)
+        end = (ref.start + info.span) * ref.dtype.bits if info.numel else 0
+        if end > record.nbytes * 8 or info.numel >= 1 << 63:
+            raise BadFile(path, f"tensor {name!r} reaches past the end of its record")
+        yield info
+
+
+def _find(value: Any) -> Iterator[_Found]:
+    seen: set[int] = set()
+    waiting: list[tuple[tuple[str, ...], Any, bool]] = [((), value, False)]
+    while waiting:
+        path, content, is_training = waiting.pop(0)
+        if id(content) in seen or len(path) > _MAX_DEPTH:
+            continue
+        seen.add(id(content))
+        is_mapping = isinstance(content, dict)
+        items: list[tuple[Any, Any]] = list(content.items() if is_mapping else enumerate(content))
+        names = [key for key, inner in items if type(inner) is TensorRef and isinstance(key, (str, int))]
+        if is_mapping and names:
+            yield _Found(
+                path, content, is_training or (path == () and len(items) > len(names) and all(map(_is_training, names)))
+            )
+        for key, inner in items:
+            if isinstance(inner, (dict, list, tuple)) and type(inner) is not TensorRef:
+                waiting.append(((*path, str(key)), inner, is_training or (is_mapping and _is_training(key))))
+
+
+def _is_training(key: Any) -> bool:
+    # Optimizers number the tensors that they keep a state of.
+    return type(key) is int or bool(_TRAINING.fullmatch(str(key).lower()))
+
+
+def _choose(found: list[_Found], path: Path, reading: Reading) -> _Found:
+    if reading.key is not None:
+        named = [one for one in found if one.key == reading.key]
+        if not named:
+            raise BadRequest(path, f"has no state dict at {reading.key!r}", f"It has: {_list(found)}.")
+        return named[0]
+    likely = [one for one in found if not one.is_training]
+    if reading.lenient:
+        return max(likely or found, key=lambda one: one.nbytes)
+    if len(likely) != 1:
+        if not likely:
+            raise Unsupported(path, "holds no state dict of a model", f"--key takes another: {_list(found)}.")
+        raise BadRequest(path, f"holds several state dicts: {_list(likely)}", "Choose one with --key.")
+    return likely[0]
+
+
+def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[str]:
+    value = pickled.value
+    others = [one for one in found if one is not chosen]
+    if others:
+        yield f"only {chosen} is taken, and not {_list(others)}"
+    entries = value.items() if isinstance(value, dict) else ()
+    beside = [str(key) for key, _ in entries if chosen.path and str(key) != chosen.path[0]]
+    inside = [str(key) for key, inner in chosen.content.items() if type(inner) is not TensorRef]
+    if beside or inside:
+        yield f"left out: {_list(beside + inside)}"
+    for what, verb in (
+        ("makes", "of unknown classes were left out"),
+        ("calls", "that its pickle calls were not called"),
+    ):
+        names = [name for name, how in pickled.foreign.items() if how == what]
+        if names:
+            yield f"{'objects' if what == 'makes' else 'functions'} {verb}: {_list(names)}"
+
+
+def _list(things: list[Any]) -> str:
+    more = f" and {len(things) - _MAX_NAMED} more" if len(things) > _MAX_NAMED else ""
+    return ", ".join(str(thing) for thing in things[:_MAX_NAMED]) + more
+
+
+def _describe(value: Any) -> str:
+    names = _list([str(key) for key in value]) if isinstance(value, dict) else ""
+    return f"It holds: {names}." if names else "Save a state dict: names to tensors."
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Inert):
+        return value.name
+    kinds = {TensorRef: "tensor", type(None): "None"}
+    return kinds.get(type(value), type(value).__name__)

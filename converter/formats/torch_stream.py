@@ -1,0 +1,87 @@
+"""The stream of pickles that ``torch.save`` wrote before 1.6, and still writes on request.
+
+It is a magic number, a protocol number, a few facts on the machine, the object, a list of storage keys, each a pickle;
+then, for each key, the storage's number of elements in 8 bytes and its bytes (``_legacy_save`` in
+``torch/serialization.py``). So a storage is a byte range of the file here too, though nothing guards it: there are no
+checksums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from converter.errors import BadFile, HostileFile, Unsupported
+from converter.formats.pickle_machine import MAX_PICKLE_NBYTES, Pickled
+from converter.formats.state_dict import Reading, choose_state_dict, resolve
+from converter.formats.torch_pickle import StorageRef, parse_pickle
+from converter.tensors import ByteRange, WeightsFile
+
+MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+_FIRST_NBYTES = 1 << 16
+_DAMAGED = "The file is damaged or incomplete: fetch it again."
+
+
+def read_file(path: Path, reading: Reading) -> WeightsFile:
+    """Open a stream and read its pickles and where its storages lie; no storage is read."""
+    with path.open("rb") as file:
+        magic, protocol, facts = (_read_pickle(file, path, reading).value for _ in range(3))
+        if magic != MAGIC or protocol != _PROTOCOL or not isinstance(facts, dict):
+            raise BadFile(
+                path, "is a pickle, but not one that torch.save wrote", "Save its state dict with torch.save."
+            )
+        if facts.get("little_endian") is not True:
+            raise Unsupported(path, "holds big-endian numbers", "Save it again on a little-endian machine.")
+        storages: dict[str, StorageRef] = {}
+        pickled = _read_pickle(file, path, reading, storages)
+        keys = _read_pickle(file, path, reading).value
+        if type(keys) is not list:
+            raise BadFile(path, "has no list of its storages", _DAMAGED)
+        ranges = dict(_find_storages(file, keys, storages, path))
+    state_dict, notes = choose_state_dict(pickled, path, reading)
+    tensors = tuple(resolve(state_dict, lambda storage: ranges.get(storage.key), path))
+    return WeightsFile(path, "torch", tensors, {}, notes, pickled.foreign)
+
+
+def _read_pickle(
+    file: BinaryIO, path: Path, reading: Reading, storages: dict[str, StorageRef] | None = None
+) -> Pickled:
+    """Read the pickle that comes next; how long it is shows only when it is read."""
+    place = file.tell()
+    nbytes = _FIRST_NBYTES
+    while True:
+        file.seek(place)
+        raw = file.read(nbytes)
+        try:
+            pickled = parse_pickle(raw, path, reading.strip_code, storages)
+        except BadFile as error:
+            if len(raw) < nbytes or isinstance(error, HostileFile):
+                raise
+            if nbytes == MAX_PICKLE_NBYTES:
+                raise HostileFile(path, "its pickle is too long for a description of tensors") from None
+            nbytes = min(8 * nbytes, MAX_PICKLE_NBYTES)
+            if storages:
+                storages.clear()
+        else:
+            file.seek(place + pickled.nbytes)
+            return pickled
+
+
+def _find_storages(
+    file: BinaryIO, keys: list[Any], storages: Mapping[str, StorageRef], path: Path
+) -> Iterator[tuple[str, ByteRange]]:
+    place = file.tell()
+    file_nbytes = file.seek(0, 2)
+    for key in keys:
+        storage = storages.get(key) if type(key) is str else None
+        if storage is None:
+            raise BadFile(path, "lists a storage that it does not describe", _DAMAGED)
+        file.seek(place)
+        numel = int.from_bytes(file.read(8), "little")
+        nbytes = numel * (storage.dtype.itemsize if storage.dtype else 1)
+        if numel != storage.numel or place + 8 + nbytes > file_nbytes:
+            raise BadFile(path, f"its storage {key} is cut short, or is not where it should be", _DAMAGED)
+        yield key, ByteRange(path, place + 8, nbytes)
+        place += 8 + nbytes

@@ -1,0 +1,166 @@
+"""State dicts inside what trainers save: found by what they are, chosen by a key, and the rest named."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import enum
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from judges import described_by_safetensors, described_by_wconv
+from safetensors.torch import load_file
+
+from converter.checkpoint import open_checkpoint
+from converter.errors import BadRequest, HostileFile, Unsupported
+from converter.formats.state_dict import Reading
+
+WEIGHTS = OrderedDict(weight=torch.arange(6.0).reshape(2, 3), bias=torch.ones(2))
+OTHER = OrderedDict(weight=torch.zeros(2, 3), bias=torch.zeros(2))
+
+
+class Stage(enum.Enum):
+    """A class of the trainer's own."""
+
+    FIT = "fit"
+
+
+class Options:
+    """Another."""
+
+    def __init__(self) -> None:
+        self.rate = 0.1
+
+
+def optimizer_state() -> dict[str, Any]:
+    layer = torch.nn.Linear(3, 2)
+    adam = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    adam.step()
+    return adam.state_dict()
+
+
+def saved(folder: Path, value: Any, **how: Any) -> Path:
+    path = folder / "last.ckpt"
+    torch.save(value, path, **how)
+    return path
+
+
+CHECKPOINTS = {
+    "at the top": WEIGHTS,
+    "state_dict": {"state_dict": WEIGHTS},
+    "any name": {"some_net": WEIGHTS, "epoch": 3},
+    "two levels": {"model": {"generator": WEIGHTS}, "args": {"lr": 0.1}},
+    "in a list": {"models": [WEIGHTS]},
+    "numbers beside": {**WEIGHTS, "step": 3, "loss": None},
+    "lightning": {
+        "epoch": 1, "global_step": 10, "pytorch-lightning_version": "2.4.0", "state_dict": WEIGHTS, "loops": {"x": {}},
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best": torch.tensor(1.0)}},
+        "optimizer_states": [optimizer_state()], "lr_schedulers": [{"last": torch.tensor([0.1])}],
+        "hyper_parameters": argparse.Namespace(rate=0.1, path=Path("x"), day=datetime.date(2020, 1, 1)),
+    },
+    "objects": {"state_dict": WEIGHTS, "options": Options(), "when": datetime.datetime(2020, 1, 1), "set": {1, 2},
+                "numpy": np.float64(0.5), "array": np.arange(3), "counts": defaultdict(int, a=1),
+                "rng_state": torch.ByteTensor([1, 2]), "device": torch.device("cpu"), (1, 2): 3, 2.5: 1,
+                "cls": Options},
+    "with an optimizer": {"model": WEIGHTS, "optimizer": optimizer_state(), "scaler": {"scale": torch.tensor(2.0)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("modern", [True, False], ids=["zip", "stream"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_state_dict_is_found(tmp_path: Path, name: str, modern: bool) -> None:
+    path = saved(tmp_path, CHECKPOINTS[name], _use_new_zipfile_serialization=modern)
+    assert described_by_wconv(path) == described_by_safetensors(WEIGHTS)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_protocols(tmp_path: Path, protocol: int) -> None:
+    path = saved(tmp_path, CHECKPOINTS["objects"], pickle_protocol=protocol)
+    assert described_by_wconv(path) == described_by_safetensors(WEIGHTS)
+
+
+def test_what_is_left_out_is_named(wconv, tmp_path: Path) -> None:
+    path = saved(tmp_path, CHECKPOINTS["lightning"])
+    said = wconv("to-safetensors", path).stdout
+    for word in ("epoch", "optimizer_states", "hyper_parameters", "callbacks.ModelCheckpoint", "argparse.Namespace"):
+        assert word in said
+    assert load_file(tmp_path / "last.safetensors").keys() == WEIGHTS.keys()
+
+
+def test_of_several_one_is_chosen_by_its_key(wconv, tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model": WEIGHTS, "ema": {"shadow": OTHER}, "epoch": 1})
+    failed = wconv("to-safetensors", path, exit_code=2)
+    assert "model (2 tensors" in failed.stderr
+    assert "ema.shadow (2 tensors" in failed.stderr
+    assert "--key" in failed.stderr
+    assert not (tmp_path / "last.safetensors").exists()
+    said = wconv("to-safetensors", path, "--key", "ema.shadow").stdout
+    assert "and not model" in said
+    assert torch.equal(load_file(tmp_path / "last.safetensors")["bias"], OTHER["bias"])
+    assert "no state dict at 'ema'" in wconv("to-safetensors", path, "--key", "ema", exit_code=2).stderr
+
+
+def test_an_optimizer_alone_is_no_model(tmp_path: Path) -> None:
+    path = saved(tmp_path, optimizer_state())
+    with pytest.raises(Unsupported, match=r"--key takes another: state\.0"):
+        open_checkpoint(path)
+    assert open_checkpoint(path, Reading(key="state.0")).tensors
+
+
+def test_inspect_shows_all_the_same(wconv, tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model": WEIGHTS, "ema": OTHER, "options": Options()})
+    said = wconv("inspect", path).stdout
+    assert "only model" in said
+    assert f"makes an object, left out here, of: {Options.__module__}.Options" in said
+
+
+def test_numbers_as_names(tmp_path: Path) -> None:
+    path = saved(tmp_path, {0: torch.ones(2), 1: torch.zeros(2)})
+    assert described_by_wconv(path).keys() == {"0", "1"}
+
+
+def test_a_call_of_unknown_code_is_refused_unless_it_is_stripped(wconv, tmp_path: Path) -> None:
+    path = saved(tmp_path, {"state_dict": WEIGHTS, "stage": Stage.FIT})
+    with pytest.raises(HostileFile, match=r"\.Stage.*--strip-code"):
+        open_checkpoint(path)
+    said = wconv("to-safetensors", path, "--strip-code").stdout
+    assert "Stage" in said
+    assert load_file(tmp_path / "last.safetensors").keys() == WEIGHTS.keys()
+    assert "would call, and never does here" in wconv("inspect", path).stdout
+
+
+def test_a_prefix_is_taken_off(wconv, tmp_path: Path) -> None:
+    path = saved(tmp_path, {f"module.{name}": tensor for name, tensor in WEIGHTS.items()} | {"plain": torch.ones(1)})
+    wconv("to-safetensors", path, "--strip-prefix", "module.")
+    assert load_file(tmp_path / "last.safetensors").keys() == {*WEIGHTS, "plain"}
+
+
+@pytest.mark.parametrize(
+    ("state", "prefix"), [(WEIGHTS, "module."), ({"m.a": WEIGHTS["bias"], "a": WEIGHTS["bias"]}, "m.")]
+)
+def test_a_prefix_that_does_not_fit(tmp_path: Path, wconv, state: dict[str, torch.Tensor], prefix: str) -> None:
+    path = saved(tmp_path, state)
+    assert repr(prefix) in wconv("to-safetensors", path, "--strip-prefix", prefix, exit_code=2).stderr
+
+
+def test_many_references_to_one_list_take_no_time(tmp_path: Path) -> None:
+    value: Any = [WEIGHTS]
+    for _ in range(12):
+        value = {"a": value, "b": value}
+    assert described_by_wconv(saved(tmp_path, value)) == described_by_safetensors(WEIGHTS)
+
+
+def test_two_tensors_of_one_name(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="two tensors named"):
+        open_checkpoint(saved(tmp_path, {0: torch.ones(1), "0": torch.ones(1)}))
+
+
+def test_a_key_for_a_plain_safetensors_file_is_no_harm(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"state_dict": WEIGHTS})
+    with pytest.raises(BadRequest):
+        open_checkpoint(path, Reading(key=""))
