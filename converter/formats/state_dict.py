@@ -151,7 +151,7 @@ def _choose(found: list[_Found], path: Path, reading: Reading) -> _Found:
 
 def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[str]:
     value = pickled.value
-    others = [one for one in found if one is not chosen]
+    others = [one for one in found if one is not chosen and not one.is_training]
     if others:
         yield f"only {chosen} is taken, and not {_list(others)}"
     entries = value.items() if isinstance(value, dict) else ()
