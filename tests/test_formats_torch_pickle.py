@@ -6,8 +6,10 @@ they do.
 
 from __future__ import annotations
 
+import marshal
 import pickle
 import struct
+import sys
 import time
 import tracemalloc
 from collections import OrderedDict
@@ -192,7 +194,133 @@ def stack_global(module: str, name: str) -> bytes:
     return text(module) + text(name) + b"\x93"
 
 
+MKDIR = name_of("os", "mkdir")
+
+
+def import_os(canary: str) -> str:
+    return f"__import__('os').mkdir({canary!r})"
+
+
+def shell(canary: str) -> bytes:
+    return text(f'mkdir "{canary}"')
+
+
+def words(*pushed: bytes) -> bytes:
+    """Push a list."""
+    return b"](" + b"".join(pushed) + b"e"
+
+
+def attribute(of: bytes, name: str) -> bytes:
+    return call(name_of("builtins", "getattr"), of, text(name))
+
+
+def as_bytes(raw: bytes) -> bytes:
+    """Push bytes as protocol 2 does."""
+    return call(name_of("_codecs", "encode"), text(raw.decode("latin1")), text("latin1"))
+
+
+def nested_pickle(canary: str) -> bytes:
+    return as_bytes(pickled(call(MKDIR, text(canary))))
+
+
+def nested_archive(canary: str) -> bytes:
+    return as_bytes(archive(pickled(call(MKDIR, text(canary)))))
+
+
+def function_from_code(canary: str) -> bytes:
+    code = marshal.dumps(compile(import_os(canary), "x", "eval"))
+    loaded = call(name_of("marshal", "loads"), as_bytes(code))
+    return call(call(name_of("types", "FunctionType"), loaded, b"}"))
+
+
+# Each makes the canary when Python loads it; the error names what is beside it.
+MORE_MALICE: dict[str, tuple[Callable[[str], bytes], str]] = {
+    "exec": (lambda c: call(name_of("builtins", "exec"), text(import_os(c))), "builtins.exec"),
+    "makedirs": (lambda c: call(name_of("os", "makedirs"), text(c)), "os.makedirs"),
+    "posix": (lambda c: call(name_of("posix", "mkdir"), text(c)), "posix.mkdir"),
+    "posix system": (lambda c: call(name_of("posix", "system"), shell(c)), "posix.system"),
+    "spawn": (
+        lambda c: call(name_of("os", "spawnvp"), number(0), text("mkdir"), words(text("mkdir"), text(c))), "os.spawnvp"
+    ),
+    "call": (lambda c: call(name_of("subprocess", "call"), words(text("mkdir"), text(c))), "subprocess.call"),
+    "check_call": (
+        lambda c: call(name_of("subprocess", "check_call"), words(text("mkdir"), text(c))), "subprocess.check_call"
+    ),
+    "getoutput": (lambda c: call(name_of("subprocess", "getoutput"), shell(c)), "subprocess.getoutput"),
+    "dotted shutil": (
+        lambda c: b"\x80\x04" + call(stack_global("shutil", "os.mkdir"), text(c)), "shutil.os.mkdir"
+    ),
+    "dotted torch": (
+        lambda c: b"\x80\x04" + call(stack_global("torch.serialization", "os.mkdir"), text(c)),
+        "torch.serialization.os.mkdir",
+    ),
+    "timeit": (
+        lambda c: call(name_of("timeit", "timeit"), text(import_os(c)), text("pass"), MKDIR + b"0"
+                       + name_of("time", "perf_counter"), number(1)), "timeit.timeit"
+    ),
+    "pager": (lambda c: call(name_of("pydoc", "pipepager"), text("x"), shell(c)), "pydoc.pipepager"),
+    "reduce": (
+        lambda c: call(name_of("functools", "reduce"), MKDIR, words(number(0o777)), text(c)), "functools.reduce"
+    ),
+    "map into a list": (
+        lambda c: call(name_of("builtins", "list"), call(name_of("builtins", "map"), MKDIR, words(text(c)))),
+        "builtins.map",
+    ),
+    "map into a deque": (
+        lambda c: call(name_of("collections", "deque"), call(name_of("builtins", "map"), MKDIR, words(text(c)))),
+        "builtins.map",
+    ),
+    "map into an ordered dict": (
+        lambda c: call(DICT_CLASS, words()) + b"0" + call(
+            name_of("builtins", "set"), call(name_of("builtins", "map"), MKDIR, words(text(c)))),
+        "builtins.map",
+    ),
+    "method caller": (
+        lambda c: call(
+            call(name_of("operator", "methodcaller"), text("mkdir"), text(c)),
+            call(name_of("importlib", "import_module"), text("os"))),
+        "operator.methodcaller",
+    ),
+    "a path's method": (
+        lambda c: call(attribute(call(name_of("pathlib", "Path"), text(c)), "mkdir")), "builtins.getattr"
+    ),
+    "a path's method, dotted": (
+        lambda c: b"\x80\x04" + call(stack_global("pathlib", "Path.mkdir"), call(name_of("pathlib", "Path"), text(c))),
+        "pathlib.Path.mkdir",
+    ),
+    "ctypes": (
+        lambda c: call(attribute(call(name_of("ctypes", "CDLL"), b"N"), "mkdir"), as_bytes(c.encode()), number(0o777)),
+        "ctypes.CDLL",
+    ),
+    "nested pickle": (lambda c: call(name_of("pickle", "loads"), nested_pickle(c)), "pickle.loads"),
+    "nested pickle, by its C name": (lambda c: call(name_of("_pickle", "loads"), nested_pickle(c)), "_pickle.loads"),
+    "code and a function": (function_from_code, "marshal.loads"),
+    "numpy's exec": (
+        lambda c: call(name_of("numpy.testing", "runstring"), text(import_os(c)), b"}"), "numpy.testing.runstring"
+    ),
+    "copyreg": (
+        lambda c: call(call(
+            name_of("copyreg", "__newobj__"), name_of("functools", "partial"), MKDIR, text(c))),
+        "functools.partial",
+    ),
+    "partial": (lambda c: call(call(name_of("functools", "partial"), MKDIR, text(c))), "functools.partial"),
+    "duplicated": (lambda c: MKDIR + b"20" + items(text(c)) + b"R", "os.mkdir"),
+    "from a wide memo place": (
+        lambda c: MKDIR + b"r\0\0\1\0" + b"0j\0\0\1\0" + items(text(c)) + b"R", "os.mkdir"
+    ),
+    "by a number in text": (lambda c: MKDIR + b"p7\n0g7\n" + items(text(c)) + b"R", "os.mkdir"),
+    "in a list": (lambda c: words(call(MKDIR, text(c))), "os.mkdir"),
+    "in a set": (lambda c: b"\x80\x04\x8f(" + call(MKDIR, text(c)) + b"\x90", "os.mkdir"),
+    "as a value of an object": (
+        lambda c: name_of("argparse", "Namespace") + b")\x81}" + text("x") + call(MKDIR, text(c)) + b"sb", "os.mkdir"
+    ),
+    "in the arguments of a date": (
+        lambda c: call(name_of("fractions", "Fraction"), call(MKDIR, text(c)) + b"0" + number(1)), "os.mkdir"
+    ),
+}  # fmt: skip
+
 MALICE: dict[str, tuple[Callable[[str], bytes], str]] = {
+    **MORE_MALICE,
     "system": (lambda canary: call(name_of("os", "system"), text(f'mkdir "{canary}"')), "os.system"),
     "mkdir": (lambda canary: call(name_of("os", "mkdir"), text(canary)), "os.mkdir"),
     "eval": (
@@ -240,6 +368,7 @@ MALICE: dict[str, tuple[Callable[[str], bytes], str]] = {
 }
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="these reach a POSIX system")
 @pytest.mark.parametrize(("make", "named"), MALICE.values(), ids=MALICE)
 def test_nothing_of_it_is_run_and_the_error_names_it(tmp_path: Path, make: Callable[[str], bytes], named: str) -> None:
     canary = tmp_path / "canary"
@@ -250,7 +379,13 @@ def test_nothing_of_it_is_run_and_the_error_names_it(tmp_path: Path, make: Calla
     with pytest.raises(HostileFile) as caught:
         read(tmp_path, described)
     assert named in str(caught.value)
+    stripped = parse_pickle(described, PATH, strip_code=True)
+    assert stripped.foreign[named] == "calls"
     assert not canary.exists()
+
+
+def test_there_are_forty_ways_and_more() -> None:
+    assert len(MALICE) >= 40
 
 
 @pytest.mark.parametrize(
