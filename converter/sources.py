@@ -1,11 +1,13 @@
 """A tensor's bytes from its source files, contiguous or not, into a buffer of the caller's.
 
 Contiguous tensors are read straight into the buffer, strided ones are gathered with numpy from short reads: nothing is
-mapped, because mapped pages count as memory and a file cut short would kill the process.
+mapped, because mapped pages count as memory and a file cut short would kill the process. Deflated records are inflated
+on the way, from their start for each task: slow for large ones, but torch.save writes none.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 ITEM_MULTIPLE = 16  # a multiple of the size of any element, in bytes
 _SLAB_NBYTES = 1 << 20
+_PACKED_NBYTES = 1 << 16
 _SPARSE = 16  # a slab of which less than this share is wanted is read in parts
 
 
@@ -44,6 +47,7 @@ class SourceFiles:
 
     def __init__(self) -> None:
         self._files: dict[Path, BinaryIO] = {}
+        self._inflated: dict[ByteRange, _Inflated] = {}
 
     def __enter__(self) -> SourceFiles:
         return self
@@ -57,9 +61,59 @@ class SourceFiles:
         file = self._files.get(storage.path)
         if file is None:
             file = self._files[storage.path] = storage.path.open("rb", buffering=0)
-        file.seek(storage.offset + begin)
-        if read_some(file, out) != len(out):
-            raise BadFile(storage.path, "became shorter while it was read", "Fetch the file again.")
+        if storage.packed_nbytes is not None:
+            self._inflate(file, storage, begin, out)
+        else:
+            file.seek(storage.offset + begin)
+            if read_some(file, out) != len(out):
+                raise BadFile(storage.path, "became shorter while it was read", "Fetch the file again.")
+        if storage.swap > 1:
+            import numpy as np
+
+            np.frombuffer(out, f"u{storage.swap}").byteswap(inplace=True)
+
+    def _inflate(self, file: BinaryIO, storage: ByteRange, begin: int, out: memoryview) -> None:
+        inflated = self._inflated.get(storage)
+        if inflated is None or begin < inflated.place:
+            inflated = self._inflated[storage] = _Inflated(file, storage)
+        while inflated.place < begin:
+            inflated.read(min(_SLAB_NBYTES, begin - inflated.place))
+        done = 0
+        while done < len(out):
+            part = inflated.read(len(out) - done)
+            out[done : done + len(part)] = part
+            done += len(part)
+
+
+class _Inflated:
+    """A deflated record, read from its start on; ``place`` is how far, in its own bytes."""
+
+    def __init__(self, file: BinaryIO, storage: ByteRange) -> None:
+        self.file = file
+        self.storage = storage
+        self.place = 0
+        self._taken = 0
+        self._inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+
+    def read(self, nbytes: int) -> bytes:
+        """Give the next bytes, so many at most."""
+        storage = self.storage
+        assert storage.packed_nbytes is not None
+        while True:
+            packed = self._inflater.unconsumed_tail
+            if not packed:
+                self.file.seek(storage.offset + self._taken)
+                packed = self.file.read(min(_PACKED_NBYTES, storage.packed_nbytes - self._taken))
+                self._taken += len(packed)
+            try:
+                part = self._inflater.decompress(packed, nbytes)
+            except zlib.error:
+                packed = part = b""
+            if part:
+                self.place += len(part)
+                return part
+            if not packed:
+                raise BadFile(storage.path, "holds a compressed record that is damaged", "Fetch the file again.")
 
 
 def read_some(file: BinaryIO, out: memoryview) -> int:

@@ -19,12 +19,18 @@ from converter.dtypes import DType
 
 
 class ByteRange(NamedTuple):
-    """``nbytes`` bytes at ``offset`` of the file at ``path``; ``crc32`` is what they should give, if that is known."""
+    """``nbytes`` bytes at ``offset`` of the file at ``path``; ``crc32`` is what they should give, if that is known.
+
+    With ``packed_nbytes`` they are deflated, and take so many bytes of the file. With a ``swap`` of more than 1 each so
+    many bytes are to be turned around: the numbers are big-endian.
+    """
 
     path: Path
     offset: int
     nbytes: int
     crc32: int | None = None
+    packed_nbytes: int | None = None
+    swap: int = 1
 
 
 class TensorInfo(NamedTuple):

@@ -3,7 +3,7 @@
 It is a magic number, a protocol number, a few facts on the machine, the object, a list of storage keys, each a pickle;
 then, for each key, the storage's number of elements in 8 bytes and its bytes (``_legacy_save`` in
 ``torch/serialization.py``). So a storage is a byte range of the file here too, though nothing guards it: there are no
-checksums.
+checksums. Numbers are little-endian whatever the facts say (``THPStorage_writeFileRaw``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from converter.errors import BadFile, HostileFile, Unsupported
+from converter.errors import BadFile, HostileFile
 from converter.formats.pickle_machine import MAX_PICKLE_NBYTES, Pickled
 from converter.formats.state_dict import Reading, choose_state_dict, resolve
 from converter.formats.torch_pickle import StorageRef, parse_pickle
@@ -32,8 +32,6 @@ def read_file(path: Path, reading: Reading) -> WeightsFile:
             raise BadFile(
                 path, "is a pickle, but not one that torch.save wrote", "Save its state dict with torch.save."
             )
-        if facts.get("little_endian") is not True:
-            raise Unsupported(path, "holds big-endian numbers", "Save it again on a little-endian machine.")
         storages: dict[str, StorageRef] = {}
         pickled = _read_pickle(file, path, reading, storages)
         keys = _read_pickle(file, path, reading).value

@@ -16,6 +16,7 @@ from converter.errors import BadFile, HostileFile, Unsupported
 MAX_DIRECTORY_NBYTES = 100_000_000  # a million records, and as much as a safetensors header may take
 
 STORED = 0
+DEFLATED = 8
 _ENCRYPTED = 0x2041  # encrypted, strongly, and with masked headers
 _IN_EXTRA = 0xFFFFFFFF
 
