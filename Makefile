@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
 
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PACKAGE := setup.cfg pyproject.toml $(wildcard converter/*.py converter/*/*.py)
@@ -14,7 +15,7 @@ SIZES = find $(1) -type f | sort | xargs ls -lh | awk '{ printf "%8s  %s\n", $$5
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format-check ruff-check type-check readme-check docs-check docs format bench clean
+.PHONY: help demo test test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F '|' '{ printf "make %-14s%s\n", $$1, $$2 }'
@@ -80,11 +81,14 @@ format: .venv-lint/installed  ## format everything and mend what the linter can
 bench: .venv/installed  ## time wconv against cp and others (BENCH_ARGS=... for options)
 	.venv/$(BIN)/python scripts/bench.py $(BENCH_ARGS)
 
+fuzz: .venv-fuzz/installed  ## feed the readers made-up files, a minute each (FUZZ_ARGS=... for options)
+	.venv-fuzz/$(BIN)/python scripts/fuzz.py $(FUZZ_ARGS)
+
 clean:  ## remove environments, caches and all that was built
-	rm -rf .venv .venv-demo .venv-lint build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-demo .venv-lint .venv-fuzz build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find converter scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The three environments. Each holds an empty file "installed", newer than what it was installed from.
+# The environments. Each holds an empty file "installed", newer than what it was installed from.
 
 .venv-demo/installed: $(PACKAGE)
 	@echo "Installing wconv without torch into .venv-demo ..."
@@ -99,6 +103,12 @@ clean:  ## remove environments, caches and all that was built
 	@$(PYTHON) -m venv .venv
 	@.venv/$(BIN)/python -m pip install -q $(TORCH)
 	@.venv/$(BIN)/python -m pip install -q -e ".[test]"
+	@touch $@
+
+.venv-fuzz/installed: setup.cfg pyproject.toml
+	@echo "Installing wconv and atheris into .venv-fuzz ..."
+	@$(PYTHON) -m venv .venv-fuzz
+	@.venv-fuzz/$(BIN)/python -m pip install -q -e ".[fuzz]"
 	@touch $@
 
 .venv-lint/installed: setup.cfg pyproject.toml

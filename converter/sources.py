@@ -40,6 +40,22 @@ def read_range(info: TensorInfo, sources: SourceFiles, begin: int, out: memoryvi
         sources.read_into(info.storage, info.dtype.nbytes(info.start) + begin, out)
     else:
         _gather(info, sources, begin // info.dtype.itemsize, out)
+    if info.negated:
+        _negate(info, out)
+
+
+def _negate(info: TensorInfo, out: memoryview) -> None:
+    import numpy as np
+
+    # Elements are whole here, so the first number is a real part.
+    is_complex = info.dtype.tag == "C64"
+    width = info.dtype.itemsize // (2 if is_complex else 1)
+    values = np.frombuffer(out, f"u{width}")
+    sign = values.dtype.type(1 << (8 * width - 1))
+    if info.negated & 1:
+        values[:: 2 if is_complex else 1] ^= sign
+    if info.negated & 2 and is_complex:
+        values[1::2] ^= sign
 
 
 class SourceFiles:

@@ -34,7 +34,11 @@ class ByteRange(NamedTuple):
 
 
 class TensorInfo(NamedTuple):
-    """A tensor named ``name``: a strided view of a storage. Tensors with the same storage may share memory."""
+    """A tensor named ``name``: a strided view of a storage. Tensors with the same storage may share memory.
+
+    ``negated`` says whose sign is to be turned (the bits of torch's lazy views): 1 the real part's, 2 the imaginary
+    part's, 3 both.
+    """
 
     name: str
     dtype: DType
@@ -42,6 +46,7 @@ class TensorInfo(NamedTuple):
     storage: ByteRange
     start: int
     strides: tuple[int, ...]
+    negated: int = 0
 
     @property
     def numel(self) -> int:
@@ -105,7 +110,7 @@ def find_ties(tensors: Iterable[TensorInfo]) -> dict[str, str]:
         if 0 in info.shape:
             continue
         storage = info.storage
-        key = (storage.path, storage.offset, info.start, info.dtype.rank, info.shape, info.strides)
+        key = (storage.path, storage.offset, info.start, info.dtype.rank, info.shape, info.strides, info.negated)
         kept = first.setdefault(key, info.name)
         if kept != info.name:
             ties[info.name] = kept

@@ -34,7 +34,7 @@ LAYERS = (
     ("stream", "staging"),
     ("run", "rename"),
     ("conversion", "compare", "doctor", "quantize"),
-    ("cli",),
+    ("cli", "testing"),
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 ANYWHERE = {"__init__", "__main__"}
@@ -51,6 +51,7 @@ HOMES = {
     "transformers": (),
     "diffusers": (),
     "pickle": (),
+    "hypothesis": ("testing.py",),
 }
 START_RATIO = 2.5
 

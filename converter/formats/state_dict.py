@@ -101,7 +101,10 @@ def resolve(
         if nbytes != record.nbytes:
             problem = f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims {nbytes:,}"
             raise BadFile(path, problem, _INCOMPLETE)
-        info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides)
+        info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides, ref.negated)
+        if info.negated:
+            # The CRC32 is that of the bytes before they change, and is not checked.
+            info = info._replace(storage=record._replace(crc32=None))
         end = (ref.start + info.span) * ref.dtype.bits if info.numel else 0
         if end > record.nbytes * 8 or info.numel >= 1 << 63:
             raise BadFile(path, f"tensor {name!r} reaches past the end of its record")

@@ -38,6 +38,7 @@ class TensorRef(NamedTuple):
     start: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    negated: int = 0  # as in TensorInfo
 
 
 def parse_pickle(
@@ -109,13 +110,18 @@ def _tensor(
     for number in (start, *shape, *strides):
         if type(number) is not int or not 0 <= number < 1 << 63:
             raise ValueError("a size that is no whole number")
+    negated = 0
     if flags and flags[0]:
-        raise Unsupported(
-            path,
-            "holds a conjugate or negative view of a tensor (flags outside its bytes)",
-            "Save a resolved copy of it.",
-        )
-    return TensorRef(storage, dtype, storage.start + start, shape, strides)
+        # The bits of lazy views (``torch._utils.set_tensor_metadata``).
+        bits = flags[0]
+        if (
+            not isinstance(bits, dict)
+            or not bits.keys() <= {"conj", "neg"}
+            or not dtype.is_floating | (dtype.tag == "C64")
+        ):
+            raise Unsupported(path, "holds a tensor with a property that no state dict needs")
+        negated = 2 * bool(bits.get("conj")) ^ 3 * bool(bits.get("neg"))
+    return TensorRef(storage, dtype, storage.start + start, shape, strides, negated)
 
 
 def _rebuild_parameter(arguments: tuple[Any, ...], path: Path) -> TensorRef:
@@ -182,6 +188,8 @@ _UNSUPPORTED = {
     "_rebuild_qtensor": "quantized tensors",
     "_rebuild_nested_tensor": "nested tensors",
     "_rebuild_wrapper_subclass": "tensors of a subclass",
+    "_rebuild_device_tensor_from_numpy": "tensors saved by way of numpy",
+    "_rebuild_device_tensor_from_cpu_tensor": "tensors saved by way of another",
     "_rebuild_meta_tensor_no_storage": "meta tensors, which have no values",
     "QInt8Storage": "quantized tensors",
     "QUInt8Storage": "quantized tensors",
