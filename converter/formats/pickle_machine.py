@@ -21,7 +21,10 @@ from converter.errors import BadFile, HostileFile
 from converter.formats.foreign import HARMLESS, RECONSTRUCTORS, SYSTEM
 
 MAX_PICKLE_NBYTES = 100_000_000  # as much as a safetensors header may take: it too only names and describes tensors
-MAX_OPCODES = 7_000_000  # a tensor takes about 35, so 200,000 tensors; keeps the values within 512 MB
+MAX_OPCODES = 5_000_000  # a tensor takes about 30, so 160,000 tensors; keeps the values within 512 MB
+_GLOBAL_STEPS = 50  # what a name in a module counts for: a pickle says each once
+_OBJECT_STEPS = 4  # what an inert object counts for, and an empty list or dict: they take more memory than numbers
+_CONTAINER_STEPS = 2
 MAX_LONG_NBYTES = 16  # sizes and offsets fit in 8 bytes
 
 
@@ -284,6 +287,14 @@ class _Machine:
         third, second = self.stack.pop(), self.stack.pop()
         self.stack[-1] = (self.stack[-1], second, third)
 
+    def push_empty_list(self) -> None:
+        self.charge(_CONTAINER_STEPS)
+        self.stack.append([])
+
+    def push_empty_dict(self) -> None:
+        self.charge(_CONTAINER_STEPS)
+        self.stack.append({})
+
     def push_list(self) -> None:
         items = self.pop_mark()
         self.stack.append(items)
@@ -357,6 +368,7 @@ class _Machine:
     # Names and what they are applied to.
 
     def push_global(self, module: str, name: str) -> None:
+        self.charge(_GLOBAL_STEPS)
         found = self.find(Global(module, name), self.path)
         if type(found) is Global:
             self.foreign.setdefault(str(found), "names")
@@ -387,6 +399,7 @@ class _Machine:
         """Make what stands for a new object, which Python makes without a call of anything in the class's module."""
         if type(of) is not Global or (of.module.partition(".")[0] in SYSTEM and str(of) not in HARMLESS):
             return self.leave_out(of, "makes an object of")
+        self.charge(_OBJECT_STEPS)
         self.foreign[str(of)] = "makes"
         return Inert(str(of))
 
@@ -397,6 +410,7 @@ class _Machine:
                 f"its pickle {what} {_name(target)}, which is no part of a state dict",
                 "Nothing in it was run. --strip-code converts its tensors all the same.",
             )
+        self.charge(_OBJECT_STEPS)
         self.foreign[_name(target)] = "calls"
         return Inert(_name(target))
 
@@ -479,11 +493,11 @@ _OPCODES: dict[str, _Step] = {
     "2": lambda m: m.stack.append(m.stack[-1]),
     ")": lambda m: m.stack.append(()),
     "\x87": _Machine.push_tuple3,
-    "]": lambda m: m.stack.append([]),
+    "]": _Machine.push_empty_list,
     "l": _Machine.push_list,
     "a": _Machine.append,
     "e": _Machine.append_many,
-    "}": lambda m: m.stack.append({}),
+    "}": _Machine.push_empty_dict,
     "d": _Machine.push_dict,
     "s": _Machine.set_item,
     "u": _Machine.set_items,

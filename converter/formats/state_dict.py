@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from converter.dtypes import DType
-from converter.errors import BadFile, BadRequest, Unsupported
+from converter.errors import BadFile, BadRequest, HostileFile, Unsupported
 from converter.formats.pickle_machine import Inert, Pickled
 from converter.formats.torch_pickle import StorageRef, TensorRef
 from converter.tensors import ByteRange, TensorInfo
 
 _MAX_DEPTH = 16  # trainers nest two or three
+_MAX_CONTAINERS = 500_000  # an optimizer keeps one or two for each tensor
+_MAX_TENSORS = 500_000
 _MAX_NAMED = 8
 _INCOMPLETE = "The file is incomplete: fetch it again."
 
@@ -68,7 +71,7 @@ def choose_state_dict(pickled: Pickled, path: Path, reading: Reading) -> tuple[d
     value = pickled.value
     if not isinstance(value, (dict, list, tuple)) or type(value) in (TensorRef, Inert):
         raise Unsupported(path, f"holds a {_kind(value)}, not a state dict", "Save its state_dict() instead.")
-    found = list(_find(value))
+    found = list(_find(value, path))
     if not found:
         if value == {}:
             return {}, ()
@@ -111,24 +114,30 @@ def resolve(
         yield info
 
 
-def _find(value: Any) -> Iterator[_Found]:
+def _find(value: Any, file: Path) -> Iterator[_Found]:
     seen: set[int] = set()
-    waiting: list[tuple[tuple[str, ...], Any, bool]] = [((), value, False)]
+    waiting: deque[tuple[tuple[str, ...], Any, bool]] = deque([((), value, False)])
     while waiting:
-        path, content, is_training = waiting.pop(0)
+        path, content, is_training = waiting.popleft()
         if id(content) in seen or len(path) > _MAX_DEPTH:
             continue
         seen.add(id(content))
         is_mapping = isinstance(content, dict)
-        items: list[tuple[Any, Any]] = list(content.items() if is_mapping else enumerate(content))
-        names = [key for key, inner in items if type(inner) is TensorRef and isinstance(key, (str, int))]
-        if is_mapping and names:
-            yield _Found(
-                path, content, is_training or (path == () and len(items) > len(names) and all(map(_is_training, names)))
-            )
-        for key, inner in items:
+        names = _names(content) if is_mapping else []
+        if len(names) > _MAX_TENSORS:
+            raise HostileFile(file, f"its pickle describes more than {_MAX_TENSORS:,} tensors")
+        if names:
+            is_beside = path == () and len(content) > len(names) and all(map(_is_training, names))
+            yield _Found(path, content, is_training or is_beside)
+        for key, inner in content.items() if is_mapping else enumerate(content):
             if isinstance(inner, (dict, list, tuple)) and type(inner) is not TensorRef:
                 waiting.append(((*path, str(key)), inner, is_training or (is_mapping and _is_training(key))))
+                if len(seen) + len(waiting) > _MAX_CONTAINERS:
+                    raise HostileFile(file, f"its pickle holds more than {_MAX_CONTAINERS:,} dicts and lists")
+
+
+def _names(content: Mapping[Any, Any]) -> list[str | int]:
+    return [key for key, inner in content.items() if type(inner) is TensorRef and isinstance(key, (str, int))]
 
 
 def _is_training(key: Any) -> bool:
