@@ -55,7 +55,8 @@ def test_killed_at_random_moments(name: str, source: Path, tmp_path: Path, capsy
     seconds = time.perf_counter() - begun
     expected = snapshot(folder)
     before = snapshot(source)
-    killed = taken_up = 0
+    killed = taken_up = finished = 0
+    reused_mb = 0.0
     for _ in range(MOMENTS):
         folder = copy(source, tmp_path / "model")
         with start(COMMANDS[name], folder) as child:
@@ -72,7 +73,13 @@ def test_killed_at_random_moments(name: str, source: Path, tmp_path: Path, capsy
             said, complained = again.communicate()
         assert again.returncode in ((0, 5) if left == expected else (0,)), complained
         assert snapshot(folder) == expected
-        taken_up += bool(re.search(r"Took up|finished now", said))
+        finished += "finished now" in said
+        reused = re.search(r"Took up ([\d.]+) (kB|MB) that", said)
+        taken_up += bool(reused)
+        reused_mb += float(reused[1]) / (1 if reused[2] == "MB" else 1000) if reused else 0
     assert killed > MOMENTS / 2
     with capsys.disabled():
-        print(f"\n{name}: {killed} of {MOMENTS} killed in time, {taken_up} second runs took up what was there")
+        print(
+            f"\n{name}: {killed} of {MOMENTS} killed in time; {taken_up} second runs took up {reused_mb:.0f} MB, "
+            f"{finished} had only the last renames left"
+        )

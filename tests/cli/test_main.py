@@ -24,8 +24,10 @@ STATE = make_state()
 WCONV = (sys.executable, "-m", "converter")
 
 # Runs a command whose every piece takes a while, and says of each that it has begun.
+# Whoever starts the tests in the background makes them ignore SIGINT, and all that they start.
 SLOW = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import converter.run
 from converter.cli import main
 write = converter.run.write_piece
