@@ -16,7 +16,7 @@ from typing import Any
 
 from converter.errors import BadFile, BadRequest
 from converter.formats import could_be_weights, read_file
-from converter.formats.state_dict import Reading
+from converter.formats.state_dict import PLAIN, Reading
 from converter.index import WeightIndex, read_index
 from converter.names import ParsedName, WeightsName, parse_name
 from converter.tensors import TensorInfo, WeightsFile
@@ -37,7 +37,6 @@ _STANDARD_NAMES = frozenset(
         ("adapter_model", "safetensors"),
     }
 )
-_PLAIN = Reading()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +146,11 @@ def find_weight_set(path: Path) -> WeightSet:
     return WeightSet(path.parent, name, (path.name,))
 
 
-def open_checkpoint(source: Path | WeightSet, reading: Reading = _PLAIN) -> Checkpoint:
+def open_checkpoint(source: Path | WeightSet, reading: Reading = PLAIN) -> Checkpoint:
     """Read the headers of a set and hold its index, where it has one, against them.
 
-    ``reading`` says how pickled ones are read.
-
-    Raises BadFile for a shard that is missing, a tensor that is in two shards, or in none.
+    ``reading`` says how pickled ones are read. Raises BadFile for a shard that is missing, a tensor that is in two
+    shards, or in none.
     """
     weight_set = find_weight_set(source) if isinstance(source, Path) else source
     index = read_index(weight_set.folder / weight_set.index_name) if weight_set.index_name else None

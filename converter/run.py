@@ -43,6 +43,7 @@ from converter.stream import (
 from converter.tensors import ByteRange, Described
 
 DEFAULT_MEMORY_NBYTES = 1 << 26
+DEFAULT_WORKERS = 4  # threads: some wait for the disk, or for each other, while others copy
 _MIN_CHUNK_NBYTES = 1 << 16
 
 Progress = Callable[[int], None]
@@ -63,11 +64,6 @@ class Result:
     seconds: float
     reused_nbytes: int = 0
     verified: bool = False
-
-
-def default_workers() -> int:
-    """Say how many threads: some wait for the disk, or for each other, while others copy."""
-    return 4
 
 
 def chunk_nbytes_for(memory_nbytes: int, workers: int) -> int:
@@ -152,7 +148,7 @@ class _Tasks:
 def _open_tasks(
     executor: Executor | None, workers: int | None, memory_nbytes: int, progress: Progress | None
 ) -> Iterator[_Tasks]:
-    count = workers or default_workers()
+    count = workers or DEFAULT_WORKERS
     pool = executor or ThreadPoolExecutor(count, "wconv")
     try:
         yield _Tasks(pool, 2 * count, chunk_nbytes_for(memory_nbytes, count), progress or (lambda _: None))

@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,14 @@ class Outcome:
     exit_code: int
     stdout: str
     stderr: str
+
+
+@pytest.fixture(scope="module")
+def no_fsync() -> Iterator[None]:
+    """Leave the disk in peace: some tests sync hundreds of files, and no power fails here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,8 @@ from tiny import (
 )
 
 import converter.run
+
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 STEPS = Path(__file__).with_name("steps.py")
 NEW, OLD = make_state(seed=0), make_state(seed=1)
@@ -112,14 +114,6 @@ SCENARIOS = [
 IDS = [scenario.name for scenario in SCENARIOS]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync() -> Iterator[None]:
-    """Leave the disk in peace: these tests sync hundreds of files, and no power fails here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def undisturbed(wconv, tmp_path_factory) -> Callable[[Scenario], Path]:
     """Give the folder in which a scenario's command ran in peace."""
@@ -174,13 +168,13 @@ def is_part(state: State, whole: State) -> bool:
 # kill -9
 
 
-def kill_at_every_step(scenario: Scenario, template: Path, work: Path) -> list[Path]:
+def kill_at_every_step(command: Sequence[object], template: Path, work: Path) -> list[Path]:
     """Give a copy of a folder for each step at which the command was killed there."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     work.mkdir()
-    command = [sys.executable, STEPS, template, work, "to-safetensors", *map(str, scenario.args), "-q"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
+    killing = [sys.executable, STEPS, template, work, *map(str, command), "-q"]
+    done = subprocess.run(killing, capture_output=True, text=True, check=False, cwd=work)
     assert not done.returncode, done.stderr
     *copies, last = sorted(work.iterdir())
     shutil.rmtree(last)  # of the run that ended by itself
@@ -193,7 +187,7 @@ def test_killed_at_any_step(scenario, undisturbed, wconv, tmp_path, monkeypatch)
     template, finished = scenario.make(tmp_path / "template"), undisturbed(scenario)
     expected = snapshot(finished)
     ends: dict[str, str] = {}
-    for copy in kill_at_every_step(scenario, template, tmp_path / "killed"):
+    for copy in kill_at_every_step(("to-safetensors", *scenario.args), template, tmp_path / "killed"):
         assert_nothing_is_lost(copy, scenario, template, finished)
         monkeypatch.chdir(copy)
         ends[copy.name] = how_it_ends(("to-safetensors", *scenario.args, "-q"), copy, expected)
@@ -218,7 +212,9 @@ def test_killed_a_run_with_other_wishes_ends_right_too(name, tmp_path, monkeypat
     monkeypatch.chdir(peaceful)
     assert not run_main(list(map(str, command)))
     ends = {}
-    for copy in kill_at_every_step(scenario, scenario.make(tmp_path / "template"), tmp_path / "killed"):
+    for copy in kill_at_every_step(
+        ("to-safetensors", *scenario.args), scenario.make(tmp_path / "template"), tmp_path / "killed"
+    ):
         monkeypatch.chdir(copy)
         ends[copy.name] = how_it_ends(command, copy, snapshot(peaceful))
     assert not {step: end for step, end in ends.items() if end}
@@ -228,7 +224,7 @@ def test_killed_what_came_back_since_is_not_deleted(tmp_path, monkeypatch):
     # The user fetches the deleted source again, and then asks for something that deletes nothing.
     scenario = SCENARIOS[IDS.index("delete-source")]
     template = scenario.make(tmp_path / "template")
-    for copy in kill_at_every_step(scenario, template, tmp_path / "killed"):
+    for copy in kill_at_every_step(("to-safetensors", *scenario.args), template, tmp_path / "killed"):
         if not list((copy / "m").glob("*.bin")):
             shutil.copytree(template, copy, dirs_exist_ok=True)
             monkeypatch.chdir(copy)

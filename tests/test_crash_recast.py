@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_crash import STEPS, how_it_ends
+from test_crash import how_it_ends, kill_at_every_step
 from test_run import PEAK_OF
 from tiny import is_same, make_state, save, save_safetensors_shards, save_shards, snapshot
 
 import converter.stream
+
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 STATE = make_state()
 RECAST_CEILING_NBYTES = 80_000_000
@@ -81,28 +83,6 @@ SCENARIOS = [
 IDS = [scenario.name for scenario in SCENARIOS]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync() -> Iterator[None]:
-    """Leave the disk in peace."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: None)
-        yield
-
-
-def kill_at_every_step(scenario: Scenario, template: Path, work: Path) -> list[Path]:
-    """Give a copy of a folder for each step at which the command was killed there."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
-    work.mkdir()
-    command = [sys.executable, STEPS, template, work, *scenario.command, "-q"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
-    assert not done.returncode, done.stderr
-    *copies, last = sorted(work.iterdir())
-    shutil.rmtree(last)  # of the run that ended by itself
-    assert len(copies) > 5
-    return copies
-
-
 def assert_nothing_is_lost(root: Path, scenario: Scenario, template: Path) -> None:
     """Check what must hold at every moment."""
     if scenario.adds_only:
@@ -132,7 +112,7 @@ def test_killed_at_any_step(scenario, wconv, tmp_path, monkeypatch):
     wconv(*scenario.command, "-q")
     expected = snapshot(finished)
     problems: dict[str, str] = {}
-    for copy in kill_at_every_step(scenario, template, tmp_path / "killed"):
+    for copy in kill_at_every_step(scenario.command, template, tmp_path / "killed"):
         try:
             assert_nothing_is_lost(copy, scenario, template)
         except AssertionError as error:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from archives import FLOATS, archive, lie, pickled, places, state_dict, storage, tensor, unicode_path
 from judges import described_by_safetensors, described_by_torch, described_by_wconv, saved_by_torch, torch_load
+from tiny import rezip
 
 from converter.dtypes import BY_TORCH_NAME
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
@@ -377,18 +378,14 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     assert described_by_wconv(write(tmp_path, raw.replace("é".encode(), b"\xff\xff"))) == right
 
 
-def repacked(raw: bytes, method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(raw)) as archive, zipfile.ZipFile(buffer, "w", method) as out:
-        for name in archive.namelist():
-            out.writestr(name, archive.read(name))
-    return buffer.getvalue()
+def write_deflated(folder: Path, raw: bytes) -> Path:
+    return rezip(write(folder, raw), compression=zipfile.ZIP_DEFLATED)
 
 
 def test_a_deflated_archive(tmp_path: Path) -> None:
     state = {"a": BASE, "t": BASE.t(), "row": BASE[1], "half": BASE.half(), "e": torch.zeros(0),
              "large": torch.arange(100_000), "end": torch.arange(100_000)[70_000:]}  # fmt: skip
-    path = write(tmp_path, repacked(saved_by_torch(state)))
+    path = write_deflated(tmp_path, saved_by_torch(state))
     assert_reads_as_torch_does(path)
     for nbytes in (16, 4096, 1 << 20):
         assert described_by_wconv(path, nbytes) == described_by_torch(path)
@@ -396,13 +393,13 @@ def test_a_deflated_archive(tmp_path: Path) -> None:
 
 def test_a_deflated_archive_converts(wconv: Any, tmp_path: Path) -> None:
     state = {"a": torch.rand(1000, 700), "t": torch.rand(300, 400).t()}
-    path = write(tmp_path, repacked(saved_by_torch(state)))
+    path = write_deflated(tmp_path, saved_by_torch(state))
     wconv("to-safetensors", path, "-o", tmp_path / "x.safetensors", "--verify", "--max-shard-size", "none")
     assert described_by_wconv(tmp_path / "x.safetensors") == described_by_torch(path)
 
 
 def test_a_deflated_archive_that_is_damaged(wconv: Any, tmp_path: Path) -> None:
-    raw = repacked(saved_by_torch({"a": torch.rand(100, 70)}))
+    raw = write_deflated(tmp_path, saved_by_torch({"a": torch.rand(100, 70)})).read_bytes()
     place = raw.index(b"data/0") + 5000
     path = write(tmp_path, raw[:place] + bytes([raw[place] ^ 0x40]) + raw[place + 1 :])
     wconv("to-safetensors", path, exit_code=3)
@@ -410,7 +407,7 @@ def test_a_deflated_archive_that_is_damaged(wconv: Any, tmp_path: Path) -> None:
 
 
 def test_a_deflated_record_that_is_shorter_than_it_says(tmp_path: Path) -> None:
-    raw = repacked(archive())
+    raw = write_deflated(tmp_path, archive()).read_bytes()
     with pytest.raises(BadFile):
         described_by_wconv(write(tmp_path, lie(raw, DATA, packed_nbytes=1)))
     with pytest.raises(BadFile):
@@ -421,10 +418,7 @@ def test_a_deflated_record_that_is_shorter_than_it_says(tmp_path: Path) -> None:
 def test_big_endian_numbers(tmp_path: Path, kind: str) -> None:
     described = pickled(state_dict(("weight", tensor(storage(kind=kind)))))
     raw = bytes(range(4 * {"HalfStorage": 2, "ByteStorage": 1, "FloatStorage": 4}.get(kind, 8)))
-    buffer = io.BytesIO(without(archive(described, {"data/0": raw}), "archive/byteorder"))
-    with zipfile.ZipFile(buffer, "a") as added:
-        added.writestr("archive/byteorder", "big")
-    path = write(tmp_path, buffer.getvalue())
+    path = rezip(write(tmp_path, archive(described, {"data/0": raw})), {"byteorder": b"big"})
     assert_reads_as_torch_does(path)
     assert described_by_wconv(path, 16) == described_by_torch(path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from converter.errors import BadFile, Unsupported
 from converter.formats import safetensors, torch_stream, torch_write, torch_zip
-from converter.formats.state_dict import Reading
+from converter.formats.state_dict import PLAIN, Reading
 from converter.tensors import Described, Layout, WeightsFile
 
 
@@ -29,7 +29,6 @@ class FormatRow:
 
 
 HEAD_NBYTES = 512
-_PLAIN = Reading()
 
 
 def _is_safetensors(head: bytes) -> bool:
@@ -83,7 +82,7 @@ def could_be_weights(path: Path) -> bool:
     return _is_tar(head) or any(row.matches(head) for row in FORMATS.values())
 
 
-def read_file(path: Path, reading: Reading = _PLAIN) -> WeightsFile:
+def read_file(path: Path, reading: Reading = PLAIN) -> WeightsFile:
     """Read the header of a weight file in whatever format it is; ``reading`` is for pickled ones.
 
     Raises BadFile or Unsupported for a file that is none, and says what it is instead.

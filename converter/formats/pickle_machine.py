@@ -513,7 +513,7 @@ _OPCODES: dict[str, _Step] = {
     "\x82": _Machine.refuse_extension,  # EXT1, EXT2, EXT4
     "\x83": _Machine.refuse_extension,
     "\x84": _Machine.refuse_extension,
-    "\x8f": lambda m: m.stack.append([]),  # EMPTY_SET: what is in a set is no weight
+    "\x8f": _Machine.push_empty_list,  # EMPTY_SET: what is in a set is no weight
     "\x90": _Machine.append_many,  # ADDITEMS
     "\x91": _Machine.push_list,  # FROZENSET
 }

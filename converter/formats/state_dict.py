@@ -40,10 +40,14 @@ class Reading:
     lenient: bool = False
 
 
+PLAIN = Reading()
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     path: tuple[str, ...]
-    content: Mapping[Any, Any]
+    tensors: Mapping[str | int, TensorRef]
+    beside: tuple[str, ...]  # what the dict holds but those tensors
     is_training: bool
 
     @property
@@ -51,12 +55,8 @@ class _Found:
         return ".".join(self.path)
 
     @property
-    def tensors(self) -> list[TensorRef]:
-        return [value for value in self.content.values() if type(value) is TensorRef]
-
-    @property
     def nbytes(self) -> int:
-        return sum(ref.dtype.nbytes(prod(ref.shape)) for ref in self.tensors)
+        return sum(ref.dtype.nbytes(prod(ref.shape)) for ref in self.tensors.values())
 
     def __str__(self) -> str:
         count = len(self.tensors)
@@ -78,11 +78,10 @@ def choose_state_dict(pickled: Pickled, path: Path, reading: Reading) -> tuple[d
         raise Unsupported(path, "holds no tensors under names of their own", _describe(value))
     chosen = _choose(found, path, reading)
     state_dict: dict[str, TensorRef] = {}
-    for name, tensor in chosen.content.items():
-        if type(tensor) is TensorRef:
-            if str(name) in state_dict:
-                raise BadFile(path, f"holds two tensors named {str(name)!r}")
-            state_dict[str(name)] = tensor
+    for name, tensor in chosen.tensors.items():
+        if str(name) in state_dict:
+            raise BadFile(path, f"holds two tensors named {str(name)!r}")
+        state_dict[str(name)] = tensor
     return state_dict, tuple(_notes(pickled, chosen, found))
 
 
@@ -100,14 +99,15 @@ def resolve(
         record = find(storage)
         if record is None:
             raise BadFile(path, f"the record of tensor {name!r} is missing (data/{storage.key})", _INCOMPLETE)
-        nbytes = storage.numel * (storage.dtype.itemsize if storage.dtype else 1)
-        if nbytes != record.nbytes:
-            problem = f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims {nbytes:,}"
+        if storage.nbytes != record.nbytes:
+            problem = (
+                f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims {storage.nbytes:,}"
+            )
             raise BadFile(path, problem, _INCOMPLETE)
-        info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides, ref.negated)
-        if info.negated:
+        if ref.negated:
             # The CRC32 is that of the bytes before they change, and is not checked.
-            info = info._replace(storage=record._replace(crc32=None))
+            record = record._replace(crc32=None)
+        info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides, ref.negated)
         end = (ref.start + info.span) * ref.dtype.bits if info.numel else 0
         if end > record.nbytes * 8 or info.numel >= 1 << 63:
             raise BadFile(path, f"tensor {name!r} reaches past the end of its record")
@@ -123,12 +123,13 @@ def _find(value: Any, file: Path) -> Iterator[_Found]:
             continue
         seen.add(id(content))
         is_mapping = isinstance(content, dict)
-        names = _names(content) if is_mapping else []
-        if len(names) > _MAX_TENSORS:
+        tensors = _tensors_of(content) if is_mapping else {}
+        if len(tensors) > _MAX_TENSORS:
             raise HostileFile(file, f"its pickle describes more than {_MAX_TENSORS:,} tensors")
-        if names:
-            is_beside = path == () and len(content) > len(names) and all(map(_is_training, names))
-            yield _Found(path, content, is_training or is_beside)
+        if tensors:
+            beside = tuple(str(key) for key in content if key not in tensors)
+            is_beside = path == () and bool(beside) and all(map(_is_training, tensors))
+            yield _Found(path, tensors, beside, is_training or is_beside)
         for key, inner in content.items() if is_mapping else enumerate(content):
             if isinstance(inner, (dict, list, tuple)) and type(inner) is not TensorRef:
                 waiting.append(((*path, str(key)), inner, is_training or (is_mapping and _is_training(key))))
@@ -136,8 +137,8 @@ def _find(value: Any, file: Path) -> Iterator[_Found]:
                     raise HostileFile(file, f"its pickle holds more than {_MAX_CONTAINERS:,} dicts and lists")
 
 
-def _names(content: Mapping[Any, Any]) -> list[str | int]:
-    return [key for key, inner in content.items() if type(inner) is TensorRef and isinstance(key, (str, int))]
+def _tensors_of(content: Mapping[Any, Any]) -> dict[str | int, TensorRef]:
+    return {key: inner for key, inner in content.items() if type(inner) is TensorRef and isinstance(key, (str, int))}
 
 
 def _is_training(key: Any) -> bool:
@@ -168,16 +169,15 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
         yield f"only {chosen} is taken, and not {_list(others)}"
     entries = value.items() if isinstance(value, dict) else ()
     beside = [str(key) for key, _ in entries if chosen.path and str(key) != chosen.path[0]]
-    inside = [str(key) for key, inner in chosen.content.items() if type(inner) is not TensorRef]
-    if beside or inside:
-        yield f"left out: {_list(beside + inside)}"
-    for what, verb in (
-        ("makes", "of unknown classes were left out"),
-        ("calls", "that its pickle calls were not called"),
+    if beside or chosen.beside:
+        yield f"left out: {_list([*beside, *chosen.beside])}"
+    for what, note in (
+        ("makes", "objects of unknown classes were left out"),
+        ("calls", "functions that its pickle calls were not called"),
     ):
         names = [name for name, how in pickled.foreign.items() if how == what]
         if names:
-            yield f"{'objects' if what == 'makes' else 'functions'} {verb}: {_list(names)}"
+            yield f"{note}: {_list(names)}"
 
 
 def _list(things: list[Any]) -> str:

@@ -29,6 +29,10 @@ class StorageRef(NamedTuple):
     numel: int
     start: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        return self.numel * (self.dtype.itemsize if self.dtype else 1)
+
 
 class TensorRef(NamedTuple):
     """A tensor as a pickle describes it; ``start`` and ``strides`` in elements of ``dtype``."""

@@ -78,8 +78,7 @@ def _find_storages(
             raise BadFile(path, "lists a storage that it does not describe", _DAMAGED)
         file.seek(place)
         numel = int.from_bytes(file.read(8), "little")
-        nbytes = numel * (storage.dtype.itemsize if storage.dtype else 1)
-        if numel != storage.numel or place + 8 + nbytes > file_nbytes:
+        if numel != storage.numel or place + 8 + storage.nbytes > file_nbytes:
             raise BadFile(path, f"its storage {key} is cut short, or is not where it should be", _DAMAGED)
-        yield key, ByteRange(path, place + 8, nbytes)
-        place += 8 + nbytes
+        yield key, ByteRange(path, place + 8, storage.nbytes)
+        place += 8 + storage.nbytes

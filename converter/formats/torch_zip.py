@@ -32,18 +32,20 @@ def read_file(path: Path, reading: Reading) -> WeightsFile:
         root = _find_root(records, path)
         pickle = _read_small(file, records[root + b"data.pkl"], MAX_PICKLE_NBYTES, path)
         note = records.get(root + b"byteorder")
-        byteorder = _read_small(file, note, 16, path) if note else b"little"
-    if byteorder.strip() not in (b"little", b"big"):
+        byteorder = _read_small(file, note, 16, path).strip() if note else b"little"
+    if byteorder not in (b"little", b"big"):
         raise BadFile(path, f"notes an order of bytes that is none ({byteorder!r})", _DAMAGED)
     pickled = parse_pickle(pickle, path, reading.strip_code)
     state_dict, notes = choose_state_dict(pickled, path, reading)
 
+    folder = root + b"data/"
+
     def find(storage: StorageRef) -> ByteRange | None:
-        record = records.get(root + b"data/" + storage.key.encode("utf-8", "surrogatepass"))
+        record = records.get(folder + storage.key.encode("utf-8", "surrogatepass"))
         if record is None:
             return None
         place = _range_of(record, path)
-        return place if byteorder.strip() == b"little" else _swapped(place, storage)
+        return place if byteorder == b"little" else _swapped(place, storage)
 
     return WeightsFile(path, "torch", tuple(resolve(state_dict, find, path)), {}, notes, pickled.foreign)
 
