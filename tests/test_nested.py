@@ -164,3 +164,9 @@ def test_a_key_for_a_plain_safetensors_file_is_no_harm(tmp_path: Path) -> None:
     path = saved(tmp_path, {"state_dict": WEIGHTS})
     with pytest.raises(BadRequest):
         open_checkpoint(path, Reading(key=""))
+
+
+def test_a_tensor_under_a_key_that_is_no_name_is_left_out_and_said(wconv, tmp_path: Path) -> None:
+    path = saved(tmp_path, {**WEIGHTS, ("x", 1): torch.ones(1)})
+    assert described_by_wconv(path) == described_by_safetensors(WEIGHTS)
+    assert "left out: tuple" in wconv("to-safetensors", path).stdout

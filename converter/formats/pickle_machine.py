@@ -51,6 +51,9 @@ class Inert(dict[Any, Any]):
     def __eq__(self, other: object) -> bool:
         return self is other
 
+    def __str__(self) -> str:
+        return self.name
+
 
 class Pickled(NamedTuple):
     """What a pickle holds, the bytes that it takes, and what it does with each global that is not the caller's.
