@@ -63,7 +63,7 @@ class SourceFiles:
 
     def __init__(self) -> None:
         self._files: dict[Path, BinaryIO] = {}
-        self._inflated: dict[ByteRange, _Inflated] = {}
+        self._inflated: dict[Path, _Inflated] = {}  # the record read last in each file
 
     def __enter__(self) -> SourceFiles:
         return self
@@ -89,9 +89,9 @@ class SourceFiles:
             np.frombuffer(out, f"u{storage.swap}").byteswap(inplace=True)
 
     def _inflate(self, file: BinaryIO, storage: ByteRange, begin: int, out: memoryview) -> None:
-        inflated = self._inflated.get(storage)
-        if inflated is None or begin < inflated.place:
-            inflated = self._inflated[storage] = _Inflated(file, storage)
+        inflated = self._inflated.get(storage.path)
+        if inflated is None or inflated.storage != storage or begin < inflated.place:
+            inflated = self._inflated[storage.path] = _Inflated(file, storage)
         while inflated.place < begin:
             inflated.read(min(_SLAB_NBYTES, begin - inflated.place))
         done = 0

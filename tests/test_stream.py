@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import pickle
 import random
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from archives import places
 from hypothesis import given
 from hypothesis import strategies as st
 from judges import described_by_safetensors, described_by_torch, described_by_wconv, own_copy, saved_by_torch
+from tiny import rezip
 
 import converter.run
 from converter import sources, stream
@@ -430,3 +432,34 @@ def test_a_wrong_checksum_is_found(tmp_path: Path, wconv: Callable[..., Any]) ->
     source = tmp_path / "model.bin"
     source.write_bytes(raw)
     assert "CRC32" in wconv("to-safetensors", source, exit_code=3).stderr
+
+
+def test_many_deflated_records_take_the_memory_of_one(tmp_path: Path) -> None:
+    # An inflater takes some 50 KB.
+    path = tmp_path / "m.bin"
+    torch.save({f"w{i}": torch.rand(64) for i in range(400)}, path)
+    rezip(path, compression=zipfile.ZIP_DEFLATED)
+    tensors = read_file(path).tensors
+    buffer = bytearray(4096)
+    with SourceFiles() as files:
+        tracemalloc.start()
+        for info in tensors:
+            for _ in read_chunks(info, files, buffer):
+                pass
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_two_deflated_archives_are_read_side_by_side(tmp_path: Path) -> None:
+    state = {"w": torch.rand(500, 300)}
+    infos = []
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}.bin"
+        torch.save(state, path)
+        infos += read_file(rezip(path, compression=zipfile.ZIP_DEFLATED)).tensors
+    expected = state["w"].numpy().tobytes()
+    with SourceFiles() as files:
+        views = [read_chunks(info, files, bytearray(8192)) for info in infos]
+        parts = [(bytes(a), bytes(b)) for a, b in zip(*views, strict=True)]
+    assert b"".join(a for a, _ in parts) == b"".join(b for _, b in parts) == expected
