@@ -114,6 +114,19 @@ def _mend(values: Array, narrow: Array, bits: Array, sign: int, target: _Target,
     return int(too_large.sum())
 
 
+def count_odd(chunk: memoryview, dtype: DType) -> tuple[int, int, bool]:
+    """Count the NaNs and the infinities of a chunk, and say whether it holds anything but zeros."""
+    values = as_array(chunk, dtype)
+    if numpy_dtype(dtype) is None or not dtype.is_floating:
+        return 0, 0, bool(values.any())
+    with np.errstate(invalid="ignore"):
+        largest = np.abs(values).max() if len(values) else 0.0
+    if np.isfinite(largest):
+        return 0, 0, bool(largest != 0)
+    wide = values.astype(np.float32) if dtype.bits <= 32 else values
+    return int(np.isnan(wide).sum()), int(np.isinf(wide).sum()), True
+
+
 def numpy_dtype(dtype: DType) -> np.dtype[Any] | None:
     """Give numpy's dtype for one of ours; None for the packed ones (F4, F6), which have none."""
     name = _NUMPY_NAMES.get(dtype.tag) or _ML_NAMES.get(dtype.tag)

@@ -18,7 +18,7 @@ from converter.folder import Component, open_folder
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.sources import SourceFiles, read_range
 from converter.stream import PIECE_NBYTES
-from converter.tensors import TensorInfo
+from converter.tensors import TensorInfo, find_ties
 
 Kind = Literal["missing", "extra", "shape", "dtype", "values"]
 
@@ -109,6 +109,21 @@ def verify(
         differences=tuple(differences),
         recast=tuple(value for value in values if (value.component, value.name) in recast),
     )
+
+
+def holds_values(kept: Checkpoint, gone: Checkpoint) -> bool:
+    """Say whether each tensor of ``gone`` is in ``kept`` too, bit for bit; of tied ones, under one of their names."""
+    differences: list[Difference] = []
+    there, wanted = dict(_by_name(kept)), _by_name(gone)
+    for name, twin in find_ties(gone.tensors).items():
+        for one, other in ((name, twin), (twin, name)):
+            if other in there:
+                there.setdefault(one, there[other])
+    pairs = list(_pair_tensors("", wanted, there, False, differences))
+    if any(one.kind != "extra" for one in differences):
+        return False
+    calls = ((_compare_batch, batch, batch.nbytes) for batch in _cut_batches(pairs))
+    return not any(error.differing for errors in run_tasks(calls) for error in errors)
 
 
 def _pair_sets(

@@ -21,10 +21,14 @@ MAX_INDEX_NBYTES = 100_000_000  # as much as a safetensors header may take: the 
 
 @dataclass(frozen=True, slots=True)
 class WeightIndex:
-    """The content of an index: ``weight_map`` from tensor name to shard file name, and all of its metadata."""
+    """The content of an index: ``weight_map`` from tensor name to shard file name, and all of its metadata.
+
+    ``has_metadata`` says whether the key was there at all: without it neither loader opens the index.
+    """
 
     weight_map: Mapping[str, str]
     metadata: Mapping[str, Any]
+    has_metadata: bool = True
 
     def render(self) -> bytes:
         """Spell the index as the libraries do, ``metadata`` always there (both loaders want the key)."""
@@ -47,7 +51,7 @@ def parse_index(raw: bytes, path: Path) -> WeightIndex:
     for shard in set(map(_check_type, weight_map.values())):
         if not isinstance(shard, str) or not _is_bare(shard):
             raise BadFile(path, f"points outside its folder: {shard!r}", "Shards must be bare file names beside it.")
-    return WeightIndex(weight_map, metadata)
+    return WeightIndex(weight_map, metadata, isinstance(content.get("metadata"), dict))
 
 
 def read_index(path: Path) -> WeightIndex:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,20 +69,16 @@ def _plan_set(component: Component, weight_set: WeightSet, name: WeightsName) ->
         index = ((Path(component.name) / index_name).as_posix(), WeightIndex(weight_map, content.metadata).render())
     elif index_name:
         raise BadFile(weight_set.path, "is one of several shards without an index", "Reshard it first.")
+    return SetPlan(component.name, weight_set, name, link_shards(component, weight_set, new_names), index, {})
+
+
+def link_shards(component: Component, weight_set: WeightSet, names: Sequence[str]) -> tuple[Shard, ...]:
+    """Plan a set's files under other names; their content stays."""
     base = Path(component.name)
-    shards = tuple(
-        Shard(
-            (base / new).as_posix(),
-            name.format,
-            b"",
-            (),
-            _size_of(weight_set.folder / old),
-            {},
-            weight_set.folder / old,
-        )
-        for old, new in renamed.items()
+    return tuple(
+        Shard((base / new).as_posix(), weight_set.name.format, b"", (), _size_of(path), {}, path)
+        for path, new in zip((weight_set.folder / old for old in weight_set.file_names), names, strict=True)
     )
-    return SetPlan(component.name, weight_set, name, shards, index, {})
 
 
 def _size_of(path: Path) -> int:

@@ -6,7 +6,7 @@ Each rule names the loader that makes it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from converter.checkpoint import Checkpoint
@@ -90,15 +90,20 @@ def check_shard_count(
             "would become sharded .bin, which no Diffusers pipeline loads",
             "Use --max-shard-size none, or --force.",
         )
+    old = find_old_attention(component, (info.name for info in checkpoint.tensors))
+    if old:
+        raise Unsupported(
+            path,
+            f"has tensors with old names, such as {old!r}, which Diffusers reads from a single file only",
+            "Use --max-shard-size none.",
+        )
+
+
+def find_old_attention(component: Component, names: Iterable[str]) -> str | None:
+    """Give a name, if there is one, that the class's loader knows only in a checkpoint of one file."""
     if component.class_name not in _OLD_ATTENTION_CLASSES:
-        return
-    for info in checkpoint.tensors:
-        if _OLD_ATTENTION_NAME.fullmatch(info.name):
-            raise Unsupported(
-                path,
-                f"has tensors with old names, such as {info.name!r}, which Diffusers reads from a single file only",
-                "Use --max-shard-size none.",
-            )
+        return None
+    return next((name for name in names if _OLD_ATTENTION_NAME.fullmatch(name)), None)
 
 
 def with_dtype(config: Any, name: str) -> Any:

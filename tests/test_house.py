@@ -33,7 +33,8 @@ LAYERS = (
     ("cast", "sources"),
     ("stream", "staging"),
     ("run", "rename"),
-    ("conversion", "compare", "doctor", "quantize"),
+    ("conversion", "compare", "quantize"),
+    ("doctor",),
     ("cli", "testing"),
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -47,9 +48,9 @@ HOMES = {
     "numpy": ("sources.py", "cast.py"),
     "ml_dtypes": ("cast.py",),
     "numkong": ("cast.py",),
-    "torch": (),
-    "transformers": (),
-    "diffusers": (),
+    "torch": ("doctor/shapes.py",),
+    "transformers": ("doctor/shapes.py",),
+    "diffusers": ("doctor/shapes.py",),
     "pickle": (),
     "hypothesis": ("testing.py",),
 }

@@ -1,0 +1,246 @@
+"""``wconv doctor``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import click
+
+from converter.cli.options import output_options, source_arg
+
+if TYPE_CHECKING:
+    from converter.doctor import Diagnosis
+    from converter.doctor.loaders import FolderListing, Prediction
+    from converter.doctor.mend import Choices, Mending
+
+
+@click.command("doctor", short_help="Say what is wrong with a folder of weights, and mend it.")
+@source_arg
+@click.option(
+    "--loader",
+    type=click.Choice(["diffusers", "diffusers-hub", "transformers", "coreml"]),
+    help="Say which files this loader would open.",
+)
+@click.option("--variant", metavar="TAG|none", help="... when it is asked for this variant (default: each).")
+@click.option("--deep", is_flag=True, help="Read all values too: NaN, infinite, all zero, the same twice; and shapes.")
+@click.option("--fix", is_flag=True, help="Mend what can be mended; what is replaced is kept beside the folder.")
+@click.option("--undo", is_flag=True, help="Put everything back as it was before --fix.")
+@click.option("--purge", is_flag=True, help="Remove what --fix has kept.")
+@click.option("--keep-default", is_flag=True, help="With --fix: keep the untagged weights, move all variants away.")
+@click.option("--only-variant", metavar="TAG", help="With --fix: keep this variant, move all else away.")
+@click.option("--make-variant", metavar="TAG", help="With --fix: cast this variant, such as fp16, where it is missing.")
+@click.option(
+    "--keep",
+    type=click.Choice(["single", "shards", "safetensors", "bin"]),
+    help="With --fix: of two sets of one variant keep this one.",
+)
+@click.option("--dry-run", is_flag=True, help="With --fix: print what would be done, and do nothing.")
+@output_options
+def command(
+    source: Path, loader: str | None, variant: str | None, deep: bool, fix: bool, undo: bool, purge: bool,
+    keep_default: bool, only_variant: str | None, make_variant: str | None, keep: str | None, dry_run: bool,
+    as_json: bool, quiet: bool, verbose: bool,
+) -> int:  # fmt: skip
+    """Say what is wrong with the weights in folder SRC, what loaders make of it, and how to mend it.
+
+    Reads names, indexes and headers. Exit code 1 if there are errors or warnings.
+
+    \b
+    wconv doctor ./model --loader diffusers --variant fp16     which files would be opened?
+    wconv doctor ./model --fix --dry-run                       how can it be mended?
+    """
+    from converter.cli.output import echo, show_bytes, show_json
+    from converter.doctor import diagnose, finish_mending
+    from converter.doctor.mend import Choices, Keep
+
+    choices = Choices(keep_default, only_variant, make_variant, cast("Keep | None", keep))
+    if sum((fix, undo, purge)) > 1:
+        raise click.UsageError("Choose one of --fix, --undo and --purge.")
+    if not fix and (choices != Choices() or dry_run):
+        raise click.UsageError("That goes with --fix.")
+    if undo or purge:
+        from converter.doctor.undo import purge as purge_kept
+        from converter.doctor.undo import undo as put_back
+
+        done = f"Put {len(put_back(source))} files back." if undo else f"Removed {show_bytes(purge_kept(source))}."
+        if not quiet:
+            echo(done)
+        return 0
+    if fix and not dry_run and finish_mending(source) and not (quiet or as_json):
+        echo("An earlier run had been stopped while it published its files; that is finished now.\n")
+    found = diagnose(source, deep=deep)
+    content: dict[str, Any] = {}
+    mending = None
+    if fix and not found.is_fine(choices):
+        mending = _fix(source, found, choices, dry_run, quiet or as_json)
+        content["fix"] = {"steps": list(mending.steps), "refused": mending.refused, "dry_run": dry_run}
+        if mending.plan and not dry_run:
+            found = diagnose(source, deep=deep)
+    if as_json:
+        predicted = _predictions(mending.after if mending else None, found, loader, variant)
+        show_json({**_as_json(found), **content, "loads": [_loads_as_json(one) for one in predicted]})
+    elif not quiet:
+        if not (mending and dry_run):
+            _show(found, verbose)
+        listing = mending.after if mending and dry_run else None
+        _show_predictions(
+            _predictions(listing, found, loader, variant, always=mending is not None), listing is not None
+        )
+    return 0 if found.is_healthy else 1
+
+
+def _fix(source: Path, found: Diagnosis, choices: Choices, dry_run: bool, quiet: bool) -> Mending:
+    from converter.cli.output import echo, open_meter, printable, show_bytes
+    from converter.doctor import mend
+    from converter.doctor.mend import plan_mending
+
+    choices = _ask(found, choices) if sys.stdin.isatty() and not (quiet or dry_run) else choices
+    mending = plan_mending(found.view, found.findings, choices)
+    if not quiet:
+        if mending.refused:
+            echo(printable(f"Nothing is touched while data are missing: {mending.refused}.\n"))
+        elif not mending.plan:
+            echo("There is nothing here that --fix can mend.\n")
+        else:
+            echo("Would do:\n" if dry_run else "Mending:\n")
+            for step in mending.steps:
+                echo(printable(f"  {step}"))
+            echo(f"\n{'Would write' if dry_run else 'Writes'} {show_bytes(_written_nbytes(mending))}.\n")
+    if mending.plan and not dry_run:
+        total = mending.plan.nbytes * (2 if mending.plan.destroys_source else 1)
+        with open_meter(total, "mending", quiet) as meter:
+            mend(source, mending, progress=meter)
+        if not quiet:
+            echo("What was replaced is kept: --undo puts it back, --purge removes it.\n")
+    return mending
+
+
+def _written_nbytes(mending: Mending) -> int:
+    assert mending.plan is not None
+    return sum(shard.nbytes for shard in mending.plan.shards if shard.link is None)
+
+
+def _ask(found: Diagnosis, choices: Choices) -> Choices:
+    """Ask on a terminal where there are several ways, and none was chosen."""
+    from dataclasses import replace
+
+    from converter.doctor.mend import Keep
+
+    codes = {finding.code for finding in found.findings}
+    if choices.keep is None and codes & {"sets-twice", "forms-differ"}:
+        ways = get_args(Keep)[:2] if "sets-twice" in codes else get_args(Keep)[2:]
+        question = "Two sets of one variant: keep which?"
+        answer = click.prompt(question, type=click.Choice([*ways, "neither"]), default="neither", err=True)
+        choices = replace(choices, keep=None if answer == "neither" else answer)
+    if codes & {"variant-single", "variant-partial"} and not (choices.keep_default or choices.only_variant):
+        tags = [tag for tag in found.view.variants if tag]
+        ways = ("add", "default", *tags)
+        question = "Untagged weights and variants do not fit: add what is missing, or keep just one?"
+        answer = click.prompt(question, type=click.Choice(ways), default="add", err=True)
+        if answer == "default":
+            choices = replace(choices, keep_default=True)
+        elif answer in tags:
+            choices = replace(choices, only_variant=answer)
+    return choices
+
+
+def _predictions(
+    listing: FolderListing | None, found: Diagnosis, loader: str | None, variant: str | None, always: bool = False
+) -> list[Prediction]:
+    from converter.doctor.loaders import COREML_VARIANT, Loader, list_folder, predict
+
+    if loader is None and variant is None and not always:
+        return []
+    view = found.view
+    libraries = {part.library for part in view.components}
+    likely: tuple[Loader, ...] = ("diffusers", "diffusers-hub") if view.is_pipeline else ("diffusers",)
+    if not view.is_pipeline and libraries == {"transformers"}:
+        likely = ("transformers",)
+    loaders = (cast("Loader", loader),) if loader else likely
+    listing = listing or list_folder(view)
+    tags = view.variants if variant is None else (None if variant == "none" else variant,)
+    return [
+        predict(listing, one, tag)
+        for one in loaders
+        for tag in ((COREML_VARIANT,) if one == "coreml" and variant is None else tags)
+    ]
+
+
+def _show(found: Diagnosis, verbose: bool) -> None:
+    from converter.cli.output import echo, printable, show_bytes, show_table
+
+    rows = []
+    for part in found.view.components:
+        for one in part.sets:
+            views = part.views_of(one)
+            dtypes = dict.fromkeys(dtype.tag for view in views for dtype in view.dtypes)
+            files = str(len(one.files)) + (" + index" if one.index_name else "")
+            size = show_bytes(sum(view.nbytes for view in views))
+            rows.append(
+                (part.name or ".", one.name.variant or "-", one.name.format, files, size, ", ".join(dtypes) or "-")
+            )
+    show_table(("component", "variant", "format", "files", "size", "dtypes"), rows)
+    echo()
+    shown = [finding for finding in found.findings if verbose or finding.severity != "note"]
+    for finding in shown:
+        where = finding.path.relative_to(found.view.path).as_posix()
+        echo(printable(f"{finding.severity} {finding.code}: {where if where != '.' else found.view.path}"))
+        echo(printable(f"    {finding.problem}."))
+        for text in (finding.kind.effect, finding.kind.mending):
+            if text:
+                click.echo(click.wrap_text(text, 96, "    ", "    "))
+    counts = [
+        (name, sum(finding.severity == name for finding in found.findings)) for name in ("error", "warning", "note")
+    ]
+    said = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts if count)
+    hint = " (-v shows notes)" if len(shown) < len(found.findings) else ""
+    echo(("\n" if shown else "") + (f"Healthy: {said}{hint}." if found.is_healthy and said else
+         "Healthy." if found.is_healthy else f"{said[0].upper()}{said[1:]}{hint}."))  # fmt: skip
+
+
+def _show_predictions(predictions: list[Prediction], later: bool) -> None:
+    from converter.cli.output import echo, printable
+
+    for one in predictions:
+        asked = f"variant={one.variant!r}" if one.variant else "no variant"
+        what = f"fails: {one.failure}" if one.failure else "would then open:" if later else "opens:"
+        echo()
+        echo(printable(f"{one.loader} ({one.versions}), asked for {asked}, {what}"))
+        for pick in one.picks:
+            what = f"fails: {pick.failure}" if pick.failure else ", ".join(pick.files)
+            echo(printable(f"    {pick.component or '.'}: {what}"))
+        if one.warning:
+            echo(printable(f"    It warns of {one.warning}."))
+
+
+def _as_json(found: Diagnosis) -> dict[str, Any]:
+    return {
+        "path": str(found.view.path),
+        "healthy": found.is_healthy,
+        "findings": [
+            {
+                "code": finding.code,
+                "severity": finding.severity,
+                "path": str(finding.path),
+                "component": finding.component,
+                "problem": finding.problem,
+                "effect": finding.kind.effect,
+                "mending": finding.kind.mending,
+            }
+            for finding in found.findings
+        ],
+    }
+
+
+def _loads_as_json(one: Prediction) -> dict[str, Any]:
+    return {
+        "loader": one.loader,
+        "versions": one.versions,
+        "variant": one.variant,
+        "works": one.works,
+        "failure": one.failure,
+        "warning": one.warning,
+        "parts": {pick.component: {"files": list(pick.files), "failure": pick.failure} for pick in one.picks},
+    }

@@ -1,0 +1,62 @@
+"""The doctor: what is wrong with a folder of weights, what a loader would do with it, and how to mend it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.doctor.checks import run_checks
+from converter.doctor.findings import SEVERITIES, Finding
+from converter.doctor.mend import Choices, Mending
+from converter.doctor.undo import keeping
+from converter.doctor.view import FolderView, look
+from converter.run import Progress, run_plan
+from converter.staging import recover
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What a folder holds and what was found, the worst first."""
+
+    view: FolderView
+    findings: tuple[Finding, ...]
+
+    @property
+    def is_healthy(self) -> bool:
+        return all(finding.severity == "note" for finding in self.findings)
+
+    def is_fine(self, choices: Choices) -> bool:
+        """Say whether nothing is to be mended, and nothing else is asked for."""
+        return self.is_healthy and choices == Choices()
+
+
+def diagnose(path: Path | str, *, deep: bool = False) -> Diagnosis:
+    """Look at a folder of weights; reads names, indexes and headers, and changes nothing.
+
+    ``deep`` reads all values too, and holds shapes against the model's class, where its library is installed. Raises
+    BadFile for a folder without weights, BadRequest for what is no folder.
+    """
+    view = look(Path(path))
+    found = run_checks(view)
+    if deep:
+        from converter.doctor.deep import run_deep_checks
+
+        found += run_deep_checks(view)
+    return Diagnosis(view, tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))))
+
+
+def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None) -> None:
+    """Carry out what was planned, in one transaction; what it replaces is kept, for ``undo``."""
+    folder = Path(path)
+    if mending.plan is not None:
+        with keeping(folder, mending.plan):
+            run_plan(mending.plan, progress=progress, request=_request(folder))
+
+
+def finish_mending(path: Path | str) -> bool:
+    """Finish what a killed run of ``mend`` had begun to publish; True if there was such a thing."""
+    return recover(Path(path), _request(Path(path)))
+
+
+def _request(folder: Path) -> str:
+    return repr(("mend", str(folder.absolute())))

@@ -1,0 +1,381 @@
+"""The checks: a table of small functions, each of which looks for one thing in a folder and yields what it finds."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from converter.checkpoint import Checkpoint, open_checkpoint
+from converter.choose import Wishes
+from converter.doctor.findings import Finding
+from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
+from converter.dtypes import BY_ALIAS, BY_TORCH_NAME, RECAST_SOURCES, DType
+from converter.errors import WconvError
+from converter.names import WeightsName, parse_name
+from converter.rules import find_kept, find_old_attention
+from converter.tensors import find_ties
+
+Check = Callable[[FolderView], Iterator[Finding]]
+_PartCheck = Callable[[ComponentView], Iterator[Finding]]
+
+_STEMS = {"diffusers": ("diffusion_pytorch_model",) * 2, "transformers": ("model", "pytorch_model")}
+_ANY_STEM = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(\..+)?")
+
+
+def run_checks(view: FolderView) -> list[Finding]:
+    """Give all that the checks find, in their order."""
+    found = [finding for check in _FOLDER_CHECKS for finding in check(view)]
+    return found + [finding for part in view.components for check in _PART_CHECKS for finding in check(part)]
+
+
+def right_name(part: ComponentView, name: WeightsName) -> WeightsName:
+    """Give the name under which the part's own library looks for such weights; the same where that is not known."""
+    stem = _ANY_STEM.fullmatch(name.stem)
+    if not part.component.config or not stem or name.ext not in ("safetensors", "bin"):
+        return name
+    right = _STEMS[part.library][name.format == "torch"]
+    tag = (stem[2] or "")[1:].replace(".", "_")
+    return WeightsName(right, "_".join(filter(None, (tag, name.variant))) or None, name.ext)
+
+
+def tag_dtype(name: WeightsName) -> DType | None:
+    """Give the dtype that a variant's tag names, if it names one."""
+    return BY_ALIAS.get((name.variant or "").lower())
+
+
+def lacks(view: FolderView, variant: str | None) -> list[ComponentView]:
+    """List the parts that have weights, and none of this variant."""
+    parts = [part for part in loaded_parts(view) if any(found.files for found in part.sets)]
+    return [part for part in parts if not any(found.name.variant == variant and found.files for found in part.sets)]
+
+
+def loaded_parts(view: FolderView) -> list[ComponentView]:
+    """List the parts that a loader loads."""
+    return [part for part in view.components if part.is_named or not view.is_pipeline]
+
+
+def spelled_variant(name: WeightsName) -> str:
+    """Name a variant in a sentence."""
+    return f"the variant {name.variant}" if name.variant else "the untagged weights"
+
+
+def is_foreign(found: SetView) -> bool:
+    """Say whether an index names files of another variant or form than its own."""
+    parsed = [parse_name(name) for name in found.files] if found.index_name else []
+    return any(one and (one.name.variant, one.name.ext) != (found.name.variant, found.name.ext) for one in parsed)
+
+
+def held_names(part: ComponentView, found: SetView) -> dict[str, str]:
+    """Map the tensors that the files of a set hold to their file."""
+    return {name: view.name for view in part.views_of(found) for name in view.names}
+
+
+def index_faults(part: ComponentView, found: SetView) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the content of an index whose files are sound: a code, and the words for it."""
+    assert found.index is not None
+    held = held_names(part, found)
+    listed = found.index.weight_map
+    ghosts = [name for name in listed if name not in held]
+    orphans = [name for name in held if name not in listed]
+    wrong = [name for name in listed if name in held and listed[name] != held[name]]
+    if ghosts:
+        yield "index-ghost", f"lists {len(ghosts):,} tensors that no shard holds, such as {ghosts[0]}"
+    if orphans:
+        yield "index-orphan", f"does not list {len(orphans):,} tensors that its shards hold, such as {orphans[0]}"
+    if wrong:
+        twice = len(held) < sum(len(view.names) for view in part.views_of(found))
+        if not twice:
+            yield "index-misplaced", f"names the wrong shard for {len(wrong):,} tensors, such as {wrong[0]}"
+    if not found.index.has_metadata:
+        yield "index-metadata", "has no metadata"
+    size = found.index.metadata.get("total_size")
+    sizes = [
+        sum(getattr(view, field) for view in part.views_of(found)) for field in ("tensor_nbytes", "storage_nbytes")
+    ]
+    if size is not None and size not in sizes:
+        yield "index-size", f"gives a total_size of {size:,}, its tensors take {sizes[0]:,} bytes"
+
+
+def dtype_shares(part: ComponentView, found: SetView, dtype: DType | None = None) -> Counter[DType]:
+    """Count the floating tensors of a set by dtype, those left out that are kept in float32 in a cast to ``dtype``."""
+    keep = find_kept(part.component, Wishes(dtype=dtype))
+    counts: Counter[DType] = Counter()
+    for view in part.views_of(found):
+        for name, tensor_dtype in zip(view.names, view.dtypes, strict=True):
+            if tensor_dtype.tag in RECAST_SOURCES and not (tensor_dtype.tag == "F32" and keep(name)):
+                counts[tensor_dtype] += 1
+    return counts
+
+
+def belies_tag(part: ComponentView, found: SetView) -> DType | None:
+    """Give the dtype that most tensors of a set have, where that is not the one its tag names."""
+    dtype = tag_dtype(found.name)
+    if dtype is None or not part.is_sound(found):
+        return None
+    counts = dtype_shares(part, found, dtype).most_common(1)
+    return counts[0][0] if counts and counts[0][0] is not dtype else None
+
+
+def config_dtype(part: ComponentView) -> tuple[DType, DType] | None:
+    """Give the dtype that the config names, and the only one that weights have, where these are not the same."""
+    named = part.component.config.get("dtype") or part.component.config.get("torch_dtype")
+    dtype = BY_TORCH_NAME.get(named) if isinstance(named, str) else None
+    sets = [found for found in part.sets if part.is_sound(found)]
+    if part.library != "transformers" or dtype is None or "quantization_config" in part.component.config:
+        return None
+    if not sets or any(found.name.variant for found in sets):
+        return None
+    counts = sum((dtype_shares(part, found) for found in sets), Counter())
+    return (dtype, next(iter(counts))) if len(counts) == 1 and dtype not in counts else None
+
+
+def same_names(a: Checkpoint, b: Checkpoint) -> bool:
+    """Say whether two checkpoints describe the same tensors; of tied ones, one name is enough."""
+    left, right = ({info.name: (info.dtype, info.shape) for info in one.tensors} for one in (a, b))
+    for mine, checkpoint, other in ((left, a, right), (right, b, left)):
+        ties = find_ties(checkpoint.tensors)
+        for name in [name for name in mine if name not in other]:
+            if ties.get(name) in other or any(ties.get(twin) == name for twin in other):
+                del mine[name]
+    return left == right
+
+
+# Of the whole folder.
+
+
+def _configs(view: FolderView) -> Iterator[Finding]:
+    for path, error in view.config_errors:
+        yield Finding("config-unreadable", path, "", f"cannot be read ({error})")
+
+
+def _missing_parts(view: FolderView) -> Iterator[Finding]:
+    for name in view.absent:
+        yield Finding("component-missing", view.path / name, name, "is not there, and model_index.json names it")
+    for part in view.components if view.is_pipeline else ():
+        if part.is_named and not part.sets and not part.strays and part.component.config:
+            yield Finding("component-missing", part.path, part.name, "has a config.json and no weights")
+
+
+def _unnamed_parts(view: FolderView) -> Iterator[Finding]:
+    for part in view.components if view.is_pipeline else ():
+        if not part.is_named:
+            yield Finding("component-unnamed", part.path, part.name, "holds weights, and model_index.json names it not")
+
+
+def _dotless_entries(view: FolderView) -> Iterator[Finding]:
+    if any(view.variants):
+        for name in view.dotless:
+            yield Finding("entry-dotless", view.path / name, name.partition("/")[0], "has no dot in its name")
+
+
+def _partial_variants(view: FolderView) -> Iterator[Finding]:
+    for variant in view.variants if view.is_pipeline else ():
+        without = lacks(view, variant)
+        if variant is not None and tag_dtype(WeightsName("", variant, "")) is None:
+            continue  # such as non_ema: of one part on purpose
+        if without and len(without) < len(loaded_parts(view)):
+            code = "variant-partial" if variant else "default-partial"
+            what = spelled_variant(WeightsName("", variant, ""))
+            names = ", ".join(part.name for part in without)
+            yield Finding(code, view.path, without[0].name, f"has {what} in some parts only: not in {names}")
+
+
+def _mixed_forms(view: FolderView) -> Iterator[Finding]:
+    parts = loaded_parts(view) if view.is_pipeline else []
+    forms = {part.name: [found.name for found in part.sets if found.files] for part in parts}
+    without = {name for variant in view.variants for name in lacks_safetensors(forms, variant)}
+    if without:
+        problem = f"has safetensors in some parts, and the same variant only as .bin in {', '.join(sorted(without))}"
+        yield Finding("forms-mixed", view.path, min(without), problem)
+
+
+def lacks_safetensors(forms: Mapping[str, Sequence[WeightsName]], variant: str | None) -> list[str]:
+    """List the parts, given the names of the sets of each, that for a variant are .bin while others are safetensors.
+
+    A part without that variant counts with its untagged set (``is_safetensors_compatible``).
+    """
+    formats = {}
+    for part, names in forms.items():
+        meant = [name for name in names if name.variant == variant] or [n for n in names if n.variant is None]
+        formats[part] = {name.format for name in meant}
+    without = [part for part, found in formats.items() if found == {"torch"}]
+    return without if any("safetensors" in found for found in formats.values()) else []
+
+
+def _config_dtypes(view: FolderView) -> Iterator[Finding]:
+    for part in () if view.is_pipeline else view.components:
+        found = config_dtype(part)
+        if found:
+            problem = f"names {found[0].torch_name}, and the weights are {found[1].torch_name}"
+            yield Finding("config-dtype", part.path / "config.json", part.name, problem)
+
+
+# Of one part.
+
+
+def _damaged_files(part: ComponentView) -> Iterator[Finding]:
+    for view in part.weights.values():
+        if view.error is not None:
+            yield Finding("file-damaged", part.path / view.name, part.name, view.error.problem)
+
+
+def _partial_downloads(part: ComponentView) -> Iterator[Finding]:
+    for name in part.partial:
+        yield Finding("download-partial", part.path / name, part.name, "was left by a download that did not finish")
+
+
+def _missing_shards(part: ComponentView) -> Iterator[Finding]:
+    for found in (*part.sets, *part.strays):
+        if found.files and found.missing and (found in part.sets or not _has_whole(part, found.name)):
+            count = f"{len(found.missing)} of {len(found.missing) + len(found.files)} shards"
+            problem = f"lacks {count}, such as {found.missing[0]}"
+            yield Finding("shard-missing", found.folder / found.label, part.name, problem)
+
+
+def _has_whole(part: ComponentView, name: WeightsName) -> bool:
+    return any(part.is_sound(found) and found.name == name for found in part.sets)
+
+
+def _indexes(part: ComponentView) -> Iterator[Finding]:
+    for found in part.sets:
+        path = found.folder / found.label
+        if found.index_name and found.index is None:
+            problem = found.index_error.problem if found.index_error else "cannot be read"
+            yield Finding("index-unreadable", path, part.name, problem)
+        elif found.index_name and not found.files:
+            yield Finding("index-dangling", path, part.name, f"names {found.missing[0]} and no file that is there")
+        elif is_foreign(found):
+            names = ", ".join(found.files[:3]) + (", ..." if len(found.files) > 3 else "")
+            yield Finding("index-foreign", path, part.name, f"names files of another variant: {names}")
+        elif found.index_name and part.is_sound(found):
+            for code, problem in index_faults(part, found):
+                yield Finding(code, path, part.name, problem)
+        elif not found.index_name and not found.missing and found.is_sharded:
+            problem = f"is one of {len(found.files)} shards that have no index"
+            yield Finding("index-missing", path, part.name, problem)
+
+
+def _twins(part: ComponentView) -> Iterator[Finding]:
+    seen: dict[WeightsName, SetView] = {}
+    for found in part.sets:
+        first = seen.setdefault(found.name, found) if found.files else found
+        if first is not found:
+            problem = f"holds {spelled_variant(found.name)} twice: {first.label} and {found.label}"
+            yield Finding("sets-twice", part.path, part.name, problem)
+
+
+def _strays(part: ComponentView) -> Iterator[Finding]:
+    for found in part.strays:
+        if not found.missing or _has_whole(part, found.name):
+            others = f", nor {len(found.files) - 1} more" if len(found.files) > 1 else ""
+            yield Finding("shards-stray", found.folder / found.label, part.name, f"is named by no index{others}")
+
+
+def _single_variants(part: ComponentView) -> Iterator[Finding]:
+    default = next(
+        (f for f in part.sets if f.files and not f.name.variant and f.is_sharded and not is_foreign(f)), None
+    )
+    for found in part.sets:
+        if default and found.name.variant and not found.is_sharded and found.name.ext == default.name.ext:
+            problem = f"is one file, beside the untagged shards of {default.label}"
+            yield Finding("variant-single", found.folder / found.label, part.name, problem)
+
+
+def _names(part: ComponentView) -> Iterator[Finding]:
+    taken = {found.name for found in part.sets}
+    for found in part.sets:
+        right = right_name(part, found.name)
+        hub_index = found.index_name == f"{found.name.single}.index.json" and found.name.variant is not None
+        if (right != found.name and right not in taken) or (hub_index and found.files):
+            problem = f"is a name that no loader looks for (it should be {right.index if hub_index else right.single})"
+            yield Finding("name-unread", found.folder / found.label, part.name, problem)
+        elif found.is_legacy and found.files:
+            yield Finding("name-legacy", found.folder / found.label, part.name, "is spelled as it was in earlier years")
+
+
+def _sharded_bins(part: ComponentView) -> Iterator[Finding]:
+    safe = {found.name.variant for found in part.sets if found.name.format == "safetensors" and found.files}
+    for found in part.sets:
+        is_bin = found.name.format == "torch" and found.files and found.is_sharded
+        if is_bin and part.component.is_diffusers and found.name.variant not in safe:
+            problem = f"is a set of {len(found.files)} .bin shards, which Diffusers does not load"
+            yield Finding("bin-sharded", found.folder / found.label, part.name, problem)
+
+
+def _two_forms(part: ComponentView) -> Iterator[Finding]:
+    for pickled, safe in forms_of(part):
+        opened = [_open(found) for found in (pickled, safe)]
+        if opened[0] is None or opened[1] is None:
+            continue
+        if not same_names(opened[0], opened[1]):
+            problem = f"holds other tensors than {safe.label}, and both are {spelled_variant(safe.name)}"
+            yield Finding("forms-differ", pickled.folder / pickled.label, part.name, problem)
+        else:
+            size = sum(view.nbytes for view in part.views_of(pickled)) / 1e9
+            problem = f"holds the same tensors as {safe.label}, in {size:,.2f} GB"
+            yield Finding("forms-redundant", pickled.folder / pickled.label, part.name, problem)
+
+
+def forms_of(part: ComponentView) -> Iterator[tuple[SetView, SetView]]:
+    """Yield pairs of sound sets of one variant, the first as .bin and the second as safetensors."""
+    sound = [found for found in part.sets if part.is_sound(found) and not is_foreign(found)]
+    for pickled in (found for found in sound if found.name.format == "torch"):
+        yield from ((pickled, safe) for safe in sound if safe.name == pickled.name.in_format("safetensors"))
+
+
+def _open(found: SetView) -> Checkpoint | None:
+    try:
+        return open_checkpoint(found.weight_set, LENIENT)
+    except WconvError:
+        return None
+
+
+def _dtypes(part: ComponentView) -> Iterator[Finding]:
+    for found in part.sets:
+        if not part.is_sound(found):
+            continue
+        belied = belies_tag(part, found)
+        counts = dtype_shares(part, found, tag_dtype(found.name))
+        if belied:
+            problem = f"is tagged {found.name.variant}, and most of its tensors are {belied.torch_name}"
+            yield Finding("dtype-tag", found.folder / found.label, part.name, problem)
+        elif len(counts) > 1 and not _is_kept_mixture(part, found):
+            names = ", ".join(f"{count:,} {dtype.torch_name}" for dtype, count in counts.most_common())
+            yield Finding("dtype-mixed", found.folder / found.label, part.name, f"holds tensors of {names}")
+
+
+def _is_kept_mixture(part: ComponentView, found: SetView) -> bool:
+    narrow = [dtype for dtype in dtype_shares(part, found) if dtype.bits == 16]
+    return any(len(dtype_shares(part, found, dtype)) == 1 for dtype in narrow)
+
+
+def _old_attention(part: ComponentView) -> Iterator[Finding]:
+    for found in part.sets:
+        if part.is_sound(found) and len(found.files) > 1:
+            name = find_old_attention(part.component, held_names(part, found))
+            if name:
+                problem = f"holds tensors with old names, such as {name}, in {len(found.files)} shards"
+                yield Finding("old-attention", found.folder / found.label, part.name, problem)
+
+
+def _headers(part: ComponentView) -> Iterator[Finding]:
+    for view in part.weights.values():
+        if view.format == "safetensors" and view.metadata.get("format") != "pt":
+            yield Finding("header-format", part.path / view.name, part.name, "has no format: pt in its header")
+
+
+def _pickles(part: ComponentView) -> Iterator[Finding]:
+    for view in part.weights.values():
+        if view.foreign:
+            names = ", ".join(list(view.foreign)[:3]) + (", ..." if len(view.foreign) > 3 else "")
+            yield Finding("pickle-code", part.path / view.name, part.name, f"has to do with more than tensors: {names}")
+
+
+_FOLDER_CHECKS: tuple[Check, ...] = (
+    _configs, _missing_parts, _unnamed_parts, _dotless_entries, _partial_variants, _mixed_forms, _config_dtypes,
+)  # fmt: skip
+_PART_CHECKS: tuple[_PartCheck, ...] = (
+    _damaged_files, _partial_downloads, _missing_shards, _indexes, _twins, _strays, _single_variants, _names,
+    _sharded_bins, _two_forms, _dtypes, _old_attention, _headers, _pickles,
+)  # fmt: skip

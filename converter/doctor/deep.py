@@ -1,0 +1,91 @@
+"""What only the values tell: NaN, infinite and all-zero tensors, the same values twice, and shapes that fit no model.
+
+Reads every byte of every sound set once, streaming.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from converter.checkpoint import open_checkpoint
+from converter.doctor.findings import Finding
+from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
+from converter.run import run_tasks
+from converter.sources import SourceFiles, read_chunks
+from converter.tensors import TensorInfo, find_ties
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """What the values of one tensor are like. ``digest`` is of its bytes."""
+
+    info: TensorInfo
+    nans: int
+    infinite: int
+    is_zero: bool
+    digest: bytes
+
+
+def run_deep_checks(view: FolderView) -> list[Finding]:
+    """Give what the values and the shapes of all sound sets tell."""
+    return [
+        finding
+        for part in view.components
+        for found in part.sets
+        if part.is_sound(found)
+        for finding in (*_check_values(part, found), *_check_shapes(part, found))
+    ]
+
+
+def _check_values(part: ComponentView, found: SetView) -> Iterator[Finding]:
+    tensors = open_checkpoint(found.weight_set, LENIENT).tensors
+    ties = find_ties(tensors)
+    alone = [info for info in tensors if info.name not in ties]
+    values = sorted(run_tasks((_look_at, info, info.nbytes) for info in alone), key=lambda one: one.info.name)
+    twins: dict[tuple[bytes, object, tuple[int, ...]], list[str]] = defaultdict(list)
+    for one in values:
+        if not one.is_zero and one.info.numel > 1:
+            twins[one.digest, one.info.dtype, one.info.shape].append(one.info.name)
+    rows = (
+        ("values-nan", "NaN", [f"{one.info.name} ({one.nans:,})" for one in values if one.nans]),
+        ("values-inf", "infinite values", [f"{one.info.name} ({one.infinite:,})" for one in values if one.infinite]),
+        ("values-zero", "nothing but zeros", [one.info.name for one in values if one.is_zero and one.info.numel]),
+        ("values-equal", "the same values", [" and ".join(names) for names in twins.values() if len(names) > 1]),
+    )
+    for code, what, names in rows:
+        if names:
+            more = f", and in {len(names) - 3} more" if len(names) > 3 else ""
+            problem = f"holds {what} in {', '.join(names[:3])}{more}"
+            yield Finding(code, found.folder / found.label, part.name, problem)
+
+
+def _look_at(info: TensorInfo, chunk_nbytes: int) -> _Values:
+    from converter.cast import count_odd
+
+    nans = infinite = 0
+    is_zero = True
+    digest = hashlib.blake2b(digest_size=16)
+    with SourceFiles() as sources:
+        for chunk in read_chunks(info, sources, bytearray(chunk_nbytes)):
+            odd = count_odd(chunk, info.dtype)
+            nans, infinite, is_zero = nans + odd[0], infinite + odd[1], is_zero and not odd[2]
+            digest.update(chunk)
+    return _Values(info, nans, infinite, is_zero, digest.digest())
+
+
+def _check_shapes(part: ComponentView, found: SetView) -> Iterator[Finding]:
+    from converter.doctor.shapes import expected_shapes
+
+    expected = expected_shapes(part.component)
+    if not expected:
+        return
+    held = {info.name: info.shape for info in open_checkpoint(found.weight_set, LENIENT).tensors}
+    wrong = [name for name in held if name in expected and held[name] != expected[name]]
+    if wrong:
+        name = wrong[0]
+        shapes = f"{list(held[name])}, the config gives {list(expected[name])}"
+        problem = f"holds {len(wrong):,} tensors of another shape than config.json gives, such as {name} ({shapes})"
+        yield Finding("config-shape", found.folder / found.label, part.name, problem)

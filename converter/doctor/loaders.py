@@ -1,0 +1,244 @@
+"""Which files a loader would open, and how it would fail: the rules of the loaders themselves, on names and indexes.
+
+Each function names the loader's own that it follows. What is predicted here is held against the real ones in the tests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from converter.doctor.view import ComponentView, FolderView
+from converter.names import WeightsName
+
+Loader = Literal["diffusers", "diffusers-hub", "transformers", "coreml"]
+
+LOADERS: dict[Loader, str] = {
+    "diffusers": "diffusers 0.32 to 0.42, from a local folder",
+    "diffusers-hub": "diffusers 0.33 to 0.42, from the Hub",
+    "transformers": "transformers 4.44 to 5.23",
+    "coreml": "torch2coreml with diffusers 0.30 to 0.42",
+}
+COREML_VARIANT = "fp16"
+
+_SHARD = r"\d{5}-of-\d{5}"
+_STEMS = "diffusion_pytorch_model|model|weights|pytorch_model"
+_ENDINGS = "bin|safetensors|onnx|pb"
+_PICKLED = (".bin", ".msgpack")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexListing:
+    """What matters of an index to a loader: the shards it names, and why it would not be opened."""
+
+    shards: tuple[str, ...]
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PartListing:
+    """One folder that a model is loaded from: the names in it, and what its indexes name."""
+
+    name: str
+    path: Path
+    library: str
+    names: frozenset[str]
+    indexes: Mapping[str, IndexListing]
+
+
+@dataclass(frozen=True, slots=True)
+class FolderListing:
+    """What a loader sees of a folder: ``parts`` are what it loads weights from."""
+
+    path: Path
+    is_pipeline: bool
+    parts: tuple[PartListing, ...]
+    absent: tuple[str, ...] = ()
+    dotless: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """The weight files that a loader opens for one part, its index among them; or how that fails."""
+
+    component: str
+    files: tuple[str, ...] = ()
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a loader does when it is asked for a variant; ``failure`` is what it says where it does not begin at all."""
+
+    loader: Loader
+    variant: str | None
+    picks: tuple[Pick, ...] = ()
+    failure: str = ""
+    warning: str = ""
+
+    @property
+    def versions(self) -> str:
+        """The versions of the loader that this holds for."""
+        return LOADERS[self.loader]
+
+    @property
+    def works(self) -> bool:
+        return not self.failure and not any(pick.failure for pick in self.picks)
+
+
+def list_folder(view: FolderView) -> FolderListing:
+    """Give what a loader sees of a folder."""
+    parts = tuple(_list_part(part) for part in view.components if part.is_named or not view.is_pipeline)
+    return FolderListing(view.path, view.is_pipeline, parts, view.absent, view.dotless)
+
+
+def _list_part(part: ComponentView) -> PartListing:
+    indexes = {}
+    for found in part.sets:
+        if found.index_name:
+            shards = tuple(sorted(set(found.index.weight_map.values()))) if found.index else ()
+            problem = f"cannot read {found.index_name}" if found.index is None else ""
+            if found.index and not found.index.has_metadata:
+                problem = "KeyError: 'metadata'"
+            indexes[found.index_name] = IndexListing(shards, problem)
+    names = frozenset((*part.files, *part.folders))
+    return PartListing(part.name, part.path, part.library, names, indexes)
+
+
+def predict(listing: FolderListing, loader: Loader, variant: str | None) -> Prediction:
+    """Say which files a loader opens for a variant (None for the untagged one), part by part."""
+    if loader == "transformers":
+        parts = [part for part in listing.parts if part.library == "transformers"]
+        return Prediction(loader, variant, tuple(_pick_transformers(part, variant) for part in parts))
+    if not listing.is_pipeline:
+        if loader == "coreml":
+            return Prediction(loader, variant, failure="is no pipeline: it has no model_index.json")
+        return Prediction(loader, variant, tuple(_pick(part, variant) for part in listing.parts))
+    if listing.absent:
+        return Prediction(loader, variant, failure=f"has no folder {listing.absent[0]}, which model_index.json names")
+    if loader == "diffusers-hub":
+        return _predict_hub(listing, variant)
+    return _predict_pipeline(listing, loader, variant, pickles=loader != "coreml")
+
+
+def _predict_pipeline(listing: FolderListing, loader: Loader, variant: str | None, pickles: bool = True) -> Prediction:
+    """Follow ``DiffusionPipeline.from_pretrained`` and its ``_identify_model_variants``."""
+    tagged = set()
+    if variant is not None:
+        if listing.dotless:
+            # Not where the variant comes first as the folder is listed, in whatever order that is.
+            failure = f"IndexError: list index out of range ({listing.dotless[0]} has no dot in its name)"
+            return Prediction(loader, variant, failure=failure)
+        for part in listing.parts:
+            if any(name.split(".")[1].startswith(variant) for name in part.names):
+                tagged.add(part.name)
+        if not tagged:
+            return Prediction(loader, variant, failure=f"ValueError: no modeling files of variant={variant}")
+    picks = tuple(_pick(part, variant if part.name in tagged else None, pickles) for part in listing.parts)
+    return Prediction(loader, variant, picks)
+
+
+def _pick(part: PartListing, variant: str | None, pickles: bool = True) -> Pick:
+    if part.library == "transformers":
+        return _pick_transformers(part, variant, pickles)
+    return _pick_diffusers(part, variant, pickles)
+
+
+def _pick_diffusers(part: PartListing, variant: str | None, pickles: bool) -> Pick:
+    """Follow ``ModelMixin.from_pretrained``: the index before the single file; pickles in one file only."""
+    name = WeightsName("diffusion_pytorch_model", variant, "safetensors")
+    index = name.index
+    if variant is not None and index not in part.names:
+        # ``_fetch_index_file_legacy`` cuts the whole path at its dots, and so finds nothing below a folder with one.
+        legacy = f"{name.stem}.{name.ext}.{variant}.index.json"
+        index = legacy if "." not in str(part.path) else index
+    if index in part.names:
+        return _pick_shards(part, index, checked=True)
+    pickled = WeightsName(name.stem, variant, "bin").single
+    return _pick_single(part, [name.single, *([pickled] if pickles else [])])
+
+
+def _pick_transformers(part: PartListing, variant: str | None, pickles: bool = True) -> Pick:
+    """Follow ``_get_resolved_checkpoint_files``: the single file before the index, safetensors before pickles."""
+    names = [WeightsName("model", variant, "safetensors"), WeightsName("pytorch_model", variant, "bin")]
+    for name in names if pickles else names[:1]:
+        if name.single in part.names:
+            return Pick(part.name, (name.single,))
+        if name.index in part.names:
+            return _pick_shards(part, name.index, checked=False)
+    return _pick_single(part, [name.single for name in (names if pickles else names[:1])])
+
+
+def _pick_shards(part: PartListing, index_name: str, checked: bool) -> Pick:
+    index = part.indexes.get(index_name, IndexListing((), f"cannot read {index_name}"))
+    if index.problem:
+        return Pick(part.name, (index_name,), index.problem)
+    missing = [shard for shard in index.shards if shard not in part.names]
+    if missing:
+        return Pick(part.name, (index_name,), f"no file named {missing[0]}, which {index_name} names")
+    return Pick(part.name, (index_name, *index.shards))
+
+
+def _pick_single(part: PartListing, names: list[str]) -> Pick:
+    for name in names:
+        if name in part.names:
+            return Pick(part.name, (name,))
+    return Pick(part.name, (), f"no file named {names[-1]}")
+
+
+def _predict_hub(listing: FolderListing, variant: str | None) -> Prediction:
+    """Follow ``DiffusionPipeline.download``: what is fetched, and then what is opened of it."""
+    safe = all(_has_safetensors(part, variant) for part in listing.parts if _weights_in(part))
+    fetched: dict[str, frozenset[str]] = {}
+    tagged = set()
+    for part in listing.parts:
+        usable = [name for name in part.names if not name.endswith(_PICKLED if safe else (".safetensors", ".msgpack"))]
+        fetched[part.name], is_tagged = _compatible(usable, variant)
+        if is_tagged:
+            tagged.add(part.name)
+    if variant is not None and not tagged:
+        return Prediction("diffusers-hub", variant, failure=f"ValueError: no modeling files of variant={variant}")
+    mixed = sorted(name for name, files in fetched.items() if files and name not in tagged)
+    warning = f"a mixture of {variant} and non-{variant} filenames: {', '.join(mixed)}" if variant and mixed else ""
+    left = "*.bin" if safe else "*.safetensors"
+    parts = []
+    for part in listing.parts:
+        names = frozenset(n for n in fetched[part.name] if not n.endswith(f"{left[1:]}.index.json"))
+        parts.append(PartListing(part.name, part.path, part.library, names | {"config.json"}, part.indexes))
+    found = _predict_pipeline(FolderListing(listing.path, True, tuple(parts)), "diffusers-hub", variant)
+    return Prediction("diffusers-hub", variant, found.picks, found.failure, warning)
+
+
+def _weights_in(part: PartListing) -> list[str]:
+    return [name for name in part.names if name.endswith((".bin", ".safetensors", ".onnx", ".pb", ".flashpack"))]
+
+
+def _has_safetensors(part: PartListing, variant: str | None) -> bool:
+    """Follow ``is_safetensors_compatible`` for one part."""
+    tagged = rf"({_STEMS})\.({variant}|{variant}-{_SHARD})\.({_ENDINGS})$"
+    matched = list(_matching(_weights_in(part), tagged)) if variant else []
+    matched = matched or list(_matching(_weights_in(part), rf"({_STEMS})(-{_SHARD})?\.({_ENDINGS})$"))
+    return any(name.endswith(".safetensors") for name in matched)
+
+
+def _compatible(names: Iterable[str], variant: str | None) -> tuple[frozenset[str], bool]:
+    """Follow ``variant_compatible_siblings`` for one part: the names to fetch, and whether they are tagged."""
+    names = list(names)
+    if variant is not None:
+        files = set(_matching(names, rf"({_STEMS})\.({variant}|{variant}-{_SHARD})\.({_ENDINGS})$"))
+        index = rf"({_STEMS})\.({_ENDINGS})\.index\.{variant}\.json$"
+        if not files:
+            files = set(_matching(names, rf".*-{_SHARD}\.{variant}\.[a-z]+$"))
+            index = rf"({_STEMS})\.({_ENDINGS})\.{variant}\.index\.json$"
+        if files:
+            return frozenset(files | set(_matching(names, index))), True
+    plain = set(_matching(names, rf"({_STEMS})(-{_SHARD})?\.({_ENDINGS})$"))
+    return frozenset(plain | set(_matching(names, rf"({_STEMS})\.({_ENDINGS})\.index\.json"))), False
+
+
+def _matching(names: Iterable[str], pattern: str) -> Iterator[str]:
+    compiled = re.compile(pattern)
+    return (name for name in names if compiled.match(name))

@@ -1,0 +1,308 @@
+"""What lies in a folder, seen without ever failing: what ``open_folder`` refuses is what the doctor has to tell of.
+
+Only names, indexes and headers are read; of a header just what the checks ask for is kept, so that a folder of
+thousands of files stays small in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from converter.checkpoint import WeightSet, is_weight_file
+from converter.dtypes import DType
+from converter.errors import BadFile, BadRequest, WconvError
+from converter.folder import Component
+from converter.formats import read_file
+from converter.formats.state_dict import Reading
+from converter.index import WeightIndex, read_index
+from converter.names import ParsedName, WeightsName, parse_name
+
+LENIENT = Reading(strip_code=True, lenient=True)
+# What downloaders call a file that they have not finished.
+_PARTIAL = re.compile(r".*\.(incomplete|part|partial|crdownload|aria2|download|tmp)")
+# Classes of a pipeline's parts that have no weights (``LOADABLE_CLASSES`` in ``diffusers/pipelines``).
+_NO_MODEL = re.compile(r".*(Tokenizer|TokenizerFast|Scheduler|Processor|Extractor|Pil|Fast)")
+
+
+@dataclass(frozen=True, slots=True)
+class FileView:
+    """What a weight file's header says, or why it cannot be read. ``nbytes`` is the file's size."""
+
+    name: str
+    nbytes: int
+    format: str = ""
+    names: tuple[str, ...] = ()
+    dtypes: tuple[DType, ...] = ()
+    tensor_nbytes: int = 0
+    storage_nbytes: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    error: WconvError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SetView:
+    """Files that belong together by an index, by their numbers, or as a single file; not all of them need be there.
+
+    ``index`` is None where there is none, or it cannot be read (``index_error`` then says why).
+    """
+
+    folder: Path
+    name: WeightsName
+    files: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    index_name: str | None = None
+    index: WeightIndex | None = None
+    index_error: WconvError | None = None
+    is_legacy: bool = False
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        return (*self.files, self.index_name) if self.index_name else self.files
+
+    @property
+    def label(self) -> str:
+        """The name to call the set by: its index, or its first file."""
+        return self.index_name or self.files[0]
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.index_name is not None or len(self.files) + len(self.missing) > 1
+
+    @property
+    def weight_set(self) -> WeightSet:
+        """The set to be opened by its files alone, whatever an index says."""
+        return WeightSet(self.folder, self.name, self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentView:
+    """A folder of weights: all of its entries by name, what the weight files among them say, and how they go together.
+
+    ``strays`` are shards that go with no set. ``library`` is the loader's, "diffusers" or "transformers".
+    """
+
+    component: Component
+    library: str
+    is_named: bool
+    folders: tuple[str, ...]
+    files: tuple[str, ...]
+    weights: Mapping[str, FileView]
+    sets: tuple[SetView, ...]
+    strays: tuple[SetView, ...]
+    partial: tuple[str, ...]
+    config_error: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.component.name
+
+    @property
+    def path(self) -> Path:
+        return self.component.path
+
+    def is_sound(self, found: SetView) -> bool:
+        """Say whether all files of a set are there and can be read."""
+        return bool(found.files) and not found.missing and not any(self.weights[name].error for name in found.files)
+
+    def views_of(self, found: SetView) -> list[FileView]:
+        return [self.weights[name] for name in found.files]
+
+
+@dataclass(frozen=True, slots=True)
+class FolderView:
+    """A folder as the doctor sees it.
+
+    ``absent`` are parts that model_index.json names and that are not there, ``dotless`` the entries of the folders it
+    names that have no dot in their names.
+    """
+
+    path: Path
+    is_pipeline: bool
+    class_name: str
+    components: tuple[ComponentView, ...]
+    absent: tuple[str, ...] = ()
+    dotless: tuple[str, ...] = ()
+    config_errors: tuple[tuple[Path, str], ...] = ()
+
+    @property
+    def variants(self) -> tuple[str | None, ...]:
+        """All variants that any part has, the untagged one first."""
+        tags = {found.name.variant for part in self.components for found in part.sets if found.files}
+        return tuple(sorted(tags, key=lambda tag: tag or ""))
+
+
+def look(path: Path) -> FolderView:
+    """See what is in a folder. Raises BadRequest for what is no folder, BadFile for one that holds no weights."""
+    if not path.exists():
+        raise BadFile(path, "does not exist", "Check the path.")
+    if not path.is_dir():
+        raise BadRequest(path, "is a file", "Name its folder; 'wconv inspect' shows a file.")
+    model_index, error = read_json(path / "model_index.json")
+    errors: tuple[tuple[Path, str], ...] = ((path / "model_index.json", error),) if error else ()
+    if not (path / "model_index.json").is_file():
+        parts = [_look_at(path, "", None)]
+        if (path / "modules.json").is_file():
+            parts += [part for folder in _subfolders(path) if (part := _look_at(folder, folder.name, None)).weights]
+        absent: tuple[str, ...] = ()
+    else:
+        named = {name: entry for name, entry in model_index.items() if _is_model(entry)}
+        absent = tuple(sorted(name for name in named if not (path / name).is_dir()))
+        parts = []
+        for folder in _subfolders(path):
+            part = _look_at(folder, folder.name, named.get(folder.name), folder.name in model_index or bool(errors))
+            if part.sets or part.strays or part.partial or folder.name in named:
+                parts.append(part)
+        if absent and any(entry.name for entry in path.iterdir() if is_weight_file(entry)):
+            absent = ()  # a missing part is loaded from the root itself (``load_sub_model``)
+    if not any(part.sets or part.strays or part.partial for part in parts) and not absent and not errors:
+        raise BadFile(path, "holds no weights", "Name a folder that does.")
+    errors += tuple((part.path / "config.json", part.config_error) for part in parts if part.config_error)
+    class_name = model_index.get("_class_name")
+    return FolderView(
+        path,
+        (path / "model_index.json").is_file(),
+        class_name if isinstance(class_name, str) else "",
+        tuple(parts),
+        absent,
+        tuple(_find_dotless(path, model_index)),
+        errors,
+    )
+
+
+def _find_dotless(path: Path, model_index: Mapping[str, Any]) -> Iterator[str]:
+    for folder in _subfolders(path):
+        if folder.name in model_index:
+            yield from sorted(f"{folder.name}/{entry.name}" for entry in folder.iterdir() if "." not in entry.name)
+
+
+def _subfolders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _is_model(entry: object) -> bool:
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+        return False
+    return not _NO_MODEL.fullmatch(entry[1])
+
+
+def read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """Read a JSON object; give an empty one, and what is wrong, where that fails."""
+    if not path.is_file():
+        return {}, ""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        return {}, str(error)
+    return (content, "") if isinstance(content, dict) else ({}, "it is no JSON object")
+
+
+def _look_at(path: Path, name: str, entry: Any, is_named: bool = True) -> ComponentView:
+    config, config_error = read_json(path / "config.json")
+    component = Component(name, path, (), config)
+    folders: list[str] = []
+    files: list[str] = []
+    partial: list[str] = []
+    parsed: dict[str, ParsedName] = {}
+    for item in sorted(path.iterdir()):
+        if item.name.startswith("."):
+            continue
+        (folders if item.is_dir() else files).append(item.name)
+        found = parse_name(item.name)
+        if found and is_weight_file(item):
+            parsed[item.name] = found
+        elif _PARTIAL.fullmatch(item.name):
+            partial.append(item.name)
+    weights = {item: _read(path / item) for item, found in parsed.items() if found.role != "index"}
+    sets, strays = _group(path, parsed)
+    weights.update((item, _read(path / item)) for found in sets for item in found.files if item not in weights)
+    library = _library_of(component, entry, sets)
+    return ComponentView(
+        component, library, is_named, tuple(folders), tuple(files), weights, sets, strays, tuple(partial), config_error
+    )
+
+
+def _library_of(component: Component, entry: Any, sets: tuple[SetView, ...]) -> str:
+    if component.config:
+        return "diffusers" if component.is_diffusers else "transformers"
+    if entry and entry[0] in ("diffusers", "transformers"):
+        return str(entry[0])
+    return "diffusers" if any(found.name.stem == "diffusion_pytorch_model" for found in sets) else "transformers"
+
+
+def _read(path: Path) -> FileView:
+    nbytes = path.stat().st_size if path.exists() else 0
+    try:
+        file = read_file(path, LENIENT)
+    except WconvError as error:
+        return FileView(path.name, nbytes, error=error)
+    except OSError as error:
+        return FileView(path.name, nbytes, error=BadFile(path, f"cannot be read ({error.strerror})"))
+    storages = {info.storage for info in file.tensors}
+    return FileView(
+        path.name,
+        nbytes,
+        file.format,
+        tuple(info.name for info in file.tensors),
+        tuple(info.dtype for info in file.tensors),
+        sum(info.nbytes for info in file.tensors),
+        sum(storage.nbytes for storage in storages),
+        file.metadata,
+        file.foreign,
+    )
+
+
+def _group(folder: Path, parsed: Mapping[str, ParsedName]) -> tuple[tuple[SetView, ...], tuple[SetView, ...]]:
+    """Put files together to sets, and to groups of shards that no set has."""
+    sets = [_indexed(folder, name, found, parsed) for name, found in parsed.items() if found.role == "index"]
+    taken = {name for found in sets for name in found.files}
+    indexed = {found.name for found in sets if found.files and found.index}
+    shards: dict[tuple[WeightsName, int, bool], dict[int, str]] = defaultdict(dict)
+    for name, found in parsed.items():
+        if found.role == "single" and name not in taken:
+            sets.append(SetView(folder, found.name, (name,)))
+        elif found.role == "shard" and name not in taken:
+            shards[found.name, found.count, found.is_legacy][found.number] = name
+    strays: list[SetView] = []
+    for (weights_name, count, is_legacy), members in shards.items():
+        spell = next(iter(members.values())) if is_legacy else ""
+        missing = tuple(
+            _like(spell, number) if is_legacy else weights_name.shard(number, count)
+            for number in range(1, min(count, 100_000) + 1)
+            if number not in members
+        )
+        group = SetView(folder, weights_name, tuple(members[n] for n in sorted(members)), missing, is_legacy=is_legacy)
+        (strays if weights_name in indexed else sets).append(group)
+    # An index that cannot be read, or names nothing that is there, goes with the shards that have its name.
+    for place, broken in [(n, s) for n, s in enumerate(sets) if s.index_name and s.index is None]:
+        shard_set = next((s for s in sets if s.name == broken.name and not s.index_name and len(s.files) > 1), None)
+        if shard_set:
+            sets[place] = SetView(
+                folder, broken.name, shard_set.files, shard_set.missing, broken.index_name, None, broken.index_error,
+                broken.is_legacy or shard_set.is_legacy,
+            )  # fmt: skip
+            sets.remove(shard_set)
+    return tuple(sorted(sets, key=lambda found: found.label)), tuple(strays)
+
+
+def _like(shard: str, number: int) -> str:
+    return re.sub(r"-\d{5,}-of-", f"-{number:05d}-of-", shard)
+
+
+def _indexed(folder: Path, index_name: str, parsed: ParsedName, others: Mapping[str, ParsedName]) -> SetView:
+    try:
+        index = read_index(folder / index_name)
+    except (WconvError, OSError) as error:
+        wrong = error if isinstance(error, WconvError) else BadFile(folder / index_name, "cannot be read")
+        return SetView(folder, parsed.name, (), (), index_name, None, wrong, parsed.is_legacy)
+    shards = sorted(set(index.weight_map.values()))
+    there = tuple(shard for shard in shards if shard in others or (folder / shard).is_file())
+    missing = tuple(shard for shard in shards if shard not in there)
+    is_legacy = parsed.is_legacy or any(name in others and others[name].is_legacy for name in there)
+    return SetView(folder, parsed.name, there, missing, index_name, index, None, is_legacy)
