@@ -65,7 +65,7 @@ def test_metadata_is_there_even_when_empty() -> None:
     "raw", [b'{"weight_map": {"a": "x.bin"}}', b'{"metadata": null, "weight_map": {"a": "x.bin"}}']
 )
 def test_metadata_may_be_missing(raw: bytes) -> None:
-    assert parse_index(raw, PATH) == WeightIndex({"a": "x.bin"}, {})
+    assert parse_index(raw, PATH) == WeightIndex({"a": "x.bin"}, {}, has_metadata=False)
 
 
 def test_unknown_metadata_is_kept() -> None:

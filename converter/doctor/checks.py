@@ -12,7 +12,7 @@ from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.dtypes import BY_ALIAS, BY_TORCH_NAME, RECAST_SOURCES, DType
 from converter.errors import WconvError
-from converter.names import WeightsName, parse_name
+from converter.names import WeightsName
 from converter.rules import find_kept, find_old_attention
 from converter.tensors import find_ties
 
@@ -62,8 +62,7 @@ def spelled_variant(name: WeightsName) -> str:
 
 def is_foreign(found: SetView) -> bool:
     """Say whether an index names files of another variant or form than its own."""
-    parsed = [parse_name(name) for name in found.files] if found.index_name else []
-    return any(one and (one.name.variant, one.name.ext) != (found.name.variant, found.name.ext) for one in parsed)
+    return found.index_name is not None and found.own_files != found.files
 
 
 def held_names(part: ComponentView, found: SetView) -> dict[str, str]:

@@ -31,10 +31,11 @@ from converter.doctor.checks import (
 )
 from converter.doctor.findings import Finding
 from converter.doctor.loaders import FolderListing, IndexListing, PartListing, list_folder
-from converter.doctor.view import ComponentView, FolderView, SetView
+from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.dtypes import BY_ALIAS, DTYPES
 from converter.errors import BadRequest
 from converter.folder import ModelFolder
+from converter.formats import read_file
 from converter.index import WeightIndex
 from converter.names import WeightsName, check_variant, parse_name
 from converter.plan import Plan, SetPlan, Target, make_plan
@@ -154,7 +155,7 @@ def _gather(part: _Part) -> None:
         if is_foreign(found):
             part.gone.add(str(found.index_name))
             part.say(f"move {found.index_name} away: it names files of another variant")
-            for group in _by_own_names(part.view, found):
+            for group in _by_own_names(found):
                 part.goals.append(_Goal(group, right_name(part.view, group.name)))
         elif not found.files:
             part.let_go(found, "none of the files that it names is there")
@@ -162,15 +163,15 @@ def _gather(part: _Part) -> None:
             part.goals.append(_Goal(found, right_name(part.view, found.name)))
 
 
-def _by_own_names(part: ComponentView, found: SetView) -> Iterator[SetView]:
+def _by_own_names(found: SetView) -> Iterator[SetView]:
+    """Put the files together that an index names rightly, though it names others too."""
     groups: dict[tuple[WeightsName, int], list[tuple[int, str]]] = {}
-    for name in found.files:
+    for name in found.own_files:
         parsed = parse_name(name)
         if parsed:
             groups.setdefault((parsed.name, parsed.count), []).append((parsed.number, name))
-    indexes = {one.name for one in part.sets if one.index_name and one is not found}
     for (own, count), members in groups.items():
-        if len(members) == max(count, 1) and own not in indexes:
+        if len(members) == max(count, 1):
             yield SetView(found.folder, own, tuple(member for _, member in sorted(members)))
 
 
@@ -181,10 +182,9 @@ def _open(found: SetView) -> Checkpoint:
 def _drop_strays(part: _Part) -> None:
     for stray in part.view.strays:
         kept = next((goal.source for goal in part.goals if goal.source.name == stray.name), None)
-        one_by_one = [
-            replace(stray.weight_set, file_names=(name,), name=WeightsName(name, None, "")) for name in stray.files
-        ]
-        if kept and all(holds_values(_open(kept), open_checkpoint(one)) for one in one_by_one):
+        files = [read_file(stray.folder / name, LENIENT) for name in stray.files]
+        shards = [Checkpoint(stray.weight_set, (file,), {}) for file in files]
+        if kept and all(holds_values(_open(kept), shard) for shard in shards):
             part.let_go(stray, f"{kept.label} holds the same values")
 
 

@@ -67,6 +67,13 @@ class SetView:
         return (*self.files, self.index_name) if self.index_name else self.files
 
     @property
+    def own_files(self) -> tuple[str, ...]:
+        """The files but those whose names say that they are of another variant or form."""
+        mine = (None, (self.name.variant, self.name.ext))
+        parsed = ((name, parse_name(name)) for name in self.files)
+        return tuple(name for name, one in parsed if (one and (one.name.variant, one.name.ext)) in mine)
+
+    @property
     def label(self) -> str:
         """The name to call the set by: its index, or its first file."""
         return self.index_name or self.files[0]
@@ -261,7 +268,7 @@ def _read(path: Path) -> FileView:
 def _group(folder: Path, parsed: Mapping[str, ParsedName]) -> tuple[tuple[SetView, ...], tuple[SetView, ...]]:
     """Put files together to sets, and to groups of shards that no set has."""
     sets = [_indexed(folder, name, found, parsed) for name, found in parsed.items() if found.role == "index"]
-    taken = {name for found in sets for name in found.files}
+    taken = {name for found in sets for name in found.own_files}
     indexed = {found.name for found in sets if found.files and found.index}
     shards: dict[tuple[WeightsName, int, bool], dict[int, str]] = defaultdict(dict)
     for name, found in parsed.items():
