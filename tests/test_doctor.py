@@ -7,6 +7,7 @@ whether it loads, and which files the kernel saw it open.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import shutil
@@ -514,14 +515,9 @@ class Loaded:
 
 
 def try_to_load(folder: Path, variant: str | None) -> Loaded:
-    model, error = None, ""
-    with watched(folder) as opened:
-        try:
-            model = load(folder, variant)
-        except Exception as caught:
-            error = f"{type(caught).__name__}: {caught}"
-    weights = {name for name in opened if name.endswith((".safetensors", ".bin")) or ".index." in name}
-    return Loaded(model, error, weights)
+    models: list[Any] = []
+    error, opened = opened_by(lambda: models.append(load(folder, variant)), folder)
+    return Loaded(models[0] if models else None, error, opened)
 
 
 def predicted_for(folder: Path, variant: str | None) -> Prediction:
@@ -628,3 +624,83 @@ def test_what_is_kept_can_be_purged(bases: Callable[[str], Path], tmp_path: Path
     wconv("doctor", folder, "--purge")
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
     wconv("doctor", folder, "--undo", exit_code=2)
+
+
+# From the Hub, and as Core ML conversion asks.
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], Path]:
+    """Let Diffusers take a folder for a repository of the Hub; gives where it then downloads to."""
+    from types import SimpleNamespace
+
+    from diffusers.pipelines import pipeline_utils
+    from huggingface_hub.utils import filter_repo_objects
+
+    def serve(folder: Path) -> Path:
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        place = tmp_path / "snapshot"
+        first = tmp_path / "first"
+        for one in (place, first):
+            shutil.rmtree(one, ignore_errors=True)
+            one.mkdir()
+        shutil.copy(folder / "model_index.json", first)
+
+        def download(*_: Any, allow_patterns: list[str], ignore_patterns: list[str], **__: Any) -> str:
+            for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / name, place / name)
+            return str(place)
+
+        siblings = [SimpleNamespace(rfilename=name) for name in files]
+        info = SimpleNamespace(siblings=siblings, pipeline_tag=None)
+        monkeypatch.setattr(pipeline_utils, "model_info", lambda *_, **__: info)
+        monkeypatch.setattr(pipeline_utils, "hf_hub_download", lambda *_, **__: str(first / "model_index.json"))
+        monkeypatch.setattr(pipeline_utils, "snapshot_download", download)
+        return place
+
+    return serve
+
+
+def opened_by(code: Callable[[], Any], folder: Path) -> tuple[str, set[str]]:
+    """Run a loader; give its error, and the weight files and indexes that it opened in a folder."""
+    error = ""
+    with watched(folder) as opened:
+        try:
+            code()
+        except Exception as caught:
+            error = f"{type(caught).__name__}: {caught}"
+    return error, {name for name in opened if name.endswith((".safetensors", ".bin")) or ".index." in name}
+
+
+@pytest.mark.parametrize("broken", [name for name, one in CASES.items() if one.base.startswith("sana")], indirect=True)
+def test_from_the_hub_the_loader_does_what_is_predicted(broken: tuple[Case, Path], hub: Callable[[Path], Path]) -> None:
+    from diffusers import DiffusionPipeline
+
+    _, folder = broken
+    for variant in (None, "bf16", "fp16"):
+        place = hub(folder)
+        prediction = predict(list_folder(diagnose(folder).view), "diffusers-hub", variant)
+
+        fetch = functools.partial(DiffusionPipeline.download, "some/model", variant=variant)
+        load_it = functools.partial(DiffusionPipeline.from_pretrained, place, variant=variant)
+        error = opened_by(fetch, place)[0]
+        if not error:
+            error, opened = opened_by(load_it, place)
+        assert prediction.works == (not error), (variant, prediction, error)
+        if prediction.works:
+            assert opened == files_in(prediction)
+
+
+@pytest.mark.parametrize("broken", [name for name, one in CASES.items() if one.base.startswith("sana")], indirect=True)
+def test_the_core_ml_script_gets_what_is_predicted(broken: tuple[Case, Path]) -> None:
+    from diffusers import DiffusionPipeline
+
+    _, folder = broken
+    for variant in ("bf16", "fp16"):
+        prediction = predict(list_folder(diagnose(folder).view), "coreml", variant)
+        how = {"dtype": torch.float16, "variant": variant, "use_safetensors": True}
+        error, opened = opened_by(functools.partial(DiffusionPipeline.from_pretrained, folder, **how), folder)
+        assert prediction.works == (not error), (variant, prediction, error)
+        if prediction.works:
+            assert opened == files_in(prediction)

@@ -208,7 +208,10 @@ def _predict_hub(listing: FolderListing, variant: str | None) -> Prediction:
     for part in listing.parts:
         names = frozenset(n for n in fetched[part.name] if not n.endswith(f"{left[1:]}.index.json"))
         parts.append(PartListing(part.name, part.path, part.library, names | {"config.json"}, part.indexes))
-    found = _predict_pipeline(FolderListing(listing.path, True, tuple(parts)), "diffusers-hub", variant)
+    # Of a folder with weights only these and its config are fetched, of any other folder everything.
+    heavy = {part.name for part in listing.parts if _weights_in(part)}
+    dotless = tuple(name for name in listing.dotless if name.partition("/")[0] not in heavy)
+    found = _predict_pipeline(FolderListing(listing.path, True, tuple(parts), (), dotless), "diffusers-hub", variant)
     return Prediction("diffusers-hub", variant, found.picks, found.failure, warning)
 
 
