@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from converter.errors import BadRequest
@@ -95,6 +96,7 @@ class ParsedName:
     is_legacy: bool = False
 
 
+@lru_cache(1 << 14)  # asked several times of each file, and there are folders of thousands
 def parse_name(file_name: str) -> ParsedName | None:
     """Read a file name in any known spelling; None if it is no weight file and no index.
 

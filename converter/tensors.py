@@ -70,6 +70,7 @@ class TensorInfo(NamedTuple):
         return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
 
 
+@lru_cache(1024)  # most tensors have one of a few shapes
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Give the row-major strides of a shape, in elements.
 
@@ -84,7 +85,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-@lru_cache(1024)  # asked several times of every tensor, and most have one of a few shapes
+@lru_cache(1024)
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     # Axes of length 1 may carry any stride, and an empty tensor any strides at all.
     if 0 in shape:

@@ -7,10 +7,12 @@ thousands of files stays small in memory.
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,18 +219,18 @@ def _look_at(path: Path, name: str, entry: Any, is_named: bool = True) -> Compon
     files: list[str] = []
     partial: list[str] = []
     parsed: dict[str, ParsedName] = {}
-    for item in sorted(path.iterdir()):
-        if item.name.startswith("."):
-            continue
-        (folders if item.is_dir() else files).append(item.name)
-        found = parse_name(item.name)
-        if found and is_weight_file(item):
-            parsed[item.name] = found
-        elif _PARTIAL.fullmatch(item.name):
-            partial.append(item.name)
-    weights = {item: _read(path / item) for item, found in parsed.items() if found.role != "index"}
-    sets, strays = _group(path, parsed)
-    weights.update((item, _read(path / item)) for found in sets for item in found.files if item not in weights)
+    with os.scandir(path) as entries:
+        kinds = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    for entry_name, is_folder in kinds:
+        (folders if is_folder else files).append(entry_name)
+        found = None if is_folder else parse_name(entry_name)
+        if found and is_weight_file(path / entry_name):
+            parsed[entry_name] = found
+        elif _PARTIAL.fullmatch(entry_name):
+            partial.append(entry_name)
+    sets, strays = _group(path, parsed)  # before the headers are read: an index of many tensors takes room for a while
+    named = [item for item, found in parsed.items() if found.role != "index"]
+    weights = {item: _read(path / item) for item in dict.fromkeys((*named, *(n for one in sets for n in one.files)))}
     library = _library_of(component, entry, sets)
     return ComponentView(
         component, library, is_named, tuple(folders), tuple(files), weights, sets, strays, tuple(partial), config_error
@@ -256,7 +258,7 @@ def _read(path: Path) -> FileView:
         path.name,
         nbytes,
         file.format,
-        tuple(info.name for info in file.tensors),
+        tuple(sys.intern(info.name) for info in file.tensors),
         tuple(info.dtype for info in file.tensors),
         sum(info.nbytes for info in file.tensors),
         sum(storage.nbytes for storage in storages),
@@ -308,8 +310,11 @@ def _indexed(folder: Path, index_name: str, parsed: ParsedName, others: Mapping[
     except (WconvError, OSError) as error:
         wrong = error if isinstance(error, WconvError) else BadFile(folder / index_name, "cannot be read")
         return SetView(folder, parsed.name, (), (), index_name, None, wrong, parsed.is_legacy)
+    # A name is held once, however often it is listed: of thousands of shards there are hundreds of thousands.
+    index = replace(index, weight_map={sys.intern(n): sys.intern(shard) for n, shard in index.weight_map.items()})
     shards = sorted(set(index.weight_map.values()))
-    there = tuple(shard for shard in shards if shard in others or (folder / shard).is_file())
-    missing = tuple(shard for shard in shards if shard not in there)
+    is_there = {shard: shard in others or (folder / shard).is_file() for shard in shards}
+    there = tuple(shard for shard in shards if is_there[shard])
+    missing = tuple(shard for shard in shards if not is_there[shard])
     is_legacy = parsed.is_legacy or any(name in others and others[name].is_legacy for name in there)
     return SetView(folder, parsed.name, there, missing, index_name, index, None, is_legacy)
