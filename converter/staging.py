@@ -97,6 +97,7 @@ class Staging:
         self.tree = self.folder / _TREE
         self.journal_path = self.folder.with_name(self.folder.name + ".json")
         self.finished_request: str | None = None
+        self._staged_journal = self.folder / "journal.new"
 
     def path_of(self, name: str) -> Path:
         return self.tree / name
@@ -131,9 +132,8 @@ class Staging:
         )
         if journal.first_away or journal.last_away:
             _sync_tree(self.tree)  # what replaces the only other copy must be on the disk, not in a cache
-        staged = self.folder / "journal.new"
-        staged.write_text(json.dumps(asdict(journal)), "utf-8")
-        staged.replace(self.journal_path)
+        self._staged_journal.write_text(json.dumps(asdict(journal)), "utf-8")
+        self._staged_journal.replace(self.journal_path)
         self.finish(journal)
 
     def _check_free(self, plan: Plan, names: list[str]) -> None:
@@ -175,6 +175,7 @@ class Staging:
     def remove(self) -> None:
         """Remove all that is staged."""
         shutil.rmtree(self.tree, ignore_errors=True)
+        self._staged_journal.unlink(missing_ok=True)
 
     def read_journal(self) -> _Journal | None:
         """Give the journal of a commit that has begun, if there is one."""

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from converter.errors import BadFile, BadRequest, OutputRefused
-from converter.plan import Plan
-from converter.staging import recover
+from converter.plan import Plan, Target
+from converter.staging import open_staging
 
 _FOLDER = ".wconv-undo"
 _RECORD = "record.json"
@@ -78,11 +78,19 @@ def undo(folder: Path) -> tuple[str, ...]:
 
     Raises BadRequest where nothing is kept, OutputRefused where a file has changed since.
     """
-    recover(folder, "")
     place = undo_folder(folder)
-    record = _read(place)
-    if record is None:
+    with open_staging(Target(folder, is_new=False)) as staging:
+        staging.remove()
+        record = _read(place)
+        if record is not None:
+            _put_back(folder, place, record)
+            return (*record.saved, *record.made)
+    if not _remove(place):  # True after a killed run had put everything back
         raise BadRequest(folder, "has nothing to undo", f"'wconv doctor --fix' keeps what it changes in {_FOLDER}/.")
+    return ()
+
+
+def _put_back(folder: Path, place: Path, record: _Record) -> None:
     for name, state in record.states.items():
         path = folder / name
         if path.exists() and _state(path) != tuple(state) and not _is_back(path, place / _FILES / name):
@@ -99,7 +107,6 @@ def undo(folder: Path) -> tuple[str, ...]:
     for name in record.made:
         (folder / name).unlink(missing_ok=True)
     _remove(place)
-    return (*record.saved, *record.made)
 
 
 def purge(folder: Path) -> int:
@@ -131,11 +138,15 @@ def _write(place: Path, record: _Record) -> None:
     staged.replace(place / _RECORD)
 
 
-def _remove(place: Path) -> None:
+def _remove(place: Path) -> bool:
+    """Remove what is kept; False where there was nothing, not even what a killed run of this left."""
+    was_there = place.exists()
     (place / _RECORD).unlink(missing_ok=True)  # first: what is left over without it says nothing
     shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError):
         place.parent.rmdir()
+        was_there = True
+    return was_there
 
 
 def _state(path: Path) -> _State:

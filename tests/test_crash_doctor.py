@@ -1,0 +1,109 @@
+"""The doctor's mending and its undo stopped at every step: nothing is lost, and the same command again ends right."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from test_crash import how_it_ends, kill_at_every_step
+from tiny import make_state, save, save_safetensors_shards, save_shards, snapshot, write_json
+
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
+STATE = make_state()
+OTHER = make_state(seed=1, dtype=torch.float16)
+FIX = ("doctor", "m", "--fix", "-q")
+UNDO = ("doctor", "m", "--undo", "-q")
+
+
+def make_broken(root: Path) -> Path:
+    """Make a folder with the same weights twice, a variant in an old spelling, and an index of nothing."""
+    folder = root / "m"
+    save_safetensors_shards(STATE, folder)
+    save(STATE, folder / "model.safetensors")
+    save_shards(OTHER, folder, ("ab", "cd", "ef"), "model-{:05d}-of-{:05d}.fp16.safetensors",
+                "model.safetensors.fp16.index.json")  # fmt: skip
+    write_json(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": {"a": "gone.bin"}})
+    write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"]})
+    return root
+
+
+def assert_nothing_is_lost(root: Path) -> None:
+    """Check that every tensor is still somewhere."""
+    for state in (STATE, OTHER):
+        held = set()
+        for path in root.rglob("*.safetensors"):
+            with contextlib.suppress(SafetensorError):
+                found = load_file(path)
+                held |= {name for name in found if found[name].equal(state[name])}
+        assert held == state.keys()
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    return make_broken(tmp_path / "broken")
+
+
+@pytest.fixture
+def mended(tmp_path: Path, wconv, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = make_broken(tmp_path / "mended")
+    monkeypatch.chdir(root)
+    wconv(*FIX)
+    return root
+
+
+def test_mending_killed_at_any_step(broken, mended, wconv, tmp_path, monkeypatch):
+    expected = snapshot(mended / "m")
+    assert expected != snapshot(broken / "m")
+    ends: dict[str, str] = {}
+    for copy in kill_at_every_step(FIX[:-1], broken, tmp_path / "killed"):
+        assert_nothing_is_lost(copy)
+        again = tmp_path / "again"
+        shutil.copytree(copy, again)
+        monkeypatch.chdir(copy)
+        problem = how_it_ends(FIX, copy / "m", expected)
+        wconv(*UNDO)
+        if problem or snapshot(copy) != snapshot(broken):
+            ends[copy.name] = problem or f"undone: {snapshot(copy).keys() ^ snapshot(broken).keys()}"
+        monkeypatch.chdir(again)
+        if (again / ".wconv-undo" / "m" / "record.json").exists():
+            wconv(*UNDO)
+            if snapshot(again) != snapshot(broken):
+                ends[f"{copy.name}, undone at once"] = str(snapshot(again).keys() ^ snapshot(broken).keys())
+        shutil.rmtree(again)
+    assert not ends
+
+
+def test_undo_killed_at_any_step(broken, mended, tmp_path, monkeypatch):
+    expected = snapshot(broken)
+    ends: dict[str, str] = {}
+    for copy in kill_at_every_step(UNDO[:-1], mended, tmp_path / "killed"):
+        assert_nothing_is_lost(copy)
+        if snapshot(copy) != expected:
+            monkeypatch.chdir(copy)
+            ends[copy.name] = how_it_ends(UNDO, copy, expected)
+    # A run that was killed once everything was back leaves no more than a lock, and the next says that all is done.
+    assert not {step: end for step, end in ends.items() if end and not (end.startswith("2") and end.endswith("[]"))}
+
+
+def test_what_was_changed_since_is_not_overwritten(mended, wconv):
+    save(make_state(seed=2), mended / "m" / "model.safetensors")
+    save(make_state(seed=3), mended / "m" / "model.fp16-00001-of-00003.safetensors")
+    before = snapshot(mended)
+    assert "has changed since" in wconv(*UNDO, exit_code=5).stderr
+    assert snapshot(mended) == before
+
+
+def test_two_mendings_are_undone_together(broken, wconv, monkeypatch):
+    before = snapshot(broken)
+    monkeypatch.chdir(broken)
+    wconv(*FIX)
+    (broken / "m" / "model.safetensors.index.fp16.json").write_text("{")
+    wconv(*FIX)
+    wconv(*UNDO)
+    assert snapshot(broken) == before
