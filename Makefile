@@ -68,10 +68,10 @@ readme-check: .venv-lint/installed  ## are the .rst files valid?
 			$$file build/$$(basename $$file).html; \
 	done
 
-docs-check: .venv-lint/installed  ## does docs/commands.rst say what the commands say?
+docs-check: .venv-lint/installed  ## do docs/ say what the commands and the doctor say?
 	.venv-lint/$(BIN)/python scripts/make_docs.py --check
 
-docs: .venv-lint/installed  ## write docs/commands.rst from the commands
+docs: .venv-lint/installed  ## write docs/commands.rst and docs/findings.rst from the code
 	.venv-lint/$(BIN)/python scripts/make_docs.py
 
 format: .venv-lint/installed  ## format everything and mend what the linter can

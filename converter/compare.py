@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from converter.checkpoint import Checkpoint, WeightSet, open_checkpoint
 from converter.choose import only_set
@@ -21,6 +21,7 @@ from converter.stream import PIECE_NBYTES
 from converter.tensors import TensorInfo, find_ties
 
 Kind = Literal["missing", "extra", "shape", "dtype", "values"]
+_KINDS = get_args(Kind)  # in the order of what matters
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,10 @@ class ValueErrors:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a comparison found. ``recast`` has the tensors of another dtype, where that is allowed."""
+    """What a comparison found: whole components first, then by kind, the largest errors first.
+
+    ``recast`` has the tensors of another dtype, where that is allowed.
+    """
 
     tensor_count: int
     nbytes: int
@@ -99,14 +103,14 @@ def verify(
             found.setdefault((error.component, error.name), []).append(error)
     values = [_merge(parts) for parts in found.values()]
     recast = {(pair.component, pair.a.name) for pair in pairs if pair.a.dtype is not pair.b.dtype}
-    for value in sorted(values, key=lambda value: (value.component, value.name)):
+    for value in sorted(values, key=lambda value: (-value.max_absolute, value.component, value.name)):
         if value.differing:
             detail = f"{value.differing:,} of its values, by up to {value.max_absolute:.3g}"
             differences.append(Difference("values", value.component, value.name, detail))
     return Comparison(
         tensor_count=len(pairs),
         nbytes=sum(pair.a.nbytes for pair in pairs),
-        differences=tuple(differences),
+        differences=tuple(sorted(differences, key=lambda one: (bool(one.name), _KINDS.index(one.kind)))),
         recast=tuple(value for value in values if (value.component, value.name) in recast),
     )
 

@@ -1,19 +1,21 @@
-"""Write docs/commands.rst from what the commands say of themselves; ``--check`` only says whether it is up to date."""
+"""Write docs/commands.rst and docs/findings.rst from what the code says; ``--check`` only says whether they are so."""
 
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 
 import click
 
 from converter.cli import COMMANDS, cli
+from converter.doctor.findings import KINDS
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "commands.rst"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-def render() -> str:
-    """Give the page: the help of each command, as the terminal shows it."""
+def render_commands() -> str:
+    """Give a page: the help of each command, as the terminal shows it."""
     parts = ["Commands", "========", "", ".. Written by scripts/make_docs.py; edit the commands instead.", ""]
     root = click.Context(cli, info_name="wconv")
     for name in COMMANDS:
@@ -26,17 +28,41 @@ def render() -> str:
     return "\n".join(parts)
 
 
+def render_findings() -> str:
+    """Give a page: each kind of finding, what it does and how to mend it."""
+    parts = ["What the doctor finds", "=====================", "", ".. Written by scripts/make_docs.py.", ""]
+    parts += [
+        "``wconv doctor`` names each finding by a code. Errors and warnings make its exit code 1, notes do not.",
+        "",
+    ]
+    for code, kind in KINDS.items():
+        parts += [
+            code,
+            "-" * len(code),
+            "",
+            f"**{kind.title}** ({kind.severity})",
+            "",
+            *textwrap.wrap(kind.effect, 118),
+            "",
+        ]
+        parts += [*textwrap.wrap(kind.mending, 118), ""] if kind.mending else []
+    return "\n".join(parts)
+
+
+PAGES = {"commands.rst": render_commands, "findings.rst": render_findings}
+
+
 def main() -> int:
-    """Write the page, or check it."""
-    text = render()
-    if "--check" in sys.argv[1:]:
-        if PAGE.exists() and PAGE.read_text("utf-8") == text:
-            return 0
-        print("docs/commands.rst is out of date: run 'make docs'", file=sys.stderr)
-        return 1
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(text, "utf-8")
-    return 0
+    """Write the pages, or check them."""
+    stale = 0
+    for name, render in PAGES.items():
+        page, text = DOCS / name, render()
+        if "--check" not in sys.argv[1:]:
+            page.write_text(text, "utf-8")
+        elif not page.exists() or page.read_text("utf-8") != text:
+            print(f"docs/{name} is out of date: run 'make docs'", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

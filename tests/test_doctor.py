@@ -10,9 +10,11 @@ import argparse
 import functools
 import hashlib
 import json
+import logging
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from converter.doctor import diagnose
 from converter.doctor.loaders import Prediction, list_folder, predict
+from converter.dtypes import DTYPES
 
 Break = Callable[[Path], None]
 STEM = "diffusion_pytorch_model"
@@ -511,13 +514,27 @@ class Loaded:
 
     model: Any
     error: str
-    opened: set[str] = field(default_factory=set)
+    opened: set[str]
+    said: list[str]
 
 
 def try_to_load(folder: Path, variant: str | None) -> Loaded:
     models: list[Any] = []
-    error, opened = opened_by(lambda: models.append(load(folder, variant)), folder)
-    return Loaded(models[0] if models else None, error, opened)
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
+    try:
+        error, opened = opened_by(lambda: models.append(load(folder, variant)), folder)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+    return Loaded(models[0] if models else None, error, opened, said)
 
 
 def predicted_for(folder: Path, variant: str | None) -> Prediction:
@@ -604,6 +621,7 @@ def test_it_is_mended_and_put_back(broken: tuple[Case, Path], bases: Any, builde
         prediction, real = predicted_for(folder, variant), try_to_load(folder, variant)
         assert prediction.works
         assert not real.error
+        assert not real.said
         assert real.opened == files_in(prediction)
         assert all("bf16" in name for name in real.opened) == (variant is not None and "bf16" in variant)
         state = state_of(real.model, builders)
@@ -704,3 +722,108 @@ def test_the_core_ml_script_gets_what_is_predicted(broken: tuple[Case, Path]) ->
         assert prediction.works == (not error), (variant, prediction, error)
         if prediction.works:
             assert opened == files_in(prediction)
+
+
+# What the loaders say of what they open.
+
+SAID = {
+    "an_index_that_save_pretrained_left": "FileNotFoundError",
+    "a_shard_that_is_gone": "FileNotFoundError",
+    "shards_with_a_gap_and_no_index": "no file named model.safetensors",
+    "shards_without_an_index": f"no file named {STEM}.bin",
+    "an_index_with_a_tensor_too_many": "were not used",
+    "an_index_with_a_tensor_too_few": "were not initialized",
+    "an_index_without_metadata": "KeyError: 'metadata'",
+    "an_index_without_metadata_of_transformers": "KeyError: 'metadata'",
+    "an_index_cut_short": "JSONDecodeError",
+    "an_index_that_points_elsewhere": "contains a path separator",
+    "a_file_cut_short": "Unable to load weights",
+    "a_git_lfs_pointer": "header too large",
+    "a_pickle_with_more_than_tensors": "Weights only load failed",
+    "a_diffusers_model_by_the_name_of_transformers": f"no file named {STEM}.bin",
+    "a_config_of_another_model": "expected shape",
+    "a_config_cut_short": "is not a valid JSON",
+    "a_part_that_is_gone": "no file named config.json",
+    "sharded_bin_in_diffusers": f"no file named {STEM}.bin",
+    "old_names_in_shards": "were not initialized",
+    "untagged_weights_that_one_part_lacks": f"no file named {STEM}.bin",
+}
+
+
+@pytest.mark.parametrize("broken", SAID, indirect=True)
+def test_the_loader_fails_as_the_finding_says(broken: tuple[Case, Path], request: pytest.FixtureRequest) -> None:
+    real = try_to_load(broken[1], None)
+    assert SAID[request.node.callspec.params["broken"]] in " ".join([real.error, *real.said])
+
+
+@pytest.mark.parametrize("broken", ["an_index_that_does_not_tell_them_apart"], indirect=True)
+def test_the_loader_takes_rounded_values_in_silence(
+    broken: tuple[Case, Path], bases: Callable[[str], Path], builders: Any
+) -> None:
+    real = try_to_load(broken[1], None)
+    assert not real.error
+    assert not real.said
+    state, expected = (state_of(model, builders) for model in (real.model, load(bases("sana-safe"))))
+    names = [name for name in expected if name.startswith("transformer.")]
+    assert any(not state[name].equal(expected[name]) for name in names)
+    assert all(state[name].equal(expected[name].bfloat16().float()) for name in names)
+
+
+@pytest.mark.parametrize("broken", ["a_config_that_names_another_dtype"], indirect=True)
+def test_the_loader_goes_by_the_config(broken: tuple[Case, Path], wconv: Any) -> None:
+    assert load(broken[1]).dtype == torch.float32
+    wconv("doctor", broken[1], "--fix")
+    assert load(broken[1]).dtype == torch.bfloat16
+
+
+# No false alarm.
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "sana", "wan", "t5", "llama_tied", "llama_untied", "clip"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_what_the_libraries_save_is_healthy(
+    name: str, shards: int, builders: Any, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
+    folder = builders.save_safetensors(builders.MODELS[name](), tmp_path / "m", shards)
+    assert json.loads(wconv("doctor", folder, "--json").stdout)["findings"] == []
+    for dtype, tag in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+        for part_name, part in builders.models_in(builders.MODELS[name]().to(dtype)).items():
+            limit = builders.shard_limit(part.state_dict(), shards) if shards > 1 else "10GB"
+            part.save_pretrained(folder / part_name, variant=tag, max_shard_size=limit)
+    assert json.loads(wconv("doctor", folder, "--json").stdout)["findings"] == []
+    deep = json.loads(wconv("doctor", folder, "--json", "--deep").stdout)["findings"]
+    assert {one["code"] for one in deep} <= {"values-zero", "values-equal"}
+
+
+# Values.
+
+
+def test_zeros_and_the_same_values_twice(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(bases("llama-safe"), tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    state["model.norm.weight"] = torch.zeros_like(state["model.norm.weight"])
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    found = {finding.code: finding.problem for finding in diagnose(folder, deep=True).findings}
+    assert found == {
+        "values-zero": "holds nothing but zeros in model.norm.weight",
+        "values-equal": "holds the same values in lm_head.weight and model.embed_tokens.weight",
+    }
+
+
+def test_a_folder_of_thousands_of_shards(tmp_path: Path) -> None:
+    # 10,000 shards with 100,000 tensors take some 2.5 seconds and 87 MB.
+    from converter.formats.safetensors import build_header
+
+    weight_map = {}
+    for number in range(1, 1001):
+        names = [f"layers.{number}.{place}.weight" for place in range(10)]
+        shard = f"model-{number:05d}-of-01000.safetensors"
+        header = build_header([(name, DTYPES["F32"], (2, 2)) for name in names], {"format": "pt"})
+        (tmp_path / shard).write_bytes(header + bytes(160))
+        weight_map |= dict.fromkeys(names, shard)
+    index = {"metadata": {"total_size": 160_000}, "weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    begun = time.perf_counter()
+    assert diagnose(tmp_path).findings == ()
+    assert time.perf_counter() - begun < 3
