@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from converter.choose import Wishes
     from converter.compare import verify
     from converter.conversion import convert, plan_conversion
+    from converter.doctor import Diagnosis, diagnose, mend
+    from converter.doctor.mend import Choices, plan_mending
     from converter.dtypes import DType
     from converter.errors import (
         BadFile,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "checkpoint": ("Checkpoint", "WeightSet", "open_checkpoint"),
     "conversion": ("convert", "plan_conversion"),
+    "doctor": ("Choices", "Diagnosis", "diagnose", "mend", "plan_mending"),
     "dtypes": ("DType",),
     "errors": (
         "BadFile",
@@ -66,9 +69,11 @@ __all__ = [
     "BadRequest",
     "ByteRange",
     "Checkpoint",
+    "Choices",
     "Component",
     "Copy",
     "DType",
+    "Diagnosis",
     "HostileFile",
     "LossyCast",
     "ModelFolder",
@@ -85,10 +90,13 @@ __all__ = [
     "WeightsName",
     "Wishes",
     "convert",
+    "diagnose",
     "make_plan",
+    "mend",
     "open_checkpoint",
     "open_folder",
     "plan_conversion",
+    "plan_mending",
     "plan_rename",
     "run_plan",
     "verify",

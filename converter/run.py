@@ -212,9 +212,11 @@ def _described(shard: Shard) -> list[Described]:
 def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
     named = ", ".join(f"{name} ({count:,})" for name, count in counts.most_common(5))
     more = f" and {len(counts) - 5} more tensors" if len(counts) > 5 else ""
+    copies = (copy for shard in plan.shards for copy in shard.copies)
+    dtypes = {copy.dtype.tag for copy in copies if copy.source.name in counts and copy.dtype is not copy.source.dtype}
     return LossyCast(
         plan.source.path,
-        f"holds values that are too large for {plan.wishes.dtype}: {named}{more}",
+        f"holds values that are too large for {' and '.join(sorted(dtypes))}: {named}{more}",
         "Keep them with --keep-fp32, take bf16, or say --on-overflow saturate or inf.",
     )
 

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from converter.doctor.checks import run_checks
 from converter.doctor.findings import SEVERITIES, Finding
-from converter.doctor.mend import Choices, Mending
+from converter.doctor.mend import Choices, Mending, plan_mending
 from converter.doctor.undo import keeping
 from converter.doctor.view import FolderView, look
+from converter.errors import LossyCast
 from converter.run import Progress, run_plan
 from converter.staging import recover
+
+__all__ = ["Choices", "Diagnosis", "Finding", "Mending", "diagnose", "finish_mending", "mend", "plan_mending"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +49,18 @@ def diagnose(path: Path | str, *, deep: bool = False) -> Diagnosis:
 
 
 def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None) -> None:
-    """Carry out what was planned, in one transaction; what it replaces is kept, for ``undo``."""
+    """Carry out what was planned, in one transaction; what it replaces is kept, for ``undo``.
+
+    Raises LossyCast where a variant to be made cannot hold the values, and what ``run_plan`` raises.
+    """
     folder = Path(path)
     if mending.plan is not None:
-        with keeping(folder, mending.plan):
-            run_plan(mending.plan, progress=progress, request=_request(folder))
+        try:
+            with keeping(folder, mending.plan):
+                run_plan(mending.plan, progress=progress, request=_request(folder))
+        except LossyCast as error:
+            advice = "Make that variant with 'wconv recast' (--keep-fp32, --on-overflow), then mend the rest."
+            raise LossyCast(error.where, error.problem, advice) from None
 
 
 def finish_mending(path: Path | str) -> bool:

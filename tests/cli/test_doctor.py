@@ -1,0 +1,173 @@
+"""``wconv doctor`` at the terminal: what it shows, its exit codes, its choices, and odd folders.
+
+What it finds and mends is tested, against the real loaders, in ``tests/test_doctor.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import make_state, save, save_pipeline, save_safetensors_shards, snapshot, write_json
+
+STATE = make_state()
+CONFIG = {"architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.fixture
+def twins(tmp_path: Path) -> Path:
+    """Give a folder with two sets of one name and other values."""
+    folder = tmp_path / "m"
+    save_safetensors_shards(STATE, folder)
+    save(make_state(seed=1), folder / "model.safetensors")
+    write_json(folder / "config.json", CONFIG)
+    return folder
+
+
+def test_a_healthy_folder(wconv, tmp_path):
+    save_safetensors_shards(STATE, tmp_path)
+    outcome = wconv("doctor", tmp_path)
+    assert outcome.stdout.splitlines()[-1] == "Healthy."
+    assert "3 + index" in outcome.stdout
+    assert wconv("doctor", tmp_path, "-q").stdout == ""
+    assert wconv("doctor", tmp_path, "--fix").stdout == outcome.stdout
+    assert not (tmp_path.parent / ".wconv-undo").exists()
+
+
+def test_findings_are_shown_worst_first(wconv, twins):
+    (twins / "model.fp16.safetensors.part").write_bytes(b"")
+    shown = wconv("doctor", twins, exit_code=1).stdout
+    assert shown.index("error sets-twice") < shown.index("warning download-partial")
+    assert "Diffusers loads the one with the index, transformers the single file." in shown
+    assert shown.splitlines()[-1] == "1 error, 1 warning."
+
+
+def test_notes_are_counted_and_shown_on_request(wconv, tmp_path):
+    save(STATE, tmp_path / "model.safetensors")
+    save(STATE, tmp_path / "pytorch_model.bin")
+    assert wconv("doctor", tmp_path).stdout.splitlines()[-1] == "Healthy: 1 note (-v shows notes)."
+    assert "note forms-redundant" in wconv("doctor", tmp_path, "-v").stdout
+
+
+def test_what_a_loader_opens(wconv, tmp_path):
+    save_pipeline(tmp_path / "m", variant="fp16")
+    shown = wconv("doctor", tmp_path / "m", "--loader", "diffusers", "--variant", "fp16", exit_code=1).stdout
+    assert "diffusers (diffusers 0.32 to 0.42, from a local folder), asked for variant='fp16', opens:" in shown
+    assert "vae: diffusion_pytorch_model.fp16.bin" in shown
+    assert "unet: fails: no file named diffusion_pytorch_model.fp16.bin" in shown
+    told = json.loads(wconv("doctor", tmp_path / "m", "--loader", "coreml", "--json", exit_code=1).stdout)
+    assert [one["works"] for one in told["loads"]] == [False]
+    assert told["loads"][0]["variant"] == "fp16"
+
+
+def test_a_dry_run_says_what_would_be_opened(wconv, twins):
+    before = snapshot(twins)
+    shown = wconv("doctor", twins, "--fix", "--dry-run", "--keep", "shards", exit_code=1).stdout
+    assert "move model.safetensors away: --keep shards" in shown
+    assert "asked for no variant, would then open:" in shown
+    assert "model.safetensors.index.json, model-00001-of-00003.safetensors" in shown
+    assert snapshot(twins) == before
+
+
+def test_without_a_choice_nothing_is_moved(wconv, twins):
+    before = snapshot(twins)
+    assert "nothing here that --fix can mend" in wconv("doctor", twins, "--fix", exit_code=1).stdout
+    assert snapshot(twins) == before
+
+
+def test_what_is_missing_stops_a_mending(wconv, twins):
+    (twins / "model-00002-of-00003.safetensors").unlink()
+    before = snapshot(twins)
+    shown = wconv("doctor", twins, "--fix", exit_code=1).stdout
+    assert "Nothing is touched while data are missing: " in shown
+    assert snapshot(twins) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(
+    ("answer", "gone"), [("shards", "model.safetensors"), ("single", "model.safetensors.index.json")]
+)
+def test_on_a_terminal_it_asks(twins, answer, gone):
+    import pty
+
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "converter", "doctor", twins, "--fix"]
+    with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        os.write(master, f"{answer}\n".encode())
+        out, err = process.communicate(timeout=60)
+    os.close(slave)
+    os.close(master)
+    assert not process.returncode, out + err
+    assert "Two sets of one variant: keep which?" in err
+    assert not (twins / gone).exists()
+
+
+def test_json_of_a_mending(wconv, twins):
+    told = json.loads(wconv("doctor", twins, "--fix", "--keep", "single", "--json").stdout)
+    assert told["healthy"]
+    assert told["fix"]["steps"] == [".: move model.safetensors.index.json away: --keep single"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--keep-default",), "That goes with --fix."),
+        (("--fix", "--undo"), "Choose one of --fix, --undo and --purge."),
+        (("--fix", "--only-variant", "fp16"), "has no variant 'fp16'"),
+        (("--fix", "--make-variant", "best"), "names no dtype"),
+        (("--undo",), "has nothing to undo"),
+        (("--purge",), "has nothing to purge"),
+    ],
+)
+def test_requests_that_cannot_be(wconv, twins, args, said):
+    before = snapshot(twins)
+    assert said in wconv("doctor", twins, *args, exit_code=2).stderr
+    assert snapshot(twins) == before
+
+
+def test_no_folder_of_weights(wconv, tmp_path):
+    assert "does not exist" in wconv("doctor", tmp_path / "gone", exit_code=3).stderr
+    assert "holds no weights" in wconv("doctor", tmp_path, exit_code=3).stderr
+    path = save(STATE, tmp_path / "model.bin")
+    assert "is a file" in wconv("doctor", path, exit_code=2).stderr
+
+
+def test_names_that_would_steer_the_terminal(wconv, tmp_path):
+    folder = tmp_path / "m"
+    save_safetensors_shards(STATE, folder)
+    write_json(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": {"a": "\x1b[2J.bin"}})
+    shown = wconv("doctor", folder, "--loader", "transformers", exit_code=1).stdout
+    assert "\x1b" not in shown
+    assert "\\x1b[2J.bin" in shown
+
+
+def test_a_variant_is_made_on_request(wconv, tmp_path):
+    folder = tmp_path / "m"
+    save(STATE, folder / "model.safetensors")
+    wconv("doctor", folder, "--fix", "--make-variant", "bf16")
+    assert (folder / "model.bf16.safetensors").exists()
+    wconv("doctor", folder, "--fix", "--only-variant", "bf16")
+    assert not (folder / "model.safetensors").exists()
+    wconv("doctor", folder, "--undo")
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+
+
+def test_a_variant_that_overflows_is_refused(wconv, tmp_path):
+    folder = tmp_path / "m"
+    save({name: tensor * 1e6 for name, tensor in STATE.items()}, folder / "model.safetensors")
+    before = snapshot(tmp_path)
+    said = wconv("doctor", folder, "--fix", "--make-variant", "fp16", exit_code=6).stderr
+    assert "too large for F16" in said
+    assert "wconv recast" in said
+    assert snapshot(tmp_path) == before
+
+
+def test_a_copied_folder_knows_nothing_of_the_first_ones_undo(wconv, twins, tmp_path):
+    wconv("doctor", twins, "--fix", "--keep", "single")
+    copy = shutil.copytree(twins, tmp_path / "copy")
+    wconv("doctor", copy, "--undo", exit_code=2)
