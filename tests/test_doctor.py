@@ -219,15 +219,19 @@ def one_file_that_is_not_its_shards_and_no_choice(folder: Path) -> None:
     one_file_that_is_not_its_shards(folder)
 
 
+@case("vae-bf16sharded", "name-legacy", "sets-twice", variants=(None, "bf16"))
+def two_indexes_over_the_same_shards(folder: Path) -> None:
+    index = folder / f"{STEM}.safetensors.index.bf16.json"
+    shutil.copy(index, folder / f"{STEM}.safetensors.bf16.index.json")
+
+
 @case("vae-sharded", "index-dangling")
 def an_index_that_save_pretrained_left(folder: Path) -> None:
     # Diffusers' own bug: one file saved over shards leaves their index.
-    index = index_of(folder).read_bytes()
-    saved = load(folder)
-    saved.save_pretrained(folder)
+    load(folder).save_pretrained(folder)
     assert (folder / f"{STEM}.safetensors").exists()
-    if not list(folder.glob("*.index.json")):
-        (folder / f"{STEM}.safetensors.index.json").write_bytes(index)
+    assert not list(folder.glob("*-of-*"))
+    assert index_of(folder).exists()
 
 
 @case("vae-bf16sharded", "index-dangling")

@@ -92,8 +92,9 @@ class _Part:
     steps: list[str] = field(default_factory=list)
 
     def let_go(self, found: SetView, why: str) -> None:
-        self.gone.update(found.all_names)
         self.goals = [goal for goal in self.goals if goal.source is not found or goal.is_new]
+        shared = {name for goal in self.goals if goal.source is not found for name in goal.source.files}
+        self.gone.update(name for name in found.all_names if name not in shared)
         self.say(f"move {found.label} away: {why}")
 
     def say(self, step: str) -> None:
@@ -194,7 +195,7 @@ def _drop_twins(part: _Part, choices: Choices) -> None:
         other = next((one for one in part.goals if one is not goal and one.name == goal.name), None)
         if other is None or goal not in part.goals:
             continue
-        single, shards = sorted((goal.source, other.source), key=lambda found: found.is_sharded)
+        single, shards = sorted((goal.source, other.source), key=lambda found: (found.is_sharded, found.is_legacy))
         if choices.keep in ("single", "shards"):
             part.let_go(shards if choices.keep == "single" else single, f"--keep {choices.keep}")
         elif holds_values(_open(single), _open(shards)):
