@@ -202,10 +202,11 @@ def _is_there(planned: SetPlan, checkpoint: Checkpoint, existing: Sequence[Weigh
         return False
     before = [{info.name for info in file.tensors} for file in checkpoint.files]
     after = [{copy.source.name for copy in shard.copies} | shard.ties.keys() for shard in planned.shards]
-    return before == after and not any(_casts(shard) for shard in planned.shards)
+    return before == after and not any(casts(shard) for shard in planned.shards)
 
 
-def _casts(shard: Shard) -> bool:
+def casts(shard: Shard) -> bool:
+    """Say whether a tensor of a shard changes its dtype."""
     return any(copy.dtype is not copy.source.dtype for copy in shard.copies)
 
 
@@ -309,7 +310,7 @@ def _link_if_same(shard: Shard, checkpoint: Checkpoint) -> Shard:
             and places == [(file.path, copy.offset) for copy in shard.copies]
             and len(places) == len(file.tensors)
             and {"format": "pt", **file.metadata} == file.metadata
-            and not _casts(shard)
+            and not casts(shard)
         )
         if same_bytes:
             return replace(shard, link=file.path)

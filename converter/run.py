@@ -24,7 +24,7 @@ from zlib_ng.zlib_ng import crc32_combine
 
 from converter.errors import BadFile, LossyCast, WconvError
 from converter.formats import FORMATS, read_file
-from converter.plan import Plan, Shard
+from converter.plan import Plan, Shard, casts
 from converter.staging import Staging, check_room, open_staging
 from converter.stream import (
     CHUNK_NBYTES,
@@ -43,7 +43,7 @@ from converter.stream import (
 from converter.tensors import ByteRange, Described
 
 DEFAULT_MEMORY_NBYTES = 1 << 26
-DEFAULT_WORKERS = 4  # threads: some wait for the disk, or for each other, while others copy
+DEFAULT_WORKERS = 4
 _MIN_CHUNK_NBYTES = 1 << 16
 
 Progress = Callable[[int], None]
@@ -64,6 +64,14 @@ class Result:
     seconds: float
     reused_nbytes: int = 0
     verified: bool = False
+
+
+def default_workers(plan: Plan) -> int:
+    """Say how many threads a run takes: some wait for the disk, or for each other, while others copy.
+
+    Casts hold the interpreter's lock, and take a tenth longer with more threads than there are cores.
+    """
+    return min(DEFAULT_WORKERS, os.cpu_count() or 1) if any(map(casts, plan.shards)) else DEFAULT_WORKERS
 
 
 def chunk_nbytes_for(memory_nbytes: int, workers: int) -> int:
@@ -95,6 +103,7 @@ def run_plan(
     """
     begun = time.perf_counter()
     verify = verify or plan.destroys_source
+    workers = workers or default_workers(plan)
     with open_staging(plan.target) as staging, _open_tasks(executor, workers, memory_nbytes, progress) as tasks:
         names = [shard.path for shard in plan.shards] + [name for name, _ in (*plan.carried, *plan.texts)]
         staging.drop_strangers(set(names))

@@ -12,7 +12,7 @@ from converter.choose import Wishes
 from converter.cli.output import open_meter, plan_as_json, show_json, show_plan, show_result
 from converter.conversion import prepare
 from converter.plan import Plan
-from converter.run import DEFAULT_MEMORY_NBYTES, DEFAULT_WORKERS, Result, peak_buffer_nbytes, run_plan
+from converter.run import DEFAULT_MEMORY_NBYTES, Result, default_workers, peak_buffer_nbytes, run_plan
 
 
 def run_conversion(source: Path, options: dict[str, Any], **fixed: Any) -> None:
@@ -58,7 +58,7 @@ def _memory_nbytes(options: dict[str, Any]) -> int:
 
 
 def _show_dry_run(plan: Plan, options: dict[str, Any]) -> None:
-    buffers = peak_buffer_nbytes(plan, _memory_nbytes(options), options.get("workers") or DEFAULT_WORKERS)
+    buffers = peak_buffer_nbytes(plan, _memory_nbytes(options), options.get("workers") or default_workers(plan))
     memory_nbytes = psutil.Process().memory_info().rss + buffers
     if options["as_json"]:
         show_json({**plan_as_json(plan), "dry_run": True, "peak_memory_nbytes": memory_nbytes})

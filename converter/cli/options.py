@@ -73,7 +73,12 @@ class DTypeName(click.ParamType[DType]):
 source_arg = click.argument("source", metavar="[SRC]", default=".", type=click.Path(path_type=Path))
 
 _RUN_OPTIONS = (
-    click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Threads that copy (default: 4)."),
+    click.option(
+        "--workers",
+        type=click.IntRange(1, 64),
+        metavar="N",
+        help="Threads that copy (default: 4; for casts, the cores if fewer).",
+    ),
     click.option("--memory", type=Size(), default="64MB", show_default=True, help="Memory for buffers."),
 )
 _OUTPUT_OPTIONS = (
