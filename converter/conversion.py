@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from converter.plan import Plan, Target, make_plan
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
 from converter.staging import open_target, recover
 
+Choose = Callable[[ModelFolder, Wishes], list[tuple[Component, WeightSet]]]
+
 _NO_WISHES = Wishes()
 
 
-def plan_conversion(source: Path, output: Path | None, wishes: Wishes) -> Plan:
-    """Plan a conversion of ``source``, beside it or into ``output``.
+def plan_conversion(source: Path, output: Path | None, wishes: Wishes, choose: Choose = choose_sets) -> Plan:
+    """Plan a conversion of ``source``, beside it or into ``output``; ``choose`` says which sets are read.
 
     A plan without sets means that there is nothing to do. Raises WconvError as the commands do.
     """
@@ -30,7 +32,7 @@ def plan_conversion(source: Path, output: Path | None, wishes: Wishes) -> Plan:
     folder = open_folder(source)
     output, renamed = _split_output(folder, output, wishes)
     target = open_target(folder, output, wishes.overwrite)
-    chosen = choose_sets(folder, wishes)
+    chosen = choose(folder, wishes)
     elsewhere = output is not None and not (output.exists() and output.samefile(folder.root))
     if wishes.dtype and wishes.variant == "none" and not elsewhere:
         raise BadRequest(source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
@@ -85,11 +87,16 @@ def prepare(source: Path, output: Path | None, wishes: Wishes, recovering: bool 
 
     Without ``recovering`` (for a dry run), what such a run left is not touched.
     """
-    request = repr((str(source.absolute()), str(output.absolute()) if output else "", wishes))
+    request = request_of(source, output, wishes)
     folder = output or (source if source.is_dir() else source.parent)
     if recovering and recover(folder, request):
         return request, None
     return request, plan_conversion(source, output, wishes)
+
+
+def request_of(source: Path, output: Path | None, wishes: object) -> str:
+    """Name a request, so that a run that was killed is known again."""
+    return repr((str(source.absolute()), str(output.absolute()) if output else "", wishes))
 
 
 def _split_output(folder: ModelFolder, output: Path | None, wishes: Wishes) -> tuple[Path | None, WeightsName | None]:

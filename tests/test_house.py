@@ -35,6 +35,7 @@ LAYERS = (
     ("run", "rename"),
     ("conversion", "compare", "quantize"),
     ("doctor",),
+    ("coreml",),
     ("cli", "testing"),
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -51,7 +51,8 @@ def command(
     wconv doctor ./model --loader diffusers --variant fp16     which files would be opened?
     wconv doctor ./model --fix --dry-run                       how can it be mended?
     """
-    from converter.cli.output import echo, show_bytes, show_json
+    from converter.cli.output import echo, printable, show_bytes, show_json
+    from converter.coreml import find_lacks
     from converter.doctor import diagnose, finish_mending
     from converter.doctor.mend import Choices, Keep
 
@@ -78,17 +79,21 @@ def command(
         content["fix"] = {"steps": list(mending.steps), "refused": mending.refused, "dry_run": dry_run}
         if mending.plan and not dry_run:
             found = diagnose(source, deep=deep)
+    listing = mending.after if mending and dry_run else None
+    predicted = _predictions(listing, found, loader, variant, always=mending is not None)
+    lacks = list(find_lacks(source)) if loader == "coreml" else []
     if as_json:
-        predicted = _predictions(mending.after if mending else None, found, loader, variant)
-        show_json({**_as_json(found), **content, "loads": [_loads_as_json(one) for one in predicted]})
+        content["loads"] = [_loads_as_json(one) for one in predicted]
+        content["lacks"] = [{"path": str(lack.path), "problem": lack.problem, "advice": lack.advice} for lack in lacks]
+        show_json({**_as_json(found), **content})
     elif not quiet:
-        if not (mending and dry_run):
+        if not listing:
             _show(found, verbose)
-        listing = mending.after if mending and dry_run else None
-        _show_predictions(
-            _predictions(listing, found, loader, variant, always=mending is not None), listing is not None
-        )
-    return 0 if found.is_healthy else 1
+        _show_predictions(predicted, listing is not None)
+        for lack in lacks:
+            echo(printable(f"    lacks {lack.path.relative_to(source).as_posix()}: {lack.problem}. {lack.advice}"))
+    ready = not lacks and all(one.works for one in predicted)
+    return 0 if found.is_healthy and (ready or loader != "coreml") else 1
 
 
 def _fix(source: Path, found: Diagnosis, choices: Choices, dry_run: bool, quiet: bool) -> Mending:

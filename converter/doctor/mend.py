@@ -32,7 +32,7 @@ from converter.doctor.checks import (
 from converter.doctor.findings import Finding
 from converter.doctor.loaders import FolderListing, IndexListing, PartListing, list_folder
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
-from converter.dtypes import BY_ALIAS, DTYPES
+from converter.dtypes import BY_ALIAS, DTYPES, RECAST_TARGETS
 from converter.errors import BadRequest
 from converter.folder import ModelFolder
 from converter.formats import read_file
@@ -142,10 +142,13 @@ def plan_mending(view: FolderView, findings: Sequence[Finding], choices: Choices
 
 
 def _check_choices(view: FolderView, choices: Choices) -> None:
-    if choices.only_variant and choices.only_variant not in (*view.variants, choices.make_variant):
+    if choices.only_variant is not None and choices.only_variant not in (
+        *filter(None, view.variants),
+        choices.make_variant,
+    ):
         raise BadRequest(view.path, f"has no variant {choices.only_variant!r}", "--make-variant makes one.")
-    if choices.make_variant and choices.make_variant.lower() not in BY_ALIAS:
-        raise BadRequest(repr(choices.make_variant), "names no dtype", f"Use one of {', '.join(BY_ALIAS)}.")
+    if choices.make_variant is not None and choices.make_variant.lower() not in RECAST_TARGETS:
+        raise BadRequest(repr(choices.make_variant), "names no dtype", f"Use one of {', '.join(RECAST_TARGETS)}.")
     if choices.keep_default and choices.only_variant:
         raise BadRequest(view.path, "cannot keep the untagged weights and only a variant")
 

@@ -1,0 +1,71 @@
+"""``wconv prepare-coreml``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converter.cli.options import output_options, run_options, source_arg
+
+if TYPE_CHECKING:
+    from converter.plan import Plan
+
+# Of the fp16 weights: the packages and what is compiled from them; the UNet in float32, traced and converted.
+_DISK_SHARE = 2
+_MEMORY_SHARE = 6
+
+
+@click.command("prepare-coreml", short_help="Make a pipeline ready for conversion to Core ML.")
+@source_arg
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", required=True, help="The new folder.")
+@click.option("--keep-default", is_flag=True, help="Write the untagged weights as well, in their own dtype.")
+@click.option(
+    "--on-overflow",
+    type=click.Choice(["error", "saturate", "inf"]),
+    default="error",
+    show_default=True,
+    help="What becomes of values that fp16 cannot hold.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace output that is there.")
+@click.option("--verify", is_flag=True, help="Read the output back and compare every value before publishing it.")
+@click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
+@run_options
+@output_options
+def command(source: Path, keep_default: bool, on_overflow: Any, **options: Any) -> None:
+    """Make the pipeline folder SRC ready for Core ML: in fp16, tagged, one file a part, in a new folder.
+
+    That is what torch2coreml of apple/ml-stable-diffusion loads, and MochiDiffusion's conversion with it. What that
+    would miss is said before anything is written; the commands to run next come last.
+
+    \b
+    wconv prepare-coreml ./model -o ./model-coreml
+    """
+    from converter.cli.convert import run_planned
+    from converter.coreml import prepare_coreml
+
+    output = options["output"]
+    recovering = not options["dry_run"]
+    request, plan = prepare_coreml(source, output, keep_default, on_overflow, options["overwrite"], recovering)
+    run_planned(plan, request, options)
+    if plan is not None and not (options["quiet"] or options["as_json"]):
+        _show_next(plan)
+
+
+def _show_next(plan: Plan) -> None:
+    from converter.cli.output import echo, show_bytes
+    from converter.coreml import VARIANT, next_steps, upcast_vae
+
+    if upcast_vae(plan):
+        echo("\nThe VAE of this model gives black images in float16 (its config says force_upcast).")
+        echo("Take one made for it: add --custom-vae-version madebyollin/sdxl-vae-fp16-fix to these commands.")
+    echo("\nNext, on a Mac with apple/ml-stable-diffusion installed, one of:")
+    for step in next_steps(plan):
+        echo(f"\n    # {step.purpose}\n    {shlex.join(step.command)}")
+    fp16 = [planned for planned in plan.sets if planned.name.variant == VARIANT]
+    disk = _DISK_SHARE * sum(planned.nbytes for planned in fp16)
+    memory = _MEMORY_SHARE * max(planned.nbytes for planned in fp16)
+    echo(f"\nEach takes some {show_bytes(disk)} of disk and up to {show_bytes(memory)} of memory.")
+    echo("It compiles the models into the folder Resources of its output: that goes among MochiDiffusion's models.")

@@ -1,0 +1,161 @@
+"""The step before Core ML conversion: a pipeline folder as apple/ml-stable-diffusion's ``torch2coreml.py`` loads it.
+
+Its ``get_pipeline`` calls ``DiffusionPipeline.from_pretrained(..., torch_dtype=float16, variant="fp16",
+use_safetensors=True)`` with Diffusers 0.30 (Apple's pin) to 0.36 (MochiDiffusion's), so it needs ``*.fp16.safetensors``
+for every part, each in one file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from converter.checkpoint import WeightSet
+from converter.choose import OnOverflow, Wishes, choose_sets
+from converter.conversion import plan_conversion, request_of
+from converter.doctor.checks import run_checks
+from converter.doctor.view import look, read_json
+from converter.dtypes import BY_ALIAS
+from converter.errors import BadFile, BadRequest, Unsupported
+from converter.folder import Component, ModelFolder
+from converter.plan import Plan
+from converter.staging import recover
+
+VARIANT = "fp16"
+_FLAVOURS = ("", "Img2Img", "Inpaint")
+_PIPELINES = {f"StableDiffusion{xl}{flavour}Pipeline" for xl in ("", "XL") for flavour in _FLAVOURS}
+_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+# What a part that has no weights is read from; without vocab.json and merges.txt transformers 4 has no tokenizer.
+_FILES = {
+    "tokenizer": ("vocab.json", "merges.txt"),
+    "scheduler": ("scheduler_config.json",),
+    "feature_extractor": ("preprocessor_config.json",),
+}
+_FATAL = ("file-damaged", "shard-missing", "component-missing", "config-unreadable", "index-unreadable")
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """One thing that the script would miss."""
+
+    path: Path
+    problem: str
+    advice: str
+
+
+def find_lacks(source: Path) -> Iterator[Lack]:
+    """List what a pipeline folder lacks that no conversion of weights can give it. Raises BadFile for no folder."""
+    model_index, error = read_json(source / "model_index.json")
+    if error or not model_index:
+        problem = "is no Diffusers pipeline: it has no model_index.json that can be read"
+        yield Lack(source, problem, "Name the folder that has one, with unet, vae and text_encoder below it.")
+        return
+    class_name = model_index.get("_class_name")
+    if class_name not in _PIPELINES:
+        problem = f"is a {class_name}, and torch2coreml converts Stable Diffusion 1, 2 and XL"
+        yield Lack(source, problem, "Other pipelines have no way to Core ML here.")
+        return
+    named = {name: entry for name, entry in model_index.items() if isinstance(entry, list) and entry[1:] != [None]}
+    for name in _PARTS:
+        if name not in named and not (name == "text_encoder" and "text_encoder_2" in named):
+            yield Lack(source / "model_index.json", f"names no {name}", "Fetch the whole pipeline again.")
+    for name in sorted(named):
+        for file_name in _FILES.get(name.removesuffix("_2"), ()):
+            if not (source / name / file_name).is_file():
+                yield Lack(source / name / file_name, "is not there", f"Fetch it; it belongs to the {name}.")
+    for finding in run_checks(look(source)):
+        if finding.code in _FATAL and finding.component.removesuffix("_2") not in _FILES:
+            yield Lack(finding.path, finding.problem, finding.kind.mending)
+
+
+def check_source(source: Path) -> None:
+    """Raise BadFile or Unsupported for the first thing that a source lacks, with all others named."""
+    lacks = list(find_lacks(source))
+    if not lacks:
+        return
+    first, *others = lacks
+    names = [lack.path.relative_to(source).as_posix() if lack.path != source else str(source) for lack in others]
+    more = f" Besides: {', '.join(f'{name} {lack.problem}' for name, lack in zip(names, others, strict=True))}."
+    error = Unsupported if "torch2coreml converts" in first.problem else BadFile
+    raise error(first.path, first.problem, first.advice + (more if others else ""))
+
+
+def prepare_coreml(
+    source: Path, output: Path, keep_default: bool, on_overflow: OnOverflow, overwrite: bool, recovering: bool = True
+) -> tuple[str, Plan | None]:
+    """Name a request for ``run_plan`` and plan it; None for the plan if a killed run of it needed just finishing.
+
+    Raises BadFile or Unsupported for what the script would miss, before anything is written.
+    """
+    wishes = Wishes(
+        every_variant=False,
+        dtype=BY_ALIAS[VARIANT],
+        variant=VARIANT,
+        max_shard_nbytes=math.inf,
+        on_overflow=on_overflow,
+        overwrite=overwrite,
+    )
+    request = request_of(source, output, ("coreml", keep_default, wishes))
+    if recovering and recover(output, request):
+        return request, None
+    if source.is_file():
+        raise BadRequest(source, "is one file, and not a pipeline folder", "Convert it with Diffusers first.")
+    check_source(source)
+    plan = plan_conversion(source, output, wishes, _choose)
+    if keep_default:
+        plain = replace(wishes, dtype=None, variant="none")
+        default = plan_conversion(source, output, plain, _choose_default)
+        plan = replace(plan, sets=(*plan.sets, *default.sets))
+    return request, plan
+
+
+def _choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
+    """Of each part take the fp16 weights, else the untagged ones, else what there is."""
+    chosen = []
+    for component in folder.components:
+        has_variant = any(found.name.variant == VARIANT for found in component.weight_sets)
+        one = replace(wishes, components=(component.name,), from_variant=VARIANT if has_variant else None)
+        chosen += choose_sets(folder, one)
+    return chosen
+
+
+def _choose_default(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
+    return choose_sets(folder, replace(wishes, from_variant="none"))
+
+
+@dataclass(frozen=True, slots=True)
+class NextStep:
+    """A command to run next, and what its result is for."""
+
+    purpose: str
+    command: tuple[str, ...]
+
+
+def next_steps(plan: Plan) -> list[NextStep]:
+    """Give the commands that make Core ML models of what a plan writes: one for each kind of attention."""
+    parts = {component.name for component in plan.source.components}
+    target = plan.target.folder
+    encoder = ["--convert-text-encoder"] if {"text_encoder", "text_encoder_2"} & parts else []
+    convert = ["--convert-unet", *encoder, "--convert-vae-decoder", "--convert-vae-encoder"]
+    xl = ["--xl-version"] if "XL" in plan.source.class_name else []
+    rows = (
+        ("for the Neural Engine: iPhone, iPad, and Macs that should stay cool", "SPLIT_EINSUM", "CPU_AND_NE"),
+        ("for the GPU: Macs, the fastest on large ones", "ORIGINAL", "CPU_AND_GPU"),
+    )
+    return [
+        NextStep(
+            purpose,
+            ("python", "-m", "python_coreml_stable_diffusion.torch2coreml", "--model-version", str(target), *xl,
+             *convert, "--attention-implementation", attention, "--compute-unit", unit,
+             "--bundle-resources-for-swift-cli", "-o", f"{target}-{attention.lower().replace('_', '-')}"),
+        )
+        for purpose, attention, unit in rows
+    ]  # fmt: skip
+
+
+def upcast_vae(plan: Plan) -> bool:
+    """Say whether the VAE overflows in float16 when it runs, as that of SDXL does (``force_upcast`` in its config)."""
+    vaes = (component for component in plan.source.components if component.name == "vae")
+    return "XL" in plan.source.class_name and any(vae.config.get("force_upcast") is True for vae in vaes)
