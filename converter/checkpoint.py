@@ -177,8 +177,13 @@ def strip_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
         )
     if len(set(after.values())) < len(after):
         raise BadRequest(path, f"would hold two tensors of one name without the prefix {prefix!r}")
+    return rename_tensors(checkpoint, after)
+
+
+def rename_tensors(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """Give all tensors other names, which must be different from each other."""
     files = tuple(
-        replace(file, tensors=tuple(info._replace(name=after[info.name]) for info in file.tensors))
+        replace(file, tensors=tuple(info._replace(name=names[info.name]) for info in file.tensors))
         for file in checkpoint.files
     )
     return replace(checkpoint, files=files)

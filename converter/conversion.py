@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
-from converter.checkpoint import WeightSet, find_weight_sets, open_checkpoint, strip_prefix
+from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets, open_checkpoint, strip_prefix
 from converter.choose import Wishes, choose_sets
 from converter.errors import BadRequest, OutputRefused
 from converter.folder import Component, ModelFolder, find_rest, open_folder
@@ -18,12 +18,17 @@ from converter.run import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
 from converter.staging import open_target, recover
 
 Choose = Callable[[ModelFolder, Wishes], list[tuple[Component, WeightSet]]]
+Adapt = Callable[[Component, Checkpoint], Checkpoint]
 
 _NO_WISHES = Wishes()
 
 
-def plan_conversion(source: Path, output: Path | None, wishes: Wishes, choose: Choose = choose_sets) -> Plan:
-    """Plan a conversion of ``source``, beside it or into ``output``; ``choose`` says which sets are read.
+def plan_conversion(
+    source: Path, output: Path | None, wishes: Wishes, choose: Choose = choose_sets, adapt: Adapt | None = None
+) -> Plan:
+    """Plan a conversion of ``source``, beside it or into ``output``.
+
+    ``choose`` says which sets are read, ``adapt`` may change what was read of each (never the source itself).
 
     A plan without sets means that there is nothing to do. Raises WconvError as the commands do.
     """
@@ -38,6 +43,8 @@ def plan_conversion(source: Path, output: Path | None, wishes: Wishes, choose: C
         raise BadRequest(source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
     reading = Reading(wishes.key, wishes.strip_code)
     checkpoints = [(component, open_checkpoint(weight_set, reading)) for component, weight_set in chosen]
+    if adapt is not None:
+        checkpoints = [(component, adapt(component, opened)) for component, opened in checkpoints]
     if wishes.strip_prefix:
         checkpoints = [(component, strip_prefix(opened, wishes.strip_prefix)) for component, opened in checkpoints]
     if renamed:

@@ -7,12 +7,13 @@ for every part, each in one file.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converter.checkpoint import WeightSet
+from converter.checkpoint import Checkpoint, WeightSet, rename_tensors
 from converter.choose import OnOverflow, Wishes, choose_sets
 from converter.conversion import plan_conversion, request_of
 from converter.doctor.checks import run_checks
@@ -24,6 +25,7 @@ from converter.plan import Plan
 from converter.staging import recover
 
 VARIANT = "fp16"
+_PREFIX = "text_model."
 _FLAVOURS = ("", "Img2Img", "Inpaint")
 _PIPELINES = {f"StableDiffusion{xl}{flavour}Pipeline" for xl in ("", "XL") for flavour in _FLAVOURS}
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -103,12 +105,40 @@ def prepare_coreml(
     if source.is_file():
         raise BadRequest(source, "is one file, and not a pipeline folder", "Convert it with Diffusers first.")
     check_source(source)
-    plan = plan_conversion(source, output, wishes, _choose)
+    plan = plan_conversion(source, output, wishes, _choose, _adapt)
     if keep_default:
         plain = replace(wishes, dtype=None, variant="none")
-        default = plan_conversion(source, output, plain, _choose_default)
+        default = plan_conversion(source, output, plain, _choose_default, _adapt)
         plan = replace(plan, sets=(*plan.sets, *default.sets))
-    return request, plan
+    return request, _with_old_classes(plan, source)
+
+
+def _adapt(component: Component, checkpoint: Checkpoint) -> Checkpoint:
+    """Give a text encoder the names that transformers 4 knows, too.
+
+    transformers 5 saves a CLIPTextModel that it made itself without ``text_model.``; transformers 4 then loads random
+    weights, with no more than a warning. Both know the longer names (``CLIPTextModel`` in ``modeling_clip.py``).
+    """
+    names = [info.name for info in checkpoint.tensors]
+    if component.class_name != "CLIPTextModel" or any(name.startswith(_PREFIX) for name in names):
+        return checkpoint
+    note = f"{_PREFIX} was put before the names in {checkpoint.weight_set.path.name}, as transformers 4 needs it"
+    renamed = rename_tensors(checkpoint, {name: _PREFIX + name for name in names})
+    return replace(renamed, notes=(*checkpoint.notes, note))
+
+
+def _with_old_classes(plan: Plan, source: Path) -> Plan:
+    """Name classes in model_index.json as all versions do: without torchvision, transformers 5 writes ``...Pil``."""
+    content, _ = read_json(source / "model_index.json")
+    edited = {
+        name: [entry[0], entry[1].removesuffix("Pil")] if _FILES.get(name) and isinstance(entry, list) else entry
+        for name, entry in content.items()
+    }
+    if edited == content:
+        return plan
+    text = (json.dumps(edited, indent=2) + "\n").encode()
+    carried = tuple(one for one in plan.carried if one[0] != "model_index.json")
+    return replace(plan, edited=(*plan.edited, ("model_index.json", text)), carried=carried)
 
 
 def _choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
