@@ -131,7 +131,7 @@ def _with_old_classes(plan: Plan, source: Path) -> Plan:
     """Name classes in model_index.json as all versions do: without torchvision, transformers 5 writes ``...Pil``."""
     content, _ = read_json(source / "model_index.json")
     edited = {
-        name: [entry[0], entry[1].removesuffix("Pil")] if _FILES.get(name) and isinstance(entry, list) else entry
+        name: [entry[0], entry[1].removesuffix("Pil")] if name in _FILES and _is_class(entry) else entry
         for name, entry in content.items()
     }
     if edited == content:
@@ -139,6 +139,10 @@ def _with_old_classes(plan: Plan, source: Path) -> Plan:
     text = (json.dumps(edited, indent=2) + "\n").encode()
     carried = tuple(one for one in plan.carried if one[0] != "model_index.json")
     return replace(plan, edited=(*plan.edited, ("model_index.json", text)), carried=carried)
+
+
+def _is_class(entry: object) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
 
 
 def _choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:

@@ -24,9 +24,9 @@ UNDO = ("doctor", "m", "--undo", "-q")
 def make_broken(root: Path) -> Path:
     """Make a folder with the same weights twice, a variant in an old spelling, and an index of nothing."""
     folder = root / "m"
-    save_safetensors_shards(STATE, folder)
+    save_safetensors_shards(STATE, folder, ("abc", "def"))
     save(STATE, folder / "model.safetensors")
-    save_shards(OTHER, folder, ("ab", "cd", "ef"), "model-{:05d}-of-{:05d}.fp16.safetensors",
+    save_shards(OTHER, folder, ("abc", "def"), "model-{:05d}-of-{:05d}.fp16.safetensors",
                 "model.safetensors.fp16.index.json")  # fmt: skip
     write_json(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": {"a": "gone.bin"}})
     write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"]})
@@ -93,7 +93,7 @@ def test_undo_killed_at_any_step(broken, mended, tmp_path, monkeypatch):
 
 def test_what_was_changed_since_is_not_overwritten(mended, wconv):
     save(make_state(seed=2), mended / "m" / "model.safetensors")
-    save(make_state(seed=3), mended / "m" / "model.fp16-00001-of-00003.safetensors")
+    save(make_state(seed=3), mended / "m" / "model.fp16-00001-of-00002.safetensors")
     before = snapshot(mended)
     assert "has changed since" in wconv(*UNDO, exit_code=5).stderr
     assert snapshot(mended) == before
@@ -103,7 +103,8 @@ def test_two_mendings_are_undone_together(broken, wconv, monkeypatch):
     before = snapshot(broken)
     monkeypatch.chdir(broken)
     wconv(*FIX)
-    (broken / "m" / "model.safetensors.index.fp16.json").write_text("{")
+    write_json(broken / "m" / "model.safetensors.index.ema.json", {"metadata": {}, "weight_map": {"a": "gone.bin"}})
     wconv(*FIX)
     wconv(*UNDO)
+    (broken / "m" / "model.safetensors.index.ema.json").unlink()
     assert snapshot(broken) == before

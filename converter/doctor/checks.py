@@ -19,6 +19,7 @@ from converter.tensors import find_ties
 Check = Callable[[FolderView], Iterator[Finding]]
 _PartCheck = Callable[[ComponentView], Iterator[Finding]]
 
+_OTHER_FORMS = re.compile(r".*\.(onnx|pb|xml|msgpack|h5|gguf|flashpack|mlmodelc|mlpackage)|openvino.*")
 _STEMS = {"diffusers": ("diffusion_pytorch_model",) * 2, "transformers": ("model", "pytorch_model")}
 _ANY_STEM = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(\..+)?")
 
@@ -83,9 +84,7 @@ def index_faults(part: ComponentView, found: SetView) -> Iterator[tuple[str, str
     if orphans:
         yield "index-orphan", f"does not list {len(orphans):,} tensors that its shards hold, such as {orphans[0]}"
     if wrong:
-        twice = len(held) < sum(len(view.names) for view in part.views_of(found))
-        if not twice:
-            yield "index-misplaced", f"names the wrong shard for {len(wrong):,} tensors, such as {wrong[0]}"
+        yield "index-misplaced", f"names the wrong shard for {len(wrong):,} tensors, such as {wrong[0]}"
     if not found.index.has_metadata:
         yield "index-metadata", "has no metadata"
     size = found.index.metadata.get("total_size")
@@ -93,7 +92,13 @@ def index_faults(part: ComponentView, found: SetView) -> Iterator[tuple[str, str
         sum(getattr(view, field) for view in part.views_of(found)) for field in ("tensor_nbytes", "storage_nbytes")
     ]
     if size is not None and size not in sizes:
-        yield "index-size", f"gives a total_size of {size:,}, its tensors take {sizes[0]:,} bytes"
+        yield "index-size", f"gives a total_size of {size!r:.30}, its tensors take {sizes[0]} bytes"
+
+
+def repeated_name(part: ComponentView, found: SetView) -> str | None:
+    """Give the name of a tensor that two files of a set hold, if there is one."""
+    counts = Counter(name for view in part.views_of(found) for name in view.names) if len(found.files) > 1 else {}
+    return next((name for name, count in counts.items() if count > 1), None)
 
 
 def dtype_shares(part: ComponentView, found: SetView, dtype: DType | None = None) -> Counter[DType]:
@@ -152,7 +157,8 @@ def _missing_parts(view: FolderView) -> Iterator[Finding]:
     for name in view.absent:
         yield Finding("component-missing", view.path / name, name, "is not there, and model_index.json names it")
     for part in view.components if view.is_pipeline else ():
-        if part.is_named and not part.sets and not part.strays and part.component.config:
+        elsewhere = any(_OTHER_FORMS.fullmatch(name) for name in part.files)
+        if part.is_named and not (part.weights or part.sets or elsewhere) and part.component.config:
             yield Finding("component-missing", part.path, part.name, "has a config.json and no weights")
 
 
@@ -247,6 +253,8 @@ def _indexes(part: ComponentView) -> Iterator[Finding]:
         elif is_foreign(found):
             names = ", ".join(found.files[:3]) + (", ..." if len(found.files) > 3 else "")
             yield Finding("index-foreign", path, part.name, f"names files of another variant: {names}")
+        elif part.is_sound(found) and (twice := repeated_name(part, found)):
+            yield Finding("tensor-twice", path, part.name, f"is a set in which two shards hold {twice}")
         elif found.index_name and part.is_sound(found):
             for code, problem in index_faults(part, found):
                 yield Finding(code, path, part.name, problem)
@@ -359,9 +367,15 @@ def _old_attention(part: ComponentView) -> Iterator[Finding]:
 
 
 def _headers(part: ComponentView) -> Iterator[Finding]:
-    for view in part.weights.values():
-        if view.format == "safetensors" and view.metadata.get("format") != "pt":
-            yield Finding("header-format", part.path / view.name, part.name, "has no format: pt in its header")
+    for found in part.sets:
+        for name in lacks_format(part, found):
+            yield Finding("header-format", part.path / name, part.name, "has no format in its header")
+
+
+def lacks_format(part: ComponentView, found: SetView) -> list[str]:
+    """List the files of a set, of those that a model's library loads, whose headers have no format."""
+    views = part.views_of(found) if part.component.config and _ANY_STEM.fullmatch(found.name.stem) else []
+    return [view.name for view in views if view.format == "safetensors" and "format" not in view.metadata]
 
 
 def _pickles(part: ComponentView) -> Iterator[Finding]:

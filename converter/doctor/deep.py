@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from converter.checkpoint import open_checkpoint
+from converter.doctor.checks import repeated_name
 from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.run import run_tasks
@@ -35,7 +36,7 @@ def run_deep_checks(view: FolderView) -> list[Finding]:
         finding
         for part in view.components
         for found in part.sets
-        if part.is_sound(found)
+        if part.is_sound(found) and not repeated_name(part, found)
         for finding in (*_check_values(part, found), *_check_shapes(part, found))
     ]
 

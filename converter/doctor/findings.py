@@ -76,7 +76,7 @@ KINDS: dict[str, Kind] = {
         "error", "An index that names files of another variant, or of several",
         "Loaders read every file that the index names; of a tensor that is in two of them the last one wins, so that "
         "a float32 model silently gets the rounded values.",
-        "--fix gives each variant an index of its own.",
+        "--fix gives each variant an index of its own, where all its tensors are in files of its own.",
     ),
     "index-missing": Kind(
         "error", "Shards without an index",
@@ -96,6 +96,11 @@ KINDS: dict[str, Kind] = {
         "warning", "An index that says of tensors that they are in another shard than they are",
         "Diffusers and transformers load it all the same; other readers look in the wrong file.",
         "--fix makes the index anew from the shards.",
+    ),
+    "tensor-twice": Kind(
+        "error", "A tensor that two shards of a set hold",
+        "Loaders take the value of the shard that comes last; other readers refuse the set.",
+        "Find out which of the shards belong together, and fetch these again.",
     ),
     "index-metadata": Kind(
         "error", "An index without metadata",
@@ -167,7 +172,7 @@ KINDS: dict[str, Kind] = {
     ),
     "forms-redundant": Kind(
         "note", "The same weights as .bin and as safetensors",
-        "Loaders take the safetensors.", "'--fix --keep safetensors' moves the .bin away, if the values are equal.",
+        "Loaders take the safetensors.", "'--fix --keep safetensors' moves the .bin away.",
     ),
     "dtype-tag": Kind(
         "warning", "A tag that names another dtype than the tensors have",

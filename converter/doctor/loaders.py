@@ -40,13 +40,14 @@ class IndexListing:
 
 @dataclass(frozen=True, slots=True)
 class PartListing:
-    """One folder that a model is loaded from: the names in it, and what its indexes name."""
+    """One folder that a model is loaded from: its files by name, what its indexes name, and its other entries."""
 
     name: str
     path: Path
     library: str
     names: frozenset[str]
     indexes: Mapping[str, IndexListing]
+    others: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +105,7 @@ def _list_part(part: ComponentView) -> PartListing:
             if found.index and not found.index.has_metadata:
                 problem = "KeyError: 'metadata'"
             indexes[found.index_name] = IndexListing(shards, problem)
-    names = frozenset((*part.files, *part.folders))
-    return PartListing(part.name, part.path, part.library, names, indexes)
+    return PartListing(part.name, part.path, part.library, frozenset(part.files), indexes, frozenset(part.others))
 
 
 def predict(listing: FolderListing, loader: Loader, variant: str | None) -> Prediction:
@@ -133,7 +133,7 @@ def _predict_pipeline(listing: FolderListing, loader: Loader, variant: str | Non
             failure = f"IndexError: list index out of range ({listing.dotless[0]} has no dot in its name)"
             return Prediction(loader, variant, failure=failure)
         for part in listing.parts:
-            if any(name.split(".")[1].startswith(variant) for name in part.names):
+            if any(name.split(".")[1].startswith(variant) for name in part.names | part.others):
                 tagged.add(part.name)
         if not tagged:
             return Prediction(loader, variant, failure=f"ValueError: no modeling files of variant={variant}")
@@ -191,6 +191,10 @@ def _pick_single(part: PartListing, names: list[str]) -> Pick:
 
 def _predict_hub(listing: FolderListing, variant: str | None) -> Prediction:
     """Follow ``DiffusionPipeline.download``: what is fetched, and then what is opened of it."""
+    try:
+        re.compile(f"({variant})")  # as it stands, in the loader as here
+    except re.error as error:
+        return Prediction("diffusers-hub", variant, failure=f"re.error: {error}")
     safe = all(_has_safetensors(part, variant) for part in listing.parts if _weights_in(part))
     fetched: dict[str, frozenset[str]] = {}
     tagged = set()

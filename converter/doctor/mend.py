@@ -23,8 +23,10 @@ from converter.doctor.checks import (
     held_names,
     index_faults,
     is_foreign,
+    lacks_format,
     lacks_safetensors,
     loaded_parts,
+    repeated_name,
     right_name,
     spelled_variant,
     tag_dtype,
@@ -88,6 +90,7 @@ class _Part:
 
     view: ComponentView
     goals: list[_Goal] = field(default_factory=list)
+    left: list[SetView] = field(default_factory=list)  # not to be touched, nor any file of theirs
     gone: set[str] = field(default_factory=set)
     steps: list[str] = field(default_factory=list)
 
@@ -102,11 +105,13 @@ class _Part:
 
     def default(self) -> _Goal | None:
         """The goal for the untagged weights, as safetensors before others."""
+        if any(found.name.variant is None for found in self.left):
+            return None
         found = [goal for goal in self.goals if goal.name.variant is None]
         return min(found, key=lambda goal: goal.name.format != "safetensors", default=None)
 
     def has(self, variant: str | None) -> bool:
-        return any(goal.name.variant == variant for goal in self.goals)
+        return variant in (*(goal.name.variant for goal in self.goals), *(found.name.variant for found in self.left))
 
 
 def plan_mending(view: FolderView, findings: Sequence[Finding], choices: Choices) -> Mending:
@@ -154,29 +159,46 @@ def _check_choices(view: FolderView, choices: Choices) -> None:
 
 
 def _gather(part: _Part) -> None:
-    """Make a goal of each sound set; an index that names nothing, or files of others, goes."""
+    """Make a goal of each sound set; an index that names nothing goes."""
     for found in part.view.sets:
         if is_foreign(found):
-            part.gone.add(str(found.index_name))
-            part.say(f"move {found.index_name} away: it names files of another variant")
-            for group in _by_own_names(found):
-                part.goals.append(_Goal(group, right_name(part.view, group.name)))
+            _gather_foreign(part, found)
         elif not found.files:
             part.let_go(found, "none of the files that it names is there")
-        elif part.view.is_sound(found):
+        elif part.view.is_sound(found) and not repeated_name(part.view, found):
             part.goals.append(_Goal(found, right_name(part.view, found.name)))
+        else:
+            part.left.append(found)
+
+    kept = {name for found in part.left for name in found.files}
+    part.goals = [goal for goal in part.goals if kept.isdisjoint(goal.source.files)]
 
 
-def _by_own_names(found: SetView) -> Iterator[SetView]:
-    """Put the files together that an index names rightly, though it names others too."""
-    groups: dict[tuple[WeightsName, int], list[tuple[int, str]]] = {}
-    for name in found.own_files:
-        parsed = parse_name(name)
-        if parsed:
-            groups.setdefault((parsed.name, parsed.count), []).append((parsed.number, name))
-    for (own, count), members in groups.items():
-        if len(members) == max(count, 1):
-            yield SetView(found.folder, own, tuple(member for _, member in sorted(members)))
+def _gather_foreign(part: _Part, found: SetView) -> None:
+    """Make a goal of the files of an index that names files of others, where all of its tensors stay in one set."""
+    others = [name for name in found.files if name not in found.own_files]
+    names = {parsed.name for name in others if (parsed := parse_name(name))}
+    held = held_names(part.view, found).keys()
+    sets = [one for one in part.view.sets if one is not found and not is_foreign(one) and part.view.is_sound(one)]
+    whole = [one for one in sets if set(found.files) == set(one.files)]
+    if whole:
+        # Another set has these files and no index, or one of its own.
+        rival = [one for one in sets if one.name == whole[0].name and one is not whole[0]]
+        if not rival:
+            part.let_go(replace(found, files=()), f"it names the files of {spelled_variant(whole[0].name)}")
+            return
+    own = SetView(found.folder, found.name, found.own_files)
+    own_parsed = [parsed for name in own.files if (parsed := parse_name(name))]
+    is_whole = bool(own_parsed) and all(one.count in (0, len(own_parsed)) for one in own_parsed)
+    others_stay = all(any(name in one.files for one in sets) for name in others)
+    if is_whole and others_stay and held_names(part.view, own).keys() == held:
+        part.let_go(replace(found, files=()), "it names files of another variant")
+        part.goals.append(_Goal(own, right_name(part.view, own.name)))
+    elif not own.files and len(names) == 1 and not any(one.name == found.name for one in sets):
+        # The files are named for a variant that has others: they take the name of their index.
+        part.goals.append(_Goal(replace(found, is_legacy=True), right_name(part.view, found.name)))
+    else:
+        part.left.append(found)
 
 
 def _open(found: SetView) -> Checkpoint:
@@ -206,6 +228,7 @@ def _drop_twins(part: _Part, choices: Choices) -> None:
         else:
             part.goals.remove(goal)
             part.goals.remove(other)
+            part.left += (goal.source, other.source)
     by_form = {goal.name: goal for goal in part.goals}
     for goal in list(part.goals):
         safe = by_form.get(goal.name.in_format("safetensors"))
@@ -219,10 +242,10 @@ def _mend_tags(part: _Part) -> None:
             continue
         untagged = replace(goal.name, variant=None)
         default = next((one for one in part.goals if one.name == untagged), None)
-        if default is None:
+        if default is None and not part.has(None):
             part.say(f"take the tag {goal.name.variant} off {goal.source.label}, which is of another dtype")
             goal.name = untagged
-        elif holds_values(_open(default.source), _open(goal.source)):
+        elif default and holds_values(_open(default.source), _open(goal.source)):
             part.say(f"cast {goal.source.label} to {goal.name.variant}")
             goal.wishes = Wishes(form=None, dtype=tag_dtype(goal.name))
 
@@ -255,8 +278,7 @@ def _convert_mixed(parts: list[_Part]) -> None:
 
 def _mend_headers(part: _Part) -> None:
     for goal in part.goals:
-        views = part.view.views_of(goal.source)
-        if goal.wishes is None and any(v.format == "safetensors" and v.metadata.get("format") != "pt" for v in views):
+        if goal.wishes is None and lacks_format(part.view, goal.source):
             goal.wishes = Wishes(form=None)
             part.say(f"write the header of {goal.source.label} anew")
 

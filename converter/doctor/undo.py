@@ -1,8 +1,8 @@
 """What a mended folder was before: kept beside it, so that everything can be put back, byte for byte.
 
 ``.wconv-undo/NAME/`` beside the folder NAME holds a second name (a hard link) of each file that a mending replaces or
-removes, and a record. It is complete before the first change; putting back can be done twice, so a killed run of
-either is just repeated.
+removes, and a record of how the folder was left. It is complete before the first change. A folder that is otherwise
+than it was left is not touched again, neither mended nor put back; so nothing is overwritten that is kept nowhere.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,19 +23,23 @@ _FOLDER = ".wconv-undo"
 _RECORD = "record.json"
 _FILES = "files"
 
-_State = tuple[int, int]
+_State = list[int]
+"""Size and time of a file, and whether it is a link: what tells that it is still the same."""
 
 
 @dataclass(slots=True)
 class _Record:
     """``saved`` are files as they were before the first mending, ``made`` those that were not there.
 
-    ``states`` are sizes and times of what the last mending left in place of either.
+    ``kept`` are the states of what is kept for the former, ``left`` those of what the last mending left in the folder.
+    ``pending`` are names that a mending is about to change, or an undo to put back.
     """
 
     saved: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
-    states: dict[str, _State] = field(default_factory=dict)
+    kept: dict[str, _State] = field(default_factory=dict)
+    left: dict[str, _State] = field(default_factory=dict)
+    pending: list[str] = field(default_factory=list)
 
 
 def undo_folder(folder: Path) -> Path:
@@ -46,43 +50,57 @@ def undo_folder(folder: Path) -> Path:
 
 @contextmanager
 def keeping(folder: Path, plan: Plan) -> Iterator[None]:
-    """Keep what a plan changes in a folder before it is carried out, and note afterwards what it left."""
+    """Keep what a plan changes in a folder before it is carried out, and note afterwards how it was left.
+
+    Raises OutputRefused for a folder that has changed since it was mended before, and for one in the Hub's cache.
+    """
+    resolved = folder.resolve()
+    if any(parent.name == "snapshots" and (parent.parent / "blobs").is_dir() for parent in resolved.parents):
+        raise OutputRefused(folder, "lies in the cache of the Hub, which others use too", "Copy it first: cp -rL.")
     place = undo_folder(folder)
-    record = _read(place) or _Record()
+    record = _read(place)
+    if record is None:
+        _remove(place)  # what a killed run had left
+        record = _Record()
+    else:
+        _check(folder, place, record)
+    is_first = not record.saved and not record.made
     known = {*record.saved, *record.made}
+    written = [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]
+    changed = list(dict.fromkeys((*plan.superseded, *written)))
     try:
-        for name in plan.superseded:
-            if name not in known:
-                _link(folder / name, place / _FILES / name)
+        for name in changed:
+            if name not in known and _exists(folder / name):
+                _copy(folder / name, place / _FILES / name)
+                record.kept[name] = _state(place / _FILES / name)
                 record.saved.append(name)
-        written = [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]
-        record.made += (name for name in written if name not in {*known, *plan.superseded})
-        before = set(record.states)
-        record.states = {
-            name: state for name, state in record.states.items() if name not in {*written, *plan.superseded}
-        }
+        record.made += (name for name in changed if name not in {*known, *record.saved})
+        record.pending = changed
         _write(place, record)
         yield
     except BaseException:
-        if not known and all(_is_back(folder / name, place / _FILES / name) for name in record.saved):
+        if is_first and all(_is_back(folder, place, record, name) for name in (*record.saved, *record.made)):
             _remove(place)  # nothing was changed
         raise
-    for name in {*written, *before}:
-        if (folder / name).exists():
-            record.states[name] = _state(folder / name)
+    record.left = _states(folder, (*record.saved, *record.made))
+    record.pending = []
     _write(place, record)
 
 
 def undo(folder: Path) -> tuple[str, ...]:
     """Put everything back as it was before the first mending; give the names of what was put back or removed.
 
-    Raises BadRequest where nothing is kept, OutputRefused where a file has changed since.
+    Raises BadRequest where nothing is kept, OutputRefused where a file has changed since, BadFile where what is kept
+    has suffered.
     """
+    if not folder.is_dir():
+        raise BadRequest(folder, "is no folder")
     place = undo_folder(folder)
     with open_staging(Target(folder, is_new=False)) as staging:
         staging.remove()
         record = _read(place)
         if record is not None:
+            _check(folder, place, record)
             _put_back(folder, place, record)
             return (*record.saved, *record.made)
     if not _remove(place):  # True after a killed run had put everything back
@@ -90,20 +108,29 @@ def undo(folder: Path) -> tuple[str, ...]:
     return ()
 
 
-def _put_back(folder: Path, place: Path, record: _Record) -> None:
-    for name, state in record.states.items():
-        path = folder / name
-        if path.exists() and _state(path) != tuple(state) and not _is_back(path, place / _FILES / name):
-            raise OutputRefused(path, "has changed since it was mended", "Move it elsewhere, then undo again.")
+def _check(folder: Path, place: Path, record: _Record) -> None:
+    """Refuse a folder that is not as it was left; what a killed run had begun with may be either way."""
     for name in record.saved:
-        kept, path = place / _FILES / name, folder / name
-        if kept.exists() and not _is_back(path, kept):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if _states(place / _FILES, [name]).get(name) != record.kept.get(name):
+            raise BadFile(place / _FILES / name, "is not what was kept there", "It was changed through its other name.")
+    now = _states(folder, (*record.saved, *record.made))
+    for name in (*record.saved, *record.made):
+        if name not in record.pending and now.get(name) != record.left.get(name):
+            advice = f"Move it elsewhere and undo, or forget with --purge what {_FOLDER}/ keeps."
+            raise OutputRefused(folder / name, "has changed since the folder was mended", advice)
+
+
+def _put_back(folder: Path, place: Path, record: _Record) -> None:
+    record.pending = [*record.saved, *record.made]
+    _write(place, record)
+    for name in record.saved:
+        path = folder / name
+        if not _is_back(folder, place, record, name):
             beside = path.with_name(f".{path.name}.wconv")
-            with suppress(FileNotFoundError):
-                beside.unlink()
-            _link(kept, beside)
+            beside.unlink(missing_ok=True)
+            _copy(place / _FILES / name, beside)
             beside.replace(path)
+            beside.unlink(missing_ok=True)  # where both were one file, nothing was renamed
     for name in record.made:
         (folder / name).unlink(missing_ok=True)
     _remove(place)
@@ -112,7 +139,7 @@ def _put_back(folder: Path, place: Path, record: _Record) -> None:
 def purge(folder: Path) -> int:
     """Remove what is kept of a folder; give the bytes of it. Raises BadRequest where there is nothing."""
     place = undo_folder(folder)
-    if _read(place) is None:
+    if not place.exists():
         raise BadRequest(folder, "has nothing to purge")
     nbytes = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     _remove(place)
@@ -149,20 +176,36 @@ def _remove(place: Path) -> bool:
     return was_there
 
 
+def _states(folder: Path, names: Iterable[str]) -> dict[str, _State]:
+    return {name: _state(folder / name) for name in names if _exists(folder / name)}
+
+
 def _state(path: Path) -> _State:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    stat = path.lstat()
+    return [stat.st_size, 0 if path.is_symlink() else stat.st_mtime_ns, int(path.is_symlink())]
 
 
-def _is_back(path: Path, kept: Path) -> bool:
-    return path.exists() and kept.exists() and _state(path) == _state(kept)
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
 
 
-def _link(source: Path, path: Path) -> None:
-    """Give a file a second name; where the disk has no such thing, copy it."""
+def _is_back(folder: Path, place: Path, record: _Record, name: str) -> bool:
+    """Say whether a file is as it was before the first mending."""
+    path, kept = folder / name, place / _FILES / name
+    if name in record.made:
+        return not _exists(path)
+    return _exists(path) and _exists(kept) and _state(path) == _state(kept)
+
+
+def _copy(source: Path, path: Path) -> None:
+    """Give a file a second name, or a link a second link; where the disk has no hard links, copy the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_symlink():
+        path.symlink_to(source.readlink())
+        return
     try:
-        if not path.exists():
-            os.link(source, path)
+        os.link(source, path)
     except OSError:
-        shutil.copy2(source, path)
+        half = path.with_name(f"{path.name}.half")
+        shutil.copy2(source, half)
+        half.replace(path)

@@ -13,7 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from converter.checkpoint import WeightSet, is_weight_file
@@ -82,7 +82,8 @@ class SetView:
 
     @property
     def is_sharded(self) -> bool:
-        return self.index_name is not None or len(self.files) + len(self.missing) > 1
+        parsed = parse_name(self.files[0]) if self.files else None
+        return self.index_name is not None or (parsed is not None and parsed.role == "shard")
 
     @property
     def weight_set(self) -> WeightSet:
@@ -94,14 +95,15 @@ class SetView:
 class ComponentView:
     """A folder of weights: all of its entries by name, what the weight files among them say, and how they go together.
 
-    ``strays`` are shards that go with no set. ``library`` is the loader's, "diffusers" or "transformers".
+    ``others`` are entries that are no files: folders, and links to nothing. ``strays`` are shards that go with no set.
+    ``library`` is the loader's, "diffusers" or "transformers".
     """
 
     component: Component
     library: str
     is_named: bool
-    folders: tuple[str, ...]
     files: tuple[str, ...]
+    others: tuple[str, ...]
     weights: Mapping[str, FileView]
     sets: tuple[SetView, ...]
     strays: tuple[SetView, ...]
@@ -161,16 +163,23 @@ def look(path: Path) -> FolderView:
             parts += [part for folder in _subfolders(path) if (part := _look_at(folder, folder.name, None)).weights]
         absent: tuple[str, ...] = ()
     else:
-        named = {name: entry for name, entry in model_index.items() if _is_model(entry)}
-        absent = tuple(sorted(name for name in named if not (path / name).is_dir()))
+        named = {name: entry for name, entry in model_index.items() if _is_model(name, entry)}
+        absent = tuple(sorted(name for name in named if not _is_dir(path / name)))
         parts = []
         for folder in _subfolders(path):
-            part = _look_at(folder, folder.name, named.get(folder.name), folder.name in model_index or bool(errors))
-            if part.sets or part.strays or part.partial or folder.name in named:
+            is_named = folder.name in model_index or bool(errors)
+            try:
+                part = _look_at(folder, folder.name, named.get(folder.name), is_named)
+            except OSError:
+                if is_named:
+                    raise
+                continue  # not to be looked into, and no part of the model
+            is_model = folder.name in named and "tokenizer_config.json" not in part.files
+            if part.weights or part.sets or part.partial or is_model:
                 parts.append(part)
         if absent and any(entry.name for entry in path.iterdir() if is_weight_file(entry)):
             absent = ()  # a missing part is loaded from the root itself (``load_sub_model``)
-    if not any(part.sets or part.strays or part.partial for part in parts) and not absent and not errors:
+    if not any(part.weights or part.sets or part.partial for part in parts) and not absent and not errors:
         raise BadFile(path, "holds no weights", "Name a folder that does.")
     errors += tuple((part.path / "config.json", part.config_error) for part in parts if part.config_error)
     class_name = model_index.get("_class_name")
@@ -195,10 +204,10 @@ def _subfolders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _is_model(entry: object) -> bool:
+def _is_model(name: str, entry: object) -> bool:
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
         return False
-    return not _NO_MODEL.fullmatch(entry[1])
+    return PureWindowsPath(name).name == name and not _NO_MODEL.fullmatch(entry[1])
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], str]:
@@ -215,26 +224,52 @@ def read_json(path: Path) -> tuple[dict[str, Any], str]:
 def _look_at(path: Path, name: str, entry: Any, is_named: bool = True) -> ComponentView:
     config, config_error = read_json(path / "config.json")
     component = Component(name, path, (), config)
-    folders: list[str] = []
     files: list[str] = []
+    others: list[str] = []
     partial: list[str] = []
     parsed: dict[str, ParsedName] = {}
+    broken: dict[str, FileView] = {}
     with os.scandir(path) as entries:
-        kinds = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    for entry_name, is_folder in kinds:
-        (folders if is_folder else files).append(entry_name)
-        found = None if is_folder else parse_name(entry_name)
-        if found and is_weight_file(path / entry_name):
+        kinds = sorted((item.name, item.is_file(), item.is_symlink()) for item in entries if item.name[:1] != ".")
+    for entry_name, is_file, is_link in kinds:
+        (files if is_file else others).append(entry_name)
+        found = parse_name(entry_name)
+        if found and is_file and _is_weights(path / entry_name):
             parsed[entry_name] = found
+        elif found and is_link and not is_file:
+            error = BadFile(path / entry_name, "is a link to nothing", "Fetch the file again.")
+            broken[entry_name] = FileView(entry_name, 0, error=error)
         elif _PARTIAL.fullmatch(entry_name):
             partial.append(entry_name)
     sets, strays = _group(path, parsed)  # before the headers are read: an index of many tensors takes room for a while
     named = [item for item, found in parsed.items() if found.role != "index"]
     weights = {item: _read(path / item) for item in dict.fromkeys((*named, *(n for one in sets for n in one.files)))}
+    weights.update(broken)
     library = _library_of(component, entry, sets)
     return ComponentView(
-        component, library, is_named, tuple(folders), tuple(files), weights, sets, strays, tuple(partial), config_error
+        component, library, is_named, tuple(files), tuple(others), weights, sets, strays, tuple(partial), config_error
     )
+
+
+def _is_weights(path: Path) -> bool:
+    try:
+        return is_weight_file(path)
+    except OSError:
+        return True  # to be read later, and then found to be unreadable
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _library_of(component: Component, entry: Any, sets: tuple[SetView, ...]) -> str:
@@ -313,7 +348,7 @@ def _indexed(folder: Path, index_name: str, parsed: ParsedName, others: Mapping[
     # A name is held once, however often it is listed: of thousands of shards there are hundreds of thousands.
     index = replace(index, weight_map={sys.intern(n): sys.intern(shard) for n, shard in index.weight_map.items()})
     shards = sorted(set(index.weight_map.values()))
-    is_there = {shard: shard in others or (folder / shard).is_file() for shard in shards}
+    is_there = {shard: shard in others or _is_file(folder / shard) for shard in shards}
     there = tuple(shard for shard in shards if is_there[shard])
     missing = tuple(shard for shard in shards if not is_there[shard])
     is_legacy = parsed.is_legacy or any(name in others and others[name].is_legacy for name in there)
