@@ -25,7 +25,11 @@ from converter.plan import Plan
 from converter.staging import recover
 
 VARIANT = "fp16"
-_PREFIX = "text_model."
+# By class: what is put before names that begin with the second.
+_PREFIXES = {
+    "CLIPTextModel": ("text_model.", ""),
+    "StableDiffusionSafetyChecker": ("vision_model.", "vision_model."),
+}
 _FLAVOURS = ("", "Img2Img", "Inpaint")
 _PIPELINES = {f"StableDiffusion{xl}{flavour}Pipeline" for xl in ("", "XL") for flavour in _FLAVOURS}
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -114,17 +118,18 @@ def prepare_coreml(
 
 
 def _adapt(component: Component, checkpoint: Checkpoint) -> Checkpoint:
-    """Give a text encoder the names that transformers 4 knows, too.
+    """Give a text encoder and a safety checker the names that transformers 4 knows.
 
-    transformers 5 saves a CLIPTextModel that it made itself without ``text_model.``; transformers 4 then loads random
-    weights, with no more than a warning. Both know the longer names (``CLIPTextModel`` in ``modeling_clip.py``).
+    transformers 5 saves those that it made itself without a prefix; transformers 4 then loads random weights, with no
+    more than a warning. Both know the longer names (``modeling_clip.py``).
     """
+    prefix, short = _PREFIXES.get(component.class_name, ("", ""))
     names = [info.name for info in checkpoint.tensors]
-    if component.class_name != "CLIPTextModel" or any(name.startswith(_PREFIX) for name in names):
+    if not prefix or any(name.startswith(prefix + short) for name in names):
         return checkpoint
-    note = f"{_PREFIX} was put before the names in {checkpoint.weight_set.path.name}, as transformers 4 needs it"
-    renamed = rename_tensors(checkpoint, {name: _PREFIX + name for name in names})
-    return replace(renamed, notes=(*checkpoint.notes, note))
+    longer = {name: prefix + name if name.startswith(short) else name for name in names}
+    note = f"{prefix} was put before names in {checkpoint.weight_set.path.name}, as transformers 4 needs it"
+    return replace(rename_tensors(checkpoint, longer), notes=(*checkpoint.notes, note))
 
 
 def _with_old_classes(plan: Plan, source: Path) -> Plan:

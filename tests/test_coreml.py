@@ -101,6 +101,21 @@ def test_the_untagged_weights_are_kept_on_request(builders: Any, tmp_path: Path,
     assert diagnose(tmp_path / "out").is_healthy
 
 
+def test_names_are_those_that_transformers_4_knows(builders: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    # As transformers 5 saves what it made itself; 4.44 to 4.51 load random weights of it, with a warning.
+    source = save_as("safetensors", make("sd1", builders), tmp_path / "m", builders)
+    told = wconv("prepare-coreml", source, "-o", tmp_path / "out").stdout
+    assert "text_model. was put before names in model.safetensors, as transformers 4 needs it" in told
+    names = load_file(tmp_path / "out" / "text_encoder" / "model.fp16.safetensors")
+    assert all(name.startswith("text_model.") for name in names)
+    names = load_file(tmp_path / "out" / "safety_checker" / "model.fp16.safetensors")
+    assert "vision_model.vision_model.post_layernorm.weight" in names
+    assert "concept_embeds" in names
+    model_index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert model_index["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
+    assert "was put before" not in wconv("prepare-coreml", tmp_path / "out", "-o", tmp_path / "again").stdout
+
+
 @pytest.fixture(scope="module")
 def whole(builders: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_as("bin-sharded", make("sd1", builders), tmp_path_factory.mktemp("whole") / "m", builders)
