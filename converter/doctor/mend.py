@@ -82,6 +82,7 @@ class _Goal:
     name: WeightsName
     wishes: Wishes | None = None
     is_new: bool = False  # the source stays as it is
+    respell: bool = False  # the files get the names that the set's name gives them
 
 
 @dataclass(slots=True)
@@ -147,10 +148,8 @@ def plan_mending(view: FolderView, findings: Sequence[Finding], choices: Choices
 
 
 def _check_choices(view: FolderView, choices: Choices) -> None:
-    if choices.only_variant is not None and choices.only_variant not in (
-        *filter(None, view.variants),
-        choices.make_variant,
-    ):
+    tags = [*filter(None, view.variants), choices.make_variant]
+    if choices.only_variant is not None and choices.only_variant not in tags:
         raise BadRequest(view.path, f"has no variant {choices.only_variant!r}", "--make-variant makes one.")
     if choices.make_variant is not None and choices.make_variant.lower() not in RECAST_TARGETS:
         raise BadRequest(repr(choices.make_variant), "names no dtype", f"Use one of {', '.join(RECAST_TARGETS)}.")
@@ -169,7 +168,6 @@ def _gather(part: _Part) -> None:
             part.goals.append(_Goal(found, right_name(part.view, found.name)))
         else:
             part.left.append(found)
-
     kept = {name for found in part.left for name in found.files}
     part.goals = [goal for goal in part.goals if kept.isdisjoint(goal.source.files)]
 
@@ -196,7 +194,7 @@ def _gather_foreign(part: _Part, found: SetView) -> None:
         part.goals.append(_Goal(own, right_name(part.view, own.name)))
     elif not own.files and len(names) == 1 and not any(one.name == found.name for one in sets):
         # The files are named for a variant that has others: they take the name of their index.
-        part.goals.append(_Goal(replace(found, is_legacy=True), right_name(part.view, found.name)))
+        part.goals.append(_Goal(found, right_name(part.view, found.name), respell=True))
     else:
         part.left.append(found)
 
@@ -310,12 +308,11 @@ def _make_variants(view: FolderView, parts: list[_Part], choices: Choices) -> No
 def _choose_variants(parts: list[_Part], choices: Choices) -> None:
     if not choices.keep_default and choices.only_variant is None:
         return
+    kept = spelled_variant(WeightsName("", choices.only_variant, ""))
     for part in parts:
         for goal in list(part.goals):
             if goal.name.variant != choices.only_variant and part.has(choices.only_variant):
-                part.let_go(
-                    goal.source, f"only {spelled_variant(WeightsName('', choices.only_variant, ''))} is to stay"
-                )
+                part.let_go(goal.source, f"only {kept} is to stay")
 
 
 def _merge_shards(part: _Part) -> None:
@@ -345,7 +342,7 @@ def _build_plan(view: FolderView, parts: list[_Part]) -> Plan | None:
         for goal in part.goals:
             if goal.wishes is not None:
                 sets.append(_rewrite(folder, target, part.view, goal))
-            elif goal.name != goal.source.name or goal.source.is_legacy:
+            elif goal.respell or goal.name != goal.source.name or goal.source.is_legacy:
                 sets.append(_relabel(part, goal))
             else:
                 texts.update(_reindex(part, goal))
