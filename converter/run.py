@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -45,6 +46,7 @@ from converter.tensors import ByteRange, Described
 DEFAULT_MEMORY_NBYTES = 1 << 26
 DEFAULT_WORKERS = 4
 _MIN_CHUNK_NBYTES = 1 << 16
+_LISTEN_SECONDS = 0.2  # a signal is heard so soon, however long a task takes
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were dealt with since the last call."""
@@ -132,25 +134,57 @@ class _Tasks:
         """Run calls of (function, argument, bytes it deals with), a few at once; yield results as they come."""
         queue = iter(calls)
         waiting: dict[Future[_T], int] = {}
-        try:
-            while True:
-                for function, argument, nbytes in itertools.islice(queue, self.limit - len(waiting)):
-                    waiting[self.pool.submit(function, argument, self.chunk_nbytes)] = nbytes
-                if not waiting:
-                    return
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    nbytes = waiting.pop(future)
-                    yield future.result()
-                    self.progress(nbytes)
-        finally:
-            for future in waiting:
-                future.cancel()
-            wait(waiting)
+        with _signals_held() as let_through:
+            try:
+                while True:
+                    for function, argument, nbytes in itertools.islice(queue, self.limit - len(waiting)):
+                        waiting[self.pool.submit(function, argument, self.chunk_nbytes)] = nbytes
+                    if not waiting:
+                        return
+                    for future in wait(waiting, _LISTEN_SECONDS, FIRST_COMPLETED).done:
+                        nbytes = waiting.pop(future)
+                        yield future.result()
+                        self.progress(nbytes)
+                    let_through()
+            finally:
+                for future in waiting:
+                    future.cancel()
+                wait(waiting)
 
     def finish(self, calls: Iterable[tuple[Callable[[_A, int], None], _A, int]]) -> None:
         """Run calls that give nothing but an error."""
         for _ in self.run(calls):
             pass
+
+
+@contextmanager
+def _signals_held() -> Iterator[Callable[[], None]]:
+    """Hold back signals that raise, while futures are waited for; give what lets those through that have come.
+
+    What a handler raises just anywhere can leave the lock of a future taken for ever (within ``Condition.__enter__``),
+    and then neither its thread nor this one ends.
+    """
+    came: list[int] = []
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    before = {which: handler for which, handler in before.items() if callable(handler)}
+    with suppress(ValueError):  # not in the main thread: none is raised here
+        for which in before:
+            signal.signal(which, lambda number, _: came.append(number))
+
+    def let_through() -> None:
+        while came:
+            number = came.pop()
+            handler = before[signal.Signals(number)]
+            if callable(handler):
+                handler(number, None)
+
+    try:
+        yield let_through
+    finally:
+        with suppress(ValueError):
+            for which, handler in before.items():
+                signal.signal(which, handler)
+        let_through()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -557,3 +558,32 @@ def test_replacing_the_source_is_verified_however_it_is_spelled(number, tmp_path
     output = spellings(source.parent, tmp_path / "link")[number]
     assert convert(source, output, Wishes(overwrite=True, max_shard_nbytes=64)).verified
     assert_same(load_set(source.parent), STATE)
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_not_raised_inside_of_an_executor(which: signal.Signals, tmp_path: Path) -> None:
+    # Raised within Condition.__enter__, it left a future's lock taken, and the command hung.
+    begun, ended = [], []
+
+    class Signalling(ThreadPoolExecutor):
+        def submit(self, *args, **how):
+            begun.append(1)
+            os.kill(os.getpid(), which)
+            for _ in range(1000):
+                pass
+            ended.append(1)
+            return super().submit(*args, **how)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    save_bin_shards(STATE, tmp_path / "m")
+    before = signal.signal(which, interrupt)
+    try:
+        with Signalling(1) as pool, pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "m", tmp_path / "out", executor=pool)
+        assert signal.getsignal(which) is interrupt
+    finally:
+        signal.signal(which, before)
+    assert begun == ended
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
