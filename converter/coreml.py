@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from converter.checkpoint import Checkpoint, WeightSet, rename_tensors
 from converter.choose import OnOverflow, Wishes, choose_sets
 from converter.conversion import plan_conversion, request_of
 from converter.doctor.checks import run_checks
+from converter.doctor.findings import Finding
+from converter.doctor.loaders import COREML_VARIANT
 from converter.doctor.view import look, read_json
 from converter.dtypes import BY_ALIAS
 from converter.errors import BadFile, BadRequest, Unsupported
@@ -24,7 +26,6 @@ from converter.folder import Component, ModelFolder
 from converter.plan import Plan
 from converter.staging import recover
 
-VARIANT = "fp16"
 # By class: what is put before names that begin with the second.
 _PREFIXES = {
     "CLIPTextModel": ("text_model.", ""),
@@ -51,8 +52,11 @@ class Lack:
     advice: str
 
 
-def find_lacks(source: Path) -> Iterator[Lack]:
-    """List what a pipeline folder lacks that no conversion of weights can give it. Raises BadFile for no folder."""
+def find_lacks(source: Path, findings: Iterable[Finding] | None = None) -> Iterator[Lack]:
+    """List what a pipeline folder lacks that no conversion of weights can give it. Raises BadFile for no folder.
+
+    ``findings`` are the doctor's, where it has looked already.
+    """
     model_index, error = read_json(source / "model_index.json")
     if error or not model_index:
         problem = "is no Diffusers pipeline: it has no model_index.json that can be read"
@@ -71,7 +75,7 @@ def find_lacks(source: Path) -> Iterator[Lack]:
         for file_name in _FILES.get(name.removesuffix("_2"), ()):
             if not (source / name / file_name).is_file():
                 yield Lack(source / name / file_name, "is not there", f"Fetch it; it belongs to the {name}.")
-    for finding in run_checks(look(source)):
+    for finding in run_checks(look(source)) if findings is None else findings:
         if finding.code in _FATAL and finding.component.removesuffix("_2") not in _FILES:
             yield Lack(finding.path, finding.problem, finding.kind.mending)
 
@@ -97,8 +101,8 @@ def prepare_coreml(
     """
     wishes = Wishes(
         every_variant=False,
-        dtype=BY_ALIAS[VARIANT],
-        variant=VARIANT,
+        dtype=BY_ALIAS[COREML_VARIANT],
+        variant=COREML_VARIANT,
         max_shard_nbytes=math.inf,
         on_overflow=on_overflow,
         overwrite=overwrite,
@@ -154,8 +158,8 @@ def _choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, Weight
     """Of each part take the fp16 weights, else the untagged ones, else what there is."""
     chosen = []
     for component in folder.components:
-        has_variant = any(found.name.variant == VARIANT for found in component.weight_sets)
-        one = replace(wishes, components=(component.name,), from_variant=VARIANT if has_variant else None)
+        has_variant = any(found.name.variant == COREML_VARIANT for found in component.weight_sets)
+        one = replace(wishes, components=(component.name,), from_variant=COREML_VARIANT if has_variant else None)
         chosen += choose_sets(folder, one)
     return chosen
 

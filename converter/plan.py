@@ -135,8 +135,13 @@ class Plan:
         return (*(name for name in self.superseded if name not in written), *map(str, self.delete))
 
     @property
+    def written_nbytes(self) -> int:
+        """The bytes of weight files that are written anew; what is linked is not."""
+        return sum(shard.nbytes for shard in self.shards if shard.link is None)
+
+    @property
     def nbytes(self) -> int:
-        """The bytes of all weight files that are written."""
+        """The bytes of all weight files that are there in the end."""
         return sum(planned.nbytes for planned in self.sets)
 
 

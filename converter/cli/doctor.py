@@ -11,6 +11,7 @@ import click
 from converter.cli.options import output_options, source_arg
 
 if TYPE_CHECKING:
+    from converter.coreml import Lack
     from converter.doctor import Diagnosis
     from converter.doctor.loaders import FolderListing, Prediction
     from converter.doctor.mend import Choices, Mending
@@ -52,7 +53,6 @@ def command(
     wconv doctor ./model --fix --dry-run                       how can it be mended?
     """
     from converter.cli.output import echo, printable, show_bytes, show_json
-    from converter.coreml import find_lacks
     from converter.doctor import diagnose, finish_mending
     from converter.doctor.mend import Choices, Keep
 
@@ -81,7 +81,7 @@ def command(
             found = diagnose(source, deep=deep)
     listing = mending.after if mending and dry_run else None
     predicted = _predictions(listing, found, loader, variant, always=mending is not None)
-    lacks = list(find_lacks(source)) if loader == "coreml" else []
+    lacks = _lacks(source, found) if loader == "coreml" else []
     if as_json:
         content["loads"] = [_loads_as_json(one) for one in predicted]
         content["lacks"] = [{"path": str(lack.path), "problem": lack.problem, "advice": lack.advice} for lack in lacks]
@@ -94,6 +94,12 @@ def command(
             echo(printable(f"    lacks {lack.path.relative_to(source).as_posix()}: {lack.problem}. {lack.advice}"))
     ready = not lacks and all(one.works for one in predicted)
     return 0 if found.is_healthy and (ready or loader != "coreml") else 1
+
+
+def _lacks(source: Path, found: Diagnosis) -> list[Lack]:
+    from converter.coreml import find_lacks
+
+    return list(find_lacks(source, found.findings))
 
 
 def _fix(source: Path, found: Diagnosis, choices: Choices, dry_run: bool, quiet: bool) -> Mending:
@@ -112,7 +118,7 @@ def _fix(source: Path, found: Diagnosis, choices: Choices, dry_run: bool, quiet:
             echo("Would do:\n" if dry_run else "Mending:\n")
             for step in mending.steps:
                 echo(printable(f"  {step}"))
-            echo(f"\n{'Would write' if dry_run else 'Writes'} {show_bytes(_written_nbytes(mending))}.\n")
+            echo(f"\n{'Would write' if dry_run else 'Writes'} {show_bytes(mending.plan.written_nbytes)}.\n")
     if mending.plan and not dry_run:
         total = mending.plan.nbytes * (2 if mending.plan.destroys_source else 1)
         with open_meter(total, "mending", quiet) as meter:
@@ -120,11 +126,6 @@ def _fix(source: Path, found: Diagnosis, choices: Choices, dry_run: bool, quiet:
         if not quiet:
             echo("What was replaced is kept: --undo puts it back, --purge removes it.\n")
     return mending
-
-
-def _written_nbytes(mending: Mending) -> int:
-    assert mending.plan is not None
-    return sum(shard.nbytes for shard in mending.plan.shards if shard.link is None)
 
 
 def _ask(found: Diagnosis, choices: Choices) -> Choices:

@@ -171,8 +171,8 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
 
 def _how_it_went(result: Result, peak_nbytes: int) -> str:
     assert result.plan is not None
-    written = sum(shard.nbytes for shard in result.plan.shards if shard.link is None)
-    linked = sum(shard.nbytes for shard in result.plan.shards if shard.link is not None)
+    written = result.plan.written_nbytes
+    linked = result.plan.nbytes - written
     if not written:
         return f"Renamed {show_bytes(linked)} of weights in {result.plan.target.folder}; none were written."
     rate = show_bytes(written / max(result.seconds, 1e-3))

@@ -59,7 +59,8 @@ def command(source: Path, keep_default: bool, on_overflow: Any, **options: Any) 
 
 def _show_next(plan: Plan) -> None:
     from converter.cli.output import echo, show_bytes
-    from converter.coreml import VARIANT, next_steps, upcast_vae
+    from converter.coreml import next_steps, upcast_vae
+    from converter.doctor.loaders import COREML_VARIANT
 
     if upcast_vae(plan):
         echo("\nThe VAE of this model gives black images in float16 (its config says force_upcast).")
@@ -67,7 +68,7 @@ def _show_next(plan: Plan) -> None:
     echo("\nNext, on a Mac with apple/ml-stable-diffusion installed, one of:")
     for step in next_steps(plan):
         echo(f"\n    # {step.purpose}\n    {shlex.join(step.command)}")
-    fp16 = [planned for planned in plan.sets if planned.name.variant == VARIANT]
+    fp16 = [planned for planned in plan.sets if planned.name.variant == COREML_VARIANT]
     disk = _DISK_SHARE * sum(planned.nbytes for planned in fp16)
     memory = _MEMORY_NBYTES + _MEMORY_SHARE * max(planned.nbytes for planned in fp16)
     echo(f"\nEach takes some {show_bytes(disk)} of disk and up to {show_bytes(memory)} of memory.")

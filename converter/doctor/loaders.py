@@ -156,7 +156,7 @@ def _pick_diffusers(part: PartListing, variant: str | None, pickles: bool) -> Pi
         legacy = f"{name.stem}.{name.ext}.{variant}.index.json"
         index = legacy if "." not in str(part.path) else index
     if index in part.names:
-        return _pick_shards(part, index, checked=True)
+        return _pick_shards(part, index)
     pickled = WeightsName(name.stem, variant, "bin").single
     return _pick_single(part, [name.single, *([pickled] if pickles else [])])
 
@@ -168,11 +168,11 @@ def _pick_transformers(part: PartListing, variant: str | None, pickles: bool = T
         if name.single in part.names:
             return Pick(part.name, (name.single,))
         if name.index in part.names:
-            return _pick_shards(part, name.index, checked=False)
+            return _pick_shards(part, name.index)
     return _pick_single(part, [name.single for name in (names if pickles else names[:1])])
 
 
-def _pick_shards(part: PartListing, index_name: str, checked: bool) -> Pick:
+def _pick_shards(part: PartListing, index_name: str) -> Pick:
     index = part.indexes.get(index_name, IndexListing((), f"cannot read {index_name}"))
     if index.problem:
         return Pick(part.name, (index_name,), index.problem)

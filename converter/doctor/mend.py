@@ -143,7 +143,7 @@ def plan_mending(view: FolderView, findings: Sequence[Finding], choices: Choices
     plan = _build_plan(view, parts)
     steps = [step for part in parts for step in part.steps]
     steps += [f"rename {name} to {Path(name).name}.txt" for name in _renamed(view)]
-    steps += [f"write dtype {dtype} into {path}" for path, dtype in _new_dtypes(view)]
+    steps += [f"write dtype {dtype} into {_relative(part, 'config.json')}" for part, dtype in _new_dtypes(view)]
     return Mending(plan, tuple(steps), _list_after(view, listing, plan) if plan else listing)
 
 
@@ -351,11 +351,9 @@ def _build_plan(view: FolderView, parts: list[_Part]) -> Plan | None:
                 superseded += (_relative(part.view, name) for name in goal.source.all_names)
     for name in texts:
         superseded += [name] if (view.path / name).exists() else []
-    for path, dtype in _new_dtypes(view):
-        config = next(
-            part.component.config for part in view.components if part.path / "config.json" == view.path / path
-        )
-        texts[path] = (json.dumps(with_dtype(config, dtype), indent=2) + "\n").encode()
+    for described, dtype in _new_dtypes(view):
+        path = _relative(described, "config.json")
+        texts[path] = (json.dumps(with_dtype(described.component.config, dtype), indent=2) + "\n").encode()
         superseded.append(path)
     renamed = _renamed(view)
     superseded += renamed
@@ -376,9 +374,9 @@ def _renamed(view: FolderView) -> list[str]:
     return [name for name in view.dotless if (view.path / name).is_file()] if any(view.variants) else []
 
 
-def _new_dtypes(view: FolderView) -> list[tuple[str, str]]:
+def _new_dtypes(view: FolderView) -> list[tuple[ComponentView, str]]:
     found = [(part, config_dtype(part)) for part in (() if view.is_pipeline else view.components)]
-    return [(_relative(part, "config.json"), dtypes[1].torch_name) for part, dtypes in found if dtypes]
+    return [(part, dtypes[1].torch_name) for part, dtypes in found if dtypes]
 
 
 def _relative(part: ComponentView, name: str) -> str:

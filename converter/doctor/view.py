@@ -177,7 +177,7 @@ def look(path: Path) -> FolderView:
             is_model = folder.name in named and "tokenizer_config.json" not in part.files
             if part.weights or part.sets or part.partial or is_model:
                 parts.append(part)
-        if absent and any(entry.name for entry in path.iterdir() if is_weight_file(entry)):
+        if absent and any(map(is_weight_file, path.iterdir())):
             absent = ()  # a missing part is loaded from the root itself (``load_sub_model``)
     if not any(part.weights or part.sets or part.partial for part in parts) and not absent and not errors:
         raise BadFile(path, "holds no weights", "Name a folder that does.")
