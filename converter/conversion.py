@@ -15,6 +15,7 @@ from converter.formats.state_dict import Reading
 from converter.names import WeightsName, parse_name
 from converter.plan import Plan, Target, make_plan
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
+from converter.single_file import SingleFile
 from converter.staging import open_target, recover
 
 Choose = Callable[[ModelFolder, Wishes], list[tuple[Component, WeightSet]]]
@@ -57,6 +58,15 @@ def plan_conversion(
     if not plan.sets:
         _refuse_beside(chosen, wishes)
     return plan
+
+
+def plan_single_file(opened: SingleFile, output: Path, wishes: Wishes, adapt: Adapt) -> Plan:
+    """Plan the pipeline folder that a single file becomes; ``adapt`` as in ``plan_conversion``."""
+    target = open_target(opened.folder, output, wishes.overwrite)
+    checkpoints = [(component, adapt(component, checkpoint)) for component, checkpoint in opened.checkpoints]
+    existing = _find_existing(target, opened.folder.components)
+    plan = make_plan(opened.folder, checkpoints, target, wishes, existing, notes=opened.notes)
+    return dataclasses.replace(plan, carried=opened.carried, edited=(*plan.edited, *opened.edited))
 
 
 def convert(

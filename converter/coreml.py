@@ -15,7 +15,7 @@ from pathlib import Path
 
 from converter.checkpoint import Checkpoint, WeightSet, rename_tensors
 from converter.choose import OnOverflow, Wishes, choose_sets
-from converter.conversion import plan_conversion, request_of
+from converter.conversion import plan_conversion, plan_single_file, request_of
 from converter.doctor.checks import run_checks
 from converter.doctor.findings import Finding
 from converter.doctor.loaders import COREML_VARIANT
@@ -24,6 +24,7 @@ from converter.dtypes import BY_ALIAS
 from converter.errors import BadFile, BadRequest, Unsupported
 from converter.folder import Component, ModelFolder
 from converter.plan import Plan
+from converter.single_file import open_single_file
 from converter.staging import recover
 
 # By class: what is put before names that begin with the second.
@@ -80,9 +81,12 @@ def find_lacks(source: Path, findings: Iterable[Finding] | None = None) -> Itera
             yield Lack(finding.path, finding.problem, finding.kind.mending)
 
 
-def check_source(source: Path) -> None:
-    """Raise BadFile or Unsupported for the first thing that a source lacks, with all others named."""
-    lacks = list(find_lacks(source))
+def check_source(source: Path, findings: Iterable[Finding] | None = None) -> None:
+    """Raise BadFile or Unsupported for the first thing that a source lacks, with all others named.
+
+    ``findings`` are as in ``find_lacks``: none for a folder that is there for its configs.
+    """
+    lacks = list(find_lacks(source, findings))
     if not lacks:
         return
     first, *others = lacks
@@ -93,9 +97,19 @@ def check_source(source: Path) -> None:
 
 
 def prepare_coreml(
-    source: Path, output: Path, keep_default: bool, on_overflow: OnOverflow, overwrite: bool, recovering: bool = True
+    source: Path,
+    output: Path,
+    keep_default: bool,
+    on_overflow: OnOverflow,
+    overwrite: bool,
+    *,
+    ema: bool = False,
+    config: Path | None = None,
+    recovering: bool = True,
 ) -> tuple[str, Plan | None]:
     """Name a request for ``run_plan`` and plan it; None for the plan if a killed run of it needed just finishing.
+
+    ``ema`` and ``config`` are as in ``open_single_file``, and for such a file only.
 
     Raises BadFile or Unsupported for what the script would miss, before anything is written.
     """
@@ -107,18 +121,24 @@ def prepare_coreml(
         on_overflow=on_overflow,
         overwrite=overwrite,
     )
-    request = request_of(source, output, ("coreml", keep_default, wishes))
+    request = request_of(source, output, ("coreml", keep_default, ema, str(config), wishes))
     if recovering and recover(output, request):
         return request, None
+    plain = replace(wishes, dtype=None, variant="none")
     if source.is_file():
-        raise BadRequest(source, "is one file, and not a pipeline folder", "Convert it with Diffusers first.")
-    check_source(source)
-    plan = plan_conversion(source, output, wishes, _choose, _adapt)
-    if keep_default:
-        plain = replace(wishes, dtype=None, variant="none")
-        default = plan_conversion(source, output, plain, _choose_default, _adapt)
-        plan = replace(plan, sets=(*plan.sets, *default.sets))
-    return request, _with_old_classes(plan, source)
+        if config is not None:
+            check_source(config, ())
+        opened = open_single_file(source, config, ema)
+        plan = plan_single_file(opened, output, wishes, _adapt)
+        default = plan_single_file(opened, output, plain, _adapt) if keep_default else None
+    elif ema or config is not None:
+        option = "--ema" if ema else "--config"
+        raise BadRequest(source, f"is a folder, and {option} is for a single file", "Leave it out.")
+    else:
+        check_source(source)
+        plan = _with_old_classes(plan_conversion(source, output, wishes, _choose, _adapt), source)
+        default = plan_conversion(source, output, plain, _choose_default, _adapt) if keep_default else None
+    return request, replace(plan, sets=(*plan.sets, *default.sets)) if default else plan
 
 
 def _adapt(component: Component, checkpoint: Checkpoint) -> Checkpoint:

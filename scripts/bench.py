@@ -329,11 +329,12 @@ def say(text: str) -> None:
 
 
 def clear(bench: Bench, warm_nbytes: int = 0) -> None:
-    """Remove outputs, wait until the disk is at rest, and warm that much memory."""
+    """Remove outputs, wait until the disk is at rest, and warm memory: twice as much, for not all is used again."""
     shutil.rmtree(bench.out.parent, ignore_errors=True)
     bench.out.parent.mkdir(parents=True)
     os.sync()
-    warm_nbytes = min(warm_nbytes, psutil.virtual_memory().free * 9 // 10)  # more would push the source out of memory
+    # More than is free would push the source out of memory.
+    warm_nbytes = min(2 * warm_nbytes, psutil.virtual_memory().free * 3 // 4)
     if warm_nbytes:
         subprocess.run([sys.executable, "-c", WARM_MEMORY, str(warm_nbytes)], check=True)
 

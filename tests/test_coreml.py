@@ -188,12 +188,6 @@ def test_a_vae_that_overflows_as_it_runs(whole: Path, builders: Any, tmp_path: P
     assert "--custom-vae-version" not in wconv("prepare-coreml", whole, "-o", tmp_path / "sd1").stdout
 
 
-def test_one_file_is_no_pipeline(tmp_path: Path, wconv: Callable[..., Any]) -> None:
-    torch.save({"model.diffusion_model.x": torch.ones(1)}, tmp_path / "sd.ckpt")
-    said = wconv("prepare-coreml", tmp_path / "sd.ckpt", "-o", tmp_path / "out", exit_code=2).stderr
-    assert "is one file, and not a pipeline folder" in said
-
-
 def test_a_dry_run_writes_nothing(whole: Path, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     assert "model.fp16.safetensors" in wconv("prepare-coreml", whole, "-o", tmp_path / "out", "--dry-run").stdout
     assert not list(tmp_path.iterdir())

@@ -27,7 +27,7 @@ LAYERS = (
     ("formats",),
     ("checkpoint",),
     ("folder",),
-    ("choose",),
+    ("choose", "single_file"),
     ("rules",),
     ("plan",),
     ("cast", "sources"),

@@ -24,6 +24,13 @@ _MEMORY_SHARE = 4
 @click.command("prepare-coreml", short_help="Make a pipeline ready for conversion to Core ML.")
 @source_arg
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", required=True, help="The new folder.")
+@click.option("--ema", is_flag=True, help="Of a single file, take the UNet's averaged weights.")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="For a single file: a pipeline folder to take configs, tokenizer and scheduler from.",
+)
 @click.option("--keep-default", is_flag=True, help="Write the untagged weights as well, in their own dtype.")
 @click.option(
     "--on-overflow",
@@ -37,21 +44,32 @@ _MEMORY_SHARE = 4
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
 @run_options
 @output_options
-def command(source: Path, keep_default: bool, on_overflow: Any, **options: Any) -> None:
-    """Make the pipeline folder SRC ready for Core ML: in fp16, tagged, one file a part, in a new folder.
+def command(source: Path, keep_default: bool, on_overflow: Any, ema: bool, config: Path | None, **options: Any) -> None:
+    """Make a Stable Diffusion pipeline ready for Core ML: in fp16, tagged, one file a part, in a new folder.
+
+    SRC is its folder, or a single file as CivitAI has them: .safetensors or .ckpt, of Stable Diffusion 1, 2 or XL.
 
     That is what torch2coreml of apple/ml-stable-diffusion loads, and MochiDiffusion's conversion with it. What that
     would miss is said before anything is written; the commands to run next come last.
 
     \b
     wconv prepare-coreml ./model -o ./model-coreml
+    wconv prepare-coreml model.ckpt --ema -o ./model-coreml
     """
     from converter.cli.convert import run_planned
     from converter.coreml import prepare_coreml
 
     output = options["output"]
-    recovering = not options["dry_run"]
-    request, plan = prepare_coreml(source, output, keep_default, on_overflow, options["overwrite"], recovering)
+    request, plan = prepare_coreml(
+        source,
+        output,
+        keep_default,
+        on_overflow,
+        options["overwrite"],
+        ema=ema,
+        config=config,
+        recovering=not options["dry_run"],
+    )
     run_planned(plan, request, options)
     if plan is not None and not (options["quiet"] or options["as_json"]):
         _show_next(plan)
