@@ -46,7 +46,7 @@ demo: .venv-demo/installed  ## convert a small Stable Diffusion folder, without 
 test: .venv/installed  ## run the tests but the slow ones (PYTEST_ARGS=... for more options)
 	.venv/$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
 
-test-all: .venv/installed  ## run all tests
+test-all: .venv/installed .venv-coreml/installed  ## run all tests
 	.venv/$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: format-check ruff-check type-check readme-check docs-check  ## run all the checks below
@@ -85,7 +85,7 @@ fuzz: .venv-fuzz/installed  ## feed the readers made-up files, a minute each (FU
 	.venv-fuzz/$(BIN)/python scripts/fuzz.py $(FUZZ_ARGS)
 
 clean:  ## remove environments, caches and all that was built
-	rm -rf .venv .venv-demo .venv-lint .venv-fuzz build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-demo .venv-lint .venv-fuzz .venv-coreml build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find converter scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environments. Each holds an empty file "installed", newer than what it was installed from.
@@ -103,6 +103,13 @@ clean:  ## remove environments, caches and all that was built
 	@$(PYTHON) -m venv .venv
 	@.venv/$(BIN)/python -m pip install -q $(TORCH)
 	@.venv/$(BIN)/python -m pip install -q -e ".[test]"
+	@touch $@
+
+.venv-coreml/installed: setup.cfg pyproject.toml
+	@echo "Installing coremltools and what it converts with into .venv-coreml (a few minutes) ..."
+	@$(PYTHON) -m venv .venv-coreml
+	@.venv-coreml/$(BIN)/python -m pip install -q $(TORCH)
+	@.venv-coreml/$(BIN)/python -m pip install -q ".[coreml]"
 	@touch $@
 
 .venv-fuzz/installed: setup.cfg pyproject.toml

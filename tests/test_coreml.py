@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from original import as_original
 from safetensors.torch import load_file, save_file
 from tiny import snapshot
 
@@ -191,3 +193,35 @@ def test_a_vae_that_overflows_as_it_runs(whole: Path, builders: Any, tmp_path: P
 def test_a_dry_run_writes_nothing(whole: Path, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     assert "model.fp16.safetensors" in wconv("prepare-coreml", whole, "-o", tmp_path / "out", "--dry-run").stdout
     assert not list(tmp_path.iterdir())
+
+
+COREML_PYTHON = Path(__file__).parents[1] / ".venv-coreml" / "bin" / "python"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["bin-sharded", "single file"])
+def test_coremltools_takes_its_weights(form: str, builders: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    if not COREML_PYTHON.exists():
+        pytest.skip("needs .venv-coreml, which make test-all installs")
+    model = make("sd2", builders)
+    source = save_as("bin-sharded", model, tmp_path / "m", builders)
+    arguments: list[object] = [source]
+    if form == "single file":
+        parts = builders.models_in(model)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        states["text_encoder"] = builders.state_as_published(model.text_encoder)
+        state = as_original("sd1", states, {name: part.config for name, part in parts.items()})
+        torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+        arguments = [tmp_path / "model.ckpt", "--config", source]
+    wconv("prepare-coreml", *arguments, "-o", tmp_path / "out")
+    (tmp_path / "packages").mkdir()
+    program = Path(__file__).with_name("coreml_packages.py")
+    command = [COREML_PYTHON, program, tmp_path / "out", tmp_path / "packages"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == {"text_encoder", "unet", "vae"}
+    for name, (there, gone) in found.items():
+        assert there
+        # Only the decoder of an autoencoder is in its package.
+        assert [key for key in gone if name != "vae" or key.startswith(("decoder.", "post_"))] == []
