@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 import os
 import platform
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -35,6 +36,7 @@ from make_sample import write_json, write_torch_file
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "converter" / "configs" / "sd1"
 MB = 1_000_000
 GB = 1_000_000_000
 
@@ -51,6 +53,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYT
 OK, OUT_OF_REACH, WRONG = "ok", "OUT OF REACH", "WRONG"
 
 Shape = tuple[int, ...]
+Source = Literal["torch", "safetensors", "unet"]
 Arguments = Callable[[Path, Path], list[str]]
 Hashes = dict[str, str]  # file, relative to its folder -> sha256
 
@@ -63,7 +66,7 @@ class Case:
     arguments: Arguments
     ratio_reach: float
     rss_reach_mb: float
-    from_safetensors: bool = False
+    source: Source = "torch"
 
 
 def conversion(command: str, *options: str) -> Arguments:
@@ -86,9 +89,10 @@ CASES = (
     Case("to-safetensors", conversion("to-safetensors"), 1.1, 48.0),
     Case("recast to bf16", conversion("recast", "--dtype", "bf16"), 0.65, 80.0),
     Case("recast to fp16", conversion("recast", "--dtype", "fp16"), 0.65, 80.0),
-    Case("reshard 5 to 2", in_shards("reshard", 2), 1.1, 80.0, from_safetensors=True),
-    Case("reshard 5 to 1", in_shards("reshard", 1), 1.1, 80.0, from_safetensors=True),
-    Case("to-bin", conversion("to-bin"), 1.2, 80.0, from_safetensors=True),
+    Case("reshard 5 to 2", in_shards("reshard", 2), 1.1, 80.0, source="safetensors"),
+    Case("reshard 5 to 1", in_shards("reshard", 1), 1.1, 80.0, source="safetensors"),
+    Case("prepare-coreml", conversion("prepare-coreml"), 0.65, 80.0, source="unet"),
+    Case("to-bin", conversion("to-bin"), 1.2, 80.0, source="safetensors"),
 )
 
 # Run with the source and the output as arguments.
@@ -236,9 +240,15 @@ def llama_shapes(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
 
 
 def write_llama(folder: Path, gb: float) -> None:
-    """Write config, index and shards of about the same size: SHARDS, or fewer where one tensor is larger than that."""
+    """Write config, index and shards: SHARDS, or fewer where one tensor is larger than its share."""
     config = llama_config(gb)
     tensors = {name: RandomTensor(shape, i) for i, (name, shape) in enumerate(llama_shapes(config))}
+    write_json(folder / "config.json", config)
+    write_shards(folder, "pytorch_model", tensors)
+
+
+def write_shards(folder: Path, stem: str, tensors: dict[str, RandomTensor]) -> None:
+    """Write shards of about the same size and their index."""
     total = sum(tensor.nbytes for tensor in tensors.values())
     shards: list[dict[str, RandomTensor]] = [{} for _ in range(SHARDS)]
     before = 0
@@ -248,11 +258,30 @@ def write_llama(folder: Path, gb: float) -> None:
     shards = [shard for shard in shards if shard]
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
-        file_name = f"pytorch_model-{i:05d}-of-{len(shards):05d}.bin"
+        file_name = f"{stem}-{i:05d}-of-{len(shards):05d}.bin"
         write_torch_file(folder / file_name, shard)
         weight_map |= dict.fromkeys(shard, file_name)
-    write_json(folder / "config.json", config)
-    write_json(folder / "pytorch_model.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / f"{stem}.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_unet(folder: Path, gb: float) -> None:
+    """Write a Stable Diffusion 1 pipeline that is all UNet: 3.4 GB of it for 4, narrower ones for less."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(CONFIGS, folder, dirs_exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "tokenizer" / name).write_text("{}")
+    config = json.loads((CONFIGS / "unet" / "config.json").read_text())
+    width = max(32, round(320 * math.sqrt(gb / 4) / 32) * 32)
+    config["block_out_channels"] = [width, 2 * width, 4 * width, 4 * width]
+    with torch.device("meta"):
+        state = UNet2DConditionModel.from_config(config).state_dict()
+    tensors = {name: RandomTensor(tuple(tensor.shape), i) for i, (name, tensor) in enumerate(state.items())}
+    write_json(folder / "unet" / "config.json", config)
+    write_shards(folder / "unet", "diffusion_pytorch_model", tensors)
+    for name in ("vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"):
+        write_torch_file(folder / name, {"weight": RandomTensor((8, 8), 0)})
 
 
 def write_small(folder: Path, tensors: int) -> None:
@@ -279,8 +308,10 @@ def llama(bench: Bench, gb: float) -> Path:
 
 
 def source_of(bench: Bench, case: Case, gb: float) -> Path:
+    if case.source == "unet":
+        return made_once(bench.folder / f"unet-{gb:g}gb", lambda folder: write_unet(folder, gb))
     source = llama(bench, gb)
-    if not case.from_safetensors:
+    if case.source == "torch":
         return source
     name = f"{source.name}-safetensors"
     return made_once(bench.folder / name, lambda folder: make_safetensors(bench, source, folder))
@@ -292,7 +323,7 @@ def make_safetensors(bench: Bench, source: Path, folder: Path) -> None:
 
 
 def weights_of(source: Path) -> list[Path]:
-    return sorted(path for path in source.iterdir() if path.suffix in (".bin", ".safetensors"))
+    return sorted(path for path in source.rglob("*") if path.suffix in (".bin", ".safetensors"))
 
 
 def weights_nbytes(source: Path) -> int:
