@@ -128,6 +128,8 @@ def open_single_file(source: Path, config: Path | None = None, ema: bool = False
         if name == "unet" and ema:
             mine = _averaged(source, mine, tensors)
         converted, left = _convert(mine, content, _RULES[_rule_of(name, prefix)])
+        if len({info.name for info in converted}) < len(converted):
+            raise Unsupported(source, f"holds two tensors that come to one name in the {name}", "Is it another model?")
         if left and name == "unet":
             problem = f"holds tensors that no UNet of {family.name} has: {_some([prefix + short for short in left])}"
             raise Unsupported(source, problem, "Is it another model, or one with something added?")
@@ -270,7 +272,8 @@ def _vae(name: str, info: TensorInfo, config: Mapping[str, Any]) -> _Views:
         stem, _, leaf = rest.rpartition(".")
         if stem in _VAE_ATTENTION:
             # A convolution of one pixel is a matrix.
-            view = info._replace(shape=info.shape[:2], strides=info.strides[:2]) if len(info.shape) > 2 else info
+            is_matrix = len(info.shape) > 2 and set(info.shape[2:]) == {1}
+            view = info._replace(shape=info.shape[:2], strides=info.strides[:2]) if is_matrix else info
             yield view._replace(name=f"{side}.mid_block.attentions.0.{_VAE_ATTENTION[stem]}.{leaf}")
 
 
@@ -308,13 +311,13 @@ def _open_clip(name: str, info: TensorInfo, config: Mapping[str, Any]) -> _Views
         where = f"text_model.encoder.layers.{number}"
         if int(number) >= config.get("num_hidden_layers", 0):
             return  # Stable Diffusion 2 reads the layer before the last
-        if joint:
+        if joint and info.shape:
             rows = info.shape[0] // 3
             for place, which in enumerate(("q_proj", "k_proj", "v_proj")):
                 start = info.start + place * rows * info.strides[0]
                 view = info._replace(shape=(rows, *info.shape[1:]), start=start)
                 yield view._replace(name=f"{where}.self_attn.{which}.{joint}")
-        elif stem in _OPEN_CLIP_LAYER:
+        elif stem and stem in _OPEN_CLIP_LAYER:
             yield info._replace(name=f"{where}.{_OPEN_CLIP_LAYER[stem]}.{leaf}")
 
 
@@ -357,7 +360,7 @@ def _check_shapes(source: Path, what: str, config: Mapping[str, Any], tensors: S
             "conv_out.weight": (config.get("out_channels"), widths[0]),
         }
         keys = [name for name in shapes if name.endswith("attn2.to_k.weight")]
-        expected |= {name: (shapes[name][0], config["cross_attention_dim"]) for name in keys}
+        expected |= {name: (*shapes[name][:1], config["cross_attention_dim"]) for name in keys}
         expected |= {f"down_blocks.{at}.resnets.0.conv2.weight": (width, width) for at, width in enumerate(widths)}
     elif "latent_channels" in config:
         expected = {"encoder.conv_in.weight": (widths[0], 3), "decoder.conv_out.weight": (3, widths[0])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import snapshot
 
+from converter.errors import WconvError
 from converter.single_file import CONFIGS, open_single_file
 
 KINDS = ("sd1", "sd2", "sdxl")
@@ -295,3 +297,21 @@ def test_ema_and_config_are_for_single_files(tmp_path: Path, wconv: Callable[...
     (tmp_path / "m").mkdir()
     done = wconv("prepare-coreml", tmp_path / "m", "--ema", "-o", tmp_path / "out", exit_code=2)
     assert "--ema is for a single file" in done.stderr
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 1, 1)])
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_odd_shapes_end_in_one_line(kind: str, shape: tuple[int, ...], tiny: Any, tmp_path: Path) -> None:
+    _, config, state = tiny(kind)
+    for name in state:
+        write_hollow(tmp_path / "model.safetensors", {**state, name: torch.ones(shape)})
+        with contextlib.suppress(WconvError):
+            open_single_file(tmp_path / "model.safetensors", config)
+
+
+def test_two_tensors_for_one_place_are_refused(tiny: Any, tmp_path: Path) -> None:
+    _, config, state = tiny("sd1")
+    again = {"model.diffusion_model.input_blocks.2.1.op.weight": torch.ones(2, 2)}
+    source = save(tmp_path / "model.safetensors", {**state, **again})
+    with pytest.raises(WconvError, match="two tensors that come to one name in the unet"):
+        open_single_file(source, config)
