@@ -10,6 +10,7 @@ a closer one; for bfloat16, where some NaNs become zeros, a second look does, at
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,10 +19,11 @@ import numkong
 import numpy as np
 import numpy.typing as npt
 
-from converter.dtypes import DType
+from converter.dtypes import DTYPES, DType
 
 if TYPE_CHECKING:
     from converter.choose import OnOverflow
+    from converter.tensors import TensorInfo
 
 Array = npt.NDArray[Any]
 
@@ -112,6 +114,98 @@ def _mend(values: Array, narrow: Array, bits: Array, sign: int, target: _Target,
     beyond = target.nan if target.infinity is None else target.infinity
     bits[...] = np.where(too_large, signs | (target.largest if on_overflow == "saturate" else beyond), bits)
     return int(too_large.sum())
+
+
+# So many numbers at a time stay in the cache through all steps; more rows than that are taken in turn.
+_BLOCK_NUMEL = 1 << 16
+_INT8_STEPS = np.float32(127)
+
+
+def row_maxima(chunk: memoryview, dtype: DType, columns: int) -> bytes:
+    """Give the largest magnitude of each row as float32, rounded to float16: the ``SCB`` of bitsandbytes.
+
+    ``chunk`` is whole rows of so many columns. A row with NaN gives NaN, one with values beyond float16 infinity.
+    ``int8_vectorwise_quant`` in ``bitsandbytes/backends/default/ops.py`` takes the largest of the rounded values,
+    which is the same number.
+    """
+    rows = _widened(as_array(chunk, dtype)).reshape(-1, columns)
+    with np.errstate(invalid="ignore"):
+        largest = np.abs(np.maximum(rows.max(axis=1), -rows.min(axis=1)))
+    return _widened(_as_float16(largest)).tobytes()
+
+
+def are_finite(numbers: bytes) -> bool:
+    """Say whether float32 numbers are all finite."""
+    return bool(np.isfinite(np.frombuffer(numbers, "<f4")).all())
+
+
+def quantize_chunk(chunk: memoryview, before: DType, out: memoryview, scales: bytes, first: int, columns: int) -> None:
+    """Write the elements of a matrix from the ``first`` on into ``out`` as int8, in steps of their row's scale / 127.
+
+    Values are rounded to float16 before and to the nearest step then, halves to even, as ``Int8Params._quantize`` does
+    (``bitsandbytes/nn/modules.py``) on the CPU. A row of zeros gives zeros.
+    """
+    values, quantized = as_array(chunk, before), np.frombuffer(out, "i1")
+    largest = np.frombuffer(scales, "<f4")
+    for begin, end, rows in _row_blocks(first, len(values), columns):
+        wide = _widened(_as_float16(values[begin:end])).reshape(rows.stop - rows.start, -1)
+        # torch takes 127 / scale as 127 times the reciprocal, rounded twice (``Tensor.__rtruediv__``).
+        steps = np.divide(np.float32(1), largest[rows], out=np.zeros(len(wide), "f4"), where=largest[rows] != 0)
+        wide *= (steps * _INT8_STEPS)[:, np.newaxis]
+        quantized[begin:end] = np.rint(wide, out=wide).reshape(-1)
+
+
+def dequantize_chunk(
+    info: TensorInfo, chunk: memoryview, first: int, out: memoryview, after: DType, on_overflow: OnOverflow
+) -> int:
+    """Write the int8 elements of a matrix from the ``first`` on into ``out`` as numbers; give how many are too large.
+
+    The product is of float32 numbers, as in ``int8_vectorwise_dequant`` of bitsandbytes, and then cast.
+    """
+    quantized = np.frombuffer(chunk, "i1")
+    wide = np.empty(len(quantized), "<f4")
+    largest = np.frombuffer(info.scales, "<f4")
+    columns = info.shape[1]
+    for begin, end, rows in _row_blocks(first, len(quantized), columns):
+        block = wide[begin:end].reshape(rows.stop - rows.start, -1)
+        inside = (first + begin) % columns
+        factors = largest[inside : inside + block.shape[1]] if info.scaled_axis else largest[rows, np.newaxis]
+        np.multiply(quantized[begin:end].reshape(block.shape), factors, out=block)
+        block *= 1 / _INT8_STEPS
+    if after.tag == "F32":
+        out[:] = wide.data.cast("B")
+        return 0
+    return cast_chunk(wide.data.cast("B"), DTYPES["F32"], out, after, on_overflow)
+
+
+def _widened(values: Array) -> Array:
+    if values.dtype == np.float32:
+        return values
+    if values.dtype == np.float64:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return values.astype(np.float32)
+    return np.asarray(numkong.astype(values, "float32"))
+
+
+def _as_float16(values: Array) -> Array:
+    if values.dtype == np.float16:
+        return values
+    # float64 goes by way of float32, as in torch.
+    return np.asarray(numkong.astype(_widened(values) if values.dtype == np.float64 else values, "float16"))
+
+
+def _row_blocks(first: int, count: int, columns: int) -> Iterator[tuple[int, int, slice]]:
+    """Cut ``count`` elements of a matrix from the ``first`` on: parts of a row at both ends, whole rows between.
+
+    Each comes as where it begins and ends among these elements, and its rows.
+    """
+    begin = 0
+    while begin < count:
+        row, inside = divmod(first + begin, columns)
+        rows = 1 if inside else max(1, min(_BLOCK_NUMEL, count - begin) // columns)
+        end = min(count, begin + rows * columns - inside)
+        yield begin, end, slice(row, row + rows)
+        begin = end
 
 
 def count_odd(chunk: memoryview, dtype: DType) -> tuple[int, int, bool]:
