@@ -164,18 +164,52 @@ def dequantize_chunk(
     """
     quantized = np.frombuffer(chunk, "i1")
     wide = np.empty(len(quantized), "<f4")
-    largest = np.frombuffer(info.scales, "<f4")
-    columns = info.shape[1]
-    for begin, end, rows in _row_blocks(first, len(quantized), columns):
-        block = wide[begin:end].reshape(rows.stop - rows.start, -1)
-        inside = (first + begin) % columns
-        factors = largest[inside : inside + block.shape[1]] if info.scaled_axis else largest[rows, np.newaxis]
+    for begin, end, factors in _scale_blocks(info, first, len(quantized)):
+        block = wide[begin:end].reshape(len(factors), -1)
         np.multiply(quantized[begin:end].reshape(block.shape), factors, out=block)
         block *= 1 / _INT8_STEPS
     if after.tag == "F32":
         out[:] = wide.data.cast("B")
         return 0
     return cast_chunk(wide.data.cast("B"), DTYPES["F32"], out, after, on_overflow)
+
+
+def int8_errors(
+    info: TensorInfo, chunk: memoryview, first: int, source: memoryview, dtype: DType
+) -> tuple[int, float, float, float]:
+    """Hold int8 elements of a matrix, from the ``first`` on, against the values of ``source`` that they stand for.
+
+    Gives how many are off by more than half a step, not counting the rounding to float16; the largest error as a share
+    of its scale; and the sums of all errors and of all magnitudes.
+    """
+    quantized, values = np.frombuffer(chunk, "i1"), as_array(source, dtype)
+    beyond, share, error_sum, magnitude_sum = 0, 0.0, 0.0, 0.0
+    for begin, end, factors in _scale_blocks(info, first, len(quantized)):
+        found = quantized[begin:end].reshape(len(factors), -1) * (factors / _INT8_STEPS)
+        half = _widened(_as_float16(values[begin:end])).reshape(found.shape)
+        # What float32 rounds off is less than a thousandth of half a step.
+        beyond += int((~(np.abs(found - half) <= factors * np.float32(1.001 / 254))).sum())
+        wide = _widened(values[begin:end]).reshape(found.shape)
+        errors = np.abs(found - wide)
+        shares = np.divide(errors, factors, out=np.zeros_like(errors), where=factors != 0)
+        share = max(share, float(shares.max(initial=0.0)))
+        error_sum += float(errors.sum(dtype=np.float64))
+        magnitude_sum += float(np.abs(wide).sum(dtype=np.float64))
+    return beyond, share, error_sum, magnitude_sum
+
+
+def _scale_blocks(info: TensorInfo, first: int, count: int) -> Iterator[tuple[int, int, Array]]:
+    """Cut elements of a matrix as ``_row_blocks`` does; each comes with its scales, an array of all its rows."""
+    largest = np.frombuffer(info.scales, "<f4")
+    columns = info.shape[1]
+    for begin, end, rows in _row_blocks(first, count, columns):
+        if not info.scaled_axis:
+            yield begin, end, largest[rows, np.newaxis]
+            continue
+        inside = (first + begin) % columns
+        height = rows.stop - rows.start
+        part = largest[inside : inside + (end - begin) // height]
+        yield begin, end, np.broadcast_to(part, (height, len(part)))
 
 
 def _widened(values: Array) -> Array:

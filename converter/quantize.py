@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import Checkpoint, WeightSet
+from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets
 from converter.choose import Wishes, choose_sets
 from converter.conversion import plan_conversion, request_of
 from converter.dtypes import RECAST_SOURCES
@@ -31,6 +31,8 @@ from converter.tensors import TensorInfo, find_ties
 
 # The parts of a pipeline that are quantized where none is named: never the VAE, whose decoding suffers.
 _PARTS = re.compile(r"(transformer|unet|text_encoder)(_\d+)?")
+# What names in a file may begin with and those in the class not (``base_model_prefix`` of transformers' classes).
+_BASES = ("model.", "transformer.", "text_model.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ def prepare_quantized(
     own. Reads every weight once. Raises WconvError as the commands do, LossyCast where ``choice.strict`` has it so.
     """
     wishes = replace(wishes, form="safetensors", every_variant=False)
+    _check_paths(source, output)
     request = request_of(source, output, ("quantize", choice, wishes))
     if recovering and recover(output, request):
         return Quantization(request, None)
@@ -107,6 +110,21 @@ def prepare_quantized(
     plan = plan_conversion(source, output, wishes, choose, adapt)
     configs = {name: quantization_config(part.skipped) for name, part in parts.items()}
     return Quantization(request, _with_configs(plan, configs), tuple(parts.values()))
+
+
+def _check_paths(source: Path, output: Path) -> None:
+    files = [source] if source.is_file() else sorted(source.glob("*.gguf"))
+    if files and _is_gguf(files[0]) and not (source.is_dir() and find_weight_sets(source)):
+        advice = "Quantize the safetensors model that it was made from."
+        raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
+    if output.exists() and source.exists() and output.samefile(source):
+        # Its config.json would be another one, and one folder has one for all its weights.
+        raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _choose_parts(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
@@ -259,24 +277,24 @@ def _skip_list(
     """Give the entries that make the loader leave alone all modules but the wanted ones.
 
     Of its own entries those that mean none of them (a tied lm_head is a module too, though no file has it); other
-    modules by their full names, as the class has them and as the file does, for versions of transformers whose class
-    has a prefix more.
+    modules by their full names: as the class has them, as the file does, and without the name of a base model, since
+    versions of transformers differ in that.
     """
-    modules = {**linears.weights, **linears.unknown}
     wanted = set(wanted)
-    others = [module for module in modules if module not in wanted]
-    entries = [
-        entry
-        for entry in (*linears.skipped, *linears.kept)
-        if not any(is_skipped(module, [entry], component.is_diffusers) for module in wanted)
-    ]
+    others = [module for module in (*linears.weights, *linears.unknown) if module not in wanted]
+
+    def is_free(entry: str) -> bool:
+        return not any(is_skipped(module, [entry], component.is_diffusers) for module in wanted)
+
+    entries = [entry for entry in (*linears.skipped, *linears.kept) if is_free(entry)]
     for module in others:
         if not is_skipped(module, entries, component.is_diffusers):
             entries.append(module)
             longer = weights.get(module, "").removesuffix(".weight")
-            if longer not in ("", module):
-                entries.append(longer)
-    return tuple(sorted(entries))
+            if longer and not component.is_diffusers:
+                shorter = (longer.removeprefix(base) for base in _BASES if longer.startswith(base))
+                entries += filter(is_free, (longer, *shorter))
+    return tuple(sorted(set(entries)))
 
 
 def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: bool = True) -> Quantization:
@@ -288,6 +306,7 @@ def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: 
     assert wishes.dtype is not None
     dtype = wishes.dtype
     wishes = replace(wishes, form="safetensors", every_variant=False)
+    _check_paths(source, output)
     request = request_of(source, output, ("dequantize", wishes))
     if recovering and recover(output, request):
         return Quantization(request, None)
