@@ -147,12 +147,19 @@ def quantize_chunk(chunk: memoryview, before: DType, out: memoryview, scales: by
     """
     values, quantized = as_array(chunk, before), np.frombuffer(out, "i1")
     largest = np.frombuffer(scales, "<f4")
+    # New memory for each block would cost more than the numbers do.
+    room = min(len(values), max(_BLOCK_NUMEL, columns))
+    halves, numbers = np.empty(room, "<f2"), np.empty(room, "<f4")
     for begin, end, rows in _row_blocks(first, len(values), columns):
-        wide = _widened(_as_float16(values[begin:end])).reshape(rows.stop - rows.start, -1)
+        half, flat = halves[: end - begin], numbers[: end - begin]
+        part = values[begin:end]
+        numkong.astype(_widened(part) if part.dtype == np.float64 else part, "float16", out=half)
+        numkong.astype(half, "float32", out=flat)
+        wide = flat.reshape(rows.stop - rows.start, -1)
         # torch takes 127 / scale as 127 times the reciprocal, rounded twice (``Tensor.__rtruediv__``).
         steps = np.divide(np.float32(1), largest[rows], out=np.zeros(len(wide), "f4"), where=largest[rows] != 0)
         wide *= (steps * _INT8_STEPS)[:, np.newaxis]
-        quantized[begin:end] = np.rint(wide, out=wide).reshape(-1)
+        quantized[begin:end] = np.rint(flat, out=flat)
 
 
 def dequantize_chunk(

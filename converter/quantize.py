@@ -39,7 +39,8 @@ _BASES = ("model.", "transformer.", "text_model.")
 class ModuleChoice:
     """Which linear modules to quantize: regular expressions that are searched in their names.
 
-    With none, those that the loader would quantize itself. With ``include``, those alone; ``skip`` takes some away.
+    With none, those that the loader would quantize itself. With ``include``, those alone; ``skip`` takes some away, and
+    of a class that nobody knows all others are taken for linear then.
     With both, each module must match one of them. ``strict`` refuses a weight that float16 cannot hold.
     """
 
@@ -132,7 +133,9 @@ def _choose_parts(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, 
         advice = "Name the folder that has its config.json: that says which modules are linear."
         raise BadRequest(folder.path, "is one file, and not a model's folder", advice)
     names = wishes.components
-    if folder.kind in ("pipeline", "sentence-transformers") and not names:
+    if folder.kind == "sentence-transformers" and not names:
+        names = ("",)
+    if folder.kind == "pipeline" and not names:
         names = tuple(c.name for c in folder.components if _PARTS.fullmatch(c.name))
         if not names:
             others = ", ".join(component.name for component in folder.components)
@@ -232,12 +235,13 @@ def _choose_modules(
     tied = {*ties, *ties.values()}
     wanted: list[str] = []
     notes: list[str] = []
-    if linears.unknown and not (choice.include or choice.skip):
+    unnamed = [module for module in linears.unknown if not (is_included(module) or is_excluded(module))]
+    if unnamed and not choice.include and (linears.weights or not choice.skip):
         library = "diffusers" if component.is_diffusers else "transformers"
-        example = next(iter(linears.unknown))
+        kind = component.class_name or "model of no known class"
         raise Unsupported(
             path,
-            f"is a {component.class_name or 'model of no known class'}, and whether {example!r} is linear is not known",
+            f"is a {kind}, and whether {unnamed[0]!r} is linear is not known",
             f"Install torch and {library}, or name the linear modules with --include, or all others with --skip.",
         )
     for module, name in {**linears.weights, **linears.unknown}.items():

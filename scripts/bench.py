@@ -64,6 +64,7 @@ class Case:
     ratio_reach: float
     rss_reach_mb: float
     from_safetensors: bool = False
+    is_for_models: bool = False  # the checkpoint of small tensors has no config
 
 
 def conversion(command: str, *options: str) -> Arguments:
@@ -89,6 +90,7 @@ CASES = (
     Case("reshard 5 to 2", in_shards("reshard", 2), 1.1, 80.0, from_safetensors=True),
     Case("reshard 5 to 1", in_shards("reshard", 1), 1.1, 80.0, from_safetensors=True),
     Case("to-bin", conversion("to-bin"), 1.2, 80.0, from_safetensors=True),
+    Case("quantize to int8", conversion("quantize"), 1.1, 100.0, is_for_models=True),
 )
 
 # Run with the source and the output as arguments.
@@ -110,9 +112,17 @@ from transformers import AutoModelForCausalLM
 source, out = sys.argv[1:]
 AutoModelForCausalLM.from_pretrained(source, dtype="float32").save_pretrained(out)
 """
+INT8_BASELINE = """
+import sys
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+source, out = sys.argv[1:]
+config = BitsAndBytesConfig(load_in_8bit=True)
+AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map="cpu").save_pretrained(out)
+"""
 BASELINES = {
     "torch.load(mmap=True) + save_file": ("torch", TORCH_BASELINE),
     "transformers load + save": ("transformers", TRANSFORMERS_BASELINE),
+    "transformers load in 8 bits + save": ("bitsandbytes", INT8_BASELINE),
 }
 
 
@@ -449,6 +459,8 @@ def measure_small(bench: Bench) -> Iterator[Row]:
     count = bench.small_tensors
     source = made_once(bench.folder / f"small-{count}", lambda folder: write_small(folder, count))
     for case in bench.cases:
+        if case.is_for_models:
+            continue
         label = f"{case.name}, {count:,} tensors"
         runs = []
         for _ in range(SMALL_RUNS):

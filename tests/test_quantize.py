@@ -300,6 +300,21 @@ def test_only_what_is_included_is_quantized(tmp_path):
     assert skip_list(tmp_path / "ours") == sorted(["lm_head", *left])
 
 
+def test_a_module_that_the_table_does_not_have_must_be_named(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    source = llama_folder(tmp_path / "model")
+    state = {**load_file(source / "model.safetensors"), "score.weight": torch.randn(4, 8)}
+    save(state, source / "model.safetensors")
+    for skip in ((), ("q_proj",)):
+        with pytest.raises(Unsupported, match="is a LlamaForCausalLM, and whether 'score' is linear is not known"):
+            prepare_quantized(source, tmp_path / "ours", Wishes(), ModuleChoice(skip=skip))
+    done = quantized_to(source, tmp_path / "ours", ModuleChoice(skip=("score",)))
+    assert len(done.parts[0].modules) == 4
+    assert skip_list(tmp_path / "ours") == ["lm_head", "score"]
+
+
 def test_a_name_that_means_others_too_leaves_them_all(tmp_path):
     # Diffusers goes by the last part of a name: where the proj_out at the top is skipped, all are.
     state = {name: torch.randn(4, 8) for name in ("proj_out.weight", "a.0.proj_out.weight", "a.0.attn.to_q.weight")}
@@ -448,6 +463,33 @@ def test_a_sana_pipeline(builders, sana, tmp_path, no_gpu_needed):
     assert (hidden[0] - hidden[1]).abs().max() == 0
 
 
+@pytest.mark.parametrize("name", ["unet", "unet_xl", "sd3", "wan"])
+def test_models_of_diffusers(builders, tmp_path, no_gpu_needed, name):
+    import diffusers
+
+    makers = {
+        "unet": builders.make_unet,
+        "unet_xl": lambda: builders.make_sdxl().unet,
+        "sd3": lambda: builders.make_sd3().transformer,
+        "wan": lambda: builders.make_wan().transformer,  # not in the table, and with parts that are kept in float32
+    }
+    model = builders.shake(makers[name]())
+    model.save_pretrained(tmp_path / "model")
+    quantized_to(tmp_path / "model", tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = type(model).from_pretrained(
+            tmp_path / "model",
+            quantization_config=diffusers.BitsAndBytesConfig(load_in_8bit=True),
+            torch_dtype=torch.float32,
+        )
+        ours = type(model).from_pretrained(tmp_path / "ours", torch_dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    file_name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "ours" / file_name).read_bytes() == (tmp_path / "theirs" / file_name).read_bytes()
+    assert modules_in_8_bits(ours) == modules_in_8_bits(theirs)
+
+
 def test_one_component(sana, tmp_path):
     done = quantized_to(sana, tmp_path / "ours", components=("transformer",))
     assert [part.component for part in done.parts] == ["transformer"]
@@ -557,8 +599,7 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_source_that_changes_between_its_two_readings_gives_nothing_else(tmp_path):
-    # The scales are those of the first reading; what is then read is held against the file by --verify.
+def test_a_source_that_is_cut_between_its_two_readings_is_refused(tmp_path):
     source = llama_folder(tmp_path / "model")
     done = prepare_quantized(source, tmp_path / "ours", Wishes())
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-8])

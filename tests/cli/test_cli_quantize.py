@@ -26,7 +26,7 @@ def model(tmp_path) -> Path:
 def test_quantize(wconv, model, tmp_path):
     shown = wconv("quantize", model, "-o", tmp_path / "out").stdout
     assert "The model: 2 modules in 8 bits, 3.20 kB before and 834 B after." in shown
-    assert "Left as they are: lm_head." in shown
+    assert "Its config.json lists as left alone: lm_head." in shown
     assert f"LlamaModel.from_pretrained('{tmp_path / 'out'}', device_map=\"auto\")" in shown
     assert "Do not call .to() on it" in shown
     assert "GPU" not in shown
