@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from converter.index import WeightIndex
     from converter.names import WeightsName
     from converter.plan import Copy, Plan, Shard, make_plan
+    from converter.quantize import ModuleChoice, Quantization, prepare_dequantized, prepare_quantized
     from converter.rename import plan_rename
     from converter.run import Result, run_plan
     from converter.tensors import ByteRange, TensorInfo
@@ -57,6 +58,7 @@ _HOMES = {
     "names": ("WeightsName",),
     "choose": ("Wishes",),
     "plan": ("Copy", "Plan", "Shard", "make_plan"),
+    "quantize": ("ModuleChoice", "Quantization", "prepare_dequantized", "prepare_quantized"),
     "rename": ("plan_rename",),
     "run": ("Result", "run_plan"),
     "tensors": ("ByteRange", "TensorInfo"),
@@ -77,8 +79,10 @@ __all__ = [
     "HostileFile",
     "LossyCast",
     "ModelFolder",
+    "ModuleChoice",
     "OutputRefused",
     "Plan",
+    "Quantization",
     "Result",
     "Shard",
     "SystemRefused",
@@ -98,6 +102,8 @@ __all__ = [
     "plan_conversion",
     "plan_mending",
     "plan_rename",
+    "prepare_dequantized",
+    "prepare_quantized",
     "run_plan",
     "verify",
 ]

@@ -6,7 +6,8 @@ for the tensor it is tied to. Chunks are compared as memory; only where they dif
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,11 @@ from typing import Literal, get_args
 
 from converter.checkpoint import Checkpoint, WeightSet, open_checkpoint
 from converter.choose import only_set
+from converter.dtypes import DTYPES
+from converter.errors import BadRequest
 from converter.folder import Component, open_folder
+from converter.int8 import dequantized
+from converter.modules import find_linears
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.sources import SourceFiles, read_range
 from converter.stream import PIECE_NBYTES
@@ -46,16 +51,32 @@ class ValueErrors:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundingErrors:
+    """How far the 8-bit values of a tensor in B are from those in A, over all of its elements.
+
+    ``beyond`` are off by more than half a step, once A is rounded to float16. ``max_relative`` is the largest error
+    over the largest magnitude in its row, ``mean_relative`` the mean error over the mean magnitude.
+    """
+
+    component: str
+    name: str
+    beyond: int
+    max_relative: float
+    mean_relative: float
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """What a comparison found: whole components first, then by kind, the largest errors first.
 
-    ``recast`` has the tensors of another dtype, where that is allowed.
+    ``recast`` has the tensors of another dtype, and ``quantized`` those in 8 bits, where that is allowed.
     """
 
     tensor_count: int
     nbytes: int
     differences: tuple[Difference, ...]
     recast: tuple[ValueErrors, ...]
+    quantized: tuple[RoundingErrors, ...] = ()
 
     @property
     def is_equal(self) -> bool:
@@ -82,6 +103,7 @@ def verify(
     b: Path | str,
     *,
     cast: bool = False,
+    quantized: bool = False,
     executor: Executor | None = None,
     workers: int | None = None,
     memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
@@ -89,15 +111,18 @@ def verify(
 ) -> Comparison:
     """Compare all weights at ``a`` with those at ``b``; any format on either side, shards or not.
 
-    With ``cast``, a tensor of B may have another dtype if it is the rounded one of A. Raises WconvError for what
-    cannot be read.
+    With ``cast``, a tensor of B may have another dtype if it is the rounded one of A. With ``quantized`` that holds
+    too, and what B has in 8 bits (LLM.int8 of bitsandbytes) may be off by half a step. Raises WconvError for what
+    cannot be read, BadRequest for a B that has nothing in 8 bits then.
     """
     differences: list[Difference] = []
     pairs: list[_Pair] = []
-    for component, left, right in _pair_sets(Path(a), Path(b), differences):
-        pairs.extend(_pair_tensors(component, left, right, cast, differences))
+    for component, left, right in _pair_sets(Path(a), Path(b), differences, quantized):
+        pairs.extend(_pair_tensors(component, left, right, cast or quantized, differences))
+    if quantized and not any(pair.b.scales for pair in pairs):
+        raise BadRequest(b, "has no 8-bit weights that A has too", "Leave out --quantized.")
     found: dict[tuple[str, str], list[ValueErrors]] = {}
-    calls = ((_compare_batch, batch, batch.nbytes) for batch in _cut_batches(pairs))
+    calls = ((_compare_batch, batch, batch.nbytes) for batch in _cut_batches([p for p in pairs if not p.b.scales]))
     for errors in run_tasks(calls, executor, workers, memory_nbytes, progress):
         for error in errors:
             found.setdefault((error.component, error.name), []).append(error)
@@ -107,11 +132,18 @@ def verify(
         if value.differing:
             detail = f"{value.differing:,} of its values, by up to {value.max_absolute:.3g}"
             differences.append(Difference("values", value.component, value.name, detail))
+    calls_8 = ((_measure_batch, batch, batch.nbytes) for batch in _cut_batches([p for p in pairs if p.b.scales]))
+    rounded = _merge_rounding(run_tasks(calls_8, executor, workers, memory_nbytes, progress))
+    for one in rounded:
+        if one.beyond:
+            detail = f"{one.beyond:,} of its values are off by more than half a step"
+            differences.append(Difference("values", one.component, one.name, detail))
     return Comparison(
         tensor_count=len(pairs),
         nbytes=sum(pair.a.nbytes for pair in pairs),
         differences=tuple(sorted(differences, key=lambda one: (bool(one.name), _KINDS.index(one.kind)))),
         recast=tuple(value for value in values if (value.component, value.name) in recast),
+        quantized=tuple(rounded),
     )
 
 
@@ -131,11 +163,11 @@ def holds_values(kept: Checkpoint, gone: Checkpoint) -> bool:
 
 
 def _pair_sets(
-    a: Path, b: Path, differences: list[Difference]
+    a: Path, b: Path, differences: list[Difference], quantized: bool
 ) -> Iterator[tuple[str, Mapping[str, TensorInfo], Mapping[str, TensorInfo]]]:
     left, right = open_folder(a).components, open_folder(b).components
     if len(left) == len(right) == 1:
-        yield from _pair_variants(left[0], right[0], differences)
+        yield from _pair_variants(left[0], right[0], differences, quantized)
         return
     theirs = {component.name: component for component in right}
     for component in left:
@@ -143,12 +175,12 @@ def _pair_sets(
         if other is None:
             differences.append(Difference("missing", component.name, "", "the whole component"))
         else:
-            yield from _pair_variants(component, other, differences)
+            yield from _pair_variants(component, other, differences, quantized)
     differences.extend(Difference("extra", name, "", "the whole component") for name in theirs)
 
 
 def _pair_variants(
-    a: Component, b: Component, differences: list[Difference]
+    a: Component, b: Component, differences: list[Difference], quantized: bool
 ) -> Iterator[tuple[str, Mapping[str, TensorInfo], Mapping[str, TensorInfo]]]:
     left, right = _by_variant(a), _by_variant(b)
     if not left.keys() & right.keys() and 1 in (len(left), len(right)):
@@ -156,7 +188,10 @@ def _pair_variants(
         left, right = _meant(left), _meant(right)
     for variant in sorted(left.keys() & right.keys()):
         label = f"{a.name} ({variant})" if variant else a.name
-        yield label, _by_name(open_checkpoint(left[variant])), _by_name(open_checkpoint(right[variant]))
+        before, after = open_checkpoint(left[variant]), open_checkpoint(right[variant])
+        if quantized:
+            after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed)
+        yield label, _by_name(before), _by_name(after)
     for kind, variants in (("missing", left.keys() - right.keys()), ("extra", right.keys() - left.keys())):
         for variant in sorted(variants):
             which = f"the variant {variant}" if variant else "the untagged weights"
@@ -194,7 +229,9 @@ def _pair_tensors(
         if left.shape != right.shape:
             detail = f"{list(left.shape)} became {list(right.shape)}"
             differences.append(Difference("shape", component, name, detail))
-        elif left.dtype is not right.dtype and not (cast and left.dtype.is_floating and right.dtype.is_floating):
+        elif left.dtype is not right.dtype and not (
+            cast and left.dtype.is_floating and (right.dtype.is_floating or right.scales)
+        ):
             differences.append(Difference("dtype", component, name, f"{left.dtype} became {right.dtype}"))
         else:
             yield _Pair(component, left, right)
@@ -237,6 +274,41 @@ def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[ValueErrors]:
             if parts:
                 found.append(_merge(parts))
     return found
+
+
+_Rounding = tuple[_Pair, tuple[int, float, float, float]]
+
+
+def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[_Rounding]:
+    """Measure how far the 8-bit values in a batch are from their source."""
+    from converter.cast import int8_errors
+
+    found: list[_Rounding] = []
+    left, right = memoryview(bytearray(chunk_nbytes)), memoryview(bytearray(chunk_nbytes))
+    with SourceFiles() as sources:
+        for pair, begin, end in batch.parts:
+            a, b = pair.a, pair.b
+            step = chunk_nbytes // a.dtype.itemsize
+            for first in range(begin, end, step):
+                count = min(step, end - first)
+                view_a, view_b = left[: a.dtype.nbytes(count)], right[:count]
+                read_range(a, sources, a.dtype.nbytes(first), view_a)
+                read_range(b, sources, first, view_b)
+                found.append((pair, int8_errors(b, view_b, first, view_a, a.dtype)))
+    return found
+
+
+def _merge_rounding(batches: Iterable[list[_Rounding]]) -> list[RoundingErrors]:
+    """Put the errors of each tensor together, the worst first."""
+    parts: dict[tuple[str, str], list[tuple[int, float, float, float]]] = {}
+    for pair, errors in itertools.chain.from_iterable(batches):
+        parts.setdefault((pair.component, pair.a.name), []).append(errors)
+    merged = []
+    for (component, name), found in parts.items():
+        beyond, shares, error_sums, magnitude_sums = zip(*found, strict=True)
+        mean = sum(error_sums) / (sum(magnitude_sums) or 1.0)
+        merged.append(RoundingErrors(component, name, sum(beyond), max(shares), mean))
+    return sorted(merged, key=lambda one: (-one.max_relative, one.component, one.name))
 
 
 def _value_errors(pair: _Pair, view_a: memoryview, view_b: memoryview) -> ValueErrors:

@@ -247,8 +247,10 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     groups = [[info for info in file.tensors if info.name not in ties] for file in checkpoint.files]
     if wishes.max_shard_nbytes is not None:
         tensors = list(itertools.chain.from_iterable(groups))
-        parts = split_into_shards([casts[info.name].nbytes(info.numel) for info in tensors], wishes.max_shard_nbytes)
-        groups = [[tensors[place] for place in part] for part in parts]
+        units = _units(tensors)
+        sizes = [sum(casts[info.name].nbytes(info.numel) for info in unit) for unit in units]
+        parts = split_into_shards(sizes, wishes.max_shard_nbytes)
+        groups = [[info for place in part for info in units[place]] for part in parts]
     groups = [group for group in groups if group] or [[]]
     check_shard_count(component, checkpoint, name, len(groups), wishes)
     base = Path(component.name)
@@ -270,8 +272,19 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     index = None
     if len(shards) > 1:
         index = ((base / name.index).as_posix(), _build_index(checkpoint, shards, file_names).render())
-    kept = tuple(info.name for info in checkpoint.tensors if keep(info.name) and info.dtype.tag in RECAST_SOURCES)
+    castable = (info for info in checkpoint.tensors if info.target is None and info.dtype.tag in RECAST_SOURCES)
+    kept = tuple(info.name for info in castable if keep(info.name))
     return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, checkpoint.notes)
+
+
+def _units(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
+    """Group tensors that must come into one shard: one that stands in no file belongs to the one before it."""
+    units: list[list[TensorInfo]] = []
+    for info in tensors:
+        if info.storage.content is None:
+            units.append([])
+        units[-1].append(info)
+    return units
 
 
 def _notes_of(group: Sequence[TensorInfo], checkpoint: Checkpoint) -> dict[str, str]:
@@ -326,7 +339,7 @@ def _build_index(checkpoint: Checkpoint, shards: Iterable[Shard], file_names: It
     placed = [(shard, name) for shard, name in zip(shards, file_names, strict=True)]
     copies = [copy for shard, _ in placed for copy in shard.copies]
     metadata = {
-        "total_parameters": sum(copy.source.numel for copy in copies),
+        "total_parameters": sum(copy.source.numel for copy in copies if copy.source.storage.content is None),
         **checkpoint.index_metadata,
         "total_size": sum(copy.nbytes for copy in copies),
     }

@@ -62,6 +62,8 @@ def find_kept(component: Component, wishes: Wishes) -> Callable[[str], bool]:
 
 def target_dtype(info: TensorInfo, wishes: Wishes, keep: Callable[[str], bool]) -> DType:
     """Give the dtype in which a tensor is written; integers, booleans and packed floats stay as they are."""
+    if info.target is not None:
+        return info.target
     if wishes.dtype is None or info.dtype.tag not in RECAST_SOURCES:
         return info.dtype
     return DTYPES["F32"] if keep(info.name) else wishes.dtype

@@ -215,13 +215,20 @@ class _PieceReader:
 
     def _fill_cast(self, copy: Copy, begin: int, out: memoryview) -> memoryview:
         """Fill ``out`` with the tensor's bytes, cast; give what was read for it."""
-        from converter.cast import cast_chunk
+        from converter.cast import cast_chunk, dequantize_chunk, quantize_chunk
 
         info = copy.source
         first = begin // copy.dtype.itemsize
         source = self._borrow(len(out) // copy.dtype.itemsize * info.dtype.itemsize)
         read_range(info, self.sources, first * info.dtype.itemsize, source)
-        too_large = cast_chunk(source, info.dtype, out, copy.dtype, self.piece.on_overflow)
+        how = self.piece.on_overflow
+        too_large = 0
+        if not info.scales:
+            too_large = cast_chunk(source, info.dtype, out, copy.dtype, how)
+        elif copy.dtype.tag == "I8":
+            quantize_chunk(source, info.dtype, out, info.scales, first, info.shape[1])
+        else:
+            too_large = dequantize_chunk(info, source, first, out, copy.dtype, how)
         if too_large:
             self.report.too_large[info.name] += too_large
         return source

@@ -22,7 +22,8 @@ class ByteRange(NamedTuple):
     """``nbytes`` bytes at ``offset`` of the file at ``path``; ``crc32`` is what they should give, if that is known.
 
     With ``packed_nbytes`` they are deflated, and take so many bytes of the file. With a ``swap`` of more than 1 each so
-    many bytes are to be turned around: the numbers are big-endian.
+    many bytes are to be turned around: the numbers are big-endian. ``content`` is what stands in no file: then ``path``
+    only says whose it is.
     """
 
     path: Path
@@ -31,6 +32,7 @@ class ByteRange(NamedTuple):
     crc32: int | None = None
     packed_nbytes: int | None = None
     swap: int = 1
+    content: bytes | None = None
 
 
 class TensorInfo(NamedTuple):
@@ -38,6 +40,10 @@ class TensorInfo(NamedTuple):
 
     ``negated`` says whose sign is to be turned (the bits of torch's lazy views): 1 the real part's, 2 the imaginary
     part's, 3 both.
+
+    ``target`` is the dtype in which the tensor is written whatever dtype is asked for. ``scales`` are float32 numbers,
+    one for each row of a matrix that goes to int8 or comes from it: the largest magnitude of the row, which is 127;
+    with ``scaled_axis`` 1, for a matrix that is turned, one for each column.
     """
 
     name: str
@@ -47,6 +53,9 @@ class TensorInfo(NamedTuple):
     start: int
     strides: tuple[int, ...]
     negated: int = 0
+    target: DType | None = None
+    scales: bytes = b""
+    scaled_axis: int = 0
 
     @property
     def numel(self) -> int:
@@ -103,14 +112,14 @@ def find_ties(tensors: Iterable[TensorInfo]) -> dict[str, str]:
     """Map each name whose tensor is the very same view as an earlier one to that earlier name.
 
     Only an equal storage, start, dtype, shape and strides make a tie: a view that merely overlaps another is a
-    tensor of its own. Empty tensors are never tied.
+    tensor of its own. Empty tensors are never tied, and neither are those that stand in no file.
     """
     first: dict[tuple[object, ...], str] = {}
     ties: dict[str, str] = {}
     for info in tensors:
-        if 0 in info.shape:
-            continue
         storage = info.storage
+        if 0 in info.shape or storage.content is not None:
+            continue
         key = (storage.path, storage.offset, info.start, info.dtype.rank, info.shape, info.strides, info.negated)
         kept = first.setdefault(key, info.name)
         if kept != info.name:

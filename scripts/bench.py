@@ -53,7 +53,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYT
 OK, OUT_OF_REACH, WRONG = "ok", "OUT OF REACH", "WRONG"
 
 Shape = tuple[int, ...]
-Source = Literal["torch", "safetensors", "unet"]
+Source = Literal["torch", "safetensors", "model", "unet"]  # "model" is "torch" for what needs its config
 Arguments = Callable[[Path, Path], list[str]]
 Hashes = dict[str, str]  # file, relative to its folder -> sha256
 
@@ -93,6 +93,7 @@ CASES = (
     Case("reshard 5 to 1", in_shards("reshard", 1), 1.1, 80.0, source="safetensors"),
     Case("prepare-coreml", conversion("prepare-coreml"), 0.65, 80.0, source="unet"),
     Case("to-bin", conversion("to-bin"), 1.2, 80.0, source="safetensors"),
+    Case("quantize to int8", conversion("quantize"), 1.1, 100.0, source="model"),
 )
 
 # Run with the source and the output as arguments.
@@ -114,9 +115,17 @@ from transformers import AutoModelForCausalLM
 source, out = sys.argv[1:]
 AutoModelForCausalLM.from_pretrained(source, dtype="float32").save_pretrained(out)
 """
+INT8_BASELINE = """
+import sys
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+source, out = sys.argv[1:]
+config = BitsAndBytesConfig(load_in_8bit=True)
+AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map="cpu").save_pretrained(out)
+"""
 BASELINES = {
     "torch.load(mmap=True) + save_file": ("torch", TORCH_BASELINE),
     "transformers load + save": ("transformers", TRANSFORMERS_BASELINE),
+    "transformers load in 8 bits + save": ("bitsandbytes", INT8_BASELINE),
 }
 
 
@@ -311,7 +320,7 @@ def source_of(bench: Bench, case: Case, gb: float) -> Path:
     if case.source == "unet":
         return made_once(bench.folder / f"unet-{gb:g}gb", lambda folder: write_unet(folder, gb))
     source = llama(bench, gb)
-    if case.source == "torch":
+    if case.source != "safetensors":
         return source
     name = f"{source.name}-safetensors"
     return made_once(bench.folder / name, lambda folder: make_safetensors(bench, source, folder))
@@ -481,6 +490,8 @@ def measure_small(bench: Bench) -> Iterator[Row]:
     count = bench.small_tensors
     source = made_once(bench.folder / f"small-{count}", lambda folder: write_small(folder, count))
     for case in bench.cases:
+        if case.source in ("model", "unet"):
+            continue
         label = f"{case.name}, {count:,} tensors"
         runs = []
         for _ in range(SMALL_RUNS):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -14,6 +16,8 @@ from converter.conversion import prepare
 from converter.plan import Plan
 from converter.run import DEFAULT_MEMORY_NBYTES, Result, default_workers, peak_buffer_nbytes, run_plan
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 
 def run_conversion(source: Path, options: dict[str, Any], **fixed: Any) -> None:
     """Carry out a conversion as the options ask, with what the command fixes, and print what came of it."""
@@ -22,15 +26,15 @@ def run_conversion(source: Path, options: dict[str, Any], **fixed: Any) -> None:
     run_planned(plan, request, options)
 
 
-def run_planned(plan: Plan | None, request: str, options: dict[str, Any]) -> None:
-    """Print a plan, or run it and print what came of it."""
+def run_planned(plan: Plan | None, request: str, options: dict[str, Any], more: Mapping[str, Any] = _NOTHING) -> None:
+    """Print a plan, or run it and print what came of it; ``more`` goes into the JSON."""
     if options["dry_run"]:
         assert plan is not None
-        _show_dry_run(plan, options)
+        _show_dry_run(plan, options, more)
         return
     result, peak_nbytes = _run(plan, request, options)
     if options["as_json"]:
-        content = plan_as_json(plan) if plan else {}
+        content = {**plan_as_json(plan), **more} if plan else {}
         show_json({**content, "seconds": result.seconds, "peak_memory_nbytes": peak_nbytes, "dry_run": False})
     elif not options["quiet"]:
         show_result(result, peak_nbytes, options["verbose"])
@@ -57,11 +61,11 @@ def _memory_nbytes(options: dict[str, Any]) -> int:
     return int(options.get("memory", DEFAULT_MEMORY_NBYTES))
 
 
-def _show_dry_run(plan: Plan, options: dict[str, Any]) -> None:
+def _show_dry_run(plan: Plan, options: dict[str, Any], more: Mapping[str, Any]) -> None:
     buffers = peak_buffer_nbytes(plan, _memory_nbytes(options), options.get("workers") or default_workers(plan))
     memory_nbytes = psutil.Process().memory_info().rss + buffers
     if options["as_json"]:
-        show_json({**plan_as_json(plan), "dry_run": True, "peak_memory_nbytes": memory_nbytes})
+        show_json({**plan_as_json(plan), **more, "dry_run": True, "peak_memory_nbytes": memory_nbytes})
     elif options["quiet"]:
         return
     elif plan.sets:

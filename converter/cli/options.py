@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,18 +57,24 @@ class Size(click.ParamType[float]):
 
 
 class DTypeName(click.ParamType[DType]):
-    """A dtype to cast to."""
+    """A dtype to cast to, of those that are named."""
 
     name = "DTYPE"
+
+    def __init__(self, targets: Sequence[str] = RECAST_TARGETS) -> None:
+        self.targets = targets
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> DType:
         if isinstance(value, DType):
             return value
         dtype = BY_ALIAS.get(value.lower())
-        if dtype is None or dtype.short_name not in RECAST_TARGETS:
-            self.fail(f"{value!r} is none of {', '.join(RECAST_TARGETS)}.", param, ctx)
+        if dtype is None or dtype.short_name not in self.targets:
+            self.fail(f"{value!r} is none of {', '.join(self.targets)}.", param, ctx)
         return dtype
 
+
+FULL_TARGETS = ("fp32", "bf16", "fp16")
+"""The dtypes that a model runs in."""
 
 source_arg = click.argument("source", metavar="[SRC]", default=".", type=click.Path(path_type=Path))
 
@@ -90,33 +96,74 @@ _IN_PLACE = click.option("--in-place", is_flag=True, help="Replace the weights t
 _DTYPE = click.option(
     "--dtype", type=DTypeName(), metavar="DTYPE", help=f"Cast floating tensors: {', '.join(RECAST_TARGETS)}."
 )
-_CONVERSION_OPTIONS = (
-    click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT",
-                 help="Write to this new folder (or file) instead of beside the source."),
-    click.option("--variant", metavar="TAG|none", help="Tag the output's names with this; none takes a tag away."),
-    click.option("--from-variant", metavar="TAG|none", help="Convert only this variant of the source."),
-    click.option("--component", "components", multiple=True, metavar="NAME",
-                 help="Convert only this component; may be given again."),
-    click.option("--max-shard-size", "max_shard_nbytes", type=Size(allow_none=True), metavar="SIZE|none",
-                 help="Split into shards of this size at most; none makes one file (default: shards as they are)."),
-    click.option("--tied", type=click.Choice(["first", "duplicate"]),
-                 help="Write tied tensors once, or under each name (default: as the model's loader wants it)."),
-    click.option("--key", metavar="PATH",
-                 help="Of several state dicts in a checkpoint take the one under this key, such as ema or model.net."),
-    click.option("--strip-prefix", default="", metavar="PREFIX",
-                 help="Take this off the names of tensors, such as module. or _orig_mod."),
-    click.option("--strip-code", is_flag=True,
-                 help="Convert the tensors of a pickle that calls functions; they are not called."),
-    click.option("--keep-fp32", multiple=True, metavar="REGEX",
-                 help="Leave tensors of these names in fp32, as well as those of the model's library; repeatable."),
-    click.option("--on-overflow", type=click.Choice(["error", "saturate", "inf"]), default="error", show_default=True,
-                 help="What becomes of values that the dtype cannot hold."),
-    click.option("--force", is_flag=True, help="Recast quantized models; write what only some loaders read."),
-    click.option("--overwrite", is_flag=True, help="Replace output that is there."),
-    click.option("--delete-source", is_flag=True, help="Remove the converted files once every value was compared."),
-    click.option("--verify", is_flag=True, help="Read the output back and compare every value before publishing it."),
-    click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing."),
-)  # fmt: skip
+_CONVERSION_OPTIONS = {
+    "output": click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        metavar="OUT",
+        help="Write to this new folder (or file) instead of beside the source.",
+    ),
+    "variant": click.option(
+        "--variant", metavar="TAG|none", help="Tag the output's names with this; none takes a tag away."
+    ),
+    "from-variant": click.option("--from-variant", metavar="TAG|none", help="Convert only this variant of the source."),
+    "component": click.option(
+        "--component",
+        "components",
+        multiple=True,
+        metavar="NAME",
+        help="Convert only this component; may be given again.",
+    ),
+    "max-shard-size": click.option(
+        "--max-shard-size",
+        "max_shard_nbytes",
+        type=Size(allow_none=True),
+        metavar="SIZE|none",
+        help="Split into shards of this size at most; none makes one file (default: shards as they are).",
+    ),
+    "tied": click.option(
+        "--tied",
+        type=click.Choice(["first", "duplicate"]),
+        help="Write tied tensors once, or under each name (default: as the model's loader wants it).",
+    ),
+    "key": click.option(
+        "--key",
+        metavar="PATH",
+        help="Of several state dicts in a checkpoint take the one under this key, such as ema or model.net.",
+    ),
+    "strip-prefix": click.option(
+        "--strip-prefix",
+        default="",
+        metavar="PREFIX",
+        help="Take this off the names of tensors, such as module. or _orig_mod.",
+    ),
+    "strip-code": click.option(
+        "--strip-code", is_flag=True, help="Convert the tensors of a pickle that calls functions; they are not called."
+    ),
+    "keep-fp32": click.option(
+        "--keep-fp32",
+        multiple=True,
+        metavar="REGEX",
+        help="Leave tensors of these names in fp32, as well as those of the model's library; repeatable.",
+    ),
+    "on-overflow": click.option(
+        "--on-overflow",
+        type=click.Choice(["error", "saturate", "inf"]),
+        default="error",
+        show_default=True,
+        help="What becomes of values that the dtype cannot hold.",
+    ),
+    "force": click.option("--force", is_flag=True, help="Recast quantized models; write what only some loaders read."),
+    "overwrite": click.option("--overwrite", is_flag=True, help="Replace output that is there."),
+    "delete-source": click.option(
+        "--delete-source", is_flag=True, help="Remove the converted files once every value was compared."
+    ),
+    "verify": click.option(
+        "--verify", is_flag=True, help="Read the output back and compare every value before publishing it."
+    ),
+    "dry-run": click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing."),
+}
 
 
 def run_options(command: _F) -> _F:
@@ -131,7 +178,13 @@ def output_options(command: _F) -> _F:
 
 def conversion_options(command: _F) -> _F:
     """Give a command all options of a conversion."""
-    return _apply((_DTYPE, *_CONVERSION_OPTIONS, *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
+    return _apply((_DTYPE, *_CONVERSION_OPTIONS.values(), *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
+
+
+def some_conversion_options(*names: str) -> Callable[[_F], _F]:
+    """Give a command some options of a conversion, named without dashes in front, and those on running and printing."""
+    chosen = [_CONVERSION_OPTIONS[name] for name in names]
+    return lambda command: _apply((*chosen, *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
 
 
 def in_place_option(command: _F) -> _F:

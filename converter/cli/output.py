@@ -212,6 +212,11 @@ def loading_lines(plan: Plan) -> list[str]:
         arguments += f", torch_dtype=torch.{dtype.torch_name}"
     kind = plan.source.kind
     config = plan.source.components[0]
+    if any(copy.dtype.tag == "I8" and copy.source.scales for shard in plan.shards for copy in shard.copies):
+        if not imports and (kind == "pipeline" or config.is_diffusers):
+            imports = ["import torch"]
+            arguments += ", torch_dtype=torch.float16"
+        arguments += f', device_map="{"balanced" if kind == "pipeline" else "auto"}"'
     if kind == "pipeline":
         return [*imports, "from diffusers import DiffusionPipeline", f"DiffusionPipeline.from_pretrained({arguments})"]
     if kind == "sentence-transformers":

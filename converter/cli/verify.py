@@ -28,10 +28,21 @@ _WHAT = {
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--cast", is_flag=True, help="Allow another dtype in B, if its values are those of A, rounded.")
+@click.option(
+    "--quantized", is_flag=True, help="Allow 8 bits in B, as 'wconv quantize' writes them, and show the errors."
+)
 @run_options
 @output_options
 def command(
-    a: Path, b: Path, cast: bool, workers: int | None, memory: float, as_json: bool, quiet: bool, verbose: bool
+    a: Path,
+    b: Path,
+    cast: bool,
+    quantized: bool,
+    workers: int | None,
+    memory: float,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
 ) -> int:
     """Compare all weights at A with those at B, bit for bit; exit code 1 if they differ.
 
@@ -41,7 +52,7 @@ def command(
     from converter.compare import verify
 
     with open_meter(None, "comparing", quiet) as meter:
-        found = verify(a, b, cast=cast, workers=workers, memory_nbytes=int(memory), progress=meter)
+        found = verify(a, b, cast=cast, quantized=quantized, workers=workers, memory_nbytes=int(memory), progress=meter)
     if as_json:
         show_json({"equal": found.is_equal, **asdict(found, dict_factory=_finite)})
     elif not quiet:
@@ -66,6 +77,17 @@ def _show(found: Comparison, verbose: bool) -> None:
         )  # fmt: skip
         _show_more(len(rows), verbose)
         echo()
+    if found.quantized:
+        show_table(
+            ("component", "tensor in 8 bits", "max rel error", "mean rel error"),
+            [(one.component or ".", one.name, f"{one.max_relative:.3g}", f"{one.mean_relative:.3g}")
+             for one in (found.quantized if verbose else found.quantized[:_SHOWN])],
+        )  # fmt: skip
+        _show_more(len(found.quantized), verbose)
+        echo()
+    if found.is_equal and found.quantized:
+        echo(f"The same within half a step of 8 bits: {found.tensor_count:,} tensors, {show_bytes(found.nbytes)}.")
+        return
     if found.is_equal:
         how = "each the rounded one" if found.recast else "bit for bit"
         echo(f"The same: {found.tensor_count:,} tensors, {show_bytes(found.nbytes)}, {how}.")

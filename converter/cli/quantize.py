@@ -1,0 +1,116 @@
+"""``wconv quantize``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converter.cli.options import FULL_TARGETS, DTypeName, some_conversion_options, source_arg
+
+if TYPE_CHECKING:
+    from converter.quantize import Quantization
+
+
+@click.command("quantize", short_help="Write a model in 8 bits, as bitsandbytes loads it.")
+@source_arg
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", required=True, help="The new folder.")
+@click.option("--scheme", type=click.Choice(["int8"]), default="int8", show_default=True, help="LLM.int8.")
+@click.option(
+    "--include", multiple=True, metavar="REGEX", help="Quantize only linear modules of these names; repeatable."
+)
+@click.option("--skip", multiple=True, metavar="REGEX", help="Leave modules of these names as they are; repeatable.")
+@click.option(
+    "--component",
+    "components",
+    multiple=True,
+    metavar="NAME",
+    help="Quantize this component (default: transformer, unet and text encoders); may be given again.",
+)
+@click.option(
+    "--dtype",
+    type=DTypeName(FULL_TARGETS),
+    metavar="DTYPE",
+    help="Cast what stays: fp32, bf16 or fp16 (default: as it is).",
+)
+@click.option("--strict", is_flag=True, help="Refuse a model with weights that float16 cannot hold.")
+@some_conversion_options("from-variant", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "verify", "dry-run")
+def command(source: Path, include: tuple[str, ...], skip: tuple[str, ...], strict: bool, **options: Any) -> None:
+    """Write the linear modules of SRC, a model's or a pipeline's folder, in 8 bits: LLM.int8 of bitsandbytes.
+
+    The new folder loads in half the memory of the fp16 one; the numbers are those that bitsandbytes gives when it
+    quantizes at load time. Which modules, the model's library decides, as it does then; config.json says so. A module
+    with values that float16 cannot hold is left as it is, and named.
+
+    \b
+    wconv quantize ./model -o ./model-int8
+    wconv quantize ./sana -o ./sana-int8 --dtype bf16      the rest of all parts in bf16
+    wconv quantize ./model -o ./model-int8 --skip 'layers\\.0\\.'
+    """
+    from converter.choose import Wishes
+    from converter.cli.convert import run_planned
+    from converter.cli.output import open_meter
+    from converter.quantize import ModuleChoice, prepare_quantized
+
+    del options["scheme"]  # there is one
+    asked = {field.name: options[field.name] for field in fields(Wishes) if field.name in options}
+    with open_meter(None, "looking", options["quiet"]) as meter:
+        done = prepare_quantized(
+            source,
+            options["output"],
+            Wishes(**asked),
+            ModuleChoice(include, skip, strict),
+            recovering=not options["dry_run"],
+            workers=options["workers"],
+            memory_nbytes=int(options["memory"]),
+            progress=meter,
+        )
+    is_shown = not (options["quiet"] or options["as_json"])
+    if is_shown:
+        _show_parts(done, every=options["dry_run"] or options["verbose"])
+    run_planned(done.plan, done.request, options, {"quantized": _as_json(done)})
+    if is_shown and done.plan is not None and not options["dry_run"]:
+        _show_hints(done)
+
+
+def _as_json(done: Quantization) -> list[dict[str, Any]]:
+    return [
+        {
+            "component": part.component,
+            "modules": [
+                {"name": name, "nbytes_before": before, "nbytes_after": after} for name, before, after in part.modules
+            ],
+            "skip_modules": list(part.skipped),
+        }
+        for part in done.parts
+    ]
+
+
+def _show_parts(done: Quantization, every: bool) -> None:
+    from converter.cli.output import echo, printable, show_bytes, show_table
+
+    for part in done.parts:
+        if every:
+            rows = [(name, show_bytes(before), show_bytes(after)) for name, before, after in part.modules]
+            show_table(("module", "before", "after"), rows)
+            echo()
+        before = show_bytes(sum(before for _, before, _ in part.modules))
+        after = show_bytes(sum(after for _, _, after in part.modules))
+        name = part.component or "The model"
+        echo(printable(f"{name}: {len(part.modules)} modules in 8 bits, {before} before and {after} after."))
+        if part.skipped:
+            echo(printable(f"Its config.json lists as left alone: {', '.join(part.skipped)}."))
+    if done.parts:
+        echo("Each value comes out within 0.4 % of the largest one in its row (1/254), and float16's rounding.\n")
+
+
+def _show_hints(done: Quantization) -> None:
+    from converter.cli.output import echo
+
+    assert done.plan is not None
+    echo("\nDo not call .to() on it: an 8-bit model stays where device_map has put it. bitsandbytes must be installed.")
+    quantized = {part.component for part in done.parts}
+    if any(component.is_diffusers for component in done.plan.source.components if component.name in quantized):
+        echo("Diffusers loads 8-bit models on a machine with a GPU only.")

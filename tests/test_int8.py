@@ -1,0 +1,192 @@
+"""The numbers of the 8-bit form, with bitsandbytes on the CPU for a judge, and how they are read in parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import raw_bytes
+
+from converter.cast import are_finite, dequantize_chunk, int8_errors, quantize_chunk, row_maxima
+from converter.checkpoint import Checkpoint, find_weight_set, open_checkpoint
+from converter.dtypes import DTYPES
+from converter.errors import BadFile, Unsupported
+from converter.int8 import cut_rows, dequantized, find_scales, quantized, scales_in, turned
+from converter.tensors import TensorInfo
+
+DTYPES_OF_WEIGHTS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def judged(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give what bitsandbytes makes of a weight: int8, and scales."""
+    import bitsandbytes
+
+    parameter = bitsandbytes.nn.Int8Params(weight.clone(), requires_grad=False).to("cpu")
+    return parameter.data, parameter.SCB
+
+
+def wide_range(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Make a matrix whose rows are of very different sizes: of zeros, of subnormal float16 numbers, of large ones."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 10.0 ** torch.linspace(-9, 4, shape[0], dtype=torch.float64)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64).clamp(-6, 6) * sizes[:, None]
+    weight[0] = 0
+    return weight
+
+
+def quantize_in_parts(weight: torch.Tensor, tag: str, cut: int) -> tuple[bytes, bytes]:
+    """Give int8 values and scales as wconv makes them, the values in two chunks."""
+    raw = memoryview(raw_bytes(weight))
+    columns = weight.shape[1]
+    scales = row_maxima(raw, DTYPES[tag], columns)
+    out = bytearray(weight.numel())
+    place = cut * weight.element_size()
+    quantize_chunk(raw[:place], DTYPES[tag], memoryview(out)[:cut], scales, 0, columns)
+    quantize_chunk(raw[place:], DTYPES[tag], memoryview(out)[cut:], scales, cut, columns)
+    return bytes(out), scales
+
+
+@pytest.mark.parametrize("tag", DTYPES_OF_WEIGHTS)
+@pytest.mark.parametrize("shape", [(7, 13), (64, 2048), (3, 100_000), (500, 5), (9, 1)], ids=str)
+def test_numbers_are_those_of_bitsandbytes(tag, shape):
+    weight = wide_range(shape).to(DTYPES_OF_WEIGHTS[tag])
+    values, scales = judged(weight)
+    for cut in (0, 1, shape[1] + 2):
+        found = quantize_in_parts(weight, tag, cut)
+        assert found[1] == raw_bytes(scales)
+        assert found[0] == raw_bytes(values)
+
+
+def test_ties_go_to_the_even_step():
+    # torch takes 127 / scale as a product with the reciprocal, rounded twice, so that few ties stay ties.
+    weight = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5], [254.0, 1.0, 3.0, 5.0, -1.0, -3.0, -253.0]])
+    values, scales = judged(weight)
+    assert quantize_in_parts(weight, "F32", 0) == (raw_bytes(values), raw_bytes(scales))
+    assert values[1].tolist() == [127, 0, 2, 2, 0, -2, -126]
+
+
+@pytest.mark.parametrize(
+    ("value", "finite"), [(65519.0, True), (65520.0, False), (float("inf"), False), (float("nan"), False)]
+)
+def test_what_float16_cannot_hold_shows_in_the_scales(value, finite):
+    weight = torch.tensor([[1.0, value, -2.0], [3.0, 4.0, 5.0]])
+    assert are_finite(row_maxima(memoryview(raw_bytes(weight)), DTYPES["F32"], 3)) is finite
+
+
+@pytest.mark.parametrize("tag", ["F32", "BF16", "F16"])
+def test_the_way_back_is_that_of_bitsandbytes(tag):
+    import bitsandbytes
+
+    values, scales = judged(wide_range((40, 33)))
+    # What float16 cannot hold is not for this test: the largest row is below.
+    expected = bitsandbytes.functional.int8_vectorwise_dequant(values, scales)[:-4].to(DTYPES_OF_WEIGHTS[tag])
+    values, scales = values[:-4].contiguous(), scales[:-4]
+    path = Path("unread")
+    info = TensorInfo("w", DTYPES["I8"], tuple(values.shape), _range(path), 0, (33, 1), scales=raw_bytes(scales))
+    for first in (0, 5, 33, 70):
+        out = bytearray((values.numel() - first) * expected.element_size())
+        dequantize_chunk(info, memoryview(raw_bytes(values))[first:], first, memoryview(out), DTYPES[tag], "error")
+        assert bytes(out) == raw_bytes(expected)[first * expected.element_size() :]
+
+
+def _range(path: Path):
+    from converter.tensors import ByteRange
+
+    return ByteRange(path, 0, 0)
+
+
+def test_a_turned_matrix_has_a_scale_for_each_column():
+    weight = wide_range((6, 40)).float()
+    values, scales = judged(weight)
+    info = TensorInfo("w", DTYPES["I8"], (6, 40), _range(Path("unread")), 0, (40, 1), scales=raw_bytes(scales))
+    info = turned(info)._replace(scaled_axis=1)
+    flat = values.T.contiguous()
+    expected = raw_bytes((values * scales[:, None] / 127).T.contiguous())
+    for first in (0, 1, 6, 14):
+        out = memoryview(bytearray(4 * (flat.numel() - first)))
+        dequantize_chunk(info, memoryview(raw_bytes(flat))[first:], first, out, DTYPES["F32"], "error")
+        found = torch.frombuffer(bytearray(out), dtype=torch.float32)
+        torch.testing.assert_close(found, torch.frombuffer(bytearray(expected), dtype=torch.float32)[first:])
+
+
+@given(st.data())
+def test_each_value_comes_back_within_half_a_step(data):
+    rows, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    numbers = st.floats(-65504, 65504, width=32)
+    weight = torch.tensor(data.draw(st.lists(numbers, min_size=rows * columns, max_size=rows * columns)))
+    weight = weight.reshape(rows, columns)
+    values, scales = quantize_in_parts(weight, "F32", data.draw(st.integers(0, rows * columns)))
+    info = TensorInfo("w", DTYPES["I8"], (rows, columns), _range(Path("unread")), 0, (columns, 1), scales=scales)
+    out = bytearray(4 * weight.numel())
+    dequantize_chunk(info, memoryview(values), 0, memoryview(out), DTYPES["F32"], "error")
+    found = torch.frombuffer(out, dtype=torch.float32).reshape(rows, columns).double()
+    half = torch.frombuffer(bytearray(scales), dtype=torch.float32).double()[:, None] / 254
+    rounded = weight.half().double()
+    # The product of two float32 numbers is rounded; so is the step.
+    assert ((found - rounded).abs() <= half * 1.0001).all()
+    beyond, share, _, _ = int8_errors(info, memoryview(values), 0, memoryview(raw_bytes(weight)), DTYPES["F32"])
+    assert beyond == 0
+    assert share <= 1 / 254 + 2**-10
+
+
+def test_a_value_beyond_half_a_step_is_counted():
+    weight = torch.tensor([[127.0, 3.0, 0.0]])
+    values, scales = quantize_in_parts(weight, "F32", 0)
+    info = TensorInfo("w", DTYPES["I8"], (1, 3), _range(Path("unread")), 0, (3, 1), scales=scales)
+    off = bytes([values[0], values[1] + 1, values[2]])
+    beyond, share, errors, magnitudes = int8_errors(
+        info, memoryview(off), 0, memoryview(raw_bytes(weight)), DTYPES["F32"]
+    )
+    assert (beyond, round(share * 127, 3), round(errors, 3), magnitudes) == (1, 1.0, 1.0, 130.0)
+
+
+# In files.
+
+
+def save_matrix(folder: Path, weight: torch.Tensor, **others: torch.Tensor) -> Checkpoint:
+    from safetensors.torch import save_file
+
+    save_file({"m.weight": weight, **others}, folder / "model.safetensors")
+    return open_checkpoint(find_weight_set(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("chunk_nbytes", [64, 1000, 1 << 16])
+def test_scales_are_found_in_small_chunks(tmp_path, chunk_nbytes):
+    # With 64 bytes no row fits the buffer.
+    weight = wide_range((30, 37)).float()
+    [info] = save_matrix(tmp_path, weight).tensors
+    found = [find_scales(block, chunk_nbytes) for block in cut_rows(info)]
+    assert b"".join(scales for _, scales in found) == raw_bytes(judged(weight)[1])
+
+
+def test_the_three_tensors_of_a_module(tmp_path):
+    weight = wide_range((4, 3)).float()
+    [info] = save_matrix(tmp_path, weight).tensors
+    made = quantized(info, raw_bytes(judged(weight)[1]))
+    assert [(one.name, one.target.tag, one.shape) for one in made] == [
+        ("m.weight", "I8", (4, 3)),
+        ("m.SCB", "F32", (4,)),
+        ("m.weight_format", "U8", ()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("others", "error", "problem"),
+    [
+        ({}, Unsupported, "has no 'm.SCB'"),
+        ({"m.SCB": torch.ones(3)}, BadFile, "does not fit"),
+        ({"m.SCB": torch.ones(4).half()}, BadFile, "does not fit"),
+        ({"m.SCB": torch.ones(4), "m.weight_format": torch.tensor(2, dtype=torch.uint8)}, Unsupported, "row by row"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(tmp_path, others, error, problem):
+    checkpoint = save_matrix(tmp_path, torch.ones(4, 3, dtype=torch.int8), **others)
+    with pytest.raises(error, match=problem):
+        dequantized(checkpoint, DTYPES["F32"], ())
+
+
+def test_what_has_no_int8_weights_has_no_scales(tmp_path):
+    assert scales_in(save_matrix(tmp_path, torch.ones(4, 3))) == {}
