@@ -142,9 +142,12 @@ MODELS = (
 )
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_same_as_quantizing_on_the_fly(builders, tmp_path, name):
-    model = make_model(builders, name)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in MODELS), *((name, torch.bfloat16) for name in ("llama", "t5", "gpt2"))],
+)
+def test_the_same_as_quantizing_on_the_fly(builders, tmp_path, name, dtype):
+    model = make_model(builders, name).to(dtype)
     model.save_pretrained(tmp_path / "model")
     quantized_to(tmp_path / "model", tmp_path / "ours")
     theirs = quantized_on_the_fly(type(model), tmp_path / "model")
@@ -279,7 +282,7 @@ def llama_folder(folder: Path, **config: Any) -> Path:
             "which neither --include nor --skip names. Name it in one",
         ),
         (ModuleChoice(("_proj",), ("k_proj",)), BadRequest, "which --include and --skip both name. Choose one"),
-        (ModuleChoice(skip=("_proj",)), BadRequest, "has no module that would be quantized. See --include"),
+        (ModuleChoice(skip=("_proj",)), BadRequest, "has no module that would be quantized. See --include, --skip and"),
         (ModuleChoice(include=("(",)), BadRequest, "is no regular expression"),
     ],
 )
