@@ -22,7 +22,7 @@ from converter.int8 import dequantized
 from converter.modules import find_linears
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.sources import SourceFiles, read_range
-from converter.stream import PIECE_NBYTES
+from converter.stream import GATHER_NBYTES, PIECE_NBYTES
 from converter.tensors import TensorInfo, find_ties
 
 Kind = Literal["missing", "extra", "shape", "dtype", "values"]
@@ -284,11 +284,13 @@ def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[_Rounding]:
     from converter.cast import int8_errors
 
     found: list[_Rounding] = []
-    left, right = memoryview(bytearray(chunk_nbytes)), memoryview(bytearray(chunk_nbytes))
+    strided = not all(pair.b.is_contiguous for pair, _, _ in batch.parts)
+    room = max(chunk_nbytes, GATHER_NBYTES) if strided else chunk_nbytes
+    left, right = memoryview(bytearray(room)), memoryview(bytearray(room))
     with SourceFiles() as sources:
         for pair, begin, end in batch.parts:
             a, b = pair.a, pair.b
-            step = chunk_nbytes // a.dtype.itemsize
+            step = room // a.dtype.itemsize
             for first in range(begin, end, step):
                 count = min(step, end - first)
                 view_a, view_b = left[: a.dtype.nbytes(count)], right[:count]

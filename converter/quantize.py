@@ -59,7 +59,6 @@ class QuantizedPart:
     component: str
     modules: tuple[tuple[str, int, int], ...]
     skipped: tuple[str, ...]
-    before_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +169,7 @@ class _Scales:
 def _quantize(
     component: Component, checkpoint: Checkpoint, choice: ModuleChoice, scales: _Scales
 ) -> tuple[Checkpoint, QuantizedPart]:
+    """Let the chosen weights of a checkpoint be written in 8 bits, and say what goes into its config."""
     from converter.cast import are_finite
 
     path = checkpoint.weight_set.path
@@ -197,7 +197,7 @@ def _quantize(
         notes.append(f"left as they are, as a name in the skip list means them too: {', '.join(left)}")
         wanted = [module for module in wanted if module not in left]
     if not wanted:
-        raise BadRequest(path, "has no module that would be quantized", "See --include and --skip.")
+        raise BadRequest(path, "has no module that would be quantized", "See --include, --skip and --component.")
     chosen = {weights[module]: module for module in wanted}
 
     def change(info: TensorInfo) -> tuple[TensorInfo, ...]:
@@ -210,7 +210,7 @@ def _quantize(
     )
     changed = replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
     sizes = tuple((module, views[module].nbytes, _int8_nbytes(views[module])) for module in sorted(wanted))
-    return changed, QuantizedPart(component.name, sizes, skipped, sum(info.nbytes for info in checkpoint.tensors))
+    return changed, QuantizedPart(component.name, sizes, skipped)
 
 
 def _int8_nbytes(info: TensorInfo) -> int:
@@ -305,7 +305,8 @@ def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: 
     """Plan the way back: int8 weights as numbers in ``wishes.dtype``, and all else in it too.
 
     In a pipeline only the parts that are quantized are written anew. Raises Unsupported for weights in another form,
-    BadFile for scales that do not fit.
+    BadFile for scales that do not fit. A class that is in no table is taken to have no Conv1D where its library is not
+    installed.
     """
     assert wishes.dtype is not None
     dtype = wishes.dtype

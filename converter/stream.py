@@ -156,8 +156,10 @@ class _PieceReader:
     """Yields a piece's bytes in chunks, each with its place in the file; afterwards ``report`` is complete."""
 
     def __init__(self, piece: Piece, sources: SourceFiles, chunk_nbytes: int) -> None:
-        strided = not all(step.copy.source.is_contiguous for step in piece.steps)
-        self.buffer = bytearray(max(chunk_nbytes, GATHER_NBYTES) if strided else chunk_nbytes)
+        strided = [step.copy for step in piece.steps if not step.copy.source.is_contiguous]
+        # What is gathered is wider than what comes out of it, in most casts.
+        widths = [max(1, copy.source.dtype.bits // copy.dtype.bits) for copy in strided]
+        self.buffer = bytearray(max(chunk_nbytes, GATHER_NBYTES // max(widths)) if strided else chunk_nbytes)
         self.piece = piece
         self.sources = sources
         self.report = Report()

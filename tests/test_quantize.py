@@ -142,9 +142,12 @@ MODELS = (
 )
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_same_as_quantizing_on_the_fly(builders, tmp_path, name):
-    model = make_model(builders, name)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in MODELS), *((name, torch.bfloat16) for name in ("llama", "t5", "gpt2"))],
+)
+def test_the_same_as_quantizing_on_the_fly(builders, tmp_path, name, dtype):
+    model = make_model(builders, name).to(dtype)
     model.save_pretrained(tmp_path / "model")
     quantized_to(tmp_path / "model", tmp_path / "ours")
     theirs = quantized_on_the_fly(type(model), tmp_path / "model")
@@ -230,6 +233,32 @@ def test_the_tensors_of_a_module_are_in_one_shard(builders, tmp_path, limit):
     load_8bit(type(model), tmp_path / "ours")
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("columns", [5, 997, 70_000])
+def test_chunks_that_end_within_a_row(tmp_path, transposed, columns):
+    import bitsandbytes
+
+    weight = torch.randn(1_000_000 // columns, columns) * torch.rand(1_000_000 // columns, 1)
+    save({"h.0.c_fc.weight": weight.T.contiguous() if transposed else weight}, tmp_path / "model" / "model.safetensors")
+    name = "GPT2Model" if transposed else "NoSuchModel"
+    write_json(tmp_path / "model" / "config.json", {"architectures": [name]})
+    choice = ModuleChoice(include=("c_fc",))
+    done = prepare_quantized(tmp_path / "model", tmp_path / "ours", Wishes(), choice, memory_nbytes=1)
+    assert done.plan is not None
+    run_plan(done.plan, memory_nbytes=1, verify=True, request=done.request)
+    judge = bitsandbytes.nn.Int8Params(weight, requires_grad=False).to("cpu")
+    found = load_set(tmp_path / "ours")
+    assert torch.equal(found["h.0.c_fc.weight"], judge.data)
+    assert torch.equal(found["h.0.c_fc.SCB"], judge.SCB)
+    assert found["h.0.c_fc.weight_format"].item() == 0
+    back = prepare_dequantized(tmp_path / "ours", tmp_path / "back", Wishes(dtype=BY_ALIAS["fp32"]))
+    assert back.plan is not None
+    run_plan(back.plan, memory_nbytes=1, request=back.request)
+    numbers = bitsandbytes.functional.int8_vectorwise_dequant(judge.data, judge.SCB)
+    assert torch.equal(load_set(tmp_path / "back")["h.0.c_fc.weight"], numbers.T if transposed else numbers)
+    assert verify(tmp_path / "model", tmp_path / "ours", quantized=True, memory_nbytes=1).is_equal
+
+
 # Values that float16 cannot hold.
 
 
@@ -279,7 +308,7 @@ def llama_folder(folder: Path, **config: Any) -> Path:
             "which neither --include nor --skip names. Name it in one",
         ),
         (ModuleChoice(("_proj",), ("k_proj",)), BadRequest, "which --include and --skip both name. Choose one"),
-        (ModuleChoice(skip=("_proj",)), BadRequest, "has no module that would be quantized. See --include"),
+        (ModuleChoice(skip=("_proj",)), BadRequest, "has no module that would be quantized. See --include, --skip and"),
         (ModuleChoice(include=("(",)), BadRequest, "is no regular expression"),
     ],
 )
@@ -488,6 +517,26 @@ def test_models_of_diffusers(builders, tmp_path, no_gpu_needed, name):
     file_name = "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "ours" / file_name).read_bytes() == (tmp_path / "theirs" / file_name).read_bytes()
     assert modules_in_8_bits(ours) == modules_in_8_bits(theirs)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "wan"])
+def test_other_pipelines(builders, tmp_path, no_gpu_needed, name):
+    from diffusers import DiffusionPipeline
+
+    builders.save_bin(builders.shake(builders.MODELS[name]()), tmp_path / "model")
+    done = quantized_to(tmp_path / "model", tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wishes = {"use_safetensors": None, "torch_dtype": torch.float32}
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path / "ours", **wishes)
+    expected = {name for name in pipeline.components if name.startswith(("text_encoder", "unet", "transformer"))}
+    parts = {part.component: part for part in done.parts}
+    assert parts.keys() == {name for name in expected if getattr(pipeline, name) is not None}
+    for component, part in parts.items():
+        model = getattr(pipeline, component)
+        wanted = {module.removeprefix("text_model.") for module, _, _ in part.modules}
+        assert {module.removeprefix("text_model.") for module in modules_in_8_bits(model)} == wanted
+        assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 def test_one_component(sana, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,14 @@ def test_quantize(wconv, model, tmp_path):
     assert {str(tensor.dtype) for name, tensor in state.items() if "q_proj" in name} == {
         "torch.int8", "torch.float32", "torch.uint8"
     }  # fmt: skip
+
+
+def test_a_class_of_the_table_needs_no_torch(model, tmp_path):
+    command = (sys.executable, "-X", "importtime", "-m", "converter", "quantize", model, "-o", tmp_path / "out")
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in listed.splitlines()}
+    assert "numkong" in imported
+    assert not imported & {"torch", "transformers", "diffusers", "bitsandbytes"}
 
 
 def test_a_dry_run_lists_modules_and_writes_nothing(wconv, model, tmp_path):
