@@ -18,7 +18,7 @@ from converter.choose import only_set
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest
 from converter.folder import Component, open_folder
-from converter.int8 import dequantized
+from converter.int8 import dequantized, scales_in
 from converter.modules import find_linears
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.sources import SourceFiles, read_range
@@ -189,7 +189,7 @@ def _pair_variants(
     for variant in sorted(left.keys() & right.keys()):
         label = f"{a.name} ({variant})" if variant else a.name
         before, after = open_checkpoint(left[variant]), open_checkpoint(right[variant])
-        if quantized:
+        if quantized and scales_in(after):
             after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed)
         yield label, _by_name(before), _by_name(after)
     for kind, variants in (("missing", left.keys() - right.keys()), ("extra", right.keys() - left.keys())):

@@ -86,6 +86,7 @@ def _show(found: Comparison, verbose: bool) -> None:
         _show_more(len(found.quantized), verbose)
         echo()
     if found.is_equal and found.quantized:
+        echo("The max error is over the largest value of its row, the mean error over the mean value of the tensor.")
         echo(f"The same within half a step of 8 bits: {found.tensor_count:,} tensors, {show_bytes(found.nbytes)}.")
         return
     if found.is_equal:
