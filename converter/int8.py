@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter.checkpoint import Checkpoint
 from converter.dtypes import DTYPES, DType
@@ -67,9 +67,17 @@ def cut_rows(info: TensorInfo) -> Iterator[RowBlock]:
         yield RowBlock(info, begin, min(info.shape[0], begin + step))
 
 
-def find_scales(block: RowBlock, chunk_nbytes: int) -> tuple[RowBlock, bytes]:
-    """Give a block of rows with its scales: float32, one a row. Raises BadFile for a file that became shorter."""
-    from converter.cast import row_maxima
+class Scales(NamedTuple):
+    """What the rows of a block are scaled by: float32 numbers, which are not finite where float16 is too small."""
+
+    block: RowBlock
+    numbers: bytes
+    are_finite: bool
+
+
+def find_scales(block: RowBlock, chunk_nbytes: int) -> Scales:
+    """Find the largest magnitude of each row of a block. Raises BadFile for a file that became shorter."""
+    from converter.cast import are_finite, row_maxima
 
     info = block.info
     columns = info.shape[1]
@@ -96,7 +104,8 @@ def find_scales(block: RowBlock, chunk_nbytes: int) -> tuple[RowBlock, bytes]:
                 for begin, end in itertools.pairwise(cuts)
             ]
             found.append(row_maxima(memoryview(b"".join(parts)), DTYPES["F32"], len(parts)))
-    return block, b"".join(found)
+    numbers = b"".join(found)
+    return Scales(block, numbers, are_finite(numbers))
 
 
 def quantized(weight: TensorInfo, scales: bytes) -> tuple[TensorInfo, TensorInfo, TensorInfo]:

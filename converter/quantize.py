@@ -157,21 +157,23 @@ class _Scales:
     memory_nbytes: int
     progress: Progress | None
 
-    def find(self, weights: Iterable[TensorInfo]) -> dict[str, bytes]:
+    def find(self, weights: Iterable[TensorInfo]) -> tuple[dict[str, bytes], set[str]]:
+        """Give the scales of each weight by its name, and the names of those that float16 cannot hold."""
         calls = ((find_scales, block, block.nbytes) for info in weights for block in cut_rows(info))
         found: dict[str, bytearray] = {}
-        for block, part in run_tasks(calls, None, self.workers, self.memory_nbytes, self.progress):
+        lossy: set[str] = set()
+        for block, numbers, are_finite in run_tasks(calls, None, self.workers, self.memory_nbytes, self.progress):
             scales = found.setdefault(block.info.name, bytearray(4 * block.info.shape[0]))
-            scales[4 * block.begin : 4 * block.end] = part
-        return {name: bytes(scales) for name, scales in found.items()}
+            scales[4 * block.begin : 4 * block.end] = numbers
+            if not are_finite:
+                lossy.add(block.info.name)
+        return {name: bytes(scales) for name, scales in found.items()}, lossy
 
 
 def _quantize(
     component: Component, checkpoint: Checkpoint, choice: ModuleChoice, scales: _Scales
 ) -> tuple[Checkpoint, QuantizedPart]:
     """Let the chosen weights of a checkpoint be written in 8 bits, and say what goes into its config."""
-    from converter.cast import are_finite
-
     path = checkpoint.weight_set.path
     tensors = {info.name: info for info in checkpoint.tensors}
     _refuse_quantized(path, tensors.values())
@@ -182,8 +184,8 @@ def _quantize(
         module: turned(tensors[weights[module]]) if module in linears.transposed else tensors[weights[module]]
         for module in wanted
     }
-    found = scales.find(views.values())
-    lossy = [module for module in wanted if not are_finite(found[weights[module]])]
+    found, too_large = scales.find(views.values())
+    lossy = [module for module in wanted if weights[module] in too_large]
     if lossy:
         named = ", ".join(lossy[:5]) + (f" and {len(lossy) - 5} more" if len(lossy) > 5 else "")
         problem = f"holds weights with values that float16 cannot hold, in {named}"

@@ -129,7 +129,9 @@ def test_each_value_comes_back_within_half_a_step(data):
     assert ((found - rounded).abs() <= half * 1.0001).all()
     beyond, share, _, _ = int8_errors(info, memoryview(values), 0, memoryview(raw_bytes(weight)), DTYPES["F32"])
     assert beyond == 0
-    assert share <= 1 / 254 + 2**-10
+    # Of float16, an eleventh binary place is rounded off, or what is below half the smallest number of all.
+    smallest = min((2 * 127 * one for one in half.flatten().tolist() if one), default=1.0)
+    assert share <= 1.0001 / 254 + 2**-11 + 2**-25 / smallest
 
 
 def test_a_value_beyond_half_a_step_is_counted():
@@ -159,7 +161,7 @@ def test_scales_are_found_in_small_chunks(tmp_path, chunk_nbytes):
     weight = wide_range((30, 37)).float()
     [info] = save_matrix(tmp_path, weight).tensors
     found = [find_scales(block, chunk_nbytes) for block in cut_rows(info)]
-    assert b"".join(scales for _, scales in found) == raw_bytes(judged(weight)[1])
+    assert b"".join(scales.numbers for scales in found) == raw_bytes(judged(weight)[1])
 
 
 def test_the_three_tensors_of_a_module(tmp_path):
