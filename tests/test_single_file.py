@@ -299,10 +299,9 @@ def test_ema_and_config_are_for_single_files(tmp_path: Path, wconv: Callable[...
     assert "--ema is for a single file" in done.stderr
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 1, 1)])
-@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
-def test_odd_shapes_end_in_one_line(kind: str, shape: tuple[int, ...], tiny: Any, tmp_path: Path) -> None:
-    _, config, state = tiny(kind)
+@pytest.mark.parametrize("shape", [(), (7,), (3, 1, 1)])
+def test_odd_shapes_end_in_one_line(shape: tuple[int, ...], tiny: Any, tmp_path: Path) -> None:
+    _, config, state = tiny("sdxl")
     for name in state:
         write_hollow(tmp_path / "model.safetensors", {**state, name: torch.ones(shape)})
         with contextlib.suppress(WconvError):
