@@ -127,12 +127,7 @@ def open_single_file(source: Path, config: Path | None = None, ema: bool = False
         used |= {prefix + short for short in mine}
         if name == "unet" and ema:
             mine = _averaged(source, mine, tensors)
-        converted, left = _convert(mine, content, _RULES[_rule_of(name, prefix)])
-        if len({info.name for info in converted}) < len(converted):
-            raise Unsupported(source, f"holds two tensors that come to one name in the {name}", "Is it another model?")
-        if left and name == "unet":
-            problem = f"holds tensors that no UNet of {family.name} has: {_some([prefix + short for short in left])}"
-            raise Unsupported(source, problem, "Is it another model, or one with something added?")
+        converted, left = _convert(source, family, name, mine, content, _RULES[_rule_of(name, prefix)])
         if left:
             notes.append(f"left out, for no {name} has them: {_some([prefix + short for short in left])}")
         _check_shapes(source, str(path) if config else f"the {name} of {family.name}", content, converted)
@@ -142,8 +137,7 @@ def open_single_file(source: Path, config: Path | None = None, ema: bool = False
         file = replace(checkpoint.files[0], tensors=tuple(converted), metadata={})
         component = Component(name, source.parent / name, (weight_set,), content)
         parts.append((component, Checkpoint(weight_set, (file,), {})))
-    rest = [name for name in tensors if name not in used]
-    notes += _notes_of_rest(rest, ema)
+    notes += _notes_of_rest([name for name in tensors if name not in used], ema)
     components = tuple(component for component, _ in parts)
     folder = ModelFolder(source, source.parent, "pipeline", components, index["_class_name"])
     carried = {name: path for name, path in _files_beside(root, index) if name not in edited}
@@ -331,9 +325,17 @@ def _rule_of(name: str, prefix: str) -> str:
 
 
 def _convert(
-    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], rule: _Rule
+    source: Path,
+    family: Family,
+    part: str,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    rule: _Rule,
 ) -> tuple[list[TensorInfo], list[str]]:
-    """Give the tensors of a part under their new names, and the old names of those that it has no use for."""
+    """Give the tensors of a part under their new names, and the old names of those that it has no use for.
+
+    Raises Unsupported for two that come to one name, and for any that a UNet does not have.
+    """
     converted: list[TensorInfo] = []
     left: list[str] = []
     for name, info in tensors.items():
@@ -341,6 +343,12 @@ def _convert(
         converted += views
         if not views:
             left.append(name)
+    advice = "Is it another model, or one with something added?"
+    if len({info.name for info in converted}) < len(converted):
+        raise Unsupported(source, f"holds two tensors that come to one name in the {part}", advice)
+    if left and part == "unet":
+        problem = f"holds tensors that no UNet of {family.name} has: {_some([_UNET + name for name in left])}"
+        raise Unsupported(source, problem, advice)
     return converted, left
 
 

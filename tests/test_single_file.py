@@ -175,11 +175,17 @@ PUBLISHED = {
 }
 
 
+def open_hollow(kind: str, folder: Path, channels: int = 4) -> tuple[Any, dict[str, Any]]:
+    """Open a checkpoint of full size with what is shipped; give its parts as Diffusers has them, too."""
+    states, configs = meta_states(CONFIGS / kind)
+    states["unet"]["conv_in.weight"] = torch.empty(320, channels, 3, 3, device="meta")
+    write_hollow(folder / "model.safetensors", original.as_original(kind, states, configs))
+    return open_single_file(folder / "model.safetensors"), states
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_of_full_size_fits_the_shipped_config(kind: str, tmp_path: Path) -> None:
-    states, configs = meta_states(CONFIGS / kind)
-    write_hollow(tmp_path / "model.safetensors", original.as_original(kind, states, configs))
-    opened = open_single_file(tmp_path / "model.safetensors")
+    opened, states = open_hollow(kind, tmp_path)
     for component, checkpoint in opened.checkpoints:
         mine = {info.name: info.shape for info in checkpoint.tensors}
         assert mine == {name: tuple(tensor.shape) for name, tensor in states[component.name].items()}
@@ -188,10 +194,7 @@ def test_a_checkpoint_of_full_size_fits_the_shipped_config(kind: str, tmp_path: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nine_channels_are_for_inpainting(kind: str, tmp_path: Path) -> None:
-    states, configs = meta_states(CONFIGS / kind)
-    states["unet"]["conv_in.weight"] = torch.empty(320, 9, 3, 3, device="meta")
-    write_hollow(tmp_path / "model.safetensors", original.as_original(kind, states, configs))
-    opened = open_single_file(tmp_path / "model.safetensors")
+    opened, _ = open_hollow(kind, tmp_path, channels=9)
     assert opened.notes[0] == f"model.safetensors is a {SAID[kind]} checkpoint for inpainting"
     edited = dict(opened.edited)
     if kind == "sd2":
@@ -206,15 +209,10 @@ def test_nine_channels_are_for_inpainting(kind: str, tmp_path: Path) -> None:
 def test_the_shipped_tokenizer_is_clips(kind: str, tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 
-    states, configs = meta_states(CONFIGS / kind)
-    write_hollow(tmp_path / "model.safetensors", original.as_original(kind, states, configs))
-    opened = open_single_file(tmp_path / "model.safetensors")
-    for name, content in opened.edited:
+    opened, _ = open_hollow(kind, tmp_path)
+    for name, content in (*opened.edited, *((name, path.read_bytes()) for name, path in opened.carried)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    for name, path in opened.carried:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(path.read_bytes())
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
     # As OpenAI's own tokenizer numbers them (the example of the model's card).
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
