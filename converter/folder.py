@@ -72,12 +72,12 @@ def open_folder(path: Path) -> ModelFolder:
         raise BadFile(path, "does not exist", "Check the path.")
     if not path.is_dir():
         weight_set = find_weight_set(path)
-        component = Component("", path.parent, (weight_set,), _read_json(path.parent / "config.json"))
+        component = Component("", path.parent, (weight_set,), read_json(path.parent / "config.json"))
         return ModelFolder(path, path.parent, "file", (component,))
     model_index = path / "model_index.json"
     modules = path / "modules.json"
     if model_index.is_file():
-        class_name = _read_json(model_index).get("_class_name")
+        class_name = read_json(model_index).get("_class_name")
         found = [_open_component(folder, folder.name) for folder in _subfolders(path)]
         kind: Kind = "pipeline"
     else:
@@ -100,7 +100,7 @@ def _kind_of(component: Component) -> Kind:
 
 
 def _open_component(path: Path, name: str) -> Component:
-    return Component(name, path, find_weight_sets(path), _read_json(path / "config.json"))
+    return Component(name, path, find_weight_sets(path), read_json(path / "config.json"))
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -114,7 +114,8 @@ def _suggest(path: Path) -> str:
     return "A weight file ends in .safetensors, .bin, .pt, .pth or .ckpt."
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Give the object in a JSON file, an empty one where there is no such file. Raises BadFile for what is no JSON."""
     if not path.is_file():
         return {}
     try:

@@ -17,7 +17,7 @@ from typing import Any
 
 from converter.checkpoint import Checkpoint, WeightSet, open_checkpoint
 from converter.errors import BadFile, BadRequest, Unsupported
-from converter.folder import Component, ModelFolder
+from converter.folder import Component, ModelFolder, read_json
 from converter.names import WeightsName
 from converter.tensors import TensorInfo
 
@@ -441,14 +441,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError:
-        raise BadFile(path, "is not there, or cannot be read", "Give a --config folder that has it.") from None
-    except (ValueError, RecursionError) as error:
-        raise BadFile(path, f"is not JSON ({error})", "Fetch it again.") from None
-    if not isinstance(content, dict):
-        raise BadFile(path, "is no JSON object", "Fetch it again.")
+    content = read_json(path)
+    if not content:
+        raise BadFile(path, "is not there, or no JSON object", "Give a --config folder that has it.")
     return content
 
 

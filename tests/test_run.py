@@ -43,7 +43,7 @@ from converter.plan import Target
 from converter.staging import open_staging
 
 STATE = make_state()
-MEMORY_CEILING_NBYTES = 48_000_000  # what the README promises, and a little; the interpreter and its imports take most of it
+MEMORY_CEILING_NBYTES = 48_000_000  # as promised; the interpreter and its imports take most of it
 TMPFS_NBYTES = 1 << 23
 
 
