@@ -7,7 +7,6 @@ for every part, each in one file.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from converter.doctor.loaders import COREML_VARIANT
 from converter.doctor.view import look, read_json
 from converter.dtypes import BY_ALIAS
 from converter.errors import BadFile, BadRequest, Unsupported
-from converter.folder import Component, ModelFolder
+from converter.folder import Component, ModelFolder, render_json
 from converter.plan import Plan
 from converter.single_file import open_single_file
 from converter.staging import recover
@@ -165,9 +164,8 @@ def _with_old_classes(plan: Plan, source: Path) -> Plan:
     }
     if edited == content:
         return plan
-    text = (json.dumps(edited, indent=2) + "\n").encode()
     carried = tuple(one for one in plan.carried if one[0] != "model_index.json")
-    return replace(plan, edited=(*plan.edited, ("model_index.json", text)), carried=carried)
+    return replace(plan, edited=(*plan.edited, ("model_index.json", render_json(edited))), carried=carried)
 
 
 def _is_class(entry: object) -> bool:

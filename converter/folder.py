@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -123,6 +123,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BadFile(path, f"is not JSON ({error})", "Fetch it again.") from None
     return content if isinstance(content, dict) else {}
+
+
+def render_json(content: Mapping[str, Any]) -> bytes:
+    """Give a config's content as its file has it."""
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def find_rest(folder: ModelFolder, skip: Path | None = None) -> Iterator[tuple[Path, bool]]:

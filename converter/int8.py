@@ -18,7 +18,7 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile, Unsupported
 from converter.sources import SourceFiles, read_range
 from converter.stream import GATHER_NBYTES, PIECE_NBYTES
-from converter.tensors import TensorInfo, contiguous_strides
+from converter.tensors import TensorInfo, contiguous_strides, turned
 
 _WEIGHT, _SCALES, _FORMAT = ".weight", ".SCB", ".weight_format"
 
@@ -40,11 +40,6 @@ def quantization_config(skipped: Iterable[str]) -> dict[str, Any]:
         "load_in_8bit": True,
         "quant_method": "bitsandbytes",
     }
-
-
-def turned(info: TensorInfo) -> TensorInfo:
-    """Give a matrix transposed: the same bytes, seen the other way."""
-    return info._replace(shape=info.shape[::-1], strides=info.strides[::-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ Printing a Plan is the dry run; pickling it sends it elsewhere.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from converter.checkpoint import Checkpoint, WeightSet
 from converter.choose import Wishes
 from converter.dtypes import RECAST_SOURCES, DType
 from converter.errors import BadRequest, OutputRefused, Unsupported
-from converter.folder import Component, ModelFolder
+from converter.folder import Component, ModelFolder, render_json
 from converter.formats import FORMATS
 from converter.index import WeightIndex
 from converter.names import Format, WeightsName
@@ -357,7 +356,7 @@ def _edit_config(component: Component, planned: SetPlan, target: Target, wishes:
         return
     edited = with_dtype(component.config, wishes.dtype.torch_name)
     if edited != component.config:
-        yield (Path(component.name) / "config.json").as_posix(), (json.dumps(edited, indent=2) + "\n").encode()
+        yield (Path(component.name) / "config.json").as_posix(), render_json(edited)
 
 
 def split_into_shards(sizes: Sequence[int], max_nbytes: float) -> list[list[int]]:

@@ -20,14 +20,14 @@ from converter.choose import Wishes, choose_sets
 from converter.conversion import plan_conversion, request_of
 from converter.dtypes import RECAST_SOURCES
 from converter.errors import BadRequest, LossyCast, Unsupported
-from converter.folder import Component, ModelFolder
-from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in, turned
+from converter.folder import Component, ModelFolder, render_json
+from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
 from converter.modules import Linears, find_linears, is_skipped
 from converter.plan import Plan
 from converter.rules import default_tied
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.staging import recover
-from converter.tensors import TensorInfo, find_ties
+from converter.tensors import TensorInfo, find_ties, turned
 
 # The parts of a pipeline that are quantized where none is named: never the VAE, whose decoding suffers.
 _PARTS = re.compile(r"(transformer|unet|text_encoder)(_\d+)?")
@@ -353,6 +353,6 @@ def _with_configs(plan: Plan, configs: Mapping[str, dict[str, Any] | None]) -> P
         quantization = configs[component.name]
         if quantization:
             content["quantization_config"] = quantization
-        edited[path] = (json.dumps(content, indent=2) + "\n").encode()
+        edited[path] = render_json(content)
     carried = tuple(one for one in plan.carried if one[0] not in edited)
     return replace(plan, edited=tuple(edited.items()), carried=carried)

@@ -17,9 +17,9 @@ from typing import Any
 
 from converter.checkpoint import Checkpoint, WeightSet, open_checkpoint
 from converter.errors import BadFile, BadRequest, Unsupported
-from converter.folder import Component, ModelFolder, read_json
+from converter.folder import Component, ModelFolder, read_json, render_json
 from converter.names import WeightsName
-from converter.tensors import TensorInfo
+from converter.tensors import TensorInfo, turned
 
 CONFIGS = Path(__file__).parent / "configs"
 _UNET, _VAE, _EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
@@ -106,7 +106,7 @@ def open_single_file(source: Path, config: Path | None = None, ema: bool = False
         changes = family.inpainting
     elif config is None and family.folder == "sd2":
         notes.append("it is taken for one of 768 pixels; for one of 512, give the folder of such a model as --config")
-    edited = {name: _render({**_read(root / name), **change}) for name, change in changes.items()}
+    edited = {name: render_json({**_read(root / name), **change}) for name, change in changes.items()}
     index.update({name: [None, None] for name in _ABSENT if name in index})
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
@@ -116,18 +116,17 @@ def open_single_file(source: Path, config: Path | None = None, ema: bool = False
         problem = f"names {' and '.join(encoders) or 'no text encoder'}, and {family.name} has"
         problem += f" {' and '.join(family.encoders)}"
         raise BadRequest(root / "model_index.json", problem, "Give the right --config.")
-    used: set[str] = set()
-    edited["model_index.json"] = _render(index)
+    edited["model_index.json"] = render_json(index)
     parts: list[tuple[Component, Checkpoint]] = []
-    for name, prefix in {"unet": _UNET, "vae": _VAE, **family.encoders}.items():
+    prefixes = {"unet": _UNET, "vae": _VAE, **family.encoders}
+    for name, prefix in prefixes.items():
         path = root / name / "config.json"
         content = {**_read(path), **changes.get(f"{name}/config.json", {})}
         _check_config(path, content)
         mine = {full.removeprefix(prefix): info for full, info in tensors.items() if full.startswith(prefix)}
-        used |= {prefix + short for short in mine}
         if name == "unet" and ema:
             mine = _averaged(source, mine, tensors)
-        converted, left = _convert(source, family, name, mine, content, _RULES[_rule_of(name, prefix)])
+        converted, left = _convert(source, family, name, mine, content, _rule_of(name, prefix))
         if left:
             notes.append(f"left out, for no {name} has them: {_some([prefix + short for short in left])}")
         _check_shapes(source, str(path) if config else f"the {name} of {family.name}", content, converted)
@@ -137,7 +136,7 @@ def open_single_file(source: Path, config: Path | None = None, ema: bool = False
         file = replace(checkpoint.files[0], tensors=tuple(converted), metadata={})
         component = Component(name, source.parent / name, (weight_set,), content)
         parts.append((component, Checkpoint(weight_set, (file,), {})))
-    notes += _notes_of_rest([name for name in tensors if name not in used], ema)
+    notes += _notes_of_rest([name for name in tensors if not name.startswith(tuple(prefixes.values()))], ema)
     components = tuple(component for component, _ in parts)
     folder = ModelFolder(source, source.parent, "pipeline", components, index["_class_name"])
     carried = {name: path for name, path in _files_beside(root, index) if name not in edited}
@@ -299,7 +298,7 @@ def _open_clip(name: str, info: TensorInfo, config: Mapping[str, Any]) -> _Views
     if name in _OPEN_CLIP_ENDS:
         yield info._replace(name=_OPEN_CLIP_ENDS[name])
     elif name == "text_projection" and "CLIPTextModelWithProjection" in config.get("architectures", ()):
-        yield info._replace(name=f"{name}.weight", shape=info.shape[::-1], strides=info.strides[::-1])
+        yield turned(info)._replace(name=f"{name}.weight")
     elif found := _OPEN_CLIP_BLOCK.fullmatch(name):
         number, joint, stem, leaf = found.groups()
         where = f"text_model.encoder.layers.{number}"
@@ -315,13 +314,10 @@ def _open_clip(name: str, info: TensorInfo, config: Mapping[str, Any]) -> _Views
             yield info._replace(name=f"{where}.{_OPEN_CLIP_LAYER[stem]}.{leaf}")
 
 
-_RULES: dict[str, _Rule] = {"unet": _unet, "vae": _vae, "clip": _clip, "open_clip": _open_clip}
-
-
-def _rule_of(name: str, prefix: str) -> str:
+def _rule_of(name: str, prefix: str) -> _Rule:
     if name in ("unet", "vae"):
-        return name
-    return "open_clip" if prefix.endswith(".model.") else "clip"
+        return _unet if name == "unet" else _vae
+    return _open_clip if prefix.endswith(".model.") else _clip
 
 
 def _convert(
@@ -445,7 +441,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not content:
         raise BadFile(path, "is not there, or no JSON object", "Give a --config folder that has it.")
     return content
-
-
-def _render(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()

@@ -79,6 +79,11 @@ class TensorInfo(NamedTuple):
         return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
 
 
+def turned(info: TensorInfo) -> TensorInfo:
+    """Give a matrix transposed: the same bytes, seen the other way."""
+    return info._replace(shape=info.shape[::-1], strides=info.strides[::-1])
+
+
 @lru_cache(1024)  # most tensors have one of a few shapes
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Give the row-major strides of a shape, in elements.

@@ -14,8 +14,8 @@ from converter.cast import are_finite, dequantize_chunk, int8_errors, quantize_c
 from converter.checkpoint import Checkpoint, find_weight_set, open_checkpoint
 from converter.dtypes import DTYPES
 from converter.errors import BadFile, Unsupported
-from converter.int8 import cut_rows, dequantized, find_scales, quantized, scales_in, turned
-from converter.tensors import TensorInfo
+from converter.int8 import cut_rows, dequantized, find_scales, quantized, scales_in
+from converter.tensors import TensorInfo, turned
 
 DTYPES_OF_WEIGHTS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

@@ -21,9 +21,14 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 def run_conversion(source: Path, options: dict[str, Any], **fixed: Any) -> None:
     """Carry out a conversion as the options ask, with what the command fixes, and print what came of it."""
-    asked = {field.name: options[field.name] for field in fields(Wishes) if field.name in options}
-    request, plan = prepare(source, options["output"], Wishes(**asked, **fixed), recovering=not options["dry_run"])
+    request, plan = prepare(source, options["output"], wishes_of(options, **fixed), recovering=not options["dry_run"])
     run_planned(plan, request, options)
+
+
+def wishes_of(options: Mapping[str, Any], **fixed: Any) -> Wishes:
+    """Give what the options ask of a conversion, with what the command fixes."""
+    asked = {field.name: options[field.name] for field in fields(Wishes) if field.name in options}
+    return Wishes(**asked, **fixed)
 
 
 def run_planned(plan: Plan | None, request: str, options: dict[str, Any], more: Mapping[str, Any] = _NOTHING) -> None:

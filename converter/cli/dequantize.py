@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,8 @@ def command(source: Path, **options: Any) -> None:
     \b
     wconv dequantize ./model-int8 -o ./model-fp16 --dtype fp16
     """
-    from converter.choose import Wishes
-    from converter.cli.convert import run_planned
+    from converter.cli.convert import run_planned, wishes_of
     from converter.quantize import prepare_dequantized
 
-    asked = {field.name: options[field.name] for field in fields(Wishes) if field.name in options}
-    done = prepare_dequantized(source, options["output"], Wishes(**asked), recovering=not options["dry_run"])
+    done = prepare_dequantized(source, options["output"], wishes_of(options), recovering=not options["dry_run"])
     run_planned(done.plan, done.request, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,18 +48,16 @@ def command(source: Path, include: tuple[str, ...], skip: tuple[str, ...], stric
     wconv quantize ./sana -o ./sana-int8 --dtype bf16      the rest of all parts in bf16
     wconv quantize ./model -o ./model-int8 --skip 'layers\\.0\\.'
     """
-    from converter.choose import Wishes
-    from converter.cli.convert import run_planned
+    from converter.cli.convert import run_planned, wishes_of
     from converter.cli.output import open_meter
     from converter.quantize import ModuleChoice, prepare_quantized
 
     del options["scheme"]  # there is one
-    asked = {field.name: options[field.name] for field in fields(Wishes) if field.name in options}
     with open_meter(None, "looking", options["quiet"]) as meter:
         done = prepare_quantized(
             source,
             options["output"],
-            Wishes(**asked),
+            wishes_of(options),
             ModuleChoice(include, skip, strict),
             recovering=not options["dry_run"],
             workers=options["workers"],

@@ -36,7 +36,7 @@ from converter.doctor.loaders import FolderListing, IndexListing, PartListing, l
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.dtypes import BY_ALIAS, DTYPES, RECAST_TARGETS
 from converter.errors import BadRequest
-from converter.folder import ModelFolder
+from converter.folder import ModelFolder, render_json
 from converter.formats import read_file
 from converter.index import WeightIndex
 from converter.names import WeightsName, check_variant, parse_name
@@ -353,7 +353,7 @@ def _build_plan(view: FolderView, parts: list[_Part]) -> Plan | None:
         superseded += [name] if (view.path / name).exists() else []
     for described, dtype in _new_dtypes(view):
         path = _relative(described, "config.json")
-        texts[path] = (json.dumps(with_dtype(described.component.config, dtype), indent=2) + "\n").encode()
+        texts[path] = render_json(with_dtype(described.component.config, dtype))
         superseded.append(path)
     renamed = _renamed(view)
     superseded += renamed
