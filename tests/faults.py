@@ -22,7 +22,7 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ TEMPLATE, EXTRA, WORLD, STATE = "template", "extra", "world", "state"
 SCENARIO, RESULTS, LOG = "scenario.json", "results.json", "log"
 KILLS = ("kill", "kill-after")
 _HANGS_AFTER_SECONDS = 120
+_NAMED_AT_MOST = 3
 _CHANGE, _ROOM, _READ = range(3)  # as in fault_shim.c
 _WEIGHTS = (".safetensors", ".bin")
 _EXIT_CODES = (0, 3, 5, 7)
@@ -261,7 +262,7 @@ class Judge:
             return ""
         if now.shown != self.new.shown:
             return f"ended with 0, but {_difference(now, self.new)}"
-        return f"ended with 0, left and did not name {', '.join(unnamed)}" if unnamed else ""
+        return f"ended with 0, left and did not name {_some(unnamed)}" if unnamed else ""
 
     @property
     def _is_doctor(self) -> bool:
@@ -322,10 +323,17 @@ def _is_named(name: str, said: str) -> bool:
 
 def _difference(now: Look, expected: Look) -> str:
     """Name what differs."""
-    names = sorted(name for name, _ in now.shown.items() ^ expected.shown.items())
-    own = sorted(now.own_names - expected.own_names) or sorted(expected.own_names - now.own_names)
-    shown = f"differs in {', '.join(dict.fromkeys(names))}" if names else ""
-    return " and ".join(filter(None, (shown, f"has of its own {', '.join(own)}" if now.own != expected.own else "")))
+    shown = {name for name, _ in now.shown.items() ^ expected.shown.items()}
+    more, less = now.own_names - expected.own_names, expected.own_names - now.own_names
+    said = (("differs in", shown), ("also has", more), ("lacks", less))
+    told = " and ".join(f"{verb} {_some(sorted(names))}" for verb, names in said if names)
+    return told or "what wconv keeps there has other content"
+
+
+def _some(names: Sequence[str]) -> str:
+    """Name the first of many."""
+    more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
+    return ", ".join(names[:_NAMED_AT_MOST]) + more
 
 
 def import_all(stage: Stage) -> None:
@@ -335,7 +343,7 @@ def import_all(stage: Stage) -> None:
     for name in (stage.root / "modules").read_text("utf-8").splitlines():
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    importlib.import_module("converter.run").DEFAULT_WORKERS = 1  # type: ignore[attr-defined]
+    importlib.import_module("converter.run").DEFAULT_WORKERS = 1
 
 
 def main(root: Path) -> None:

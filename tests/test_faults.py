@@ -149,9 +149,9 @@ def strike(case: Case, root: Path, shim: Path, builders: Any) -> tuple[int, list
         case.extra(root / EXTRA)
     write_json(root / SCENARIO, asdict(case.scenario))
     (root / LOG).touch()
-    world = root / WORLD
+    world = root.resolve() / WORLD  # as the library spells it
     variables = {"LD_PRELOAD": shim, "FAULT_ROOTS": world, "FAULT_LOG": root / LOG, "WCONV_STATE": world / STATE}
-    command = [sys.executable, Path(__file__).with_name("faults.py"), root]
+    command = [sys.executable, Path(__file__).with_name("faults.py"), root.resolve()]
     done = subprocess.run(command, env={**os.environ, **{key: str(path) for key, path in variables.items()}},
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert not done.returncode, done.stderr
