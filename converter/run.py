@@ -224,7 +224,7 @@ def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> int:
         taken_up = staging.has_left_over(shard.path, shard.nbytes)
         writers[shard.path] = rewrite_piece if taken_up else write_piece
         reused += shard.nbytes if taken_up else 0
-        _prepare_file(shard, staging)
+        staging.prepare(shard.path, shard.header, shard.nbytes)
     by_path = {staging.path_of(path): writer for path, writer in writers.items()}
     read: dict[ByteRange, list[CrcPart]] = defaultdict(list)
     written: dict[tuple[Path, int], list[CrcPart]] = defaultdict(list)
@@ -267,14 +267,6 @@ def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
     )
 
 
-def _prepare_file(shard: Shard, staging: Staging) -> None:
-    path = staging.path_of(shard.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("r+b" if path.exists() else "xb") as file:
-        file.write(shard.header)
-        file.truncate(shard.nbytes)
-
-
 def _pieces(plan: Plan, staging: Staging) -> Iterator[Piece]:
     """Take a piece of each shard in turn."""
     how = plan.wishes.on_overflow
@@ -303,14 +295,9 @@ def _write_others(plan: Plan, staging: Staging) -> None:
         if shard.link is not None:
             _link(shard.link, staging.path_of(shard.path))
     for name, source in plan.carried:
-        path = staging.path_of(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        shutil.copy(source, path)
+        staging.copy(name, source)
     for name, content in plan.texts:
-        path = staging.path_of(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        staging.put(name, content)
 
 
 def _link(source: Path, path: Path) -> None:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from converter.errors import OutputRefused, SystemRefused, WconvError
 from converter.folder import ModelFolder
 from converter.kept import Keeper
-from converter.local import Root, plain_parts
+from converter.local import Root, plain_parts, write_all
 from converter.names import parse_name
 from converter.plan import Plan, Target
 from converter.state import Notes, make_token
@@ -247,11 +247,30 @@ class Staging:
             if not stat.S_ISDIR(found.st_mode) and name.removeprefix(self._run.staged() + "/") not in names:
                 self.root.remove(name)
 
-    def take(self, root: Root, name: str, staged: str) -> None:
-        """Give a file elsewhere on the disk a second name in the staging folder."""
-        self.root.make_folder(self._run.staged(staged).rpartition("/")[0])
-        self.root.remove(self._run.staged(staged))
-        root.link(name, self.root, self._run.staged(staged))
+    def prepare(self, name: str, header: bytes, nbytes: int) -> None:
+        """Make a file of its final size that begins with a header; what an earlier run left of it stays in it."""
+        with self.root.open(self._make_way(name), os.O_RDWR | os.O_CREAT) as file:
+            write_all(file, header)
+            os.ftruncate(file, nbytes)
+
+    def put(self, name: str, content: bytes) -> None:
+        """Stage a small file."""
+        self.root.put(self._make_way(name), content)
+
+    def copy(self, name: str, source: Path) -> None:
+        """Stage a copy of a file, of what it holds where it is a link."""
+        self.root.take(source, self._make_way(name))
+
+    def link(self, name: str, root: Root, source: str) -> None:
+        """Stage a second name of a file, or a second link where it is a link."""
+        staged = self._make_way(name)
+        self.root.remove(staged)
+        root.link(source, self.root, staged)
+
+    def _make_way(self, name: str) -> str:
+        staged = self._run.staged(name)
+        self.root.make_folder(staged.rpartition("/")[0])
+        return staged
 
     def commit(self, changes: Changes, request: str) -> None:
         """Publish all staged files, then remove what they supersede and the sources that are to go.
@@ -332,7 +351,9 @@ class Staging:
                 self.remove()
                 self._close()
         except OSError as problem:
-            self.left_over = f"{self.folder} cannot be removed ({problem.strerror}): the next run with this target does"
+            where = problem.where if isinstance(problem, SystemRefused) else problem.filename
+            noted = self.notes.path_of("run")
+            self.left_over = f"{where} cannot be removed, and the next run with this target does it, by {noted}"
         finally:
             self.root.__exit__(None, None, None)
         if error is not None:
@@ -505,6 +526,8 @@ def recover(folder: Path, request: str) -> bool:
         return False
     with open_staging(Target(folder, run.is_new)) as staging:
         staging.remove()
+    if staging.left_over:
+        raise SystemRefused(folder, f"is finished, but {staging.left_over}")
     return staging.finished_request == request
 
 

@@ -98,7 +98,7 @@ class Notes:
                 yield root
         except OSError as error:
             advice = "A run that is killed is taken up by what is noted there: let WCONV_STATE name another folder."
-            raise SystemRefused(self.path_of("run").parent, (error.strerror or str(error)).lower(), advice) from error
+            raise SystemRefused(error.filename or self.place, (error.strerror or str(error)).lower(), advice) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -65,9 +65,11 @@ def command(
         from converter.doctor.undo import purge as purge_kept
         from converter.doctor.undo import undo as put_back
 
-        done = f"Put {len(put_back(source))} files back." if undo else f"Removed {show_bytes(purge_kept(source))}."
+        done = put_back(source) if undo else purge_kept(source)
         if not quiet:
-            echo(done)
+            echo(f"Put {done.files} files back." if undo else f"Removed {show_bytes(done.nbytes)}.")
+        if done.left_over:
+            echo(printable(f"Left over: {done.left_over}."))
         return 0
     if fix and not dry_run and finish_mending(source) and not (quiet or as_json):
         echo("An earlier run had been stopped while it published its files; that is finished now.\n")
@@ -122,9 +124,11 @@ def _fix(source: Path, found: Diagnosis, choices: Choices, dry_run: bool, quiet:
     if mending.plan and not dry_run:
         total = mending.plan.nbytes * (2 if mending.plan.destroys_source else 1)
         with open_meter(total, "mending", quiet) as meter:
-            mend(source, mending, progress=meter)
+            left_over = mend(source, mending, progress=meter)
         if not quiet:
             echo("What was replaced is kept: --undo puts it back, --purge removes it.\n")
+        if left_over:
+            click.echo(printable(f"Left over: {left_over}."), err=True)
     return mending
 
 

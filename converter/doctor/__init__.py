@@ -48,8 +48,10 @@ def diagnose(path: Path | str, *, deep: bool = False) -> Diagnosis:
     return Diagnosis(view, tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))))
 
 
-def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None) -> None:
+def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None) -> str:
     """Carry out what was planned, in one transaction; what it replaces is kept, for ``undo``.
+
+    Gives what could not be cleared up, in words.
 
     Raises LossyCast where a variant to be made cannot hold the values, and what ``run_plan`` raises.
     """
@@ -57,10 +59,11 @@ def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None
     if mending.plan is not None:
         try:
             check_left(folder)
-            run_plan(mending.plan, progress=progress, request=_request(folder), keep=True)
+            return run_plan(mending.plan, progress=progress, request=_request(folder), keep=True).left_over
         except LossyCast as error:
             advice = "Make that variant with 'wconv recast' (--keep-fp32, --on-overflow), then mend the rest."
             raise LossyCast(error.where, error.problem, advice) from None
+    return ""
 
 
 def finish_mending(path: Path | str) -> bool:
