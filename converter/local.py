@@ -30,10 +30,13 @@ _COPY_NBYTES = 1 << 20
 
 
 class Root:
-    """A folder held open, by its real path; use it as a context. What a step raises is an OSError with a full path."""
+    """A folder held open, by its real path; use it as a context. What a step raises is an OSError with a full path.
+
+    Raises OSError where a part of the path is a link.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        self.path = path
         self._handle = _open_way(self.path) if _HAS_HANDLES else -1
 
     def __enter__(self) -> Root:

@@ -82,10 +82,17 @@ class SetPlan:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a plan's files go: ``is_new`` for a folder that appears whole, else one to which files are added."""
+    """Where a plan's files go: ``is_new`` for a folder that appears whole, else one to which files are added.
+
+    ``real`` is its real path when it was looked at: one that is swapped for a link after that is not followed.
+    """
 
     folder: Path
     is_new: bool
+    real: Path = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "real", self.folder.resolve())
 
 
 @dataclass(frozen=True, slots=True)

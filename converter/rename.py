@@ -13,7 +13,7 @@ from converter.folder import Component, open_folder
 from converter.index import WeightIndex, read_index
 from converter.names import WeightsName, check_variant
 from converter.plan import Plan, SetPlan, Shard, Target
-from converter.staging import recover
+from converter.staging import find_strangers, recover
 
 
 def prepare_rename(
@@ -50,7 +50,8 @@ def plan_rename(source: Path, before: str, after: str, components: tuple[str, ..
     if not found:
         raise BadRequest(folder.path, f"has no variant {before!r}", "'wconv inspect' lists what it has.")
     wishes = Wishes(form=None, in_place=True)
-    return Plan(folder, Target(folder.root, is_new=False), tuple(sets), superseded=tuple(superseded), wishes=wishes)
+    target, notes = Target(folder.root, is_new=False), find_strangers(folder.root)
+    return Plan(folder, target, tuple(sets), superseded=tuple(superseded), notes=notes, wishes=wishes)
 
 
 def _plan_set(component: Component, weight_set: WeightSet, name: WeightsName) -> SetPlan | None:

@@ -92,7 +92,7 @@ class Changes:
             tuple(dict.fromkeys((*names, *(name for name, _ in plan.indexes)))),
             tuple(dict.fromkeys(plan.superseded)),
             plan.wishes.overwrite,
-            plan.source.root,
+            plan.source.real,
             tuple(sorted(sources, key=is_index, reverse=True)),  # no index over shards that are gone
             "keep" if keep else "",
         )
@@ -482,14 +482,15 @@ def _move(root: Root, staged: str, target: Root, name: str, beside: str) -> None
         root.remove(staged)
 
 
-def find_strangers(folder: Path) -> tuple[str, ...]:
+def find_strangers(*folders: Path) -> tuple[str, ...]:
     """Say of each entry that looks like one of a run's, and is of no run of this user, that it is ignored."""
-    if not folder.is_dir():
-        return ()
-    run = _Run.read(Notes(folder))
-    names = sorted(path.name for path in folder.iterdir() if _LIKE_MINE.fullmatch(path.name))
+    found: dict[Path, None] = {}
+    for folder in filter(Path.is_dir, folders):
+        run = _Run.read(Notes(folder.resolve()))
+        own = run.name if run else ""
+        found |= dict.fromkeys(sorted(p for p in folder.iterdir() if _LIKE_MINE.fullmatch(p.name) and p.name != own))
     what = "is of no run of yours, and is ignored: remove it if nobody else is writing there"
-    return tuple(f"{folder / name} {what}" for name in names if not run or name != run.name)
+    return tuple(f"{path} {what}" for path in found)
 
 
 @contextmanager
@@ -500,7 +501,7 @@ def open_staging(target: Target) -> Iterator[Staging]:
     """
     staging = None
     try:
-        notes = Notes(target.folder)
+        notes = Notes(target.real)
         with notes.locked():
             staging = Staging(target, notes)
             with staging:
@@ -521,7 +522,7 @@ def open_staging(target: Target) -> Iterator[Staging]:
 
 def recover(folder: Path, request: str) -> bool:
     """Finish a commit into ``folder`` that a killed run had begun; True if that run was for the same request."""
-    run = _Run.read(Notes(folder))
+    run = _Run.read(Notes(folder.resolve()))
     if run is None or run.journal is None:
         return False
     with open_staging(Target(folder, run.is_new)) as staging:
@@ -593,15 +594,17 @@ def check_room(staging: Staging, plan: Plan) -> None:
 def _make_folders(folder: Path) -> list[Path]:
     """Make a folder and its parents; give those that were not there, innermost first."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _remove_empty(missing)
-        raise SystemRefused.from_os_error(error, folder) from None
+    if missing:
+        with Root(missing[-1].parent) as root:
+            try:
+                root.make_folder(folder.relative_to(root.path).as_posix())
+            except OSError:
+                _remove_empty(missing)
+                raise
     return missing
 
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
+        with suppress(OSError), Root(folder.parent) as root:
+            root.remove_folder(folder.name)

@@ -31,10 +31,10 @@ def state_folder() -> Path:
     if named:
         if not Path(named).is_absolute():
             raise BadRequest(repr(named), "is no full path, and WCONV_STATE says so", "Name it from the root.")
-        return Path(named)
+        return Path(named).resolve()
     from platformdirs import user_state_path
 
-    return user_state_path("wconv", appauthor=False)
+    return user_state_path("wconv", appauthor=False).resolve()
 
 
 def make_token() -> str:
@@ -46,7 +46,8 @@ class Notes:
     """The notes about one folder: of a run that is under way or was stopped, and of what a mending has kept."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
+        """Take the notes about a folder, named by its real path."""
+        self.folder = folder
         self.place = state_folder()
         self._key = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:32]
 

@@ -58,7 +58,7 @@ def _stage(keeper: Keeper, kept: Kept, staging: Staging) -> Changes:
 
 def check_left(folder: Path) -> None:
     """Raise OutputRefused for a folder that has changed since it was mended before, BadFile for what is kept of it."""
-    with Keeper(Notes(folder)) as keeper:
+    with Keeper(Notes(folder.resolve())) as keeper:
         kept = keeper.read()
         if kept is not None:
             keeper.check(kept)
@@ -67,7 +67,7 @@ def check_left(folder: Path) -> None:
 def purge(folder: Path) -> Undone:
     """Remove what is kept of a folder. Raises BadRequest where there is nothing."""
     recover(folder, "")
-    notes = Notes(folder)
+    notes = Notes(folder.resolve())
     try:
         with notes.locked(), Keeper(notes) as keeper:
             kept = keeper.read()
