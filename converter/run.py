@@ -25,7 +25,7 @@ from zlib_ng.zlib_ng import crc32_combine
 
 from converter.errors import BadFile, LossyCast, WconvError
 from converter.formats import FORMATS, read_file
-from converter.opening import open_again
+from converter.opening import open_again, open_source
 from converter.plan import Plan, Shard, casts
 from converter.staging import Staging, check_room, open_staging
 from converter.stream import (
@@ -311,7 +311,9 @@ def _write_others(plan: Plan, staging: Staging) -> None:
         path = staging.path_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        shutil.copy(source, path)
+        with open_source(source) as opened:
+            shutil.copy(source, path)
+            open_again(source, opened.stamp).close()
     for name, content in plan.texts:
         path = staging.path_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)
