@@ -337,6 +337,18 @@ def test_a_task_keeps_few_files_open(form, tmp_path, opened):
                 assert sum(not file.closed for file in opened) <= 4
 
 
+def test_what_changes_is_noticed_when_its_file_is_closed_for_another(tmp_path):
+    paths = [save(OLD, tmp_path / f"{number}.safetensors") for number in range(5)]
+    first, *others = [read_file(path).tensors[0] for path in paths]
+    buffer = memoryview(bytearray(first.nbytes))
+    with SourceFiles() as files:
+        files.read_into(first.storage, 0, buffer)
+        change(paths[0], paths[0].read_bytes(), "overwritten")
+        with pytest.raises(BadFile, match=r"0\.safetensors: was changed while"):
+            for info in others:
+                files.read_into(info.storage, 0, buffer)
+
+
 def test_two_files_read_by_turns_stay_open(tmp_path, opened):
     paths = [save(make_state(seed=seed), tmp_path / f"{seed}.safetensors") for seed in range(2)]
     with SourceFiles() as files:
@@ -352,8 +364,8 @@ import converter.compare, converter.run
 from converter.cli import main
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-converter.compare.PIECE_NBYTES = 1 << 10  # so that there are tasks for all workers
-converter.run.cut_pieces = functools.partial(converter.run.cut_pieces, piece_nbytes=1 << 10)
+converter.compare.PIECE_NBYTES = 3 << 10  # so that there are several tasks, each with more shards than it may open
+converter.run.cut_pieces = functools.partial(converter.run.cut_pieces, piece_nbytes=3 << 10)
 sys.exit(main(sys.argv[1:]))
 """
 
