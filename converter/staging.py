@@ -108,9 +108,10 @@ class Staging:
         return path.is_file() and path.stat().st_size == nbytes
 
     def drop_strangers(self, names: set[str]) -> None:
-        """Remove what an earlier run left and this one does not write."""
+        """Remove what an earlier run left and this one does not write, or could not without writing elsewhere too."""
         for path in sorted(self.tree.rglob("*"), reverse=True):
-            if path.is_file() and path.relative_to(self.tree).as_posix() not in names:
+            is_mine = path.relative_to(self.tree).as_posix() in names and path.stat().st_nlink == 1
+            if path.is_file() and not is_mine:
                 path.unlink()
 
     def commit(self, plan: Plan, request: str) -> None:

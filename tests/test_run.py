@@ -476,6 +476,18 @@ def test_what_a_killed_run_left_of_another_source_is_not_mixed_in(tmp_path):
     assert_same(load_set(tmp_path / "out"), STATE)
 
 
+def test_a_second_name_of_a_source_that_a_killed_run_left_is_not_written_into(tmp_path):
+    folder = save_safetensors_shards(STATE, tmp_path / "m", ("a", "bc", "def")).parent
+    name = "model-00001-of-00003.safetensors"
+    with open_staging(Target(folder, is_new=False)) as staging:
+        os.link(folder / name, staging.path_of(name))
+    wishes = Wishes(form=None, in_place=True, max_shard_nbytes=64)
+    with contextlib.suppress(BadFile):  # it has a name less than when its header was read: that is a change too
+        convert(folder, None, wishes)
+    convert(folder, None, wishes)
+    assert_same(load_set(folder), STATE)
+
+
 # Two at once, and others who come between.
 
 
