@@ -222,7 +222,7 @@ def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> int:
         taken_up = staging.has_left_over(shard.path, shard.nbytes)
         writers[shard.path] = rewrite_piece if taken_up else write_piece
         reused += shard.nbytes if taken_up else 0
-        _prepare_file(shard, staging)
+        _prepare_file(shard, staging, taken_up)
     by_path = {staging.path_of(path): writer for path, writer in writers.items()}
     read: dict[ByteRange, list[CrcPart]] = defaultdict(list)
     written: dict[tuple[Path, int], list[CrcPart]] = defaultdict(list)
@@ -265,10 +265,12 @@ def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
     )
 
 
-def _prepare_file(shard: Shard, staging: Staging) -> None:
+def _prepare_file(shard: Shard, staging: Staging, taken_up: bool) -> None:
     path = staging.path_of(shard.path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("r+b" if path.exists() else "xb") as file:
+    if not taken_up:
+        path.unlink(missing_ok=True)  # perhaps a second name of a source
+    with path.open("r+b" if taken_up else "xb") as file:
         file.write(shard.header)
         file.truncate(shard.nbytes)
 

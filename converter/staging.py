@@ -103,15 +103,14 @@ class Staging:
         return self.tree / name
 
     def has_left_over(self, name: str, nbytes: int) -> bool:
-        """Say whether an earlier run left a file of this size."""
+        """Say whether an earlier run left a file of this size, which is no second name of another."""
         path = self.path_of(name)
-        return path.is_file() and path.stat().st_size == nbytes
+        return path.is_file() and path.stat().st_size == nbytes and path.stat().st_nlink == 1
 
     def drop_strangers(self, names: set[str]) -> None:
-        """Remove what an earlier run left and this one does not write, or could not without writing elsewhere too."""
+        """Remove what an earlier run left and this one does not write."""
         for path in sorted(self.tree.rglob("*"), reverse=True):
-            is_mine = path.relative_to(self.tree).as_posix() in names and path.stat().st_nlink == 1
-            if path.is_file() and not is_mine:
+            if path.is_file() and path.relative_to(self.tree).as_posix() not in names:
                 path.unlink()
 
     def commit(self, plan: Plan, request: str) -> None:
