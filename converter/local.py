@@ -163,20 +163,15 @@ class Root:
                 to.remove(beside)
             raise
 
-    def take(self, source: Path, name: str) -> None:
-        """Copy the content of any file, also through links, and who may read it; a file that has the name goes."""
+    def take(self, source: int, name: str) -> None:
+        """Copy what an open file holds, and who may read it; a file that has the name goes."""
         self.remove(name)
-        handle = os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | _BINARY)
-        try:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                raise OSError(errno.EINVAL, "no regular file", str(source))
-            with self.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as out:
-                _copy_bytes(handle, out)
-                if os.chmod in os.supports_fd:
-                    os.chmod(out, stat.S_IMODE(found.st_mode) & 0o777)  # noqa: PTH101
-        finally:
-            os.close(handle)
+        found = os.fstat(source)
+        with self.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as out:
+            if found.st_size:  # files of /proc say that they are empty, and some of them have no end
+                _copy_bytes(source, out)
+            if os.chmod in os.supports_fd:
+                os.chmod(out, stat.S_IMODE(found.st_mode) & 0o777)  # noqa: PTH101
 
     def put(self, name: str, raw: bytes) -> None:
         """Write a small file; one that has the name goes."""
@@ -306,7 +301,7 @@ def _copy_bytes(source: int, out: int) -> None:
     except (AttributeError, OSError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in _CANNOT_SHARE:
             raise
-    # The rest, or all: files of /proc and the like look empty to it.
+    # The rest, or all of it.
     while chunk := os.read(source, _COPY_NBYTES):
         write_all(out, chunk)
 

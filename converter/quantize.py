@@ -23,6 +23,7 @@ from converter.errors import BadRequest, LossyCast, Unsupported
 from converter.folder import Component, ModelFolder, render_json
 from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
 from converter.modules import Linears, find_linears, is_skipped
+from converter.opening import open_regular
 from converter.plan import Plan
 from converter.rules import default_tied
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
@@ -115,7 +116,7 @@ def prepare_quantized(
 
 
 def _check_paths(source: Path, output: Path) -> None:
-    files = [source] if source.is_file() else sorted(source.glob("*.gguf"))
+    files = [source] if source.is_file() else sorted(path for path in source.glob("*.gguf") if path.is_file())
     if files and _is_gguf(files[0]) and not (source.is_dir() and find_weight_sets(source)):
         advice = "Quantize the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
@@ -125,7 +126,7 @@ def _check_paths(source: Path, output: Path) -> None:
 
 
 def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(4) == b"GGUF"
 
 

@@ -25,6 +25,7 @@ from zlib_ng.zlib_ng import crc32_combine
 
 from converter.errors import BadFile, LossyCast, WconvError
 from converter.formats import FORMATS, read_file
+from converter.opening import check_stamp, open_again, open_source
 from converter.plan import Plan, Shard, casts
 from converter.staging import Changes, Staging, check_room, open_staging
 from converter.stream import (
@@ -114,12 +115,13 @@ def run_plan(
         staging.drop_strangers(set(names))
         check_room(staging, plan)
         reused = _write_shards(plan, staging, tasks)
-        _write_others(plan, staging)
         for shard in plan.shards:
             if shard.link is None:
                 check_staged(shard, staging)
         if verify:
             tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, staging))
+        _check_sources(plan)
+        _write_others(plan, staging)  # only now: a second name changes what a file's stamp says
         staging.commit(Changes.of(plan, keep), request)
     return Result(plan, time.perf_counter() - begun, reused, verify, staging.left_over)
 
@@ -150,9 +152,8 @@ class _Tasks:
                         self.progress(nbytes)
                     let_through()
             finally:
-                for future in waiting:
-                    future.cancel()
-                wait(waiting)
+                # What is cancelled is not waited for: some executors never say that they know.
+                wait([future for future in waiting if not future.cancel()])
 
     def finish(self, calls: Iterable[tuple[Callable[[_A, int], None], _A, int]]) -> None:
         """Run calls that give nothing but an error."""
@@ -290,12 +291,21 @@ def _combine(parts: Iterable[CrcPart]) -> int:
     return crc
 
 
+def _check_sources(plan: Plan) -> None:
+    """Look a last time whether a source was changed while it was read."""
+    storages = (copy.source.storage for shard in plan.shards for copy in shard.copies)
+    for path, stamp in {(storage.path, storage.stamp) for storage in storages if storage.stamp}:
+        open_again(path, stamp).close()
+
+
 def _write_others(plan: Plan, staging: Staging) -> None:
     for shard in plan.shards:
         if shard.link is not None:
             _link(shard.link, staging.path_of(shard.path))
     for name, source in plan.carried:
-        staging.copy(name, source)
+        with open_source(source) as opened:
+            staging.copy(name, opened.file)
+            check_stamp(source, opened.file, opened.stamp)
     for name, content in plan.texts:
         staging.put(name, content)
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from converter.errors import OutputRefused, SystemRefused, WconvError
 from converter.folder import ModelFolder
@@ -237,9 +237,10 @@ class Staging:
         return self.tree / name
 
     def has_left_over(self, name: str, nbytes: int) -> bool:
-        """Say whether an earlier run left a file of this size."""
+        """Say whether an earlier run left a file of this size, which is no second name of another."""
         found = self.root.stat(self._run.staged(name))
-        return found is not None and stat.S_ISREG(found.st_mode) and found.st_size == nbytes
+        is_file = found is not None and stat.S_ISREG(found.st_mode)
+        return bool(found and is_file and found.st_size == nbytes and found.st_nlink == 1)
 
     def drop_strangers(self, names: set[str]) -> None:
         """Remove what an earlier run left and this one does not write."""
@@ -249,7 +250,10 @@ class Staging:
 
     def prepare(self, name: str, header: bytes, nbytes: int) -> None:
         """Make a file of its final size that begins with a header; what an earlier run left of it stays in it."""
-        with self.root.open(self._make_way(name), os.O_RDWR | os.O_CREAT) as file:
+        staged = self._make_way(name)
+        if not self.has_left_over(name, nbytes):
+            self.root.remove(staged)  # perhaps a second name of a source
+        with self.root.open(staged, os.O_RDWR | os.O_CREAT) as file:
             write_all(file, header)
             os.ftruncate(file, nbytes)
 
@@ -257,9 +261,9 @@ class Staging:
         """Stage a small file."""
         self.root.put(self._make_way(name), content)
 
-    def copy(self, name: str, source: Path) -> None:
-        """Stage a copy of a file, of what it holds where it is a link."""
-        self.root.take(source, self._make_way(name))
+    def copy(self, name: str, source: BinaryIO) -> None:
+        """Stage a copy of an open file."""
+        self.root.take(source.fileno(), self._make_way(name))
 
     def link(self, name: str, root: Root, source: str) -> None:
         """Stage a second name of a file, or a second link where it is a link."""

@@ -26,6 +26,7 @@ LAYERS = (
     ("kept",),
     ("dtypes",),
     ("tensors",),
+    ("opening",),
     ("names", "index", "keep_fp32"),
     ("formats",),
     ("checkpoint",),
