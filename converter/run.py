@@ -303,17 +303,32 @@ def _write_others(plan: Plan, staging: Staging) -> None:
         path = staging.path_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        shutil.copy(source, path)
+        _carry(source, path)
     for name, content in plan.texts:
         path = staging.path_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 
 
+def _carry(source: Path, path: Path) -> None:
+    """Copy a file; one that says it is empty is not read: those of ``/proc`` say so, and some of them have no end."""
+    if source.stat().st_size:
+        shutil.copy(source, path)
+    else:
+        path.touch()
+        shutil.copymode(source, path)
+
+
 def _link(source: Path, path: Path) -> None:
-    """Give a file a second name; where the disk has no such thing, copy it."""
+    """Give a file a second name; where the disk has no such thing, copy it.
+
+    A link is made again as it reads: it will be moved to the folder that it was read in.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
+    if source.is_symlink():
+        path.symlink_to(source.readlink())
+        return
     try:
         os.link(source, path)
     except OSError:

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from converter.errors import BadFile, OutputRefused, SystemRefused
 from converter.folder import ModelFolder
+from converter.paths import is_dangling, refuse_linked
 from converter.plan import Plan, Target
 
 _SUFFIX = ".wconv"  # with a dot: Diffusers takes the second dotted part of each name in a folder for a variant
@@ -36,10 +37,13 @@ _RESERVE_NBYTES = 1 << 20  # room for the journal and the folders themselves
 def open_target(folder: ModelFolder, output: Path | None, overwrite: bool) -> Target:
     """Say where a conversion's files go: beside the source, or to ``output``, which for a folder must be a new one.
 
-    A single set goes into a folder that is there, too. Raises OutputRefused where the output is there, or is the input.
+    A single set goes into a folder that is there, too. Raises OutputRefused where the output is there, is the input, or
+    is a link that leads to nothing.
     """
     if output is None:
         return Target(folder.root, is_new=False)
+    for place in filter(is_dangling, (output, *output.parents)):
+        raise OutputRefused(place, "is a link to nothing", "Remove it, or name another folder.")
     if not output.exists():
         return Target(output, is_new=True)
     if not output.is_dir():
@@ -52,6 +56,15 @@ def open_target(folder: ModelFolder, output: Path | None, overwrite: bool) -> Ta
         if any(output.iterdir()) and not overwrite:
             raise OutputRefused(output, "exists and is not empty", "Name a new folder, or use --overwrite.")
     return Target(output, is_new=False)
+
+
+def refuse_links(plan: Plan) -> None:
+    """Raise OutputRefused for a plan that writes, renames or removes files in a folder that is a link."""
+    target = (*plan.superseded, *(shard.path for shard in plan.shards), *(name for name, _ in plan.texts))
+    for name in (*target, *(name for name, _ in plan.carried)):
+        refuse_linked(plan.target.folder, name)
+    for path in plan.delete:
+        refuse_linked(plan.source.root, path.relative_to(plan.source.root).as_posix())
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +177,7 @@ class Staging:
             for doomed in journal.first_away:
                 doomed.remove(set())
             for name in journal.move:
-                if self.path_of(name).exists():
+                if os.path.lexists(self.path_of(name)):  # a link may lead to nothing until it is in its place
                     (target / name).parent.mkdir(parents=True, exist_ok=True)
                     _move(self.path_of(name), target / name)
         published = {_identity(target / name) for name in journal.move if (target / name).exists()}

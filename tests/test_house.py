@@ -24,6 +24,7 @@ LAYERS = (
     ("dtypes",),
     ("tensors",),
     ("names", "index", "keep_fp32"),
+    ("paths",),
     ("formats",),
     ("checkpoint",),
     ("folder",),

@@ -52,11 +52,8 @@ def undo_folder(folder: Path) -> Path:
 def keeping(folder: Path, plan: Plan) -> Iterator[None]:
     """Keep what a plan changes in a folder before it is carried out, and note afterwards how it was left.
 
-    Raises OutputRefused for a folder that has changed since it was mended before, and for one in the Hub's cache.
+    Raises OutputRefused for a folder that has changed since it was mended before.
     """
-    resolved = folder.resolve()
-    if any(parent.name == "snapshots" and (parent.parent / "blobs").is_dir() for parent in resolved.parents):
-        raise OutputRefused(folder, "lies in the cache of the Hub, which others use too", "Copy it first: cp -rL.")
     place = undo_folder(folder)
     record = _read(place)
     if record is None:
