@@ -170,7 +170,8 @@ def _carry(
                 linked.extend(hidden)
             elif not any(weight_set == found for _, found in chosen):
                 left.extend(paths)
-    reasons = {**dict.fromkeys(left, ""), **dict.fromkeys(linked, " (behind a link: --follow-links carries it)")}
+    why = "a link to what goes along already" if wishes.follow_links else "behind a link: --follow-links carries it"
+    reasons = {**dict.fromkeys(left, ""), **dict.fromkeys(linked, f" ({why})")}
     notes = [f"not carried over: {path.relative_to(folder.root).as_posix()}{reasons[path]}" for path in sorted(reasons)]
     return sorted(carried), notes
 

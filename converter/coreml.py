@@ -116,6 +116,7 @@ def prepare_coreml(
     """
     check_places(source, output)
     source = snapshot_of(source)
+    config = config and snapshot_of(config)
     wishes = Wishes(
         every_variant=False,
         dtype=BY_ALIAS[COREML_VARIANT],

@@ -300,10 +300,9 @@ def _write_others(plan: Plan, staging: Staging) -> None:
         if shard.link is not None:
             _link(shard.link, staging.path_of(shard.path))
     for name, source in plan.carried:
-        path = staging.path_of(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        _carry(source, path)
+        # What gets another name in its own folder is no copy: a link stays one.
+        is_renamed = source.parent == (plan.target.folder / name).parent
+        (_link if is_renamed else _carry)(source, staging.path_of(name))
     for name, content in plan.texts:
         path = staging.path_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,6 +311,8 @@ def _write_others(plan: Plan, staging: Staging) -> None:
 
 def _carry(source: Path, path: Path) -> None:
     """Copy a file; one that says it is empty is not read: those of ``/proc`` say so, and some of them have no end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
     if source.stat().st_size:
         shutil.copy(source, path)
     else:

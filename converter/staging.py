@@ -330,6 +330,6 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _sync_tree(tree: Path) -> None:
     for path in tree.rglob("*"):
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             with path.open("r+b") as file:
                 os.fsync(file.fileno())

@@ -633,3 +633,23 @@ def test_output_on_a_link_to_nothing_is_refused(below, to, tmp_path, wconv):
 def test_a_source_that_is_a_link_to_nothing_is_said(tmp_path, wconv):
     (tmp_path / "model").symlink_to("nowhere")
     assert "is a link to nothing" in wconv("inspect", tmp_path / "model", exit_code=3).stderr
+
+
+def test_mending_makes_no_file_of_a_link(tmp_path, wconv):
+    folder = save_pipeline(tmp_path / "model", "fp16")
+    (tmp_path / "key").write_text("secret")
+    (folder / "vae" / "LICENSE").symlink_to(Path("..", "..", "key"))
+    (folder / "vae" / "NOTICE").write_text("x")
+    before = snapshot(tmp_path)
+    wconv("doctor", folder, "--fix", exit_code=None)
+    assert (folder / "vae" / "LICENSE.txt").readlink() == Path("..", "..", "key")
+    assert (folder / "vae" / "NOTICE.txt").read_text() == "x"
+    assert not (folder / "vae" / "NOTICE").exists()
+    wconv("doctor", folder, "--undo")
+    assert snapshot(tmp_path) == before
+
+
+def test_the_doctor_looks_past_a_link_to_itself(tmp_path, wconv):
+    save(STATE, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").symlink_to("model.safetensors")
+    assert "is a link to nothing" in wconv("doctor", tmp_path, exit_code=1).stdout

@@ -62,6 +62,8 @@ def command(
         raise click.UsageError("Choose one of --fix, --undo and --purge.")
     if not fix and (choices != Choices() or dry_run):
         raise click.UsageError("That goes with --fix.")
+    if fix or undo or purge:
+        refuse_cache(source)
     if undo or purge:
         from converter.doctor.undo import purge as purge_kept
         from converter.doctor.undo import undo as put_back
@@ -70,8 +72,6 @@ def command(
         if not quiet:
             echo(done)
         return 0
-    if fix:
-        refuse_cache(source)
     if fix and not dry_run and finish_mending(source) and not (quiet or as_json):
         echo("An earlier run had been stopped while it published its files; that is finished now.\n")
     found = diagnose(source, deep=deep)
