@@ -76,7 +76,7 @@ def refuse_cache(path: Path, advice: str = "") -> None:
 def _is_of_cache(folder: Path) -> bool:
     if _REPO.fullmatch(folder.name):
         return (folder / _SNAPSHOTS).is_dir() or (folder / _BLOBS).is_dir()
-    return folder.name == _SNAPSHOTS and (folder.parent / _BLOBS).is_dir()
+    return folder.name in (_SNAPSHOTS, _BLOBS) and all((folder.parent / one).is_dir() for one in (_SNAPSHOTS, _BLOBS))
 
 
 def _links_of(path: Path) -> Iterator[Path]:

@@ -59,10 +59,16 @@ def open_target(folder: ModelFolder, output: Path | None, overwrite: bool) -> Ta
 
 
 def refuse_links(plan: Plan) -> None:
-    """Raise OutputRefused for a plan that writes, renames or removes files in a folder that is a link."""
-    target = (*plan.superseded, *(shard.path for shard in plan.shards), *(name for name, _ in plan.texts))
-    for name in (*target, *(name for name, _ in plan.carried)):
+    """Raise OutputRefused for a plan that writes, renames or removes files in a folder that is a link.
+
+    And for one that writes where a link to nothing is, which no look at what is there has seen.
+    """
+    written = [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]
+    for name in (*plan.superseded, *written):
         refuse_linked(plan.target.folder, name)
+    for name in () if plan.wishes.overwrite else written:
+        if name not in plan.superseded and is_dangling(plan.target.folder / name):
+            raise OutputRefused(plan.target.folder / name, "is a link to nothing", "Remove it, or use --overwrite.")
     for path in plan.delete:
         refuse_linked(plan.source.root, path.relative_to(plan.source.root).as_posix())
 

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 from tiny import (
     assert_same,
+    link,
     load_set,
     make_state,
     names_in,
+    put_behind,
     save,
     save_bin_shards,
     save_pipeline,
@@ -50,31 +52,6 @@ def never_hangs() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-
-
-def link(path: Path, to: Path, how: str) -> None:
-    """Let ``path`` be a link to a file, in one of the layouts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if how == "hard":
-        os.link(to, path)
-    elif how == "absolute":
-        path.symlink_to(to)
-    elif how == "relative":
-        path.symlink_to(os.path.relpath(to, path.parent))
-    else:
-        between = to.parent.parent / "between" / to.name
-        link(between, to, "absolute")
-        link(path, between, "relative")
-
-
-def put_behind(folder: Path, store: Path, how: str) -> Path:
-    """Move all files of a folder into a store, and leave links to them; give the folder."""
-    store.mkdir(parents=True)
-    for number, path in enumerate(sorted(folder.rglob("*"))):
-        if path.is_file():
-            kept = path.rename(store / f"{number:064x}")
-            link(path, kept, how)
-    return folder
 
 
 def cache_of(folder: Path, how: str) -> Path:
@@ -653,3 +630,16 @@ def test_the_doctor_looks_past_a_link_to_itself(tmp_path, wconv):
     save(STATE, tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").symlink_to("model.safetensors")
     assert "is a link to nothing" in wconv("doctor", tmp_path, exit_code=1).stdout
+
+
+def test_output_in_the_place_of_a_link_to_nothing_is_refused(tmp_path, wconv):
+    save(STATE, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").symlink_to("nowhere")
+    before = snapshot(tmp_path)
+    for dry in ([], ["--dry-run"]):
+        said = refused(wconv, "to-safetensors", tmp_path / "pytorch_model.bin", *dry)
+        assert "model.safetensors: is a link to nothing" in said
+    assert snapshot(tmp_path) == before
+    wconv("to-safetensors", tmp_path, "--overwrite")
+    assert_same(load_set(tmp_path), STATE)
+    assert not (tmp_path / "nowhere").exists()
