@@ -17,7 +17,7 @@ from converter.paths import check_places, path_of
 from converter.plan import Plan, Target, make_plan
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
 from converter.single_file import SingleFile
-from converter.staging import open_target, recover, refuse_links
+from converter.staging import find_difference, open_target, recover, refuse_links
 
 Choose = Callable[[ModelFolder, Wishes], list[tuple[Component, WeightSet]]]
 Adapt = Callable[[Component, Checkpoint], Checkpoint]
@@ -124,7 +124,25 @@ def prepare(source: Path, output: Path | None, wishes: Wishes, recovering: bool 
     folder = output or (source if source.is_dir() else source.parent)
     if recovering and recover(folder, request):
         return request, None
-    return request, plan_conversion(source, output, wishes)
+    return request, unless_done(wishes, lambda wishes: plan_conversion(source, output, wishes))
+
+
+def unless_done(wishes: Wishes, make: Callable[[Wishes], Plan]) -> Plan:
+    """Plan as ``make`` does; where its output is refused since it is there, and right, give a plan of nothing.
+
+    Raises OutputRefused where what is there is not what would be written.
+    """
+    try:
+        return make(wishes)
+    except OutputRefused as refused:
+        if wishes.overwrite:
+            raise
+        plan = make(dataclasses.replace(wishes, overwrite=True))
+        difference = find_difference(plan)
+        if difference:
+            refused.problem = f"{refused.problem}, and is not what would be written: {difference}"
+            raise
+        return dataclasses.replace(plan, sets=(), carried=(), edited=(), superseded=(), delete=())
 
 
 def request_of(source: Path, output: Path | None, wishes: object) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from converter.checkpoint import Checkpoint, WeightSet, rename_tensors
 from converter.choose import OnOverflow, Wishes, choose_sets
-from converter.conversion import check_edited, plan_conversion, plan_single_file, request_of
+from converter.conversion import check_edited, plan_conversion, plan_single_file, request_of, unless_done
 from converter.doctor.checks import run_checks
 from converter.doctor.findings import Finding
 from converter.doctor.loaders import COREML_VARIANT
@@ -129,11 +129,19 @@ def prepare_coreml(
     request = request_of(source, output, ("coreml", keep_default, ema, str(config), wishes))
     if recovering and recover(output, request):
         return request, None
+
+    def make(wishes: Wishes) -> Plan:
+        return _plan(source, output, wishes, keep_default, ema, config)
+
+    return request, unless_done(wishes, make)
+
+
+def _plan(source: Path, output: Path, wishes: Wishes, keep_default: bool, ema: bool, config: Path | None) -> Plan:
     plain = replace(wishes, dtype=None, variant="none")
     if source.is_file():
         if config is not None:
             check_source(config, ())
-        opened = open_single_file(source, config, ema, follow_links)
+        opened = open_single_file(source, config, ema, wishes.follow_links)
         plan = plan_single_file(opened, output, wishes, _adapt)
         default = plan_single_file(opened, output, plain, _adapt) if keep_default else None
     elif ema or config is not None:
@@ -143,7 +151,7 @@ def prepare_coreml(
         check_source(source)
         plan = _with_old_classes(plan_conversion(source, output, wishes, _choose, _adapt), source)
         default = plan_conversion(source, output, plain, _choose_default, _adapt) if keep_default else None
-    return request, replace(plan, sets=(*plan.sets, *default.sets)) if default else plan
+    return replace(plan, sets=(*plan.sets, *default.sets)) if default else plan
 
 
 def _adapt(component: Component, checkpoint: Checkpoint) -> Checkpoint:

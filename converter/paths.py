@@ -26,8 +26,6 @@ _MAX_HOPS = 40  # as many links as Linux follows
 _MAX_CHOICES = 10
 _READ_ENDINGS = (".json", *(f".{ext}" for ext in WEIGHT_EXTENSIONS))
 
-ELSEWHERE = "Write to a new folder: -o NEW."
-
 
 def path_of(given: Path | str) -> Path:
     """Give what a caller names as a path. Raises BadRequest for the empty text that a variable holds if it is unset."""
@@ -50,10 +48,12 @@ def is_dangling(path: Path) -> bool:
 
 
 def check_places(source: Path, output: Path | None, removes: bool = False) -> None:
-    """Raise OutputRefused where a conversion would write into the Hub's cache, or remove something there."""
+    """Raise OutputRefused where a conversion would change the Hub's cache, or write where a link leads to nothing."""
     if output is None:
-        refuse_cache(source, ELSEWHERE)
+        refuse_cache(source, "Write to a new folder: -o NEW.")
         return
+    for place in filter(is_dangling, (output, *output.parents)):
+        raise OutputRefused(place, "is a link to nothing", "Remove it, or name another folder.")
     refuse_cache(output, "Name another folder: -o NEW.")
     if removes:
         refuse_cache(source, "Leave --delete-source out.")

@@ -17,7 +17,7 @@ from typing import Any
 
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets
 from converter.choose import Wishes, choose_sets
-from converter.conversion import check_edited, plan_conversion, request_of
+from converter.conversion import check_edited, plan_conversion, request_of, unless_done
 from converter.dtypes import RECAST_SOURCES
 from converter.errors import BadRequest, LossyCast, Unsupported
 from converter.folder import Component, ModelFolder, render_json
@@ -110,9 +110,11 @@ def prepare_quantized(
         changed, parts[component.name] = _quantize(component, checkpoint, choice, scales)
         return changed
 
-    plan = plan_conversion(source, output, wishes, choose, adapt)
-    configs = {name: quantization_config(part.skipped) for name, part in parts.items()}
-    return Quantization(request, _with_configs(plan, configs), tuple(parts.values()))
+    def make(wishes: Wishes) -> Plan:
+        plan = plan_conversion(source, output, wishes, choose, adapt)
+        return _with_configs(plan, {name: quantization_config(part.skipped) for name, part in parts.items()})
+
+    return Quantization(request, unless_done(wishes, make), tuple(parts.values()))
 
 
 def _check_paths(source: Path, output: Path) -> None:
@@ -337,8 +339,10 @@ def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: 
         transposed = find_linears(component, checkpoint.tensors).transposed
         return dequantized(checkpoint, dtype, transposed)
 
-    plan = plan_conversion(source, output, wishes, choose, adapt)
-    return Quantization(request, _with_configs(plan, dict.fromkeys(restored)))
+    def make(wishes: Wishes) -> Plan:
+        return _with_configs(plan_conversion(source, output, wishes, choose, adapt), dict.fromkeys(restored))
+
+    return Quantization(request, unless_done(wishes, make))
 
 
 def _unquantized(component: Component) -> Component:

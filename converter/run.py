@@ -26,7 +26,7 @@ from zlib_ng.zlib_ng import crc32_combine
 from converter.errors import BadFile, LossyCast, WconvError
 from converter.formats import FORMATS, read_file
 from converter.plan import Plan, Shard, casts
-from converter.staging import Staging, check_room, open_staging
+from converter.staging import Changes, Staging, check_room, open_staging
 from converter.stream import (
     CHUNK_NBYTES,
     GATHER_NBYTES,
@@ -59,13 +59,15 @@ _A = TypeVar("_A")
 class Result:
     """What a run did. ``reused_nbytes`` lay there from an earlier run that was killed; ``seconds`` is wall time.
 
-    ``plan`` is None where that earlier run had only its last renames left.
+    ``plan`` is None where that earlier run had only its last renames left. ``left_over`` names what could not be
+    cleared up.
     """
 
     plan: Plan | None
     seconds: float
     reused_nbytes: int = 0
     verified: bool = False
+    left_over: str = ""
 
 
 def default_workers(plan: Plan) -> int:
@@ -97,8 +99,9 @@ def run_plan(
     verify: bool = False,
     progress: Progress | None = None,
     request: str = "",
+    keep: bool = False,
 ) -> Result:
-    """Write what a plan says; all of it is there afterwards, or nothing.
+    """Write what a plan says; all of it is there afterwards, or nothing. With ``keep``, ``undo`` can put all back.
 
     ``verify`` reads every byte back and holds it against the source before anything is published; a plan that deletes
     its source always does. Raises BadFile for a source that is damaged or changes, OutputRefused and SystemRefused.
@@ -117,8 +120,8 @@ def run_plan(
                 check_staged(shard, staging)
         if verify:
             tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, staging))
-        staging.commit(plan, request)
-    return Result(plan, time.perf_counter() - begun, reused, verify)
+        staging.commit(Changes.of(plan, keep), request)
+    return Result(plan, time.perf_counter() - begun, reused, verify, staging.left_over)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,45 +5,54 @@ new folder appears by one rename. Into a folder that is there, files are renamed
 weight files in, new indexes last, then what they replace removed; so at every instant the folder holds the old set, the
 new set, or no index, and never an index over the wrong bytes.
 
+Where a run stages, and the steps of a commit that has begun, is noted in the user's state folder (``state.Notes``)
+before it is done; nothing that lies in the target is ever taken for such a note, as it may have come with a download.
 After a failure the staging folder is removed. After a hard kill it stays: the next run with the same target finds the
 files in it and takes them up (their bytes are held against the source, not trusted), and where the kill fell into the
-renames, a journal says how to finish those first.
+renames, the note says how to finish those first. What is published over something, or before something is removed, is
+brought to the disk first: the data, the note, the renames, and only then is anything removed.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
-from converter.errors import BadFile, OutputRefused, SystemRefused
+from converter.errors import OutputRefused, SystemRefused, WconvError
 from converter.folder import ModelFolder
+from converter.kept import Keeper
+from converter.local import Root, plain_parts
+from converter.names import parse_name
 from converter.paths import is_dangling, refuse_linked
 from converter.plan import Plan, Target
+from converter.state import Notes, make_token
 
 _SUFFIX = ".wconv"  # with a dot: Diffusers takes the second dotted part of each name in a folder for a variant
 _TREE = "files"
-_LOCK = "lock"
+_COARSE_NS = 2_000_000_000  # what exFAT tells times to
 _RESERVE_NBYTES = 1 << 20  # room for the journal and the folders themselves
+_MY_NAME = re.compile(r"\.staging-[0-9a-f]{32}\.wconv")
+_LIKE_MINE = re.compile(r"\..+\.wconv(\.json)?")  # of this version, or of the first one
+
+After = Literal["", "keep", "forget"]
+"""What is to be done with what a mending keeps, once a commit is through."""
 
 
 def open_target(folder: ModelFolder, output: Path | None, overwrite: bool) -> Target:
     """Say where a conversion's files go: beside the source, or to ``output``, which for a folder must be a new one.
 
-    A single set goes into a folder that is there, too. Raises OutputRefused where the output is there, is the input, or
-    is a link that leads to nothing.
+    A single set goes into a folder that is there, too. Raises OutputRefused where the output is there, or is the input.
     """
     if output is None:
         return Target(folder.root, is_new=False)
-    for place in filter(is_dangling, (output, *output.parents)):
-        raise OutputRefused(place, "is a link to nothing", "Remove it, or name another folder.")
     if not output.exists():
         return Target(output, is_new=True)
     if not output.is_dir():
@@ -74,164 +83,408 @@ def refuse_links(plan: Plan) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Doomed:
-    """A file that is to go, as it was when that was decided; one that has come in its place since stays."""
+class Changes:
+    """What a commit does to a folder; names are paths from it.
 
-    path: str
+    ``move`` are staged files that take their places, indexes last. Of the names that they supersede indexes go first,
+    and what is not written anew goes last; ``sources`` go after that: paths from the folder ``source``. Other names are
+    free, or may be overwritten. With ``after`` "keep" what changes is kept before, and with "forget" what was kept goes
+    afterwards.
+    """
+
+    move: tuple[str, ...]
+    superseded: tuple[str, ...] = ()
+    overwrite: bool = False
+    source: Path | None = None
+    sources: tuple[str, ...] = ()
+    after: After = ""
+
+    @classmethod
+    def of(cls, plan: Plan, keep: bool) -> Changes:
+        """Give what a plan does to its target."""
+        names = (*(name for name, _ in (*plan.carried, *plan.edited)), *(shard.path for shard in plan.shards))
+        sources = [path.relative_to(plan.source.root).as_posix() for path in plan.delete]
+        return cls(
+            tuple(dict.fromkeys((*names, *(name for name, _ in plan.indexes)))),
+            tuple(dict.fromkeys(plan.superseded)),
+            plan.wishes.overwrite,
+            plan.source.root,
+            tuple(sorted(sources, key=is_index, reverse=True)),  # no index over shards that are gone
+            "keep" if keep else "",
+        )
+
+    @property
+    def first_away(self) -> tuple[str, ...]:
+        return tuple(filter(is_index, self.superseded))
+
+    @property
+    def last_away(self) -> tuple[str, ...]:
+        return tuple(name for name in self.superseded if not is_index(name) and name not in self.move)
+
+
+def is_index(name: str) -> bool:
+    """Say whether a path is that of an index, by its name."""
+    parsed = parse_name(name.rpartition("/")[2])
+    return parsed is not None and parsed.role == "index"
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A file or a link as it was when a commit began: what has come in its place since is told from it."""
+
+    name: str
     nbytes: int
     mtime_ns: int
     ctime_ns: int
 
     @classmethod
-    def at(cls, path: Path) -> _Doomed:
-        stat = path.lstat()
-        return cls(str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    def at(cls, root: Root, name: str, staged: str = "") -> _Entry | None:
+        """Note an entry; one that is ``staged`` is noted by the name that it will have."""
+        found = root.stat(staged or name)
+        return found and cls(name, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
-    def remove(self, published: set[tuple[int, int]]) -> None:
+    def is_published(self, root: Root) -> bool:
+        """Say whether it has its place: a rename keeps size and time, a copy as far as its disk can tell times."""
+        found = root.stat(self.name)
+        return bool(found and found.st_size == self.nbytes and abs(found.st_mtime_ns - self.mtime_ns) <= _COARSE_NS)
+
+    def remove(self, root: Root, published: set[tuple[int, int]]) -> None:
         """Remove the file if it is still that one; a second name of a published file has changed by the rename."""
-        path = Path(self.path)
-        with suppress(FileNotFoundError):
-            stat = path.lstat()
-            if _Doomed.at(path) == self or (stat.st_dev, stat.st_ino) in published:
-                path.unlink()
+        found = root.stat(self.name)
+        if found and (_Entry.at(root, self.name) == self or _identity(found) in published):
+            root.remove(self.name)
 
 
 @dataclass(frozen=True, slots=True)
 class _Journal:
-    """The steps of a commit that has begun; each can be done twice."""
+    """The steps of a commit that has begun; each can be done twice. Fields are as in Changes."""
 
     request: str
+    first_away: tuple[_Entry, ...]
+    move: tuple[_Entry, ...]
+    last_away: tuple[_Entry, ...]
+    source: str
+    sources: tuple[_Entry, ...]
+    after: After
+
+    @property
+    def destroys(self) -> bool:
+        return bool(self.first_away or self.last_away or self.sources)
+
+    @classmethod
+    def read(cls, raw: Any) -> _Journal:
+        entries = {
+            key: tuple(_Entry(**one) for one in raw[key]) for key in ("first_away", "move", "last_away", "sources")
+        }
+        for entry in (entry for group in entries.values() for entry in group):
+            plain_parts(entry.name)
+            if not all(type(number) is int for number in (entry.nbytes, entry.mtime_ns, entry.ctime_ns)):
+                raise ValueError("a size or a time that is none")
+        return cls(str(raw["request"]), source=str(raw["source"]), after=raw["after"], **entries)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What is noted of a run: the folder ``name`` below ``place`` that it stages in, and what it began to publish."""
+
+    place: str
+    name: str
     is_new: bool
-    first_away: tuple[_Doomed, ...]
-    move: tuple[str, ...]
-    last_away: tuple[_Doomed, ...]
+    journal: _Journal | None = None
+
+    @classmethod
+    def read(cls, notes: Notes) -> _Run | None:
+        """Give what is noted. Raises BadFile for a note that cannot be understood."""
+        raw = notes.read("run")
+        if raw is None:
+            return None
+        try:
+            journal = _Journal.read(raw["journal"]) if raw["journal"] is not None else None
+            run = cls(raw["place"], raw["name"], raw["is_new"], journal)
+            if not (_MY_NAME.fullmatch(run.name) and Path(run.place).is_absolute() and type(run.is_new) is bool):
+                raise ValueError("it names no folder of a run")
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise notes.unreadable("run", error) from None
+        return run
+
+    def staged(self, name: str = "") -> str:
+        """Name a staged file, from ``place``."""
+        return f"{self.name}/{_TREE}/{name}" if name else f"{self.name}/{_TREE}"
+
+    def clear(self) -> None:
+        """Remove all that is staged."""
+        with Root(Path(self.place)) as root:
+            root.remove_tree(self.name)
 
 
 class Staging:
-    """The staging folder of one target, locked against other runs while it is open. Use through ``open_staging``."""
+    """The staging folder of one target, locked against other runs while it is open. Use through ``open_staging``.
 
-    def __init__(self, target: Target) -> None:
+    ``finished_request`` is that of a killed run whose commit was finished when it was opened, ``left_over`` says what
+    could not be cleared up in the end.
+    """
+
+    def __init__(self, target: Target, notes: Notes) -> None:
         self.target = target
-        self.folder = _staging_folder(target)
+        self.notes = notes
+        self.left_over = ""
+        self._run, self.finished_request = _take_up(target, notes)
+        self.folder = Path(self._run.place) / self._run.name
         self.tree = self.folder / _TREE
-        self.journal_path = self.folder.with_name(self.folder.name + ".json")
-        self.finished_request: str | None = None
-        self._staged_journal = self.folder / "journal.new"
+
+    def __enter__(self) -> Staging:
+        """Make the folder to stage in, which nobody else may look into."""
+        self._made = _make_folders(Path(self._run.place))
+        try:
+            self.root = Root(Path(self._run.place))
+            self.root.make_folder(self._run.name, 0o700)
+            self.root.make_folder(self._run.staged())
+        except BaseException:
+            _remove_empty([self.folder, *self._made])
+            self.notes.remove("run")
+            raise
+        return self
+
+    @property
+    def is_committing(self) -> bool:
+        return self._run.journal is not None
 
     def path_of(self, name: str) -> Path:
         return self.tree / name
 
     def has_left_over(self, name: str, nbytes: int) -> bool:
         """Say whether an earlier run left a file of this size."""
-        path = self.path_of(name)
-        return path.is_file() and path.stat().st_size == nbytes
+        found = self.root.stat(self._run.staged(name))
+        return found is not None and stat.S_ISREG(found.st_mode) and found.st_size == nbytes
 
     def drop_strangers(self, names: set[str]) -> None:
         """Remove what an earlier run left and this one does not write."""
-        for path in sorted(self.tree.rglob("*"), reverse=True):
-            if path.is_file() and path.relative_to(self.tree).as_posix() not in names:
-                path.unlink()
+        for name, found in list(self.root.walk(self._run.staged())):
+            if not stat.S_ISDIR(found.st_mode) and name.removeprefix(self._run.staged() + "/") not in names:
+                self.root.remove(name)
 
-    def commit(self, plan: Plan, request: str) -> None:
-        """Publish all staged files, then remove what they supersede and the sources that are to go."""
-        target = plan.target.folder
-        indexes = [name for name, _ in plan.indexes]
-        moved = [*(name for name, _ in (*plan.carried, *plan.edited)), *(shard.path for shard in plan.shards), *indexes]
-        self._check_free(plan, moved)
-        superseded = [name for name in plan.superseded if (target / name).exists() or (target / name).is_symlink()]
-        journal = _Journal(
-            request=request,
-            is_new=plan.target.is_new,
-            first_away=tuple(_Doomed.at(target / name) for name in superseded if name.endswith(".json")),
-            move=tuple(moved),
-            last_away=(
-                *(_Doomed.at(target / name) for name in superseded if not name.endswith(".json") and name not in moved),
-                *(_Doomed.at(path) for path in plan.delete),
-            ),
-        )
-        if journal.first_away or journal.last_away:
-            _sync_tree(self.tree)  # what replaces the only other copy must be on the disk, not in a cache
-        self._staged_journal.write_text(json.dumps(asdict(journal)), "utf-8")
-        self._staged_journal.replace(self.journal_path)
-        self.finish(journal)
+    def take(self, root: Root, name: str, staged: str) -> None:
+        """Give a file elsewhere on the disk a second name in the staging folder."""
+        self.root.make_folder(self._run.staged(staged).rpartition("/")[0])
+        self.root.remove(self._run.staged(staged))
+        root.link(name, self.root, self._run.staged(staged))
 
-    def _check_free(self, plan: Plan, names: list[str]) -> None:
-        """Look once more whether anybody has put a file where one is to go."""
-        target = plan.target.folder
-        taken = target if plan.target.is_new and target.exists() else None
-        if not plan.target.is_new and not plan.wishes.overwrite:
-            taken = next((target / n for n in names if n not in plan.superseded and (target / n).exists()), None)
+    def commit(self, changes: Changes, request: str) -> None:
+        """Publish all staged files, then remove what they supersede and the sources that are to go.
+
+        Raises OutputRefused where a file has come in the place of one of them meanwhile, SystemRefused where a staged
+        file is gone.
+        """
+        with ExitStack() as stack:
+            target = None if self._run.is_new else stack.enter_context(Root(self.notes.folder))
+            self._check(changes, target)
+            keeper = stack.enter_context(Keeper(self.notes)) if changes.after == "keep" else None
+            before = keeper.current() if keeper else None
+            try:
+                if keeper:
+                    keeper.keep((*changes.superseded, *changes.move))
+                journal = self._make_journal(changes, target, request)
+                if journal.destroys:
+                    # What replaces the only other copy must be on the disk, not in a cache.
+                    self.root.sync_tree(self._run.staged())
+                self._note(replace(self._run, journal=journal))
+            except BaseException:
+                if keeper and not self.is_committing:
+                    keeper.take_back(before)
+                raise
+        _finish(self.notes, self._run)
+
+    def _note(self, run: _Run) -> None:
+        try:
+            self.notes.write("run", asdict(run))
+        except BaseException:
+            # It may be noted all the same: then the next run finishes it.
+            if _Run.read(self.notes) == run:
+                self._run = run
+            raise
+        self._run = run
+
+    def _check(self, changes: Changes, target: Root | None) -> None:
+        """Look once more whether all is there, and whether anybody has put a file where one is to go."""
+        for name in changes.move:
+            if self.root.stat(self._run.staged(name)) is None:
+                raise SystemRefused(self.path_of(name), "was staged, and is gone", "Run it again.")
+        taken = None
+        if target is None:
+            taken = self.notes.folder if os.path.lexists(self.notes.folder) else None
+        elif not changes.overwrite:
+            names = (name for name in changes.move if name not in changes.superseded and target.stat(name))
+            taken = next((target.path / name for name in names), None)
         if taken is not None:
             raise OutputRefused(taken, "was made while this ran", "Use --overwrite to replace it, or another -o.")
 
-    def begin(self) -> None:
-        """Make the folder ready, after finishing a commit that a killed run had begun."""
-        journal = self.read_journal()
-        if journal is not None:
-            self.finish(journal)
-            self.finished_request = journal.request
-            self.journal_path.unlink()
-        self.tree.mkdir(parents=True, exist_ok=True)
+    def _make_journal(self, changes: Changes, target: Root | None, request: str) -> _Journal:
+        def note(root: Root | None, names: Iterable[str]) -> tuple[_Entry, ...]:
+            return tuple(entry for name in names if root and (entry := _Entry.at(root, name)))
 
-    def finish(self, journal: _Journal) -> None:
-        """Carry out the steps of a journal, those already done included."""
-        target = self.target.folder
-        if journal.is_new:
-            if self.tree.exists() and not target.exists():
-                self.tree.rename(target)
-        else:
-            for doomed in journal.first_away:
-                doomed.remove(set())
-            for name in journal.move:
-                if os.path.lexists(self.path_of(name)):  # a link may lead to nothing until it is in its place
-                    (target / name).parent.mkdir(parents=True, exist_ok=True)
-                    _move(self.path_of(name), target / name)
-        published = {_identity(target / name) for name in journal.move if (target / name).exists()}
-        for doomed in journal.last_away:
-            doomed.remove(published)
-        self.remove()
+        staged = (_Entry.at(self.root, name, self._run.staged(name)) for name in changes.move)
+        with ExitStack() as stack:
+            source = stack.enter_context(Root(changes.source)) if changes.sources and changes.source else None
+            return _Journal(
+                request,
+                note(target, changes.first_away),
+                tuple(filter(None, staged)),
+                note(target, changes.last_away),
+                str(source.path) if source else "",
+                note(source, changes.sources),
+                changes.after,
+            )
 
     def remove(self) -> None:
         """Remove all that is staged."""
-        shutil.rmtree(self.tree, ignore_errors=True)
-        self._staged_journal.unlink(missing_ok=True)
+        self.root.remove_tree(self._run.staged())
 
-    def read_journal(self) -> _Journal | None:
-        """Give the journal of a commit that has begun, if there is one."""
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Clear up, and forget the run; ``left_over`` names what cannot go. What a commit has begun stays."""
         try:
-            raw = json.loads(self.journal_path.read_text("utf-8"))
-            doomed = {key: tuple(_Doomed(**one) for one in raw[key]) for key in ("first_away", "last_away")}
-            return _Journal(raw["request"], raw["is_new"], move=tuple(raw["move"]), **doomed)
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadFile(self.journal_path, f"cannot be read ({error})", "Remove it.") from None
+            if error is None:
+                self._close()
+            elif not self.is_committing:
+                self.remove()
+                self._close()
+        except OSError as problem:
+            self.left_over = f"{self.folder} cannot be removed ({problem.strerror}): the next run with this target does"
+        finally:
+            self.root.__exit__(None, None, None)
+        if error is not None:
+            _remove_empty(self._made)
+
+    def _close(self) -> None:
+        if self.is_committing:
+            # The commit is through: the next run must not do it again, just clear up.
+            try:
+                self._run.clear()
+            except OSError:
+                self.notes.write("run", asdict(replace(self._run, journal=None)))
+                raise
+        try:
+            self.root.remove_folder(self._run.name)
+        except OSError as problem:
+            if problem.errno == errno.ENOTEMPTY:
+                return  # what is staged there is for the next run
+            raise
+        self.notes.remove("run")
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    stat = path.lstat()
-    return stat.st_dev, stat.st_ino
+def _take_up(target: Target, notes: Notes) -> tuple[_Run, str | None]:
+    """Find out where a run stages, and note it; finish what a killed run had begun to publish, and give its request."""
+    place = notes.folder.parent if target.is_new else notes.folder
+    run = _Run.read(notes)
+    if run is not None and not Path(run.place).is_dir():
+        run = None  # the folder is gone, and what was staged with it
+    finished = None
+    if run is not None and run.journal is not None:
+        try:
+            finished = run.journal.request if _finish(notes, run) else None
+        except _OvertakenError:
+            run.clear()
+            notes.remove("run")
+            raise
+    if run is not None and (run.journal is not None or (run.place, run.is_new) != (str(place), target.is_new)):
+        run.clear()
+        run = None
+    run = run or _Run(str(place), f".staging-{make_token()}{_SUFFIX}", target.is_new)
+    notes.write("run", asdict(run))
+    return run, finished
 
 
-def _move(source: Path, destination: Path) -> None:
+class _OvertakenError(OutputRefused):
+    """What a stopped run had published is another by now: what it replaces must stay."""
+
+
+def _finish(notes: Notes, run: _Run) -> bool:
+    """Carry out the steps of a journal, those already done included; False if its output has been removed since."""
+    journal = run.journal
+    assert journal is not None
+    with Root(Path(run.place)) as root:
+        if run.is_new and root.stat(run.staged()) is not None:
+            if os.path.lexists(notes.folder):
+                advice = "Move it elsewhere, and run this again to finish."
+                raise OutputRefused(notes.folder, "was made while a run published its output there", advice)
+            root.replace(run.staged(), root, notes.folder.name)
+            root.sync()
+        if not notes.folder.is_dir():
+            return False  # then nothing that it replaces may go
+        with Root(notes.folder) as target:
+            if not run.is_new:
+                _remove_all(target, journal.first_away, set())
+                _move_in(root, run, target, journal.move)
+            _check_published(target, journal.move)
+            published = {_identity(found) for entry in journal.move if (found := target.stat(entry.name))}
+            _remove_all(target, journal.last_away, published)
+        if journal.sources:
+            with Root(Path(journal.source)) as source:
+                _remove_all(source, journal.sources, published)
+    if journal.after:
+        with Keeper(notes) as keeper:
+            keeper.settle() if journal.after == "keep" else keeper.forget()
+    return True
+
+
+def _move_in(root: Root, run: _Run, target: Root, entries: Iterable[_Entry]) -> None:
+    folders = {""}
+    for entry in entries:
+        folder = entry.name.rpartition("/")[0]
+        if folder not in folders:
+            target.make_folder(folder)
+            folders.add(folder)
+        if root.stat(run.staged(entry.name)) is not None:
+            _move(root, run.staged(entry.name), target, entry.name, run.name)
+    for folder in sorted(folders):
+        target.sync(folder)
+
+
+def _check_published(target: Root, entries: Iterable[_Entry]) -> None:
+    lost = next((entry for entry in entries if not entry.is_published(target)), None)
+    if lost is not None:
+        advice = "Nothing that it replaces was removed. Run this again."
+        raise _OvertakenError(
+            target.path / lost.name, "was published by a run that was stopped, and is another", advice
+        )
+
+
+def _remove_all(root: Root, doomed: Iterable[_Entry], published: set[tuple[int, int]]) -> None:
+    """Remove files, and bring that to the disk."""
+    folders = set()
+    for one in doomed:
+        one.remove(root, published)
+        folders.add(one.name.rpartition("/")[0])
+    for folder in sorted(folders):
+        root.sync(folder)
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _move(root: Root, staged: str, target: Root, name: str, beside: str) -> None:
     """Rename a file into place; where that is on another disk, through a copy beside it."""
     try:
-        source.replace(destination)
+        root.replace(staged, target, name)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        beside = destination.with_name(f".{destination.name}{_SUFFIX}")
-        shutil.copyfile(source, beside)
-        beside.replace(destination)
-        source.unlink()
+        folder = name.rpartition("/")[0]
+        copied = f"{folder}/{beside}" if folder else beside
+        target.remove(copied)  # of a run that was killed
+        root.copy(staged, target, copied)
+        target.replace(copied, target, name)
+        root.remove(staged)
 
 
-def _staging_folder(target: Target) -> Path:
-    """Name the folder in which a target's files are staged."""
-    if target.is_new:
-        absolute = target.folder.absolute()
-        return absolute.parent / f".{absolute.name}{_SUFFIX}"
-    return target.folder / f".staging{_SUFFIX}"
+def find_strangers(folder: Path) -> tuple[str, ...]:
+    """Say of each entry that looks like one of a run's, and is of no run of this user, that it is ignored."""
+    if not folder.is_dir():
+        return ()
+    run = _Run.read(Notes(folder))
+    names = sorted(path.name for path in folder.iterdir() if _LIKE_MINE.fullmatch(path.name))
+    what = "is of no run of yours, and is ignored: remove it if nobody else is writing there"
+    return tuple(f"{folder / name} {what}" for name in names if not run or name != run.name)
 
 
 @contextmanager
@@ -240,59 +493,72 @@ def open_staging(target: Target) -> Iterator[Staging]:
 
     Raises OutputRefused while another run holds it, SystemRefused where the place cannot be written.
     """
-    staging = Staging(target)
-    made = _make_folders(staging.folder)
-    lock = FileLock(staging.folder / _LOCK, timeout=0)
+    staging = None
     try:
-        lock.acquire()
-    except Timeout:
-        raise OutputRefused(target.folder, "is being written by another run", "Wait until that has ended.") from None
-    except OSError as error:
-        _remove_empty(made)
-        raise SystemRefused.from_os_error(error, target.folder) from None
-    done = False
-    try:
-        staging.begin()
-        yield staging
-        done = True
+        notes = Notes(target.folder)
+        with notes.locked():
+            staging = Staging(target, notes)
+            with staging:
+                yield staging
     except BaseException as error:
-        # A commit that has begun is finished by the next run, not undone.
-        if not staging.journal_path.exists():
-            staging.remove()
+        known = error
         if isinstance(error, OSError) and not isinstance(error, SystemRefused):
-            raise SystemRefused.from_os_error(error, error.filename or target.folder) from error
-        raise
-    finally:
-        _release(lock)
-        _remove_empty([staging.folder])
-        if done:
-            staging.journal_path.unlink(missing_ok=True)  # the very last: up to here, a killed run is taken up
-        else:
-            _remove_empty(made)
-
-
-def _release(lock: FileLock) -> None:
-    # Where an open file can be removed, it goes while it is held, so that nobody takes a lock that is about to go.
-    path = Path(lock.lock_file)
-    try:
-        with suppress(OSError):
-            path.unlink()
-    finally:
-        lock.release()
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
+            known = SystemRefused.from_os_error(error, error.filename or target.folder)
+        if isinstance(known, WconvError) and staging is not None:
+            begun = "Its renames had begun: run it again to finish them" if staging.is_committing else ""
+            known.advice = " ".join(
+                filter(None, (known.advice, *(f"{text}." for text in (begun, staging.left_over) if text)))
+            )
+        if known is error:
+            raise
+        raise known from error
 
 
 def recover(folder: Path, request: str) -> bool:
     """Finish a commit into ``folder`` that a killed run had begun; True if that run was for the same request."""
-    same = False
-    for target in (Target(folder, is_new=True), Target(folder, is_new=False)):
-        staged = Staging(target)
-        if staged.journal_path.exists() or (staged.folder.is_dir() and not staged.tree.exists()):
-            with open_staging(target) as staging:
-                same = same or staging.finished_request == request
-                staging.remove()
-    return same
+    run = _Run.read(Notes(folder))
+    if run is None or run.journal is None:
+        return False
+    with open_staging(Target(folder, run.is_new)) as staging:
+        staging.remove()
+    return staging.finished_request == request
+
+
+def find_difference(plan: Plan) -> str:
+    """Say what of a plan is not there yet; nothing where all is, by its headers and sizes, and younger than its source.
+
+    A source counts as old as its last change of any kind: an archive or a copy may give it an earlier time.
+    """
+    folder = plan.target.folder
+    read = [planned.source.folder / name for planned in plan.sets for name in planned.source.all_names]
+    newest = max((_changed_ns(path) for path in read), default=0)
+    expected = [(shard.path, shard.nbytes, shard.header, newest) for shard in plan.shards]
+    expected += [(name, path.stat().st_size, b"", _changed_ns(path)) for name, path in plan.carried]
+    expected += [(name, len(content), content, 0) for name, content in plan.texts]
+    for name, nbytes, head, changed_ns in expected:
+        wrong = _differs(folder / name, nbytes, head, changed_ns)
+        if wrong:
+            return f"{name} {wrong}"
+    written = {name for name, *_ in expected}
+    going = [*(folder / name for name in plan.superseded if name not in written), *plan.delete]
+    return next((f"{path} would be removed" for path in going if os.path.lexists(path)), "")
+
+
+def _changed_ns(path: Path) -> int:
+    found = path.stat()
+    return max(found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _differs(path: Path, nbytes: int, head: bytes, changed_ns: int) -> str:
+    if path.is_symlink() or not path.is_file():
+        return "is not there"
+    found = path.stat()
+    if found.st_size != nbytes:
+        return f"has {found.st_size:,} bytes and not {nbytes:,}"
+    if found.st_mtime_ns < changed_ns:
+        return "is older than its source"
+    with path.open("rb") as file:
+        return "" if file.read(len(head)) == head else "begins otherwise"
 
 
 def check_room(staging: Staging, plan: Plan) -> None:
@@ -332,10 +598,3 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
-
-
-def _sync_tree(tree: Path) -> None:
-    for path in tree.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())

@@ -42,6 +42,14 @@ def no_fsync() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Let no test note anything in the state folder of whoever runs it."""
+    folder = tmp_path_factory.mktemp("state")
+    os.environ["WCONV_STATE"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def wconv() -> Callable[..., Outcome]:
     """Run `wconv` in this process and check its exit code; None is for any but that of a bug."""

@@ -5,7 +5,8 @@ audit hooks (``sys.addaudithook``) just before it happens, and what a hook raise
 
 As a script, ``python steps.py TEMPLATE WORK ARGS...``, this kills ``wconv ARGS`` at its first step in a copy of the
 folder TEMPLATE, at its second step in another copy, and so on until a run ends by itself; the copies are WORK/001,
-WORK/002, ... and the command runs inside of them.
+WORK/002, ... and the command runs inside of them. Before a ``--`` in ARGS may stand a command that is run
+in peace first.
 """
 
 from __future__ import annotations
@@ -92,8 +93,10 @@ def run_until_it_ends(template: Path, work: Path, args: list[str]) -> None:
         child = os.fork()
         if not child:
             os.chdir(folder)
+            if "--" in args:
+                main(args[: args.index("--")])
             with at_each_step(kill_at(number)):
-                code = main(args)
+                code = main(args[args.index("--") + 1 :] if "--" in args else args)
             os._exit(code)
         status = os.waitpid(child, 0)[1]
         if os.WIFEXITED(status):

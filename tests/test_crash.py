@@ -195,7 +195,9 @@ def test_killed_at_any_step(scenario, undisturbed, wconv, tmp_path, monkeypatch)
 
 
 def how_it_ends(command: tuple[object, ...], folder: Path, expected: dict[str, str]) -> str:
-    """Run a command again; say what is not as if nothing had happened."""
+    """Run a command again, unless it had just ended; say what is not as if nothing had happened."""
+    if snapshot(folder) == expected:
+        return ""  # some commands, with their source gone, cannot be run again
     problems = io.StringIO()
     with contextlib.redirect_stderr(problems):
         code = run_main(list(map(str, command)))

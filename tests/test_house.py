@@ -21,6 +21,9 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # Each may import from the layers before its own; what shares a line does not import each other.
 LAYERS = (
     ("errors",),
+    ("local",),
+    ("state",),
+    ("kept",),
     ("dtypes",),
     ("tensors",),
     ("names", "index", "keep_fp32"),
@@ -48,6 +51,8 @@ HOMES = {
     "click": ("cli/",),
     "tqdm": ("cli/",),
     "psutil": ("cli/",),
+    "filelock": ("state.py",),
+    "platformdirs": ("state.py",),
     "numpy": ("sources.py", "cast.py"),
     "ml_dtypes": ("cast.py",),
     "numkong": ("cast.py",),

@@ -607,9 +607,12 @@ def test_output_on_a_link_to_nothing_is_refused(below, to, tmp_path, wconv):
     assert snapshot(tmp_path) == before
 
 
-def test_a_source_that_is_a_link_to_nothing_is_said(tmp_path, wconv):
-    (tmp_path / "model").symlink_to("nowhere")
-    assert "is a link to nothing" in wconv("inspect", tmp_path / "model", exit_code=3).stderr
+@pytest.mark.parametrize("to", ["nowhere", "model"])
+def test_a_source_that_is_a_link_to_nothing_is_said(to, tmp_path, wconv):
+    (tmp_path / "model").symlink_to(to)
+    for command, *options in (["inspect"], ["doctor"], ["doctor", "--fix"], *BESIDE):
+        assert "is a link to nothing" in wconv(command, tmp_path / "model", *options, exit_code=3).stderr
+        wconv(command, tmp_path / "model" / "below", *options, exit_code=3)
 
 
 def test_mending_makes_no_file_of_a_link(tmp_path, wconv):

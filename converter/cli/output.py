@@ -145,7 +145,7 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
         echo("An earlier run had been stopped while it published its files; that is finished now.")
         return
     if not plan.sets:
-        echo(f"Nothing to do: {plan.source.path} is as it would be.")
+        echo(printable(f"Up to date: {plan.target.folder} is as it would be."))
         return
     rows = []
     for planned in plan.sets:
@@ -164,6 +164,8 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     if result.reused_nbytes:
         echo(f"Took up {show_bytes(result.reused_nbytes)} that an earlier run had left.")
     echo(_how_it_went(result, peak_nbytes))
+    if result.left_over:
+        echo(printable(f"Left over: {result.left_over}."))
     echo("\nLoad it with:\n")
     for line in loading_lines(plan):
         echo(f"    {line}")

@@ -73,7 +73,7 @@ def command(source: Path, keep_default: bool, on_overflow: Any, ema: bool, confi
         recovering=not options["dry_run"],
     )
     run_planned(plan, request, options)
-    if plan is not None and not (options["quiet"] or options["as_json"]):
+    if plan is not None and plan.sets and not (options["quiet"] or options["as_json"]):
         _show_next(plan)
 
 

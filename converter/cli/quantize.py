@@ -70,7 +70,7 @@ def command(source: Path, include: tuple[str, ...], skip: tuple[str, ...], stric
     if is_shown:
         _show_parts(done, every=options["dry_run"] or options["verbose"])
     run_planned(done.plan, done.request, options, {"quantized": _as_json(done)})
-    if is_shown and done.plan is not None and not options["dry_run"]:
+    if is_shown and done.plan is not None and done.plan.sets and not options["dry_run"]:
         _show_hints(done)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from converter.doctor.checks import run_checks
 from converter.doctor.findings import SEVERITIES, Finding
 from converter.doctor.mend import Choices, Mending, plan_mending
-from converter.doctor.undo import keeping
+from converter.doctor.undo import check_left
 from converter.doctor.view import FolderView, look
 from converter.errors import LossyCast
 from converter.paths import path_of, refuse_cache
@@ -59,8 +59,8 @@ def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None
     refuse_cache(folder)
     if mending.plan is not None:
         try:
-            with keeping(folder, mending.plan):
-                run_plan(mending.plan, progress=progress, request=_request(folder))
+            check_left(folder)
+            run_plan(mending.plan, progress=progress, request=_request(folder), keep=True)
         except LossyCast as error:
             advice = "Make that variant with 'wconv recast' (--keep-fp32, --on-overflow), then mend the rest."
             raise LossyCast(error.where, error.problem, advice) from None

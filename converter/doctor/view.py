@@ -157,7 +157,7 @@ def look(path: Path) -> FolderView:
     """
     path = snapshot_of(path)
     if not path.exists():
-        raise BadFile(path, "does not exist", "Check the path.")
+        raise BadFile(path, "is a link to nothing" if path.is_symlink() else "does not exist", "Check the path.")
     if not path.is_dir():
         problem = "is a file" if path.is_file() else "is no folder"
         raise BadRequest(path, problem, "Name its folder; 'wconv inspect' shows a file.")

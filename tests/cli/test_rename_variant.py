@@ -126,7 +126,7 @@ def test_what_has_that_name_already_stays(wconv, tmp_path):
     save_variant(tmp_path)
     before = snapshot(tmp_path)
     outcome = wconv("rename-variant", tmp_path, "--from", "fp16", "--to", "fp16")
-    assert "Nothing to do" in outcome.stdout
+    assert "Up to date" in outcome.stdout
     assert snapshot(tmp_path) == before
 
 

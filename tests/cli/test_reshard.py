@@ -191,7 +191,7 @@ def test_what_is_cut_so_already_stays(wconv, tmp_path):
     save_safetensors_shards(STATE, tmp_path / "m")
     before = snapshot(tmp_path)
     outcome = wconv("reshard", tmp_path / "m", "--max-shard-size", "64", "--in-place")
-    assert "Nothing to do" in outcome.stdout
+    assert "Up to date" in outcome.stdout
     assert snapshot(tmp_path) == before
 
 

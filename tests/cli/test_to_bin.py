@@ -102,7 +102,7 @@ def test_recast_on_the_way(wconv, tmp_path):
 def test_what_is_in_bin_already_stays(wconv, tmp_path):
     save(STATE, tmp_path / "pytorch_model.bin")
     before = snapshot(tmp_path)
-    assert "Nothing to do" in wconv("to-bin", tmp_path).stdout
+    assert "Up to date" in wconv("to-bin", tmp_path).stdout
     assert snapshot(tmp_path) == before
 
 

@@ -672,8 +672,8 @@ def test_quiet_prints_nothing(args, name, wconv, tmp_path, monkeypatch):
 def test_what_is_in_safetensors_already_stays(wconv, tmp_path):
     source = save(STATE, tmp_path / "m" / "model.safetensors").parent
     before = snapshot(tmp_path)
-    assert "Nothing to do" in wconv("to-safetensors", source).stdout
-    assert "Nothing to do" in wconv("to-safetensors", source, "--delete-source").stdout
+    assert "Up to date" in wconv("to-safetensors", source).stdout
+    assert "Up to date" in wconv("to-safetensors", source, "--delete-source").stdout
     assert snapshot(tmp_path) == before
 
 
