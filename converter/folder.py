@@ -108,7 +108,10 @@ def _kind_of(component: Component) -> Kind:
 
 
 def _open_component(path: Path, name: str) -> Component:
-    return Component(name, path, find_weight_sets(path), read_json(path / "config.json"))
+    try:
+        return Component(name, path, find_weight_sets(path), read_json(path / "config.json"))
+    except OSError as error:
+        raise SystemRefused.from_os_error(error, error.filename or path) from None
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -217,7 +220,7 @@ def _walk(folder: ModelFolder, skip: Path | None, links: _Links) -> Iterator[Pat
         linked = {name for name in known if (here / name).is_symlink() or (here in behind and not links.are_followed)}
         folders[:] = [name for name in known if name not in linked or here / name in parts or links.enter(here / name)]
         if here in behind and links.are_followed:
-            links.pay(here, len(folders) + len(names))
+            links.pay(here, len(known) + len(names))
         behind.update(here / name for name in folders if name in linked or here in behind)
         yield from (here / name for name in (*(name for name in known if name not in folders), *sorted(names)))
 

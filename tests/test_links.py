@@ -494,16 +494,22 @@ def test_a_link_to_a_process_ends(tmp_path, wconv, monkeypatch):
 def test_a_folder_that_cannot_be_read_is_no_silence(name, tmp_path, monkeypatch):
     folder = save(STATE, tmp_path / "model" / "pytorch_model.bin").parent
     (folder / "sub" / "deep").mkdir(parents=True)
-    scandir = os.scandir
 
-    def refuse(path: Any = ".") -> Any:
-        if os.fspath(path) == str(folder / name):
-            raise PermissionError(13, "Permission denied", os.fspath(path))
-        return scandir(path)
+    def refusing(look: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(path: Any = ".") -> Any:
+            if os.fspath(path) == str(folder / name):
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return look(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(SystemRefused, match=f"{name}: permission denied"):
-        convert(folder, tmp_path / "out")
+        return refuse
+
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    monkeypatch.setattr(os, "listdir", refusing(os.listdir))
+    for made in ("plain", "pipeline"):
+        with pytest.raises(SystemRefused, match=f"{name}: permission denied"):
+            convert(folder, tmp_path / "out")
+        if made == "plain":
+            save_pipeline(folder)
     assert not (tmp_path / "out").exists()
 
 
