@@ -25,7 +25,7 @@ class Wishes:
     before others. ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file.
     ``key`` and ``strip_code`` are as in Reading, ``strip_prefix`` is taken off the names of tensors that have it.
     ``keep_fp32`` are regular expressions, searched in tensor names. ``in_place`` lets the output replace the very set
-    that is read.
+    that is read. ``follow_links`` takes along to a new folder what the source has as links to other places.
     """
 
     form: Format | None = "safetensors"
@@ -45,6 +45,7 @@ class Wishes:
     in_place: bool = False
     delete_source: bool = False
     force: bool = False
+    follow_links: bool = False
 
     def name_output(self, name: WeightsName) -> WeightsName:
         """Give the name under which a set of this name is written. Raises BadRequest for a tag that is none."""

@@ -20,6 +20,7 @@ from converter.errors import BadRequest
 from converter.folder import Component, open_folder
 from converter.int8 import dequantized, scales_in
 from converter.modules import find_linears
+from converter.paths import path_of
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.sources import SourceFiles, read_range
 from converter.stream import GATHER_NBYTES, PIECE_NBYTES
@@ -117,7 +118,7 @@ def verify(
     """
     differences: list[Difference] = []
     pairs: list[_Pair] = []
-    for component, left, right in _pair_sets(Path(a), Path(b), differences, quantized):
+    for component, left, right in _pair_sets(path_of(a), path_of(b), differences, quantized):
         pairs.extend(_pair_tensors(component, left, right, cast or quantized, differences))
     if quantized and not any(pair.b.scales for pair in pairs):
         raise BadRequest(b, "has no 8-bit weights that A has too", "Leave out --quantized.")

@@ -10,13 +10,14 @@ from pathlib import Path
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets, open_checkpoint, strip_prefix
 from converter.choose import Wishes, choose_sets
 from converter.errors import BadRequest, OutputRefused
-from converter.folder import Component, ModelFolder, find_rest, open_folder
+from converter.folder import Component, ModelFolder, find_rest, is_disguised, is_linked, open_folder
 from converter.formats.state_dict import Reading
 from converter.names import WeightsName, parse_name
+from converter.paths import check_places, path_of
 from converter.plan import Plan, Target, make_plan
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
 from converter.single_file import SingleFile
-from converter.staging import find_difference, find_strangers, open_target, recover
+from converter.staging import find_difference, find_strangers, open_target, recover, refuse_links
 
 Choose = Callable[[ModelFolder, Wishes], list[tuple[Component, WeightSet]]]
 Adapt = Callable[[Component, Checkpoint], Checkpoint]
@@ -35,6 +36,7 @@ def plan_conversion(
     """
     if wishes.in_place and output is not None:
         raise BadRequest(output, "is given, and --in-place too", "Choose one.")
+    check_places(source, output, wishes.delete_source)
     folder = open_folder(source)
     output, renamed = _split_output(folder, output, wishes)
     target = open_target(folder, output, wishes.overwrite)
@@ -52,13 +54,14 @@ def plan_conversion(
         component, checkpoint = checkpoints[0]
         weight_set = dataclasses.replace(checkpoint.weight_set, name=renamed)
         checkpoints = [(component, dataclasses.replace(checkpoint, weight_set=weight_set))]
-    carried, notes = _carry(folder, chosen, target) if elsewhere and folder.kind != "file" else ([], [])
+    carried, notes = _carry(folder, chosen, target, wishes) if elsewhere and folder.kind != "file" else ([], [])
     notes += find_strangers(folder.root, target.folder)
     existing = _find_existing(target, [component for component, _ in chosen])
     plan = make_plan(folder, checkpoints, target, wishes, existing, carried, notes)
     if not plan.sets:
         _refuse_beside(chosen, wishes)
-    return plan
+    refuse_links(plan)
+    return check_edited(plan) if elsewhere else plan
 
 
 def plan_single_file(opened: SingleFile, output: Path, wishes: Wishes, adapt: Adapt) -> Plan:
@@ -68,7 +71,19 @@ def plan_single_file(opened: SingleFile, output: Path, wishes: Wishes, adapt: Ad
     existing = _find_existing(target, opened.folder.components)
     notes = (*opened.notes, *find_strangers(opened.folder.root, target.folder))
     plan = make_plan(opened.folder, checkpoints, target, wishes, existing, notes=notes)
-    return dataclasses.replace(plan, carried=opened.carried, edited=(*plan.edited, *opened.edited))
+    plan = dataclasses.replace(plan, carried=opened.carried, edited=(*plan.edited, *opened.edited))
+    refuse_links(plan)
+    return plan
+
+
+def check_edited(plan: Plan) -> Plan:
+    """Give a plan for a new folder back; raise OutputRefused where a config to be edited lies elsewhere, by a link."""
+    root = plan.source.root
+    for name, _ in plan.edited:
+        if not plan.wishes.follow_links and (root / name).is_file() and is_linked(plan.source, root / name):
+            advice = "--follow-links takes what is in it along, with what changes."
+            raise OutputRefused(root / name, "is a link out of the folder, and would be written anew", advice)
+    return plan
 
 
 def convert(
@@ -87,7 +102,7 @@ def convert(
     All of the output is there afterwards, or nothing; the source is never changed unless ``wishes.delete_source`` says
     so, and then only after every value was compared. Raises WconvError.
     """
-    request, plan = prepare(Path(source), Path(output) if output is not None else None, wishes)
+    request, plan = prepare(path_of(source), path_of(output) if output is not None else None, wishes)
     if plan is None or not plan.sets:
         return Result(plan, 0.0)
     return run_plan(
@@ -106,6 +121,7 @@ def prepare(source: Path, output: Path | None, wishes: Wishes, recovering: bool 
 
     Without ``recovering`` (for a dry run), what such a run left is not touched.
     """
+    check_places(source, output, wishes.delete_source)
     request = request_of(source, output, wishes)
     folder = output or (source if source.is_dir() else source.parent)
     if recovering and recover(folder, request):
@@ -156,22 +172,27 @@ def _refuse_beside(chosen: Sequence[tuple[Component, WeightSet]], wishes: Wishes
 
 
 def _carry(
-    folder: ModelFolder, chosen: Sequence[tuple[Component, WeightSet]], target: Target
+    folder: ModelFolder, chosen: Sequence[tuple[Component, WeightSet]], target: Target, wishes: Wishes
 ) -> tuple[list[Path], list[str]]:
     """List what goes along to a new folder, and note what does not."""
     carried: list[Path] = []
     left: list[Path] = []
-    for path, is_weights in find_rest(folder, skip=target.folder):
-        (left if is_weights else carried).append(path)
+    linked: list[Path] = []
+    for path, is_weights, is_elsewhere in find_rest(folder, target.folder, wishes.follow_links):
+        (left if is_weights else linked if is_elsewhere else carried).append(path)
     names = {component.name for component, _ in chosen}
     for component in folder.components:
         for weight_set in component.weight_sets:
             paths = [weight_set.folder / name for name in weight_set.all_names]
             if component.name not in names:
-                carried.extend(paths)
+                hidden = [] if wishes.follow_links else [path for path in paths if is_disguised(folder, path)]
+                carried.extend(path for path in paths if path not in hidden)
+                linked.extend(hidden)
             elif not any(weight_set == found for _, found in chosen):
                 left.extend(paths)
-    notes = [f"not carried over: {path.relative_to(folder.root).as_posix()}" for path in sorted(left)]
+    why = "a link to what goes along already" if wishes.follow_links else "behind a link: --follow-links carries it"
+    reasons = {**dict.fromkeys(left, ""), **dict.fromkeys(linked, f" ({why})")}
+    notes = [f"not carried over: {path.relative_to(folder.root).as_posix()}{reasons[path]}" for path in sorted(reasons)]
     return sorted(carried), notes
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from converter.checkpoint import Checkpoint, WeightSet, rename_tensors
 from converter.choose import OnOverflow, Wishes, choose_sets
-from converter.conversion import plan_conversion, plan_single_file, request_of, unless_done
+from converter.conversion import check_edited, plan_conversion, plan_single_file, request_of, unless_done
 from converter.doctor.checks import run_checks
 from converter.doctor.findings import Finding
 from converter.doctor.loaders import COREML_VARIANT
@@ -22,6 +22,7 @@ from converter.doctor.view import look, read_json
 from converter.dtypes import BY_ALIAS
 from converter.errors import BadFile, BadRequest, Unsupported
 from converter.folder import Component, ModelFolder, render_json
+from converter.paths import check_places, snapshot_of
 from converter.plan import Plan
 from converter.single_file import open_single_file
 from converter.staging import recover
@@ -104,6 +105,7 @@ def prepare_coreml(
     *,
     ema: bool = False,
     config: Path | None = None,
+    follow_links: bool = False,
     recovering: bool = True,
 ) -> tuple[str, Plan | None]:
     """Name a request for ``run_plan`` and plan it; None for the plan if a killed run of it needed just finishing.
@@ -112,6 +114,9 @@ def prepare_coreml(
 
     Raises BadFile or Unsupported for what the script would miss, before anything is written.
     """
+    check_places(source, output)
+    source = snapshot_of(source)
+    config = config and snapshot_of(config)
     wishes = Wishes(
         every_variant=False,
         dtype=BY_ALIAS[COREML_VARIANT],
@@ -119,6 +124,7 @@ def prepare_coreml(
         max_shard_nbytes=math.inf,
         on_overflow=on_overflow,
         overwrite=overwrite,
+        follow_links=follow_links,
     )
     request = request_of(source, output, ("coreml", keep_default, ema, str(config), wishes))
     if recovering and recover(output, request):
@@ -135,7 +141,7 @@ def _plan(source: Path, output: Path, wishes: Wishes, keep_default: bool, ema: b
     if source.is_file():
         if config is not None:
             check_source(config, ())
-        opened = open_single_file(source, config, ema)
+        opened = open_single_file(source, config, ema, wishes.follow_links)
         plan = plan_single_file(opened, output, wishes, _adapt)
         default = plan_single_file(opened, output, plain, _adapt) if keep_default else None
     elif ema or config is not None:
@@ -173,7 +179,8 @@ def _with_old_classes(plan: Plan, source: Path) -> Plan:
     if edited == content:
         return plan
     carried = tuple(one for one in plan.carried if one[0] != "model_index.json")
-    return replace(plan, edited=(*plan.edited, ("model_index.json", render_json(edited))), carried=carried)
+    edits = (*plan.edited, ("model_index.json", render_json(edited)))
+    return check_edited(replace(plan, edited=edits, carried=carried))
 
 
 def _is_class(entry: object) -> bool:

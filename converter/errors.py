@@ -50,7 +50,7 @@ class Unsupported(WconvError):
 
 
 class OutputRefused(WconvError):
-    """The output exists, is the input, or is being written by another run."""
+    """The output exists, is the input, lies behind a link or in the Hub's cache, or is being written by another run."""
 
     exit_code = 5
 

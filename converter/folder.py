@@ -13,15 +13,20 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from converter.checkpoint import WeightSet, find_weight_set, find_weight_sets, is_weight_file
-from converter.errors import BadFile
+from converter.errors import BadFile, SystemRefused
+from converter.formats import could_be_weights
+from converter.paths import lies_outside, real, snapshot_of
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
 
 # Weights in forms of other runtimes: neither converted nor carried over.
 _OTHER_WEIGHTS = re.compile(r".*\.(onnx|onnx_data|pb|msgpack|h5|ot|gguf|ggml|flashpack|tflite|mlmodel)")
+# What runs of wconv leave when they are killed, or keep for an undo.
+_LEFT_BY_RUNS = re.compile(r"\.wconv.*|\..+\.wconv.*")
+_MAX_BEHIND_LINKS = 100_000  # entries; more than any model has, and listed in a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +72,20 @@ class ModelFolder:
     real: Path = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "real", self.root.resolve())
+        object.__setattr__(self, "real", real(self.root))
 
 
 def open_folder(path: Path) -> ModelFolder:
     """See what is at ``path``: a weight file, an index, or a folder of any known kind.
 
-    Raises BadFile where there are no weights.
+    A model's name in the Hub's cache stands for its snapshot. Raises BadFile where there are no weights.
     """
+    path = snapshot_of(path)
     if not path.exists():
-        raise BadFile(path, "does not exist", "Check the path.")
+        raise BadFile(path, "is a link to nothing" if path.is_symlink() else "does not exist", "Check the path.")
     if not path.is_dir():
+        if not path.is_file():
+            raise BadFile(path, "is no regular file", "Name a weight file or a folder.")
         weight_set = find_weight_set(path)
         component = Component("", path.parent, (weight_set,), read_json(path.parent / "config.json"))
         return ModelFolder(path, path.parent, "file", (component,))
@@ -107,7 +115,10 @@ def _kind_of(component: Component) -> Kind:
 
 
 def _open_component(path: Path, name: str) -> Component:
-    return Component(name, path, find_weight_sets(path), read_json(path / "config.json"))
+    try:
+        return Component(name, path, find_weight_sets(path), read_json(path / "config.json"))
+    except OSError as error:
+        raise SystemRefused.from_os_error(error, error.filename or path) from None
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -137,25 +148,92 @@ def render_json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def find_rest(folder: ModelFolder, skip: Path | None = None) -> Iterator[tuple[Path, bool]]:
-    """Walk all files but the components' own weights, ``skip`` and hidden folders left out.
+class Rest(NamedTuple):
+    """Something in a folder beside the components' own weights.
 
-    The flag says whether a file holds weights all the same (a checkpoint beside a pipeline, another runtime's form);
-    what does not goes along when the model goes elsewhere.
+    ``is_weights`` says whether it holds weights all the same: a checkpoint beside a pipeline, another runtime's form.
+    ``is_linked`` says that it lies behind a link, elsewhere, and so is not taken for a part of the model.
+    """
+
+    path: Path
+    is_weights: bool
+    is_linked: bool
+
+
+def find_rest(folder: ModelFolder, skip: Path | None = None, follow_links: bool = False) -> Iterator[Rest]:
+    """Walk all files but the components' own weights, ``skip``, hidden folders and what runs left, left out.
+
+    What is neither weights nor linked goes along when the model goes elsewhere. Folders that are links are not walked,
+    but for components, of which config.json goes along too; with ``follow_links`` they are, each but once, and nothing
+    counts as linked. Raises SystemRefused for a folder that cannot be read, BadFile where links lead to too much.
     """
     sets = (weight_set for component in folder.components for weight_set in component.weight_sets)
     own = {weight_set.folder / name for weight_set in sets for name in weight_set.all_names}
-    for top, folders, names in os.walk(folder.root, followlinks=True):
+    for path in _walk(folder, skip, _Links(follow_links)):
+        if path in own or _LEFT_BY_RUNS.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            yield Rest(path, False, True)
+        elif path.is_file():
+            is_weights = is_weight_file(path) or _OTHER_WEIGHTS.fullmatch(path.name) is not None
+            yield Rest(path, is_weights, not follow_links and is_linked(folder, path))
+
+
+def is_linked(folder: ModelFolder, path: Path) -> bool:
+    """Say whether a file that is no weight file, of a component's folder or any other, lies elsewhere by a link.
+
+    Of a component that lies elsewhere as a whole, config.json is a part of the model: it says how the weights are read.
+    """
+    of = [part.path for part in folder.components if path == part.path / "config.json" and part.path.is_symlink()]
+    return lies_outside(path, of[0] if of else folder.root)
+
+
+def is_disguised(folder: ModelFolder, path: Path) -> bool:
+    """Say whether a file of a weight set is a link to something that holds no weights, elsewhere."""
+    return not path.name.endswith(".json") and lies_outside(path, folder.root) and not could_be_weights(path)
+
+
+@dataclass(slots=True)
+class _Links:
+    """Which folders that are links are walked, and how much was found behind them."""
+
+    are_followed: bool
+    count: int = 0
+    seen: set[Path] = field(default_factory=set)
+
+    def enter(self, path: Path) -> bool:
+        """Say whether to walk a folder behind a link: none twice, and none that holds the link itself."""
+        place = real(path)
+        if not self.are_followed or place in self.seen or real(path.parent).is_relative_to(place):
+            return False
+        self.seen.add(place)
+        return True
+
+    def pay(self, path: Path, count: int) -> None:
+        """Count entries behind links. Raises BadFile for too many."""
+        self.count += count
+        if self.count > _MAX_BEHIND_LINKS:
+            problem = f"leads to more than {_MAX_BEHIND_LINKS:,} files and folders elsewhere"
+            raise BadFile(path, problem, "Leave --follow-links out, or remove the link.")
+
+
+def _walk(folder: ModelFolder, skip: Path | None, links: _Links) -> Iterator[Path]:
+    """Give all files, and the folders that are links and not walked, sorted in each folder."""
+    parts = {component.path for component in folder.components}
+    behind: set[Path] = set()
+    for top, folders, names in os.walk(folder.root, onerror=_refuse_unreadable, followlinks=True):
         here = Path(top)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith((".", "__pycache__")) and here / name != skip and not _is_loop(here, name)
-        )
-        for name in sorted(names):
-            path = here / name
-            if path not in own and path.is_file():
-                yield path, is_weight_file(path) or _OTHER_WEIGHTS.fullmatch(name) is not None
+        known = [name for name in sorted(folders) if not name.startswith((".", "__pycache__")) and here / name != skip]
+        linked = {name for name in known if (here / name).is_symlink() or (here in behind and not links.are_followed)}
+        folders[:] = [name for name in known if name not in linked or here / name in parts or links.enter(here / name)]
+        if here in behind and links.are_followed:
+            links.pay(here, len(known) + len(names))
+        behind.update(here / name for name in folders if name in linked or here in behind)
+        yield from (here / name for name in (*(name for name in known if name not in folders), *sorted(names)))
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise SystemRefused.from_os_error(error)
 
 
 def _nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -163,8 +241,3 @@ def _nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for value in config.values():
         if isinstance(value, dict):
             yield from _nested(value)
-
-
-def _is_loop(folder: Path, name: str) -> bool:
-    """Say whether an entry is a link back to its own folder, or to one above it."""
-    return (folder / name).is_symlink() and folder.resolve().is_relative_to((folder / name).resolve())

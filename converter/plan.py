@@ -21,6 +21,7 @@ from converter.folder import Component, ModelFolder, render_json
 from converter.formats import FORMATS
 from converter.index import WeightIndex
 from converter.names import Format, WeightsName
+from converter.paths import real
 from converter.rules import check_quantized, check_shard_count, choose_ties, find_kept, target_dtype, with_dtype
 from converter.tensors import TensorInfo
 
@@ -92,7 +93,7 @@ class Target:
     real: Path = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "real", self.folder.resolve())
+        object.__setattr__(self, "real", real(self.folder))
 
 
 @dataclass(frozen=True, slots=True)

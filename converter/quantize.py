@@ -17,13 +17,14 @@ from typing import Any
 
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets
 from converter.choose import Wishes, choose_sets
-from converter.conversion import plan_conversion, request_of, unless_done
+from converter.conversion import check_edited, plan_conversion, request_of, unless_done
 from converter.dtypes import RECAST_SOURCES
 from converter.errors import BadRequest, LossyCast, Unsupported
 from converter.folder import Component, ModelFolder, render_json
 from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
 from converter.modules import Linears, find_linears, is_skipped
 from converter.opening import open_regular
+from converter.paths import check_places, snapshot_of
 from converter.plan import Plan
 from converter.rules import default_tied
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
@@ -88,6 +89,8 @@ def prepare_quantized(
     own. Reads every weight once. Raises WconvError as the commands do, LossyCast where ``choice.strict`` has it so.
     """
     wishes = replace(wishes, form="safetensors", every_variant=False)
+    check_places(source, output)
+    source = snapshot_of(source)
     _check_paths(source, output)
     request = request_of(source, output, ("quantize", choice, wishes))
     if recovering and recover(output, request):
@@ -116,7 +119,7 @@ def prepare_quantized(
 
 
 def _check_paths(source: Path, output: Path) -> None:
-    files = [source] if source.is_file() else sorted(path for path in source.glob("*.gguf") if path.is_file())
+    files = [source] if source.is_file() else sorted(filter(Path.is_file, source.glob("*.gguf")))
     if files and _is_gguf(files[0]) and not (source.is_dir() and find_weight_sets(source)):
         advice = "Quantize the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
@@ -316,6 +319,8 @@ def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: 
     assert wishes.dtype is not None
     dtype = wishes.dtype
     wishes = replace(wishes, form="safetensors", every_variant=False)
+    check_places(source, output)
+    source = snapshot_of(source)
     _check_paths(source, output)
     request = request_of(source, output, ("dequantize", wishes))
     if recovering and recover(output, request):
@@ -360,4 +365,4 @@ def _with_configs(plan: Plan, configs: Mapping[str, dict[str, Any] | None]) -> P
             content["quantization_config"] = quantization
         edited[path] = render_json(content)
     carried = tuple(one for one in plan.carried if one[0] not in edited)
-    return replace(plan, edited=tuple(edited.items()), carried=carried)
+    return check_edited(replace(plan, edited=tuple(edited.items()), carried=carried))

@@ -12,14 +12,16 @@ from converter.errors import BadFile, BadRequest, OutputRefused
 from converter.folder import Component, open_folder
 from converter.index import WeightIndex, read_index
 from converter.names import WeightsName, check_variant
+from converter.paths import refuse_cache
 from converter.plan import Plan, SetPlan, Shard, Target
-from converter.staging import find_strangers, recover
+from converter.staging import find_strangers, recover, refuse_links
 
 
 def prepare_rename(
     source: Path, before: str, after: str, components: tuple[str, ...] = (), recovering: bool = True
 ) -> tuple[str, Plan | None]:
     """Name a request for ``run_plan`` and plan it; None for the plan if a killed run of it needed just finishing."""
+    refuse_cache(source)
     request = repr(("rename", str(source.absolute()), before, after, components))
     if recovering and recover(source if source.is_dir() else source.parent, request):
         return request, None
@@ -34,6 +36,7 @@ def plan_rename(source: Path, before: str, after: str, components: tuple[str, ..
     """
     old = None if before == "none" else before
     new = None if after == "none" else check_variant(after)
+    refuse_cache(source)
     folder = open_folder(source)
     sets: list[SetPlan] = []
     superseded: list[str] = []
@@ -51,7 +54,9 @@ def plan_rename(source: Path, before: str, after: str, components: tuple[str, ..
         raise BadRequest(folder.path, f"has no variant {before!r}", "'wconv inspect' lists what it has.")
     wishes = Wishes(form=None, in_place=True)
     target, notes = Target(folder.root, is_new=False), find_strangers(folder.root)
-    return Plan(folder, target, tuple(sets), superseded=tuple(superseded), notes=notes, wishes=wishes)
+    plan = Plan(folder, target, tuple(sets), superseded=tuple(superseded), notes=notes, wishes=wishes)
+    refuse_links(plan)
+    return plan
 
 
 def _plan_set(component: Component, weight_set: WeightSet, name: WeightsName) -> SetPlan | None:

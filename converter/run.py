@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import signal
 import time
 from collections import Counter, defaultdict
@@ -25,7 +24,9 @@ from zlib_ng.zlib_ng import crc32_combine
 
 from converter.errors import BadFile, LossyCast, WconvError
 from converter.formats import FORMATS, read_file
+from converter.local import Root
 from converter.opening import check_stamp, open_again, open_source
+from converter.paths import real
 from converter.plan import Plan, Shard, casts
 from converter.staging import Changes, Staging, check_room, open_staging
 from converter.stream import (
@@ -301,23 +302,22 @@ def _check_sources(plan: Plan) -> None:
 def _write_others(plan: Plan, staging: Staging) -> None:
     for shard in plan.shards:
         if shard.link is not None:
-            _link(shard.link, staging.path_of(shard.path))
+            _link(shard.link, shard.path, staging)
     for name, source in plan.carried:
-        with open_source(source) as opened:
-            staging.copy(name, opened.file)
-            check_stamp(source, opened.file, opened.stamp)
+        if source.parent == (plan.target.folder / name).parent:
+            _link(source, name, staging)  # what gets another name in its own folder is no copy: a link stays one
+        else:
+            with open_source(source) as opened:
+                staging.copy(name, opened.file)
+                check_stamp(source, opened.file, opened.stamp)
     for name, content in plan.texts:
         staging.put(name, content)
 
 
-def _link(source: Path, path: Path) -> None:
-    """Give a file a second name; where the disk has no such thing, copy it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    try:
-        os.link(source, path)
-    except OSError:
-        shutil.copyfile(source, path)
+def _link(source: Path, name: str, staging: Staging) -> None:
+    """Stage a second name of a file. A link is made again as it reads: it will be in the folder that it is in now."""
+    with Root(real(source.parent)) as root:
+        staging.link(name, root, source.name)
 
 
 def check_staged(shard: Shard, staging: Staging) -> None:

@@ -19,6 +19,7 @@ from converter.checkpoint import Checkpoint, WeightSet, open_checkpoint
 from converter.errors import BadFile, BadRequest, Unsupported
 from converter.folder import Component, ModelFolder, read_json, render_json
 from converter.names import WeightsName
+from converter.paths import lies_outside
 from converter.tensors import TensorInfo, turned
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -88,11 +89,14 @@ class SingleFile:
     notes: tuple[str, ...]
 
 
-def open_single_file(source: Path, config: Path | None = None, ema: bool = False) -> SingleFile:
+def open_single_file(
+    source: Path, config: Path | None = None, ema: bool = False, follow_links: bool = False
+) -> SingleFile:
     """Read a checkpoint's header and sort its tensors into parts; ``ema`` takes the UNet's averaged weights.
 
-    ``config`` is a pipeline folder, of which the weights are not looked at. Raises Unsupported for another model,
-    BadFile or BadRequest for a part that is missing or does not fit its config.
+    ``config`` is a pipeline folder, of which the weights are not looked at, nor what else in it lies elsewhere by links
+    unless ``follow_links``. Raises Unsupported for another model, BadFile or BadRequest for a part that is missing or
+    does not fit its config.
     """
     checkpoint = open_checkpoint(source)
     tensors = {info.name: info for info in checkpoint.tensors}
@@ -140,6 +144,8 @@ def open_single_file(source: Path, config: Path | None = None, ema: bool = False
     components = tuple(component for component, _ in parts)
     folder = ModelFolder(source, source.parent, "pipeline", components, index["_class_name"])
     carried = {name: path for name, path in _files_beside(root, index) if name not in edited}
+    linked = [] if follow_links else [name for name, path in carried.items() if lies_outside(path, root)]
+    notes += (f"not carried over: {carried.pop(name)} (behind a link: --follow-links carries it)" for name in linked)
     if config is None:
         edited.update(_tokenizer_files(index))
     return SingleFile(folder, tuple(parts), tuple(carried.items()), tuple(edited.items()), tuple(notes))
@@ -394,7 +400,7 @@ def _files_beside(root: Path, index: Mapping[str, Any]) -> Iterator[tuple[str, P
     for name, entry in index.items():
         if isinstance(entry, list) and entry[:1] != [None] and name.isidentifier() and (root / name).is_dir():
             for path in sorted((root / name).iterdir()):
-                if path.suffix in _CARRIED and ".index." not in path.name:
+                if path.suffix in _CARRIED and ".index." not in path.name and path.is_file():
                     yield f"{name}/{path.name}", path
 
 

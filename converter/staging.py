@@ -31,6 +31,7 @@ from converter.folder import ModelFolder
 from converter.kept import Keeper
 from converter.local import Root, plain_parts, write_all
 from converter.names import parse_name
+from converter.paths import is_dangling, real, refuse_linked
 from converter.plan import Plan, Target
 from converter.state import Notes, make_token
 
@@ -64,6 +65,21 @@ def open_target(folder: ModelFolder, output: Path | None, overwrite: bool) -> Ta
         if any(output.iterdir()) and not overwrite:
             raise OutputRefused(output, "exists and is not empty", "Name a new folder, or use --overwrite.")
     return Target(output, is_new=False)
+
+
+def refuse_links(plan: Plan) -> None:
+    """Raise OutputRefused for a plan that writes, renames or removes files in a folder that is a link.
+
+    And for one that writes where a link to nothing is, which no look at what is there has seen.
+    """
+    written = [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]
+    for name in (*plan.superseded, *written):
+        refuse_linked(plan.target.folder, name)
+    for name in () if plan.wishes.overwrite else written:
+        if name not in plan.superseded and is_dangling(plan.target.folder / name):
+            raise OutputRefused(plan.target.folder / name, "is a link to nothing", "Remove it, or use --overwrite.")
+    for path in plan.delete:
+        refuse_linked(plan.source.root, path.relative_to(plan.source.root).as_posix())
 
 
 @dataclass(frozen=True, slots=True)
@@ -490,7 +506,7 @@ def find_strangers(*folders: Path) -> tuple[str, ...]:
     """Say of each entry that looks like one of a run's, and is of no run of this user, that it is ignored."""
     found: dict[Path, None] = {}
     for folder in filter(Path.is_dir, folders):
-        run = _Run.read(Notes(folder.resolve()))
+        run = _Run.read(Notes(real(folder)))
         own = run.name if run else ""
         found |= dict.fromkeys(sorted(p for p in folder.iterdir() if _LIKE_MINE.fullmatch(p.name) and p.name != own))
     what = "is of no run of yours, and is ignored: remove it if nobody else is writing there"
@@ -526,7 +542,7 @@ def open_staging(target: Target) -> Iterator[Staging]:
 
 def recover(folder: Path, request: str) -> bool:
     """Finish a commit into ``folder`` that a killed run had begun; True if that run was for the same request."""
-    run = _Run.read(Notes(folder.resolve()))
+    run = _Run.read(Notes(real(folder)))
     if run is None or run.journal is None:
         return False
     with open_staging(Target(folder, run.is_new)) as staging:

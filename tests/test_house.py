@@ -28,6 +28,7 @@ LAYERS = (
     ("tensors",),
     ("opening",),
     ("names", "index", "keep_fp32"),
+    ("paths",),
     ("formats",),
     ("checkpoint",),
     ("folder",),

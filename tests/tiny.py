@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -140,6 +141,31 @@ def left_behind(folder: Path) -> list[str]:
 def names_in(folder: Path) -> list[str]:
     """List the files below a folder."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def link(path: Path, to: Path, how: str) -> None:
+    """Let ``path`` be a link to a file, in one of the layouts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if how == "hard":
+        os.link(to, path)
+    elif how == "absolute":
+        path.symlink_to(to)
+    elif how == "relative":
+        path.symlink_to(os.path.relpath(to, path.parent))
+    else:
+        between = to.parent.parent / "between" / to.name
+        link(between, to, "absolute")
+        link(path, between, "relative")
+
+
+def put_behind(folder: Path, store: Path, how: str) -> Path:
+    """Move all files of a folder into a store, and leave links to them; give the folder."""
+    store.mkdir(parents=True)
+    for number, path in enumerate(sorted(folder.rglob("*"))):
+        if path.is_file():
+            kept = path.rename(store / f"{number:064x}")
+            link(path, kept, how)
+    return folder
 
 
 def rezip(

@@ -7,15 +7,23 @@ from typing import Any
 
 import click
 
-from converter.cli.options import FULL_TARGETS, DTypeName, some_conversion_options, source_arg
+from converter.cli.options import FULL_TARGETS, DTypeName, PlaceType, some_conversion_options, source_arg
 
 
 @click.command("dequantize", short_help="Write an 8-bit model in fp16, bf16 or fp32 again.")
 @source_arg
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", required=True, help="The new folder.")
+@click.option("-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder.")
 @click.option("--dtype", type=DTypeName(FULL_TARGETS), metavar="DTYPE", required=True, help="fp32, bf16 or fp16.")
 @some_conversion_options(
-    "from-variant", "component", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "verify", "dry-run"
+    "from-variant",
+    "component",
+    "max-shard-size",
+    "keep-fp32",
+    "on-overflow",
+    "overwrite",
+    "follow-links",
+    "verify",
+    "dry-run",
 )
 def command(source: Path, **options: Any) -> None:
     """Write the 8-bit modules of SRC (LLM.int8 of bitsandbytes) as numbers again, and the rest in the same dtype.

@@ -55,12 +55,15 @@ def command(
     from converter.cli.output import echo, printable, show_bytes, show_json
     from converter.doctor import diagnose, finish_mending
     from converter.doctor.mend import Choices, Keep
+    from converter.paths import refuse_cache
 
     choices = Choices(keep_default, only_variant, make_variant, cast("Keep | None", keep))
     if sum((fix, undo, purge)) > 1:
         raise click.UsageError("Choose one of --fix, --undo and --purge.")
     if not fix and (choices != Choices() or dry_run):
         raise click.UsageError("That goes with --fix.")
+    if fix or undo or purge:
+        refuse_cache(source)
     if undo or purge:
         from converter.doctor.undo import purge as purge_kept
         from converter.doctor.undo import undo as put_back
@@ -83,7 +86,7 @@ def command(
             found = diagnose(source, deep=deep)
     listing = mending.after if mending and dry_run else None
     predicted = _predictions(listing, found, loader, variant, always=mending is not None)
-    lacks = _lacks(source, found) if loader == "coreml" else []
+    lacks = _lacks(found.view.path, found) if loader == "coreml" else []
     if as_json:
         content["loads"] = [_loads_as_json(one) for one in predicted]
         content["lacks"] = [{"path": str(lack.path), "problem": lack.problem, "advice": lack.advice} for lack in lacks]
@@ -93,7 +96,8 @@ def command(
             _show(found, verbose)
         _show_predictions(predicted, listing is not None)
         for lack in lacks:
-            echo(printable(f"    lacks {lack.path.relative_to(source).as_posix()}: {lack.problem}. {lack.advice}"))
+            where = lack.path.relative_to(found.view.path).as_posix()
+            echo(printable(f"    lacks {where}: {lack.problem}. {lack.advice}"))
     ready = not lacks and all(one.works for one in predicted)
     return 0 if found.is_healthy and (ready or loader != "coreml") else 1
 

@@ -91,11 +91,11 @@ def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) 
 def _describe_rest(folder: ModelFolder) -> dict[str, list[str]]:
     from converter.folder import find_rest
 
-    rest: dict[str, list[str]] = {"not_weights": [], "other_weights": []}
+    rest: dict[str, list[str]] = {"not_weights": [], "other_weights": [], "linked": []}
     if folder.kind != "file":
-        for path, is_weights in find_rest(folder):
+        for path, is_weights, is_linked in find_rest(folder):
             name = path.relative_to(folder.root).as_posix()
-            rest["other_weights" if is_weights else "not_weights"].append(name)
+            rest["other_weights" if is_weights else "linked" if is_linked else "not_weights"].append(name)
     return rest
 
 
@@ -126,6 +126,8 @@ def _show(content: dict[str, Any]) -> None:
         echo(printable(f"other weights: {', '.join(content['other_weights'])}"))
     if content["not_weights"]:
         echo(printable(f"not weights: {', '.join(content['not_weights'])}"))
+    if content["linked"]:
+        echo(printable(f"links to other places: {', '.join(content['linked'])}"))
     for found in content["weight_sets"]:
         if "all_tensors" in found:
             echo(printable(f"\n{found['component'] or '.'} {found['weights']} {found['variant'] or ''}").rstrip())

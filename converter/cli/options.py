@@ -73,10 +73,22 @@ class DTypeName(click.ParamType[DType]):
         return dtype
 
 
+class PlaceType(click.Path):
+    """A file or folder; the empty text that a variable holds if it is unset is none, and least the current folder."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(path_type=Path, **how)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("An empty text is no path; the current folder is '.'.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 FULL_TARGETS = ("fp32", "bf16", "fp16")
 """The dtypes that a model runs in."""
 
-source_arg = click.argument("source", metavar="[SRC]", default=".", type=click.Path(path_type=Path))
+source_arg = click.argument("source", metavar="[SRC]", default=".", type=PlaceType())
 
 _RUN_OPTIONS = (
     click.option(
@@ -100,7 +112,7 @@ _CONVERSION_OPTIONS = {
     "output": click.option(
         "-o",
         "--output",
-        type=click.Path(path_type=Path),
+        type=PlaceType(),
         metavar="OUT",
         help="Write to this new folder (or file) instead of beside the source.",
     ),
@@ -158,6 +170,9 @@ _CONVERSION_OPTIONS = {
     "overwrite": click.option("--overwrite", is_flag=True, help="Replace output that is there."),
     "delete-source": click.option(
         "--delete-source", is_flag=True, help="Remove the converted files once every value was compared."
+    ),
+    "follow-links": click.option(
+        "--follow-links", is_flag=True, help="With -o: carry over what SRC has as links to other places, too."
     ),
     "verify": click.option(
         "--verify", is_flag=True, help="Read the output back and compare every value before publishing it."

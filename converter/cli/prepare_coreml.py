@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import output_options, run_options, source_arg
+from converter.cli.options import PlaceType, output_options, run_options, source_arg
 
 if TYPE_CHECKING:
     from converter.plan import Plan
@@ -23,11 +23,11 @@ _MEMORY_SHARE = 4
 
 @click.command("prepare-coreml", short_help="Make a pipeline ready for conversion to Core ML.")
 @source_arg
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", required=True, help="The new folder.")
+@click.option("-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder.")
 @click.option("--ema", is_flag=True, help="Of a single file, take the UNet's averaged weights.")
 @click.option(
     "--config",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=PlaceType(exists=True, file_okay=False),
     metavar="DIR",
     help="For a single file: a pipeline folder to take configs, tokenizer and scheduler from.",
 )
@@ -40,6 +40,7 @@ _MEMORY_SHARE = 4
     help="What becomes of values that fp16 cannot hold.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace output that is there.")
+@click.option("--follow-links", is_flag=True, help="Carry over what SRC has as links to other places, too.")
 @click.option("--verify", is_flag=True, help="Read the output back and compare every value before publishing it.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
 @run_options
@@ -68,6 +69,7 @@ def command(source: Path, keep_default: bool, on_overflow: Any, ema: bool, confi
         options["overwrite"],
         ema=ema,
         config=config,
+        follow_links=options["follow_links"],
         recovering=not options["dry_run"],
     )
     run_planned(plan, request, options)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import FULL_TARGETS, DTypeName, some_conversion_options, source_arg
+from converter.cli.options import FULL_TARGETS, DTypeName, PlaceType, some_conversion_options, source_arg
 
 if TYPE_CHECKING:
     from converter.quantize import Quantization
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.command("quantize", short_help="Write a model in 8 bits, as bitsandbytes loads it.")
 @source_arg
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", required=True, help="The new folder.")
+@click.option("-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder.")
 @click.option("--scheme", type=click.Choice(["int8"]), default="int8", show_default=True, help="LLM.int8.")
 @click.option(
     "--include", multiple=True, metavar="REGEX", help="Quantize only linear modules of these names; repeatable."
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     help="Cast what stays: fp32, bf16 or fp16 (default: as it is).",
 )
 @click.option("--strict", is_flag=True, help="Refuse a model with weights that float16 cannot hold.")
-@some_conversion_options("from-variant", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "verify", "dry-run")
+@some_conversion_options(
+    "from-variant", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "follow-links", "verify", "dry-run"
+)
 def command(source: Path, include: tuple[str, ...], skip: tuple[str, ...], strict: bool, **options: Any) -> None:
     """Write the linear modules of SRC, a model's or a pipeline's folder, in 8 bits: LLM.int8 of bitsandbytes.
 

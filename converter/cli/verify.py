@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import output_options, run_options
+from converter.cli.options import PlaceType, output_options, run_options
 
 if TYPE_CHECKING:
     from converter.compare import Comparison
@@ -25,8 +25,8 @@ _WHAT = {
 
 
 @click.command("verify", short_help="Compare two files or folders of weights, value by value.")
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=PlaceType())
+@click.argument("b", type=PlaceType())
 @click.option("--cast", is_flag=True, help="Allow another dtype in B, if its values are those of A, rounded.")
 @click.option(
     "--quantized", is_flag=True, help="Allow 8 bits in B, as 'wconv quantize' writes them, and show the errors."

@@ -11,6 +11,7 @@ from converter.doctor.mend import Choices, Mending, plan_mending
 from converter.doctor.undo import check_left
 from converter.doctor.view import FolderView, look
 from converter.errors import LossyCast
+from converter.paths import path_of, refuse_cache
 from converter.run import Progress, run_plan
 from converter.staging import recover
 
@@ -39,7 +40,7 @@ def diagnose(path: Path | str, *, deep: bool = False) -> Diagnosis:
     ``deep`` reads all values too, and holds shapes against the model's class, where its library is installed. Raises
     BadFile for a folder without weights, BadRequest for what is no folder.
     """
-    view = look(Path(path))
+    view = look(path_of(path))
     found = run_checks(view)
     if deep:
         from converter.doctor.deep import run_deep_checks
@@ -51,11 +52,11 @@ def diagnose(path: Path | str, *, deep: bool = False) -> Diagnosis:
 def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None) -> str:
     """Carry out what was planned, in one transaction; what it replaces is kept, for ``undo``.
 
-    Gives what could not be cleared up, in words.
-
-    Raises LossyCast where a variant to be made cannot hold the values, and what ``run_plan`` raises.
+    Gives what could not be cleared up, in words. Raises LossyCast where a variant to be made cannot hold the values,
+    OutputRefused for a folder in the Hub's cache, and what ``run_plan`` raises.
     """
-    folder = Path(path)
+    folder = path_of(path)
+    refuse_cache(folder)
     if mending.plan is not None:
         try:
             check_left(folder)
@@ -68,6 +69,7 @@ def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None
 
 def finish_mending(path: Path | str) -> bool:
     """Finish what a killed run of ``mend`` had begun to publish; True if there was such a thing."""
+    refuse_cache(path_of(path))
     return recover(Path(path), _request(Path(path)))
 
 

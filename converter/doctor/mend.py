@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ from converter.names import WeightsName, check_variant, parse_name
 from converter.plan import Plan, SetPlan, Target, make_plan
 from converter.rename import link_shards
 from converter.rules import find_old_attention, with_dtype
+from converter.staging import refuse_links
 
 Keep = Literal["single", "shards", "safetensors", "bin"]
 
@@ -350,7 +352,7 @@ def _build_plan(view: FolderView, parts: list[_Part]) -> Plan | None:
             if not goal.is_new:
                 superseded += (_relative(part.view, name) for name in goal.source.all_names)
     for name in texts:
-        superseded += [name] if (view.path / name).exists() else []
+        superseded += [name] if os.path.lexists(view.path / name) else []
     for described, dtype in _new_dtypes(view):
         path = _relative(described, "config.json")
         texts[path] = render_json(with_dtype(described.component.config, dtype))
@@ -359,7 +361,7 @@ def _build_plan(view: FolderView, parts: list[_Part]) -> Plan | None:
     superseded += renamed
     if not sets and not texts and not superseded:
         return None
-    return Plan(
+    plan = Plan(
         source=folder,
         target=target,
         sets=tuple(sets),
@@ -368,6 +370,8 @@ def _build_plan(view: FolderView, parts: list[_Part]) -> Plan | None:
         superseded=tuple(dict.fromkeys(superseded)),
         wishes=Wishes(form=None, in_place=True),
     )
+    refuse_links(plan)
+    return plan
 
 
 def _renamed(view: FolderView) -> list[str]:

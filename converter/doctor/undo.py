@@ -9,6 +9,7 @@ from typing import NamedTuple
 from converter.errors import BadRequest, SystemRefused
 from converter.kept import UNDO_FOLDER, Keeper, Kept
 from converter.local import Root
+from converter.paths import real
 from converter.plan import Target
 from converter.staging import Changes, Staging, is_index, open_staging, recover
 from converter.state import Notes
@@ -58,7 +59,7 @@ def _stage(keeper: Keeper, kept: Kept, staging: Staging) -> Changes:
 
 def check_left(folder: Path) -> None:
     """Raise OutputRefused for a folder that has changed since it was mended before, BadFile for what is kept of it."""
-    with Keeper(Notes(folder.resolve())) as keeper:
+    with Keeper(Notes(real(folder))) as keeper:
         kept = keeper.read()
         if kept is not None:
             keeper.check(kept)
@@ -67,7 +68,7 @@ def check_left(folder: Path) -> None:
 def purge(folder: Path) -> Undone:
     """Remove what is kept of a folder. Raises BadRequest where there is nothing."""
     recover(folder, "")
-    notes = Notes(folder.resolve())
+    notes = Notes(real(folder))
     try:
         with notes.locked(), Keeper(notes) as keeper:
             kept = keeper.read()
@@ -87,7 +88,7 @@ def _nbytes(root: Root, name: str) -> int:
 
 
 def _nothing_kept(folder: Path) -> str:
-    place = folder.resolve().parent / UNDO_FOLDER
+    place = real(folder).parent / UNDO_FOLDER
     if place.exists():
         return f"{place} is of no mending of yours here, and is ignored."
     return f"'wconv doctor --fix' keeps what it changes in {UNDO_FOLDER}/."

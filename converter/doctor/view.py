@@ -24,6 +24,7 @@ from converter.formats import read_file
 from converter.formats.state_dict import Reading
 from converter.index import WeightIndex, read_index
 from converter.names import ParsedName, WeightsName, parse_name
+from converter.paths import snapshot_of
 
 LENIENT = Reading(strip_code=True, lenient=True)
 # What downloaders call a file that they have not finished.
@@ -150,11 +151,16 @@ class FolderView:
 
 
 def look(path: Path) -> FolderView:
-    """See what is in a folder. Raises BadRequest for what is no folder, BadFile for one that holds no weights."""
+    """See what is in a folder. Raises BadRequest for what is no folder, BadFile for one that holds no weights.
+
+    A model's name in the Hub's cache stands for its snapshot.
+    """
+    path = snapshot_of(path)
     if not path.exists():
-        raise BadFile(path, "does not exist", "Check the path.")
+        raise BadFile(path, "is a link to nothing" if path.is_symlink() else "does not exist", "Check the path.")
     if not path.is_dir():
-        raise BadRequest(path, "is a file", "Name its folder; 'wconv inspect' shows a file.")
+        problem = "is a file" if path.is_file() else "is no folder"
+        raise BadRequest(path, problem, "Name its folder; 'wconv inspect' shows a file.")
     model_index, error = read_json(path / "model_index.json")
     errors: tuple[tuple[Path, str], ...] = ((path / "model_index.json", error),) if error else ()
     if not (path / "model_index.json").is_file():
@@ -230,7 +236,9 @@ def _look_at(path: Path, name: str, entry: Any, is_named: bool = True) -> Compon
     parsed: dict[str, ParsedName] = {}
     broken: dict[str, FileView] = {}
     with os.scandir(path) as entries:
-        kinds = sorted((item.name, item.is_file(), item.is_symlink()) for item in entries if item.name[:1] != ".")
+        kinds = sorted(
+            (item.name, _is_file(path / item.name), item.is_symlink()) for item in entries if item.name[:1] != "."
+        )
     for entry_name, is_file, is_link in kinds:
         (files if is_file else others).append(entry_name)
         found = parse_name(entry_name)
