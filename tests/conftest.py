@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Machines that run tests are slow now and then.
-settings.register_profile("wconv", deadline=None)
+settings.register_profile("wconv", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("wconv")
 
 
