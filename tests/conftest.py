@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import json
 import os
 import shutil
 import signal
@@ -40,6 +41,17 @@ def no_fsync() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: None)
         yield
+
+
+@pytest.fixture
+def asked_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask the libraries in this process, which has them loaded: what a child does is for test_ask.py."""
+    from converter import ask, asked
+
+    def answer(request: str) -> Any:
+        return ask.checked(json.dumps(asked.answer_to(json.loads(request))).encode())
+
+    monkeypatch.setattr(ask, "_ask", answer)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,8 @@ from converter.doctor.loaders import Prediction, list_folder, predict
 from converter.dtypes import DTYPES
 
 Break = Callable[[Path], None]
+pytestmark = pytest.mark.usefixtures("asked_here")
+
 STEM = "diffusion_pytorch_model"
 
 
