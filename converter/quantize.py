@@ -247,11 +247,11 @@ def _choose_modules(
     if unnamed and not choice.include and (linears.weights or not choice.skip):
         library = "diffusers" if component.is_diffusers else "transformers"
         kind = component.class_name or "model of no known class"
-        raise Unsupported(
-            path,
-            f"is a {kind}, and whether {unnamed[0]!r} is linear is not known",
-            f"Install torch and {library}, or name the linear modules with --include, or all others with --skip.",
-        )
+        known = f"is a {kind}, and whether {unnamed[0]!r} is linear is not known"
+        names = "ame the linear modules with --include, or all others with --skip."
+        if linears.cause:
+            raise Unsupported(path, f"{known}: config.json {linears.cause}", f"N{names}")
+        raise Unsupported(path, known, f"Install torch and {library}, or n{names}")
     for module, name in {**linears.weights, **linears.unknown}.items():
         included, excluded = is_included(module), is_excluded(module)
         if included and excluded:

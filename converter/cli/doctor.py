@@ -140,6 +140,7 @@ def _ask(found: Diagnosis, choices: Choices) -> Choices:
     """Ask on a terminal where there are several ways, and none was chosen."""
     from dataclasses import replace
 
+    from converter.cli.output import printable
     from converter.doctor.mend import Keep
 
     codes = {finding.code for finding in found.findings}
@@ -149,14 +150,14 @@ def _ask(found: Diagnosis, choices: Choices) -> Choices:
         answer = click.prompt(question, type=click.Choice([*ways, "neither"]), default="neither", err=True)
         choices = replace(choices, keep=None if answer == "neither" else answer)
     if codes & {"variant-single", "variant-partial"} and not (choices.keep_default or choices.only_variant):
-        tags = [tag for tag in found.view.variants if tag]
+        tags = {printable(tag): tag for tag in found.view.variants if tag}
         ways = ("add", "default", *tags)
         question = "Untagged weights and variants do not fit: add what is missing, or keep just one?"
         answer = click.prompt(question, type=click.Choice(ways), default="add", err=True)
         if answer == "default":
             choices = replace(choices, keep_default=True)
         elif answer in tags:
-            choices = replace(choices, only_variant=answer)
+            choices = replace(choices, only_variant=tags[answer])
     return choices
 
 
