@@ -121,8 +121,11 @@ def run_plan(
                 check_staged(shard, staging)
         if verify:
             tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, staging))
+        _write_others(plan, staging)
         _check_sources(plan)
-        _write_others(plan, staging)  # only now: a second name changes what a file's stamp says
+        for name, source in _second_names(plan):  # only now: they change what a file's stamp says
+            with Root(real(source.parent)) as root:
+                staging.link(name, root, source.name)
         staging.commit(Changes.of(plan, keep), request)
     return Result(plan, time.perf_counter() - begun, reused, verify, staging.left_over)
 
@@ -300,13 +303,9 @@ def _check_sources(plan: Plan) -> None:
 
 
 def _write_others(plan: Plan, staging: Staging) -> None:
-    for shard in plan.shards:
-        if shard.link is not None:
-            _link(shard.link, shard.path, staging)
+    renamed = {name for name, _ in _second_names(plan)}
     for name, source in plan.carried:
-        if source.parent == (plan.target.folder / name).parent:
-            _link(source, name, staging)  # what gets another name in its own folder is no copy: a link stays one
-        else:
+        if name not in renamed:
             with open_source(source) as opened:
                 staging.copy(name, opened.file)
                 check_stamp(source, opened.file, opened.stamp)
@@ -314,10 +313,13 @@ def _write_others(plan: Plan, staging: Staging) -> None:
         staging.put(name, content)
 
 
-def _link(source: Path, name: str, staging: Staging) -> None:
-    """Stage a second name of a file. A link is made again as it reads: it will be in the folder that it is in now."""
-    with Root(real(source.parent)) as root:
-        staging.link(name, root, source.name)
+def _second_names(plan: Plan) -> list[tuple[str, Path]]:
+    """Give the files that keep their content and get another name, or the same, in the folder that they are in.
+
+    A link among them is made again as it reads.
+    """
+    names = [(shard.path, shard.link) for shard in plan.shards if shard.link is not None]
+    return names + [one for one in plan.carried if one[1].parent == (plan.target.folder / one[0]).parent]
 
 
 def check_staged(shard: Shard, staging: Staging) -> None:

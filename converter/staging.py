@@ -264,6 +264,12 @@ class Staging:
             if not stat.S_ISDIR(found.st_mode) and name.removeprefix(self._run.staged() + "/") not in names:
                 self.root.remove(name)
 
+    def drop_second_names(self) -> None:
+        """Remove what an earlier run staged by a second name of a file, which changes what its stamp says."""
+        for name, found in list(self.root.walk(self._run.staged())):
+            if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+                self.root.remove(name)
+
     def prepare(self, name: str, header: bytes, nbytes: int) -> None:
         """Make a file of its final size that begins with a header; what an earlier run left of it stays in it."""
         staged = self._make_way(name)
@@ -543,9 +549,12 @@ def open_staging(target: Target) -> Iterator[Staging]:
 def recover(folder: Path, request: str) -> bool:
     """Finish a commit into ``folder`` that a killed run had begun; True if that run was for the same request."""
     run = _Run.read(Notes(real(folder)))
-    if run is None or run.journal is None:
+    if run is None:
         return False
     with open_staging(Target(folder, run.is_new)) as staging:
+        if run.journal is None:
+            staging.drop_second_names()
+            return False
         staging.remove()
     if staging.left_over:
         raise SystemRefused(folder, f"is finished, but {staging.left_over}")
