@@ -17,7 +17,7 @@ from converter.paths import check_places, path_of
 from converter.plan import Plan, Target, make_plan
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
 from converter.single_file import SingleFile
-from converter.staging import find_difference, open_target, recover, refuse_links
+from converter.staging import find_difference, find_strangers, open_target, recover, refuse_links
 
 Choose = Callable[[ModelFolder, Wishes], list[tuple[Component, WeightSet]]]
 Adapt = Callable[[Component, Checkpoint], Checkpoint]
@@ -55,6 +55,7 @@ def plan_conversion(
         weight_set = dataclasses.replace(checkpoint.weight_set, name=renamed)
         checkpoints = [(component, dataclasses.replace(checkpoint, weight_set=weight_set))]
     carried, notes = _carry(folder, chosen, target, wishes) if elsewhere and folder.kind != "file" else ([], [])
+    notes += find_strangers(folder.root, target.folder)
     existing = _find_existing(target, [component for component, _ in chosen])
     plan = make_plan(folder, checkpoints, target, wishes, existing, carried, notes)
     if not plan.sets:
@@ -68,7 +69,8 @@ def plan_single_file(opened: SingleFile, output: Path, wishes: Wishes, adapt: Ad
     target = open_target(opened.folder, output, wishes.overwrite)
     checkpoints = [(component, adapt(component, checkpoint)) for component, checkpoint in opened.checkpoints]
     existing = _find_existing(target, opened.folder.components)
-    plan = make_plan(opened.folder, checkpoints, target, wishes, existing, notes=opened.notes)
+    notes = (*opened.notes, *find_strangers(opened.folder.root, target.folder))
+    plan = make_plan(opened.folder, checkpoints, target, wishes, existing, notes=notes)
     plan = dataclasses.replace(plan, carried=opened.carried, edited=(*plan.edited, *opened.edited))
     refuse_links(plan)
     return plan

@@ -59,13 +59,20 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A folder of weights, or one set in it (``kind`` is then ``file`` and ``path`` what was named)."""
+    """A folder of weights, or one set in it (``kind`` is then ``file`` and ``path`` what was named).
+
+    ``real`` is the real path of ``root`` when it was looked at.
+    """
 
     path: Path
     root: Path
     kind: Kind
     components: tuple[Component, ...]
     class_name: str = ""
+    real: Path = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "real", real(self.root))
 
 
 def open_folder(path: Path) -> ModelFolder:

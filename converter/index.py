@@ -15,6 +15,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from converter.errors import BadFile
+from converter.opening import open_regular
 
 MAX_INDEX_NBYTES = 100_000_000  # as much as a safetensors header may take: the index repeats what the headers name
 
@@ -56,10 +57,13 @@ def parse_index(raw: bytes, path: Path) -> WeightIndex:
 
 def read_index(path: Path) -> WeightIndex:
     """Open and parse the index at ``path``."""
-    nbytes = path.stat().st_size
-    if nbytes > MAX_INDEX_NBYTES:
-        raise BadFile(path, f"is {nbytes:,} bytes long, too long for an index")
-    return parse_index(path.read_bytes(), path)
+    with open_regular(path) as file:
+        nbytes = file.seek(0, 2)
+        if nbytes > MAX_INDEX_NBYTES:
+            raise BadFile(path, f"is {nbytes:,} bytes long, too long for an index")
+        file.seek(0)
+        raw = file.read(nbytes)
+    return parse_index(raw, path)
 
 
 def _check_type(value: object) -> str | None:

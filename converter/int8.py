@@ -115,7 +115,7 @@ def quantized(weight: TensorInfo, scales: bytes) -> tuple[TensorInfo, TensorInfo
 
 def _made(weight: TensorInfo, name: str, dtype: DType, shape: tuple[int, ...], content: bytes) -> TensorInfo:
     storage = weight.storage._replace(offset=0, nbytes=len(content), crc32=None, packed_nbytes=None, swap=1)
-    storage = storage._replace(content=content)
+    storage = storage._replace(content=content, stamp=None)
     return TensorInfo(name, dtype, shape, storage, 0, contiguous_strides(shape), target=dtype)
 
 

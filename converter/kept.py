@@ -7,9 +7,9 @@ touched again, neither mended nor put back; so nothing is overwritten that is ke
 
 from __future__ import annotations
 
+import errno
 import stat
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
 from converter.errors import BadFile, OutputRefused
@@ -165,8 +165,11 @@ class Keeper:
             return
         self.notes.write("undo", asdict(Kept(kept.token)))
         self.beside.remove_tree(self.place(kept))
-        with suppress(OSError):
-            self.beside.remove_folder(UNDO_FOLDER)  # unless another folder's files are in it
+        try:
+            self.beside.remove_folder(UNDO_FOLDER)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOTDIR):  # another folder's files, or what is not ours
+                raise
         self.notes.remove("undo")
 
 

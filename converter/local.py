@@ -24,14 +24,19 @@ _WAY = _FOLDER | getattr(os, "O_PATH", os.O_RDONLY)
 _BINARY = getattr(os, "O_BINARY", 0)
 # Some network and FUSE disks cannot sync a folder, and say so in one of these ways.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES if os.name == "nt" else errno.EINVAL)
+_CANNOT_SHARE = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
+_SHARE_NBYTES = 1 << 30
 _COPY_NBYTES = 1 << 20
 
 
 class Root:
-    """A folder held open, by its real path; use it as a context. What a step raises is an OSError with a full path."""
+    """A folder held open, by its real path; use it as a context. What a step raises is an OSError with a full path.
+
+    Raises OSError where a part of the path is a link.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        self.path = path
         self._handle = _open_way(self.path) if _HAS_HANDLES else -1
 
     def __enter__(self) -> Root:
@@ -146,9 +151,8 @@ class Root:
         """Copy a file that is no link, with its times; the copy is on the disk when it has its name."""
         beside = f"{new}.{secrets.token_hex(8)}"
         try:
-            with self._open(name, os.O_RDONLY) as source, to._open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as out:
-                while chunk := os.read(source, _COPY_NBYTES):
-                    _write_all(out, chunk)
+            with self.open(name, os.O_RDONLY) as source, to.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as out:
+                _copy_bytes(source, out)
                 found = os.fstat(source)
                 if os.utime in os.supports_fd:
                     os.utime(out, ns=(found.st_atime_ns, found.st_mtime_ns))
@@ -159,9 +163,25 @@ class Root:
                 to.remove(beside)
             raise
 
+    def take(self, source: int, name: str) -> None:
+        """Copy what an open file holds, and who may read it; a file that has the name goes."""
+        self.remove(name)
+        found = os.fstat(source)
+        with self.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as out:
+            if found.st_size:  # files of /proc say that they are empty, and some of them have no end
+                _copy_bytes(source, out)
+            if os.chmod in os.supports_fd:
+                os.chmod(out, stat.S_IMODE(found.st_mode) & 0o777)  # noqa: PTH101
+
+    def put(self, name: str, raw: bytes) -> None:
+        """Write a small file; one that has the name goes."""
+        self.remove(name)
+        with self.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
+            write_all(file, raw)
+
     def read(self, name: str, max_nbytes: int) -> bytes:
         """Give what a file of this user holds. Raises OSError for one that is no plain file of theirs, or too long."""
-        with self._open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)) as file:
+        with self.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)) as file:
             found = os.fstat(file)
             is_mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
             if not stat.S_ISREG(found.st_mode) or not is_mine or found.st_size > max_nbytes:
@@ -172,11 +192,15 @@ class Root:
             return raw
 
     def write(self, name: str, raw: bytes) -> None:
-        """Let a file hold these bytes, all of them or what it held before, and bring it and its folder to the disk."""
-        beside = f"{name}.{secrets.token_hex(8)}"
+        """Let a file hold these bytes, all of them or what it held before, and bring it and its folder to the disk.
+
+        For folders that nobody else writes to: what it is called until then can be foretold.
+        """
+        beside = f"{name}.new"
         try:
-            with self._open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600) as file:
-                _write_all(file, raw)
+            self.remove(beside)  # of a run that was killed
+            with self.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600) as file:
+                write_all(file, raw)
                 os.fsync(file)
             self.replace(beside, self, name)
         except BaseException:
@@ -203,12 +227,13 @@ class Root:
                 self.sync(inner)
             elif stat.S_ISREG(found.st_mode):
                 # Windows syncs only what is open for writing; elsewhere a file may be read-only.
-                with self._open(inner, os.O_RDWR if os.name == "nt" else os.O_RDONLY) as file:
+                with self.open(inner, os.O_RDWR if os.name == "nt" else os.O_RDONLY) as file:
                     os.fsync(file)
         self.sync(name)
 
     @contextmanager
-    def _open(self, name: str, flags: int, mode: int = 0o666) -> Iterator[int]:
+    def open(self, name: str, flags: int, mode: int = 0o666) -> Iterator[int]:
+        """Open a file, not through a link, and give its descriptor."""
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | _BINARY
         with self._reach(name) as (last, folder):
             file = os.open(last, flags, mode, dir_fd=folder)
@@ -268,7 +293,21 @@ def _look_along(path: Path, parts: list[str]) -> Path:
     return path.joinpath(*parts[-1:])
 
 
-def _write_all(file: int, raw: bytes) -> None:
+def _copy_bytes(source: int, out: int) -> None:
+    try:
+        # The system copies by itself where it can, and shares what it need not copy.
+        while os.copy_file_range(source, out, _SHARE_NBYTES):
+            pass
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in _CANNOT_SHARE:
+            raise
+    # The rest, or all of it.
+    while chunk := os.read(source, _COPY_NBYTES):
+        write_all(out, chunk)
+
+
+def write_all(file: int, raw: bytes) -> None:
+    """Write to a descriptor, whatever a single call takes."""
     view = memoryview(raw)
     while view:
         view = view[os.write(file, view) :]

@@ -1,18 +1,19 @@
 """Which modules of a model are linear, and which of those its library quantizes: a table, and else the library itself.
 
 The table has the common architectures, so that none of the libraries need be installed; a test holds it against what
-they say. A class that is in none is made on the meta device, from its config alone, where its library is installed: no
-weights and no code of the folder's are loaded. That takes seconds and some hundred MB, so the table is asked first.
+they say. A class that is in none is asked itself (``ask.py``), where its library is installed. That takes seconds and
+some hundred MB, so the table is asked first.
 """
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from converter.ask import LibraryMissing, ask_class
+from converter.errors import Unsupported
 from converter.folder import Component
 from converter.tensors import TensorInfo
 
@@ -26,7 +27,7 @@ class Linears:
     ``weights`` maps the name that each linear module has in its class to that of its weight in the file, empty where
     the file has none; those in ``transposed`` are Conv1D, whose weight is [in, out]. ``skipped`` are the entries of
     the loader's own skip list, which holds where a config has none, ``kept`` those that it adds to any. ``unknown``
-    maps modules that may be linear or not.
+    maps modules that may be linear or not, and ``cause`` says why their class was not made, where it might be.
     """
 
     weights: Mapping[str, str]
@@ -34,6 +35,7 @@ class Linears:
     skipped: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     unknown: Mapping[str, str] = field(default_factory=dict)
+    cause: str = ""
 
 
 class _Row(NamedTuple):
@@ -97,9 +99,13 @@ def find_linears(component: Component, tensors: Iterable[TensorInfo]) -> Linears
     """Say which of a component's modules are linear; all are ``unknown`` where neither table nor library knows."""
     matrices = [info.name for info in tensors if len(info.shape) == 2 and info.name.endswith(_WEIGHT)]
     found = _by_table(component.class_name, matrices)
-    if found is None or found.unknown:
-        found = _by_library(component, matrices) or found
-    return found or Linears({}, unknown={name.removesuffix(_WEIGHT): name for name in matrices})
+    if found and not found.unknown:
+        return found
+    asked = _by_library(component, matrices)
+    if isinstance(asked, Linears):
+        return asked
+    unknown = {name.removesuffix(_WEIGHT): name for name in matrices}
+    return replace(found or Linears({}, unknown=unknown), cause=asked)
 
 
 def _by_table(class_name: str, matrices: Iterable[str]) -> Linears | None:
@@ -121,37 +127,19 @@ def _ends_in(module: str, ends: str) -> bool:
     return any(f".{module}".endswith(f".{end}") for end in ends.split())
 
 
-def _by_library(component: Component, matrices: Iterable[str]) -> Linears | None:
-    """Ask the class itself; None where it cannot be made."""
+def _by_library(component: Component, matrices: Iterable[str]) -> Linears | str:
+    """Ask the class itself; gives the cause where it cannot be made, none where its library is not installed."""
     try:
-        model = make_on_meta(component)
-        if component.is_diffusers:
-            from torch import nn
-
-            names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-            kept = model._keep_in_fp32_modules or ()
-            found = Linears(dict.fromkeys(names, ""), kept=(kept,) if isinstance(kept, str) else tuple(kept))
-        else:
-            found = _ask_transformers(model)
-    except Exception:
-        # No library, none that has the class, or a config that it does not take.
-        return None
-    weights = {module: _weight_of(module, matrices) for module in found.weights}
+        answer = ask_class(component)
+    except LibraryMissing:
+        return ""
+    except Unsupported as error:
+        return error.problem
+    weights = {module: _weight_of(module, matrices) for module in answer.linear}
     held = [name for name in weights.values() if name]
-    return replace(found, weights=weights) if len(set(held)) == len(held) else None
-
-
-def _ask_transformers(model: Any) -> Linears:
-    """Go by ``replace_with_bnb_linear`` in ``transformers/integrations/bitsandbytes.py`` and by its caller."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import HfQuantizer
-
-    transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
-    names = {name for name, module in model.named_modules() if type(module) is nn.Linear} | transposed
-    kept = tuple(sorted(model._keep_in_fp32_modules or ()))
-    skipped = tuple(sorted(HfQuantizer.get_modules_to_not_convert(model, None, None)))
-    return Linears(dict.fromkeys(sorted(names), ""), transposed, skipped, kept)
+    if len(set(held)) < len(held):
+        return "names a class that has several modules of one name in the file"
+    return Linears(weights, frozenset(answer.transposed), answer.skipped, answer.kept)
 
 
 def _weight_of(module: str, matrices: Iterable[str]) -> str:
@@ -163,21 +151,6 @@ def _weight_of(module: str, matrices: Iterable[str]) -> str:
     if len(longer) == 1:
         return longer[0]
     return next((name for name in matrices if wanted.endswith(f".{name}")), "")
-
-
-def make_on_meta(component: Component) -> Any:
-    """Make a component's class from its config, without weights; raises whatever the library does."""
-    import torch
-
-    with torch.device("meta"):
-        if component.is_diffusers:
-            import diffusers
-
-            return getattr(diffusers, component.class_name).from_config(copy.deepcopy(component.config))
-        import transformers
-
-        config = transformers.AutoConfig.for_model(**copy.deepcopy(component.config))
-        return getattr(transformers, component.class_name)(config)
 
 
 def is_skipped(module: str, entries: Iterable[str], is_diffusers: bool) -> bool:

@@ -21,6 +21,7 @@ from converter.folder import Component, ModelFolder, render_json
 from converter.formats import FORMATS
 from converter.index import WeightIndex
 from converter.names import Format, WeightsName
+from converter.paths import real
 from converter.rules import check_quantized, check_shard_count, choose_ties, find_kept, target_dtype, with_dtype
 from converter.tensors import TensorInfo
 
@@ -82,10 +83,17 @@ class SetPlan:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a plan's files go: ``is_new`` for a folder that appears whole, else one to which files are added."""
+    """Where a plan's files go: ``is_new`` for a folder that appears whole, else one to which files are added.
+
+    ``real`` is its real path when it was looked at: one that is swapped for a link after that is not followed.
+    """
 
     folder: Path
     is_new: bool
+    real: Path = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "real", real(self.folder))
 
 
 @dataclass(frozen=True, slots=True)

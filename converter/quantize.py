@@ -23,6 +23,7 @@ from converter.errors import BadRequest, LossyCast, Unsupported
 from converter.folder import Component, ModelFolder, render_json
 from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
 from converter.modules import Linears, find_linears, is_skipped
+from converter.opening import open_regular
 from converter.paths import check_places, snapshot_of
 from converter.plan import Plan
 from converter.rules import default_tied
@@ -128,7 +129,7 @@ def _check_paths(source: Path, output: Path) -> None:
 
 
 def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(4) == b"GGUF"
 
 
@@ -246,11 +247,11 @@ def _choose_modules(
     if unnamed and not choice.include and (linears.weights or not choice.skip):
         library = "diffusers" if component.is_diffusers else "transformers"
         kind = component.class_name or "model of no known class"
-        raise Unsupported(
-            path,
-            f"is a {kind}, and whether {unnamed[0]!r} is linear is not known",
-            f"Install torch and {library}, or name the linear modules with --include, or all others with --skip.",
-        )
+        known = f"is a {kind}, and whether {unnamed[0]!r} is linear is not known"
+        names = "ame the linear modules with --include, or all others with --skip."
+        if linears.cause:
+            raise Unsupported(path, f"{known}: config.json {linears.cause}", f"N{names}")
+        raise Unsupported(path, known, f"Install torch and {library}, or n{names}")
     for module, name in {**linears.weights, **linears.unknown}.items():
         included, excluded = is_included(module), is_excluded(module)
         if included and excluded:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import signal
 import time
 from collections import Counter, defaultdict
@@ -25,6 +24,9 @@ from zlib_ng.zlib_ng import crc32_combine
 
 from converter.errors import BadFile, LossyCast, WconvError
 from converter.formats import FORMATS, read_file
+from converter.local import Root
+from converter.opening import check_stamp, open_again, open_source
+from converter.paths import real
 from converter.plan import Plan, Shard, casts
 from converter.staging import Changes, Staging, check_room, open_staging
 from converter.stream import (
@@ -114,12 +116,13 @@ def run_plan(
         staging.drop_strangers(set(names))
         check_room(staging, plan)
         reused = _write_shards(plan, staging, tasks)
-        _write_others(plan, staging)
         for shard in plan.shards:
             if shard.link is None:
                 check_staged(shard, staging)
         if verify:
             tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, staging))
+        _check_sources(plan)
+        _write_others(plan, staging)  # only now: a second name changes what a file's stamp says
         staging.commit(Changes.of(plan, keep), request)
     return Result(plan, time.perf_counter() - begun, reused, verify, staging.left_over)
 
@@ -150,9 +153,8 @@ class _Tasks:
                         self.progress(nbytes)
                     let_through()
             finally:
-                for future in waiting:
-                    future.cancel()
-                wait(waiting)
+                # What is cancelled is not waited for: some executors never say that they know.
+                wait([future for future in waiting if not future.cancel()])
 
     def finish(self, calls: Iterable[tuple[Callable[[_A, int], None], _A, int]]) -> None:
         """Run calls that give nothing but an error."""
@@ -224,7 +226,7 @@ def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> int:
         taken_up = staging.has_left_over(shard.path, shard.nbytes)
         writers[shard.path] = rewrite_piece if taken_up else write_piece
         reused += shard.nbytes if taken_up else 0
-        _prepare_file(shard, staging)
+        staging.prepare(shard.path, shard.header, shard.nbytes)
     by_path = {staging.path_of(path): writer for path, writer in writers.items()}
     read: dict[ByteRange, list[CrcPart]] = defaultdict(list)
     written: dict[tuple[Path, int], list[CrcPart]] = defaultdict(list)
@@ -267,14 +269,6 @@ def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
     )
 
 
-def _prepare_file(shard: Shard, staging: Staging) -> None:
-    path = staging.path_of(shard.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("r+b" if path.exists() else "xb") as file:
-        file.write(shard.header)
-        file.truncate(shard.nbytes)
-
-
 def _pieces(plan: Plan, staging: Staging) -> Iterator[Piece]:
     """Take a piece of each shard in turn."""
     how = plan.wishes.on_overflow
@@ -298,45 +292,32 @@ def _combine(parts: Iterable[CrcPart]) -> int:
     return crc
 
 
+def _check_sources(plan: Plan) -> None:
+    """Look a last time whether a source was changed while it was read."""
+    storages = (copy.source.storage for shard in plan.shards for copy in shard.copies)
+    for path, stamp in {(storage.path, storage.stamp) for storage in storages if storage.stamp}:
+        open_again(path, stamp).close()
+
+
 def _write_others(plan: Plan, staging: Staging) -> None:
     for shard in plan.shards:
         if shard.link is not None:
-            _link(shard.link, staging.path_of(shard.path))
+            _link(shard.link, shard.path, staging)
     for name, source in plan.carried:
-        # What gets another name in its own folder is no copy: a link stays one.
-        is_renamed = source.parent == (plan.target.folder / name).parent
-        (_link if is_renamed else _carry)(source, staging.path_of(name))
+        if source.parent == (plan.target.folder / name).parent:
+            _link(source, name, staging)  # what gets another name in its own folder is no copy: a link stays one
+        else:
+            with open_source(source) as opened:
+                staging.copy(name, opened.file)
+                check_stamp(source, opened.file, opened.stamp)
     for name, content in plan.texts:
-        path = staging.path_of(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        staging.put(name, content)
 
 
-def _carry(source: Path, path: Path) -> None:
-    """Copy a file; one that says it is empty is not read: those of ``/proc`` say so, and some of them have no end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    if source.stat().st_size:
-        shutil.copy(source, path)
-    else:
-        path.touch()
-        shutil.copymode(source, path)
-
-
-def _link(source: Path, path: Path) -> None:
-    """Give a file a second name; where the disk has no such thing, copy it.
-
-    A link is made again as it reads: it will be moved to the folder that it was read in.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    if source.is_symlink():
-        path.symlink_to(source.readlink())
-        return
-    try:
-        os.link(source, path)
-    except OSError:
-        shutil.copyfile(source, path)
+def _link(source: Path, name: str, staging: Staging) -> None:
+    """Stage a second name of a file. A link is made again as it reads: it will be in the folder that it is in now."""
+    with Root(real(source.parent)) as root:
+        staging.link(name, root, source.name)
 
 
 def check_staged(shard: Shard, staging: Staging) -> None:

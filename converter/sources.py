@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from converter.errors import BadFile
-from converter.tensors import ByteRange, TensorInfo
+from converter.opening import check_stamp, open_again
+from converter.tensors import ByteRange, Stamp, TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 ITEM_MULTIPLE = 16  # a multiple of the size of any element, in bytes
 _SLAB_NBYTES = 1 << 20
 _PACKED_NBYTES = 1 << 16
+# A comparison takes turns between two files, a merge goes through its shards: more open files would save little, and
+# eight tasks at once are to get along with 64.
+_MAX_OPEN = 4
 _SPARSE = 16  # a slab of which less than this share is wanted is read in parts
 
 
@@ -58,50 +64,86 @@ def _negate(info: TensorInfo, out: memoryview) -> None:
         values[1::2] ^= sign
 
 
+@dataclass(slots=True)
+class _SourceFile:
+    """A source file that is open; ``inflated`` is the deflated record that was read last in it."""
+
+    path: Path
+    stamp: Stamp | None
+    file: BinaryIO
+    inflated: _Inflated | None = None
+
+    def close(self, is_checked: bool = True) -> None:
+        """Close the file, and look whether what was read of it still stands there."""
+        try:
+            if is_checked:
+                check_stamp(self.path, self.file, self.stamp)
+        finally:
+            self.file.close()
+
+
 class SourceFiles:
-    """The source files that one task has open; a file that turns out shorter than its header said is a BadFile."""
+    """The source files that one task has open, which are those read last.
+
+    A file that is not, or does not stay, as it was when its header was read is a BadFile.
+    """
 
     def __init__(self) -> None:
-        self._files: dict[Path, BinaryIO] = {}
-        self._inflated: dict[Path, _Inflated] = {}  # the record read last in each file
+        self._files: dict[tuple[Path, Stamp | None], _SourceFile] = {}
+        self._current: _SourceFile | None = None
 
     def __enter__(self) -> SourceFiles:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # That a file was changed is also why its bytes are damaged.
+        is_checked = kind is None or issubclass(kind, BadFile)
+        with ExitStack() as closing:
+            for source in self._files.values():
+                closing.callback(source.close, is_checked)
 
     def read_into(self, storage: ByteRange, begin: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``begin`` of a byte range on."""
         if storage.content is not None:
             out[:] = storage.content[begin : begin + len(out)]
             return
-        file = self._files.get(storage.path)
-        if file is None:
-            file = self._files[storage.path] = storage.path.open("rb", buffering=0)
+        source = self._current
+        if source is None or source.path is not storage.path or source.stamp is not storage.stamp:
+            source = self._current = self._turn_to(storage.path, storage.stamp)
         if storage.packed_nbytes is not None:
-            self._inflate(file, storage, begin, out)
+            _inflate(source, storage, begin, out)
         else:
-            file.seek(storage.offset + begin)
-            if read_some(file, out) != len(out):
+            source.file.seek(storage.offset + begin)
+            if read_some(source.file, out) != len(out):
                 raise BadFile(storage.path, "became shorter while it was read", "Fetch the file again.")
         if storage.swap > 1:
             import numpy as np
 
             np.frombuffer(out, f"u{storage.swap}").byteswap(inplace=True)
 
-    def _inflate(self, file: BinaryIO, storage: ByteRange, begin: int, out: memoryview) -> None:
-        inflated = self._inflated.get(storage.path)
-        if inflated is None or inflated.storage != storage or begin < inflated.place:
-            inflated = self._inflated[storage.path] = _Inflated(file, storage)
-        while inflated.place < begin:
-            inflated.read(min(_SLAB_NBYTES, begin - inflated.place))
-        done = 0
-        while done < len(out):
-            part = inflated.read(len(out) - done)
-            out[done : done + len(part)] = part
-            done += len(part)
+    def _turn_to(self, path: Path, stamp: Stamp | None) -> _SourceFile:
+        """Give a file, open; close the one not read for longest where there are too many."""
+        key = path, stamp
+        source = self._files.pop(key, None)
+        if source is None:
+            if len(self._files) == _MAX_OPEN:
+                self._files.pop(next(iter(self._files))).close()
+            source = _SourceFile(path, stamp, open_again(path, stamp))
+        self._files[key] = source
+        return source
+
+
+def _inflate(source: _SourceFile, storage: ByteRange, begin: int, out: memoryview) -> None:
+    inflated = source.inflated
+    if inflated is None or inflated.storage != storage or begin < inflated.place:
+        inflated = source.inflated = _Inflated(source.file, storage)
+    while inflated.place < begin:
+        inflated.read(min(_SLAB_NBYTES, begin - inflated.place))
+    done = 0
+    while done < len(out):
+        part = inflated.read(len(out) - done)
+        out[done : done + len(part)] = part
+        done += len(part)
 
 
 class _Inflated:

@@ -24,14 +24,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from converter.errors import OutputRefused, SystemRefused, WconvError
 from converter.folder import ModelFolder
 from converter.kept import Keeper
-from converter.local import Root, plain_parts
+from converter.local import Root, plain_parts, write_all
 from converter.names import parse_name
-from converter.paths import is_dangling, refuse_linked
+from converter.paths import is_dangling, real, refuse_linked
 from converter.plan import Plan, Target
 from converter.state import Notes, make_token
 
@@ -108,7 +108,7 @@ class Changes:
             tuple(dict.fromkeys((*names, *(name for name, _ in plan.indexes)))),
             tuple(dict.fromkeys(plan.superseded)),
             plan.wishes.overwrite,
-            plan.source.root,
+            plan.source.real,
             tuple(sorted(sources, key=is_index, reverse=True)),  # no index over shards that are gone
             "keep" if keep else "",
         )
@@ -253,9 +253,10 @@ class Staging:
         return self.tree / name
 
     def has_left_over(self, name: str, nbytes: int) -> bool:
-        """Say whether an earlier run left a file of this size."""
+        """Say whether an earlier run left a file of this size, which is no second name of another."""
         found = self.root.stat(self._run.staged(name))
-        return found is not None and stat.S_ISREG(found.st_mode) and found.st_size == nbytes
+        is_file = found is not None and stat.S_ISREG(found.st_mode)
+        return bool(found and is_file and found.st_size == nbytes and found.st_nlink == 1)
 
     def drop_strangers(self, names: set[str]) -> None:
         """Remove what an earlier run left and this one does not write."""
@@ -263,11 +264,33 @@ class Staging:
             if not stat.S_ISDIR(found.st_mode) and name.removeprefix(self._run.staged() + "/") not in names:
                 self.root.remove(name)
 
-    def take(self, root: Root, name: str, staged: str) -> None:
-        """Give a file elsewhere on the disk a second name in the staging folder."""
-        self.root.make_folder(self._run.staged(staged).rpartition("/")[0])
-        self.root.remove(self._run.staged(staged))
-        root.link(name, self.root, self._run.staged(staged))
+    def prepare(self, name: str, header: bytes, nbytes: int) -> None:
+        """Make a file of its final size that begins with a header; what an earlier run left of it stays in it."""
+        staged = self._make_way(name)
+        if not self.has_left_over(name, nbytes):
+            self.root.remove(staged)  # perhaps a second name of a source
+        with self.root.open(staged, os.O_RDWR | os.O_CREAT) as file:
+            write_all(file, header)
+            os.ftruncate(file, nbytes)
+
+    def put(self, name: str, content: bytes) -> None:
+        """Stage a small file."""
+        self.root.put(self._make_way(name), content)
+
+    def copy(self, name: str, source: BinaryIO) -> None:
+        """Stage a copy of an open file."""
+        self.root.take(source.fileno(), self._make_way(name))
+
+    def link(self, name: str, root: Root, source: str) -> None:
+        """Stage a second name of a file, or a second link where it is a link."""
+        staged = self._make_way(name)
+        self.root.remove(staged)
+        root.link(source, self.root, staged)
+
+    def _make_way(self, name: str) -> str:
+        staged = self._run.staged(name)
+        self.root.make_folder(staged.rpartition("/")[0])
+        return staged
 
     def commit(self, changes: Changes, request: str) -> None:
         """Publish all staged files, then remove what they supersede and the sources that are to go.
@@ -348,7 +371,9 @@ class Staging:
                 self.remove()
                 self._close()
         except OSError as problem:
-            self.left_over = f"{self.folder} cannot be removed ({problem.strerror}): the next run with this target does"
+            where = problem.where if isinstance(problem, SystemRefused) else problem.filename
+            noted = self.notes.path_of("run")
+            self.left_over = f"{where} cannot be removed, and the next run with this target does it, by {noted}"
         finally:
             self.root.__exit__(None, None, None)
         if error is not None:
@@ -477,14 +502,15 @@ def _move(root: Root, staged: str, target: Root, name: str, beside: str) -> None
         root.remove(staged)
 
 
-def find_strangers(folder: Path) -> tuple[str, ...]:
+def find_strangers(*folders: Path) -> tuple[str, ...]:
     """Say of each entry that looks like one of a run's, and is of no run of this user, that it is ignored."""
-    if not folder.is_dir():
-        return ()
-    run = _Run.read(Notes(folder))
-    names = sorted(path.name for path in folder.iterdir() if _LIKE_MINE.fullmatch(path.name))
+    found: dict[Path, None] = {}
+    for folder in filter(Path.is_dir, folders):
+        run = _Run.read(Notes(real(folder)))
+        own = run.name if run else ""
+        found |= dict.fromkeys(sorted(p for p in folder.iterdir() if _LIKE_MINE.fullmatch(p.name) and p.name != own))
     what = "is of no run of yours, and is ignored: remove it if nobody else is writing there"
-    return tuple(f"{folder / name} {what}" for name in names if not run or name != run.name)
+    return tuple(f"{path} {what}" for path in found)
 
 
 @contextmanager
@@ -495,7 +521,7 @@ def open_staging(target: Target) -> Iterator[Staging]:
     """
     staging = None
     try:
-        notes = Notes(target.folder)
+        notes = Notes(target.real)
         with notes.locked():
             staging = Staging(target, notes)
             with staging:
@@ -516,11 +542,13 @@ def open_staging(target: Target) -> Iterator[Staging]:
 
 def recover(folder: Path, request: str) -> bool:
     """Finish a commit into ``folder`` that a killed run had begun; True if that run was for the same request."""
-    run = _Run.read(Notes(folder))
+    run = _Run.read(Notes(real(folder)))
     if run is None or run.journal is None:
         return False
     with open_staging(Target(folder, run.is_new)) as staging:
         staging.remove()
+    if staging.left_over:
+        raise SystemRefused(folder, f"is finished, but {staging.left_over}")
     return staging.finished_request == request
 
 
@@ -586,15 +614,17 @@ def check_room(staging: Staging, plan: Plan) -> None:
 def _make_folders(folder: Path) -> list[Path]:
     """Make a folder and its parents; give those that were not there, innermost first."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _remove_empty(missing)
-        raise SystemRefused.from_os_error(error, folder) from None
+    if missing:
+        with Root(missing[-1].parent) as root:
+            try:
+                root.make_folder(folder.relative_to(root.path).as_posix())
+            except OSError:
+                _remove_empty(missing)
+                raise
     return missing
 
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
+        with suppress(OSError), Root(folder.parent) as root:
+            root.remove_folder(folder.name)

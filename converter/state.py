@@ -31,10 +31,10 @@ def state_folder() -> Path:
     if named:
         if not Path(named).is_absolute():
             raise BadRequest(repr(named), "is no full path, and WCONV_STATE says so", "Name it from the root.")
-        return Path(named)
+        return Path(named).resolve()
     from platformdirs import user_state_path
 
-    return user_state_path("wconv", appauthor=False)
+    return user_state_path("wconv", appauthor=False).resolve()
 
 
 def make_token() -> str:
@@ -46,7 +46,8 @@ class Notes:
     """The notes about one folder: of a run that is under way or was stopped, and of what a mending has kept."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(os.path.realpath(folder))  # ``resolve`` fails on links in a circle
+        """Take the notes about a folder, named by its real path."""
+        self.folder = folder
         self.place = state_folder()
         self._key = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:32]
 
@@ -98,7 +99,7 @@ class Notes:
                 yield root
         except OSError as error:
             advice = "A run that is killed is taken up by what is noted there: let WCONV_STATE name another folder."
-            raise SystemRefused(self.path_of("run").parent, (error.strerror or str(error)).lower(), advice) from error
+            raise SystemRefused(error.filename or self.place, (error.strerror or str(error)).lower(), advice) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -18,12 +18,24 @@ from typing import NamedTuple
 from converter.dtypes import DType
 
 
+class Stamp(NamedTuple):
+    """What tells that a file is still the one whose header was read; all ranges of a file share one.
+
+    Not the device: workers on other machines see another number for the same network file system.
+    """
+
+    inode: int
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+
 class ByteRange(NamedTuple):
     """``nbytes`` bytes at ``offset`` of the file at ``path``; ``crc32`` is what they should give, if that is known.
 
     With ``packed_nbytes`` they are deflated, and take so many bytes of the file. With a ``swap`` of more than 1 each so
     many bytes are to be turned around: the numbers are big-endian. ``content`` is what stands in no file: then ``path``
-    only says whose it is.
+    only says whose it is. ``stamp`` is what the file was like when its header was read.
     """
 
     path: Path
@@ -33,6 +45,7 @@ class ByteRange(NamedTuple):
     packed_nbytes: int | None = None
     swap: int = 1
     content: bytes | None = None
+    stamp: Stamp | None = None
 
 
 class TensorInfo(NamedTuple):

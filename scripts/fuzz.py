@@ -24,6 +24,7 @@ def reader(target: str) -> Callable[[Path, bytes], object]:
     from converter.formats import safetensors, torch_stream, torch_zip
     from converter.formats.state_dict import Reading, choose_state_dict
     from converter.formats.torch_pickle import parse_pickle
+    from converter.opening import Opened, open_source
     from converter.sources import SourceFiles, read_chunks
 
     lenient = Reading(strip_code=True, lenient=True)
@@ -31,16 +32,18 @@ def reader(target: str) -> Callable[[Path, bytes], object]:
     def read_pickle(path: Path, raw: bytes) -> object:
         return choose_state_dict(parse_pickle(raw, path), path, lenient)
 
-    def read_values(path: Path, read: Callable[[Path], object]) -> None:
+    def read_values(path: Path, read: Callable[[Opened], object]) -> None:
         buffer = bytearray(1 << 16)
+        with open_source(path) as opened:
+            tensors = read(opened).tensors  # type: ignore[attr-defined]
         with SourceFiles() as sources:
-            for info in read(path).tensors:  # type: ignore[attr-defined]
+            for info in tensors:
                 for chunk, _ in zip(read_chunks(info, sources, buffer), range(4), strict=False):
                     len(chunk)
 
     return {
-        "zip": lambda path, _: read_values(path, lambda path: torch_zip.read_file(path, lenient)),
-        "stream": lambda path, _: read_values(path, lambda path: torch_stream.read_file(path, lenient)),
+        "zip": lambda path, _: read_values(path, lambda opened: torch_zip.read_file(opened, lenient)),
+        "stream": lambda path, _: read_values(path, lambda opened: torch_stream.read_file(opened, lenient)),
         "pickle": read_pickle,
         "safetensors": lambda path, _: read_values(path, safetensors.read_file),
     }[target]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import json
 import os
 import shutil
 import signal
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Machines that run tests are slow now and then.
-settings.register_profile("wconv", deadline=None)
+settings.register_profile("wconv", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("wconv")
 
 
@@ -48,6 +49,17 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("state")
     os.environ["WCONV_STATE"] = str(folder)
     return folder
+
+
+@pytest.fixture
+def asked_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask the libraries in this process, which has them loaded: what a child does is for test_ask.py."""
+    from converter import ask, asked
+
+    def answer(request: str) -> Any:
+        return ask.checked(json.dumps(asked.answer_to(json.loads(request))).encode())
+
+    monkeypatch.setattr(ask, "_ask", answer)
 
 
 @pytest.fixture(scope="session")

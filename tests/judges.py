@@ -1,7 +1,8 @@
 """State dicts in one comparable form, as outside libraries see them and as wconv reads them.
 
 A description is a dict from tensor name to (safetensors tag, shape, bytes), in file order. The outside judges never
-use a function of the converter.
+use a function of the converter. What a model computes is held within a tolerance: how sums are rounded is for the
+processor, the number of threads and the alignment of memory to say. Weights are held to the bit.
 """
 
 from __future__ import annotations
@@ -50,6 +51,15 @@ def described_by_wconv(path: Path, buffer_nbytes: int = 4096) -> Description:
             info.name: (info.dtype.tag, info.shape, b"".join(map(bytes, read_chunks(info, sources, buffer))))
             for info in read_file(path).tensors
         }
+
+
+def assert_close_outputs(found: torch.Tensor, expected: torch.Tensor, share: float = 1e-3) -> None:
+    """Hold what a model gives against what another gives: within a share of the largest number."""
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    largest = expected.abs().max().item()
+    assert 0 < largest < float("inf")
+    off = (found.double() - expected.double()).abs().max().item()
+    assert off <= share * largest, f"off by {off}, where the largest is {largest}"
 
 
 def torch_load(path: Path) -> dict[str, torch.Tensor]:

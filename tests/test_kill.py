@@ -57,14 +57,14 @@ def test_killed_at_random_moments(name: str, source: Path, tmp_path: Path, capsy
     before = snapshot(source)
     killed = taken_up = finished = 0
     reused_mb = 0.0
-    for _ in range(MOMENTS):
+    while killed < MOMENTS:
         folder = copy(source, tmp_path / "model")
         with start(COMMANDS[name], folder) as child:
             time.sleep(chance.uniform(0, seconds))
             child.kill()
         killed += child.returncode != 0
         if not child.returncode:
-            seconds *= 0.9  # the undisturbed run was slower than they are now
+            seconds *= 0.9  # so that there are moments enough, however fast runs have become
         left = snapshot(folder)
         # What has a final name is whole: as it was, or as it will be.
         for path, digest in left.items():
@@ -79,9 +79,8 @@ def test_killed_at_random_moments(name: str, source: Path, tmp_path: Path, capsy
         reused = re.search(r"Took up ([\d.]+) (kB|MB) that", said)
         taken_up += bool(reused)
         reused_mb += float(reused[1]) / (1 if reused[2] == "MB" else 1000) if reused else 0
-    assert killed > MOMENTS / 2
     with capsys.disabled():
         print(
-            f"\n{name}: {killed} of {MOMENTS} killed in time; {taken_up} second runs took up {reused_mb:.0f} MB, "
+            f"\n{name}: {killed} killed in time; {taken_up} second runs took up {reused_mb:.0f} MB, "
             f"{finished} had only the last renames left"
         )

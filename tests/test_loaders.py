@@ -1,8 +1,8 @@
 """The real loaders as outside judges: what `wconv to-safetensors` writes is what they would have written.
 
 Every tiny model, from single and from sharded `.bin`, beside its source and into a new folder: `from_pretrained` loads
-it without a word, every tensor has the source's bits, a forward pass gives the same numbers, and each file has the
-bytes that `safetensors.torch.save_file` writes.
+it without a word, every tensor has the source's bits, a forward pass gives the same numbers but for rounding, and each
+file has the bytes that `safetensors.torch.save_file` writes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from judges import assert_close_outputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -80,7 +81,7 @@ def conversion(request, wconv, saved_model, tmp_path_factory) -> Conversion:
 def test_loads_silently_with_the_same_bits_and_numbers(conversion, builders):
     loaded = load_silently(conversion.model, conversion.folder)
     assert_same_weights(builders, loaded, conversion.model)
-    assert torch.equal(builders.forward(loaded), builders.forward(conversion.model))
+    assert_close_outputs(builders.forward(loaded), builders.forward(conversion.model))
 
 
 @pytest.mark.parametrize("conversion", BESIDE, ids=case_id, indirect=True)
@@ -166,7 +167,7 @@ def test_founding_folders_load(name, options, place, founding_folders, builders,
     expected = builders.make_sd(safety_checker=False)
     loaded = load_silently(expected, folder)
     assert_same_weights(builders, loaded, expected)
-    assert torch.equal(builders.forward(loaded), builders.forward(expected))
+    assert_close_outputs(builders.forward(loaded), builders.forward(expected))
     assert len(list((folder / "unet").glob("*.safetensors"))) == (1 if options else builders.SHARDS)
     assert len(list((folder / "unet").glob("*.safetensors.index.json"))) == (0 if options else 1)
 

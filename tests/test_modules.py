@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
-from converter import modules
+from converter import asked, modules
 from converter.dtypes import DTYPES
 from converter.folder import Component
-from converter.modules import find_linears, is_skipped, make_on_meta
+from converter.modules import find_linears, is_skipped
 from converter.tensors import ByteRange, TensorInfo, contiguous_strides
+
+pytestmark = pytest.mark.usefixtures("asked_here")
 
 DECODER = {
     "vocab_size": 64,
@@ -97,7 +100,8 @@ def component_of(config: dict) -> Component:
 
 def tensors_of(config: dict) -> list[TensorInfo]:
     """Describe what a file of such a model holds: tied tensors once."""
-    model = make_on_meta(component_of(config))
+    component = component_of(config)
+    model = asked.make_on_meta(component.class_name, component.is_diffusers, copy.deepcopy(config))
     tied = getattr(model, "all_tied_weights_keys", {})
     return [
         TensorInfo(

@@ -257,7 +257,7 @@ def test_a_source_cut_short_while_it_is_read(suffix, tmp_path, monkeypatch):
         return write(piece, chunk_nbytes)
 
     monkeypatch.setattr(converter.run, "write_piece", cut_and_write)
-    with pytest.raises(BadFile, match="shorter") as caught:
+    with pytest.raises(BadFile, match="changed while it was read") as caught:
         convert(source, tmp_path / "out")
     assert caught.value.where == source
     assert list(tmp_path.iterdir()) == [source.parent]
@@ -485,6 +485,18 @@ def test_what_a_killed_run_left_of_another_source_is_not_mixed_in(tmp_path):
     leave_behind(other, tmp_path / "out", lambda tree: None)
     convert(source, tmp_path / "out")
     assert_same(load_set(tmp_path / "out"), STATE)
+
+
+def test_a_second_name_of_a_source_that_a_killed_run_left_is_not_written_into(tmp_path):
+    folder = save_safetensors_shards(STATE, tmp_path / "m", ("a", "bc", "def")).parent
+    name = "model-00001-of-00003.safetensors"
+    with open_staging(Target(folder, is_new=False)) as staging:
+        os.link(folder / name, staging.path_of(name))
+    wishes = Wishes(form=None, in_place=True, max_shard_nbytes=64)
+    with contextlib.suppress(BadFile):  # it has a name less than when its header was read: that is a change too
+        convert(folder, None, wishes)
+    convert(folder, None, wishes)
+    assert_same(load_set(folder), STATE)
 
 
 # Two at once, and others who come between.

@@ -6,11 +6,13 @@ eight float32 values, so 32 bytes each, in the order of their names.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -196,6 +198,14 @@ def flip_byte(path: Path, content: bytes) -> Path:
     place = raw.index(content)
     path.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
     return path
+
+
+@contextlib.contextmanager
+def processor_time(seconds: float) -> Iterator[None]:
+    """Hold what is done to a time of this process alone: many times what it takes, so that only what grows fails."""
+    begun = time.process_time()
+    yield
+    assert time.process_time() - begun < seconds
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:

@@ -80,8 +80,18 @@ def main(args: Sequence[str] | None = None) -> int:
         return _report(error)
     except OSError as error:
         return _report(SystemRefused.from_os_error(error))
+    except MemoryError:
+        return _report(_no_more("memory"))
     except Exception as error:
-        return _report(error)
+        # The one error of the system that Python words by itself.
+        is_refusal = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+        return _report(_no_more("thread") if is_refusal else error)
+
+
+def _no_more(what: str) -> SystemRefused:
+    return SystemRefused(
+        "the operating system", f"gives no more {what}", "Raise the limit (ulimit), or close programs."
+    )
 
 
 def _flush() -> None:
@@ -118,7 +128,8 @@ def _report(error: Exception) -> int:
     if isinstance(error, WconvError) and error.exit_code != EXIT_BUG:
         _complain(str(error))
         return error.exit_code
-    traceback.print_exception(error)
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        _complain(line)
     _complain("This is a bug in wconv. Please report it with the lines above.")
     return EXIT_BUG
 

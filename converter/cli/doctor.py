@@ -68,9 +68,11 @@ def command(
         from converter.doctor.undo import purge as purge_kept
         from converter.doctor.undo import undo as put_back
 
-        done = f"Put {len(put_back(source))} files back." if undo else f"Removed {show_bytes(purge_kept(source))}."
+        done = put_back(source) if undo else purge_kept(source)
         if not quiet:
-            echo(done)
+            echo(f"Put {done.files} files back." if undo else f"Removed {show_bytes(done.nbytes)}.")
+        if done.left_over:
+            echo(printable(f"Left over: {done.left_over}."))
         return 0
     if fix and not dry_run and finish_mending(source) and not (quiet or as_json):
         echo("An earlier run had been stopped while it published its files; that is finished now.\n")
@@ -126,9 +128,11 @@ def _fix(source: Path, found: Diagnosis, choices: Choices, dry_run: bool, quiet:
     if mending.plan and not dry_run:
         total = mending.plan.nbytes * (2 if mending.plan.destroys_source else 1)
         with open_meter(total, "mending", quiet) as meter:
-            mend(source, mending, progress=meter)
+            left_over = mend(source, mending, progress=meter)
         if not quiet:
             echo("What was replaced is kept: --undo puts it back, --purge removes it.\n")
+        if left_over:
+            click.echo(printable(f"Left over: {left_over}."), err=True)
     return mending
 
 
@@ -136,6 +140,7 @@ def _ask(found: Diagnosis, choices: Choices) -> Choices:
     """Ask on a terminal where there are several ways, and none was chosen."""
     from dataclasses import replace
 
+    from converter.cli.output import printable
     from converter.doctor.mend import Keep
 
     codes = {finding.code for finding in found.findings}
@@ -145,14 +150,14 @@ def _ask(found: Diagnosis, choices: Choices) -> Choices:
         answer = click.prompt(question, type=click.Choice([*ways, "neither"]), default="neither", err=True)
         choices = replace(choices, keep=None if answer == "neither" else answer)
     if codes & {"variant-single", "variant-partial"} and not (choices.keep_default or choices.only_variant):
-        tags = [tag for tag in found.view.variants if tag]
+        tags = {printable(tag): tag for tag in found.view.variants if tag}
         ways = ("add", "default", *tags)
         question = "Untagged weights and variants do not fit: add what is missing, or keep just one?"
         answer = click.prompt(question, type=click.Choice(ways), default="add", err=True)
         if answer == "default":
             choices = replace(choices, keep_default=True)
         elif answer in tags:
-            choices = replace(choices, only_variant=answer)
+            choices = replace(choices, only_variant=tags[answer])
     return choices
 
 

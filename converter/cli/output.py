@@ -17,15 +17,17 @@ from converter.run import Result
 
 
 def echo(text: str = "") -> None:
-    """Print a line; a reader that has gone (as ``head`` does) is no error, and nobody's exit code."""
+    """Print lines, without control characters; a reader that has gone (as ``head`` does) is nobody's exit code."""
     try:
-        click.echo(text)
+        click.echo("\n".join(map(printable, text.split("\n"))))
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
 
 
 def printable(text: str) -> str:
     """Spell out control characters, so that a name in a file cannot steer the terminal."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

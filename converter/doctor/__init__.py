@@ -49,21 +49,22 @@ def diagnose(path: Path | str, *, deep: bool = False) -> Diagnosis:
     return Diagnosis(view, tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))))
 
 
-def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None) -> None:
+def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None) -> str:
     """Carry out what was planned, in one transaction; what it replaces is kept, for ``undo``.
 
-    Raises LossyCast where a variant to be made cannot hold the values, OutputRefused for a folder in the Hub's cache,
-    and what ``run_plan`` raises.
+    Gives what could not be cleared up, in words. Raises LossyCast where a variant to be made cannot hold the values,
+    OutputRefused for a folder in the Hub's cache, and what ``run_plan`` raises.
     """
     folder = path_of(path)
     refuse_cache(folder)
     if mending.plan is not None:
         try:
             check_left(folder)
-            run_plan(mending.plan, progress=progress, request=_request(folder), keep=True)
+            return run_plan(mending.plan, progress=progress, request=_request(folder), keep=True).left_over
         except LossyCast as error:
             advice = "Make that variant with 'wconv recast' (--keep-fp32, --on-overflow), then mend the rest."
             raise LossyCast(error.where, error.problem, advice) from None
+    return ""
 
 
 def finish_mending(path: Path | str) -> bool:

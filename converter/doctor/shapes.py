@@ -1,12 +1,10 @@
-"""The shapes that a model's own class gives its tensors, where its library is installed.
-
-The class is made on the meta device, from the config alone; no weights and no code of the folder's are loaded.
-"""
+"""The shapes that a model's own class gives its tensors, where its library is installed."""
 
 from __future__ import annotations
 
+from converter.ask import ask_class
+from converter.errors import Unsupported
 from converter.folder import Component
-from converter.modules import make_on_meta
 
 
 def expected_shapes(component: Component) -> dict[str, tuple[int, ...]]:
@@ -14,8 +12,6 @@ def expected_shapes(component: Component) -> dict[str, tuple[int, ...]]:
     if not component.class_name or "quantization_config" in component.config:
         return {}
     try:
-        model = make_on_meta(component)
-    except Exception:
-        # No library, none that has the class, or a config that it does not take: then there is nothing to compare.
+        return ask_class(component).shapes
+    except Unsupported:
         return {}
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import NamedTuple
 
-from converter.errors import BadRequest
+from converter.errors import BadRequest, SystemRefused
 from converter.kept import UNDO_FOLDER, Keeper, Kept
 from converter.local import Root
+from converter.paths import real
 from converter.plan import Target
 from converter.staging import Changes, Staging, is_index, open_staging, recover
 from converter.state import Notes
 
 
-def undo(folder: Path) -> tuple[str, ...]:
-    """Put everything back as it was before the first mending; give the names of what was put back or removed.
+class Undone(NamedTuple):
+    """How many files were put back or removed, their bytes, and what could not be cleared up."""
+
+    files: int
+    nbytes: int = 0
+    left_over: str = ""
+
+
+def undo(folder: Path) -> Undone:
+    """Put everything back as it was before the first mending.
 
     Raises BadRequest where nothing is kept, OutputRefused where a file has changed since, BadFile where what is kept
     has suffered.
@@ -23,7 +33,7 @@ def undo(folder: Path) -> tuple[str, ...]:
         raise BadRequest(folder, "is no folder")
     request = repr(("undo", str(folder.absolute())))
     if recover(folder, request):
-        return ()
+        return Undone(0)
     with open_staging(Target(folder, is_new=False)) as staging:
         staging.drop_strangers(set())
         with Keeper(staging.notes) as keeper:
@@ -33,7 +43,7 @@ def undo(folder: Path) -> tuple[str, ...]:
             keeper.check(kept)
             changes = _stage(keeper, kept, staging)
         staging.commit(changes, request)
-    return tuple(kept.names)
+    return Undone(len(kept.names), left_over=staging.left_over)
 
 
 def _stage(keeper: Keeper, kept: Kept, staging: Staging) -> Changes:
@@ -42,30 +52,33 @@ def _stage(keeper: Keeper, kept: Kept, staging: Staging) -> Changes:
         (name for name in kept.saved if not keeper.is_back(kept, name)), key=lambda name: (is_index(name), name)
     )
     for name in names:
-        staging.take(keeper.beside, keeper.place(kept, name), name)
+        staging.link(name, keeper.beside, keeper.place(kept, name))
     made = [name for name in kept.made if keeper.root.stat(name) is not None]
     return Changes(tuple(names), (*made, *names), after="forget")
 
 
 def check_left(folder: Path) -> None:
     """Raise OutputRefused for a folder that has changed since it was mended before, BadFile for what is kept of it."""
-    with Keeper(Notes(folder)) as keeper:
+    with Keeper(Notes(real(folder))) as keeper:
         kept = keeper.read()
         if kept is not None:
             keeper.check(kept)
 
 
-def purge(folder: Path) -> int:
-    """Remove what is kept of a folder; give the bytes of it. Raises BadRequest where there is nothing."""
-    with open_staging(Target(folder, is_new=False)) as staging:
-        staging.remove()
-        with Keeper(staging.notes) as keeper:
-            kept = keeper.current()
+def purge(folder: Path) -> Undone:
+    """Remove what is kept of a folder. Raises BadRequest where there is nothing."""
+    recover(folder, "")
+    notes = Notes(real(folder))
+    try:
+        with notes.locked(), Keeper(notes) as keeper:
+            kept = keeper.read()
             if kept is None:
                 raise BadRequest(folder, "has nothing to purge", _nothing_kept(folder))
             nbytes = _nbytes(keeper.beside, keeper.place(kept))
             keeper.forget(kept)
-    return nbytes
+    except OSError as error:
+        raise error if isinstance(error, SystemRefused) else SystemRefused.from_os_error(error) from error
+    return Undone(len(kept.saved), nbytes)
 
 
 def _nbytes(root: Root, name: str) -> int:
@@ -75,7 +88,7 @@ def _nbytes(root: Root, name: str) -> int:
 
 
 def _nothing_kept(folder: Path) -> str:
-    place = folder.resolve().parent / UNDO_FOLDER
+    place = real(folder).parent / UNDO_FOLDER
     if place.exists():
         return f"{place} is of no mending of yours here, and is ignored."
     return f"'wconv doctor --fix' keeps what it changes in {UNDO_FOLDER}/."

@@ -9,6 +9,7 @@ from pathlib import Path
 from converter.errors import BadFile, Unsupported
 from converter.formats import safetensors, torch_stream, torch_write, torch_zip
 from converter.formats.state_dict import PLAIN, Reading
+from converter.opening import Opened, open_source
 from converter.tensors import Described, Layout, WeightsFile
 
 
@@ -23,7 +24,7 @@ class FormatRow:
 
     name: str
     matches: Callable[[bytes], bool]
-    read_file: Callable[[Path, Reading], WeightsFile]
+    read_file: Callable[[Opened, Reading], WeightsFile]
     lay_out: Callable[[Sequence[Described], Mapping[str, str], Mapping[str, str]], Layout] | None = None
     finish_file: Callable[[Path, Sequence[Described], Mapping[str, str], Sequence[int]], None] | None = None
 
@@ -50,7 +51,7 @@ def _is_tar(head: bytes) -> bool:
 FORMATS: dict[str, FormatRow] = {
     row.name: row
     for row in (
-        FormatRow("safetensors", _is_safetensors, lambda path, _: safetensors.read_file(path), safetensors.lay_out),
+        FormatRow("safetensors", _is_safetensors, lambda opened, _: safetensors.read_file(opened), safetensors.lay_out),
         FormatRow("torch", _is_zip, torch_zip.read_file, torch_write.lay_out, torch_write.finish_file),
         FormatRow("torch before 1.6", _is_stream, torch_stream.read_file),
     )
@@ -78,7 +79,8 @@ _LOOKALIKES: tuple[tuple[Callable[[bytes], bool], type[BadFile] | type[Unsupport
 
 def could_be_weights(path: Path) -> bool:
     """Say by its first bytes whether a file may hold weights of torch's, readable here or not."""
-    head = _read_head(path)
+    with open_source(path) as opened:
+        head = opened.file.read(HEAD_NBYTES)
     return _is_tar(head) or any(row.matches(head) for row in FORMATS.values())
 
 
@@ -87,18 +89,13 @@ def read_file(path: Path, reading: Reading = PLAIN) -> WeightsFile:
 
     Raises BadFile or Unsupported for a file that is none, and says what it is instead.
     """
-    head = _read_head(path)
-    for row in FORMATS.values():
-        if row.matches(head):
-            return row.read_file(path, reading)
+    with open_source(path) as opened:
+        head = opened.file.read(HEAD_NBYTES)
+        opened.file.seek(0)
+        for row in FORMATS.values():
+            if row.matches(head):
+                return row.read_file(opened, reading)
     for matches, error, problem, advice in _LOOKALIKES:
         if matches(head):
             raise error(path, problem, advice)
     raise BadFile(path, "is no weight file: its first bytes are of no known format", _FETCH)
-
-
-def _read_head(path: Path) -> bytes:
-    if not path.is_file():
-        raise BadFile(path, "is no regular file" if path.exists() else "does not exist")
-    with path.open("rb") as file:
-        return file.read(HEAD_NBYTES)

@@ -17,7 +17,8 @@ from typing import Any
 
 from converter.dtypes import DTYPES
 from converter.errors import BadFile, Unsupported
-from converter.tensors import ByteRange, Described, Layout, TensorInfo, WeightsFile, contiguous_strides
+from converter.opening import Opened
+from converter.tensors import ByteRange, Described, Layout, Stamp, TensorInfo, WeightsFile, contiguous_strides
 
 MAX_HEADER_NBYTES = 100_000_000  # same cap as the reference reader
 METADATA_KEY = "__metadata__"
@@ -25,20 +26,19 @@ _TOO_LARGE = 1 << 64  # the reference reader counts in 64 bits, and refuses what
 _INCOMPLETE = "The file may be incomplete: fetch it again."
 
 
-def read_file(path: Path) -> WeightsFile:
-    """Open a safetensors file and read its header; no tensor is read."""
-    with path.open("rb") as file:
-        file_nbytes = file.seek(0, 2)
-        file.seek(0)
-        head = file.read(8)
-        header_nbytes = int.from_bytes(head, "little")
-        if len(head) < 8 or header_nbytes > min(MAX_HEADER_NBYTES, file_nbytes - 8):
-            raise BadFile(path, f"its header claims {header_nbytes:,} bytes, the file has {file_nbytes:,}", _INCOMPLETE)
-        raw = file.read(header_nbytes)
-    return parse_header(raw, file_nbytes, path)
+def read_file(opened: Opened) -> WeightsFile:
+    """Read the header of a safetensors file; no tensor is read."""
+    path, file, stamp = opened
+    file_nbytes = stamp.nbytes
+    head = file.read(8)
+    header_nbytes = int.from_bytes(head, "little")
+    if len(head) < 8 or header_nbytes > min(MAX_HEADER_NBYTES, file_nbytes - 8):
+        raise BadFile(path, f"its header claims {header_nbytes:,} bytes, the file has {file_nbytes:,}", _INCOMPLETE)
+    raw = file.read(header_nbytes)
+    return parse_header(raw, file_nbytes, path, stamp)
 
 
-def parse_header(raw: bytes, file_nbytes: int, path: Path) -> WeightsFile:
+def parse_header(raw: bytes, file_nbytes: int, path: Path, stamp: Stamp | None = None) -> WeightsFile:
     """Parse the JSON of a header; refuse gaps, overlaps, bytes left over, and names given twice."""
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_repeats)
@@ -53,12 +53,12 @@ def parse_header(raw: bytes, file_nbytes: int, path: Path) -> WeightsFile:
     if b"\\u" in raw and not all(map(_is_text, itertools.chain(header, metadata, metadata.values()))):
         raise BadFile(path, "its header spells a name with half a character")
     data_offset = 8 + len(raw)
-    tensors = [_parse_tensor(name, entry, data_offset, path) for name, entry in header.items()]
+    tensors = [_parse_tensor(name, entry, data_offset, path, stamp) for name, entry in header.items()]
     _check_layout(tensors, data_offset, file_nbytes, path)
     return WeightsFile(path, "safetensors", tuple(tensors), metadata)
 
 
-def _parse_tensor(name: str, entry: Any, data_offset: int, path: Path) -> TensorInfo:
+def _parse_tensor(name: str, entry: Any, data_offset: int, path: Path, stamp: Stamp | None) -> TensorInfo:
     try:
         tag, sizes, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         shape = tuple(sizes)
@@ -79,9 +79,8 @@ def _parse_tensor(name: str, entry: Any, data_offset: int, path: Path) -> Tensor
     bits = numel * dtype.bits
     if bits >= _TOO_LARGE or end - begin != bits // 8 or bits % 8:
         raise BadFile(path, f"tensor {name!r} has {end - begin:,} bytes, its shape {list(shape)} takes {bits // 8:,}")
-    return TensorInfo(
-        name, dtype, shape, ByteRange(path, data_offset + begin, end - begin), 0, contiguous_strides(shape)
-    )
+    storage = ByteRange(path, data_offset + begin, end - begin, None, None, 1, None, stamp)
+    return TensorInfo(name, dtype, shape, storage, 0, contiguous_strides(shape))
 
 
 def _check_layout(tensors: Iterable[TensorInfo], data_offset: int, file_nbytes: int, path: Path) -> None:

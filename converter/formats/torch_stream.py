@@ -16,6 +16,7 @@ from converter.errors import BadFile, HostileFile
 from converter.formats.pickle_machine import MAX_PICKLE_NBYTES, Pickled
 from converter.formats.state_dict import Reading, choose_state_dict, resolve
 from converter.formats.torch_pickle import StorageRef, parse_pickle
+from converter.opening import Opened
 from converter.tensors import ByteRange, WeightsFile
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -24,20 +25,18 @@ _FIRST_NBYTES = 1 << 16
 _DAMAGED = "The file is damaged or incomplete: fetch it again."
 
 
-def read_file(path: Path, reading: Reading) -> WeightsFile:
-    """Open a stream and read its pickles and where its storages lie; no storage is read."""
-    with path.open("rb") as file:
-        magic, protocol, facts = (_read_pickle(file, path, reading).value for _ in range(3))
-        if magic != MAGIC or protocol != _PROTOCOL or not isinstance(facts, dict):
-            raise BadFile(
-                path, "is a pickle, but not one that torch.save wrote", "Save its state dict with torch.save."
-            )
-        storages: dict[str, StorageRef] = {}
-        pickled = _read_pickle(file, path, reading, storages)
-        keys = _read_pickle(file, path, reading).value
-        if type(keys) is not list:
-            raise BadFile(path, "has no list of its storages", _DAMAGED)
-        ranges = dict(_find_storages(file, keys, storages, path))
+def read_file(opened: Opened, reading: Reading) -> WeightsFile:
+    """Read the pickles of a stream, and where its storages lie; no storage is read."""
+    path, file, _ = opened
+    magic, protocol, facts = (_read_pickle(file, path, reading).value for _ in range(3))
+    if magic != MAGIC or protocol != _PROTOCOL or not isinstance(facts, dict):
+        raise BadFile(path, "is a pickle, but not one that torch.save wrote", "Save its state dict with torch.save.")
+    storages: dict[str, StorageRef] = {}
+    pickled = _read_pickle(file, path, reading, storages)
+    keys = _read_pickle(file, path, reading).value
+    if type(keys) is not list:
+        raise BadFile(path, "has no list of its storages", _DAMAGED)
+    ranges = dict(_find_storages(opened, keys, storages))
     state_dict, notes = choose_state_dict(pickled, path, reading)
     tensors = tuple(resolve(state_dict, lambda storage: ranges.get(storage.key), path))
     return WeightsFile(path, "torch", tensors, {}, notes, pickled.foreign)
@@ -68,17 +67,17 @@ def _read_pickle(
 
 
 def _find_storages(
-    file: BinaryIO, keys: list[Any], storages: Mapping[str, StorageRef], path: Path
+    opened: Opened, keys: list[Any], storages: Mapping[str, StorageRef]
 ) -> Iterator[tuple[str, ByteRange]]:
+    path, file, stamp = opened
     place = file.tell()
-    file_nbytes = file.seek(0, 2)
     for key in keys:
         storage = storages.get(key) if type(key) is str else None
         if storage is None:
             raise BadFile(path, "lists a storage that it does not describe", _DAMAGED)
         file.seek(place)
         numel = int.from_bytes(file.read(8), "little")
-        if numel != storage.numel or place + 8 + storage.nbytes > file_nbytes:
+        if numel != storage.numel or place + 8 + storage.nbytes > stamp.nbytes:
             raise BadFile(path, f"its storage {key} is cut short, or is not where it should be", _DAMAGED)
-        yield key, ByteRange(path, place + 8, storage.nbytes)
+        yield key, ByteRange(path, place + 8, storage.nbytes, stamp=stamp)
         place += 8 + storage.nbytes

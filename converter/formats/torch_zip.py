@@ -20,19 +20,20 @@ from converter.formats.pickle_machine import MAX_PICKLE_NBYTES
 from converter.formats.state_dict import Reading, choose_state_dict, resolve
 from converter.formats.torch_pickle import StorageRef, parse_pickle
 from converter.formats.zip_records import DEFLATED, STORED, Record, read_records, spell
+from converter.opening import Opened
 from converter.tensors import ByteRange, WeightsFile
 
 _DAMAGED = "The file is damaged: fetch it again."
 
 
-def read_file(path: Path, reading: Reading) -> WeightsFile:
-    """Open an archive and read its directory and its pickle; no storage is read."""
-    with path.open("rb") as file:
-        records = {record.name: record for record in read_records(file, path)}
-        root = _find_root(records, path)
-        pickle = _read_small(file, records[root + b"data.pkl"], MAX_PICKLE_NBYTES, path)
-        note = records.get(root + b"byteorder")
-        byteorder = _read_small(file, note, 16, path).strip() if note else b"little"
+def read_file(opened: Opened, reading: Reading) -> WeightsFile:
+    """Read the directory and the pickle of an archive; no storage is read."""
+    path, file, stamp = opened
+    records = {record.name: record for record in read_records(file, path)}
+    root = _find_root(records, path)
+    pickle = _read_small(file, records[root + b"data.pkl"], MAX_PICKLE_NBYTES, path)
+    note = records.get(root + b"byteorder")
+    byteorder = _read_small(file, note, 16, path).strip() if note else b"little"
     if byteorder not in (b"little", b"big"):
         raise BadFile(path, f"notes an order of bytes that is none ({byteorder!r})", _DAMAGED)
     pickled = parse_pickle(pickle, path, reading.strip_code)
@@ -44,7 +45,7 @@ def read_file(path: Path, reading: Reading) -> WeightsFile:
         record = records.get(folder + storage.key.encode("utf-8", "surrogatepass"))
         if record is None:
             return None
-        place = _range_of(record, path)
+        place = _range_of(record, path)._replace(stamp=stamp)
         return place if byteorder == b"little" else _swapped(place, storage)
 
     return WeightsFile(path, "torch", tuple(resolve(state_dict, find, path)), {}, notes, pickled.foreign)

@@ -1,0 +1,167 @@
+"""What the class that a config names has inside, by its own library: asked in a child process, and not trusted.
+
+A config comes with the weights, and a library that makes a class from it can be led far: to code in the folder
+(``auto_map``), to the Hub (names of backbones, of kernels), to a model of any size. So a child makes it on the meta
+device, from the config alone: without such keys, offline, with limits on its time, its memory and the number of
+modules, and only a model of the library itself. What it answers is data too, and checked. ``asked.py`` is its side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from converter.errors import Unsupported
+from converter.folder import Component
+
+# Names in the answer for the largest models take some MB.
+_ANSWER_NBYTES = 32_000_000
+# A line of the library's own error, if it is short.
+_CAUSE_LENGTH = 300
+# For a child that waits: what computes ends at the limit of the processor's time, which asked.py sets.
+_WAIT_SECONDS = 300
+_DEEPEST = 20
+# What the libraries look up, run, or only note; none of it says what a model has inside.
+_DROPPED = frozenset(
+    ("auto_map", "backbone", "backbone_kwargs", "custom_pipelines", "detectron2_config_args", "name_or_path",
+     "pretrained_model_name_or_path", "quantization_config", "trust_remote_code", "use_kernels",
+     "use_pretrained_backbone", "use_timm_backbone")
+)  # fmt: skip
+# timm makes these, by a name that may be one of the Hub's.
+_TIMM_TYPES = ("timm_backbone", "timm_wrapper")
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DIFFUSERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
+# ``-I`` keeps the current folder, which may be the model's, and the variables for Python out.
+_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from converter.asked import main; main()"
+
+
+class Answer(NamedTuple):
+    """Names of modules as ``modules.Linears`` has them, and the shape of each tensor."""
+
+    linear: tuple[str, ...]
+    transposed: tuple[str, ...]
+    skipped: tuple[str, ...]
+    kept: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+
+
+class LibraryMissing(Unsupported):
+    """A library that would have to be asked is not installed."""
+
+
+def ask_class(component: Component) -> Answer:
+    """Say what a component's class has inside; raises Unsupported, with the cause, where it cannot be made."""
+    path = component.path / "config.json"
+    if not component.class_name:
+        raise Unsupported(path, "names no class")
+    try:
+        config = cleaned(component.config)
+    except _Unasked as error:
+        raise Unsupported(path, str(error)) from None
+    answer = _ask(json.dumps({"class": component.class_name, "diffusers": component.is_diffusers, "config": config}))
+    if isinstance(answer, Answer):
+        return answer
+    if not answer:
+        raise LibraryMissing(path, f"names {component.class_name}, and its library is not installed")
+    raise Unsupported(path, f"names {component.class_name}, which could not be made: {answer}")
+
+
+class _Unasked(Exception):
+    pass
+
+
+def cleaned(value: Any, depth: int = 0) -> Any:
+    """Give a config without what leads to code or to the network, at any depth."""
+    if depth > _DEEPEST:
+        raise _Unasked(f"is nested more than {_DEEPEST} deep")
+    if isinstance(value, list):
+        return [cleaned(one, depth + 1) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("backbone") or value.get("model_type") in _TIMM_TYPES:
+        raise _Unasked("asks for a backbone by its name, which is not looked up")
+    return {key: cleaned(one, depth + 1) for key, one in value.items() if not _is_dropped(key)}
+
+
+def _is_dropped(key: str) -> bool:
+    # What is private to a library is its own note; ``attn_implementation`` and its like name kernels on the Hub.
+    return key.startswith("_") or key.endswith("_implementation") or key in _DROPPED
+
+
+@lru_cache(maxsize=8)
+def _ask(request: str) -> Answer | str:
+    """Give what the child answers, or the cause why it does not: none where its library is not there."""
+    try:
+        with _started_child() as child:
+            assert child.stdin
+            assert child.stdout
+            with contextlib.suppress(BrokenPipeError), child.stdin:
+                child.stdin.write(request.encode())
+            raw = child.stdout.read(_ANSWER_NBYTES + 1)
+            if len(raw) > _ANSWER_NBYTES:
+                return "it has too many modules"
+            code = child.wait()
+    except OSError as error:
+        return f"no process for it could be started ({error.strerror})"
+    return checked(raw) if code == 0 else f"it takes too much time or memory (the process ended with {code})"
+
+
+@contextlib.contextmanager
+def _started_child() -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-I", "-B", "-c", _CHILD, *_search_path()]
+    pipe = subprocess.PIPE
+    environment = os.environ | _OFFLINE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment) as child:
+        alarm = threading.Timer(_WAIT_SECONDS, child.kill)
+        alarm.start()
+        try:
+            yield child
+        finally:
+            alarm.cancel()
+            child.kill()
+
+
+def _search_path() -> list[str]:
+    """Give where this process imports from, but the current folder: a model's folder may hold a ``torch.py``."""
+    own = str(Path(__file__).parents[1])
+    here = {"", str(Path.cwd())} - {own}
+    return [entry for entry in sys.path if entry not in here]
+
+
+def checked(raw: bytes) -> Answer | str:
+    """Give a child's answer if it is one, or the cause that it names."""
+    try:
+        answer = json.loads(raw)
+        if "cause" in answer:
+            return str(answer["cause"])[:_CAUSE_LENGTH]
+        return Answer(
+            _strings(answer["linear"]),
+            _strings(answer["transposed"]),
+            _strings(answer["skipped"]),
+            _strings(answer["kept"]),
+            {name: _shape(shape) for name, shape in answer["shapes"].items()},
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return "what its library answers makes no sense"
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise TypeError
+    return tuple(value)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(one) is int and one >= 0 for one in value):
+        raise TypeError
+    return tuple(value)

@@ -1,0 +1,170 @@
+"""Configs that lead a library to code, to the network or to more than fits, and the child that makes their class."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converter import ask, asked
+from converter.ask import LibraryMissing, ask_class, checked, cleaned
+from converter.errors import Unsupported
+from converter.folder import Component
+
+LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+VIT = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+       "intermediate_size": 16, "image_size": 16, "patch_size": 8}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50, "add_cross_attention": True,
+        "is_decoder": True}  # fmt: skip
+DETR = {"model_type": "detr", "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 3,
+        "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
+CODE = {"auto_map": {"AutoModel": "evil/evil--planted.Evil", "AutoConfig": "planted.Evil"}, "trust_remote_code": True}
+LOOK_UPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "auto_map": ("LlamaModel", {**LLAMA, **CODE}),
+    "auto_map, nested": ("VisionEncoderDecoderModel", {
+        "model_type": "vision-encoder-decoder", "encoder": {**VIT, **CODE}, "decoder": {**GPT2, **CODE}}),
+    "a backbone of the Hub": ("DetrForObjectDetection", {
+        **DETR, "backbone": "evil/evil", "use_timm_backbone": False, "use_pretrained_backbone": True}),
+    "a backbone of timm": ("DetrForObjectDetection", {
+        **DETR, "backbone": "hf-hub:evil/evil", "use_timm_backbone": True}),
+    "a backbone of timm, nested": ("DetrForObjectDetection", {
+        **DETR, "backbone_config": {"model_type": "timm_backbone", "backbone": "hf-hub:evil/evil"}}),
+    "a kernel": ("LlamaModel", {**LLAMA, "attn_implementation": "evil/evil"}),
+    "a kernel, private": ("LlamaModel", {**LLAMA, "_attn_implementation": "evil/evil"}),
+    "experts": ("LlamaModel", {**LLAMA, "experts_implementation": "evil/evil"}),
+    "a name": ("LlamaModel", {**LLAMA, "_name_or_path": "evil/evil", "name_or_path": "evil/evil"}),
+    "quantized": ("LlamaModel", {**LLAMA, "quantization_config": {"quant_method": "evil"}}),
+}  # fmt: skip
+NOTHING = {"linear": [], "transposed": [], "skipped": [], "kept": [], "shapes": {}}
+# One process asks about all of them, with a module to be fooled by on its path.
+WATCHED = """
+import json, sys
+seen = []
+watched = ("socket.connect", "socket.getaddrinfo", "socket.sendto", "subprocess.Popen", "os.exec", "os.system")
+sys.addaudithook(lambda event, args: seen.append(f"{event} {args}") if event.startswith(watched) else None)
+from pathlib import Path
+from converter import ask, asked
+from converter.folder import Component
+ask._ask = lambda request: ask.checked(json.dumps(asked.answer_to(json.loads(request))).encode())
+said = {}
+for name, (class_name, config) in json.load(sys.stdin).items():
+    del seen[:]
+    try:
+        answer = len(ask.ask_class(Component("", Path("m"), (), {**config, "architectures": [class_name]})).shapes) > 0
+    except ask.Unsupported as error:
+        answer = str(error)
+    said[name] = answer, list(seen), "planted" in sys.modules
+print(json.dumps(said))
+"""
+
+
+def component_of(config: dict[str, Any], class_name: str = "LlamaModel") -> Component:
+    return Component("", Path("m"), (), {"architectures": [class_name], **config})
+
+
+def test_nothing_is_looked_up_and_nobodys_code_runs(tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text("class Evil: pass")
+    code = f"import sys; sys.path[:0] = {[str(Path(ask.__file__).parents[1]), str(tmp_path)]}\n{WATCHED}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(LOOK_UPS), capture_output=True, text=True, check=True
+    )
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said.keys() == LOOK_UPS.keys()
+    for name, (answer, seen, is_planted) in said.items():
+        assert (seen, is_planted) == ([], False), name
+        assert (answer is True) != ("backbone" in name), (name, answer)
+        assert answer is True or "asks for a backbone by its name, which is not looked up" in answer
+
+
+def test_what_is_left_of_a_config() -> None:
+    config = {"a": [{"auto_map": 1, "b": {"_private": 1, "use_timm_backbone": False, "c": 2}}], "backbone": None}
+    assert cleaned(config) == {"a": [{"b": {"c": 2}}]}
+    deep: Any = 1
+    for _ in range(100):
+        deep = {"a": deep}
+    with pytest.raises(Unsupported, match="nested more than 20 deep"):
+        ask_class(component_of(deep))
+
+
+@pytest.mark.parametrize(
+    ("class_name", "is_diffusers"),
+    [("AutoConfig", False), ("AutoModel", False), ("Trainer", False), ("models", False), ("__loader__", False),
+     ("LlamaConfig", False), ("pipeline", False), ("AutoModel", True), ("StableDiffusionPipeline", True),
+     ("DDIMScheduler", True), ("ModelMixin", True), ("PreTrainedModel", False), ("loaders", True)],
+)  # fmt: skip
+def test_only_a_librarys_own_models_are_made(class_name: str, is_diffusers: bool) -> None:
+    answer = asked.answer_to({"class": class_name, "diffusers": is_diffusers, "config": dict(LLAMA)})
+    assert "has no model of that name" in answer["cause"]
+
+
+def test_while_a_class_is_made_nothing_else_can_be_done() -> None:
+    with asked._fenced(), pytest.raises(asked._Refused, match=r"asks for subprocess\.Popen"):
+        subprocess.run([sys.executable, "--version"], check=True)
+    subprocess.run([sys.executable, "--version"], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_model_of_too_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = {"class": "LlamaModel", "diffusers": False, "config": {**LLAMA, "num_hidden_layers": 10_000}}
+    monkeypatch.setattr(asked, "_MOST_PARTS", 200)
+    assert asked.answer_to(request)["cause"] == "it has more than 200 modules and weights"
+
+
+# The child.
+
+
+def test_a_child_answers_what_is_answered_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It does not import from the current folder, as a model's folder may be.
+    for name in ("torch", "json", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('planted')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = ask_class(component_of(LLAMA))
+    monkeypatch.undo()
+    config = cleaned(component_of(LLAMA).config)
+    expected = asked.answer_to({"class": "LlamaModel", "diffusers": False, "config": config})
+    assert found == checked(json.dumps(expected).encode())
+    assert len(found.linear) == 14
+    assert found.shapes["embed_tokens.weight"] == (64, 16)
+
+
+def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "_search_path", lambda: [entry for entry in sys.path if "site-packages" not in entry])
+    with pytest.raises(LibraryMissing, match="its library is not installed"):
+        ask_class(component_of({**LLAMA, "vocab_size": 65}))
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        ("print('{}')", "makes no sense"),
+        ("print('[' * 100_000)", "makes no sense"),
+        (f"print({json.dumps({**NOTHING, 'linear': [1]})!r})", "makes no sense"),
+        (f"print({json.dumps({**NOTHING, 'shapes': {'a': [-1]}})!r})", "makes no sense"),
+        ("while True: print('x' * 1_000_000)", "too many modules"),
+        ("import os; os.abort()", "too much time or memory"),
+        ("import sys; sys.stdin.close(); sys.exit(1)", "too much time or memory"),
+    ],
+)  # fmt: skip
+def test_answers_that_are_none(code: str, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "_CHILD", code)
+    ask._ask.cache_clear()
+    with pytest.raises(Unsupported, match=cause):
+        ask_class(component_of(LLAMA))
+    ask._ask.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the limits of Linux")
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [({"num_hidden_layers": 100_000}, "more than 400,000 modules"), ({"num_labels": 10**10}, "MemoryError|too much")],
+)
+def test_a_model_of_any_size_ends(change: dict[str, int], cause: str) -> None:
+    with pytest.raises(Unsupported, match=cause):
+        ask_class(component_of({**LLAMA, **change}))
