@@ -175,15 +175,15 @@ def test_a_new_folder_shares_no_file_with_its_source(wconv, tmp_path):
 
 
 def test_shards_that_are_links_elsewhere_are_not_written_through(wconv, tmp_path):
-    # As in a hub's cache: the folder holds links, the files lie elsewhere and stay.
-    save_safetensors_shards(STATE, tmp_path / "blobs", ("ab", "cd", "e", "f"))
-    before = snapshot(tmp_path / "blobs")
+    # As in a store that several folders share: the folder holds links, the files lie elsewhere and stay.
+    save_safetensors_shards(STATE, tmp_path / "store", ("ab", "cd", "e", "f"))
+    before = snapshot(tmp_path / "store")
     (tmp_path / "m").mkdir()
-    for path in (tmp_path / "blobs").iterdir():
+    for path in (tmp_path / "store").iterdir():
         (tmp_path / "m" / path.name).symlink_to(path)
     wconv("reshard", tmp_path / "m", "--max-shard-size", "64", "--in-place")
     assert_same(load_set(tmp_path / "m"), STATE)
-    assert snapshot(tmp_path / "blobs") == before
+    assert snapshot(tmp_path / "store") == before
     assert letters_in(tmp_path / "m") == ["ab", "cd", "ef"]
 
 
