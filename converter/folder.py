@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from converter.checkpoint import WeightSet, find_weight_set, find_weight_sets, is_weight_file
 from converter.errors import BadFile
+from converter.texts import read_config
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
 
@@ -119,8 +120,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = read_config(path)
+    except ValueError as error:
         raise BadFile(path, f"is not JSON ({error})", "Fetch it again.") from None
     return content if isinstance(content, dict) else {}
 

@@ -23,6 +23,7 @@ LAYERS = (
     ("errors",),
     ("dtypes",),
     ("tensors",),
+    ("texts",),
     ("names", "index", "keep_fp32"),
     ("formats",),
     ("checkpoint",),

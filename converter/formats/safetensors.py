@@ -11,17 +11,30 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from converter.dtypes import DTYPES
-from converter.errors import BadFile, Unsupported
-from converter.tensors import ByteRange, Described, Layout, TensorInfo, WeightsFile, contiguous_strides
+from converter.errors import BadFile, HostileFile, Unsupported
+from converter.tensors import (
+    MAX_DIMS,
+    MAX_NAME,
+    MAX_TENSORS,
+    ByteRange,
+    Described,
+    Layout,
+    TensorInfo,
+    WeightsFile,
+    contiguous_strides,
+)
+from converter.texts import MAX_HEADER_MARKS, Pairs, parse_json
 
 MAX_HEADER_NBYTES = 100_000_000  # same cap as the reference reader
 METADATA_KEY = "__metadata__"
-_TOO_LARGE = 1 << 64  # the reference reader counts in 64 bits, and refuses what overflows on the way
+_MAX_METADATA = 10_000_000  # trainers' notes, and a picture: some MB at the most
+# The reference reader counts elements in 64 bits, and refuses what overflows on the way; torch counts strides in 63.
+_TOO_LARGE = 1 << 63
 _INCOMPLETE = "The file may be incomplete: fetch it again."
 
 
@@ -41,8 +54,8 @@ def read_file(path: Path) -> WeightsFile:
 def parse_header(raw: bytes, file_nbytes: int, path: Path) -> WeightsFile:
     """Parse the JSON of a header; refuse gaps, overlaps, bytes left over, and names given twice."""
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_repeats)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw, path, "its header ", max_marks=MAX_HEADER_MARKS, pairs_hook=_refuse_repeats)
+    except ValueError as error:
         raise BadFile(path, f"its safetensors header cannot be read ({error})", _INCOMPLETE) from None
     if not isinstance(header, dict):
         raise BadFile(path, "its safetensors header is no JSON object")
@@ -50,6 +63,7 @@ def parse_header(raw: bytes, file_nbytes: int, path: Path) -> WeightsFile:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile(path, "the __metadata__ of its header is not a map of strings")
+    _check_sizes(header, metadata, path)
     if b"\\u" in raw and not all(map(_is_text, itertools.chain(header, metadata, metadata.values()))):
         raise BadFile(path, "its header spells a name with half a character")
     data_offset = 8 + len(raw)
@@ -58,25 +72,35 @@ def parse_header(raw: bytes, file_nbytes: int, path: Path) -> WeightsFile:
     return WeightsFile(path, "safetensors", tuple(tensors), metadata)
 
 
+def _check_sizes(header: Sized, metadata: Mapping[str, str], path: Path) -> None:
+    """Refuse more than a header can be parsed with and a new one made of, in 512 MB."""
+    if len(header) > MAX_TENSORS or len(metadata) > MAX_TENSORS:
+        raise HostileFile(path, f"its header describes more than {MAX_TENSORS:,} tensors")
+    if sum(map(len, itertools.chain(metadata, metadata.values()))) > _MAX_METADATA:
+        raise HostileFile(path, f"the __metadata__ of its header is longer than {_MAX_METADATA:,} characters")
+
+
 def _parse_tensor(name: str, entry: Any, data_offset: int, path: Path) -> TensorInfo:
     try:
         tag, sizes, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         shape = tuple(sizes)
     except (KeyError, TypeError, ValueError):
         raise BadFile(path, f"its header describes {name!r} wrongly") from None
-    numel = 1
+    if len(shape) > MAX_DIMS or len(name) > MAX_NAME:
+        raise HostileFile(path, f"its header gives {name!r} {len(shape):,} axes, or too long a name")
+    span = 1
     # Plain loops: this is done for each tensor, and any() over a generator takes three times as long.
     for number in (*shape, begin, end) if type(sizes) is list else (None,):
         if type(number) is not int or number < 0:
             raise BadFile(path, f"its header gives {name!r} a shape or place that is no whole number")
     for length in shape:
-        numel *= length
-        if length >= _TOO_LARGE or numel >= _TOO_LARGE:
-            raise BadFile(path, f"its header gives {name!r} more elements than 64 bits count")
+        span *= length or 1
+        if span >= _TOO_LARGE:
+            raise BadFile(path, f"its header gives {name!r} more elements than 63 bits count")
     if not isinstance(tag, str) or tag not in DTYPES:
         raise Unsupported(path, f"tensor {name!r} has the unknown dtype {tag!r}", "A newer wconv may know it.")
     dtype = DTYPES[tag]
-    bits = numel * dtype.bits
+    bits = 0 if 0 in shape else span * dtype.bits
     if bits >= _TOO_LARGE or end - begin != bits // 8 or bits % 8:
         raise BadFile(path, f"tensor {name!r} has {end - begin:,} bytes, its shape {list(shape)} takes {bits // 8:,}")
     return TensorInfo(
@@ -131,7 +155,7 @@ def _is_text(name: str) -> bool:
     return name.isascii() or not any("\ud800" <= char <= "\udfff" for char in name)
 
 
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeats(pairs: Pairs) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
         raise ValueError("it names something twice")
