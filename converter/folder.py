@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converter.checkpoint import WeightSet, find_weight_set, find_weight_sets, is_weight_file
-from converter.errors import BadFile
+from converter.errors import BadFile, HostileFile
 from converter.texts import read_config
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
 
 # Weights in forms of other runtimes: neither converted nor carried over.
 _OTHER_WEIGHTS = re.compile(r".*\.(onnx|onnx_data|pb|msgpack|h5|ot|gguf|ggml|flashpack|tflite|mlmodel)")
+_MAX_CLASSES = 16  # those that hear, see and speak have four or five; each asks about the name of every tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,10 @@ class Component:
     @property
     def class_names(self) -> set[str]:
         """The classes that its config and all nested ones name: a transformers model may be made of others."""
-        return {name for config in _nested(self.config) if (name := Component("", self.path, (), config).class_name)}
+        names = {name for config in _nested(self.config) if (name := Component("", self.path, (), config).class_name)}
+        if len(names) > _MAX_CLASSES:
+            raise HostileFile(self.path / "config.json", f"names {len(names):,} classes, which no model is made of")
+        return names
 
     @property
     def is_diffusers(self) -> bool:

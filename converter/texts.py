@@ -77,7 +77,7 @@ def check_nbytes(nbytes: int, path: Path, limit: int, what: str = "") -> None:
 
 def check_depth(content: Any) -> None:
     """Raise ValueError for what is nested deeper than anything that is meant."""
-    level = [[content]]
+    level: list[Any] = [[content]]
     for _ in range(_MAX_DEPTH):
         inner = (value.values() if isinstance(value, dict) else value for value in level)
         level = [value for values in inner for value in values if isinstance(value, (dict, list))]

@@ -86,8 +86,10 @@ def _parse_tensor(name: str, entry: Any, data_offset: int, path: Path) -> Tensor
         shape = tuple(sizes)
     except (KeyError, TypeError, ValueError):
         raise BadFile(path, f"its header describes {name!r} wrongly") from None
-    if len(shape) > MAX_DIMS or len(name) > MAX_NAME:
-        raise HostileFile(path, f"its header gives {name!r} {len(shape):,} axes, or too long a name")
+    if len(name) > MAX_NAME:
+        raise HostileFile(path, f"its header spells a name in {len(name):,} characters: {name!r:.80}...")
+    if len(shape) > MAX_DIMS:
+        raise HostileFile(path, f"its header gives {name!r} {len(shape):,} axes")
     span = 1
     # Plain loops: this is done for each tensor, and any() over a generator takes three times as long.
     for number in (*shape, begin, end) if type(sizes) is list else (None,):
