@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run_main
 
 from converter.errors import BadFile, HostileFile, shorten
 from converter.folder import read_json
@@ -227,4 +231,82 @@ def test_one_long_name_does_not_widen_a_table(tmp_path: Path, wconv: Callable[..
 
 # Values of types that nobody expects.
 
-ODD = [None, True, -1, 10**30, 3.5, "", "x" * 100_000, "\ud800", [], [None], [[]], [-1], {}, {"a": {"a": []}}]
+ODD = [None, -1, 0, "x" * 10_000, "\ud800", [], [[]], [0], {"a": {"a": []}}]
+PIPELINE = {
+    "_class_name": "StableDiffusionPipeline",
+    **{name: ["diffusers", "X"] for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")},
+}
+UNET = {
+    "in_channels": 4, "out_channels": 4, "block_out_channels": [8], "layers_per_block": 1, "cross_attention_dim": 6,
+}  # fmt: skip
+CONFIGS = {
+    "model_index.json": PIPELINE,
+    "unet/config.json": {"_class_name": "UNet2DConditionModel", **UNET},
+    "vae/config.json": {"latent_channels": 4, "block_out_channels": [8], "up_block_types": ["x"]},
+    "text_encoder/config.json": {
+        "architectures": ["CLIPTextModel"], "hidden_size": 6, "num_hidden_layers": 1, "torch_dtype": "float32",
+        "vocab_size": 9, "intermediate_size": 8, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+BESIDE = ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json")
+CHECKPOINT = {
+    "model.diffusion_model.input_blocks.0.0.weight": [8, 4, 3, 3],
+    "model.diffusion_model.out.2.weight": [4, 8, 3, 3],
+    "model.diffusion_model.input_blocks.1.0.out_layers.3.weight": [8, 8, 3, 3],
+    "model.diffusion_model.input_blocks.1.1.attn2.to_k.weight": [8, 6],
+    "first_stage_model.encoder.conv_in.weight": [8, 3, 3, 3],
+    "first_stage_model.decoder.conv_out.weight": [3, 8, 3, 3],
+    "first_stage_model.encoder.down.0.block.0.conv2.weight": [8, 8, 3, 3],
+    "first_stage_model.decoder.up.0.block.0.conv2.weight": [8, 8, 3, 3],
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": [9, 6],
+    "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": [8, 6],
+}
+
+
+def write_tensors(path: Path, shapes: dict[str, list[int]]) -> None:
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    write_header(path, json.dumps(entries), end)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder that every command takes, and beside it a checkpoint that its configs fit."""
+    folder = tmp_path_factory.mktemp("odd") / "pipeline"
+    for name, content in {**CONFIGS, **{beside: {} for beside in BESIDE}}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        write_tensors(folder / f"{name}.safetensors", {"mid.to_q.weight": [4, 4]})
+    write_tensors(folder.parent / "sd.safetensors", CHECKPOINT)
+    return folder
+
+
+@pytest.mark.usefixtures("no_fsync")
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [(name, key) for name, config in CONFIGS.items() for key in (*config, "quantization_config")],
+)
+def test_a_value_of_any_type_ends_in_one_line(name: str, key: str, pipeline: Path, wconv: Callable[..., Any]) -> None:
+    out = pipeline.parent / "out"
+    commands: tuple[tuple[object, ...], ...] = (
+        ("inspect", pipeline),
+        ("doctor", pipeline, "--loader", "coreml"),
+        ("recast", pipeline, "--dtype", "bf16", "-o", out, "--dry-run"),
+        ("quantize", pipeline, "-o", out, "--include", "to_q", "--dry-run"),
+        ("prepare-coreml", pipeline, "-o", out, "--dry-run"),
+        ("prepare-coreml", pipeline.parent / "sd.safetensors", "--config", pipeline, "-o", out, "--dry-run"),
+    )
+    wconv(*commands[2])
+    wconv(*commands[-1])
+    for value in ODD:
+        (pipeline / name).write_text(json.dumps({**CONFIGS[name], key: value}))
+        for command in commands:
+            said = io.StringIO()
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+                code = run_main([str(word) for word in command])
+            assert code <= 7, (command, value, said.getvalue())
+            assert len(said.getvalue()) < 10_000
+    (pipeline / name).write_text(json.dumps(CONFIGS[name]))
