@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 from conftest import run_main
 
+from converter import checkpoint
+from converter.doctor import view
 from converter.errors import BadFile, HostileFile, shorten
 from converter.folder import read_json
 from converter.formats.safetensors import parse_header
+from converter.names import parse_name
 from converter.tensors import MAX_DIMS, MAX_NAME, MAX_TENSORS
 from converter.texts import MAX_CONFIG_NBYTES, MAX_HEADER_MARKS, MAX_MARKS, MAX_TEXT_NBYTES
 
@@ -208,6 +211,39 @@ def test_configs_are_not_nested_without_end(form: str, tmp_path: Path) -> None:
             read_json(path)
 
 
+def test_tensors_are_counted_over_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(1, 5):
+        write_header(tmp_path / f"model-0000{number}-of-00004.safetensors", f'{{"{number}":{EMPTY}}}')
+    path = tmp_path / "model-00001-of-00004.safetensors"
+    for limit in (4, 3):
+        monkeypatch.setattr(checkpoint, "MAX_TENSORS", limit)
+        monkeypatch.setattr(view, "_MAX_TENSORS", limit)
+        bad = [one.name for one in view.look(tmp_path).components[0].weights.values() if one.error]
+        if limit == 4:
+            assert len(checkpoint.open_checkpoint(path).tensors) == 4
+            assert not bad
+    assert bad == ["model-00004-of-00004.safetensors"]
+    with pytest.raises(HostileFile, match="more than 3 tensors"):
+        checkpoint.open_checkpoint(path)
+
+
+def test_scales_are_read_only_where_they_are_what_they_should_be(tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    entry = {"dtype": "I8", "shape": [2, 2], "data_offsets": [0, 4]}
+    scales = {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}
+    form = {"dtype": "U8", "shape": [1 << 34], "data_offsets": [12, 12 + (1 << 34)]}
+    path = tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_text('{"quantization_config": {}, "architectures": ["LlamaForCausalLM"]}')
+    write_header(path, json.dumps({"q_proj.weight": entry, "q_proj.SCB": scales, "q_proj.weight_format": form}))
+    os.truncate(path, path.stat().st_size + form["data_offsets"][1])
+    arguments = ("dequantize", tmp_path, "--dtype", "fp16", "-o", tmp_path / "out")
+    assert "no single number" in wconv(*arguments, exit_code=3).stderr
+    entry = {"dtype": "I8", "shape": [1 << 30, 0], "data_offsets": [0, 0]}
+    scales = {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 1 << 32]}
+    write_header(path, json.dumps({"q_proj.weight": entry, "q_proj.SCB": scales}))
+    os.truncate(path, path.stat().st_size + (1 << 32))
+    assert "bytes of scales" in wconv(*arguments, exit_code=3).stderr
+
+
 # What is said of it.
 
 
@@ -310,3 +346,15 @@ def test_a_value_of_any_type_ends_in_one_line(name: str, key: str, pipeline: Pat
             assert code <= 7, (command, value, said.getvalue())
             assert len(said.getvalue()) < 10_000
     (pipeline / name).write_text(json.dumps(CONFIGS[name]))
+
+
+def test_numbers_in_names_have_no_thousand_digits(tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    digits = "1" * 5_000
+    parsed = parse_name(f"model-{digits}-of-{digits}.bin")
+    assert parsed is not None
+    assert parsed.role == "single"
+    shard = f"model-{digits}-of-{digits}.safetensors"
+    write_header(tmp_path / SHARD, f'{{"a":{TENSOR}}}', 8)
+    (tmp_path / INDEX).write_text(index(f'"a":"{shard}"'))
+    for command in ("inspect", "doctor"):
+        wconv(command, tmp_path, exit_code=3 if command == "inspect" else 1)

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -23,9 +23,11 @@ from converter.formats import read_file
 from converter.formats.state_dict import Reading
 from converter.index import WeightIndex, read_index
 from converter.names import ParsedName, WeightsName, parse_name
+from converter.tensors import MAX_TENSORS
 from converter.texts import read_config
 
 LENIENT = Reading(strip_code=True, lenient=True)
+_MAX_TENSORS = 2 * MAX_TENSORS  # of all sets in one folder: names and dtypes of all are held at once
 # What downloaders call a file that they have not finished.
 _PARTIAL = re.compile(r".*\.(incomplete|part|partial|crdownload|aria2|download|tmp)")
 # Classes of a pipeline's parts that have no weights (``LOADABLE_CLASSES`` in ``diffusers/pipelines``).
@@ -247,7 +249,7 @@ def _look_at(path: Path, name: str, entry: Any, is_named: bool = True) -> Compon
             partial.append(entry_name)
     sets, strays = _group(path, parsed)  # before the headers are read: an index of many tensors takes room for a while
     named = [item for item, found in parsed.items() if found.role != "index"]
-    weights = {item: _read(path / item) for item in dict.fromkeys((*named, *(n for one in sets for n in one.files)))}
+    weights = _read_all(path, dict.fromkeys((*named, *(n for one in sets for n in one.files))))
     weights.update(broken)
     library = _library_of(component, entry, sets)
     return ComponentView(
@@ -282,6 +284,19 @@ def _library_of(component: Component, entry: Any, sets: tuple[SetView, ...]) -> 
     if entry and entry[0] in ("diffusers", "transformers"):
         return str(entry[0])
     return "diffusers" if any(found.name.stem == "diffusion_pytorch_model" for found in sets) else "transformers"
+
+
+def _read_all(folder: Path, names: Iterable[str]) -> dict[str, FileView]:
+    found: dict[str, FileView] = {}
+    room = _MAX_TENSORS
+    for name in names:
+        view = _read(folder / name)
+        room -= len(view.names)
+        if room < 0:
+            problem = f"is one of several that describe more than {_MAX_TENSORS:,} tensors together"
+            view = FileView(name, view.nbytes, error=HostileFile(folder / name, problem))
+        found[name] = view
+    return found
 
 
 def _read(path: Path) -> FileView:
