@@ -9,17 +9,17 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converter.errors import BadFile, BadRequest
+from converter.errors import BadFile, BadRequest, HostileFile
 from converter.formats import could_be_weights, read_file
 from converter.formats.state_dict import PLAIN, Reading
 from converter.index import WeightIndex, read_index
 from converter.names import ParsedName, WeightsName, parse_name
-from converter.tensors import TensorInfo, WeightsFile
+from converter.tensors import MAX_TENSORS, TensorInfo, WeightsFile
 
 # What trainers leave beside the weights (``transformers/trainer.py``, ``accelerate/utils/constants.py``), and binaries
 # of other runtimes.
@@ -155,12 +155,22 @@ def open_checkpoint(source: Path | WeightSet, reading: Reading = PLAIN) -> Check
     weight_set = find_weight_set(source) if isinstance(source, Path) else source
     index = read_index(weight_set.folder / weight_set.index_name) if weight_set.index_name else None
     _check_shards(weight_set)
-    files = tuple(read_file(weight_set.folder / name, reading) for name in weight_set.file_names)
+    files = tuple(_read_files(weight_set, reading))
     if len(files) > 1:
         _check_names(files)
     notes = tuple(f"{file.path.name}: {note}" for file in files for note in file.notes)
     notes += _check_index(weight_set.path, index, files) if index else ()
     return Checkpoint(weight_set, files, index.metadata if index else {}, notes)
+
+
+def _read_files(weight_set: WeightSet, reading: Reading) -> Iterator[WeightsFile]:
+    room = MAX_TENSORS
+    for name in weight_set.file_names:
+        file = read_file(weight_set.folder / name, reading)
+        room -= len(file.tensors)
+        if room < 0:
+            raise HostileFile(weight_set.path, f"describes more than {MAX_TENSORS:,} tensors, and no model has them")
+        yield file
 
 
 def strip_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
@@ -197,9 +207,9 @@ def _check_shards(weight_set: WeightSet) -> None:
     if weight_set.index_name or not first or first.role != "shard":
         return
     numbers = {found.number for found in map(parse_name, weight_set.file_names) if found}
-    missing = sorted(set(range(1, first.count + 1)) - numbers)
+    missing = next((number for number in range(1, first.count + 1) if number not in numbers), None)
     if missing:
-        gap = first.name.shard(missing[0], first.count)
+        gap = first.name.shard(missing, first.count)
         raise BadFile(weight_set.path, f"is one of {first.count} shards, and {gap} is not there", "Fetch it.")
 
 

@@ -64,7 +64,7 @@ def find_lacks(source: Path, findings: Iterable[Finding] | None = None) -> Itera
         yield Lack(source, problem, "Name the folder that has one, with unet, vae and text_encoder below it.")
         return
     class_name = model_index.get("_class_name")
-    if class_name not in _PIPELINES:
+    if not isinstance(class_name, str) or class_name not in _PIPELINES:
         problem = f"is a {class_name}, and torch2coreml converts Stable Diffusion 1, 2 and XL"
         yield Lack(source, problem, "Other pipelines have no way to Core ML here.")
         return

@@ -10,6 +10,14 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+_MAX_LENGTH = 2_000  # a name in a file may have a million characters
+
+
+def shorten(text: str) -> str:
+    """Leave out the middle of a text that is too long to be read."""
+    half = _MAX_LENGTH // 2
+    return text if len(text) <= _MAX_LENGTH else f"{text[:half]} ... {text[-half:]}"
+
 
 class WconvError(Exception):
     """The root of wconv's errors; catch it to catch them all."""
@@ -17,10 +25,10 @@ class WconvError(Exception):
     exit_code = 70
 
     def __init__(self, where: Path | str, problem: str, advice: str = "") -> None:
-        super().__init__(where, problem, advice)
-        self.where = where
-        self.problem = problem
-        self.advice = advice
+        self.where = shorten(where) if isinstance(where, str) else where
+        self.problem = shorten(problem)
+        self.advice = shorten(advice)
+        super().__init__(self.where, self.problem, self.advice)
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.problem}."

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from converter.checkpoint import WeightSet, find_weight_set, find_weight_sets, is_weight_file
-from converter.errors import BadFile, SystemRefused
+from converter.errors import BadFile, HostileFile, SystemRefused
 from converter.formats import could_be_weights
 from converter.paths import lies_outside, real, snapshot_of
+from converter.texts import read_config
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
 
@@ -27,6 +28,7 @@ _OTHER_WEIGHTS = re.compile(r".*\.(onnx|onnx_data|pb|msgpack|h5|ot|gguf|ggml|fla
 # What runs of wconv leave when they are killed, or keep for an undo.
 _LEFT_BY_RUNS = re.compile(r"\.wconv.*|\..+\.wconv.*")
 _MAX_BEHIND_LINKS = 100_000  # entries; more than any model has, and listed in a second
+_MAX_CLASSES = 16  # those that hear, see and speak have four or five; each asks about the name of every tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,10 @@ class Component:
     @property
     def class_names(self) -> set[str]:
         """The classes that its config and all nested ones name: a transformers model may be made of others."""
-        return {name for config in _nested(self.config) if (name := Component("", self.path, (), config).class_name)}
+        names = {name for config in _nested(self.config) if (name := Component("", self.path, (), config).class_name)}
+        if len(names) > _MAX_CLASSES:
+            raise HostileFile(self.path / "config.json", f"names {len(names):,} classes, which no model is made of")
+        return names
 
     @property
     def is_diffusers(self) -> bool:
@@ -137,8 +142,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = read_config(path)
+    except ValueError as error:
         raise BadFile(path, f"is not JSON ({error})", "Fetch it again.") from None
     return content if isinstance(content, dict) else {}
 

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from converter.errors import BadFile
-from converter.opening import open_regular
+from converter.errors import BadFile, HostileFile
+from converter.tensors import MAX_TENSORS
+from converter.texts import MAX_TEXT_NBYTES, Pairs, check_depth, parse_json, read_bytes
 
-MAX_INDEX_NBYTES = 100_000_000  # as much as a safetensors header may take: the index repeats what the headers name
+MAX_SHARDS = 10_000  # real ones have up to some hundred
+_MAX_FILE_NAME = 255  # as long as any disk takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +42,21 @@ class WeightIndex:
 def parse_index(raw: bytes, path: Path) -> WeightIndex:
     """Read the content of an index file; raises BadFile for all that a loader would stumble over."""
     try:
-        content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_refuse_repeats)
+        content = parse_json(raw, path, pairs_hook=_refuse_repeats, encoding="utf-8-sig")
+        check_depth(content)
     except _RepeatedKeyError as error:
         raise BadFile(path, f"names {error.args[0]!r} twice") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadFile(path, f"is not JSON ({error})", "Fetch the index again.") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     metadata = content.get("metadata") or {} if isinstance(content, dict) else {}
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise BadFile(path, "is no index of weights: it has no weight_map", "Fetch the index again.")
-    for shard in set(map(_check_type, weight_map.values())):
+    shards = set(map(_check_type, weight_map.values()))
+    if len(weight_map) > MAX_TENSORS or len(shards) > MAX_SHARDS:
+        problem = f"names {len(weight_map):,} tensors in {len(shards):,} shards, which is more than any model has"
+        raise HostileFile(path, problem)
+    for shard in shards:
         if not isinstance(shard, str) or not _is_bare(shard):
             raise BadFile(path, f"points outside its folder: {shard!r}", "Shards must be bare file names beside it.")
     return WeightIndex(weight_map, metadata, isinstance(content.get("metadata"), dict))
@@ -57,13 +64,7 @@ def parse_index(raw: bytes, path: Path) -> WeightIndex:
 
 def read_index(path: Path) -> WeightIndex:
     """Open and parse the index at ``path``."""
-    with open_regular(path) as file:
-        nbytes = file.seek(0, 2)
-        if nbytes > MAX_INDEX_NBYTES:
-            raise BadFile(path, f"is {nbytes:,} bytes long, too long for an index")
-        file.seek(0)
-        raw = file.read(nbytes)
-    return parse_index(raw, path)
+    return parse_index(read_bytes(path, MAX_TEXT_NBYTES), path)
 
 
 def _check_type(value: object) -> str | None:
@@ -72,14 +73,15 @@ def _check_type(value: object) -> str | None:
 
 def _is_bare(shard: str) -> bool:
     # PureWindowsPath splits at both kinds of slash and knows drives, on every system.
-    return shard not in ("", ".", "..") and PureWindowsPath(shard).name == shard and "\0" not in shard
+    is_name = shard not in ("", ".", "..") and len(shard) <= _MAX_FILE_NAME
+    return is_name and PureWindowsPath(shard).name == shard and "\0" not in shard
 
 
 class _RepeatedKeyError(ValueError):
     pass
 
 
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeats(pairs: Pairs) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
         names = sorted(name for name, _ in pairs)

@@ -9,17 +9,18 @@ and ``m.weight_format`` a uint8 scalar, 0 for row by row (``Linear8bitLt._save_t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from converter.checkpoint import Checkpoint
 from converter.dtypes import DTYPES, DType
-from converter.errors import BadFile, Unsupported
+from converter.errors import BadFile, HostileFile, Unsupported
 from converter.sources import SourceFiles, read_range
 from converter.stream import GATHER_NBYTES, PIECE_NBYTES
 from converter.tensors import TensorInfo, contiguous_strides, turned
 
+_MAX_SCALES_NBYTES = 128_000_000  # 4 a row: of a model of 400 billion weights 100 MB
 _WEIGHT, _SCALES, _FORMAT = ".weight", ".SCB", ".weight_format"
 
 
@@ -141,6 +142,16 @@ def scales_in(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return found
 
 
+def _check_sizes(checkpoint: Checkpoint, scales: Mapping[str, TensorInfo]) -> None:
+    """Raise BadFile for what is read whole here, and is larger than it can be."""
+    path = checkpoint.weight_set.path
+    if sum(info.nbytes for info in scales.values()) > _MAX_SCALES_NBYTES:
+        raise HostileFile(path, f"has more than {_MAX_SCALES_NBYTES:,} bytes of scales, and no model has them")
+    for info in checkpoint.tensors:
+        if info.name.endswith(_FORMAT) and info.numel > 1:
+            raise BadFile(info.storage.path, f"has a {info.name!r} that is no single number")
+
+
 def dequantized(checkpoint: Checkpoint, target: DType, transposed: Container[str]) -> Checkpoint:
     """Let int8 weights be written as numbers in ``target`` again, without what belonged to them.
 
@@ -148,7 +159,7 @@ def dequantized(checkpoint: Checkpoint, target: DType, transposed: Container[str
     that is not row by row.
     """
     scales = scales_in(checkpoint)
-    contents = {}
+    _check_sizes(checkpoint, scales)
     with SourceFiles() as sources:
 
         def read(info: TensorInfo) -> bytes:

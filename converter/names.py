@@ -34,7 +34,7 @@ _TORCH_STEMS = {"model": "pytorch_model"}
 
 _EXT = "|".join(WEIGHT_EXTENSIONS)
 _INDEX = re.compile(rf"(?P<base>.+)\.(?P<ext>{_EXT})(?P<old>\.[^.]+)?\.index(?P<new>\.[^.]+)?\.json")
-_SHARD = re.compile(rf"(?P<base>.+)-(?P<number>\d{{5,}})-of-(?P<count>\d{{5,}})(?P<old>\.[^.]+)?\.(?P<ext>{_EXT})")
+_SHARD = re.compile(rf"(?P<base>.+)-(?P<number>\d{{5,9}})-of-(?P<count>\d{{5,9}})(?P<old>\.[^.]+)?\.(?P<ext>{_EXT})")
 _SINGLE = re.compile(rf"(?P<base>.+)\.(?P<ext>{_EXT})")
 
 

@@ -33,6 +33,7 @@ from converter.tensors import TensorInfo, find_ties, turned
 
 # The parts of a pipeline that are quantized where none is named: never the VAE, whose decoding suffers.
 _PARTS = re.compile(r"(transformer|unet|text_encoder)(_\d+)?")
+_PLAIN = re.compile(r"[^\\^$*+?{}\[\]|()]+")  # a name that is a regular expression for itself
 # What names in a file may begin with and those in the class not (``base_model_prefix`` of transformers' classes).
 _BASES = ("model.", "transformer.", "text_model.")
 
@@ -301,6 +302,9 @@ def _skip_list(
     entries = [entry for entry in (*linears.skipped, *linears.kept) if is_free(entry)]
     for module in others:
         if not is_skipped(module, entries, component.is_diffusers):
+            if not (component.is_diffusers or _PLAIN.fullmatch(module)):
+                problem = f"has the module {module!r}, and transformers takes what it skips for regular expressions"
+                raise Unsupported(component.path, problem, "Rename it.")
             entries.append(module)
             longer = weights.get(module, "").removesuffix(".weight")
             if longer and not component.is_diffusers:

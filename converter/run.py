@@ -338,8 +338,9 @@ def check_staged(shard: Shard, staging: Staging) -> None:
 
 
 def _is_header(path: Path, shard: Shard) -> bool:
-    # "np" asks for no framework that may be missing; no tensor is read.
-    with safe_open(path, framework="np"), path.open("rb") as file:
+    with safe_open(path, framework="np"):  # which asks for no framework that may be missing
+        pass  # no tensor is read
+    with path.open("rb") as file:
         return file.read(len(shard.header)) == shard.header
 
 

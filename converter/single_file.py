@@ -29,6 +29,7 @@ _CARRIED = frozenset({".json", ".txt", ".model"})
 _ABSENT = ("safety_checker", "feature_extractor", "image_encoder")  # no single file holds them
 
 
+_MAX_COUNT = 1_000  # of layers, of blocks: real ones have up to 32
 _CONFIG_TYPES = {
     "layers_per_block": int,
     "num_hidden_layers": int,
@@ -211,7 +212,7 @@ _UNET_RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_UNET_BLOCK = re.compile(r"(input|middle|output)_blocks?\.(\d+)\.(?:(\d+)\.)?(.+)")
+_UNET_BLOCK = re.compile(r"(input|middle|output)_blocks?\.(\d{1,9})\.(?:(\d+)\.)?(.+)")
 _UNET_MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
 
 
@@ -248,7 +249,7 @@ _VAE_ENDS = {
     "decoder.norm_out": "decoder.conv_norm_out",
 }
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_VAE_BLOCK = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(?:block\.(\d+)|(?:down|up)sample)\.(.+)")
+_VAE_BLOCK = re.compile(r"(encoder\.down|decoder\.up)\.(\d{1,9})\.(?:block\.(\d+)|(?:down|up)sample)\.(.+)")
 _VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(?:block_([12])|attn_1)\.(.+)")
 
 
@@ -297,7 +298,7 @@ _OPEN_CLIP_LAYER = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
-_OPEN_CLIP_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(?:attn\.in_proj_(weight|bias)|(.+)\.(weight|bias))")
+_OPEN_CLIP_BLOCK = re.compile(r"transformer\.resblocks\.(\d{1,9})\.(?:attn\.in_proj_(weight|bias)|(.+)\.(weight|bias))")
 
 
 def _open_clip(name: str, info: TensorInfo, config: Mapping[str, Any]) -> _Views:
@@ -356,8 +357,12 @@ def _convert(
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     for key, kind in _CONFIG_TYPES.items():
-        if not isinstance(config.get(key, kind()), kind):
+        if key in config and not (type(config[key]) is kind and 0 < _count(config[key]) <= _MAX_COUNT):
             raise BadRequest(path, f"has a {key} that this cannot be: {config[key]!r}", "Give the right --config.")
+
+
+def _count(value: Any) -> int:
+    return len(value) if isinstance(value, list) else int(value)
 
 
 def _check_shapes(source: Path, what: str, config: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:

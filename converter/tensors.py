@@ -17,6 +17,11 @@ from typing import NamedTuple
 
 from converter.dtypes import DType
 
+# Of one file, and of one set: the largest models have 208,000. Each takes 2 kB and 40 µs until it is written.
+MAX_TENSORS = 220_000
+MAX_DIMS = 100  # no weights have a tenth of it, and numbers of elements stay short
+MAX_NAME = 1_000  # real ones have up to 200 characters; patterns that are searched in them take the square
+
 
 class Stamp(NamedTuple):
     """What tells that a file is still the one whose header was read; all ranges of a file share one.

@@ -25,6 +25,7 @@ LAYERS = (
     ("dtypes",),
     ("tensors",),
     ("opening",),
+    ("texts",),
     ("names", "index", "keep_fp32"),
     ("paths",),
     ("formats",),

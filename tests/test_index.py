@@ -134,10 +134,10 @@ def test_truncated_anywhere_it_is_refused() -> None:
 def test_an_index_too_long_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / PATH
     path.write_bytes(GOLDEN)
-    monkeypatch.setattr(index, "MAX_INDEX_NBYTES", len(GOLDEN) - 1)
-    with pytest.raises(BadFile, match="too long"):
+    monkeypatch.setattr(index, "MAX_TEXT_NBYTES", len(GOLDEN) - 1)
+    with pytest.raises(BadFile, match="bytes long"):
         read_index(path)
-    monkeypatch.setattr(index, "MAX_INDEX_NBYTES", len(GOLDEN))
+    monkeypatch.setattr(index, "MAX_TEXT_NBYTES", len(GOLDEN))
     assert read_index(path) == CONTENT
 
 

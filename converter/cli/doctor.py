@@ -117,7 +117,7 @@ def _fix(source: Path, found: Diagnosis, choices: Choices, dry_run: bool, quiet:
     mending = plan_mending(found.view, found.findings, choices)
     if not quiet:
         if mending.refused:
-            echo(printable(f"Nothing is touched while data are missing: {mending.refused}.\n"))
+            echo(printable(f"Nothing is touched while data are missing: {mending.refused}.") + "\n")
         elif not mending.plan:
             echo("There is nothing here that --fix can mend.\n")
         else:
@@ -224,8 +224,8 @@ def _show_predictions(predictions: list[Prediction], later: bool) -> None:
         echo()
         echo(printable(f"{one.loader} ({one.versions}), asked for {asked}, {what}"))
         for pick in one.picks:
-            what = f"fails: {pick.failure}" if pick.failure else ", ".join(pick.files)
-            echo(printable(f"    {pick.component or '.'}: {what}"))
+            what = printable(f"fails: {pick.failure}") if pick.failure else ", ".join(map(printable, pick.files))
+            echo(f"    {printable(pick.component or '.')}: {what}")
         if one.warning:
             echo(printable(f"    It warns of {one.warning}."))
 

@@ -123,14 +123,14 @@ def _show(content: dict[str, Any]) -> None:
         for name, how in found["globals"].items():
             echo(printable(f"its pickle {_HOW[how]}: {name}"))
     if content["other_weights"]:
-        echo(printable(f"other weights: {', '.join(content['other_weights'])}"))
+        echo(f"other weights: {', '.join(map(printable, content['other_weights']))}")
     if content["not_weights"]:
-        echo(printable(f"not weights: {', '.join(content['not_weights'])}"))
+        echo(f"not weights: {', '.join(map(printable, content['not_weights']))}")
     if content["linked"]:
-        echo(printable(f"links to other places: {', '.join(content['linked'])}"))
+        echo(f"links to other places: {', '.join(map(printable, content['linked']))}")
     for found in content["weight_sets"]:
         if "all_tensors" in found:
-            echo(printable(f"\n{found['component'] or '.'} {found['weights']} {found['variant'] or ''}").rstrip())
+            echo("\n" + printable(f"{found['component'] or '.'} {found['weights']} {found['variant'] or ''}").rstrip())
             tensors = found["all_tensors"]
             show_table(
                 ("tensor", "dtype", "shape", "file"),

@@ -12,8 +12,11 @@ from typing import Any
 import click
 import psutil
 
+from converter.errors import shorten
 from converter.plan import Plan
 from converter.run import Result
+
+_WIDEST = 120  # a longer cell pushes its own line aside, and no other
 
 
 def echo(text: str = "") -> None:
@@ -25,7 +28,8 @@ def echo(text: str = "") -> None:
 
 
 def printable(text: str) -> str:
-    """Spell out control characters, so that a name in a file cannot steer the terminal."""
+    """Spell out control characters, so that a name in a file cannot steer the terminal, and cut what nobody reads."""
+    text = shorten(text)
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
@@ -60,9 +64,10 @@ def _scale(value: float, units: Sequence[str]) -> str:
 def show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print rows in columns; a column whose cells begin with digits is set to the right."""
     cells = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(len(line[place]) for line in [list(header), *cells]) for place in range(len(header))]
+    lines = [header, *cells]
+    widths = [min(_WIDEST, max(len(line[place]) for line in lines)) for place in range(len(header))]
     right = [all(row[place][:1].isdigit() for row in cells) for place in range(len(header))]
-    for line in [list(header), *cells]:
+    for line in lines:
         columns = zip(line, widths, right, strict=True)
         text = "  ".join(cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in columns)
         echo(text.rstrip())
@@ -193,9 +198,9 @@ def _show_remarks(plan: Plan, every: bool) -> None:
         for dropped, kept in planned.ties.items():
             echo(printable(f"Tied: {dropped} is {kept}, written once and noted in the header"))
         if planned.kept:
-            names = ", ".join(planned.kept if every else planned.kept[:3])
+            names = ", ".join(map(printable, planned.kept if every else planned.kept[:3]))
             more = "" if every or len(planned.kept) <= 3 else ", ... (-v lists them)"
-            echo(printable(f"Kept in fp32 in {planned.source.path.name}: {len(planned.kept)} ({names}{more})"))
+            echo(f"Kept in fp32 in {printable(planned.source.path.name)}: {len(planned.kept)} ({names}{more})")
         for note in planned.notes:
             echo(printable(f"Note: {note}"))
     for note in plan.notes:

@@ -100,7 +100,7 @@ def _show_parts(done: Quantization, every: bool) -> None:
         name = part.component or "The model"
         echo(printable(f"{name}: {len(part.modules)} modules in 8 bits, {before} before and {after} after."))
         if part.skipped:
-            echo(printable(f"Its config.json lists as left alone: {', '.join(part.skipped)}."))
+            echo(f"Its config.json lists as left alone: {', '.join(map(printable, part.skipped))}.")
     if done.parts:
         echo("Each value comes out within 0.4 % of the largest one in its row (1/254), and float16's rounding.\n")
 

@@ -233,8 +233,8 @@ def _partial_downloads(part: ComponentView) -> Iterator[Finding]:
 def _missing_shards(part: ComponentView) -> Iterator[Finding]:
     for found in (*part.sets, *part.strays):
         if found.files and found.missing and (found in part.sets or not _has_whole(part, found.name)):
-            count = f"{len(found.missing)} of {len(found.missing) + len(found.files)} shards"
-            problem = f"lacks {count}, such as {found.missing[0]}"
+            count = f"{found.missing_count:,} of {found.missing_count + len(found.files):,} shards"
+            problem = f"lacks {count}, such as {found.missing}"
             yield Finding("shard-missing", found.folder / found.label, part.name, problem)
 
 
@@ -249,7 +249,7 @@ def _indexes(part: ComponentView) -> Iterator[Finding]:
             problem = found.index_error.problem if found.index_error else "cannot be read"
             yield Finding("index-unreadable", path, part.name, problem)
         elif found.index_name and not found.files:
-            yield Finding("index-dangling", path, part.name, f"names {found.missing[0]} and no file that is there")
+            yield Finding("index-dangling", path, part.name, f"names {found.missing} and no file that is there")
         elif is_foreign(found):
             names = ", ".join(found.files[:3]) + (", ..." if len(found.files) > 3 else "")
             yield Finding("index-foreign", path, part.name, f"names files of another variant: {names}")

@@ -6,27 +6,29 @@ thousands of files stays small in memory.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from converter.checkpoint import WeightSet, is_weight_file
 from converter.dtypes import DType
-from converter.errors import BadFile, BadRequest, WconvError
+from converter.errors import BadFile, BadRequest, HostileFile, WconvError
 from converter.folder import Component
 from converter.formats import read_file
 from converter.formats.state_dict import Reading
 from converter.index import WeightIndex, read_index
 from converter.names import ParsedName, WeightsName, parse_name
 from converter.paths import snapshot_of
+from converter.tensors import MAX_TENSORS
+from converter.texts import read_config
 
 LENIENT = Reading(strip_code=True, lenient=True)
+_MAX_TENSORS = 2 * MAX_TENSORS  # of all sets in one folder: names and dtypes of all are held at once
 # What downloaders call a file that they have not finished.
 _PARTIAL = re.compile(r".*\.(incomplete|part|partial|crdownload|aria2|download|tmp)")
 # Classes of a pipeline's parts that have no weights (``LOADABLE_CLASSES`` in ``diffusers/pipelines``).
@@ -53,13 +55,15 @@ class FileView:
 class SetView:
     """Files that belong together by an index, by their numbers, or as a single file; not all of them need be there.
 
-    ``index`` is None where there is none, or it cannot be read (``index_error`` then says why).
+    ``missing`` is the first of ``missing_count`` that are not. ``index`` is None where there is none, or it cannot be
+    read (``index_error`` then says why).
     """
 
     folder: Path
     name: WeightsName
     files: tuple[str, ...]
-    missing: tuple[str, ...] = ()
+    missing: str = ""
+    missing_count: int = 0
     index_name: str | None = None
     index: WeightIndex | None = None
     index_error: WconvError | None = None
@@ -221,8 +225,10 @@ def read_json(path: Path) -> tuple[dict[str, Any], str]:
     if not path.is_file():
         return {}, ""
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+        content = read_config(path)
+    except HostileFile as error:
+        return {}, error.problem
+    except (ValueError, OSError) as error:
         return {}, str(error)
     return (content, "") if isinstance(content, dict) else ({}, "it is no JSON object")
 
@@ -251,7 +257,7 @@ def _look_at(path: Path, name: str, entry: Any, is_named: bool = True) -> Compon
             partial.append(entry_name)
     sets, strays = _group(path, parsed)  # before the headers are read: an index of many tensors takes room for a while
     named = [item for item, found in parsed.items() if found.role != "index"]
-    weights = {item: _read(path / item) for item in dict.fromkeys((*named, *(n for one in sets for n in one.files)))}
+    weights = _read_all(path, dict.fromkeys((*named, *(n for one in sets for n in one.files))))
     weights.update(broken)
     library = _library_of(component, entry, sets)
     return ComponentView(
@@ -286,6 +292,19 @@ def _library_of(component: Component, entry: Any, sets: tuple[SetView, ...]) -> 
     if entry and entry[0] in ("diffusers", "transformers"):
         return str(entry[0])
     return "diffusers" if any(found.name.stem == "diffusion_pytorch_model" for found in sets) else "transformers"
+
+
+def _read_all(folder: Path, names: Iterable[str]) -> dict[str, FileView]:
+    found: dict[str, FileView] = {}
+    room = _MAX_TENSORS
+    for name in names:
+        view = _read(folder / name)
+        room -= len(view.names)
+        if room < 0:
+            problem = f"is one of several that describe more than {_MAX_TENSORS:,} tensors together"
+            view = FileView(name, view.nbytes, error=HostileFile(folder / name, problem))
+        found[name] = view
+    return found
 
 
 def _read(path: Path) -> FileView:
@@ -324,21 +343,19 @@ def _group(folder: Path, parsed: Mapping[str, ParsedName]) -> tuple[tuple[SetVie
     strays: list[SetView] = []
     for (weights_name, count, is_legacy), members in shards.items():
         spell = next(iter(members.values())) if is_legacy else ""
-        missing = tuple(
-            _like(spell, number) if is_legacy else weights_name.shard(number, count)
-            for number in range(1, min(count, 100_000) + 1)
-            if number not in members
-        )
-        group = SetView(folder, weights_name, tuple(members[n] for n in sorted(members)), missing, is_legacy=is_legacy)
+        gap = next((number for number in range(1, count + 1) if number not in members), None)
+        missing = "" if gap is None else _like(spell, gap) if is_legacy else weights_name.shard(gap, count)
+        missing_count = count - sum(1 <= number <= count for number in members)
+        files = tuple(members[number] for number in sorted(members))
+        group = SetView(folder, weights_name, files, missing, missing_count, is_legacy=is_legacy)
         (strays if weights_name in indexed else sets).append(group)
     # An index that cannot be read, or names nothing that is there, goes with the shards that have its name.
     for place, broken in [(n, s) for n, s in enumerate(sets) if s.index_name and s.index is None]:
         shard_set = next((s for s in sets if s.name == broken.name and not s.index_name and len(s.files) > 1), None)
         if shard_set:
-            sets[place] = SetView(
-                folder, broken.name, shard_set.files, shard_set.missing, broken.index_name, None, broken.index_error,
-                broken.is_legacy or shard_set.is_legacy,
-            )  # fmt: skip
+            is_legacy = broken.is_legacy or shard_set.is_legacy
+            sets[place] = replace(broken, files=shard_set.files, missing=shard_set.missing,
+                                  missing_count=shard_set.missing_count, is_legacy=is_legacy)  # fmt: skip
             sets.remove(shard_set)
     return tuple(sorted(sets, key=lambda found: found.label)), tuple(strays)
 
@@ -352,12 +369,13 @@ def _indexed(folder: Path, index_name: str, parsed: ParsedName, others: Mapping[
         index = read_index(folder / index_name)
     except (WconvError, OSError) as error:
         wrong = error if isinstance(error, WconvError) else BadFile(folder / index_name, "cannot be read")
-        return SetView(folder, parsed.name, (), (), index_name, None, wrong, parsed.is_legacy)
+        return SetView(folder, parsed.name, (), index_name=index_name, index_error=wrong, is_legacy=parsed.is_legacy)
     # A name is held once, however often it is listed: of thousands of shards there are hundreds of thousands.
     index = replace(index, weight_map={sys.intern(n): sys.intern(shard) for n, shard in index.weight_map.items()})
     shards = sorted(set(index.weight_map.values()))
     is_there = {shard: shard in others or _is_file(folder / shard) for shard in shards}
     there = tuple(shard for shard in shards if is_there[shard])
-    missing = tuple(shard for shard in shards if not is_there[shard])
+    missing = [shard for shard in shards if not is_there[shard]]
     is_legacy = parsed.is_legacy or any(name in others and others[name].is_legacy for name in there)
-    return SetView(folder, parsed.name, there, missing, index_name, index, None, is_legacy)
+    first = missing[0] if missing else ""
+    return SetView(folder, parsed.name, there, first, len(missing), index_name, index, is_legacy=is_legacy)

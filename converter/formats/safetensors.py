@@ -11,18 +11,33 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from converter.dtypes import DTYPES
-from converter.errors import BadFile, Unsupported
+from converter.errors import BadFile, HostileFile, Unsupported
 from converter.opening import Opened
-from converter.tensors import ByteRange, Described, Layout, Stamp, TensorInfo, WeightsFile, contiguous_strides
+from converter.tensors import (
+    MAX_DIMS,
+    MAX_NAME,
+    MAX_TENSORS,
+    ByteRange,
+    Described,
+    Layout,
+    Stamp,
+    TensorInfo,
+    WeightsFile,
+    contiguous_strides,
+)
+from converter.texts import MAX_HEADER_MARKS, Pairs, parse_json
 
 MAX_HEADER_NBYTES = 100_000_000  # same cap as the reference reader
 METADATA_KEY = "__metadata__"
-_TOO_LARGE = 1 << 64  # the reference reader counts in 64 bits, and refuses what overflows on the way
+_MAX_METADATA = 10_000_000  # trainers' notes, and a picture: some MB at the most
+# The reference reader counts elements in 64 bits, and refuses what overflows on the way; torch counts strides in 63.
+_TOO_LARGE = 1 << 63
 _INCOMPLETE = "The file may be incomplete: fetch it again."
 
 
@@ -41,8 +56,8 @@ def read_file(opened: Opened) -> WeightsFile:
 def parse_header(raw: bytes, file_nbytes: int, path: Path, stamp: Stamp | None = None) -> WeightsFile:
     """Parse the JSON of a header; refuse gaps, overlaps, bytes left over, and names given twice."""
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_repeats)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw, path, "its header ", max_marks=MAX_HEADER_MARKS, pairs_hook=_refuse_repeats)
+    except ValueError as error:
         raise BadFile(path, f"its safetensors header cannot be read ({error})", _INCOMPLETE) from None
     if not isinstance(header, dict):
         raise BadFile(path, "its safetensors header is no JSON object")
@@ -50,12 +65,25 @@ def parse_header(raw: bytes, file_nbytes: int, path: Path, stamp: Stamp | None =
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile(path, "the __metadata__ of its header is not a map of strings")
+    _check_sizes(header, metadata, path)
     if b"\\u" in raw and not all(map(_is_text, itertools.chain(header, metadata, metadata.values()))):
         raise BadFile(path, "its header spells a name with half a character")
     data_offset = 8 + len(raw)
-    tensors = [_parse_tensor(name, entry, data_offset, path, stamp) for name, entry in header.items()]
+    # Each entry goes as its tensor comes: the one takes the other's memory.
+    tensors = [_parse_tensor(name, header.pop(name), data_offset, path, stamp) for name in list(header)]
     _check_layout(tensors, data_offset, file_nbytes, path)
     return WeightsFile(path, "safetensors", tuple(tensors), metadata)
+
+
+def _check_sizes(header: Collection[str], metadata: Mapping[str, str], path: Path) -> None:
+    """Refuse more than a header can be parsed with and a new one made of, in 512 MB."""
+    if len(header) > MAX_TENSORS or len(metadata) > MAX_TENSORS:
+        raise HostileFile(path, f"its header describes more than {MAX_TENSORS:,} tensors")
+    longest = max(map(len, header), default=0)
+    if longest > MAX_NAME:
+        raise HostileFile(path, f"its header spells a name in {longest:,} characters")
+    if sum(map(len, itertools.chain(metadata, metadata.values()))) > _MAX_METADATA:
+        raise HostileFile(path, f"the __metadata__ of its header is longer than {_MAX_METADATA:,} characters")
 
 
 def _parse_tensor(name: str, entry: Any, data_offset: int, path: Path, stamp: Stamp | None) -> TensorInfo:
@@ -64,31 +92,37 @@ def _parse_tensor(name: str, entry: Any, data_offset: int, path: Path, stamp: St
         shape = tuple(sizes)
     except (KeyError, TypeError, ValueError):
         raise BadFile(path, f"its header describes {name!r} wrongly") from None
-    numel = 1
+    if len(shape) > MAX_DIMS:
+        raise HostileFile(path, f"its header gives {name!r} {len(shape):,} axes")
     # Plain loops: this is done for each tensor, and any() over a generator takes three times as long.
-    for number in (*shape, begin, end) if type(sizes) is list else (None,):
+    for number in shape if type(sizes) is list and type(begin) is type(end) is int else (None,):
         if type(number) is not int or number < 0:
             raise BadFile(path, f"its header gives {name!r} a shape or place that is no whole number")
-    for length in shape:
-        numel *= length
-        if length >= _TOO_LARGE or numel >= _TOO_LARGE:
-            raise BadFile(path, f"its header gives {name!r} more elements than 64 bits count")
-    if not isinstance(tag, str) or tag not in DTYPES:
+    numel, span, strides = _measure(shape)
+    if span >= _TOO_LARGE:
+        raise BadFile(path, f"its header gives {name!r} more elements than 63 bits count")
+    dtype = DTYPES.get(tag) if isinstance(tag, str) else None
+    if dtype is None:
         raise Unsupported(path, f"tensor {name!r} has the unknown dtype {tag!r}", "A newer wconv may know it.")
-    dtype = DTYPES[tag]
     bits = numel * dtype.bits
     if bits >= _TOO_LARGE or end - begin != bits // 8 or bits % 8:
         raise BadFile(path, f"tensor {name!r} has {end - begin:,} bytes, its shape {list(shape)} takes {bits // 8:,}")
     storage = ByteRange(path, data_offset + begin, end - begin, None, None, 1, None, stamp)
-    return TensorInfo(name, dtype, shape, storage, 0, contiguous_strides(shape))
+    return TensorInfo(name, dtype, shape, storage, 0, strides)
+
+
+@lru_cache(1024)  # most tensors have one of a few shapes
+def _measure(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+    """Give the number of elements, the same as if no axis were empty, and the strides, which grow to that."""
+    return math.prod(shape), math.prod(length or 1 for length in shape), contiguous_strides(shape)
 
 
 def _check_layout(tensors: Iterable[TensorInfo], data_offset: int, file_nbytes: int, path: Path) -> None:
     place = data_offset
-    for info in sorted(tensors, key=lambda info: (info.storage.offset, info.storage.nbytes)):
-        if info.storage.offset != place:
-            raise BadFile(path, f"tensor {info.name!r} leaves a gap, or overlaps another")
-        place += info.storage.nbytes
+    for offset, nbytes, name in sorted([(info.storage.offset, info.storage.nbytes, info.name) for info in tensors]):
+        if offset != place:
+            raise BadFile(path, f"tensor {name!r} leaves a gap, or overlaps another")
+        place += nbytes
     if place != file_nbytes:
         raise BadFile(path, f"its tensors end at byte {place:,}, the file has {file_nbytes:,}", _INCOMPLETE)
 
@@ -118,9 +152,10 @@ def build_header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> b
         # One json.dumps of all of it takes twice as long.
         sizes = ",".join(map(str, shape))
         parts.append(f'{_spell(name)}:{{"dtype":"{dtype.tag}","shape":[{sizes}],"data_offsets":[{begin},{end}]}}')
-    raw = f"{{{','.join(parts)}}}".encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
+    raw = ",".join(parts).encode()
+    parts.clear()  # as long as the header is, and more
+    padding = -(len(raw) + 2) % 8
+    return b"".join(((len(raw) + 2 + padding).to_bytes(8, "little"), b"{", raw, b"}", b" " * padding))
 
 
 _spell = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -130,7 +165,7 @@ def _is_text(name: str) -> bool:
     return name.isascii() or not any("\ud800" <= char <= "\udfff" for char in name)
 
 
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeats(pairs: Pairs) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
         raise ValueError("it names something twice")
