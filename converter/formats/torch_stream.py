@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from converter.errors import BadFile, HostileFile
-from converter.formats.pickle_machine import MAX_PICKLE_NBYTES, Pickled
+from converter.formats.pickle_machine import MAX_PICKLE_NBYTES, Pickled, Steps, allow_steps
 from converter.formats.state_dict import Reading, choose_state_dict, resolve
-from converter.formats.torch_pickle import StorageRef, parse_pickle
+from converter.formats.torch_pickle import MAX_STORAGES, StorageRef, parse_pickle
 from converter.tensors import ByteRange, WeightsFile
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -27,16 +27,19 @@ _DAMAGED = "The file is damaged or incomplete: fetch it again."
 def read_file(path: Path, reading: Reading) -> WeightsFile:
     """Open a stream and read its pickles and where its storages lie; no storage is read."""
     with path.open("rb") as file:
-        magic, protocol, facts = (_read_pickle(file, path, reading).value for _ in range(3))
+        steps = allow_steps()
+        magic, protocol, facts = (_read_pickle(file, path, reading, steps).value for _ in range(3))
         if magic != MAGIC or protocol != _PROTOCOL or not isinstance(facts, dict):
             raise BadFile(
                 path, "is a pickle, but not one that torch.save wrote", "Save its state dict with torch.save."
             )
         storages: dict[str, StorageRef] = {}
-        pickled = _read_pickle(file, path, reading, storages)
-        keys = _read_pickle(file, path, reading).value
+        pickled = _read_pickle(file, path, reading, steps, storages)
+        keys = _read_pickle(file, path, reading, steps).value
         if type(keys) is not list:
             raise BadFile(path, "has no list of its storages", _DAMAGED)
+        if len(keys) > MAX_STORAGES:
+            raise HostileFile(path, f"lists more than {MAX_STORAGES:,} storages")
         ranges = dict(_find_storages(file, keys, storages, path))
     state_dict, notes = choose_state_dict(pickled, path, reading)
     tensors = tuple(resolve(state_dict, lambda storage: ranges.get(storage.key), path))
@@ -44,7 +47,7 @@ def read_file(path: Path, reading: Reading) -> WeightsFile:
 
 
 def _read_pickle(
-    file: BinaryIO, path: Path, reading: Reading, storages: dict[str, StorageRef] | None = None
+    file: BinaryIO, path: Path, reading: Reading, steps: Steps, storages: dict[str, StorageRef] | None = None
 ) -> Pickled:
     """Read the pickle that comes next; how long it is shows only when it is read."""
     place = file.tell()
@@ -53,13 +56,13 @@ def _read_pickle(
         file.seek(place)
         raw = file.read(nbytes)
         try:
-            pickled = parse_pickle(raw, path, reading.strip_code, storages)
+            pickled = parse_pickle(raw, path, reading.strip_code, storages, steps)
         except BadFile as error:
             if len(raw) < nbytes or isinstance(error, HostileFile):
                 raise
             if nbytes == MAX_PICKLE_NBYTES:
                 raise HostileFile(path, "its pickle is too long for a description of tensors") from None
-            nbytes = min(8 * nbytes, MAX_PICKLE_NBYTES)
+            nbytes = MAX_PICKLE_NBYTES  # at once: the steps of each try count
             if storages:
                 storages.clear()
         else:
