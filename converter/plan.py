@@ -310,7 +310,8 @@ def _plan_shard(
     try:
         layout = lay_out(described, mine, notes)
     except ValueError as error:
-        raise Unsupported(source, str(error), "Rename or recast the tensor before.") from None
+        problem, *advice = error.args
+        raise Unsupported(source, problem, *(advice or ["Rename or recast the tensor before."])) from None
     copies = (
         Copy(tensors[place], casts[tensors[place].name], offset)
         for place, offset in zip(layout.order, layout.offsets, strict=True)

@@ -26,7 +26,7 @@ from converter.formats.foreign import HARMLESS, RECONSTRUCTORS, SYSTEM
 
 MAX_PICKLE_NBYTES = 100_000_000  # as much as a safetensors header may take: it too only names and describes tensors
 MAX_OPCODES = 5_000_000  # a tensor takes about 30, so 160,000 tensors; a step takes up to 72 bytes, so within 512 MB
-_GLOBAL_STEPS = 50  # what a name in a module counts for: a pickle says each once
+GLOBAL_STEPS = 50  # what a name in a module counts for: a pickle says each once
 _OBJECT_STEPS = 4  # what an inert object counts for, and an empty list or dict: they take more memory than numbers
 _CONTAINER_STEPS = 2
 MAX_LONG_NBYTES = 16  # sizes and offsets fit in 8 bytes
@@ -34,7 +34,6 @@ _MAX_LINE_NBYTES = 48  # of a number in decimal digits
 _MAX_NAME_LENGTH = 1_000  # of a module, and of a name in it: no code has longer ones, and they are spelled many times
 _NBYTES_A_STEP = 64  # of bytes, and of text that takes a byte a character
 _WIDE_NBYTES_A_STEP = 16  # of other text: it may take four bytes for each byte of the file
-_SHORT_NBYTES = 128  # text of so many bytes is no more than what a step may take, if it is ASCII
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +95,11 @@ def allow_steps() -> Steps:
     return repeat(None, MAX_OPCODES)
 
 
+def count_text_steps(encoded: bytes) -> int:
+    """Say how many steps a text takes beside that of its opcode."""
+    return len(encoded) // _NBYTES_A_STEP if encoded.isascii() else 1 + len(encoded) // _WIDE_NBYTES_A_STEP
+
+
 def run_pickle(
     raw: bytes,
     path: Path,
@@ -107,8 +111,8 @@ def run_pickle(
     """Read the pickle that ``raw`` begins with; ``find`` gives what a global stands for, if only itself.
 
     ``find_persistent`` gives what a persistent id stands for. With ``strip_code`` the calls of functions that no
-    checkpoint needs are left out. What it takes is taken from ``steps``. Raises BadFile where the stream is damaged and HostileFile where it goes beyond what
-    a checkpoint needs.
+    checkpoint needs are left out. What it takes is taken from ``steps``. Raises BadFile where the stream is damaged and
+    HostileFile where it goes beyond what a checkpoint needs.
     """
     if len(raw) > MAX_PICKLE_NBYTES:
         raise HostileFile(path, f"its pickle is {len(raw):,} bytes long, too long for a description of tensors")
@@ -202,7 +206,7 @@ class _Machine:
                     if end > len(raw):
                         raise ValueError("the stream ends early")
                     encoded = raw[begin:end]
-                    if end - begin > _SHORT_NBYTES or not encoded.isascii():
+                    if end - begin >= _NBYTES_A_STEP or not encoded.isascii():
                         self.charge_text(encoded)
                     stack.append(encoded.decode("utf-8", "surrogatepass"))
                     place = end
@@ -226,8 +230,7 @@ class _Machine:
             raise self.too_many_steps()
 
     def charge_text(self, encoded: bytes) -> None:
-        wide = not encoded.isascii()
-        self.charge(1 + len(encoded) // _WIDE_NBYTES_A_STEP if wide else len(encoded) // _NBYTES_A_STEP)
+        self.charge(count_text_steps(encoded))
 
     def too_many_steps(self) -> HostileFile:
         return HostileFile(self.path, f"its pickle takes more than {MAX_OPCODES:,} steps")
@@ -418,7 +421,7 @@ class _Machine:
     # Names and what they are applied to.
 
     def push_global(self, module: str, name: str) -> None:
-        self.charge(_GLOBAL_STEPS)
+        self.charge(GLOBAL_STEPS)
         if max(len(module), len(name)) > _MAX_NAME_LENGTH:
             raise HostileFile(self.path, f"its pickle spells a name of more than {_MAX_NAME_LENGTH:,} characters")
         found = self.find(Global(module, name), self.path)

@@ -17,8 +17,8 @@ from converter.tensors import ByteRange, TensorInfo
 
 _MAX_DEPTH = 16  # trainers nest two or three
 _MAX_CONTAINERS = 200_000  # an optimizer keeps one or two for each tensor, and three tensors more
-_MAX_TENSORS = 200_000  # in all dicts together; a pickle of all the steps there are describes 160,000
-_MAX_NAME_LENGTH = 10_000  # of a tensor: no module is nested so deep
+MAX_TENSORS = 200_000  # in all dicts together; a pickle of all the steps there are describes 160,000
+MAX_NAME_LENGTH = 100_000  # of a tensor: no module is nested so deep
 _MAX_KEY_LENGTH = 200  # of what is spelled to people, or looked at for what it is
 _MAX_NAMED = 8
 _INCOMPLETE = "The file is incomplete: fetch it again."
@@ -82,7 +82,7 @@ def choose_state_dict(pickled: Pickled, path: Path, reading: Reading) -> tuple[d
     state_dict: dict[str, TensorRef] = {}
     for key, tensor in chosen.tensors.items():
         name = str(key)
-        if len(name) > _MAX_NAME_LENGTH:
+        if len(name) > MAX_NAME_LENGTH:
             raise HostileFile(path, f"gives a tensor a name of {len(name):,} characters")
         if name in state_dict:
             raise BadFile(path, f"holds two tensors named {name!r}")
@@ -131,8 +131,8 @@ def _find(value: Any, file: Path) -> Iterator[_Found]:
         is_mapping = isinstance(content, dict)
         tensors = _tensors_of(content) if is_mapping else {}
         count += len(tensors)
-        if count > _MAX_TENSORS:
-            raise HostileFile(file, f"its pickle describes more than {_MAX_TENSORS:,} tensors")
+        if count > MAX_TENSORS:
+            raise HostileFile(file, f"its pickle describes more than {MAX_TENSORS:,} tensors")
         if tensors:
             beside = tuple(key for key in content if key not in tensors)
             is_beside = path == () and bool(beside) and all(map(_is_training, tensors))

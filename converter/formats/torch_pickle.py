@@ -15,7 +15,7 @@ from converter.errors import Unsupported
 from converter.formats.pickle_machine import Global, Pickled, Rebuild, Steps, allow_steps, run_pickle
 
 MAX_DIMS = 100  # no weights have a tenth of it, and numbers of elements stay short
-_AXES_A_STEP = 4
+AXES_A_STEP = 4
 _PAIR_STEPS = 2  # what an entry of a dict takes, and the place of its value
 MAX_STORAGES = 200_000  # a pickle of all the steps there are describes 160,000
 _MAX_KEY_LENGTH = 1_000  # of a storage: torch counts them, and the name of a record may have 65,535 bytes
@@ -101,7 +101,7 @@ def _items(arguments: tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
     items = arguments[0] if arguments else ()
     if type(items) not in (list, tuple):
         raise TypeError("items that are in no list")
-    return items  # type: ignore[no-any-return]
+    return items
 
 
 def _rebuild_tensor(arguments: tuple[Any, ...], path: Path) -> TensorRef:
@@ -175,7 +175,12 @@ def _storage(identity: Any, path: Path) -> StorageRef:
     """
     kind, storage_class, key, device, numel, *view = identity
     start = view[0][1] if view and view[0] is not None else 0
-    if kind != "storage" or type(storage_class) is not _StorageClass or type(key) is not str or len(key) > _MAX_KEY_LENGTH:
+    if (
+        kind != "storage"
+        or type(storage_class) is not _StorageClass
+        or type(key) is not str
+        or len(key) > _MAX_KEY_LENGTH
+    ):
         raise TypeError("a persistent id that is no storage")
     if type(numel) is not int or numel < 0 or type(device) is not str or type(start) is not int or start < 0:
         raise ValueError("a storage without a size")
@@ -187,7 +192,7 @@ def _count_items(arguments: tuple[Any, ...]) -> int:
 
 
 def _count_axes(arguments: tuple[Any, ...]) -> int:
-    return len(arguments[2]) // _AXES_A_STEP
+    return len(arguments[2]) // AXES_A_STEP
 
 
 def _count_inner(arguments: tuple[Any, ...]) -> int:

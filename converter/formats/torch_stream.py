@@ -19,6 +19,12 @@ from converter.formats.torch_pickle import MAX_STORAGES, StorageRef, parse_pickl
 from converter.tensors import ByteRange, WeightsFile
 
 MAGIC = 0x1950A86A20F9469CFC6C
+_LONG = b"\x8a\x0a" + MAGIC.to_bytes(10, "little")
+_FRAME = b"\x95\x0d" + bytes(7)
+
+# The magic number as each protocol spells it, from 0 on; torch itself loads what names storages, from 1 on.
+HEADS = (b"L%dL\n." % MAGIC, b"\x80\x02" + _LONG, b"\x80\x03" + _LONG,
+         b"\x80\x04" + _FRAME + _LONG, b"\x80\x05" + _FRAME + _LONG)  # fmt: skip
 _PROTOCOL = 1001
 _FIRST_NBYTES = 1 << 16
 _DAMAGED = "The file is damaged or incomplete: fetch it again."
