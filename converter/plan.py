@@ -21,7 +21,15 @@ from converter.folder import Component, ModelFolder, render_json
 from converter.formats import FORMATS
 from converter.index import WeightIndex
 from converter.names import Format, WeightsName
-from converter.rules import check_quantized, check_shard_count, choose_ties, find_kept, target_dtype, with_dtype
+from converter.rules import (
+    check_growth,
+    check_quantized,
+    check_shard_count,
+    choose_ties,
+    find_kept,
+    target_dtype,
+    with_dtype,
+)
 from converter.tensors import TensorInfo
 
 
@@ -244,6 +252,7 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     keep = find_kept(component, wishes)
     casts = {info.name: target_dtype(info, wishes, keep) for info in checkpoint.tensors}
     groups = [[info for info in file.tensors if info.name not in ties] for file in checkpoint.files]
+    growth = check_growth(checkpoint, list(itertools.chain.from_iterable(groups)), wishes)
     if wishes.max_shard_nbytes is not None:
         tensors = list(itertools.chain.from_iterable(groups))
         units = _units(tensors)
@@ -273,7 +282,8 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
         index = ((base / name.index).as_posix(), _build_index(checkpoint, shards, file_names).render())
     castable = (info for info in checkpoint.tensors if info.target is None and info.dtype.tag in RECAST_SOURCES)
     kept = tuple(info.name for info in castable if keep(info.name))
-    return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, checkpoint.notes)
+    notes = (*checkpoint.notes, *growth)
+    return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, notes)
 
 
 def _units(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:

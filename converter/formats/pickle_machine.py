@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
+from sys import intern
 from typing import Any, NamedTuple
 
 from converter.errors import BadFile, HostileFile
 from converter.formats.foreign import HARMLESS, RECONSTRUCTORS, SYSTEM
 
 MAX_PICKLE_NBYTES = 100_000_000  # as much as a safetensors header may take: it too only names and describes tensors
+FREE_NBYTES = 32_000_000  # of a pickle; of 160,000 tensors it is shorter. What is more is memory too, and takes steps
 MAX_OPCODES = 5_000_000  # a tensor takes about 30, so 160,000 tensors; a step takes up to 72 bytes, so within 512 MB
 GLOBAL_STEPS = 50  # what a name in a module counts for: a pickle says each once
 _OBJECT_STEPS = 4  # what an inert object counts for, and an empty list or dict: they take more memory than numbers
@@ -117,6 +119,7 @@ def run_pickle(
     if len(raw) > MAX_PICKLE_NBYTES:
         raise HostileFile(path, f"its pickle is {len(raw):,} bytes long, too long for a description of tensors")
     machine = _Machine(raw, path, find, find_persistent, strip_code, steps)
+    machine.charge(max(0, len(raw) - FREE_NBYTES) // _NBYTES_A_STEP)
     return Pickled(machine.run(), machine.place, machine.foreign)
 
 
@@ -454,8 +457,9 @@ class _Machine:
         if type(of) is not Global or (of.module.partition(".")[0] in SYSTEM and str(of) not in HARMLESS):
             return self.leave_out(of, "makes an object of")
         self.charge(_OBJECT_STEPS)
-        self.foreign[str(of)] = "makes"
-        return Inert(str(of))
+        name = intern(str(of))  # of a million objects it is kept once
+        self.foreign[name] = "makes"
+        return Inert(name)
 
     def leave_out(self, target: Any, what: str) -> Inert:
         if not self.strip_code:
@@ -465,8 +469,9 @@ class _Machine:
                 "Nothing in it was run. --strip-code converts its tensors all the same.",
             )
         self.charge(_OBJECT_STEPS)
-        self.foreign[_name(target)] = "calls"
-        return Inert(_name(target))
+        name = intern(_name(target))
+        self.foreign[name] = "calls"
+        return Inert(name)
 
     def new_object(self) -> None:
         self.stack.pop()

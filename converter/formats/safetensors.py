@@ -121,6 +121,10 @@ def build_header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> b
         parts.append(f'{_spell(name)}:{{"dtype":"{dtype.tag}","shape":[{sizes}],"data_offsets":[{begin},{end}]}}')
     raw = f"{{{','.join(parts)}}}".encode()
     raw += b" " * (-len(raw) % 8)
+    if len(raw) > MAX_HEADER_NBYTES:
+        raise ValueError(
+            f"needs a header of {len(raw):,} bytes, and {MAX_HEADER_NBYTES:,} may be", "Write shards: --max-shard-size."
+        )
     return len(raw).to_bytes(8, "little") + raw
 
 

@@ -19,6 +19,7 @@ _MAX_DEPTH = 16  # trainers nest two or three
 _MAX_CONTAINERS = 200_000  # an optimizer keeps one or two for each tensor, and three tensors more
 MAX_TENSORS = 200_000  # in all dicts together; a pickle of all the steps there are describes 160,000
 MAX_NAME_LENGTH = 100_000  # of a tensor: no module is nested so deep
+MAX_NAMES_LENGTH = 25_000_000  # of all tensors together: the most there may be, of 125 characters each
 _MAX_KEY_LENGTH = 200  # of what is spelled to people, or looked at for what it is
 _MAX_NAMED = 8
 _INCOMPLETE = "The file is incomplete: fetch it again."
@@ -80,10 +81,12 @@ def choose_state_dict(pickled: Pickled, path: Path, reading: Reading) -> tuple[d
         raise Unsupported(path, "holds no tensors under names of their own", _describe(value))
     chosen = _choose(found, path, reading)
     state_dict: dict[str, TensorRef] = {}
+    length = 0
     for key, tensor in chosen.tensors.items():
         name = str(key)
-        if len(name) > MAX_NAME_LENGTH:
-            raise HostileFile(path, f"gives a tensor a name of {len(name):,} characters")
+        length += len(name)
+        if len(name) > MAX_NAME_LENGTH or length > MAX_NAMES_LENGTH:
+            raise HostileFile(path, f"gives its tensors names of {length:,} characters and more")
         if name in state_dict:
             raise BadFile(path, f"holds two tensors named {name!r}")
         state_dict[name] = tensor
@@ -113,6 +116,8 @@ def resolve(
             # The CRC32 is that of the bytes before they change, and is not checked.
             record = record._replace(crc32=None)
         info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides, ref.negated)
+        if 0 in ref.shape and prod(length or 1 for length in ref.shape) >= 1 << 63:
+            raise BadFile(path, f"tensor {name!r} is empty, but its shape has numbers beyond torch's")
         end = (ref.start + info.span) * ref.dtype.bits if info.numel else 0
         if end > record.nbytes * 8 or info.numel >= 1 << 63:
             raise BadFile(path, f"tensor {name!r} reaches past the end of its record")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from converter.errors import BadFile, HostileFile
-from converter.formats.pickle_machine import MAX_PICKLE_NBYTES, Pickled, Steps, allow_steps
+from converter.formats.pickle_machine import FREE_NBYTES, MAX_PICKLE_NBYTES, Pickled, Steps, allow_steps
 from converter.formats.state_dict import Reading, choose_state_dict, resolve
 from converter.formats.torch_pickle import MAX_STORAGES, StorageRef, parse_pickle
 from converter.tensors import ByteRange, WeightsFile
@@ -68,7 +68,7 @@ def _read_pickle(
                 raise
             if nbytes == MAX_PICKLE_NBYTES:
                 raise HostileFile(path, "its pickle is too long for a description of tensors") from None
-            nbytes = MAX_PICKLE_NBYTES  # at once: the steps of each try count
+            nbytes = FREE_NBYTES if nbytes < FREE_NBYTES else MAX_PICKLE_NBYTES  # few tries: the steps of each count
             if storages:
                 storages.clear()
         else:

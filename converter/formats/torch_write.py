@@ -16,7 +16,7 @@ from zlib import crc32
 
 from converter.dtypes import DType
 from converter.formats.pickle_machine import GLOBAL_STEPS, MAX_OPCODES, MAX_PICKLE_NBYTES, count_text_steps
-from converter.formats.state_dict import MAX_NAME_LENGTH, MAX_TENSORS
+from converter.formats.state_dict import MAX_NAME_LENGTH, MAX_NAMES_LENGTH, MAX_TENSORS
 from converter.formats.torch_pickle import AXES_A_STEP, MAX_DIMS
 from converter.tensors import Described, Layout, contiguous_strides
 
@@ -69,21 +69,16 @@ def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mappin
 def _check_tensors(tensors: Sequence[Described], ties: Mapping[str, str]) -> None:
     if len(tensors) + len(ties) > MAX_TENSORS:
         raise ValueError(f"has more than {MAX_TENSORS:,} tensors, too many for one torch file", _RESHARD)
-    for name in ties:
-        _check_name(name)
+    lengths = [len(name) for name in (*ties, *(name for name, _, _ in tensors))]
+    if max(lengths, default=0) > MAX_NAME_LENGTH or sum(lengths) > MAX_NAMES_LENGTH:
+        raise ValueError("holds tensors with too long names for a torch file")
     for name, dtype, shape in tensors:
-        _check_name(name)
         if not dtype.torch_name:
             raise ValueError(f"holds tensors of dtype {dtype}, which torch does not have")
         if len(shape) > MAX_DIMS:
             raise ValueError(f"holds tensor {name!r} of {len(shape):,} axes, and a torch file may have {MAX_DIMS}")
         if max((*shape, *contiguous_strides(shape)), default=0) >= 1 << 63:
             raise ValueError(f"holds tensor {name!r}, whose shape has numbers beyond torch's")
-
-
-def _check_name(name: str) -> None:
-    if len(name) > MAX_NAME_LENGTH:
-        raise ValueError(f"holds a tensor with a name of {len(name):,} characters, too long for a torch file")
 
 
 def finish_file(path: Path, tensors: Sequence[Described], ties: Mapping[str, str], crcs: Sequence[int]) -> None:
