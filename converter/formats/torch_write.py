@@ -15,7 +15,7 @@ from pathlib import Path
 from zlib import crc32
 
 from converter.dtypes import DType
-from converter.formats.pickle_machine import GLOBAL_STEPS, MAX_OPCODES, MAX_PICKLE_NBYTES, count_text_steps
+from converter.formats.pickle_machine import FREE_NBYTES, GLOBAL_STEPS, MAX_OPCODES, count_text_steps
 from converter.formats.state_dict import MAX_NAME_LENGTH, MAX_NAMES_LENGTH, MAX_TENSORS
 from converter.formats.torch_pickle import AXES_A_STEP, MAX_DIMS
 from converter.tensors import Described, Layout, contiguous_strides
@@ -176,10 +176,9 @@ def build_pickle(tensors: Sequence[Described], ties: Mapping[str, str]) -> bytes
         writer.text(name)
         writer.tensor(number, tensors[number][1], tensors[number][2])
     writer.codes(b"u.")
-    raw = b"".join(writer.parts)
-    if writer.steps > MAX_OPCODES or len(raw) > MAX_PICKLE_NBYTES:
+    if writer.steps > MAX_OPCODES or len(writer.raw) > FREE_NBYTES:
         raise ValueError("has too many tensors, or too long names, for one torch file", _RESHARD)
-    return raw
+    return bytes(writer.raw)
 
 
 class _Pickler:
@@ -189,12 +188,12 @@ class _Pickler:
     """
 
     def __init__(self) -> None:
-        self.parts = [b"\x80\x02"]
+        self.raw = bytearray(b"\x80\x02")
         self.steps = 1
         self._memo: dict[bytes, bytes] = {}
 
     def codes(self, codes: bytes) -> None:
-        self.parts.append(codes)
+        self.raw += codes
         self.steps += len(codes)
 
     def global_(self, module: str, name: str) -> None:
@@ -202,7 +201,7 @@ class _Pickler:
 
     def text(self, text: str) -> None:
         raw = text.encode("utf-8", "surrogatepass")
-        self.parts.append(b"X" + struct.pack("<I", len(raw)) + raw)
+        self.raw += b"X" + struct.pack("<I", len(raw)) + raw
         self.steps += 1 + count_text_steps(raw)
 
     def _once(self, spelled: bytes, steps: int = 0) -> None:
@@ -211,10 +210,10 @@ class _Pickler:
         if known is None:
             place = len(self._memo)
             self._memo[spelled] = b"h" + bytes([place])
-            self.parts += [spelled, b"q" + bytes([place])]
+            self.raw += spelled + b"q" + bytes([place])
             self.steps += 1 + steps
         else:
-            self.parts.append(known)
+            self.raw += known
 
     def number(self, number: int) -> None:
         if number < 1 << 8:
@@ -224,7 +223,7 @@ class _Pickler:
         else:
             raw = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
             spelled = b"\x8a" + bytes([len(raw)]) + raw
-        self.parts.append(spelled)
+        self.raw += spelled
         self.steps += 1
 
     def numbers(self, numbers: Sequence[int]) -> None:
