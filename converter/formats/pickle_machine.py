@@ -119,7 +119,8 @@ def run_pickle(
     if len(raw) > MAX_PICKLE_NBYTES:
         raise HostileFile(path, f"its pickle is {len(raw):,} bytes long, too long for a description of tensors")
     machine = _Machine(raw, path, find, find_persistent, strip_code, steps)
-    machine.charge(max(0, len(raw) - FREE_NBYTES) // _NBYTES_A_STEP)
+    if len(raw) > FREE_NBYTES:
+        machine.charge(1 + (len(raw) - FREE_NBYTES) // _NBYTES_A_STEP)
     return Pickled(machine.run(), machine.place, machine.foreign)
 
 
@@ -229,11 +230,13 @@ class _Machine:
 
     def charge(self, count: int) -> None:
         """Take steps for what is copied or kept: one list may be handed to many calls."""
-        if count and next(islice(self.steps, count - 1, None), self) is self:
+        if next(islice(self.steps, count - 1, None), self) is self:
             raise self.too_many_steps()
 
     def charge_text(self, encoded: bytes) -> None:
-        self.charge(count_text_steps(encoded))
+        count = count_text_steps(encoded)
+        if count:
+            self.charge(count)
 
     def too_many_steps(self) -> HostileFile:
         return HostileFile(self.path, f"its pickle takes more than {MAX_OPCODES:,} steps")
@@ -302,14 +305,14 @@ class _Machine:
 
     def push_bytes(self, count_nbytes: int) -> None:
         content = self.take(self.take_uint(count_nbytes))
-        self.charge(len(content) // _NBYTES_A_STEP)
+        self.charge(1 + len(content) // _NBYTES_A_STEP)
         self.stack.append(content)
 
     def push_quoted_line(self) -> None:
         line = self.take_line()
         if len(line) < 2 or line[0] != line[-1] or line[0] not in b"'\"":
             raise ValueError("a string without quotes")
-        self.charge(len(line) // _NBYTES_A_STEP)
+        self.charge(1 + len(line) // _NBYTES_A_STEP)
         encoded = codecs.escape_decode(line[1:-1])[0]
         self.charge_text(encoded)
         self.stack.append(encoded.decode("utf-8"))
@@ -366,7 +369,7 @@ class _Machine:
     def append_to(self, items: list[Any]) -> None:
         top = self.stack[-1]
         if isinstance(top, Inert):
-            self.charge(len(items))  # each takes a number and a place beside its own
+            self.charge(1 + len(items))  # each takes a number and a place beside its own
             top.update(enumerate(items, len(top)))
         elif type(top) is list:
             top.extend(items)
@@ -449,7 +452,9 @@ class _Machine:
             return self.leave_out(target, "calls")
         if not isinstance(target, Rebuild):
             return self.leave_out(target, "calls")
-        self.charge(target.count_steps(arguments))
+        count = target.count_steps(arguments)
+        if count:
+            self.charge(count)
         return target.rebuild(arguments, self.path)
 
     def make(self, of: Any) -> Inert:

@@ -116,10 +116,12 @@ def resolve(
             # The CRC32 is that of the bytes before they change, and is not checked.
             record = record._replace(crc32=None)
         info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides, ref.negated)
-        if 0 in ref.shape and prod(length or 1 for length in ref.shape) >= 1 << 63:
+        numel = prod(ref.shape)
+        if not numel and prod(length or 1 for length in ref.shape) >= 1 << 63:
             raise BadFile(path, f"tensor {name!r} is empty, but its shape has numbers beyond torch's")
-        end = (ref.start + info.span) * ref.dtype.bits if info.numel else 0
-        if end > record.nbytes * 8 or info.numel >= 1 << 63:
+        span = numel if info.is_contiguous else info.span
+        end = (ref.start + span) * ref.dtype.bits if numel else 0
+        if end > record.nbytes * 8 or numel >= 1 << 63:
             raise BadFile(path, f"tensor {name!r} reaches past the end of its record")
         yield info
 

@@ -128,9 +128,9 @@ def _tensor(
         raise TypeError("a tensor without a storage")
     if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= MAX_DIMS:
         raise TypeError("a shape that does not fit its strides")
-    numbers = (start, *shape, *strides)
-    if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= 1 << 63:
-        raise ValueError("a size that is no whole number")
+    for number in (start, *shape, *strides):
+        if type(number) is not int or not 0 <= number < 1 << 63:
+            raise ValueError("a size that is no whole number")
     negated = 0
     if flags and flags[0]:
         # The bits of lazy views (``torch._utils.set_tensor_metadata``).

@@ -92,6 +92,8 @@ def _check_inflating(tensors: Sequence[TensorInfo], path: Path) -> None:
     Each tensor is read from its record's start, and so is each part that is gathered of one that is not contiguous.
     """
     packed = [info for info in tensors if info.storage.packed_nbytes is not None]
+    if not packed:
+        return
     inflated = sum(map(_inflated_nbytes, packed))
     once = sum(record.nbytes for record in {info.storage for info in packed})
     if inflated > _MAX_INFLATED * once + _SMALL_NBYTES:
