@@ -108,7 +108,7 @@ def check_growth(checkpoint: Checkpoint, written: Sequence[TensorInfo], wishes: 
     more = [info.nbytes - info.storage.nbytes for info in views if info.nbytes > info.storage.nbytes]
     if sum(more) < _NOTED_GROWTH_NBYTES:
         return ()
-    return (f"{sum(more):,} bytes more are written than the source holds: {len(more):,} tensors hold elements twice",)
+    return (f"its expanded tensors take {sum(more):,} bytes more than in the source",)
 
 
 def check_shard_count(

@@ -22,7 +22,7 @@ from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple
 
-from converter.errors import BadFile, HostileFile
+from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.foreign import HARMLESS, RECONSTRUCTORS, SYSTEM
 
 MAX_PICKLE_NBYTES = 100_000_000  # as much as a safetensors header may take: it too only names and describes tensors
@@ -506,6 +506,13 @@ class _Machine:
     def skip(self, nbytes: int) -> None:
         self.take(nbytes)
 
+    def refuse_text_id(self) -> None:
+        raise Unsupported(
+            self.path,
+            "names its storages in text (pickle protocol 0), which torch itself cannot load",
+            "Save it again with torch.save.",
+        )
+
     def refuse_extension(self) -> None:
         raise HostileFile(self.path, "its pickle uses the extension registry, which is no part of a state dict")
 
@@ -570,6 +577,7 @@ _OPCODES: dict[str, _Step] = {
     "b": _Machine.build,
     "\x80": lambda m: m.skip(1),  # PROTO
     "\x95": lambda m: m.skip(8),  # FRAME
+    "P": _Machine.refuse_text_id,  # PERSID
     "i": _Machine.call_named,  # INST
     "o": _Machine.call_marked,  # OBJ
     "\x81": _Machine.new_object,
