@@ -92,7 +92,8 @@ def test_a_tensor_that_would_fill_the_disk_is_refused_unless_it_is_asked_for():
         plan(bomb)
     assert str(caught.value) == (
         "model/pytorch_model.bin: holds 1,000 bytes of tensors, which would come out as 1,000,000,000,000,000: "
-        "the largest is 'mask', of 1,000,000,000,000,000 bytes in 1,000. 'wconv to-safetensors --expand' writes them in full."
+        "the largest is 'mask', of 1,000,000,000,000,000 bytes in 1,000. "
+        "'wconv to-safetensors --expand' writes them in full."
     )
     asked = plan(bomb, expand=True)
     assert asked.written_nbytes > 10**15
