@@ -24,8 +24,9 @@ class Wishes:
     for untagged, or None for the source's own; without ``every_variant`` each component gives one set, the untagged one
     before others. ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file.
     ``key`` and ``strip_code`` are as in Reading, ``strip_prefix`` is taken off the names of tensors that have it.
-    ``keep_fp32`` are regular expressions, searched in tensor names. ``in_place`` lets the output replace the very set
-    that is read. ``follow_links`` takes along to a new folder what the source has as links to other places.
+    With ``expand`` tensors are written however much more they take than what holds them. ``keep_fp32`` are regular
+    expressions, searched in tensor names. ``in_place`` lets the output replace the very set that is read.
+    ``follow_links`` takes along to a new folder what the source has as links to other places.
     """
 
     form: Format | None = "safetensors"
@@ -39,6 +40,7 @@ class Wishes:
     key: str | None = None
     strip_prefix: str = ""
     strip_code: bool = False
+    expand: bool = False
     keep_fp32: tuple[str, ...] = ()
     on_overflow: OnOverflow = "error"
     overwrite: bool = False

@@ -22,7 +22,15 @@ from converter.formats import FORMATS
 from converter.index import WeightIndex
 from converter.names import Format, WeightsName
 from converter.paths import real
-from converter.rules import check_quantized, check_shard_count, choose_ties, find_kept, target_dtype, with_dtype
+from converter.rules import (
+    check_growth,
+    check_quantized,
+    check_shard_count,
+    choose_ties,
+    find_kept,
+    target_dtype,
+    with_dtype,
+)
 from converter.tensors import TensorInfo
 
 
@@ -252,6 +260,7 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     keep = find_kept(component, wishes)
     casts = {info.name: target_dtype(info, wishes, keep) for info in checkpoint.tensors}
     groups = [[info for info in file.tensors if info.name not in ties] for file in checkpoint.files]
+    growth = check_growth(checkpoint, list(itertools.chain.from_iterable(groups)), wishes)
     if wishes.max_shard_nbytes is not None:
         tensors = list(itertools.chain.from_iterable(groups))
         units = _units(tensors)
@@ -281,7 +290,8 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
         index = ((base / name.index).as_posix(), _build_index(checkpoint, shards, file_names).render())
     castable = (info for info in checkpoint.tensors if info.target is None and info.dtype.tag in RECAST_SOURCES)
     kept = tuple(info.name for info in castable if keep(info.name))
-    return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, checkpoint.notes)
+    notes = (*checkpoint.notes, *growth)
+    return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, notes)
 
 
 def _units(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
@@ -318,7 +328,8 @@ def _plan_shard(
     try:
         layout = lay_out(described, mine, notes)
     except ValueError as error:
-        raise Unsupported(source, str(error), "Rename or recast the tensor before.") from None
+        problem, *advice = error.args
+        raise Unsupported(source, problem, *(advice or ["Rename or recast the tensor before."])) from None
     copies = (
         Copy(tensors[place], casts[tensors[place].name], offset)
         for place, offset in zip(layout.order, layout.offsets, strict=True)

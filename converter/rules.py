@@ -6,7 +6,7 @@ Each rule names the loader that makes it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from converter.checkpoint import Checkpoint
@@ -23,6 +23,14 @@ from converter.tensors import find_ties as find_equal_views
 # ``diffusers/models/modeling_utils.py``): in shards these tensors are silently not used.
 _OLD_ATTENTION_CLASSES = frozenset({"AutoencoderKL", "VQModel", "UNet2DModel"})
 _OLD_ATTENTION_NAME = re.compile(r".*\.attentions\.\d+\.(query|key|value|proj_attn)\.(weight|bias)")
+
+
+# How much more may be written than is held. Masks and buffers that were expanded take some MB; tied embeddings that are
+# written under each of their two to four names take GB, but not four times all the rest; a compressed float32 copy of
+# bfloat16 weights takes half.
+MAX_GROWTH_NBYTES = 1_000_000_000
+MAX_GROWTH = 3
+_NOTED_GROWTH_NBYTES = 1_000_000
 
 
 def choose_ties(component: Component, checkpoint: Checkpoint, form: Format, wishes: Wishes) -> dict[str, str]:
@@ -77,6 +85,30 @@ def check_quantized(component: Component, checkpoint: Checkpoint, wishes: Wishes
             "is quantized (its config.json has a quantization_config): a cast would ruin it",
             "Recast the model it was made from, or use --force.",
         )
+
+
+def check_growth(checkpoint: Checkpoint, written: Sequence[TensorInfo], wishes: Wishes) -> tuple[str, ...]:
+    """Note how much more the tensors that are written take than what holds them; refuse what would fill a disk.
+
+    A tensor that ``torch.Tensor.expand`` made holds its elements many times over, and each is written.
+    """
+    views = [info for info in written if info.storage.content is None]
+    nbytes = sum(info.nbytes for info in views)
+    if nbytes > MAX_GROWTH_NBYTES and not wishes.expand:
+        held = {info.storage: info.storage.packed_nbytes or info.storage.nbytes for info in views}
+        source_nbytes = sum(held.values())
+        if nbytes - source_nbytes > max(MAX_GROWTH_NBYTES, MAX_GROWTH * source_nbytes):
+            largest = max(views, key=lambda info: info.nbytes - held[info.storage])
+            raise Unsupported(
+                checkpoint.weight_set.path,
+                f"holds {source_nbytes:,} bytes of tensors, which would come out as {nbytes:,}: the largest is "
+                f"{largest.name!r}, of {largest.nbytes:,} bytes in {held[largest.storage]:,}",
+                "'wconv to-safetensors --expand' writes them in full.",
+            )
+    more = [info.nbytes - info.storage.nbytes for info in views if info.nbytes > info.storage.nbytes]
+    if sum(more) < _NOTED_GROWTH_NBYTES:
+        return ()
+    return (f"its expanded tensors take {sum(more):,} bytes more than in the source",)
 
 
 def check_shard_count(

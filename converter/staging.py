@@ -503,7 +503,7 @@ def _move(root: Root, staged: str, target: Root, name: str, beside: str) -> None
         folder = name.rpartition("/")[0]
         copied = f"{folder}/{beside}" if folder else beside
         target.remove(copied)  # of a run that was killed
-        root.copy(staged, target, copied)
+        root.link(staged, target, copied)  # a copy, or the same link
         target.replace(copied, target, name)
         root.remove(staged)
 

@@ -83,6 +83,8 @@ def cut_pieces(
         nbytes = copy.nbytes
         while begin < nbytes:
             end = min(nbytes, begin + room // ITEM_MULTIPLE * ITEM_MULTIPLE)  # no element is cut
+            if copy.source.storage.packed_nbytes is not None:
+                end = nbytes  # each piece would inflate it from its start
             steps.append(Step(copy, begin, end))
             room -= end - begin
             begin = end

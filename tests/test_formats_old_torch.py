@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from archives import ORDERED_DICT, call, items, name_of, number, numbers, pickled, state_dict, text
 from judges import described_by_safetensors, described_by_torch, described_by_wconv, saved_by_torch
 
-from converter.errors import BadFile, WconvError
+from converter.errors import BadFile, HostileFile, Unsupported, WconvError
 from converter.formats import read_file, torch_stream
 
 BASE = torch.arange(24.0).reshape(4, 6)
@@ -47,6 +48,41 @@ STATES = {
 def test_a_stream_is_read_as_torch_reads_it(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, saved(STATES[name]))
     assert described_by_wconv(path) == described_by_torch(path)
+
+
+@pytest.mark.parametrize("protocol", range(1, 6))
+def test_every_protocol_is_read(tmp_path: Path, protocol: int) -> None:
+    path = write(
+        tmp_path, saved_by_torch(STATES["views"], _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it does not expect most of them
+        loaded = torch.load(path, weights_only=False)
+    assert described_by_wconv(path) == described_by_safetensors(loaded)
+
+
+def test_protocol_0_cannot_name_storages(tmp_path: Path) -> None:
+    path = write(tmp_path, saved_by_torch(STATES["one"], _use_new_zipfile_serialization=False, pickle_protocol=0))
+    with pytest.raises(AssertionError):
+        torch.load(path, weights_only=False)
+    with pytest.raises(Unsupported, match="protocol 0"):
+        read_file(path)
+
+
+def test_all_pickles_of_a_stream_share_their_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = stream(state_dict(("x", view())), ["0"], FLOATS)
+    long = raw.replace(pickle.dumps(1001, 2), b"\x80\x02" + b"N0" * 300 + pickle.dumps(1001, 2)[2:])
+    long = long.replace(pickle.dumps(["0"], 2), b"\x80\x02" + b"N0" * 300 + pickle.dumps(["0"], 2)[2:])
+    monkeypatch.setattr("converter.formats.pickle_machine.MAX_OPCODES", 1_000)
+    read_file(write(tmp_path, raw))
+    with pytest.raises(HostileFile, match="steps"):
+        read_file(write(tmp_path, long))
+
+
+def test_storages_that_are_listed_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_stream, "MAX_STORAGES", 3)
+    with pytest.raises(HostileFile, match="more than 3 storages"):
+        read_file(write(tmp_path, stream(state_dict(("x", view())), ["0"] * 4, FLOATS * 4)))
 
 
 def test_a_long_pickle_is_read_in_more_than_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
+import struct
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -24,7 +25,9 @@ from tiny import rezip
 
 from converter.dtypes import BY_TORCH_NAME
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
-from converter.formats import read_file
+from converter.formats import read_file, torch_zip, zip_records
+from converter.plan import Copy, Shard
+from converter.stream import cut_pieces
 
 BASE = torch.arange(24.0).reshape(4, 6)
 BITS = torch.arange(96, dtype=torch.uint8)
@@ -421,6 +424,75 @@ def test_big_endian_numbers(tmp_path: Path, kind: str) -> None:
     path = rezip(write(tmp_path, archive(described, {"data/0": raw})), {"byteorder": b"big"})
     assert_reads_as_torch_does(path)
     assert described_by_wconv(path, 16) == described_by_torch(path)
+
+
+def test_big_endian_archives_with_untyped_storages(tmp_path: Path) -> None:
+    narrow = {"e5m2": BITS.view(torch.float8_e5m2), "float": BASE}
+    path = rezip(write(tmp_path, saved_by_torch(narrow)), {"byteorder": b"big"})
+    assert_reads_as_torch_does(path)
+    assert read_file(path).notes == ()
+    # torch turns typed storages only, whatever the tensor's dtype.
+    path = rezip(write(tmp_path, saved_by_torch({**narrow, "u16": BITS.view(torch.uint16)})), {"byteorder": b"big"})
+    assert_reads_as_torch_does(path)
+    assert "U16 tensors are taken as torch takes them" in read_file(path).notes[0]
+
+
+def test_a_deflated_record_of_many_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    views = {str(place): BASE.view(-1)[place : place + 1] for place in range(24)}
+    path = write_deflated(tmp_path, saved_by_torch(views))
+    assert_reads_as_torch_does(path)
+    monkeypatch.setattr(torch_zip, "_SMALL_NBYTES", 0)
+    with pytest.raises(Unsupported, match="unpacked 12 times"):
+        read_file(path)
+
+
+def test_a_deflated_record_that_is_gathered_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_deflated(tmp_path, saved_by_torch({"t": torch.zeros(600, 400).t(), "w": torch.zeros(600, 400)}))
+    monkeypatch.setattr(torch_zip, "_SMALL_NBYTES", 0)
+    assert_reads_as_torch_does(path)
+    overlapping = torch.zeros(2000).as_strided((1000, 1000), (1, 1))
+    with pytest.raises(Unsupported, match="unpacked 61 times"):
+        read_file(write_deflated(tmp_path, saved_by_torch({"o": overlapping})))
+
+
+def test_a_deflated_record_is_inflated_once(tmp_path: Path) -> None:
+    path = write_deflated(tmp_path, saved_by_torch({"a": torch.zeros(1000), "b": torch.zeros(1000)}))
+    copies = [Copy(info, info.dtype, 4000 * place) for place, info in enumerate(read_file(path).tensors)]
+    shard = Shard("x", "safetensors", b"", tuple(copies), 8000, {})
+    pieces = list(cut_pieces(shard, path, piece_nbytes=1024))
+    assert [[(step.begin, step.end) for step in piece.steps] for piece in pieces] == [[(0, 4000)], [(0, 4000)]]
+
+
+def test_an_expanded_tensor_is_written_in_full_and_said(wconv: Any, tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(1000).expand(1000, 1000), "y": torch.ones(1).expand(3)}, tmp_path / "m.bin")
+    dry = wconv("to-safetensors", tmp_path / "m.bin", "--dry-run")
+    done = wconv("to-safetensors", tmp_path / "m.bin")
+    for outcome in (dry, done):
+        assert "its expanded tensors take 3,996,008 bytes more than in the source" in outcome.stdout + outcome.stderr
+    assert described_by_wconv(tmp_path / "m.safetensors") == described_by_torch(tmp_path / "m.bin")
+
+
+def test_a_file_that_would_fill_the_disk(wconv: Any, tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(1).expand(1 << 20, 1 << 20)}, tmp_path / "m.bin")
+    refused = wconv("to-safetensors", tmp_path / "m.bin", exit_code=4)
+    assert len(refused.stderr.splitlines()) == 1
+    assert "'x', of 4,398,046,511,104 bytes in 4. 'wconv to-safetensors --expand'" in refused.stderr
+    wconv("to-safetensors", tmp_path / "m.bin", "--expand", "--dry-run")
+
+
+def test_an_archive_of_many_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, archive())
+    read_file(path)
+    monkeypatch.setattr(zip_records, "MAX_RECORDS", 3)
+    with pytest.raises(HostileFile, match="claims 4 records"):
+        read_file(path)
+
+
+def test_a_directory_of_more_records_than_it_counts(tmp_path: Path) -> None:
+    raw = bytearray(archive())
+    struct.pack_into("<2H", raw, len(raw) - 14, 3, 3)
+    with pytest.raises(BadFile, match="has not the 3 records"):
+        read_file(write(tmp_path, bytes(raw)))
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

@@ -652,6 +652,87 @@ def test_all_the_steps_there_may_be_take_some_hundred_megabytes(code: bytes) -> 
     assert nbytes_a_step * pickle_machine.MAX_OPCODES < 1024 * MB
 
 
+LONG_SHAPE = b"(" + b"K\x01" * 100 + b"t"
+AGAIN = {
+    "pairs of a list": DICT_CLASS + b"q\x01](" + b"N\x85\x85" * 10 + b"e0](" + text("ab") * 300
+    + b"eq\x020](" + b"h\x01h\x02\x85R" * 300 + b"e.",
+    "pairs of a tuple": b"(" + (text("a") + b"N\x86") * 100 + b"tq\x020" + DICT_CLASS + b"q\x010]("
+    + b"h\x01h\x02\x85R" * 300 + b"e.",
+    "sizes": b"(" + b"N" * 500 + b"tq\x020" + SIZE_CLASS + b"q\x010](" + b"h\x01h\x02\x85R" * 300 + b"e.",
+    "long shapes": REBUILD + b"q\x010" + items(storage(), number(0), LONG_SHAPE, LONG_SHAPE, *NO_GRADIENT)
+    + b"q\x020](" + b"h\x01h\x02R" * 600 + b"e.",
+    "long shapes of tensors with attributes": FROM_TYPE + b"q\x010" + items(REBUILD, name_of("torch", "Tensor"), items(
+        storage(), number(0), LONG_SHAPE, LONG_SHAPE, *NO_GRADIENT), b"N") + b"q\x020](" + b"h\x01h\x02R" * 600 + b"e.",
+    "wide text": text("a" * 200_000 + "\U0001f600") + b".",
+    "escaped text": b"V" + b"a" * 200_000 + b"\\U0001f600\n.",
+    "text": text("a" * 700_000) + b".",
+    "quoted text": b"S'" + b"a" * 400_000 + b"'\n.",
+    "bytes": b"B" + struct.pack("<I", 700_000) + bytes(700_000) + b".",
+    "far places of the memo": b"N" + b"".join(b"r" + struct.pack("<I", place) for place in range(9, 6_000)) + b".",
+    "items of an object": b"ca\nb\n)\x81(" + b"N" * 6_000 + b"e.",
+    "keys that are no text": b"}(" + b")N" * 2_000 + b"u.",
+    "a long pickle": b"N." + bytes(32_000_000 + 700_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("made", AGAIN)
+def test_what_is_copied_or_kept_takes_steps(monkeypatch: pytest.MonkeyPatch, made: str) -> None:
+    # Each has fewer opcodes than there are steps.
+    monkeypatch.setattr("converter.formats.pickle_machine.MAX_OPCODES", 10_000)
+    with pytest.raises(HostileFile, match="steps"):
+        parse(AGAIN[made])
+
+
+@pytest.mark.parametrize("content", [b"B" + struct.pack("<I", 9) + bytes(9), text("ab" * 9), b"}", b"N"], ids=brief)
+def test_sizes_and_dicts_are_made_of_lists_and_tuples_only(content: bytes) -> None:
+    for made in (SIZE_CLASS, DICT_CLASS):
+        with pytest.raises(BadFile):
+            parse(made + content + b"\x85R.")
+
+
+def test_a_long_name_is_not_spelled_again_and_again() -> None:
+    with pytest.raises(HostileFile, match="name of more than"):
+        parse(text("a" * 2_000) + b"2\x93.")
+    made = parse(text("a" * 900) + b"q\x010h\x01h\x01\x93q\x020](" + b"h\x02)\x81" * 3 + b"e.")
+    assert len({id(one.name) for one in made}) == 1
+
+
+def test_a_long_key_is_cut_where_it_is_spelled(tmp_path: Path) -> None:
+    inner = state_dict(("a", tensor())) + b"h\x01N" + b"s"
+    two = b"}" + text("k" * 900) + b"q\x01" + inner + b"s" + text("j") + inner + b"s"
+    with pytest.raises(WconvError) as caught:
+        read(tmp_path, pickled(two))
+    assert "k" * 200 in str(caught.value)
+    assert "k" * 201 not in str(caught.value)
+
+
+def test_tensors_are_counted_in_all_dicts_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = pickled(state_dict(("model", state_dict(("a", tensor()))), ("optimizer", state_dict(("b", tensor())))))
+    read(tmp_path, two)
+    monkeypatch.setattr("converter.formats.state_dict.MAX_TENSORS", 1)
+    with pytest.raises(HostileFile, match="more than 1 tensors"):
+        read(tmp_path, two)
+
+
+def test_the_names_of_tensors_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(HostileFile, match="names of 100,001 characters"):
+        read(tmp_path, pickled(state_dict(("a" * 100_001, tensor()))))
+    monkeypatch.setattr("converter.formats.state_dict.MAX_NAMES_LENGTH", 10)
+    with pytest.raises(HostileFile, match="names of 12 characters"):
+        read(tmp_path, pickled(state_dict(("a" * 6, tensor()), ("b" * 6, tensor()))))
+
+
+def test_an_empty_tensor_of_huge_numbers(tmp_path: Path) -> None:
+    huge = tensor(shape=(2**62, 2**62, 0), strides=(1, 1, 1))
+    with pytest.raises(BadFile, match="beyond torch's"):
+        read(tmp_path, pickled(state_dict(("a", huge))))
+
+
+def test_a_storage_with_a_long_key(tmp_path: Path) -> None:
+    with pytest.raises(BadFile):
+        read(tmp_path, pickled(state_dict(("a", tensor(storage(key="0" * 2_000))))))
+
+
 def test_a_long_pickle_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("converter.formats.pickle_machine.MAX_PICKLE_NBYTES", 10)
     assert parse(b"N0" * 4 + b"N.") is None

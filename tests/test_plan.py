@@ -76,6 +76,61 @@ def layout(planned: Plan) -> dict[str, str]:
     return {shard.path: "".join(copy.source.name for copy in shard.copies) for shard in planned.shards}
 
 
+# What takes more than the source holds.
+
+
+def expanded(nbytes: int, held: int, packed: int | None = None) -> Checkpoint:
+    """Describe a checkpoint of one tensor of bytes, expanded from fewer."""
+    storage = ByteRange(HERE / "pytorch_model.bin", 0, held, None, packed)
+    info = TensorInfo("mask", DTYPES["U8"], (nbytes // held, held), storage, 0, (0, 1))
+    return Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(storage.path, "torch", (info,), {}),), {})
+
+
+def test_a_tensor_that_would_fill_the_disk_is_refused_unless_it_is_asked_for():
+    bomb = expanded(10**15, 10**3)
+    with pytest.raises(Unsupported) as caught:
+        plan(bomb)
+    assert str(caught.value) == (
+        "model/pytorch_model.bin: holds 1,000 bytes of tensors, which would come out as 1,000,000,000,000,000: "
+        "the largest is 'mask', of 1,000,000,000,000,000 bytes in 1,000. "
+        "'wconv to-safetensors --expand' writes them in full."
+    )
+    asked = plan(bomb, expand=True)
+    assert asked.written_nbytes > 10**15
+    assert asked.sets[0].notes == ("its expanded tensors take 999,999,999,999,000 bytes more than in the source",)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "held", "refused"),
+    [(10**9, 10**3, False), (10**9 + 2 * 10**3, 10**3, True), (4 * 10**9, 10**9, False), (5 * 10**9, 10**9, True)],
+)
+def test_how_much_may_be_written_more_than_is_held(nbytes, held, refused):
+    if refused:
+        with pytest.raises(Unsupported, match="--expand"):
+            plan(expanded(nbytes, held))
+    else:
+        assert "bytes more than in the source" in plan(expanded(nbytes, held)).sets[0].notes[0]
+
+
+def test_what_is_deflated_takes_what_it_takes_in_the_file():
+    assert plan(expanded(5 * 10**9, 5 * 10**9, 2 * 10**9))
+    with pytest.raises(Unsupported, match="5,000,000,000 bytes in 5,000,000"):
+        plan(expanded(5 * 10**9, 5 * 10**9, 5 * 10**6))
+
+
+def test_small_buffers_that_are_expanded_are_no_news():
+    assert plan(expanded(512 * 512, 512)).sets[0].notes == ()
+
+
+def test_one_storage_under_many_names_is_counted_once():
+    names = [chr(ord("A") + place) for place in range(6)]
+    tensors = tuple(tensor(name, numel=10**9) for name in names)
+    tied = Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(HERE / "x", "torch", tensors, {}),), {})
+    assert plan(tied)
+    with pytest.raises(Unsupported, match="4,000,000,000 bytes of tensors, which would come out as 24,000,000,000"):
+        plan(tied, tied="duplicate")
+
+
 # Shard boundaries.
 
 

@@ -17,7 +17,10 @@ from safetensors.torch import load_file, save_file
 from tiny import assert_same, make_state, save
 
 from converter.dtypes import DTYPES as DTYPES_BY_TAG
-from converter.formats.torch_write import finish_file, lay_out
+from converter.errors import HostileFile
+from converter.formats.torch_pickle import parse_pickle
+from converter.formats.torch_write import build_pickle, finish_file, lay_out
+from converter.tensors import Described
 
 State = dict[str, torch.Tensor]
 
@@ -108,6 +111,57 @@ def test_ties_across_shards_stay_in_the_shard_of_what_they_name(wconv, tmp_path)
 
 
 # The archive.
+
+
+def described(count: int, *shapes: tuple[int, ...], name: str = "layers.%d.weight") -> list[Described]:
+    dtypes = [DTYPES_BY_TAG["F32"], DTYPES_BY_TAG["U16"], DTYPES_BY_TAG["F32"]]
+    return [(name % place, dtypes[place % 3], (shapes or ((2, 2), (3,)))[place % (len(shapes) or 2)])
+            for place in range(count)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["layers.%d.weight", "é%d", "x" * 300 + "%d"])
+def test_the_steps_of_a_pickle_are_those_that_reading_takes(monkeypatch, name):
+    tensors = described(9, (2, 2), (1,) * 9, (), name=name)
+    raw = build_pickle(tensors, {"tied": tensors[0][0]})
+    fewest = next(steps for steps in range(2_000) if _is_read(monkeypatch, raw, steps))
+    monkeypatch.setattr("converter.formats.torch_write.MAX_OPCODES", fewest - 1)
+    with pytest.raises(ValueError, match="too many tensors"):
+        build_pickle(tensors, {"tied": tensors[0][0]})
+    monkeypatch.setattr("converter.formats.torch_write.MAX_OPCODES", fewest)
+    build_pickle(tensors, {"tied": tensors[0][0]})
+
+
+def _is_read(monkeypatch, raw: bytes, steps: int) -> bool:
+    monkeypatch.setattr("converter.formats.pickle_machine.MAX_OPCODES", steps)
+    try:
+        return bool(parse_pickle(raw, Path("x")))
+    except HostileFile:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [((1,) * 101, "of 101 axes, and a torch file may have 100"), ((0, 2**40, 2**40), "numbers beyond torch's"),
+     ((0, *[2**60] * 60), "numbers beyond torch's"), ((0, 2**63), "numbers beyond torch's")],
+)  # fmt: skip
+def test_a_shape_that_would_not_be_read_again_is_refused(shape, problem):
+    with pytest.raises(ValueError, match=problem):
+        lay_out([("x", DTYPES_BY_TAG["F32"], shape)], {}, {})
+
+
+def test_a_tensor_of_many_axes_is_refused(wconv, tmp_path):
+    save_file({"x": torch.ones([1] * 101)}, tmp_path / "m.safetensors", {"format": "pt"})
+    done = wconv("to-bin", tmp_path / "m.safetensors", exit_code=4)
+    assert "'x' of 101 axes" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_more_tensors_than_are_read_again_are_refused(wconv, tmp_path, monkeypatch):
+    monkeypatch.setattr("converter.formats.torch_write.MAX_TENSORS", 2)
+    save_file({name: torch.ones(1) for name in "abc"}, tmp_path / "m.safetensors", {"format": "pt"})
+    done = wconv("to-bin", tmp_path / "m.safetensors", exit_code=4)
+    assert "more than 2 tensors, too many for one torch file. Write shards: --max-shard-size." in done.stderr
+    wconv("to-bin", tmp_path / "m.safetensors", "--max-shard-size", "8")
 
 
 def records(path: Path) -> dict[str, tuple[int, int]]:

@@ -153,6 +153,9 @@ _CONVERSION_OPTIONS = {
     "strip-code": click.option(
         "--strip-code", is_flag=True, help="Convert the tensors of a pickle that calls functions; they are not called."
     ),
+    "expand": click.option(
+        "--expand", is_flag=True, help="Write expanded tensors in full, though they take GB more than the source."
+    ),
     "keep-fp32": click.option(
         "--keep-fp32",
         multiple=True,

@@ -41,7 +41,7 @@ def _is_zip(head: bytes) -> bool:
 
 
 def _is_stream(head: bytes) -> bool:
-    return head.startswith(b"\x80\x02\x8a\x0a" + torch_stream.MAGIC.to_bytes(10, "little"))
+    return head.startswith(torch_stream.HEADS)
 
 
 def _is_tar(head: bytes) -> bool:

@@ -4,6 +4,9 @@ It walks the opcodes of protocols 0 to 5 (``Lib/pickletools.py`` of CPython desc
 global or a persistent id means is for the caller to say; the only functions applied are the caller's own. An object of
 any other class becomes an inert one; a call of anything else is a refusal.
 
+All pickles of a file draw on one budget of steps: each opcode takes one, and what copies or keeps more than a few dozen
+bytes takes more, in that measure. So what a step takes at most, times the steps, is what a file takes at most.
+
 Why not a subclass of ``pickle.Unpickler``: its memo grows to whatever index the file names (a five-byte opcode can
 claim 32 GB), and its REDUCE, NEWOBJ and BUILD call what they find; here there is nothing to call.
 """
@@ -12,20 +15,27 @@ from __future__ import annotations
 
 import codecs
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice, repeat
 from pathlib import Path
+from sys import intern
 from typing import Any, NamedTuple
 
-from converter.errors import BadFile, HostileFile
+from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.foreign import HARMLESS, RECONSTRUCTORS, SYSTEM
 
 MAX_PICKLE_NBYTES = 100_000_000  # as much as a safetensors header may take: it too only names and describes tensors
-MAX_OPCODES = 5_000_000  # a tensor takes about 30, so 160,000 tensors; keeps the values within 512 MB
-_GLOBAL_STEPS = 50  # what a name in a module counts for: a pickle says each once
+FREE_NBYTES = 32_000_000  # of a pickle; of 160,000 tensors it is shorter. What is more is memory too, and takes steps
+MAX_OPCODES = 5_000_000  # a tensor takes about 30, so 160,000 tensors; a step takes up to 72 bytes, so within 512 MB
+GLOBAL_STEPS = 50  # what a name in a module counts for: a pickle says each once
 _OBJECT_STEPS = 4  # what an inert object counts for, and an empty list or dict: they take more memory than numbers
 _CONTAINER_STEPS = 2
 MAX_LONG_NBYTES = 16  # sizes and offsets fit in 8 bytes
+_MAX_LINE_NBYTES = 48  # of a number in decimal digits
+_MAX_NAME_LENGTH = 1_000  # of a module, and of a name in it: no code has longer ones, and they are spelled many times
+_NBYTES_A_STEP = 64  # of bytes, and of text that takes a byte a character
+_WIDE_NBYTES_A_STEP = 16  # of other text: it may take four bytes for each byte of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +82,24 @@ class Rebuild:
 
     name: str
     rebuild: Callable[[tuple[Any, ...], Path], Any]
+    count_steps: Callable[[tuple[Any, ...]], int]  # what a call copies or goes through, in steps
 
     def __str__(self) -> str:
         return self.name
+
+
+Steps = Iterator[None]
+"""What the pickles of one file may still take."""
+
+
+def allow_steps() -> Steps:
+    """Give the steps that one file may take."""
+    return repeat(None, MAX_OPCODES)
+
+
+def count_text_steps(encoded: bytes) -> int:
+    """Say how many steps a text takes beside that of its opcode."""
+    return len(encoded) // _NBYTES_A_STEP if encoded.isascii() else 1 + len(encoded) // _WIDE_NBYTES_A_STEP
 
 
 def run_pickle(
@@ -82,17 +107,20 @@ def run_pickle(
     path: Path,
     find: Callable[[Global, Path], Any],
     find_persistent: Callable[[Any, Path], Any],
-    strip_code: bool = False,
+    strip_code: bool,
+    steps: Steps,
 ) -> Pickled:
     """Read the pickle that ``raw`` begins with; ``find`` gives what a global stands for, if only itself.
 
     ``find_persistent`` gives what a persistent id stands for. With ``strip_code`` the calls of functions that no
-    checkpoint needs are left out. Raises BadFile where the stream is damaged and HostileFile where it goes beyond what
-    a checkpoint needs.
+    checkpoint needs are left out. What it takes is taken from ``steps``. Raises BadFile where the stream is damaged and
+    HostileFile where it goes beyond what a checkpoint needs.
     """
     if len(raw) > MAX_PICKLE_NBYTES:
         raise HostileFile(path, f"its pickle is {len(raw):,} bytes long, too long for a description of tensors")
-    machine = _Machine(raw, path, find, find_persistent, strip_code)
+    machine = _Machine(raw, path, find, find_persistent, strip_code, steps)
+    if len(raw) > FREE_NBYTES:
+        machine.charge(1 + (len(raw) - FREE_NBYTES) // _NBYTES_A_STEP)
     return Pickled(machine.run(), machine.place, machine.foreign)
 
 
@@ -105,7 +133,7 @@ class _Machine:
     """The stack, the memo and the place in the stream; one method a kind of opcode, listed in _OPCODES below."""
 
     __slots__ = (
-        "charged", "far", "find", "find_persistent", "foreign", "marks", "memo", "path", "place", "raw", "stack",
+        "far", "find", "find_persistent", "foreign", "marks", "memo", "path", "place", "raw", "stack", "steps",
         "strip_code",
     )  # fmt: skip
 
@@ -116,6 +144,7 @@ class _Machine:
         find: Callable[[Global, Path], Any],
         find_persistent: Callable[[Any, Path], Any],
         strip_code: bool,
+        steps: Steps,
     ) -> None:
         self.raw = raw
         self.path = path
@@ -128,7 +157,7 @@ class _Machine:
         # beyond a gap is ``far``.
         self.memo: list[Any] = []
         self.far: dict[int, Any] = {}
-        self.charged = 0
+        self.steps = steps
         self.strip_code = strip_code
         self.foreign: dict[str, str] = {}
 
@@ -137,7 +166,7 @@ class _Machine:
         memo, far, marks = self.memo, self.far, self.marks
         place, stack = self.place, self.stack
         try:
-            for _ in range(MAX_OPCODES):
+            for _ in self.steps:
                 code = raw[place]
                 # Most opcodes of a state dict are these few; a method for each would take twice the time.
                 if code == _LONG_BINPUT:
@@ -180,7 +209,10 @@ class _Machine:
                     end = begin + _UINT4(raw, place + 1)[0]
                     if end > len(raw):
                         raise ValueError("the stream ends early")
-                    stack.append(raw[begin:end].decode("utf-8", "surrogatepass"))
+                    encoded = raw[begin:end]
+                    if end - begin >= _NBYTES_A_STEP or not encoded.isascii():
+                        self.charge_text(encoded)
+                    stack.append(encoded.decode("utf-8", "surrogatepass"))
                     place = end
                 elif code == _BINPERSID:
                     stack[-1] = find_persistent(stack[-1], path)
@@ -194,13 +226,20 @@ class _Machine:
                     place, stack = self.place, self.stack
         except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
             raise BadFile(path, f"its pickle is damaged near byte {place:,}", "Fetch the file again.") from error
-        raise HostileFile(path, f"its pickle takes more than {MAX_OPCODES:,} steps")
+        raise self.too_many_steps()
 
-    def charge(self, steps: int) -> None:
-        """Count what a call copies as steps: one list may be handed to many calls."""
-        self.charged += steps
-        if self.charged > MAX_OPCODES:
-            raise HostileFile(self.path, f"its pickle takes more than {MAX_OPCODES:,} steps")
+    def charge(self, count: int) -> None:
+        """Take steps for what is copied or kept: one list may be handed to many calls."""
+        if next(islice(self.steps, count - 1, None), self) is self:
+            raise self.too_many_steps()
+
+    def charge_text(self, encoded: bytes) -> None:
+        count = count_text_steps(encoded)
+        if count:
+            self.charge(count)
+
+    def too_many_steps(self) -> HostileFile:
+        return HostileFile(self.path, f"its pickle takes more than {MAX_OPCODES:,} steps")
 
     # Reading arguments.
 
@@ -224,8 +263,14 @@ class _Machine:
     def take_text_line(self) -> str:
         return self.take_line().decode("utf-8")
 
+    def take_short_line(self) -> bytes:
+        line = self.take_line()
+        if len(line) > _MAX_LINE_NBYTES:
+            raise HostileFile(self.path, f"its pickle holds a number of {len(line):,} digits")
+        return line
+
     def take_number(self) -> int:
-        number = int(self.take_line())
+        number = int(self.take_short_line())
         if number < 0:
             raise ValueError("a number below 0")
         return number
@@ -245,9 +290,7 @@ class _Machine:
         self.stack.append(int.from_bytes(self.take(nbytes), "little", signed=True))
 
     def push_int_line(self) -> None:
-        line = self.take_line().rstrip(b"L")
-        if len(line) > 3 * MAX_LONG_NBYTES:
-            raise HostileFile(self.path, f"its pickle holds a whole number of {len(line):,} digits")
+        line = self.take_short_line().rstrip(b"L")
         self.stack.append({b"00": False, b"01": True}[line] if line in (b"00", b"01") else int(line))
 
     def push_text(self, count_nbytes: int) -> None:
@@ -255,26 +298,35 @@ class _Machine:
         end = begin + int.from_bytes(self.raw[self.place : begin], "little")
         if end > len(self.raw):
             raise ValueError("the stream ends early")
-        self.stack.append(self.raw[begin:end].decode("utf-8", "surrogatepass"))
+        encoded = self.raw[begin:end]
+        self.charge_text(encoded)
+        self.stack.append(encoded.decode("utf-8", "surrogatepass"))
         self.place = end
 
     def push_bytes(self, count_nbytes: int) -> None:
-        self.stack.append(self.take(self.take_uint(count_nbytes)))
+        content = self.take(self.take_uint(count_nbytes))
+        self.charge(1 + len(content) // _NBYTES_A_STEP)
+        self.stack.append(content)
 
     def push_quoted_line(self) -> None:
         line = self.take_line()
         if len(line) < 2 or line[0] != line[-1] or line[0] not in b"'\"":
             raise ValueError("a string without quotes")
-        self.stack.append(codecs.escape_decode(line[1:-1])[0].decode("utf-8"))
+        self.charge(1 + len(line) // _NBYTES_A_STEP)
+        encoded = codecs.escape_decode(line[1:-1])[0]
+        self.charge_text(encoded)
+        self.stack.append(encoded.decode("utf-8"))
 
     def push_text_line(self) -> None:
-        self.stack.append(self.take_line().decode("raw-unicode-escape"))
+        line = self.take_line()
+        self.charge(1 + len(line) // _WIDE_NBYTES_A_STEP)  # what is escaped is wide, though its spelling is not
+        self.stack.append(line.decode("raw-unicode-escape"))
 
     def push_float(self) -> None:
         self.stack.append(struct.unpack(">d", self.take(8))[0])
 
     def push_float_line(self) -> None:
-        self.stack.append(float(self.take_line()))
+        self.stack.append(float(self.take_short_line()))
 
     # Containers.
 
@@ -317,6 +369,7 @@ class _Machine:
     def append_to(self, items: list[Any]) -> None:
         top = self.stack[-1]
         if isinstance(top, Inert):
+            self.charge(1 + len(items))  # each takes a number and a place beside its own
             top.update(enumerate(items, len(top)))
         elif type(top) is list:
             top.extend(items)
@@ -337,8 +390,10 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             # No tensor has a key that is neither text nor a number. Of large numbers, or of tuples, a file could choose
             # such as all hash alike, and make the dict quadratic.
-            is_plain = type(key) in (str, bytes, bool, type(None)) or (type(key) is int and abs(key) < 1 << 53)
-            target[key if is_plain else Inert(type(key).__name__)] = value
+            if not (type(key) in (str, bytes, bool, type(None)) or (type(key) is int and abs(key) < 1 << 53)):
+                self.charge(_OBJECT_STEPS)
+                key = Inert(type(key).__name__)
+            target[key] = value
         return target
 
     # Stack and memo.
@@ -355,6 +410,7 @@ class _Machine:
         elif index == len(self.memo) and not self.far:
             self.memo.append(self.stack[-1])
         else:
+            self.charge(1)
             self.far[index] = self.stack[-1]
 
     def get(self, index: int) -> None:
@@ -371,7 +427,9 @@ class _Machine:
     # Names and what they are applied to.
 
     def push_global(self, module: str, name: str) -> None:
-        self.charge(_GLOBAL_STEPS)
+        self.charge(GLOBAL_STEPS)
+        if max(len(module), len(name)) > _MAX_NAME_LENGTH:
+            raise HostileFile(self.path, f"its pickle spells a name of more than {_MAX_NAME_LENGTH:,} characters")
         found = self.find(Global(module, name), self.path)
         if type(found) is Global:
             self.foreign.setdefault(str(found), "names")
@@ -394,8 +452,9 @@ class _Machine:
             return self.leave_out(target, "calls")
         if not isinstance(target, Rebuild):
             return self.leave_out(target, "calls")
-        if arguments and type(arguments[0]) is list:
-            self.charge(len(arguments[0]))
+        count = target.count_steps(arguments)
+        if count:
+            self.charge(count)
         return target.rebuild(arguments, self.path)
 
     def make(self, of: Any) -> Inert:
@@ -403,8 +462,9 @@ class _Machine:
         if type(of) is not Global or (of.module.partition(".")[0] in SYSTEM and str(of) not in HARMLESS):
             return self.leave_out(of, "makes an object of")
         self.charge(_OBJECT_STEPS)
-        self.foreign[str(of)] = "makes"
-        return Inert(str(of))
+        name = intern(str(of))  # of a million objects it is kept once
+        self.foreign[name] = "makes"
+        return Inert(name)
 
     def leave_out(self, target: Any, what: str) -> Inert:
         if not self.strip_code:
@@ -414,8 +474,9 @@ class _Machine:
                 "Nothing in it was run. --strip-code converts its tensors all the same.",
             )
         self.charge(_OBJECT_STEPS)
-        self.foreign[_name(target)] = "calls"
-        return Inert(_name(target))
+        name = intern(_name(target))
+        self.foreign[name] = "calls"
+        return Inert(name)
 
     def new_object(self) -> None:
         self.stack.pop()
@@ -444,6 +505,13 @@ class _Machine:
 
     def skip(self, nbytes: int) -> None:
         self.take(nbytes)
+
+    def refuse_text_id(self) -> None:
+        raise Unsupported(
+            self.path,
+            "names its storages in text (pickle protocol 0), which torch itself cannot load",
+            "Save it again with torch.save.",
+        )
 
     def refuse_extension(self) -> None:
         raise HostileFile(self.path, "its pickle uses the extension registry, which is no part of a state dict")
@@ -509,6 +577,7 @@ _OPCODES: dict[str, _Step] = {
     "b": _Machine.build,
     "\x80": lambda m: m.skip(1),  # PROTO
     "\x95": lambda m: m.skip(8),  # FRAME
+    "P": _Machine.refuse_text_id,  # PERSID
     "i": _Machine.call_named,  # INST
     "o": _Machine.call_marked,  # OBJ
     "\x81": _Machine.new_object,

@@ -155,7 +155,13 @@ def build_header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> b
     raw = ",".join(parts).encode()
     parts.clear()  # as long as the header is, and more
     padding = -(len(raw) + 2) % 8
-    return b"".join(((len(raw) + 2 + padding).to_bytes(8, "little"), b"{", raw, b"}", b" " * padding))
+    header_nbytes = len(raw) + 2 + padding
+    if header_nbytes > MAX_HEADER_NBYTES:
+        raise ValueError(
+            f"needs a header of {header_nbytes:,} bytes, and {MAX_HEADER_NBYTES:,} may be",
+            "Write shards: --max-shard-size.",
+        )
+    return b"".join((header_nbytes.to_bytes(8, "little"), b"{", raw, b"}", b" " * padding))
 
 
 _spell = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,14 +16,18 @@ from converter.formats.torch_pickle import StorageRef, TensorRef
 from converter.tensors import ByteRange, TensorInfo
 
 _MAX_DEPTH = 16  # trainers nest two or three
-_MAX_CONTAINERS = 500_000  # an optimizer keeps one or two for each tensor
-_MAX_TENSORS = 500_000
+_MAX_CONTAINERS = 200_000  # an optimizer keeps one or two for each tensor, and three tensors more
+MAX_TENSORS = 200_000  # in all dicts together; a pickle of all the steps there are describes 160,000
+MAX_NAME_LENGTH = 100_000  # of a tensor: no module is nested so deep
+MAX_NAMES_LENGTH = 25_000_000  # of all tensors together: the most there may be, of 125 characters each
+_MAX_KEY_LENGTH = 200  # of what is spelled to people, or looked at for what it is
 _MAX_NAMED = 8
 _INCOMPLETE = "The file is incomplete: fetch it again."
 
 # What trainers keep beside the weights (Lightning's ``dump_checkpoint``, accelerate, mmengine): no state dict of theirs
 # is taken for the model's.
-_TRAINING = re.compile(r".*(optim|sched|scaler|callback|loops|rng|hyper_param|hparams|criterion).*|amp|args|cfg|config")
+_TRAINING = ("optim", "sched", "scaler", "callback", "loops", "rng", "hyper_param", "hparams", "criterion")
+_TRAINING_NAMES = frozenset({"amp", "args", "cfg", "config"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ PLAIN = Reading()
 class _Found:
     path: tuple[str, ...]
     tensors: Mapping[str | int, TensorRef]
-    beside: tuple[str, ...]  # what the dict holds but those tensors
+    beside: tuple[Any, ...]  # the keys of what the dict holds but those tensors
     is_training: bool
 
     @property
@@ -78,10 +81,15 @@ def choose_state_dict(pickled: Pickled, path: Path, reading: Reading) -> tuple[d
         raise Unsupported(path, "holds no tensors under names of their own", _describe(value))
     chosen = _choose(found, path, reading)
     state_dict: dict[str, TensorRef] = {}
-    for name, tensor in chosen.tensors.items():
-        if str(name) in state_dict:
-            raise BadFile(path, f"holds two tensors named {str(name)!r}")
-        state_dict[str(name)] = tensor
+    length = 0
+    for key, tensor in chosen.tensors.items():
+        name = str(key)
+        length += len(name)
+        if len(name) > MAX_NAME_LENGTH or length > MAX_NAMES_LENGTH:
+            raise HostileFile(path, f"gives its tensors names of {length:,} characters and more")
+        if name in state_dict:
+            raise BadFile(path, f"holds two tensors named {name!r}")
+        state_dict[name] = tensor
     return state_dict, tuple(_notes(pickled, chosen, found))
 
 
@@ -108,14 +116,19 @@ def resolve(
             # The CRC32 is that of the bytes before they change, and is not checked.
             record = record._replace(crc32=None)
         info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides, ref.negated)
-        end = (ref.start + info.span) * ref.dtype.bits if info.numel else 0
-        if end > record.nbytes * 8 or info.numel >= 1 << 63:
+        numel = prod(ref.shape)
+        if not numel and prod(length or 1 for length in ref.shape) >= 1 << 63:
+            raise BadFile(path, f"tensor {name!r} is empty, but its shape has numbers beyond torch's")
+        span = numel if info.is_contiguous else info.span
+        end = (ref.start + span) * ref.dtype.bits if numel else 0
+        if end > record.nbytes * 8 or numel >= 1 << 63:
             raise BadFile(path, f"tensor {name!r} reaches past the end of its record")
         yield info
 
 
 def _find(value: Any, file: Path) -> Iterator[_Found]:
     seen: set[int] = set()
+    count = 0
     waiting: deque[tuple[tuple[str, ...], Any, bool]] = deque([((), value, False)])
     while waiting:
         path, content, is_training = waiting.popleft()
@@ -124,15 +137,16 @@ def _find(value: Any, file: Path) -> Iterator[_Found]:
         seen.add(id(content))
         is_mapping = isinstance(content, dict)
         tensors = _tensors_of(content) if is_mapping else {}
-        if len(tensors) > _MAX_TENSORS:
-            raise HostileFile(file, f"its pickle describes more than {_MAX_TENSORS:,} tensors")
+        count += len(tensors)
+        if count > MAX_TENSORS:
+            raise HostileFile(file, f"its pickle describes more than {MAX_TENSORS:,} tensors")
         if tensors:
-            beside = tuple(str(key) for key in content if key not in tensors)
+            beside = tuple(key for key in content if key not in tensors)
             is_beside = path == () and bool(beside) and all(map(_is_training, tensors))
             yield _Found(path, tensors, beside, is_training or is_beside)
         for key, inner in content.items() if is_mapping else enumerate(content):
             if isinstance(inner, (dict, list, tuple)) and type(inner) is not TensorRef:
-                waiting.append(((*path, str(key)), inner, is_training or (is_mapping and _is_training(key))))
+                waiting.append(((*path, _spell(key)), inner, is_training or (is_mapping and _is_training(key))))
                 if len(seen) + len(waiting) > _MAX_CONTAINERS:
                     raise HostileFile(file, f"its pickle holds more than {_MAX_CONTAINERS:,} dicts and lists")
 
@@ -143,7 +157,15 @@ def _tensors_of(content: Mapping[Any, Any]) -> dict[str | int, TensorRef]:
 
 def _is_training(key: Any) -> bool:
     # Optimizers number the tensors that they keep a state of.
-    return type(key) is int or bool(_TRAINING.fullmatch(str(key).lower()))
+    if type(key) is int:
+        return True
+    spelled = _spell(key).lower()
+    return spelled in _TRAINING_NAMES or any(word in spelled for word in _TRAINING)
+
+
+def _spell(key: Any) -> str:
+    """Spell a key, as far as people would read it: one long text may be the key of many dicts."""
+    return str(key[:_MAX_KEY_LENGTH] if isinstance(key, (str, bytes)) else key)
 
 
 def _choose(found: list[_Found], path: Path, reading: Reading) -> _Found:
@@ -168,7 +190,7 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
     if others:
         yield f"only {chosen} is taken, and not {_list(others)}"
     entries = value.items() if isinstance(value, dict) else ()
-    beside = [str(key) for key, _ in entries if chosen.path and str(key) != chosen.path[0]]
+    beside = [key for key, _ in entries if chosen.path and _spell(key) != chosen.path[0]]
     if beside or chosen.beside:
         yield f"left out: {_list([*beside, *chosen.beside])}"
     for what, note in (
@@ -182,11 +204,11 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
 
 def _list(things: list[Any]) -> str:
     more = f" and {len(things) - _MAX_NAMED} more" if len(things) > _MAX_NAMED else ""
-    return ", ".join(str(thing) for thing in things[:_MAX_NAMED]) + more
+    return ", ".join(map(_spell, things[:_MAX_NAMED])) + more
 
 
 def _describe(value: Any) -> str:
-    names = _list([str(key) for key in value]) if isinstance(value, dict) else ""
+    names = _list(list(value)) if isinstance(value, dict) else ""
     return f"It holds: {names}." if names else "Save a state dict: names to tensors."
 
 

@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 
 from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from converter.errors import Unsupported
-from converter.formats.pickle_machine import Global, Pickled, Rebuild, run_pickle
+from converter.formats.pickle_machine import Global, Pickled, Rebuild, Steps, allow_steps, run_pickle
 
-_MAX_DIMS = 100  # no weights have a tenth of it, and numbers of elements stay short
+MAX_DIMS = 100  # no weights have a tenth of it, and numbers of elements stay short
+AXES_A_STEP = 4
+_PAIR_STEPS = 2  # what an entry of a dict takes, and the place of its value
+MAX_STORAGES = 200_000  # a pickle of all the steps there are describes 160,000
+_MAX_KEY_LENGTH = 1_000  # of a storage: torch counts them, and the name of a record may have 65,535 bytes
 
 
 class StorageRef(NamedTuple):
@@ -46,16 +50,21 @@ class TensorRef(NamedTuple):
 
 
 def parse_pickle(
-    raw: bytes, path: Path, strip_code: bool = False, storages: dict[str, StorageRef] | None = None
+    raw: bytes,
+    path: Path,
+    strip_code: bool = False,
+    storages: dict[str, StorageRef] | None = None,
+    steps: Steps | None = None,
 ) -> Pickled:
     """Read the pickle that ``raw`` begins with: dicts, lists, tuples, strings, numbers, TensorRefs and inert objects.
 
     Raises BadFile where the stream is damaged, HostileFile where it calls what is outside the closed table (not with
-    ``strip_code``), and Unsupported for tensors that are not strided views of a storage. All storages that it names are
-    put into ``storages``.
+    ``strip_code``), and Unsupported for tensors that are not strided views of a storage. What it takes is taken from
+    ``steps``, which all pickles of a file share; all storages that it names are put into ``storages``.
     """
+    steps = steps or allow_steps()
     if storages is None:
-        return run_pickle(raw, path, _find, _storage, strip_code)
+        return run_pickle(raw, path, _find, _storage, strip_code, steps)
 
     def find(identity: Any, path: Path) -> StorageRef:
         storage = _storage(identity, path)
@@ -64,7 +73,7 @@ def parse_pickle(
             raise ValueError("a storage of two kinds")
         return storage
 
-    return run_pickle(raw, path, _find, find, strip_code)
+    return run_pickle(raw, path, _find, find, strip_code, steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +89,19 @@ class _TensorClass:
 def _ordered_dict(arguments: tuple[Any, ...], path: Path) -> dict[Any, Any]:
     # Python 2 gives the items here; Python 3 gives none and sets them one by one.
     content: dict[Any, Any] = {}
-    for key, value in arguments[0] if arguments else ():
+    for key, value in _items(arguments):
         if type(key) is not str:
             raise TypeError("an OrderedDict with a key that is no text")
         content[key] = value
     return content
+
+
+def _items(arguments: tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
+    """Give the list or tuple that is the first argument, if there is one."""
+    items = arguments[0] if arguments else ()
+    if type(items) not in (list, tuple):
+        raise TypeError("items that are in no list")
+    return items
 
 
 def _rebuild_tensor(arguments: tuple[Any, ...], path: Path) -> TensorRef:
@@ -109,7 +126,7 @@ def _tensor(
     start, shape, strides = arguments[1:4]
     if type(storage) is not StorageRef:
         raise TypeError("a tensor without a storage")
-    if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= _MAX_DIMS:
+    if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= MAX_DIMS:
         raise TypeError("a shape that does not fit its strides")
     for number in (start, *shape, *strides):
         if type(number) is not int or not 0 <= number < 1 << 63:
@@ -148,7 +165,7 @@ def _rebuild_from_type(arguments: tuple[Any, ...], path: Path) -> TensorRef:
 
 
 def _size(arguments: tuple[Any, ...], path: Path) -> tuple[Any, ...]:
-    return tuple(arguments[0])
+    return tuple(_items(arguments))
 
 
 def _storage(identity: Any, path: Path) -> StorageRef:
@@ -158,27 +175,52 @@ def _storage(identity: Any, path: Path) -> StorageRef:
     """
     kind, storage_class, key, device, numel, *view = identity
     start = view[0][1] if view and view[0] is not None else 0
-    if kind != "storage" or type(storage_class) is not _StorageClass or type(key) is not str:
+    if (
+        kind != "storage"
+        or type(storage_class) is not _StorageClass
+        or type(key) is not str
+        or len(key) > _MAX_KEY_LENGTH
+    ):
         raise TypeError("a persistent id that is no storage")
     if type(numel) is not int or numel < 0 or type(device) is not str or type(start) is not int or start < 0:
         raise ValueError("a storage without a size")
     return StorageRef(storage_class.dtype, key, device, numel, start)
 
 
+def _count_items(arguments: tuple[Any, ...]) -> int:
+    return _PAIR_STEPS * len(arguments[0]) if arguments else 0
+
+
+def _count_axes(arguments: tuple[Any, ...]) -> int:
+    return len(arguments[2]) // AXES_A_STEP
+
+
+def _count_inner(arguments: tuple[Any, ...]) -> int:
+    function, _, inner = arguments[:3]
+    return 0 if function.rebuild is _rebuild_from_type else function.count_steps(inner)
+
+
+def _count_nothing(_: tuple[Any, ...]) -> int:
+    return 0
+
+
 _KNOWN: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): Rebuild("collections.OrderedDict", _ordered_dict),
-    ("torch._utils", "_rebuild_tensor"): Rebuild("torch._utils._rebuild_tensor", _rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): Rebuild("torch._utils._rebuild_tensor_v2", _rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v3"): Rebuild("torch._utils._rebuild_tensor_v3", _rebuild_tensor_v3),
-    ("torch._utils", "_rebuild_parameter"): Rebuild("torch._utils._rebuild_parameter", _rebuild_parameter),
-    ("torch._utils", "_rebuild_parameter_with_state"): Rebuild(
-        "torch._utils._rebuild_parameter_with_state", _rebuild_parameter
-    ),
-    ("torch._tensor", "_rebuild_from_type_v2"): Rebuild("torch._tensor._rebuild_from_type_v2", _rebuild_from_type),
+    **{
+        (module, name): Rebuild(f"{module}.{name}", rebuild, count)
+        for module, name, rebuild, count in (
+            ("collections", "OrderedDict", _ordered_dict, _count_items),
+            ("torch", "Size", _size, _count_items),
+            ("torch._tensor", "_rebuild_from_type_v2", _rebuild_from_type, _count_inner),
+            ("torch._utils", "_rebuild_parameter", _rebuild_parameter, _count_nothing),
+            ("torch._utils", "_rebuild_parameter_with_state", _rebuild_parameter, _count_nothing),
+            ("torch._utils", "_rebuild_tensor", _rebuild_tensor, _count_axes),
+            ("torch._utils", "_rebuild_tensor_v2", _rebuild_tensor, _count_axes),
+            ("torch._utils", "_rebuild_tensor_v3", _rebuild_tensor_v3, _count_axes),
+        )
+    },
     ("torch", "Tensor"): _TensorClass(),
     ("torch.nn.parameter", "Parameter"): _TensorClass(),
     ("torch.nn.parameter", "Buffer"): _TensorClass(),
-    ("torch", "Size"): Rebuild("torch.Size", _size),
     ("torch.storage", "UntypedStorage"): _StorageClass(None),
     ("torch", "UntypedStorage"): _StorageClass(None),
     **{("torch", name): _StorageClass(dtype) for name, dtype in BY_STORAGE_CLASS.items()},

@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from converter.errors import BadFile, HostileFile
-from converter.formats.pickle_machine import MAX_PICKLE_NBYTES, Pickled
+from converter.formats.pickle_machine import FREE_NBYTES, MAX_PICKLE_NBYTES, Pickled, Steps, allow_steps
 from converter.formats.state_dict import Reading, choose_state_dict, resolve
-from converter.formats.torch_pickle import StorageRef, parse_pickle
+from converter.formats.torch_pickle import MAX_STORAGES, StorageRef, parse_pickle
 from converter.opening import Opened
 from converter.tensors import ByteRange, WeightsFile
 
 MAGIC = 0x1950A86A20F9469CFC6C
+_LONG = b"\x8a\x0a" + MAGIC.to_bytes(10, "little")
+_FRAME = b"\x95\x0d" + bytes(7)
+
+# The magic number as each protocol spells it, from 0 on; torch itself loads what names storages, from 1 on.
+HEADS = (b"L%dL\n." % MAGIC, b"\x80\x02" + _LONG, b"\x80\x03" + _LONG,
+         b"\x80\x04" + _FRAME + _LONG, b"\x80\x05" + _FRAME + _LONG)  # fmt: skip
 _PROTOCOL = 1001
 _FIRST_NBYTES = 1 << 16
 _DAMAGED = "The file is damaged or incomplete: fetch it again."
@@ -28,14 +34,17 @@ _DAMAGED = "The file is damaged or incomplete: fetch it again."
 def read_file(opened: Opened, reading: Reading) -> WeightsFile:
     """Read the pickles of a stream, and where its storages lie; no storage is read."""
     path, file, _ = opened
-    magic, protocol, facts = (_read_pickle(file, path, reading).value for _ in range(3))
+    steps = allow_steps()
+    magic, protocol, facts = (_read_pickle(file, path, reading, steps).value for _ in range(3))
     if magic != MAGIC or protocol != _PROTOCOL or not isinstance(facts, dict):
         raise BadFile(path, "is a pickle, but not one that torch.save wrote", "Save its state dict with torch.save.")
     storages: dict[str, StorageRef] = {}
-    pickled = _read_pickle(file, path, reading, storages)
-    keys = _read_pickle(file, path, reading).value
+    pickled = _read_pickle(file, path, reading, steps, storages)
+    keys = _read_pickle(file, path, reading, steps).value
     if type(keys) is not list:
         raise BadFile(path, "has no list of its storages", _DAMAGED)
+    if len(keys) > MAX_STORAGES:
+        raise HostileFile(path, f"lists more than {MAX_STORAGES:,} storages")
     ranges = dict(_find_storages(opened, keys, storages))
     state_dict, notes = choose_state_dict(pickled, path, reading)
     tensors = tuple(resolve(state_dict, lambda storage: ranges.get(storage.key), path))
@@ -43,7 +52,7 @@ def read_file(opened: Opened, reading: Reading) -> WeightsFile:
 
 
 def _read_pickle(
-    file: BinaryIO, path: Path, reading: Reading, storages: dict[str, StorageRef] | None = None
+    file: BinaryIO, path: Path, reading: Reading, steps: Steps, storages: dict[str, StorageRef] | None = None
 ) -> Pickled:
     """Read the pickle that comes next; how long it is shows only when it is read."""
     place = file.tell()
@@ -52,13 +61,13 @@ def _read_pickle(
         file.seek(place)
         raw = file.read(nbytes)
         try:
-            pickled = parse_pickle(raw, path, reading.strip_code, storages)
+            pickled = parse_pickle(raw, path, reading.strip_code, storages, steps)
         except BadFile as error:
             if len(raw) < nbytes or isinstance(error, HostileFile):
                 raise
             if nbytes == MAX_PICKLE_NBYTES:
                 raise HostileFile(path, "its pickle is too long for a description of tensors") from None
-            nbytes = min(8 * nbytes, MAX_PICKLE_NBYTES)
+            nbytes = FREE_NBYTES if nbytes < FREE_NBYTES else MAX_PICKLE_NBYTES  # few tries: the steps of each count
             if storages:
                 storages.clear()
         else:

@@ -15,6 +15,9 @@ from pathlib import Path
 from zlib import crc32
 
 from converter.dtypes import DType
+from converter.formats.pickle_machine import FREE_NBYTES, GLOBAL_STEPS, MAX_OPCODES, count_text_steps
+from converter.formats.state_dict import MAX_NAME_LENGTH, MAX_NAMES_LENGTH, MAX_TENSORS
+from converter.formats.torch_pickle import AXES_A_STEP, MAX_DIMS
 from converter.tensors import Described, Layout, contiguous_strides
 
 _ALIGNMENT = 64
@@ -23,6 +26,9 @@ _ZIP64_LIMIT = 0xFFFFFFFF
 _ZIP64_COUNT = 0xFFFF
 _DOS_DATE = (1980 - 1980) << 9 | 1 << 5 | 1  # the same bytes whenever they are written
 _VERSION = 45  # needed to extract: zip64
+_STORAGE = b"X\7\0\0\0storage"
+_CPU = b"X\3\0\0\0cpu"
+_RESHARD = "Write shards: --max-shard-size."
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +49,10 @@ class _Record:
 def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mapping[str, str]) -> Layout:
     """Lay out an archive with a storage for each tensor; a tie is a second name for one.
 
-    ``notes`` have no place in it. Raises ValueError for a dtype that torch does not have.
+    ``notes`` have no place in it. Raises ValueError for a dtype that torch does not have, and for what wconv would not
+    read again.
     """
+    _check_tensors(tensors, ties)
     records = _place_records(tensors, ties)
     header = b"".join(_local_header(record, crc32(record.content or b"")) + (record.content or b"")
                       for record in records[:_FIRST_STORAGE])  # fmt: skip
@@ -56,6 +64,21 @@ def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mappin
         tuple(record.data_offset for record in storages),
         records[-1].end + len(tail),
     )
+
+
+def _check_tensors(tensors: Sequence[Described], ties: Mapping[str, str]) -> None:
+    if len(tensors) + len(ties) > MAX_TENSORS:
+        raise ValueError(f"has more than {MAX_TENSORS:,} tensors, too many for one torch file", _RESHARD)
+    lengths = [len(name) for name in (*ties, *(name for name, _, _ in tensors))]
+    if max(lengths, default=0) > MAX_NAME_LENGTH or sum(lengths) > MAX_NAMES_LENGTH:
+        raise ValueError("holds tensors with too long names for a torch file")
+    for name, dtype, shape in tensors:
+        if not dtype.torch_name:
+            raise ValueError(f"holds tensors of dtype {dtype}, which torch does not have")
+        if len(shape) > MAX_DIMS:
+            raise ValueError(f"holds tensor {name!r} of {len(shape):,} axes, and a torch file may have {MAX_DIMS}")
+        if max((*shape, *contiguous_strides(shape)), default=0) >= 1 << 63:
+            raise ValueError(f"holds tensor {name!r}, whose shape has numbers beyond torch's")
 
 
 def finish_file(path: Path, tensors: Sequence[Described], ties: Mapping[str, str], crcs: Sequence[int]) -> None:
@@ -148,35 +171,49 @@ def build_pickle(tensors: Sequence[Described], ties: Mapping[str, str]) -> bytes
     entries = list(numbers.items())
     entries += [(dropped, numbers[kept]) for dropped, kept in ties.items()]
     writer.global_("collections", "OrderedDict")
-    writer.parts.append(b")R(")
+    writer.codes(b")R(")
     for name, number in entries:
         writer.text(name)
         writer.tensor(number, tensors[number][1], tensors[number][2])
-    writer.parts.append(b"u.")
-    return b"".join(writer.parts)
+    writer.codes(b"u.")
+    if writer.steps > MAX_OPCODES or len(writer.raw) > FREE_NBYTES:
+        raise ValueError("has too many tensors, or too long names, for one torch file", _RESHARD)
+    return bytes(writer.raw)
 
 
 class _Pickler:
-    """The few opcodes that a state dict takes. Texts and globals that come again are memoized."""
+    """The few opcodes that a state dict takes. Texts and globals that come again are memoized.
+
+    ``steps`` are what it takes to read them.
+    """
 
     def __init__(self) -> None:
-        self.parts = [b"\x80\x02"]
+        self.raw = bytearray(b"\x80\x02")
+        self.steps = 1
         self._memo: dict[bytes, bytes] = {}
 
+    def codes(self, codes: bytes) -> None:
+        self.raw += codes
+        self.steps += len(codes)
+
     def global_(self, module: str, name: str) -> None:
-        self._once(f"c{module}\n{name}\n".encode())
+        self._once(f"c{module}\n{name}\n".encode(), GLOBAL_STEPS)
 
     def text(self, text: str) -> None:
-        self.parts.append(_text(text))
+        raw = text.encode("utf-8", "surrogatepass")
+        self.raw += b"X" + struct.pack("<I", len(raw)) + raw
+        self.steps += 1 + count_text_steps(raw)
 
-    def _once(self, spelled: bytes) -> None:
+    def _once(self, spelled: bytes, steps: int = 0) -> None:
         known = self._memo.get(spelled)
+        self.steps += 1
         if known is None:
             place = len(self._memo)
             self._memo[spelled] = b"h" + bytes([place])
-            self.parts += [spelled, b"q" + bytes([place])]
+            self.raw += spelled + b"q" + bytes([place])
+            self.steps += 1 + steps
         else:
-            self.parts.append(known)
+            self.raw += known
 
     def number(self, number: int) -> None:
         if number < 1 << 8:
@@ -186,39 +223,34 @@ class _Pickler:
         else:
             raw = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
             spelled = b"\x8a" + bytes([len(raw)]) + raw
-        self.parts.append(spelled)
+        self.raw += spelled
+        self.steps += 1
 
     def numbers(self, numbers: Sequence[int]) -> None:
-        self.parts.append(b"(")
+        self.codes(b"(")
         for number in numbers:
             self.number(number)
-        self.parts.append(b"t")
+        self.codes(b"t")
 
     def tensor(self, number: int, dtype: DType, shape: tuple[int, ...]) -> None:
         """Spell a tensor: ``_rebuild_tensor_v2`` for dtypes with a typed storage, else ``_v3`` (torch/_tensor.py)."""
-        if not dtype.torch_name:
-            raise ValueError(f"holds tensors of dtype {dtype}, which torch does not have")
         typed = bool(dtype.storage_class)
         self.global_("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
-        self.parts.append(b"((")
-        self._once(_text("storage"))
+        self.codes(b"((")
+        self._once(_STORAGE)
         self.global_(*(("torch", dtype.storage_class) if typed else ("torch.storage", "UntypedStorage")))
         self.text(str(number))
-        self._once(_text("cpu"))
+        self._once(_CPU)
         numel = math.prod(shape)
         self.number(numel if typed else dtype.nbytes(numel))
-        self.parts.append(b"tQ")
+        self.codes(b"tQ")
         self.number(0)
         self.numbers(shape)
         self.numbers(contiguous_strides(shape))
-        self.parts.append(b"\x89")
+        self.codes(b"\x89")
         self.global_("collections", "OrderedDict")
-        self.parts.append(b")R")
+        self.codes(b")R")
         if not typed:
             self.global_("torch", dtype.torch_name)
-        self.parts.append(b"tR")
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode("utf-8", "surrogatepass")
-    return b"X" + struct.pack("<I", len(raw)) + raw
+        self.codes(b"tR")
+        self.steps += len(shape) // AXES_A_STEP

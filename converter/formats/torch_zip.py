@@ -11,19 +11,26 @@ as garbage), so all of it is checked here; CRC32s are held against the bytes whe
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.pickle_machine import MAX_PICKLE_NBYTES
 from converter.formats.state_dict import Reading, choose_state_dict, resolve
-from converter.formats.torch_pickle import StorageRef, parse_pickle
+from converter.formats.torch_pickle import StorageRef, TensorRef, parse_pickle
 from converter.formats.zip_records import DEFLATED, STORED, Record, read_records, spell
 from converter.opening import Opened
-from converter.tensors import ByteRange, WeightsFile
+from converter.tensors import ByteRange, TensorInfo, WeightsFile
 
 _DAMAGED = "The file is damaged: fetch it again."
+
+# How often deflated records may be inflated: where each tensor has one to itself it is once. A state dict of views of a
+# few large records would take hours; the same of some GB in all, seconds.
+_MAX_INFLATED = 8
+_SMALL_NBYTES = 2_000_000_000
+_GATHERED_NBYTES = 1 << 23
+_SCATTERED_NBYTES = 1 << 16
 
 
 def read_file(opened: Opened, reading: Reading) -> WeightsFile:
@@ -48,7 +55,11 @@ def read_file(opened: Opened, reading: Reading) -> WeightsFile:
         place = _range_of(record, path)._replace(stamp=stamp)
         return place if byteorder == b"little" else _swapped(place, storage)
 
-    return WeightsFile(path, "torch", tuple(resolve(state_dict, find, path)), {}, notes, pickled.foreign)
+    tensors = tuple(resolve(state_dict, find, path))
+    _check_inflating(tensors, path)
+    if byteorder == b"big":
+        notes += tuple(_note_unswapped(state_dict))
+    return WeightsFile(path, "torch", tensors, {}, notes, pickled.foreign)
 
 
 def _range_of(record: Record, path: Path) -> ByteRange:
@@ -64,10 +75,45 @@ def _range_of(record: Record, path: Path) -> ByteRange:
 
 def _swapped(place: ByteRange, storage: StorageRef) -> ByteRange:
     if storage.dtype is None:
-        raise Unsupported(place.path, "holds big-endian storages of no dtype, which torch itself misreads")
+        return place  # as torch does (``load_tensor`` in ``torch/serialization.py``): bytes have no order
     # The CRC32 is that of the bytes before they are turned around, and is not checked.
     swap = storage.dtype.itemsize // (2 if storage.dtype.tag == "C64" else 1)
     return place._replace(swap=swap, crc32=None)
+
+
+def _note_unswapped(state_dict: Mapping[str, TensorRef]) -> Iterator[str]:
+    untyped = {ref.dtype.tag for ref in state_dict.values() if ref.storage.dtype is None and ref.dtype.itemsize > 1}
+    if untyped:
+        yield f"its {' and '.join(sorted(untyped))} tensors are taken as torch takes them: not turned from big-endian"
+
+
+def _check_inflating(tensors: Sequence[TensorInfo], path: Path) -> None:
+    """Refuse tensors that lie in deflated records so that those must be inflated again and again.
+
+    Each tensor is read from its record's start, and so is each part that is gathered of one that is not contiguous.
+    """
+    packed = [info for info in tensors if info.storage.packed_nbytes is not None]
+    if not packed:
+        return
+    inflated = sum(map(_inflated_nbytes, packed))
+    once = sum(record.nbytes for record in {info.storage for info in packed})
+    if inflated > _MAX_INFLATED * once + _SMALL_NBYTES:
+        raise Unsupported(
+            path,
+            f"holds {once:,} bytes of compressed records, which would have to be unpacked {inflated // once:,} times",
+            "Load it with torch and save it again with torch.save.",
+        )
+
+
+def _inflated_nbytes(info: TensorInfo) -> int:
+    if not info.numel:
+        return 0
+    end = (info.start + info.span) * info.dtype.itemsize
+    if info.is_contiguous:
+        return end
+    # What leaves nothing out and holds nothing twice is gathered in the order of its bytes, a buffer at a time.
+    part = _GATHERED_NBYTES if info.span == info.numel else _SCATTERED_NBYTES
+    return end * (1 + info.nbytes // part)
 
 
 def _find_root(names: Mapping[bytes, Any], path: Path) -> bytes:
@@ -82,8 +128,9 @@ def _find_root(names: Mapping[bytes, Any], path: Path) -> bytes:
 
 def _read_small(file: BinaryIO, record: Record, max_nbytes: int, path: Path) -> bytes:
     place = _range_of(record, path)
-    if place.nbytes > max_nbytes:
-        raise HostileFile(place.path, f"a record that describes tensors claims {place.nbytes:,} bytes")
+    nbytes = max(place.nbytes, place.packed_nbytes or 0)
+    if nbytes > max_nbytes:
+        raise HostileFile(place.path, f"a record that describes tensors claims {nbytes:,} bytes")
     file.seek(place.offset)
     if place.packed_nbytes is None:
         raw = file.read(place.nbytes)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from converter.errors import BadFile, HostileFile, Unsupported
 
-MAX_DIRECTORY_NBYTES = 100_000_000  # a million records, and as much as a safetensors header may take
+MAX_DIRECTORY_NBYTES = 64_000_000  # as many records as may be, with names of 200 bytes
+MAX_RECORDS = 250_000  # a pickle of all the steps there are describes 160,000 tensors
+_MAX_EXTRAS = 16  # fields of one record; the one that is looked for comes first in all archives that are known
 
 STORED = 0
 DEFLATED = 8
@@ -61,9 +64,9 @@ def read_records(file: BinaryIO, path: Path) -> Iterator[Record]:
     try:
         start, nbytes, count = _find_directory(file, path)
         file.seek(start)
-        entries = sorted(_read_entries(file.read(nbytes)))
+        entries = sorted(islice(_read_entries(file.read(nbytes)), count + 1))
         if len(entries) != count:
-            raise BadFile(path, f"its directory has {len(entries):,} of {count:,} records", _INCOMPLETE)
+            raise BadFile(path, f"its directory has not the {count:,} records that it claims", _INCOMPLETE)
         _check_names(entries, path)
         yield from _find_records(file, entries, start, path)
     except struct.error:
@@ -91,6 +94,8 @@ def _find_directory(file: BinaryIO, path: Path) -> tuple[int, int, int]:
         raise BadFile(path, "is a zip archive with bytes before it, after it or left out", _INCOMPLETE)
     if nbytes > MAX_DIRECTORY_NBYTES:
         raise HostileFile(path, f"its directory claims {nbytes:,} bytes, too many for a description of tensors")
+    if count > MAX_RECORDS:
+        raise HostileFile(path, f"its directory claims {count:,} records, too many for a state dict")
     return start, nbytes, count
 
 
@@ -117,7 +122,7 @@ def _read_entries(raw: bytes) -> Iterator[_Entry]:
 def _wide_numbers(extra: bytes) -> Iterator[int]:
     """Yield the 64-bit numbers of an extra field (APPNOTE.TXT 4.5.3)."""
     place = 0
-    while place < len(extra):
+    for _ in range(_MAX_EXTRAS):
         kind, nbytes = struct.unpack_from("<2H", extra, place)
         if kind == 1:
             yield from (
