@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -145,12 +144,13 @@ class Root:
             except (OSError, NotImplementedError) as error:
                 if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOENT, errno.EIO):
                     raise
-        self.copy(name, to, new)
+        self._copy(name, to, new)
 
-    def copy(self, name: str, to: Root, new: str) -> None:
+    def _copy(self, name: str, to: Root, new: str) -> None:
         """Copy a file that is no link, with its times; the copy is on the disk when it has its name."""
-        beside = f"{new}.{secrets.token_hex(8)}"
+        beside = f"{new}.half"
         try:
+            to.remove(beside)  # of a run that was killed
             with self.open(name, os.O_RDONLY) as source, to.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as out:
                 _copy_bytes(source, out)
                 found = os.fstat(source)
