@@ -315,7 +315,8 @@ class Staging:
                 journal = self._make_journal(changes, target, request)
                 if journal.destroys:
                     # What replaces the only other copy must be on the disk, not in a cache.
-                    self.root.sync_tree(self._run.staged())
+                    self.root.sync_tree(self._run.name)
+                    self.root.sync()
                 self._note(replace(self._run, journal=journal))
             except BaseException:
                 if keeper and not self.is_committing:
@@ -443,6 +444,8 @@ def _finish(notes: Notes, run: _Run) -> bool:
             return False  # then nothing that it replaces may go
         with Root(notes.folder) as target:
             if not run.is_new:
+                staged = {entry for entry in journal.move if root.stat(run.staged(entry.name)) is not None}
+                _check_published(target, set(journal.move) - staged)
                 _remove_all(target, journal.first_away, set())
                 _move_in(root, run, target, journal.move)
             _check_published(target, journal.move)

@@ -1,0 +1,361 @@
+"""Notes of runs in the user's state folder, commits that were cut off, and finished commands that are typed again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import steps
+from conftest import run_main
+from tiny import (
+    left_behind,
+    make_state,
+    save,
+    save_bin_shards,
+    save_pipeline,
+    save_safetensors_shards,
+    snapshot,
+    write_json,
+)
+
+from converter import Wishes, convert
+from converter.errors import SystemRefused, WconvError
+from converter.plan import Target
+from converter.staging import Changes, open_staging
+
+STATE = make_state()
+OLD = make_state(seed=1)
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a state folder of the test's own."""
+    monkeypatch.setenv("WCONV_STATE", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+class _Cut(BaseException):
+    pass
+
+
+def cut_off(args: list[str], is_moment: Callable[[], bool]) -> None:
+    """Run a command that ends, as if killed, at the first step at which something holds; then nothing is cleared up."""
+    child = os.fork()
+    if not child:
+
+        def action(_: int) -> None:
+            if is_moment():
+                os._exit(9)
+
+        with steps.at_each_step(action):
+            run_main(args)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+# What is noted.
+
+
+def test_a_run_leaves_no_note(notes, tmp_path):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    convert(source, tmp_path / "out")
+    assert list(notes.iterdir()) == []
+    assert notes.stat().st_mode & 0o777 == 0o700 or os.name == "nt"
+
+
+def test_the_staging_folder_is_private_and_what_comes_out_is_not(notes, tmp_path):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    modes = set()
+
+    def look(_: int) -> None:
+        modes.update(path.stat().st_mode & 0o777 for path in tmp_path.glob(".staging*"))
+
+    convert(source, tmp_path / "out", progress=look)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert modes == {0o700}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_names_of_staging_folders_are_never_the_same(notes, tmp_path):
+    names = set()
+    for number in range(3):
+        with open_staging(Target(tmp_path / str(number), is_new=True)) as staging:
+            names.add(staging.folder.name)
+            staging.remove()
+    assert len(names) == 3
+
+
+@pytest.mark.parametrize("place", ["relative", ""])
+def test_a_state_folder_that_is_no_full_path(place, tmp_path, monkeypatch, wconv):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    monkeypatch.setenv("WCONV_STATE", place)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    outcome = wconv("to-safetensors", source, "-o", tmp_path / "out", exit_code=2 if place else 0)
+    assert "WCONV_STATE" in outcome.stderr or not place
+    assert (tmp_path / "out").exists() == (not place)
+
+
+def test_a_state_folder_that_cannot_be_made(tmp_path, monkeypatch, wconv):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    (tmp_path / "file").write_text("x")
+    before = snapshot(tmp_path)
+    monkeypatch.setenv("WCONV_STATE", str(tmp_path / "file" / "state"))
+    outcome = wconv("to-safetensors", source, "-o", tmp_path / "out", exit_code=7)
+    assert "WCONV_STATE" in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+    assert snapshot(tmp_path) == before
+
+
+ODD = {
+    "empty": b"",
+    "no JSON": b"{",
+    "deep": b"[" * 1_000_000,
+    "a list": b"[]",
+    "null": b"null",
+    "another version": b'{"format":2}',
+    "bare": {},
+    "a place that is none": {"place": 1, "name": ".staging-" + "0" * 32 + ".wconv", "is_new": False, "journal": None},
+    "a name that is none": {"place": "/", "name": "tmp", "is_new": False, "journal": None},
+    "a name with a path": {
+        "place": "/",
+        "name": "../.staging-" + "0" * 32 + ".wconv",
+        "is_new": False,
+        "journal": None,
+    },
+    "a journal of text": {"place": "/", "name": ".staging-" + "0" * 32 + ".wconv", "is_new": False, "journal": "x"},
+    "a way out": {"move": [{"name": "../x", "nbytes": 1, "mtime_ns": 1, "ctime_ns": 1}]},
+    "a full path": {"last_away": [{"name": "/etc/x", "nbytes": 1, "mtime_ns": 1, "ctime_ns": 1}]},
+    "a size that is none": {"move": [{"name": "x", "nbytes": "1", "mtime_ns": 1, "ctime_ns": 1}]},
+    "too many fields": {"move": [{"name": "x", "nbytes": 1, "mtime_ns": 1, "ctime_ns": 1, "more": 1}]},
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("odd", ODD)
+def test_a_note_that_cannot_be_understood_is_refused_and_what_is_staged_stays(odd, notes, tmp_path, wconv):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    save_safetensors_shards(OLD, source)
+    cut_off(
+        ["to-safetensors", str(source), "--overwrite"], lambda: not (source / "model.safetensors.index.json").exists()
+    )
+    [note] = notes.glob("*.run")
+    content = ODD[odd]
+    if isinstance(content, dict):
+        run = json.loads(note.read_text())
+        is_step = content.keys() & {"move", "last_away"}
+        run = (
+            {**run, "journal": {**run["journal"], **content}}
+            if is_step
+            else {"format": 1, "folder": run["folder"], **content}
+        )
+        content = json.dumps(run).encode()
+    note.write_bytes(content)
+    next(notes.glob("*.lock")).unlink()
+    before = snapshot(tmp_path)
+    for command in (
+        ("to-safetensors", source, "--overwrite"),
+        ("doctor", source, "--undo"),
+        ("recast", source, "--dtype", "bf16"),
+    ):
+        said = wconv(*command, exit_code=3).stderr
+        assert said.startswith(f"{note}: cannot be read")
+        assert said.count("\n") == 1
+        assert "emove it" not in said
+    assert snapshot(tmp_path) == before
+
+
+# Commits that were cut off.
+
+
+def has_no_index(folder: Path) -> Callable[[], bool]:
+    """Say when a commit is between two indexes."""
+    return lambda: not (folder / "model.safetensors.index.json").exists()
+
+
+@pytest.fixture
+def cut(notes: Path, tmp_path: Path) -> Path:
+    """Give a folder whose old weights were being replaced when the run was killed."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    save_safetensors_shards(OLD, source, ("abc", "def"))
+    cut_off(["to-safetensors", str(source), "--overwrite"], has_no_index(source))
+    return source
+
+
+def test_it_is_finished_by_any_command_that_writes(cut, wconv):
+    wconv("recast", cut, "--dtype", "bf16", exit_code=None)
+    assert not left_behind(cut)
+    assert json.loads((cut / "model.safetensors.index.json").read_text())["weight_map"]["f"].endswith(
+        "of-00003.safetensors"
+    )
+
+
+def test_it_is_not_finished_over_what_came_since(cut, wconv):
+    # The user removes the staging folder by hand, and fetches the old weights again.
+    for path in cut.glob(".staging*"):
+        shutil.rmtree(path)
+    shutil.rmtree(cut)
+    save_bin_shards(STATE, cut)
+    save_safetensors_shards(OLD, cut, ("abc", "def"))
+    before = snapshot(cut)
+    outcome = wconv("to-safetensors", cut, exit_code=5)
+    assert "was published by a run that was stopped" in outcome.stderr
+    assert snapshot(cut) == before
+    wconv("to-safetensors", cut, "--overwrite")
+    assert len(list(cut.glob("*.safetensors"))) == 3
+
+
+def test_nothing_is_removed_for_output_that_somebody_removed(notes, tmp_path, wconv):
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    output = tmp_path / "out"
+    command = ["to-safetensors", str(source), "-o", str(output), "--delete-source"]
+    cut_off(command, output.exists)
+    shutil.rmtree(output)
+    before = snapshot(source)
+    wconv("recast", source, "--dtype", "bf16", "-o", output)
+    assert snapshot(source) == before
+    assert not left_behind(tmp_path)
+
+
+def test_a_folder_made_where_a_killed_run_was_to_publish(notes, tmp_path, wconv):
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    output = tmp_path / "out"
+    command = ["to-safetensors", str(source), "-o", str(output), "--delete-source"]
+    cut_off(command, lambda: any('"journal": {' in note.read_text() for note in notes.glob("*.run")))
+    output.mkdir()
+    (output / "mine.txt").write_text("x")
+    before = snapshot(source)
+    assert "Move it elsewhere" in wconv(*command, exit_code=5).stderr
+    assert snapshot(source) == before
+    output.rename(tmp_path / "elsewhere")
+    wconv(*command)
+    assert len(list(output.glob("*.safetensors"))) == 3
+    assert not list(source.glob("*.bin"))
+
+
+def test_a_staged_file_that_is_gone_is_an_error(notes, tmp_path):
+    (tmp_path / "m").mkdir()
+    with open_staging(Target(tmp_path / "m", False)) as staging:
+        staging.put("a", b"x")
+        with pytest.raises(SystemRefused, match="was staged, and is gone"):
+            staging.commit(Changes(("a", "b")), "")
+        staging.remove()
+    assert list((tmp_path / "m").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "a//b", "./a", "a/..", "a\0", ""])
+def test_names_that_are_not_plain_are_not_used(name, notes, tmp_path):
+    (tmp_path / "m").mkdir()
+    with pytest.raises(WconvError), open_staging(Target(tmp_path / "m", False)) as staging:
+        staging.put(name, b"x")
+    assert [path.name for path in tmp_path.iterdir() if path != notes] == ["m"]
+
+
+# A finished command, typed again.
+
+AGAIN: dict[str, tuple[str, ...]] = {
+    "beside": ("to-safetensors", "m"),
+    "new": ("to-safetensors", "m", "-o", "out"),
+    "a file": ("to-safetensors", "m/unet/diffusion_pytorch_model.bin.index.json", "-o", "out"),
+    "recast": ("recast", "m", "--dtype", "bf16"),
+    "recast new": ("recast", "m", "--dtype", "fp16", "-o", "out"),
+    "reshard": ("reshard", "m", "--max-shard-size", "none", "-o", "out"),
+    "to-bin": ("to-bin", "out0", "--max-shard-size", "none"),
+    "quantize": ("quantize", "q", "-o", "out", "--include", "x"),
+    "dequantize": ("dequantize", "q8", "-o", "out", "--dtype", "fp32"),
+}
+
+
+@pytest.fixture
+def models(tmp_path: Path, wconv: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    import torch
+
+    save_pipeline(tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    wconv("to-safetensors", "m", "-o", "out0")
+    save({"x.weight": torch.ones(8, 4)}, tmp_path / "q" / "model.safetensors")
+    write_json(tmp_path / "q" / "config.json", {"architectures": ["Mine"]})
+    wconv("quantize", "q", "-o", "q8", "--include", "x")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_finished_command_says_so(name, models, wconv):
+    wconv(*AGAIN[name])
+    before = {path: path.stat().st_mtime_ns for path in models.rglob("*")}
+    for more in ((), ("--dry-run",)):
+        assert "Up to date: " in wconv(*AGAIN[name], *more).stdout
+    assert {path: path.stat().st_mtime_ns for path in models.rglob("*")} == before
+
+
+def make_older(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "is older than its source": make_older,
+    "is not there": Path.unlink,
+    "begins otherwise": lambda path: path.write_bytes(b"\0" + path.read_bytes()[1:]),
+    "bytes and not": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+}
+
+
+@pytest.mark.parametrize("why", CHANGES)
+def test_what_would_be_written_otherwise_is_refused(why, models, wconv):
+    wconv("to-safetensors", "m", "-o", "out")
+    CHANGES[why](models / "out" / "vae" / "diffusion_pytorch_model.safetensors")
+    before = snapshot(models)
+    said = wconv("to-safetensors", "m", "-o", "out", exit_code=5).stderr
+    assert f"vae/diffusion_pytorch_model.safetensors {why}" in said or why in said
+    assert "--overwrite" in said
+    assert snapshot(models) == before
+
+
+@pytest.mark.parametrize("change", ["config", "source", "carried", "link"])
+def test_what_was_changed_since_is_not_up_to_date(change, models, wconv):
+    wconv("recast", "m", "--dtype", "bf16", "--variant", "none", "-o", "out")
+    if change == "config":
+        (models / "out" / "model_index.json").write_text("{}")
+    elif change == "source":
+        path = next((models / "m" / "vae").glob("*.bin"))
+        raw, found = path.read_bytes(), path.stat()
+        path.write_bytes(raw)
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))  # as an archive's, or a sync's
+    elif change == "carried":
+        write_json(models / "m" / "model_index.json", json.loads((models / "m" / "model_index.json").read_text()))
+    else:
+        path = next((models / "out" / "vae").glob("*.safetensors"))
+        path.rename(models / "elsewhere")
+        path.symlink_to(models / "elsewhere")
+    assert (
+        "is not what would be written"
+        in wconv("recast", "m", "--dtype", "bf16", "--variant", "none", "-o", "out", exit_code=5).stderr
+    )
+
+
+def test_other_wishes_are_not_up_to_date(models, wconv):
+    wconv("to-safetensors", "m", "-o", "out")
+    wconv("to-safetensors", "m", "-o", "out", "--max-shard-size", "none", exit_code=5)
+    wconv("recast", "m", "--dtype", "fp16", "-o", "out", exit_code=5)
+    wconv("to-safetensors", "m", "-o", "out", "--delete-source", exit_code=5)
+
+
+def test_in_python(models):
+    assert convert("m", "out").plan is not None
+    again = convert("m", "out")
+    assert again.plan is not None
+    assert not again.plan.sets
+    assert convert("m", "out", Wishes(overwrite=True)).plan.sets  # type: ignore[union-attr]
