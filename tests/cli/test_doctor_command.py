@@ -107,6 +107,25 @@ def test_on_a_terminal_it_asks(twins, answer, gone):
     assert not (twins / gone).exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_what_it_asks_has_no_control_characters(tmp_path):
+    import pty
+
+    tag = "x\x1b[31m"
+    save_pipeline(tmp_path / "m")
+    save(STATE, tmp_path / "m" / "vae" / f"diffusion_pytorch_model.{tag}.safetensors")
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "converter", "doctor", tmp_path / "m", "--fix"]
+    with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        os.write(master, b"x\\x1b[31m\n")
+        out, err = process.communicate()
+    os.close(slave)
+    os.close(master)
+    assert b"(add, default, x\\x1b[31m) [add]:" in err
+    assert b"\x1b" not in out + err
+    assert b"--only-variant" in out + err
+
+
 def test_json_of_a_mending(wconv, twins):
     told = json.loads(wconv("doctor", twins, "--fix", "--keep", "single", "--json").stdout)
     assert told["healthy"]

@@ -97,6 +97,7 @@ def test_wrong_usage(args, wconv):
         (PermissionError(13, "Permission denied", "x"), 7),
         (MemoryError(), 7),
         (RuntimeError("can't start new thread"), 7),
+        (ImportError("lib.so: failed to map segment from shared object"), 7),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -374,3 +375,27 @@ def test_modules_in_the_current_folder_are_not_imported(tmp_path):
     root = str(Path(converter.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root}
     subprocess.run((*WCONV, "--version"), cwd=tmp_path, env=environment, check=True)
+
+
+# Too little memory. What the system gives up at first depends on the machine: which limits those are, too.
+
+LITTLE = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), int(sys.argv[1])))
+del sys.argv[1]
+from converter.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the limits of Linux")
+def test_too_little_address_space_is_one_line(tmp_path):
+    save(STATE, tmp_path / "model.bin")
+    for nbytes in (70_000_000, 80_000_000, 90_000_000):
+        command = [sys.executable, "-c", LITTLE, str(nbytes), "recast", "model.bin", "--dtype", "bf16", "-o", "out"]
+        done = subprocess.run([*command, "-q"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode != 70
+        assert "Traceback" not in done.stderr
+        if done.returncode == 7:
+            assert done.stderr.count("\n") == 1
+            assert names_in(tmp_path) == ["model.bin"]
