@@ -99,7 +99,7 @@ def test_on_a_terminal_it_asks(twins, answer, gone):
     command = [sys.executable, "-m", "converter", "doctor", twins, "--fix"]
     with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         os.write(master, f"{answer}\n".encode())
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate()
     os.close(slave)
     os.close(master)
     assert not process.returncode, out + err
