@@ -10,6 +10,8 @@ def main() -> int:
     listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in the background of a shell
     if listens:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # numpy's library for matrices, which has no work here, takes memory for each thread.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from converter.cli import EXIT_INTERRUPTED
     from converter.cli import main as run
 

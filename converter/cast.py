@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+# Before ml_dtypes, which prints a traceback of its own where numpy cannot be loaded.
+import numpy as np
+
+# isort: split
 import ml_dtypes
 import numkong
-import numpy as np
 import numpy.typing as npt
 
 from converter.dtypes import DTYPES, DType

@@ -80,18 +80,21 @@ def main(args: Sequence[str] | None = None) -> int:
         return _report(error)
     except OSError as error:
         return _report(SystemRefused.from_os_error(error))
-    except MemoryError:
-        return _report(_no_more("memory"))
     except Exception as error:
-        # The one error of the system that Python words by itself.
-        is_refusal = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
-        return _report(_no_more("thread") if is_refusal else error)
+        lacking = _what_is_lacking(error)
+        advice = "Raise the limit (ulimit), or close programs."
+        return _report(SystemRefused("the operating system", f"gives no more {lacking}", advice) if lacking else error)
 
 
-def _no_more(what: str) -> SystemRefused:
-    return SystemRefused(
-        "the operating system", f"gives no more {what}", "Raise the limit (ulimit), or close programs."
-    )
+def _what_is_lacking(error: BaseException | None) -> str:
+    """Name what the system gave too little of, if that is what an error comes from; Python has words of its own."""
+    while error:
+        if isinstance(error, MemoryError) or (isinstance(error, ImportError) and "failed to map segment" in str(error)):
+            return "memory"
+        if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+            return "threads"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _flush() -> None:

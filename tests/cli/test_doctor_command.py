@@ -99,12 +99,31 @@ def test_on_a_terminal_it_asks(twins, answer, gone):
     command = [sys.executable, "-m", "converter", "doctor", twins, "--fix"]
     with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         os.write(master, f"{answer}\n".encode())
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate()
     os.close(slave)
     os.close(master)
     assert not process.returncode, out + err
     assert "Two sets of one variant: keep which?" in err
     assert not (twins / gone).exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_what_it_asks_has_no_control_characters(tmp_path):
+    import pty
+
+    tag = "x\x1b[31m"
+    save_pipeline(tmp_path / "m")
+    for part in ("unet", "vae"):
+        save(STATE, tmp_path / "m" / part / f"diffusion_pytorch_model.{tag}.bin")
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "converter", "doctor", tmp_path / "m", "--fix"]
+    with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        os.write(master, b"x\\x1b[31m\n")
+        out, err = process.communicate()
+    os.close(slave)
+    os.close(master)
+    assert b"(add, default, x\\x1b[31m) [add]:" in err
+    assert b"\x1b" not in out + err
 
 
 def test_json_of_a_mending(wconv, twins):

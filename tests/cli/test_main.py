@@ -21,18 +21,28 @@ from converter.cli import COMMANDS
 from converter.errors import BadFile, BadRequest, LossyCast, OutputRefused, SystemRefused, Unsupported
 
 STATE = make_state()
+HANGS = 600  # seconds after which a command will not end any more
 WCONV = (sys.executable, "-m", "converter")
 
-# Runs a command whose every piece takes a while, and says of each that it has begun.
+# Runs a command whose every piece takes a while, and says of each that it has begun; with UNTIL_HEARD each waits for a
+# signal first, so that none comes too late, however busy the machine is.
 # Whoever starts the tests in the background makes them ignore SIGINT, and all that they start.
 SLOW = """
-import os, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import os, signal, sys, threading, time
+heard = threading.Event()
+def hear(*_):
+    heard.set()
+    raise KeyboardInterrupt
+signal.signal(signal.SIGINT, hear)
+import converter.cli
 import converter.run
 from converter.cli import main
+converter.cli._interrupt = hear
 write = converter.run.write_piece
 def write_slowly(piece, chunk_nbytes):
     os.write(1, b"begun\\n")
+    if "UNTIL_HEARD" in os.environ:
+        heard.wait(60)
     time.sleep(0.2)
     return write(piece, chunk_nbytes)
 converter.run.write_piece = write_slowly
@@ -97,6 +107,7 @@ def test_wrong_usage(args, wconv):
         (PermissionError(13, "Permission denied", "x"), 7),
         (MemoryError(), 7),
         (RuntimeError("can't start new thread"), 7),
+        (ImportError("lib.so: failed to map segment from shared object"), 7),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -136,7 +147,12 @@ def test_the_messages_of_the_system_are_printable(wconv, tmp_path):
 def begin_slowly(folder: Path, *args: str) -> subprocess.Popen[str]:
     """Start a slow command; return when it has begun to write."""
     process = subprocess.Popen(
-        (sys.executable, "-c", SLOW, *args), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        (sys.executable, "-c", SLOW, *args),
+        cwd=folder,
+        env={**os.environ, "UNTIL_HEARD": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout
     assert process.stdout.readline() == "begun\n", process.communicate()[1]
@@ -151,7 +167,7 @@ def test_a_signal_ends_it_cleanly(which, args, tmp_path):
     before = snapshot(tmp_path)
     process = begin_slowly(tmp_path, "to-safetensors", *args)
     process.send_signal(which)
-    _, complaint = process.communicate(timeout=30)
+    _, complaint = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert "Interrupted" in complaint
     assert complaint.strip().count("\n") == 0
@@ -163,7 +179,7 @@ def test_an_interrupt_is_heard_within_a_piece(tmp_path):
     save_bin_shards(STATE, tmp_path / "m", tuple("abcdef"))
     process = begin_slowly(tmp_path, "to-safetensors", "m", "--workers", "1")
     process.send_signal(signal.SIGINT)
-    shown, _ = process.communicate(timeout=30)
+    shown, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert shown.count("begun") <= 2  # of the five that were left
 
@@ -173,7 +189,7 @@ def test_a_kill_leaves_no_file_with_a_final_name(wconv, tmp_path):
     source = save_bin_shards(STATE, tmp_path / "m").parent
     process = begin_slowly(tmp_path, "to-safetensors", "m")
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=HANGS)
     assert process.returncode == -signal.SIGKILL
     assert [name for name in names_in(source) if "/" not in name and not name.startswith((".", "pytorch_model"))] == []
     wconv("to-safetensors", source)
@@ -189,6 +205,7 @@ def test_verify_is_interrupted_too(tmp_path):
     process = subprocess.Popen(
         (sys.executable, "-c", slow, "verify", "a.bin", "a.bin"),
         cwd=tmp_path,
+        env={**os.environ, "UNTIL_HEARD": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -196,7 +213,7 @@ def test_verify_is_interrupted_too(tmp_path):
     assert process.stdout
     assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=30)
+    _, complaint = process.communicate(timeout=HANGS)
     assert (process.returncode, complaint.strip()) == (130, "Interrupted.")
 
 
@@ -213,7 +230,7 @@ def test_output_through_a_pipe_that_closes(tmp_path):
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=HANGS) == 0
     process.stderr.close()
 
 
@@ -374,3 +391,27 @@ def test_modules_in_the_current_folder_are_not_imported(tmp_path):
     root = str(Path(converter.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root}
     subprocess.run((*WCONV, "--version"), cwd=tmp_path, env=environment, check=True)
+
+
+# Too little memory. What the system gives up at first depends on the machine: which limits those are, too.
+
+LITTLE = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), int(sys.argv[1])))
+del sys.argv[1]
+from converter.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the limits of Linux")
+def test_too_little_address_space_is_one_line(tmp_path):
+    save(STATE, tmp_path / "model.bin")
+    for nbytes in (70_000_000, 80_000_000, 90_000_000):
+        command = [sys.executable, "-c", LITTLE, str(nbytes), "recast", "model.bin", "--dtype", "bf16", "-o", "out"]
+        done = subprocess.run([*command, "-q"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode != 70
+        assert "Traceback" not in done.stderr
+        if done.returncode == 7:
+            assert done.stderr.count("\n") == 1
+            assert names_in(tmp_path) == ["model.bin"]
