@@ -358,3 +358,10 @@ def test_numbers_in_names_have_no_thousand_digits(tmp_path: Path, wconv: Callabl
     (tmp_path / INDEX).write_text(index(f'"a":"{shard}"'))
     for command in ("inspect", "doctor"):
         wconv(command, tmp_path, exit_code=3 if command == "inspect" else 1)
+
+
+def test_a_module_that_is_no_regular_expression_is_refused(tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    write_tensors(tmp_path / "model.safetensors", {"layers.0.q_proj.weight": [4, 4], "a(.k_proj.weight": [4, 4]})
+    done = wconv("quantize", tmp_path, "-o", tmp_path / "out", "--include", "q_proj", "--dry-run", exit_code=4)
+    assert "takes what it skips for regular expressions" in done.stderr
