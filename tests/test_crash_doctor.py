@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import steps
 import torch
 from conftest import run_main
 from safetensors import SafetensorError
@@ -113,3 +116,30 @@ def test_two_mendings_are_undone_together(broken, wconv, monkeypatch):
     wconv(*UNDO)
     (broken / "m" / "model.safetensors.index.ema.json").unlink()
     assert snapshot(broken) == before
+
+
+@pytest.mark.parametrize("has_links", [True, False], ids=["links", "no-links"])
+def test_mending_refused_at_any_step_can_be_undone(has_links, tmp_path, monkeypatch):
+    if not has_links:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(errno.EPERM, "no hard links on this disk")
+
+        monkeypatch.setattr(os, "link", refuse)
+    ends: dict[int, str] = {}
+    for number in range(1, steps.MAX_STEPS):
+        root = make_broken(tmp_path / f"{number:03d}")
+        before = snapshot(root)
+        monkeypatch.chdir(root)
+        action, reached = steps.raise_at(number, PermissionError(errno.EACCES, "permission denied"))
+        with contextlib.redirect_stderr(io.StringIO()), steps.at_each_step(action):
+            run_main(list(FIX))
+        assert_nothing_is_lost(root)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            code = run_main(list(UNDO))
+        if snapshot(root) != before or code not in (0, 2):
+            ends[number] = f"{code} {said.getvalue()} {sorted(snapshot(root).items() ^ before.items())}"
+        if not reached:
+            break
+    assert number > 50
+    assert not ends
