@@ -87,6 +87,13 @@ class Checkpoint:
         """What the headers note, the shards' notes together."""
         return {key: value for file in self.files for key, value in file.metadata.items()}
 
+    @property
+    def ties(self) -> dict[str, str]:
+        """The notes that name a tensor: what stands under each name that was left out."""
+        notes = self.metadata
+        names = {info.name for info in self.tensors} if notes else set()
+        return {name: kept for name, kept in notes.items() if kept in names and name != "format"}
+
 
 def find_weight_sets(folder: Path) -> tuple[WeightSet, ...]:
     """List the weight sets that lie directly in a folder, sorted by name.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -81,7 +81,7 @@ def _choose(component: Component, wishes: Wishes) -> list[WeightSet]:
     by_output: dict[WeightsName, list[WeightSet]] = {}
     for weight_set in component.weight_sets:
         by_output.setdefault(weight_set.name.in_format("safetensors"), []).append(weight_set)
-    overwritten = [s for s in component.weight_sets if wishes.overwrite and wishes.name_output(s.name) == s.name]
+    overwritten = {s for s in component.weight_sets if wishes.overwrite and wishes.name_output(s.name) == s.name}
     best = [only_set(component, sets, wishes.form, overwritten) for sets in by_output.values()]
     untagged = [weight_set for weight_set in best if weight_set.name.variant is None]
     if wishes.from_variant is not None:
@@ -96,7 +96,7 @@ def _choose(component: Component, wishes: Wishes) -> list[WeightSet]:
 
 
 def only_set(
-    component: Component, sets: Sequence[WeightSet], form: Format | None = None, last: Sequence[WeightSet] = ()
+    component: Component, sets: Sequence[WeightSet], form: Format | None = None, last: Container[WeightSet] = ()
 ) -> WeightSet:
     """Give the one set that is meant where several hold the same weights: one in ``form``, else the safetensors one.
 

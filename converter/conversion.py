@@ -181,6 +181,7 @@ def _carry(
     for path, is_weights, is_elsewhere in find_rest(folder, target.folder, wishes.follow_links):
         (left if is_weights else linked if is_elsewhere else carried).append(path)
     names = {component.name for component, _ in chosen}
+    taken = {weight_set for _, weight_set in chosen}
     for component in folder.components:
         for weight_set in component.weight_sets:
             paths = [weight_set.folder / name for name in weight_set.all_names]
@@ -188,7 +189,7 @@ def _carry(
                 hidden = [] if wishes.follow_links else [path for path in paths if is_disguised(folder, path)]
                 carried.extend(path for path in paths if path not in hidden)
                 linked.extend(hidden)
-            elif not any(weight_set == found for _, found in chosen):
+            elif weight_set not in taken:
                 left.extend(paths)
     why = "a link to what goes along already" if wishes.follow_links else "behind a link: --follow-links carries it"
     reasons = {**dict.fromkeys(left, ""), **dict.fromkeys(linked, f" ({why})")}

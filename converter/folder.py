@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +32,7 @@ _MAX_BEHIND_LINKS = 100_000  # entries; more than any model has, and listed in a
 _MAX_CLASSES = 16  # those that hear, see and speak have four or five; each asks about the name of every tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, for what is looked for once
 class Component:
     """One folder that holds weights: ``name`` is ``unet``, or empty for the folder itself."""
 
@@ -49,10 +50,11 @@ class Component:
         # What is no identifier is no class either, and may be made to be pasted into a shell.
         return name if isinstance(name, str) and name.isidentifier() else ""
 
-    @property
+    @cached_property
     def class_names(self) -> set[str]:
         """The classes that its config and all nested ones name: a transformers model may be made of others."""
-        names = {name for config in _nested(self.config) if (name := Component("", self.path, (), config).class_name)}
+        named = (config for config in _nested(self.config) if "_class_name" in config or "architectures" in config)
+        names = {name for config in named if (name := Component("", self.path, (), config).class_name)}
         if len(names) > _MAX_CLASSES:
             raise HostileFile(self.path / "config.json", f"names {len(names):,} classes, which no model is made of")
         return names

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -177,10 +178,13 @@ def make_plan(
     sets: list[SetPlan] = []
     there_already: list[str] = []
     edited: dict[str, bytes] = {}
+    by_name: dict[tuple[str, WeightsName], list[WeightSet]] = defaultdict(list)  # there may be thousands of variants
+    for place, old in ((place, old) for place, found in existing.items() for old in found):
+        by_name[place, old.name].append(old)
     for component, checkpoint in checkpoints:
         planned = _plan_set(component, checkpoint, wishes, in_place=_is_beside(component, target))
-        there = existing.get(component.name, ())
-        if wishes.dtype and not wishes.overwrite and any(old.name == planned.name != checkpoint.name for old in there):
+        there = by_name[component.name, planned.name]
+        if wishes.dtype and not wishes.overwrite and there and planned.name != checkpoint.name:
             there_already.append(planned.shards[0].path)
         elif not _is_there(planned, checkpoint, there):
             sets.append(planned)
@@ -188,7 +192,7 @@ def make_plan(
     if there_already and not sets:
         raise OutputRefused(there_already[0], "exists", "Use --overwrite to write it again, or -o for a new folder.")
     _check_collisions(folder, sets)
-    superseded = () if target.is_new else tuple(_find_superseded(existing, sets, wishes))
+    superseded = () if target.is_new else tuple(_find_superseded(by_name, sets, wishes))
     outputs = {*superseded, *(shard.path for planned in sets for shard in planned.shards)}
     outputs |= {planned.index[0] for planned in sets if planned.index}
     spared = {_place(target.folder / name) for name in outputs}
@@ -217,8 +221,11 @@ def _is_beside(component: Component, target: Target) -> bool:
 
 
 def _is_there(planned: SetPlan, checkpoint: Checkpoint, existing: Sequence[WeightSet]) -> bool:
-    """Say whether a set would come out as it lies there: in place, with the same names and the same boundaries."""
-    if planned.source not in existing or planned.name != planned.source.name or planned.source.is_legacy:
+    """Say whether a set would come out as it lies there: in place, with the same names and the same boundaries.
+
+    ``existing`` are the sets of its name.
+    """
+    if planned.source not in existing or planned.source.is_legacy:
         return False
     before = [{info.name for info in file.tensors} for file in checkpoint.files]
     after = [{copy.source.name for copy in shard.copies} | shard.ties.keys() for shard in planned.shards]
@@ -242,15 +249,14 @@ def _check_collisions(folder: ModelFolder, sets: Sequence[SetPlan]) -> None:
 
 
 def _find_superseded(
-    existing: Mapping[str, Sequence[WeightSet]], sets: Sequence[SetPlan], wishes: Wishes
+    existing: Mapping[tuple[str, WeightsName], Sequence[WeightSet]], sets: Sequence[SetPlan], wishes: Wishes
 ) -> Iterable[str]:
     """List the files of sets that the new ones replace: same folder, stem, variant and format, all of their files."""
     for planned in sets:
-        for old in existing.get(planned.component, ()):
-            if old.name == planned.name:
-                if not (wishes.overwrite or (wishes.in_place and old == planned.source)):
-                    raise OutputRefused(old.path, "exists", "Use --overwrite to replace it, or -o for a new folder.")
-                yield from ((Path(planned.component) / name).as_posix() for name in old.all_names)
+        for old in existing.get((planned.component, planned.name), ()):
+            if not (wishes.overwrite or (wishes.in_place and old == planned.source)):
+                raise OutputRefused(old.path, "exists", "Use --overwrite to replace it, or -o for a new folder.")
+            yield from ((Path(planned.component) / name).as_posix() for name in old.all_names)
 
 
 def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_place: bool) -> SetPlan:

@@ -21,12 +21,12 @@ from converter.conversion import check_edited, plan_conversion, request_of, unle
 from converter.dtypes import RECAST_SOURCES
 from converter.errors import BadRequest, LossyCast, Unsupported
 from converter.folder import Component, ModelFolder, render_json
-from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
+from converter.int8 import check_scales, cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
 from converter.modules import Linears, find_linears, is_skipped
 from converter.opening import open_regular
 from converter.paths import check_places, snapshot_of
 from converter.plan import Plan
-from converter.rules import default_tied
+from converter.rules import default_tied, refuse_growth
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.staging import recover
 from converter.tensors import TensorInfo, find_ties, turned
@@ -183,6 +183,7 @@ def _quantize(
     """Let the chosen weights of a checkpoint be written in 8 bits, and say what goes into its config."""
     path = checkpoint.weight_set.path
     tensors = {info.name: info for info in checkpoint.tensors}
+    refuse_growth(path, checkpoint.tensors)  # all of it is read before there is a plan
     _refuse_quantized(path, tensors.values())
     linears = find_linears(component, tensors.values())
     weights = {module: name for module, name in {**linears.weights, **linears.unknown}.items() if name}
@@ -191,6 +192,7 @@ def _quantize(
         module: turned(tensors[weights[module]]) if module in linears.transposed else tensors[weights[module]]
         for module in wanted
     }
+    check_scales(path, views.values())
     found, too_large = scales.find(views.values())
     lossy = [module for module in wanted if weights[module] in too_large]
     if lossy:

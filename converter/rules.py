@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ def choose_ties(component: Component, checkpoint: Checkpoint, form: Format, wish
     """Map the names that are not written to those that are; in a torch file they stay, as a second name."""
     if form == "torch":
         names = {info.name for info in checkpoint.tensors}
-        recorded = {name: kept for name, kept in checkpoint.metadata.items() if kept in names and name not in names}
+        recorded = {name: kept for name, kept in checkpoint.ties.items() if name not in names}
         return {} if wishes.tied == "duplicate" else {**find_equal_views(checkpoint.tensors), **recorded}
     ties = find_equal_views(checkpoint.tensors) if (wishes.tied or default_tied(component)) == "first" else {}
     if "format" in ties:
@@ -93,22 +94,37 @@ def check_growth(checkpoint: Checkpoint, written: Sequence[TensorInfo], wishes: 
     A tensor that ``torch.Tensor.expand`` made holds its elements many times over, and each is written.
     """
     views = [info for info in written if info.storage.content is None]
-    nbytes = sum(info.nbytes for info in views)
-    if nbytes > MAX_GROWTH_NBYTES and not wishes.expand:
-        held = {info.storage: info.storage.packed_nbytes or info.storage.nbytes for info in views}
-        source_nbytes = sum(held.values())
-        if nbytes - source_nbytes > max(MAX_GROWTH_NBYTES, MAX_GROWTH * source_nbytes):
-            largest = max(views, key=lambda info: info.nbytes - held[info.storage])
-            raise Unsupported(
-                checkpoint.weight_set.path,
-                f"holds {source_nbytes:,} bytes of tensors, which would come out as {nbytes:,}: the largest is "
-                f"{largest.name!r}, of {largest.nbytes:,} bytes in {held[largest.storage]:,}",
-                "'wconv to-safetensors --expand' writes them in full.",
-            )
+    if not wishes.expand:
+        refuse_growth(checkpoint.weight_set.path, views)
     more = [info.nbytes - info.storage.nbytes for info in views if info.nbytes > info.storage.nbytes]
     if sum(more) < _NOTED_GROWTH_NBYTES:
         return ()
     return (f"its expanded tensors take {sum(more):,} bytes more than in the source",)
+
+
+def refuse_growth(path: Path, views: Sequence[TensorInfo]) -> None:
+    """Raise Unsupported for tensors that take far more when they are read in full than what holds them."""
+    error = find_growth(path, views)
+    if error:
+        raise error
+
+
+def find_growth(path: Path, views: Sequence[TensorInfo]) -> Unsupported | None:
+    """Give the error for tensors that take far more when they are read in full than what holds them."""
+    nbytes = sum(info.nbytes for info in views)
+    if nbytes <= MAX_GROWTH_NBYTES:
+        return None
+    held = {info.storage: info.storage.packed_nbytes or info.storage.nbytes for info in views}
+    source_nbytes = sum(held.values())
+    if nbytes - source_nbytes > max(MAX_GROWTH_NBYTES, MAX_GROWTH * source_nbytes):
+        largest = max(views, key=lambda info: info.nbytes - held[info.storage])
+        return Unsupported(
+            path,
+            f"holds {source_nbytes:,} bytes of tensors, which would come out as {nbytes:,}: the largest is "
+            f"{largest.name!r}, of {largest.nbytes:,} bytes in {held[largest.storage]:,}",
+            "'wconv to-safetensors --expand' writes them in full.",
+        )
+    return None
 
 
 def check_shard_count(

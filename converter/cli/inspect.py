@@ -64,8 +64,6 @@ def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) 
     from converter.tensors import find_ties
 
     tensors = checkpoint.tensors
-    recorded = {dropped: kept for dropped, kept in checkpoint.metadata.items() if dropped != "format"}
-    names = {info.name for info in tensors}
     content: dict[str, Any] = {
         "component": component.name,
         "weights": checkpoint.name.stem,
@@ -77,7 +75,7 @@ def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) 
         "parameters": sum(info.numel for info in tensors),
         "nbytes": sum(info.nbytes for info in tensors),
         "dtypes": dict(Counter(info.dtype.tag for info in tensors).most_common()),
-        "tied": {**find_ties(tensors), **{old: new for old, new in recorded.items() if new in names}},
+        "tied": {**find_ties(tensors), **checkpoint.ties},
         "notes": list(checkpoint.notes),
         "globals": {name: how for file in checkpoint.files for name, how in file.foreign.items()},
     }

@@ -21,8 +21,12 @@ _WIDEST = 120  # a longer cell pushes its own line aside, and no other
 
 def echo(text: str = "") -> None:
     """Print lines, without control characters; a reader that has gone (as ``head`` does) is nobody's exit code."""
+    _print("\n".join(map(printable, text.split("\n"))))
+
+
+def _print(text: str) -> None:
     try:
-        click.echo("\n".join(map(printable, text.split("\n"))))
+        click.echo(text)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
 
@@ -74,8 +78,8 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def show_json(content: Any) -> None:
-    """Print the machine-readable form of a result."""
-    echo(json.dumps(content, indent=2))
+    """Print the machine-readable form of a result: nothing is cut, and what a terminal would obey is spelled out."""
+    _print(json.dumps(content, indent=2).replace("\x7f", "\\u007f"))  # all else that is no ASCII is spelled already
 
 
 class Meter:

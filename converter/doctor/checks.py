@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from converter.checkpoint import Checkpoint, open_checkpoint
@@ -176,9 +176,9 @@ def _dotless_entries(view: FolderView) -> Iterator[Finding]:
 
 def _partial_variants(view: FolderView) -> Iterator[Finding]:
     for variant in view.variants if view.is_pipeline else ():
-        without = lacks(view, variant)
         if variant is not None and tag_dtype(WeightsName("", variant, "")) is None:
             continue  # such as non_ema: of one part on purpose
+        without = lacks(view, variant)
         if without and len(without) < len(loaded_parts(view)):
             code = "variant-partial" if variant else "default-partial"
             what = spelled_variant(WeightsName("", variant, ""))
@@ -231,15 +231,16 @@ def _partial_downloads(part: ComponentView) -> Iterator[Finding]:
 
 
 def _missing_shards(part: ComponentView) -> Iterator[Finding]:
-    for found in (*part.sets, *part.strays):
-        if found.files and found.missing and (found in part.sets or not _has_whole(part, found.name)):
+    whole = _whole(part)
+    for found in (*part.sets, *(stray for stray in part.strays if stray.name not in whole)):
+        if found.files and found.missing:
             count = f"{found.missing_count:,} of {found.missing_count + len(found.files):,} shards"
             problem = f"lacks {count}, such as {found.missing}"
             yield Finding("shard-missing", found.folder / found.label, part.name, problem)
 
 
-def _has_whole(part: ComponentView, name: WeightsName) -> bool:
-    return any(part.is_sound(found) and found.name == name for found in part.sets)
+def _whole(part: ComponentView) -> set[WeightsName]:
+    return {found.name for found in part.sets if part.is_sound(found)}
 
 
 def _indexes(part: ComponentView) -> Iterator[Finding]:
@@ -273,8 +274,9 @@ def _twins(part: ComponentView) -> Iterator[Finding]:
 
 
 def _strays(part: ComponentView) -> Iterator[Finding]:
+    whole = _whole(part)
     for found in part.strays:
-        if not found.missing or _has_whole(part, found.name):
+        if not found.missing or found.name in whole:
             others = f", nor {len(found.files) - 1} more" if len(found.files) > 1 else ""
             yield Finding("shards-stray", found.folder / found.label, part.name, f"is named by no index{others}")
 
@@ -326,9 +328,13 @@ def _two_forms(part: ComponentView) -> Iterator[Finding]:
 
 def forms_of(part: ComponentView) -> Iterator[tuple[SetView, SetView]]:
     """Yield pairs of sound sets of one variant, the first as .bin and the second as safetensors."""
-    sound = [found for found in part.sets if part.is_sound(found) and not is_foreign(found)]
-    for pickled in (found for found in sound if found.name.format == "torch"):
-        yield from ((pickled, safe) for safe in sound if safe.name == pickled.name.in_format("safetensors"))
+    sound: dict[WeightsName, list[SetView]] = defaultdict(list)
+    for found in part.sets:
+        if part.is_sound(found) and not is_foreign(found):
+            sound[found.name].append(found)
+    for name in [name for name in sound if name.format == "torch"]:
+        for pickled in sound[name]:
+            yield from ((pickled, safe) for safe in sound.get(name.in_format("safetensors"), ()))
 
 
 def _open(found: SetView) -> Checkpoint | None:

@@ -14,6 +14,7 @@ from converter.checkpoint import open_checkpoint
 from converter.doctor.checks import repeated_name
 from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
+from converter.rules import refuse_growth
 from converter.run import run_tasks
 from converter.sources import SourceFiles, read_chunks
 from converter.tensors import TensorInfo, find_ties
@@ -43,6 +44,7 @@ def run_deep_checks(view: FolderView) -> list[Finding]:
 
 def _check_values(part: ComponentView, found: SetView) -> Iterator[Finding]:
     tensors = open_checkpoint(found.weight_set, LENIENT).tensors
+    refuse_growth(found.folder / found.label, tensors)
     ties = find_ties(tensors)
     alone = [info for info in tensors if info.name not in ties]
     values = sorted(run_tasks((_look_at, info, info.nbytes) for info in alone), key=lambda one: one.info.name)

@@ -28,6 +28,8 @@ _SHARD = r"\d{5}-of-\d{5}"
 _STEMS = "diffusion_pytorch_model|model|weights|pytorch_model"
 _ENDINGS = "bin|safetensors|onnx|pb"
 _PICKLED = (".bin", ".msgpack")
+# What lets a regular expression try again and again; without it one takes a look at each character.
+_REPEATS = re.compile(r"[*+?{|]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,9 @@ def _predict_hub(listing: FolderListing, variant: str | None) -> Prediction:
         re.compile(f"({variant})")  # as it stands, in the loader as here
     except re.error as error:
         return Prediction("diffusers-hub", variant, failure=f"re.error: {error}")
+    if _REPEATS.search(variant or ""):
+        failure = f"takes {variant} for a regular expression, which may take for ever"
+        return Prediction("diffusers-hub", variant, failure=failure)
     safe = all(_has_safetensors(part, variant) for part in listing.parts if _weights_in(part))
     fetched: dict[str, frozenset[str]] = {}
     tagged = set()

@@ -6,6 +6,7 @@ thousands of files stays small in memory.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -350,14 +351,21 @@ def _group(folder: Path, parsed: Mapping[str, ParsedName]) -> tuple[tuple[SetVie
         group = SetView(folder, weights_name, files, missing, missing_count, is_legacy=is_legacy)
         (strays if weights_name in indexed else sets).append(group)
     # An index that cannot be read, or names nothing that is there, goes with the shards that have its name.
-    for place, broken in [(n, s) for n, s in enumerate(sets) if s.index_name and s.index is None]:
-        shard_set = next((s for s in sets if s.name == broken.name and not s.index_name and len(s.files) > 1), None)
-        if shard_set:
-            is_legacy = broken.is_legacy or shard_set.is_legacy
-            sets[place] = replace(broken, files=shard_set.files, missing=shard_set.missing,
-                                  missing_count=shard_set.missing_count, is_legacy=is_legacy)  # fmt: skip
-            sets.remove(shard_set)
-    return tuple(sorted(sets, key=lambda found: found.label)), tuple(strays)
+    alone: dict[WeightsName, list[SetView]] = defaultdict(list)
+    for one in sets:
+        if not one.index_name and len(one.files) > 1:
+            alone[one.name].append(one)
+    joined: list[SetView] = []
+    for one in sets:
+        if one.index_name and one.index is None and alone[one.name]:
+            rest = alone[one.name].pop(0)
+            is_legacy = one.is_legacy or rest.is_legacy
+            joined.append(replace(one, files=rest.files, missing=rest.missing,
+                                  missing_count=rest.missing_count, is_legacy=is_legacy))  # fmt: skip
+        elif one.index_name or len(one.files) < 2:
+            joined.append(one)
+    joined += itertools.chain.from_iterable(alone.values())
+    return tuple(sorted(joined, key=lambda found: found.label)), tuple(strays)
 
 
 def _like(shard: str, number: int) -> str:

@@ -20,6 +20,8 @@ _MAX_CONTAINERS = 200_000  # an optimizer keeps one or two for each tensor, and 
 MAX_TENSORS = 200_000  # in all dicts together; a pickle of all the steps there are describes 160,000
 MAX_NAME_LENGTH = 100_000  # of a tensor: no module is nested so deep
 MAX_NAMES_LENGTH = 25_000_000  # of all tensors together: the most there may be, of 125 characters each
+_CONTAINERS = (dict, list, tuple)  # a TensorRef is one of them
+_SHORT = 8
 _MAX_KEY_LENGTH = 200  # of what is spelled to people, or looked at for what it is
 _MAX_NAMED = 8
 _INCOMPLETE = "The file is incomplete: fetch it again."
@@ -128,7 +130,21 @@ def resolve(
 
 def _find(value: Any, file: Path) -> Iterator[_Found]:
     seen: set[int] = set()
+    plain: set[int] = set()
     count = 0
+
+    def is_plain(content: Any) -> bool:
+        # A trainer's log has a dict or a tuple a step, of numbers alone: there is nothing to be found in those. What
+        # is long may be handed out many times, and is looked through once.
+        if id(content) in plain:
+            return True
+        values = content.values() if isinstance(content, dict) else content
+        if any(isinstance(value, _CONTAINERS) for value in values):
+            return False
+        if len(content) > _SHORT:
+            plain.add(id(content))
+        return True
+
     waiting: deque[tuple[tuple[str, ...], Any, bool]] = deque([((), value, False)])
     while waiting:
         path, content, is_training = waiting.popleft()
@@ -145,7 +161,7 @@ def _find(value: Any, file: Path) -> Iterator[_Found]:
             is_beside = path == () and bool(beside) and all(map(_is_training, tensors))
             yield _Found(path, tensors, beside, is_training or is_beside)
         for key, inner in content.items() if is_mapping else enumerate(content):
-            if isinstance(inner, (dict, list, tuple)) and type(inner) is not TensorRef:
+            if isinstance(inner, _CONTAINERS) and type(inner) is not TensorRef and not is_plain(inner):
                 waiting.append(((*path, _spell(key)), inner, is_training or (is_mapping and _is_training(key))))
                 if len(seen) + len(waiting) > _MAX_CONTAINERS:
                     raise HostileFile(file, f"its pickle holds more than {_MAX_CONTAINERS:,} dicts and lists")
