@@ -130,7 +130,7 @@ def prepare(source: Path, output: Path | None, wishes: Wishes, recovering: bool 
 
 
 def unless_done(wishes: Wishes, make: Callable[[Wishes], Plan]) -> Plan:
-    """Plan as ``make`` does; where its output is refused since it is there, and right, give a plan of nothing.
+    """Plan as ``make`` does; where its output is refused since it is there, and seems right, say so in the plan.
 
     Raises OutputRefused where what is there is not what would be written.
     """
@@ -144,7 +144,7 @@ def unless_done(wishes: Wishes, make: Callable[[Wishes], Plan]) -> Plan:
         if difference:
             refused.problem = f"{refused.problem}, and is not what would be written: {difference}"
             raise
-        return dataclasses.replace(plan, sets=(), carried=(), edited=(), superseded=(), delete=())
+        return dataclasses.replace(plan, is_there=True)
 
 
 def request_of(source: Path, output: Path | None, wishes: object) -> str:

@@ -110,7 +110,7 @@ class Plan:
 
     ``carried`` are pairs of a path from the target folder and the file it is copied from, ``edited`` such of a path and
     its content; ``superseded`` are paths from the target folder that go once the new files are there; ``delete`` are
-    source files that go last.
+    source files that go last. ``is_there`` where all of it lies there already, as far as headers, sizes and times tell.
     """
 
     source: ModelFolder
@@ -122,6 +122,7 @@ class Plan:
     delete: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     wishes: Wishes = field(default_factory=Wishes)
+    is_there: bool = False
 
     @property
     def shards(self) -> tuple[Shard, ...]:

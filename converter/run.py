@@ -7,6 +7,7 @@ memory stays at the buffers and Ctrl-C is heard within a piece.
 
 from __future__ import annotations
 
+import filecmp
 import itertools
 import os
 import signal
@@ -22,7 +23,7 @@ from typing import TypeVar
 from safetensors import SafetensorError, safe_open
 from zlib_ng.zlib_ng import crc32_combine
 
-from converter.errors import BadFile, LossyCast, WconvError
+from converter.errors import BadFile, LossyCast, OutputRefused, WconvError
 from converter.formats import FORMATS, read_file
 from converter.local import Root
 from converter.opening import check_stamp, open_again, open_source
@@ -33,6 +34,7 @@ from converter.stream import (
     CHUNK_NBYTES,
     GATHER_NBYTES,
     CrcPart,
+    MismatchError,
     Piece,
     Report,
     check_crc,
@@ -106,11 +108,16 @@ def run_plan(
     """Write what a plan says; all of it is there afterwards, or nothing. With ``keep``, ``undo`` can put all back.
 
     ``verify`` reads every byte back and holds it against the source before anything is published; a plan that deletes
-    its source always does. Raises BadFile for a source that is damaged or changes, OutputRefused and SystemRefused.
+    its source always does. Where all of it is there already, it is read back and compared, and nothing is written.
+    Raises BadFile for a source that is damaged or changes, OutputRefused and SystemRefused.
     """
     begun = time.perf_counter()
     verify = verify or plan.destroys_source
     workers = workers or default_workers(plan)
+    if plan.is_there:
+        with _open_tasks(executor, workers, memory_nbytes, progress) as tasks:
+            _check_output(plan, tasks)
+        return Result(plan, time.perf_counter() - begun, verified=True)
     with open_staging(plan.target) as staging, _open_tasks(executor, workers, memory_nbytes, progress) as tasks:
         names = [shard.path for shard in plan.shards] + [name for name, _ in (*plan.carried, *plan.texts)]
         staging.drop_strangers(set(names))
@@ -120,7 +127,7 @@ def run_plan(
             if shard.link is None:
                 check_staged(shard, staging)
         if verify:
-            tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, staging))
+            tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, staging.tree))
         _write_others(plan, staging)
         _check_sources(plan)
         for name, source in _second_names(plan):  # only now: they change what a file's stamp says
@@ -234,7 +241,7 @@ def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> int:
     read: dict[ByteRange, list[CrcPart]] = defaultdict(list)
     written: dict[tuple[Path, int], list[CrcPart]] = defaultdict(list)
     too_large: Counter[str] = Counter()
-    pieces = _pieces(plan, staging)
+    pieces = _pieces(plan, staging.tree)
     for report in tasks.run((by_path[piece.path], piece, piece.nbytes) for piece in pieces):
         too_large += report.too_large
         for part in report.read:
@@ -272,10 +279,10 @@ def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
     )
 
 
-def _pieces(plan: Plan, staging: Staging) -> Iterator[Piece]:
-    """Take a piece of each shard in turn."""
+def _pieces(plan: Plan, folder: Path) -> Iterator[Piece]:
+    """Take a piece of each shard in turn, as it lies in a folder."""
     how = plan.wishes.on_overflow
-    rows = [cut_pieces(shard, staging.path_of(shard.path), how) for shard in plan.shards if shard.link is None]
+    rows = [cut_pieces(shard, folder / shard.path, how) for shard in plan.shards if shard.link is None]
     while rows:
         for row in list(rows):
             piece = next(row, None)
@@ -293,6 +300,20 @@ def _combine(parts: Iterable[CrcPart]) -> int:
             crc = crc32_combine(crc, part.crc32, part.nbytes)
             place += part.nbytes
     return crc
+
+
+def _check_output(plan: Plan, tasks: _Tasks) -> None:
+    """Raise OutputRefused where what is there holds something else than what would be written."""
+    folder = plan.target.folder
+    problem = "exists, and is not what would be written"
+    advice = "Use --overwrite to write it again, or -o for a new folder."
+    try:
+        tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, folder))
+    except MismatchError as error:
+        raise OutputRefused(error.where, f"{problem}: other values near tensor {error.tensor!r}", advice) from None
+    for name, path in plan.carried:
+        if not filecmp.cmp(path, folder / name, shallow=False):
+            raise OutputRefused(folder / name, problem, advice)
 
 
 def _check_sources(plan: Plan) -> None:

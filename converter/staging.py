@@ -70,7 +70,8 @@ def open_target(folder: ModelFolder, output: Path | None, overwrite: bool) -> Ta
 def refuse_links(plan: Plan) -> None:
     """Raise OutputRefused for a plan that writes, renames or removes files in a folder that is a link.
 
-    And for one that writes where a link to nothing is, which no look at what is there has seen.
+    And for one that writes where a link to nothing is, which no look at what is there has seen, or that removes what it
+    writes, on a disk that does not tell capitals apart.
     """
     written = [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]
     for name in (*plan.superseded, *written):
@@ -78,8 +79,18 @@ def refuse_links(plan: Plan) -> None:
     for name in () if plan.wishes.overwrite else written:
         if name not in plan.superseded and is_dangling(plan.target.folder / name):
             raise OutputRefused(plan.target.folder / name, "is a link to nothing", "Remove it, or use --overwrite.")
+    names = {name.casefold(): name for name in written}
+    for name in plan.superseded:
+        twin = names.get(name.casefold(), name)
+        if twin != name and _is_same(plan.target.folder / twin, plan.target.folder / name):
+            advice = "Take a tag in between that differs in more than capitals."
+            raise OutputRefused(plan.target.folder / twin, f"is the same name as {name} on this disk", advice)
     for path in plan.delete:
         refuse_linked(plan.source.root, path.relative_to(plan.source.root).as_posix())
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return os.path.lexists(path) and os.path.lexists(other) and os.path.samestat(os.lstat(path), os.lstat(other))
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,6 +122,15 @@ def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
         return source.report
 
 
+class MismatchError(BadFile):
+    """A file that was written is read back otherwise."""
+
+    def __init__(self, where: Path, tensor: str) -> None:
+        super().__init__(where, f"was written, and then read back otherwise near tensor {tensor!r}", "Check the disk.")
+        self.args = where, tensor  # so that it can be pickled
+        self.tensor = tensor
+
+
 def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Hold a written piece against its source; raises BadFile where they differ."""
     with SourceFiles() as sources, piece.path.open("rb", buffering=0) as out:
@@ -129,10 +138,7 @@ def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
         there = bytearray(len(source.buffer))
         for place, chunk in source.chunks():
             if not _is_at(out, place, chunk, there):
-                name = source.step.copy.source.name
-                raise BadFile(
-                    piece.path, f"was written, and then read back otherwise near tensor {name!r}", "Check the disk."
-                )
+                raise MismatchError(piece.path, source.step.copy.source.name)
 
 
 def _is_at(file: BinaryIO, place: int, chunk: memoryview, scratch: bytearray) -> bool:

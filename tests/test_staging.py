@@ -305,7 +305,13 @@ def make_older(path: Path) -> None:
     os.utime(path, ns=(1, 1))
 
 
+def change_a_value(path: Path) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
 CHANGES: dict[str, Callable[[Path], object]] = {
+    "near tensor": change_a_value,
     "is older than its source": make_older,
     "is not there": Path.unlink,
     "begins otherwise": lambda path: path.write_bytes(b"\0" + path.read_bytes()[1:]),
@@ -319,7 +325,8 @@ def test_what_would_be_written_otherwise_is_refused(why, models, wconv):
     CHANGES[why](models / "out" / "vae" / "diffusion_pytorch_model.safetensors")
     before = snapshot(models)
     said = wconv("to-safetensors", "m", "-o", "out", exit_code=5).stderr
-    assert f"vae/diffusion_pytorch_model.safetensors {why}" in said or why in said
+    assert "vae/diffusion_pytorch_model.safetensors" in said
+    assert why in said
     assert "--overwrite" in said
     assert snapshot(models) == before
 
@@ -357,5 +364,6 @@ def test_in_python(models):
     assert convert("m", "out").plan is not None
     again = convert("m", "out")
     assert again.plan is not None
-    assert not again.plan.sets
-    assert convert("m", "out", Wishes(overwrite=True)).plan.sets  # type: ignore[union-attr]
+    assert again.plan.is_there
+    assert again.verified
+    assert not convert("m", "out", Wishes(overwrite=True)).plan.is_there  # type: ignore[union-attr]

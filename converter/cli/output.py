@@ -125,6 +125,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "removed": list(plan.removed),
         "notes": [*plan.notes, *(note for planned in plan.sets for note in planned.notes)],
         "nbytes": plan.nbytes,
+        "up_to_date": plan.is_there or not plan.sets,
         "load_with": loading_lines(plan),
     }
 
@@ -151,7 +152,7 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     if plan is None:
         echo("An earlier run had been stopped while it published its files; that is finished now.")
         return
-    if not plan.sets:
+    if not plan.sets or plan.is_there:
         echo(printable(f"Up to date: {plan.target.folder} is as it would be."))
         return
     rows = []

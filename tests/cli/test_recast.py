@@ -361,7 +361,8 @@ def test_a_variant_that_is_there_is_refused(args, wconv, tmp_path):
     save(make_state(seed=2, dtype=torch.bfloat16), tmp_path / "m" / "model.bf16.safetensors")
     before = snapshot(tmp_path)
     outcome = wconv("recast", tmp_path / "m", "--dtype", "bf16", *args, exit_code=5)
-    assert_one_line(outcome, "model.bf16.safetensors: exists. ", "--overwrite")
+    problem = "model.bf16.safetensors: exists, and is not what would be written: other values near tensor "
+    assert_one_line(outcome, problem, "--overwrite")
     assert snapshot(tmp_path) == before
 
 

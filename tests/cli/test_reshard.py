@@ -287,7 +287,7 @@ def test_a_single_file_of_another_set_in_the_way_is_refused(wconv, tmp_path):
     before = snapshot(tmp_path)
     index = tmp_path / "m" / "model.safetensors.index.json"
     outcome = wconv("reshard", index, "--max-shard-size", "none", "--in-place", exit_code=5)
-    assert "model.safetensors: exists. " in outcome.stderr
+    assert "model.safetensors: exists, and is not what would be written: " in outcome.stderr
     assert snapshot(tmp_path) == before
 
 
