@@ -110,7 +110,8 @@ class Plan:
 
     ``carried`` are pairs of a path from the target folder and the file it is copied from, ``edited`` such of a path and
     its content; ``superseded`` are paths from the target folder that go once the new files are there; ``delete`` are
-    source files that go last.
+    source files that go last. ``places`` are the real paths of what is carried over when that was planned: what is
+    swapped for a link after that is not followed.
     """
 
     source: ModelFolder
@@ -122,6 +123,10 @@ class Plan:
     delete: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     wishes: Wishes = field(default_factory=Wishes)
+    places: tuple[Path, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", tuple(real(path) for _, path in self.carried))
 
     @property
     def shards(self) -> tuple[Shard, ...]:

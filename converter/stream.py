@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from zlib_ng.zlib_ng import crc32
 
 from converter.errors import BadFile
+from converter.local import open_staged
 from converter.sources import ITEM_MULTIPLE, SourceFiles, read_range, read_some
 from converter.tensors import ByteRange, TensorInfo
 
@@ -102,7 +103,7 @@ def covers_record(info: TensorInfo) -> bool:
 
 def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Write a piece into its file, which is there. Raises BadFile for a record that is damaged."""
-    with SourceFiles() as sources, piece.path.open("r+b", buffering=0) as out:
+    with SourceFiles() as sources, open_staged(piece.path) as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
         for place, chunk in source.chunks():
             out.seek(place)
@@ -112,7 +113,7 @@ def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
 
 def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Like ``write_piece``, for a file that an earlier run left: only chunks that differ are written."""
-    with SourceFiles() as sources, piece.path.open("r+b", buffering=0) as out:
+    with SourceFiles() as sources, open_staged(piece.path) as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
         there = bytearray(len(source.buffer))
         for place, chunk in source.chunks():
@@ -124,15 +125,21 @@ def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
 
 def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Hold a written piece against its source; raises BadFile where they differ."""
+    name = find_other_tensor(piece, chunk_nbytes)
+    if name is not None:
+        problem = f"was written, and then read back otherwise near tensor {name!r}"
+        raise BadFile(piece.path, problem, "Check the disk.")
+
+
+def find_other_tensor(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> str | None:
+    """Name the tensor near which a file holds other bytes than a piece would write, if there is one."""
     with SourceFiles() as sources, piece.path.open("rb", buffering=0) as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
         there = bytearray(len(source.buffer))
         for place, chunk in source.chunks():
             if not _is_at(out, place, chunk, there):
-                name = source.step.copy.source.name
-                raise BadFile(
-                    piece.path, f"was written, and then read back otherwise near tensor {name!r}", "Check the disk."
-                )
+                return source.step.copy.source.name
+    return None
 
 
 def _is_at(file: BinaryIO, place: int, chunk: memoryview, scratch: bytearray) -> bool:
