@@ -208,12 +208,16 @@ class _Journal:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What is noted of a run: the folder ``name`` below ``place`` that it stages in, and what it began to publish."""
+    """What is noted of a run: the folder ``name`` below ``place`` that it stages in, and what it began to publish.
+
+    ``finished`` is the request of one that was through, and could not clear up.
+    """
 
     place: str
     name: str
     is_new: bool
     journal: _Journal | None = None
+    finished: str = ""
 
     @classmethod
     def read(cls, notes: Notes) -> _Run | None:
@@ -223,7 +227,7 @@ class _Run:
             return None
         try:
             journal = _Journal.read(raw["journal"]) if raw["journal"] is not None else None
-            run = cls(raw["place"], raw["name"], raw["is_new"], journal)
+            run = cls(raw["place"], raw["name"], raw["is_new"], journal, str(raw.get("finished", "")))
             if not (_MY_NAME.fullmatch(run.name) and Path(run.place).is_absolute() and type(run.is_new) is bool):
                 raise ValueError("it names no folder of a run")
         except (KeyError, TypeError, ValueError, OSError) as error:
@@ -415,21 +419,23 @@ class Staging:
                 self.remove()
                 self._close()
         except OSError as problem:
-            where = problem.where if isinstance(problem, SystemRefused) else problem.filename
             noted = self.notes.path_of("run")
-            self.left_over = f"{where} cannot be removed, and the next run with this target does it, by {noted}"
+            left = f"{self.folder}, noted in {noted}," if os.path.lexists(self.folder) else str(noted)
+            self.left_over = f"{left} cannot be removed ({problem.strerror or problem}): the next run here does it"
         finally:
             self.root.__exit__(None, None, None)
         if error is not None:
             _remove_empty(self._made)
 
     def _close(self) -> None:
-        if self.is_committing:
-            # The commit is through: the next run must not do it again, just clear up.
+        journal = self._run.journal
+        if journal is not None:
             try:
                 self._run.clear()
             except OSError:
-                self.notes.write("run", asdict(replace(self._run, journal=None)))
+                # The commit is through: the next run must not do it again, just clear up.
+                with suppress(OSError):
+                    self.notes.write("run", asdict(replace(self._run, journal=None, finished=journal.request)))
                 raise
         try:
             self.root.remove_folder(self._run.name)
@@ -446,7 +452,7 @@ def _take_up(target: Target, notes: Notes) -> tuple[_Run, str | None]:
     run = _Run.read(notes)
     if run is not None and not Path(run.place).is_dir():
         run = None  # the folder is gone, and what was staged with it
-    finished = None
+    finished = run.finished or None if run is not None else None
     if run is not None and run.journal is not None:
         try:
             finished = run.journal.request if _finish(notes, run) else None
@@ -454,7 +460,9 @@ def _take_up(target: Target, notes: Notes) -> tuple[_Run, str | None]:
             run.clear()
             notes.remove("run")
             raise
-    if run is not None and (run.journal is not None or (run.place, run.is_new) != (str(place), target.is_new)):
+    if run is not None and (
+        run.journal is not None or run.finished or (run.place, run.is_new) != (str(place), target.is_new)
+    ):
         run.clear()
         run = None
     run = run or _Run(str(place), f".staging-{make_token()}{_SUFFIX}", target.is_new)
@@ -597,7 +605,7 @@ def recover(folder: Path, request: str) -> bool:
     if run is None:
         return False
     with open_staging(Target(folder, run.is_new)) as staging:
-        if run.journal is None:
+        if run.journal is None and not run.finished:
             staging.drop_second_names()
             return False
         staging.remove()

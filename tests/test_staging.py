@@ -490,7 +490,9 @@ def test_other_values_are_not_up_to_date(how, tmp_path, wconv):
     first[1], again[1] = str(source), str(other if other.exists() else source)
     wconv(*first, "-o", tmp_path / "out")
     said = wconv(*again, "-o", tmp_path / "out", exit_code=5).stderr
-    assert ("LICENSE: exists, and is not what would be written" if how == "carried" else "other values near tensor") in said
+    assert (
+        "LICENSE: exists, and is not what would be written" if how == "carried" else "other values near tensor"
+    ) in said
 
 
 def test_in_python(models):
