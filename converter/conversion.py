@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
+from types import MappingProxyType
 
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets, open_checkpoint, strip_prefix
 from converter.choose import Wishes, choose_sets
@@ -14,23 +15,33 @@ from converter.folder import Component, ModelFolder, find_rest, is_disguised, is
 from converter.formats.state_dict import Reading
 from converter.names import WeightsName, parse_name
 from converter.paths import check_places, path_of
-from converter.plan import Plan, Target, make_plan
+from converter.plan import Beside, Plan, Target, make_plan
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
 from converter.single_file import SingleFile
 from converter.staging import find_difference, find_strangers, open_target, recover, refuse_links
 
 Choose = Callable[[ModelFolder, Wishes], list[tuple[Component, WeightSet]]]
-Adapt = Callable[[Component, Checkpoint], Checkpoint]
+Adapt = Callable[[Component, Checkpoint], tuple[Component, Checkpoint]]
 
 _NO_WISHES = Wishes()
+_NO_EDITS: Mapping[str, bytes] = MappingProxyType({})
 
 
 def plan_conversion(
-    source: Path, output: Path | None, wishes: Wishes, choose: Choose = choose_sets, adapt: Adapt | None = None
+    source: Path,
+    output: Path | None,
+    wishes: Wishes,
+    choose: Choose = choose_sets,
+    adapt: Adapt | None = None,
+    *,
+    edited: Mapping[str, bytes] = _NO_EDITS,
+    others: Sequence[Wishes] = (),
 ) -> Plan:
     """Plan a conversion of ``source``, beside it or into ``output``.
 
-    ``choose`` says which sets are read, ``adapt`` may change what was read of each (never the source itself).
+    ``choose`` says which sets are read, ``adapt`` may change what was read of each, and its config (never the source
+    itself). ``edited`` are files with another content than they have, ``others`` wishes for more sets in the same
+    output.
 
     A plan without sets means that there is nothing to do. Raises WconvError as the commands do.
     """
@@ -40,43 +51,58 @@ def plan_conversion(
     folder = open_folder(source)
     output, renamed = _split_output(folder, output, wishes)
     target = open_target(folder, output, wishes.overwrite)
-    chosen = choose(folder, wishes)
+    asked = [(one, each) for each in (wishes, *others) for one in choose(folder, each)]
+    chosen = [one for one, _ in asked]
     elsewhere = output is not None and not (output.exists() and output.samefile(folder.root))
     if wishes.dtype and wishes.variant == "none" and not elsewhere:
         raise BadRequest(source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
     reading = Reading(wishes.key, wishes.strip_code)
-    checkpoints = [(component, open_checkpoint(weight_set, reading)) for component, weight_set in chosen]
-    if adapt is not None:
-        checkpoints = [(component, adapt(component, opened)) for component, opened in checkpoints]
-    if wishes.strip_prefix:
-        checkpoints = [(component, strip_prefix(opened, wishes.strip_prefix)) for component, opened in checkpoints]
-    if renamed:
-        component, checkpoint = checkpoints[0]
-        weight_set = dataclasses.replace(checkpoint.weight_set, name=renamed)
-        checkpoints = [(component, dataclasses.replace(checkpoint, weight_set=weight_set))]
+    opened = [(component, open_checkpoint(weight_set, reading)) for component, weight_set in chosen]
+    adapted = opened if adapt is None else [adapt(component, checkpoint) for component, checkpoint in opened]
+    orders = [
+        (component, _rename(checkpoint, wishes, renamed), each)
+        for ((component, _), each), (_, checkpoint) in zip(asked, adapted, strict=True)
+    ]
     carried, notes = _carry(folder, chosen, target, wishes) if elsewhere and folder.kind != "file" else ([], [])
-    notes += find_strangers(folder.root, target.folder)
+    beside = Beside(
+        carried=tuple((path.relative_to(folder.root).as_posix(), path) for path in carried),
+        edited=edited,
+        configs={component.name: component.config for component, _ in adapted},
+        notes=(*notes, *find_strangers(folder.root, target.folder)),
+    )
     existing = _find_existing(target, [component for component, _ in chosen])
-    plan = make_plan(folder, checkpoints, target, wishes, existing, carried, notes)
+    plan = make_plan(folder, orders, target, wishes, existing, beside)
     if not plan.sets:
         _refuse_beside(chosen, wishes)
     refuse_links(plan)
-    return check_edited(plan) if elsewhere else plan
+    return _check_edited(plan) if elsewhere else plan
 
 
-def plan_single_file(opened: SingleFile, output: Path, wishes: Wishes, adapt: Adapt) -> Plan:
-    """Plan the pipeline folder that a single file becomes; ``adapt`` as in ``plan_conversion``."""
+def _rename(checkpoint: Checkpoint, wishes: Wishes, name: WeightsName | None) -> Checkpoint:
+    """Give a checkpoint as it is written: its tensors without the prefix that goes, and under another name."""
+    if wishes.strip_prefix:
+        checkpoint = strip_prefix(checkpoint, wishes.strip_prefix)
+    if name is None:
+        return checkpoint
+    return dataclasses.replace(checkpoint, weight_set=dataclasses.replace(checkpoint.weight_set, name=name))
+
+
+def plan_single_file(
+    opened: SingleFile, output: Path, wishes: Wishes, adapt: Adapt, others: Sequence[Wishes] = ()
+) -> Plan:
+    """Plan the pipeline folder that a single file becomes; ``adapt`` and ``others`` as in ``plan_conversion``."""
     target = open_target(opened.folder, output, wishes.overwrite)
-    checkpoints = [(component, adapt(component, checkpoint)) for component, checkpoint in opened.checkpoints]
-    existing = _find_existing(target, opened.folder.components)
+    adapted = [adapt(component, checkpoint) for component, checkpoint in opened.checkpoints]
+    orders = [(component, checkpoint, each) for each in (wishes, *others) for component, checkpoint in adapted]
     notes = (*opened.notes, *find_strangers(opened.folder.root, target.folder))
-    plan = make_plan(opened.folder, checkpoints, target, wishes, existing, notes=notes)
-    plan = dataclasses.replace(plan, carried=opened.carried, edited=(*plan.edited, *opened.edited))
+    beside = Beside(opened.carried, dict(opened.edited), notes=notes)
+    existing = _find_existing(target, opened.folder.components)
+    plan = make_plan(opened.folder, orders, target, wishes, existing, beside)
     refuse_links(plan)
     return plan
 
 
-def check_edited(plan: Plan) -> Plan:
+def _check_edited(plan: Plan) -> Plan:
     """Give a plan for a new folder back; raise OutputRefused where a config to be edited lies elsewhere, by a link."""
     root = plan.source.root
     for name, _ in plan.edited:
