@@ -15,7 +15,7 @@ from pathlib import Path
 
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets
 from converter.choose import Wishes, choose_sets
-from converter.conversion import plan_conversion, request_of, unless_done
+from converter.conversion import plan_conversion, refuse_file, request_of, unless_done
 from converter.dtypes import RECAST_SOURCES
 from converter.errors import BadRequest, LossyCast, Unsupported
 from converter.folder import Component, ModelFolder
@@ -123,6 +123,7 @@ def _check_paths(source: Path, output: Path) -> None:
     if files and _is_gguf(files[0]) and not (source.is_dir() and find_weight_sets(source)):
         advice = "Quantize the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
+    refuse_file(output)
     if output.exists() and source.exists() and output.samefile(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
