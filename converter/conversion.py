@@ -30,8 +30,8 @@ _NO_EDITS: Mapping[str, bytes] = MappingProxyType({})
 
 
 def plan_conversion(
-    source: Path,
-    output: Path | None,
+    source: Path | str,
+    output: Path | str | None,
     wishes: Wishes,
     choose: Choose = choose_sets,
     adapt: Adapt | None = None,
@@ -47,6 +47,7 @@ def plan_conversion(
 
     A plan without sets means that there is nothing to do. Raises WconvError as the commands do.
     """
+    source, output = path_of(source), None if output is None else path_of(output)
     if wishes.in_place and output is not None:
         raise BadRequest(output, "is given, and --in-place too", "Choose one.")
     check_places(source, output, wishes.delete_source)

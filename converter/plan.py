@@ -23,9 +23,11 @@ from converter.index import WeightIndex
 from converter.names import Format, WeightsName
 from converter.paths import real
 from converter.rules import (
+    check_asked,
     check_growth,
     check_quantized,
     check_shard_count,
+    check_tag,
     choose_ties,
     find_kept,
     target_dtype,
@@ -191,6 +193,8 @@ def make_plan(
     come out as it lies there is left out. Raises BadRequest, OutputRefused or Unsupported for what cannot or must not
     be done.
     """
+    orders = list(orders)
+    check_asked(folder.path, (checkpoint for _, checkpoint, *_ in orders), wishes)
     sets: list[SetPlan] = []
     there_already: list[str] = []
     edited = dict(beside.edited)
@@ -290,6 +294,8 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
         parts = split_into_shards(sizes, wishes.max_shard_nbytes)
         groups = [[info for place in part for info in units[place]] for part in parts]
     groups = [group for group in groups if group] or [[]]
+    if wishes.dtype or wishes.variant:
+        check_tag(checkpoint.weight_set.path, name, casts.values(), wishes)
     check_shard_count(component, checkpoint, name, len(groups), wishes)
     base = Path(component.name)
     file_names = name.files(len(groups))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets
-from converter.choose import Wishes, choose_sets
+from converter.choose import Wishes, choose_sets, texts_of
 from converter.conversion import plan_conversion, refuse_file, request_of, unless_done
 from converter.dtypes import RECAST_SOURCES
 from converter.errors import BadRequest, LossyCast, Unsupported
@@ -22,9 +22,9 @@ from converter.folder import Component, ModelFolder
 from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
 from converter.modules import Linears, find_linears, is_skipped
 from converter.opening import open_regular
-from converter.paths import check_places, snapshot_of
+from converter.paths import check_places, path_of, snapshot_of
 from converter.plan import Plan
-from converter.rules import default_tied
+from converter.rules import compiled, default_tied
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.staging import recover
 from converter.tensors import TensorInfo, find_ties, turned
@@ -49,6 +49,10 @@ class ModuleChoice:
     skip: tuple[str, ...] = ()
     strict: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "include", texts_of(self.include))
+        object.__setattr__(self, "skip", texts_of(self.skip))
+
 
 _NO_CHOICE = ModuleChoice()
 
@@ -72,8 +76,8 @@ class Quantization:
 
 
 def prepare_quantized(
-    source: Path,
-    output: Path,
+    source: Path | str,
+    output: Path | str,
     wishes: Wishes,
     choice: ModuleChoice = _NO_CHOICE,
     *,
@@ -88,9 +92,7 @@ def prepare_quantized(
     own. Reads every weight once. Raises WconvError as the commands do, LossyCast where ``choice.strict`` has it so.
     """
     wishes = replace(wishes, form="safetensors", every_variant=False)
-    check_places(source, output)
-    source = snapshot_of(source)
-    _check_paths(source, output)
+    source, output = _places(source, output)
     request = request_of(source, output, ("quantize", choice, wishes))
     if recovering and recover(output, request):
         return Quantization(request, None)
@@ -118,7 +120,11 @@ def prepare_quantized(
     return Quantization(request, unless_done(wishes, make), tuple(parts.values()))
 
 
-def _check_paths(source: Path, output: Path) -> None:
+def _places(source: Path | str, output: Path | str) -> tuple[Path, Path]:
+    """Give the paths that are read and written. Raises WconvError for those that cannot be."""
+    source, output = path_of(source), path_of(output)
+    check_places(source, output)
+    source = snapshot_of(source)
     files = [source] if source.is_file() else sorted(filter(Path.is_file, source.glob("*.gguf")))
     if files and _is_gguf(files[0]) and not (source.is_dir() and find_weight_sets(source)):
         advice = "Quantize the safetensors model that it was made from."
@@ -127,6 +133,7 @@ def _check_paths(source: Path, output: Path) -> None:
     if output.exists() and source.exists() and output.samefile(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
+    return source, output
 
 
 def _is_gguf(path: Path) -> bool:
@@ -276,12 +283,9 @@ def _choose_modules(
     return wanted, notes
 
 
-def _matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
-    try:
-        compiled = [re.compile(pattern) for pattern in patterns]
-    except re.error as error:
-        raise BadRequest(repr(error.pattern), f"is no regular expression ({error})") from None
-    return lambda name: any(pattern.search(name) for pattern in compiled)
+def _matcher(regexes: Sequence[str]) -> Callable[[str], bool]:
+    patterns = list(map(compiled, regexes))
+    return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
 def _skip_list(
@@ -313,19 +317,20 @@ def _skip_list(
     return tuple(sorted(set(entries)))
 
 
-def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: bool = True) -> Quantization:
+def prepare_dequantized(
+    source: Path | str, output: Path | str, wishes: Wishes, recovering: bool = True
+) -> Quantization:
     """Plan the way back: int8 weights as numbers in ``wishes.dtype``, and all else in it too.
 
     In a pipeline only the parts that are quantized are written anew. Raises Unsupported for weights in another form,
     BadFile for scales that do not fit. A class that is in no table is taken to have no Conv1D where its library is not
     installed.
     """
-    assert wishes.dtype is not None
     dtype = wishes.dtype
+    if dtype is None:
+        raise BadRequest(source, "needs a dtype to be written in", "Say which: fp16, bf16 or fp32.")
     wishes = replace(wishes, form="safetensors", every_variant=False)
-    check_places(source, output)
-    source = snapshot_of(source)
-    _check_paths(source, output)
+    source, output = _places(source, output)
     request = request_of(source, output, ("dequantize", wishes))
     if recovering and recover(output, request):
         return Quantization(request, None)

@@ -353,7 +353,7 @@ def test_overwriting_leaves_what_is_not_of_the_set(wconv, tmp_path):
 
 def test_overwriting_a_folder_replaces_its_sets(wconv, tmp_path):
     save_pipeline(tmp_path / "m")
-    wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", "--max-shard-size", TENSOR_NBYTES)
+    wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", "--max-shard-size", f"{TENSOR_NBYTES}B")
     (tmp_path / "out" / "README.md").write_text("mine")
     wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", "--overwrite")
     wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "expected")
@@ -506,6 +506,7 @@ def test_variants(args, written, wconv, tmp_path):
         ("--component", "unet"),
         ("--max-shard-size", "5XB"),
         ("--max-shard-size", "0"),
+        ("--max-shard-size", "5"),
         ("--max-shard-size", "-1"),
         ("--max-shard-size", "1.5"),
         ("--max-shard-size", "GB"),
@@ -516,6 +517,7 @@ def test_variants(args, written, wconv, tmp_path):
         ("--workers", "many"),
         ("--memory", "none"),
         ("--memory", "0"),
+        ("--memory", "64"),
         ("--no-such-option",),
         ("a", "b"),
     ],
@@ -535,13 +537,13 @@ def test_wrong_options(args, wconv, tmp_path):
         ("none", 1),
         ("NONE", 1),
         ("1TB", 1),
-        ("64", 3),
-        ("100", 2),
+        ("64B", 3),
+        ("100 b", 2),
         ("0.064kB", 3),
         ("0.064 KB", 3),
         ("1kib", 1),
         ("0.0001MB", 2),
-        ("31", 6),
+        ("31B", 6),
     ],
 )
 def test_shard_sizes(size, shards, wconv, tmp_path):
