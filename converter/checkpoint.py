@@ -19,6 +19,7 @@ from converter.formats import could_be_weights, read_file
 from converter.formats.state_dict import PLAIN, Reading
 from converter.index import WeightIndex, read_index
 from converter.names import ParsedName, WeightsName, parse_name
+from converter.paths import path_of
 from converter.tensors import MAX_TENSORS, TensorInfo, WeightsFile
 
 # What trainers leave beside the weights (``transformers/trainer.py``, ``accelerate/utils/constants.py``), and binaries
@@ -146,13 +147,13 @@ def find_weight_set(path: Path) -> WeightSet:
     return WeightSet(path.parent, name, (path.name,))
 
 
-def open_checkpoint(source: Path | WeightSet, reading: Reading = PLAIN) -> Checkpoint:
+def open_checkpoint(source: Path | str | WeightSet, reading: Reading = PLAIN) -> Checkpoint:
     """Read the headers of a set and hold its index, where it has one, against them.
 
     ``reading`` says how pickled ones are read. Raises BadFile for a shard that is missing, a tensor that is in two
     shards, or in none.
     """
-    weight_set = find_weight_set(source) if isinstance(source, Path) else source
+    weight_set = source if isinstance(source, WeightSet) else find_weight_set(path_of(source))
     index = read_index(weight_set.folder / weight_set.index_name) if weight_set.index_name else None
     _check_shards(weight_set)
     files = tuple(_read_files(weight_set, reading))

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from converter.checkpoint import WeightSet, find_weight_set, find_weight_sets, is_weight_file
 from converter.errors import BadFile, HostileFile, SystemRefused
 from converter.formats import could_be_weights
-from converter.paths import lies_outside, real, snapshot_of
+from converter.paths import lies_outside, path_of, real, snapshot_of
 from converter.texts import read_config
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
@@ -81,12 +81,12 @@ class ModelFolder:
         object.__setattr__(self, "real", real(self.root))
 
 
-def open_folder(path: Path) -> ModelFolder:
+def open_folder(path: Path | str) -> ModelFolder:
     """See what is at ``path``: a weight file, an index, or a folder of any known kind.
 
     A model's name in the Hub's cache stands for its snapshot. Raises BadFile where there are no weights.
     """
-    path = snapshot_of(path)
+    path = snapshot_of(path_of(path))
     if not path.exists():
         raise BadFile(path, "is a link to nothing" if path.is_symlink() else "does not exist", "Check the path.")
     if not path.is_dir():

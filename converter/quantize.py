@@ -8,25 +8,23 @@ sizes and skip list; and once to be written. What stays between is four bytes a 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets
-from converter.choose import Wishes, choose_sets
-from converter.conversion import check_edited, plan_conversion, plan_rest, request_of
+from converter.choose import Wishes, choose_sets, texts_of
+from converter.conversion import plan_conversion, plan_rest, refuse_file, request_of
 from converter.dtypes import RECAST_SOURCES
 from converter.errors import BadRequest, LossyCast, Unsupported
-from converter.folder import Component, ModelFolder, render_json
+from converter.folder import Component, ModelFolder
 from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
 from converter.modules import Linears, find_linears, is_skipped
 from converter.opening import open_regular
-from converter.paths import check_places, snapshot_of
+from converter.paths import check_places, path_of, snapshot_of
 from converter.plan import Plan
-from converter.rules import default_tied
+from converter.rules import compiled, default_tied
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.staging import recover
 from converter.tensors import TensorInfo, find_ties, turned
@@ -51,6 +49,10 @@ class ModuleChoice:
     skip: tuple[str, ...] = ()
     strict: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "include", texts_of(self.include))
+        object.__setattr__(self, "skip", texts_of(self.skip))
+
 
 _NO_CHOICE = ModuleChoice()
 
@@ -74,8 +76,8 @@ class Quantization:
 
 
 def prepare_quantized(
-    source: Path,
-    output: Path,
+    source: Path | str,
+    output: Path | str,
     wishes: Wishes,
     choice: ModuleChoice = _NO_CHOICE,
     *,
@@ -90,9 +92,7 @@ def prepare_quantized(
     own. Reads every weight once. Raises WconvError as the commands do, LossyCast where ``choice.strict`` has it so.
     """
     wishes = replace(wishes, form="safetensors", every_variant=False)
-    check_places(source, output)
-    source = snapshot_of(source)
-    _check_paths(source, output)
+    source, output = _places(source, output)
     request = request_of(source, output, ("quantize", choice, wishes))
     finished = recovering and recover(output, request)
     parts: dict[str, QuantizedPart] = {}
@@ -104,28 +104,35 @@ def prepare_quantized(
         # With a dtype the other parts are cast; without one they are carried over.
         return choose_sets(folder, replace(wishes, components=())) if wishes.dtype else found
 
-    def adapt(component: Component, checkpoint: Checkpoint) -> Checkpoint:
+    def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
         if component.name not in chosen:
-            return checkpoint
+            return component, checkpoint
         scales = _Scales(workers, memory_nbytes, progress)
-        changed, parts[component.name] = _quantize(component, checkpoint, choice, scales)
-        return changed
+        changed, part = _quantize(component, checkpoint, choice, scales)
+        parts[component.name] = part
+        config = {**component.config, "quantization_config": quantization_config(part.skipped)}
+        return replace(component, config=config), changed
 
     def make(wishes: Wishes) -> Plan:
-        plan = plan_conversion(source, output, wishes, choose, adapt)
-        return _with_configs(plan, {name: quantization_config(part.skipped) for name, part in parts.items()})
+        return plan_conversion(source, output, wishes, choose, adapt)
 
     return Quantization(request, plan_rest(finished, wishes, make), tuple(parts.values()))
 
 
-def _check_paths(source: Path, output: Path) -> None:
+def _places(source: Path | str, output: Path | str) -> tuple[Path, Path]:
+    """Give the paths that are read and written. Raises WconvError for those that cannot be."""
+    source, output = path_of(source), path_of(output)
+    check_places(source, output)
+    source = snapshot_of(source)
     files = [source] if source.is_file() else sorted(filter(Path.is_file, source.glob("*.gguf")))
     if files and _is_gguf(files[0]) and not (source.is_dir() and find_weight_sets(source)):
         advice = "Quantize the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
+    refuse_file(output)
     if output.exists() and source.exists() and output.samefile(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
+    return source, output
 
 
 def _is_gguf(path: Path) -> bool:
@@ -275,12 +282,9 @@ def _choose_modules(
     return wanted, notes
 
 
-def _matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
-    try:
-        compiled = [re.compile(pattern) for pattern in patterns]
-    except re.error as error:
-        raise BadRequest(repr(error.pattern), f"is no regular expression ({error})") from None
-    return lambda name: any(pattern.search(name) for pattern in compiled)
+def _matcher(regexes: Sequence[str]) -> Callable[[str], bool]:
+    patterns = list(map(compiled, regexes))
+    return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
 def _skip_list(
@@ -312,38 +316,37 @@ def _skip_list(
     return tuple(sorted(set(entries)))
 
 
-def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: bool = True) -> Quantization:
+def prepare_dequantized(
+    source: Path | str, output: Path | str, wishes: Wishes, recovering: bool = True
+) -> Quantization:
     """Plan the way back: int8 weights as numbers in ``wishes.dtype``, and all else in it too.
 
     In a pipeline only the parts that are quantized are written anew. Raises Unsupported for weights in another form,
     BadFile for scales that do not fit. A class that is in no table is taken to have no Conv1D where its library is not
     installed.
     """
-    assert wishes.dtype is not None
     dtype = wishes.dtype
+    if dtype is None:
+        raise BadRequest(source, "needs a dtype to be written in", "Say which: fp16, bf16 or fp32.")
     wishes = replace(wishes, form="safetensors", every_variant=False)
-    check_places(source, output)
-    source = snapshot_of(source)
-    _check_paths(source, output)
+    source, output = _places(source, output)
     request = request_of(source, output, ("dequantize", wishes))
     finished = recovering and recover(output, request)
-    restored: set[str] = set()
 
     def choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
         names = tuple(c.name for c in folder.components if "quantization_config" in c.config)
         found = choose_sets(folder, replace(wishes, components=wishes.components or names))
         return [(_unquantized(component), weight_set) for component, weight_set in found]
 
-    def adapt(component: Component, checkpoint: Checkpoint) -> Checkpoint:
+    def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
         if not scales_in(checkpoint):
             path = checkpoint.weight_set.path
             raise Unsupported(path, "holds no 8-bit weights of bitsandbytes", "'wconv recast' changes other dtypes.")
-        restored.add(component.name)
         transposed = find_linears(component, checkpoint.tensors).transposed
-        return dequantized(checkpoint, dtype, transposed)
+        return component, dequantized(checkpoint, dtype, transposed)
 
     def make(wishes: Wishes) -> Plan:
-        return _with_configs(plan_conversion(source, output, wishes, choose, adapt), dict.fromkeys(restored))
+        return plan_conversion(source, output, wishes, choose, adapt)
 
     return Quantization(request, plan_rest(finished, wishes, make))
 
@@ -351,20 +354,3 @@ def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: 
 def _unquantized(component: Component) -> Component:
     config = {key: value for key, value in component.config.items() if key != "quantization_config"}
     return replace(component, config=config)
-
-
-def _with_configs(plan: Plan, configs: Mapping[str, dict[str, Any] | None]) -> Plan:
-    """Put quantization configs into the config.json of components; None takes it out."""
-    edited = dict(plan.edited)
-    for component in plan.source.components:
-        if component.name not in configs:
-            continue
-        path = (Path(component.name) / "config.json").as_posix()
-        content = json.loads(edited[path]) if path in edited else dict(component.config)
-        content.pop("quantization_config", None)
-        quantization = configs[component.name]
-        if quantization:
-            content["quantization_config"] = quantization
-        edited[path] = render_json(content)
-    carried = tuple(one for one in plan.carried if one[0] not in edited)
-    return check_edited(replace(plan, edited=tuple(edited.items()), carried=carried))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import Checkpoint
 from converter.choose import Tied, Wishes
-from converter.dtypes import DTYPES, RECAST_SOURCES, DType
+from converter.dtypes import BY_ALIAS, DTYPES, RECAST_SOURCES, RECAST_TARGETS, DType
 from converter.errors import BadRequest, Unsupported
 from converter.folder import Component
 from converter.keep_fp32 import keep_rule
@@ -60,12 +61,47 @@ def find_kept(component: Component, wishes: Wishes) -> Callable[[str], bool]:
     """Say which tensors stay float32 in a recast: those of the model's library, and those that are asked for."""
     if wishes.dtype is None or wishes.dtype.bits >= 32:
         return lambda name: False
-    try:
-        patterns = [re.compile(pattern) for pattern in wishes.keep_fp32]
-    except re.error as error:
-        raise BadRequest(repr(error.pattern), f"is no regular expression ({error})") from None
+    patterns = list(map(compiled, wishes.keep_fp32))
     rules = [keep_rule(name, component.is_diffusers, wishes.dtype) for name in component.class_names]
     return lambda name: any(rule(name) for rule in rules) or any(pattern.search(name) for pattern in patterns)
+
+
+def check_asked(path: Path, checkpoints: Iterable[Checkpoint], wishes: Wishes) -> None:
+    """Raise BadRequest for a dtype that nothing is cast to, and for names to be kept in float32 that no tensor has."""
+    if wishes.dtype and wishes.dtype.short_name not in RECAST_TARGETS:
+        raise BadRequest(repr(wishes.dtype.short_name), "is no dtype to cast to", f"Take {', '.join(RECAST_TARGETS)}.")
+    if wishes.keep_fp32 and wishes.dtype is None:
+        raise BadRequest(path, "is not cast, and --keep-fp32 is for casts", "Leave it out, or say which --dtype.")
+    infos = (info for checkpoint in checkpoints for info in checkpoint.tensors) if wishes.keep_fp32 else ()
+    names = [info.name for info in infos if info.target is None and info.dtype.tag in RECAST_SOURCES]
+    for regex in wishes.keep_fp32:
+        if not any(map(compiled(regex).search, names)):
+            problem = f"has no tensor to be cast whose name holds {regex!r}, as --keep-fp32 has it"
+            raise BadRequest(path, problem, "'wconv inspect --tensors' lists them.")
+
+
+def compiled(regex: str) -> re.Pattern[str]:
+    """Compile what a user gives as a regular expression. Raises BadRequest for what is none."""
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise BadRequest(repr(regex), f"is no regular expression ({error})") from None
+
+
+def tag_dtype(name: WeightsName) -> DType | None:
+    """Give the dtype that a variant's tag names, if it names one."""
+    return BY_ALIAS.get((name.variant or "").lower())
+
+
+def check_tag(path: Path, name: WeightsName, written: Iterable[DType], wishes: Wishes) -> None:
+    """Refuse to name weights for a dtype that they do not have, by a tag that is asked for or stays in a recast."""
+    named = tag_dtype(name)
+    floats = sorted({dtype.short_name for dtype in written if dtype.is_floating})
+    held = wishes.dtype.short_name if wishes.dtype else " and ".join(floats)
+    if named is None or not floats or named.short_name in ([held] if wishes.dtype else floats):
+        return
+    advice = f"Use --dtype {named.short_name}, or --variant {wishes.dtype.short_name if wishes.dtype else floats[0]}."
+    raise BadRequest(path, f"would be named {name.variant} and hold {held}", advice)
 
 
 def target_dtype(info: TensorInfo, wishes: Wishes, keep: Callable[[str], bool]) -> DType:

@@ -10,10 +10,10 @@ from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.choose import Wishes
 from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
-from converter.dtypes import BY_ALIAS, BY_TORCH_NAME, RECAST_SOURCES, DType
+from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
 from converter.errors import WconvError
 from converter.names import WeightsName
-from converter.rules import find_kept, find_old_attention
+from converter.rules import find_kept, find_old_attention, tag_dtype
 from converter.tensors import find_ties
 
 Check = Callable[[FolderView], Iterator[Finding]]
@@ -38,11 +38,6 @@ def right_name(part: ComponentView, name: WeightsName) -> WeightsName:
     right = _STEMS[part.library][name.format == "torch"]
     tag = (stem[2] or "")[1:].replace(".", "_")
     return WeightsName(right, "_".join(filter(None, (tag, name.variant))) or None, name.ext)
-
-
-def tag_dtype(name: WeightsName) -> DType | None:
-    """Give the dtype that a variant's tag names, if it names one."""
-    return BY_ALIAS.get((name.variant or "").lower())
 
 
 def lacks(view: FolderView, variant: str | None) -> list[ComponentView]:

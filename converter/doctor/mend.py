@@ -30,7 +30,6 @@ from converter.doctor.checks import (
     repeated_name,
     right_name,
     spelled_variant,
-    tag_dtype,
 )
 from converter.doctor.findings import Finding
 from converter.doctor.loaders import FolderListing, IndexListing, PartListing, list_folder
@@ -43,7 +42,7 @@ from converter.index import WeightIndex
 from converter.names import WeightsName, check_variant, parse_name
 from converter.plan import Plan, SetPlan, Target, make_plan
 from converter.rename import link_shards
-from converter.rules import find_old_attention, with_dtype
+from converter.rules import find_old_attention, tag_dtype, with_dtype
 from converter.staging import refuse_links
 
 Keep = Literal["single", "shards", "safetensors", "bin"]

@@ -96,7 +96,7 @@ def test_shards_and_their_index_are_tagged(wconv, tmp_path):
 def test_shard_size_and_dtype_in_one_pass(wconv, tmp_path):
     save_safetensors_shards(STATE, tmp_path / "m")
     # The limit is for what is written: 16 bytes a tensor.
-    wconv("recast", tmp_path / "m", "--dtype", "bf16", "--max-shard-size", "48", "-o", tmp_path / "out")
+    wconv("recast", tmp_path / "m", "--dtype", "bf16", "--max-shard-size", "48B", "-o", tmp_path / "out")
     assert [
         "".join(load_file(tmp_path / "out" / name)) for name in names_in(tmp_path / "out") if "index" not in name
     ] == ["abc", "def"]
@@ -248,7 +248,7 @@ def test_counts_are_exact_in_any_memory(wconv, tmp_path):
     values = torch.arange(300_000, dtype=torch.float32)
     save({"a": values, "b": -values}, tmp_path / "m" / "model.safetensors")
     count = f"{300_000 - 65_520:,}"
-    for memory in ("1", "64MB"):
+    for memory in ("1B", "64MB"):
         outcome = wconv("recast", tmp_path / "m", "--dtype", "fp16", "--memory", memory, exit_code=6)
         assert_one_line(outcome, f"a ({count}), b ({count}).")
 

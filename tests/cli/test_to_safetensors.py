@@ -353,7 +353,7 @@ def test_overwriting_leaves_what_is_not_of_the_set(wconv, tmp_path):
 
 def test_overwriting_a_folder_replaces_its_sets(wconv, tmp_path):
     save_pipeline(tmp_path / "m")
-    wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", "--max-shard-size", TENSOR_NBYTES)
+    wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", "--max-shard-size", f"{TENSOR_NBYTES}B")
     (tmp_path / "out" / "README.md").write_text("mine")
     wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", "--overwrite")
     wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "expected")
@@ -452,15 +452,11 @@ def test_an_output_may_be_a_file_name(output, written, wconv, tmp_path, monkeypa
     assert list(files_of(tmp_path)) == [written]
 
 
-def test_a_file_name_names_shards_too(wconv, tmp_path):
+def test_a_file_name_makes_one_file_of_shards(wconv, tmp_path):
     source = save_bin_shards(STATE, tmp_path / "m")
     wconv("to-safetensors", source, "-o", tmp_path / "x.safetensors")
-    assert sorted(path.name for path in tmp_path.glob("x*")) == [
-        "x-00001-of-00003.safetensors",
-        "x-00002-of-00003.safetensors",
-        "x-00003-of-00003.safetensors",
-        "x.safetensors.index.json",
-    ]
+    assert [path.name for path in tmp_path.glob("x*")] == ["x.safetensors"]
+    assert_same(load_file(tmp_path / "x.safetensors"), STATE)
 
 
 def test_a_file_name_of_another_format_is_refused(wconv, tmp_path):
@@ -510,6 +506,7 @@ def test_variants(args, written, wconv, tmp_path):
         ("--component", "unet"),
         ("--max-shard-size", "5XB"),
         ("--max-shard-size", "0"),
+        ("--max-shard-size", "5"),
         ("--max-shard-size", "-1"),
         ("--max-shard-size", "1.5"),
         ("--max-shard-size", "GB"),
@@ -520,6 +517,7 @@ def test_variants(args, written, wconv, tmp_path):
         ("--workers", "many"),
         ("--memory", "none"),
         ("--memory", "0"),
+        ("--memory", "64"),
         ("--no-such-option",),
         ("a", "b"),
     ],
@@ -539,13 +537,13 @@ def test_wrong_options(args, wconv, tmp_path):
         ("none", 1),
         ("NONE", 1),
         ("1TB", 1),
-        ("64", 3),
-        ("100", 2),
+        ("64B", 3),
+        ("100 b", 2),
         ("0.064kB", 3),
         ("0.064 KB", 3),
         ("1kib", 1),
         ("0.0001MB", 2),
-        ("31", 6),
+        ("31B", 6),
     ],
 )
 def test_shard_sizes(size, shards, wconv, tmp_path):
