@@ -24,6 +24,8 @@ from converter.tensors import find_ties as find_equal_views
 _OLD_ATTENTION_CLASSES = frozenset({"AutoencoderKL", "VQModel", "UNet2DModel"})
 _OLD_ATTENTION_NAME = re.compile(r".*\.attentions\.\d+\.(query|key|value|proj_attn)\.(weight|bias)")
 
+# What ``from_pretrained`` of transformers looks for, and ties (``tie_weights`` in ``transformers/modeling_utils.py``).
+_TRANSFORMERS_STEMS = frozenset({"model", "pytorch_model"})
 
 # How much more may be written than is held. Masks and buffers that were expanded take some MB; tied embeddings that are
 # written under each of their two to four names take GB, but not four times all the rest; a compressed float32 copy of
@@ -39,21 +41,33 @@ def choose_ties(component: Component, checkpoint: Checkpoint, form: Format, wish
         names = {info.name for info in checkpoint.tensors}
         recorded = {name: kept for name, kept in checkpoint.metadata.items() if kept in names and name not in names}
         return {} if wishes.tied == "duplicate" else {**find_equal_views(checkpoint.tensors), **recorded}
-    ties = find_equal_views(checkpoint.tensors) if (wishes.tied or default_tied(component)) == "first" else {}
+    tied = wishes.tied or default_tied(component, checkpoint.name)
+    ties = find_equal_views(checkpoint.tensors) if tied == "first" else {}
     if "format" in ties:
         raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
     return ties
 
 
-def default_tied(component: Component) -> Tied:
+def default_tied(component: Component, name: WeightsName) -> Tied:
     """Say whether tied tensors are written once or each by its name, where the user does not.
 
-    A transformers model ties again what its config says is tied; where the config says it does not, and in Diffusers,
-    which never ties, a name that is not in the file is a missing weight.
+    A transformers model ties again what its config says is tied. Where the config says it does not, in a file that is
+    not named as transformers looks for it, and in every other library, a name that is not in the file is a missing
+    weight.
     """
-    if component.is_diffusers or component.config.get("tie_word_embeddings") is False:
-        return "duplicate"
-    return "first"
+    config = component.config
+    is_transformers = not component.is_diffusers and (component.class_name or isinstance(config.get("model_type"), str))
+    if is_transformers and name.stem in _TRANSFORMERS_STEMS and not _unties(config):
+        return "first"
+    return "duplicate"
+
+
+def _unties(config: dict[str, Any]) -> bool:
+    """Say whether a config, or where it is silent that of a part, says that embeddings are not tied."""
+    own = config.get("tie_word_embeddings")
+    if own is not None:
+        return own is False
+    return any(_unties(value) for value in config.values() if isinstance(value, dict))
 
 
 def find_kept(component: Component, wishes: Wishes) -> Callable[[str], bool]:
