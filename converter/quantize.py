@@ -18,7 +18,7 @@ from typing import Any
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets
 from converter.choose import Wishes, choose_sets
 from converter.conversion import check_edited, plan_conversion, request_of, unless_done
-from converter.dtypes import RECAST_SOURCES
+from converter.dtypes import RECAST_SOURCES, DType
 from converter.errors import BadRequest, LossyCast, Unsupported
 from converter.folder import Component, ModelFolder, render_json
 from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
@@ -228,9 +228,13 @@ def _int8_nbytes(info: TensorInfo) -> int:
 
 def _refuse_quantized(path: Path, tensors: Iterable[TensorInfo]) -> None:
     for info in tensors:
-        if info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype.tag not in RECAST_SOURCES:
+        if info.name.endswith(".weight") and len(info.shape) == 2 and not _is_full(info.dtype):
             problem = f"is quantized already: {info.name!r} is {info.dtype}"
             raise Unsupported(path, problem, "Quantize the model that it was made from.")
+
+
+def _is_full(dtype: DType) -> bool:
+    return dtype.tag in RECAST_SOURCES and dtype.bits >= 16
 
 
 def _choose_modules(

@@ -88,7 +88,17 @@ def target_dtype(info: TensorInfo, wishes: Wishes, keep: Callable[[str], bool]) 
         return info.target
     if wishes.dtype is None or info.dtype.tag not in RECAST_SOURCES:
         return info.dtype
-    return DTYPES["F32"] if keep(info.name) else wishes.dtype
+    if keep(info.name):
+        return DTYPES["F32"]
+    return info.dtype if stays_wider(info.dtype, len(info.shape), wishes.dtype) else wishes.dtype
+
+
+def stays_wider(dtype: DType, dims: int, target: DType) -> bool:
+    """Say whether a tensor keeps its dtype where 8 bits are asked for: norms, biases and scalars do.
+
+    They take next to no room, and no library computes with them in 8 bits.
+    """
+    return target.bits == 8 and dims < 2 and dtype.bits > 8
 
 
 def check_quantized(component: Component, checkpoint: Checkpoint, wishes: Wishes) -> None:

@@ -117,7 +117,8 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
                 "index": planned.index[0] if planned.index else None,
                 "tensors": planned.tensor_count,
                 "tied": dict(planned.ties),
-                "kept_fp32": list(planned.kept),
+                "kept_fp32": [name for name, dtype in planned.kept.items() if dtype.tag == "F32"],
+                "kept": {name: dtype.short_name for name, dtype in planned.kept.items()},
             }
             for planned in plan.sets
         ],
@@ -198,10 +199,11 @@ def _show_remarks(plan: Plan, every: bool) -> None:
     for planned in plan.sets:
         for dropped, kept in planned.ties.items():
             echo(printable(f"Tied: {dropped} is {kept}, written once and noted in the header"))
-        if planned.kept:
-            names = ", ".join(map(printable, planned.kept if every else planned.kept[:3]))
-            more = "" if every or len(planned.kept) <= 3 else ", ... (-v lists them)"
-            echo(f"Kept in fp32 in {printable(planned.source.path.name)}: {len(planned.kept)} ({names}{more})")
+        for dtype in dict.fromkeys(planned.kept.values()):
+            kept = [name for name, other in planned.kept.items() if other is dtype]
+            names = ", ".join(map(printable, kept if every else kept[:3]))
+            more = "" if every or len(kept) <= 3 else ", ... (-v lists them)"
+            echo(f"Kept in {dtype.short_name} in {printable(planned.source.path.name)}: {len(kept)} ({names}{more})")
         for note in planned.notes:
             echo(printable(f"Note: {note}"))
     for note in plan.notes:
