@@ -8,19 +8,17 @@ sizes and skip list; and once to be written. What stays between is four bytes a 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets
 from converter.choose import Wishes, choose_sets
-from converter.conversion import check_edited, plan_conversion, request_of, unless_done
+from converter.conversion import plan_conversion, refuse_file, request_of, unless_done
 from converter.dtypes import RECAST_SOURCES, DType
 from converter.errors import BadRequest, LossyCast, Unsupported
-from converter.folder import Component, ModelFolder, render_json
+from converter.folder import Component, ModelFolder
 from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
 from converter.modules import Linears, find_linears, is_skipped
 from converter.opening import open_regular
@@ -105,16 +103,17 @@ def prepare_quantized(
         # With a dtype the other parts are cast; without one they are carried over.
         return choose_sets(folder, replace(wishes, components=())) if wishes.dtype else found
 
-    def adapt(component: Component, checkpoint: Checkpoint) -> Checkpoint:
+    def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
         if component.name not in chosen:
-            return checkpoint
+            return component, checkpoint
         scales = _Scales(workers, memory_nbytes, progress)
-        changed, parts[component.name] = _quantize(component, checkpoint, choice, scales)
-        return changed
+        changed, part = _quantize(component, checkpoint, choice, scales)
+        parts[component.name] = part
+        config = {**component.config, "quantization_config": quantization_config(part.skipped)}
+        return replace(component, config=config), changed
 
     def make(wishes: Wishes) -> Plan:
-        plan = plan_conversion(source, output, wishes, choose, adapt)
-        return _with_configs(plan, {name: quantization_config(part.skipped) for name, part in parts.items()})
+        return plan_conversion(source, output, wishes, choose, adapt)
 
     return Quantization(request, unless_done(wishes, make), tuple(parts.values()))
 
@@ -124,6 +123,7 @@ def _check_paths(source: Path, output: Path) -> None:
     if files and _is_gguf(files[0]) and not (source.is_dir() and find_weight_sets(source)):
         advice = "Quantize the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
+    refuse_file(output)
     if output.exists() and source.exists() and output.samefile(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
@@ -333,23 +333,21 @@ def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: 
     request = request_of(source, output, ("dequantize", wishes))
     if recovering and recover(output, request):
         return Quantization(request, None)
-    restored: set[str] = set()
 
     def choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
         names = tuple(c.name for c in folder.components if "quantization_config" in c.config)
         found = choose_sets(folder, replace(wishes, components=wishes.components or names))
         return [(_unquantized(component), weight_set) for component, weight_set in found]
 
-    def adapt(component: Component, checkpoint: Checkpoint) -> Checkpoint:
+    def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
         if not scales_in(checkpoint):
             path = checkpoint.weight_set.path
             raise Unsupported(path, "holds no 8-bit weights of bitsandbytes", "'wconv recast' changes other dtypes.")
-        restored.add(component.name)
         transposed = find_linears(component, checkpoint.tensors).transposed
-        return dequantized(checkpoint, dtype, transposed)
+        return component, dequantized(checkpoint, dtype, transposed)
 
     def make(wishes: Wishes) -> Plan:
-        return _with_configs(plan_conversion(source, output, wishes, choose, adapt), dict.fromkeys(restored))
+        return plan_conversion(source, output, wishes, choose, adapt)
 
     return Quantization(request, unless_done(wishes, make))
 
@@ -357,20 +355,3 @@ def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: 
 def _unquantized(component: Component) -> Component:
     config = {key: value for key, value in component.config.items() if key != "quantization_config"}
     return replace(component, config=config)
-
-
-def _with_configs(plan: Plan, configs: Mapping[str, dict[str, Any] | None]) -> Plan:
-    """Put quantization configs into the config.json of components; None takes it out."""
-    edited = dict(plan.edited)
-    for component in plan.source.components:
-        if component.name not in configs:
-            continue
-        path = (Path(component.name) / "config.json").as_posix()
-        content = json.loads(edited[path]) if path in edited else dict(component.config)
-        content.pop("quantization_config", None)
-        quantization = configs[component.name]
-        if quantization:
-            content["quantization_config"] = quantization
-        edited[path] = render_json(content)
-    carried = tuple(one for one in plan.carried if one[0] not in edited)
-    return check_edited(replace(plan, edited=tuple(edited.items()), carried=carried))

@@ -25,9 +25,10 @@ def command(source: Path, **options: Any) -> None:
     wconv recast ./model --dtype bf16 --variant none -o ./small    the same under plain names
     """
     from converter.cli.convert import run_conversion
+    from converter.conversion import file_named
 
     if options["dtype"] is None:
         raise click.UsageError("Say which dtype: --dtype bf16, for example.")
-    if options["variant"] is None:
+    if options["variant"] is None and not file_named(options["output"]):
         options["variant"] = options["dtype"].short_name
     run_conversion(source, options, every_variant=False)
