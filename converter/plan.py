@@ -23,13 +23,13 @@ from converter.index import WeightIndex
 from converter.names import Format, WeightsName
 from converter.paths import real
 from converter.rules import (
+    cast_config,
     check_growth,
     check_quantized,
     check_shard_count,
     choose_ties,
     find_kept,
     target_dtype,
-    with_dtype,
 )
 from converter.tensors import TensorInfo
 
@@ -204,9 +204,9 @@ def make_plan(
             there_already.append(planned.shards[0].path)
         elif not _is_there(planned, checkpoint, there):
             sets.append(planned)
-            config = _with_dtype(
-                beside.configs.get(component.name, component.config), component, planned, target, wanted
-            )
+            config = beside.configs.get(component.name, component.config)
+            if folder.kind != "file":
+                config = _with_dtype(config, component, planned, target, wanted)
             if config != read.get(component.name, component.config):
                 edited[(Path(component.name) / "config.json").as_posix()] = render_json(config)
     if there_already and not sets:
@@ -408,8 +408,7 @@ def _with_dtype(
     """
     if wishes.dtype is None or planned.name.variant is not None or _is_beside(component, target):
         return config
-    edited: dict[str, Any] = with_dtype(config, wishes.dtype.torch_name)
-    return edited
+    return cast_config(component, config, wishes.dtype)
 
 
 def split_into_shards(sizes: Sequence[int], max_nbytes: float) -> list[list[int]]:

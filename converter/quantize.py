@@ -244,7 +244,11 @@ def _choose_modules(
     path = checkpoint.weight_set.path
     is_included, is_excluded = _matcher(choice.include), _matcher(choice.skip)
     tensors = {info.name: info for info in checkpoint.tensors}
-    ties = find_ties(tensors.values()) if default_tied(component, checkpoint.name) == "first" else {}
+    ties = (
+        find_ties(tensors.values())
+        if default_tied(component, checkpoint.name.in_format("safetensors")) == "first"
+        else {}
+    )
     tied = {*ties, *ties.values()}
     wanted: list[str] = []
     notes: list[str] = []
