@@ -78,9 +78,9 @@ def _lines_of(plan: Plan, planned: SetPlan) -> list[str]:
         return _load_files(planned, paths)
     if is_adapter(planned.name) and len(paths) == 1 and _is_found_plain(plan, planned):
         return _load_adapter(component, folder)
-    if variantless(plan.source) or not finds(component, planned.name):
+    name = component.class_name  # AutoModel would take what the bare model has, and leave its head
+    if not name or variantless(plan.source) or not finds(component, planned.name):
         return _load_files(planned, paths)
-    name = component.class_name or "AutoModel"
     library = "diffusers" if component.is_diffusers else _DIFFUSERS_HOMES.get(name, "transformers")
     return _from_pretrained(plan, [planned], library, name, folder)
 

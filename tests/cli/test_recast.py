@@ -55,15 +55,15 @@ def test_the_variant_has_the_dtypes_name(dtype, wconv, tmp_path):
 )
 def test_other_names_of_dtypes(alias, tag, wconv, tmp_path):
     save(HALF, tmp_path / "m" / "model.safetensors")
-    wconv("recast", tmp_path / "m", "--dtype", alias, "-o", tmp_path / "out")
-    assert names_in(tmp_path / "out") == [f"model.{tag}.safetensors"]
+    wconv("recast", tmp_path / "m", "--dtype", alias)
+    assert f"model.{tag}.safetensors" in names_in(tmp_path / "m")
 
 
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
 @pytest.mark.parametrize(
     ("args", "written"),
     [
-        ((), "model.fp16.safetensors"),
+        ((), "model.safetensors"),
         (("--variant", "none"), "model.safetensors"),
         (("--variant", "half"), "model.half.safetensors"),
     ],
