@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from types import MappingProxyType
 
+from converter.ask import ask_kept
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets, open_checkpoint, strip_prefix
 from converter.choose import Wishes, choose_sets
 from converter.errors import BadRequest, OutputRefused
@@ -62,9 +63,10 @@ def plan_conversion(
         raise BadRequest(source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
     reading = Reading(wishes.key, wishes.strip_code)
     opened = [(component, open_checkpoint(weight_set, reading)) for component, weight_set in chosen]
+    kept = _ask_kept((component for component, _ in chosen), wishes)
     adapted = opened if adapt is None else [adapt(component, checkpoint) for component, checkpoint in opened]
     orders = [
-        (component, _rename(checkpoint, wishes, renamed), each)
+        (dataclasses.replace(component, more_fp32=kept[component.name][0]), _rename(checkpoint, wishes, renamed), each)
         for ((component, _), each), (_, checkpoint) in zip(asked, adapted, strict=True)
     ]
     carried, notes = _carry(folder, chosen, target, wishes) if elsewhere and folder.kind != "file" else ([], [])
@@ -72,7 +74,12 @@ def plan_conversion(
         carried=tuple((path.relative_to(folder.root).as_posix(), path) for path in carried),
         edited=edited,
         configs={component.name: component.config for component, _ in adapted},
-        notes=(*notes, *note_tag(folder, wishes.variant), *find_strangers(folder.root, target.folder)),
+        notes=(
+            *notes,
+            *dict.fromkeys(note for _, note in kept.values() if note),
+            *note_tag(folder, wishes.variant),
+            *find_strangers(folder.root, target.folder),
+        ),
     )
     existing = _find_existing(target, [component for component, _ in chosen])
     plan = make_plan(folder, orders, target, wishes, existing, beside)
@@ -223,6 +230,15 @@ def _split_output(
     limit = math.inf if wishes.max_shard_nbytes is None else wishes.max_shard_nbytes
     named = dataclasses.replace(wishes, variant=None, tag_dtype=False, max_shard_nbytes=limit)
     return output.parent, parsed.name, named
+
+
+def _ask_kept(components: Iterable[Component], wishes: Wishes) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Give, by component, what its library keeps in float32 in a cast and the table lacks, and a note on that."""
+    target = wishes.dtype if wishes.dtype and wishes.dtype.bits < 32 else None
+    return {
+        one.name: ask_kept(one.class_names, one.is_diffusers, target) if target and one.class_names else ((), "")
+        for one in components
+    }
 
 
 def _tagged(folder: ModelFolder, wishes: Wishes, elsewhere: bool) -> Wishes:

@@ -11,12 +11,13 @@ class of each nested config too (``text_config.architectures[0]``).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from converter.dtypes import DType
 
 # Each row: entries, classes. For transformers: entries for float16, entries for float16 and bfloat16, classes.
-# Written by scripts/make_keep_fp32.py from diffusers 0.42.1 and transformers 5.24.0.
+# Written by scripts/make_keep_fp32.py.
+MADE_FROM = {"diffusers": "0.42.1", "transformers": "5.24.0"}
 _DIFFUSERS: tuple[tuple[str, str], ...] = (
     (
         "time_embedder scale_shift_table norm1 norm2 norm3",
@@ -275,13 +276,21 @@ def keep_rule(class_name: str, is_diffusers: bool, target: DType) -> Callable[[s
     """Give the predicate on tensor names that the library of a class keeps float32 when it loads in ``target``."""
     if target.bits >= 32 or not target.is_floating:
         return _keep_nothing
-    if is_diffusers:
-        return keep_segments(entry for row in _DIFFUSERS if class_name in row[1].split() for entry in row[0].split())
-    kept: list[str] = []
-    for fp16, strict, classes in (*_TRANSFORMERS, *_MORE_TRANSFORMERS):
-        if class_name in classes.split():
-            kept += strict.split() if target.tag == "BF16" else [*fp16.split(), *strict.split()]
-    return keep_matches(kept)
+    kept = kept_entries(class_name, is_diffusers, target)
+    return keep_segments(kept) if is_diffusers else keep_matches(kept)
+
+
+def kept_entries(class_name: str, is_diffusers: bool, target: DType) -> list[str]:
+    """Give what the tables list for a class that is loaded in ``target``."""
+    rows = [(row[0], "", row[1]) for row in _DIFFUSERS] if is_diffusers else (*_TRANSFORMERS, *_MORE_TRANSFORMERS)
+    lists = [(fp16.split(), strict.split()) for fp16, strict, classes in rows if class_name in classes.split()]
+    return [entry for pair in lists for entry in chosen_lists(pair, is_diffusers, target)]
+
+
+def chosen_lists(lists: Sequence[Sequence[str]], is_diffusers: bool, target: DType) -> list[str]:
+    """Give the entries that hold for ``target``, of a library's two lists: transformers has one for float16 alone."""
+    fp16, strict = lists
+    return list(strict) if target.tag == "BF16" and not is_diffusers else [*fp16, *strict]
 
 
 def keep_segments(entries: Iterable[str]) -> Callable[[str], bool]:

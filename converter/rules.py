@@ -14,7 +14,7 @@ from converter.choose import Tied, Wishes
 from converter.dtypes import DTYPES, RECAST_SOURCES, DType
 from converter.errors import BadRequest, Unsupported
 from converter.folder import Component, ModelFolder
-from converter.keep_fp32 import keep_rule
+from converter.keep_fp32 import keep_matches, keep_rule, keep_segments
 from converter.names import Format, WeightsName
 from converter.tensors import TensorInfo
 from converter.tensors import find_ties as find_equal_views
@@ -119,6 +119,7 @@ def find_kept(component: Component, wishes: Wishes) -> Callable[[str], bool]:
     except re.error as error:
         raise BadRequest(repr(error.pattern), f"is no regular expression ({error})") from None
     rules = [keep_rule(name, component.is_diffusers, wishes.dtype) for name in component.class_names]
+    rules.append((keep_segments if component.is_diffusers else keep_matches)(component.more_fp32))
     return lambda name: any(rule(name) for rule in rules) or any(pattern.search(name) for pattern in patterns)
 
 
