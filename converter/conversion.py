@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from types import MappingProxyType
 
+from converter.ask import ask_kept
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets, open_checkpoint, strip_prefix
 from converter.choose import Wishes, choose_sets
 from converter.errors import BadRequest, OutputRefused
@@ -18,6 +19,7 @@ from converter.formats.state_dict import Reading
 from converter.names import ParsedName, WeightsName, is_other_file, parse_name
 from converter.paths import check_places, path_of
 from converter.plan import Beside, Plan, Target, make_plan
+from converter.rules import note_tag, variantless
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
 from converter.single_file import SingleFile
 from converter.staging import find_difference, find_strangers, open_target, recover, refuse_links
@@ -54,16 +56,18 @@ def plan_conversion(
     folder = open_folder(source)
     output, renamed, wishes = _split_output(folder, output, wishes)
     target = open_target(folder, output, wishes.overwrite)
+    elsewhere = output is not None and not (output.exists() and output.samefile(folder.root))
+    wishes = _tagged(folder, wishes, elsewhere)
     asked = [(one, each) for each in (wishes, *others) for one in choose(folder, each)]
     chosen = [one for one, _ in asked]
-    elsewhere = output is not None and not (output.exists() and output.samefile(folder.root))
     if wishes.dtype and wishes.variant == "none" and not elsewhere:
         raise BadRequest(source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
     reading = Reading(wishes.key, wishes.strip_code)
     opened = [(component, open_checkpoint(weight_set, reading)) for component, weight_set in chosen]
+    kept = _ask_kept((component for component, _ in chosen), wishes)
     adapted = opened if adapt is None else [adapt(component, checkpoint) for component, checkpoint in opened]
     orders = [
-        (component, _rename(checkpoint, wishes, renamed), each)
+        (dataclasses.replace(component, more_fp32=kept[component.name][0]), _rename(checkpoint, wishes, renamed), each)
         for ((component, _), each), (_, checkpoint) in zip(asked, adapted, strict=True)
     ]
     carried, notes = _carry(folder, chosen, target, wishes) if elsewhere and folder.kind != "file" else ([], [])
@@ -71,7 +75,12 @@ def plan_conversion(
         carried=tuple((path.relative_to(folder.root).as_posix(), path) for path in carried),
         edited=edited,
         configs={component.name: component.config for component, _ in adapted},
-        notes=(*notes, *find_strangers(folder.root, target.folder)),
+        notes=(
+            *notes,
+            *dict.fromkeys(note for _, note in kept.values() if note),
+            *note_tag(folder, wishes.variant),
+            *find_strangers(folder.root, target.folder),
+        ),
     )
     existing = _find_existing(target, [component for component, _ in chosen])
     plan = make_plan(folder, orders, target, wishes, existing, beside)
@@ -235,7 +244,35 @@ def _split_output(
         problem = f"is the whole name of a file, and --variant {wishes.variant} would change it"
         raise BadRequest(output, problem, "Leave --variant out, or name a folder.")
     limit = math.inf if wishes.max_shard_nbytes is None else wishes.max_shard_nbytes
-    return output.parent, parsed.name, dataclasses.replace(wishes, variant=None, max_shard_nbytes=limit)
+    named = dataclasses.replace(wishes, variant=None, tag_dtype=False, max_shard_nbytes=limit)
+    return output.parent, parsed.name, named
+
+
+def _ask_kept(components: Iterable[Component], wishes: Wishes) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Give, by component, what its library keeps in float32 in a cast and the table lacks, and a note on that."""
+    target = wishes.dtype if wishes.dtype and wishes.dtype.bits < 32 else None
+    return {
+        one.name: ask_kept(one.class_names, one.is_diffusers, target) if target and one.class_names else ((), "")
+        for one in components
+    }
+
+
+def _tagged(folder: ModelFolder, wishes: Wishes, elsewhere: bool) -> Wishes:
+    """Give wishes with the variant of a recast where they leave it open: a tag where loaders are asked for it.
+
+    Users of Diffusers ask for one; in a new folder all others find plain names with no more words.
+    """
+    if not wishes.tag_dtype or wishes.dtype is None or wishes.variant is not None:
+        return wishes
+    library = variantless(folder)
+    is_diffusers = folder.kind == "pipeline" or folder.components[0].is_diffusers
+    if elsewhere and (library or not is_diffusers):
+        return dataclasses.replace(wishes, variant="none")
+    tag = wishes.dtype.short_name
+    if library and folder.kind != "file":
+        problem = f"is loaded by {library}, which finds no variants: weights tagged {tag} would not be found"
+        raise BadRequest(folder.path, problem, f"Use -o OUT for a new folder, or --variant {tag} all the same.")
+    return dataclasses.replace(wishes, variant=tag)
 
 
 def _check_named(plan: Plan, name: WeightsName, existing: Sequence[WeightSet]) -> None:

@@ -34,12 +34,16 @@ _MAX_CLASSES = 16  # those that hear, see and speak have four or five; each asks
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One folder that holds weights: ``name`` is ``unet``, or empty for the folder itself."""
+    """One folder that holds weights: ``name`` is ``unet``, or empty for the folder itself.
+
+    ``more_fp32`` is what its installed library keeps in float32 beyond what our table says.
+    """
 
     name: str
     path: Path
     weight_sets: tuple[WeightSet, ...]
     config: dict[str, Any]
+    more_fp32: tuple[str, ...] = ()
 
     @property
     def class_name(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from converter.checkpoint import Checkpoint, WeightSet
 from converter.choose import Wishes
-from converter.dtypes import RECAST_SOURCES, DType
+from converter.dtypes import DType
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.folder import Component, ModelFolder, render_json
 from converter.formats import FORMATS
@@ -23,6 +23,7 @@ from converter.index import WeightIndex
 from converter.names import Format, WeightsName
 from converter.paths import real
 from converter.rules import (
+    cast_config,
     check_asked,
     check_growth,
     check_quantized,
@@ -31,7 +32,6 @@ from converter.rules import (
     choose_ties,
     find_kept,
     target_dtype,
-    with_dtype,
 )
 from converter.tensors import TensorInfo
 
@@ -70,7 +70,8 @@ class Shard:
 class SetPlan:
     """One weight set to be written, from one that was read.
 
-    ``ties`` maps each name left out to the name that stays, ``kept`` are the tensors that stay float32 in a recast.
+    ``ties`` maps each name left out to the name that stays, ``kept`` the tensors that a recast leaves in another dtype
+    than the one that was asked for to that dtype.
     """
 
     component: str
@@ -79,7 +80,7 @@ class SetPlan:
     shards: tuple[Shard, ...]
     index: tuple[str, bytes] | None
     ties: Mapping[str, str]
-    kept: tuple[str, ...] = ()
+    kept: Mapping[str, DType] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -213,9 +214,9 @@ def make_plan(
             there_already.append(planned.shards[0].path)
         elif not _is_there(planned, checkpoint, there):
             sets.append(planned)
-            config = _with_dtype(
-                beside.configs.get(component.name, component.config), component, planned, target, wanted
-            )
+            config = beside.configs.get(component.name, component.config)
+            if folder.kind != "file":
+                config = _with_dtype(config, component, planned, target, wanted)
             if config != read.get(component.name, component.config):
                 edited[(Path(component.name) / "config.json").as_posix()] = render_json(config)
     if there_already and not sets:
@@ -322,10 +323,20 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     index = None
     if len(shards) > 1:
         index = ((base / name.index).as_posix(), _build_index(checkpoint, shards, file_names).render())
-    castable = (info for info in checkpoint.tensors if info.target is None and info.dtype.tag in RECAST_SOURCES)
-    kept = tuple(info.name for info in castable if keep(info.name))
-    notes = (*checkpoint.notes, *growth)
+    kept = {
+        info.name: casts[info.name]
+        for info in checkpoint.tensors
+        if wishes.dtype and info.target is None and casts[info.name] is not wishes.dtype
+    }
+    notes = (*checkpoint.notes, *growth, *_note_no_cast(checkpoint, casts, wishes))
     return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, notes)
+
+
+def _note_no_cast(checkpoint: Checkpoint, casts: Mapping[str, DType], wishes: Wishes) -> Iterable[str]:
+    """Say so where a recast changes nothing."""
+    if wishes.dtype and all(casts[info.name] is info.dtype for info in checkpoint.tensors):
+        is_there = any(info.dtype is wishes.dtype for info in checkpoint.tensors)
+        yield f"already {wishes.dtype.short_name}: nothing to cast" if is_there else "holds nothing to cast"
 
 
 def _units(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
@@ -409,8 +420,7 @@ def _with_dtype(
     """
     if wishes.dtype is None or planned.name.variant is not None or _is_beside(component, target):
         return config
-    edited: dict[str, Any] = with_dtype(config, wishes.dtype.torch_name)
-    return edited
+    return cast_config(component, config, wishes.dtype)
 
 
 def split_into_shards(sizes: Sequence[int], max_nbytes: float) -> list[list[int]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets
 from converter.choose import Wishes, choose_sets, texts_of
 from converter.conversion import plan_conversion, plan_rest, refuse_file, request_of
-from converter.dtypes import RECAST_SOURCES
+from converter.dtypes import RECAST_SOURCES, DType
 from converter.errors import BadRequest, LossyCast, Unsupported
 from converter.folder import Component, ModelFolder
 from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
@@ -234,9 +234,13 @@ def _int8_nbytes(info: TensorInfo) -> int:
 
 def _refuse_quantized(path: Path, tensors: Iterable[TensorInfo]) -> None:
     for info in tensors:
-        if info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype.tag not in RECAST_SOURCES:
+        if info.name.endswith(".weight") and len(info.shape) == 2 and not _is_full(info.dtype):
             problem = f"is quantized already: {info.name!r} is {info.dtype}"
             raise Unsupported(path, problem, "Quantize the model that it was made from.")
+
+
+def _is_full(dtype: DType) -> bool:
+    return dtype.tag in RECAST_SOURCES and dtype.bits >= 16
 
 
 def _choose_modules(
@@ -246,7 +250,11 @@ def _choose_modules(
     path = checkpoint.weight_set.path
     is_included, is_excluded = _matcher(choice.include), _matcher(choice.skip)
     tensors = {info.name: info for info in checkpoint.tensors}
-    ties = find_ties(tensors.values()) if default_tied(component) == "first" else {}
+    ties = (
+        find_ties(tensors.values())
+        if default_tied(component, checkpoint.name.in_format("safetensors")) == "first"
+        else {}
+    )
     tied = {*ties, *ties.values()}
     wanted: list[str] = []
     notes: list[str] = []
