@@ -12,14 +12,13 @@ from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.dtypes import BY_ALIAS, BY_TORCH_NAME, RECAST_SOURCES, DType
 from converter.errors import WconvError
-from converter.names import WeightsName
+from converter.names import WeightsName, is_other_runtime
 from converter.rules import find_kept, find_old_attention
 from converter.tensors import find_ties
 
 Check = Callable[[FolderView], Iterator[Finding]]
 _PartCheck = Callable[[ComponentView], Iterator[Finding]]
 
-_OTHER_FORMS = re.compile(r".*\.(onnx|pb|xml|msgpack|h5|gguf|flashpack|mlmodelc|mlpackage)|openvino.*")
 _STEMS = {"diffusers": ("diffusion_pytorch_model",) * 2, "transformers": ("model", "pytorch_model")}
 _ANY_STEM = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(\..+)?")
 
@@ -157,7 +156,7 @@ def _missing_parts(view: FolderView) -> Iterator[Finding]:
     for name in view.absent:
         yield Finding("component-missing", view.path / name, name, "is not there, and model_index.json names it")
     for part in view.components if view.is_pipeline else ():
-        elsewhere = any(_OTHER_FORMS.fullmatch(name) for name in part.files)
+        elsewhere = any(map(is_other_runtime, part.files))
         if part.is_named and not (part.weights or part.sets or elsewhere) and part.component.config:
             yield Finding("component-missing", part.path, part.name, "has a config.json and no weights")
 

@@ -18,7 +18,7 @@ from typing import Any
 from converter.checkpoint import WeightSet, is_weight_file
 from converter.dtypes import DType
 from converter.errors import BadFile, BadRequest, HostileFile, WconvError
-from converter.folder import Component
+from converter.folder import Component, model_folders
 from converter.formats import read_file
 from converter.formats.state_dict import Reading
 from converter.index import WeightIndex, read_index
@@ -170,13 +170,13 @@ def look(path: Path) -> FolderView:
     if not (path / "model_index.json").is_file():
         parts = [_look_at(path, "", None)]
         if (path / "modules.json").is_file():
-            parts += [part for folder in _subfolders(path) if (part := _look_at(folder, folder.name, None)).weights]
+            parts += [part for folder in model_folders(path) if (part := _look_at(folder, folder.name, None)).weights]
         absent: tuple[str, ...] = ()
     else:
         named = {name: entry for name, entry in model_index.items() if _is_model(name, entry)}
         absent = tuple(sorted(name for name in named if not _is_dir(path / name)))
         parts = []
-        for folder in _subfolders(path):
+        for folder in model_folders(path, model_index):
             is_named = folder.name in model_index or bool(errors)
             try:
                 part = _look_at(folder, folder.name, named.get(folder.name), is_named)
