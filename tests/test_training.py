@@ -60,7 +60,7 @@ def trained(builders: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {path.name: path for path in root.iterdir()}
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "left"),
     [
