@@ -1,8 +1,8 @@
 """What is in a folder before anyone chooses: its kind, its components, and the weight sets in each.
 
-A Diffusers pipeline has ``model_index.json`` and a folder a component; sentence-transformers has ``modules.json``,
-and the root is a component too; any other folder is a component by itself. A file or an index stands for a folder
-with just that set.
+A Diffusers pipeline has ``model_index.json`` and a folder a component; what has no folder lies at the root.
+sentence-transformers has ``modules.json``, and the root is a component too; any other folder is a component by itself.
+A file or an index stands for a folder with just that set.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, NamedTuple
 
 from converter.checkpoint import WeightSet, find_weight_set, find_weight_sets, is_weight_file
@@ -24,6 +24,8 @@ from converter.texts import read_config
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
 
+# Classes of a pipeline's parts that have no weights (``LOADABLE_CLASSES`` in ``diffusers/pipelines``).
+_NO_MODEL = re.compile(r".*(Tokenizer|TokenizerFast|Scheduler|Processor|Extractor|Pil|Fast)")
 # What runs of wconv leave when they are killed, or keep for an undo.
 _LEFT_BY_RUNS = re.compile(r"\.wconv.*|\..+\.wconv.*")
 _MAX_BEHIND_LINKS = 100_000  # entries; more than any model has, and listed in a second
@@ -98,7 +100,8 @@ def open_folder(path: Path) -> ModelFolder:
     if model_index.is_file():
         content = read_json(model_index)
         class_name = content.get("_class_name")
-        found = [_open_component(folder, folder.name) for folder in model_folders(path, content)]
+        found = [_open_flat(path)] if absent_models(path, content) else []
+        found += [_open_component(folder, folder.name) for folder in model_folders(path, content)]
         kind: Kind = "pipeline"
     else:
         class_name = None
@@ -124,6 +127,34 @@ def _open_component(path: Path, name: str) -> Component:
         return Component(name, path, find_weight_sets(path), read_json(path / "config.json"))
     except OSError as error:
         raise SystemRefused.from_os_error(error, error.filename or path) from None
+
+
+def absent_models(path: Path, model_index: Mapping[str, Any]) -> list[str]:
+    """List the models that a model_index.json names and that have no folder.
+
+    Diffusers loads these from the root (``load_sub_model`` in ``diffusers/pipelines/pipeline_loading_utils.py``).
+    """
+    return sorted(name for name, entry in model_index.items() if is_model(name, entry) and not _is_folder(path / name))
+
+
+def is_model(name: str, entry: object) -> bool:
+    """Say whether an entry of a model_index.json is of a part that has weights."""
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+        return False
+    return PureWindowsPath(name).name == name and not _NO_MODEL.fullmatch(entry[1])
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _open_flat(path: Path) -> Component:
+    """Open the part of a pipeline that lies at its root, of which only names that loaders look for are weights."""
+    found = _open_component(path, "")
+    return replace(found, weight_sets=tuple(one for one in found.weight_sets if one.name.is_standard))
 
 
 def model_folders(path: Path, named: Collection[str] = ()) -> list[Path]:

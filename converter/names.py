@@ -94,6 +94,11 @@ class WeightsName:
         return replace(self, stem=stems.get(self.stem, self.stem), ext=ext)
 
     @property
+    def is_standard(self) -> bool:
+        """Whether ``from_pretrained`` of a library looks for such names."""
+        return self.stem in _STANDARD_STEMS
+
+    @property
     def format(self) -> Format:
         return "safetensors" if self.ext == "safetensors" else "torch"
 

@@ -164,7 +164,7 @@ def _ask(found: Diagnosis, choices: Choices) -> Choices:
 def _predictions(
     listing: FolderListing | None, found: Diagnosis, loader: str | None, variant: str | None, always: bool = False
 ) -> list[Prediction]:
-    from converter.doctor.loaders import COREML_VARIANT, Loader, list_folder, predict
+    from converter.doctor.loaders import COREML_VARIANT, Loader, list_folder, predict, variants_in
 
     if loader is None and variant is None and not always:
         return []
@@ -174,8 +174,10 @@ def _predictions(
     if not view.is_pipeline and libraries == {"transformers"}:
         likely = ("transformers",)
     loaders = (cast("Loader", loader),) if loader else likely
+    tags = variants_in(listing) if listing else view.variants
+    if variant is not None:
+        tags = (None if variant == "none" else variant,)
     listing = listing or list_folder(view)
-    tags = view.variants if variant is None else (None if variant == "none" else variant,)
     return [
         predict(listing, one, tag)
         for one in loaders

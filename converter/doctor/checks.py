@@ -35,8 +35,10 @@ def right_name(part: ComponentView, name: WeightsName) -> WeightsName:
     if not part.component.config or not stem or name.ext not in ("safetensors", "bin"):
         return name
     right = _STEMS[part.library][name.format == "torch"]
-    tag = (stem[2] or "")[1:].replace(".", "_")
-    return WeightsName(right, "_".join(filter(None, (tag, name.variant))) or None, name.ext)
+    tag = "_".join(filter(None, ((stem[2] or "")[1:].replace(".", "_"), name.variant))) or None
+    if part.is_flat and not any(found.name.variant is None for found in part.sets):
+        tag = None
+    return WeightsName(right, tag, name.ext)
 
 
 def tag_dtype(name: WeightsName) -> DType | None:

@@ -238,7 +238,7 @@ def _drop_twins(part: _Part, choices: Choices) -> None:
 
 def _mend_tags(part: _Part) -> None:
     for goal in part.goals:
-        if not belies_tag(part.view, goal.source):
+        if goal.name.variant is None or not belies_tag(part.view, goal.source):
             continue
         untagged = replace(goal.name, variant=None)
         default = next((one for one in part.goals if one.name == untagged), None)
@@ -440,6 +440,7 @@ def _list_after(view: FolderView, before: FolderListing, plan: Plan) -> FolderLi
         prefix = f"{part.name}/" if part.name else ""
         gone = {name.removeprefix(prefix) for name in plan.superseded if name.startswith(prefix)}
         added = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        added = {name for name in added if "/" not in name}  # other parts' folders lie below the root
         indexes = {name: index for name, index in part.indexes.items() if name not in gone}
         for name in added:
             if ".index." in name:
