@@ -11,8 +11,8 @@ from converter.choose import Wishes
 from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.dtypes import BY_ALIAS, BY_TORCH_NAME, RECAST_SOURCES, DType
-from converter.errors import WconvError
-from converter.names import WeightsName, is_other_runtime
+from converter.errors import Unsupported, WconvError
+from converter.names import WeightsName, is_other_runtime, parse_name
 from converter.rules import find_kept, find_old_attention
 from converter.tensors import find_ties
 
@@ -223,7 +223,17 @@ def _config_dtypes(view: FolderView) -> Iterator[Finding]:
 def _damaged_files(part: ComponentView) -> Iterator[Finding]:
     for view in part.weights.values():
         if view.error is not None:
-            yield Finding("file-damaged", part.path / view.name, part.name, view.error.problem)
+            code = _code_of(view.name, view.error)
+            advice = f". {view.error.advice.rstrip('.')}" if code != "file-damaged" and view.error.advice else ""
+            yield Finding(code, part.path / view.name, part.name, view.error.problem + advice)
+
+
+def _code_of(name: str, error: WconvError) -> str:
+    """Tell a damaged file from a valid one of another kind; what loaders look for must be weights all the same."""
+    parsed = parse_name(name)
+    if not isinstance(error, Unsupported):
+        return "file-damaged"
+    return "file-unread" if parsed and parsed.name.is_standard else "file-other"
 
 
 def _partial_downloads(part: ComponentView) -> Iterator[Finding]:

@@ -119,6 +119,8 @@ def predict(listing: FolderListing, loader: Loader, variant: str | None) -> Pred
     """Say which files a loader opens for a variant (None for the untagged one), part by part."""
     if loader == "transformers":
         parts = [part for part in listing.parts if part.library == "transformers"]
+        if not parts:
+            return Prediction(loader, variant, failure="has no transformers model")
         return Prediction(loader, variant, tuple(_pick_transformers(part, variant) for part in parts))
     if not listing.is_pipeline:
         if loader == "coreml":
