@@ -223,7 +223,7 @@ def _carry(
 def _why_left(shell: Sequence[Rest]) -> str:
     """Say why a folder stays behind as a whole, and how much that is."""
     what = "a training checkpoint" if any(one.is_training for one in shell) else "weights that are no part of the model"
-    return f"/ ({what}: {len(shell):,} files, {_size_of(shell):,} bytes)"
+    return f"/ ({what}: {len(shell):,} file{'s' * (len(shell) != 1)}, {_size_of(shell):,} bytes)"
 
 
 def _size_of(rest: Sequence[Rest]) -> int:

@@ -140,7 +140,8 @@ def absent_models(path: Path, model_index: Mapping[str, Any]) -> list[str]:
 
 def is_model(name: str, entry: object) -> bool:
     """Say whether an entry of a model_index.json is of a part that has weights."""
-    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+    # Of a custom pipeline, ``_class_name`` is a module and a class too.
+    if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
         return False
     return PureWindowsPath(name).name == name and not _NO_MODEL.fullmatch(entry[1])
 

@@ -150,3 +150,14 @@ def test_only_what_loaders_look_for_is_a_part(tmp_path):
     assert [found.path.name for found in one.weight_sets] == ["diffusion_pytorch_model.safetensors"]
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     assert [found.code for found in diagnose(tmp_path).findings] == ["component-missing"]
+
+
+def test_the_class_of_a_custom_pipeline_is_no_part(builders, wconv, tmp_path):
+    folder = save_half_flat(builders, tmp_path / "m")
+    (folder / "unet").mkdir()
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (folder / name).rename(folder / "unet" / name)
+    content = json.loads((folder / "model_index.json").read_text("utf-8"))
+    write_json(folder / "model_index.json", {**content, "_class_name": ["my_pipe", "MyPipe"]})
+    wconv("doctor", folder)
+    assert [one.name for one in open_folder(folder).components] == ["text_encoder", "unet", "vae"]
