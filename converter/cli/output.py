@@ -14,7 +14,7 @@ import psutil
 
 from converter.errors import shorten
 from converter.plan import Plan
-from converter.run import Result
+from converter.run import Result, name_counts
 
 _WIDEST = 120  # a longer cell pushes its own line aside, and no other
 _NAMED = 5  # of what is carried over; -v lists all
@@ -171,6 +171,10 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     _show_remarks(plan, verbose)
     for name in plan.removed:
         echo(printable(f"Removed {name}"))
+    if result.too_large:
+        became = "infinite" if plan.wishes.on_overflow == "inf" else "the largest that there is"
+        total = sum(result.too_large.values())
+        echo(printable(f"Too large, and now {became}: {total:,} values of {name_counts(result.too_large)}"))
     if plan.carried:
         echo(printable(f"Carried over {_carried(plan)}."))
     if result.reused_nbytes:
