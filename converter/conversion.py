@@ -14,7 +14,7 @@ from converter.ask import ask_kept
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets, open_checkpoint, strip_prefix
 from converter.choose import Wishes, choose_sets
 from converter.errors import BadRequest, OutputRefused
-from converter.folder import Component, ModelFolder, find_rest, is_disguised, is_linked, open_folder
+from converter.folder import Component, ModelFolder, Rest, find_rest, is_disguised, is_linked, open_folder
 from converter.formats.state_dict import Reading
 from converter.names import ParsedName, WeightsName, is_other_file, parse_name
 from converter.paths import check_places, path_of
@@ -300,8 +300,15 @@ def _carry(
     carried: list[Path] = []
     left: list[Path] = []
     linked: list[Path] = []
-    for path, is_weights, is_elsewhere in find_rest(folder, target.folder, wishes.follow_links):
-        (left if is_weights else linked if is_elsewhere else carried).append(path)
+    reasons: dict[Path, str] = {}
+    shells: dict[Path, list[Rest]] = {}
+    for one in find_rest(folder, target.folder, wishes.follow_links):
+        if one.shell is not None:
+            shells.setdefault(one.shell, []).append(one)
+        elif one.is_training:
+            reasons[one.path] = f" (training state, {_size_of([one]):,} bytes)"
+        else:
+            (left if one.is_weights else linked if one.is_linked else carried).append(one.path)
     names = {component.name for component, _ in chosen}
     for component in folder.components:
         for weight_set in component.weight_sets:
@@ -313,9 +320,20 @@ def _carry(
             elif not any(weight_set == found for _, found in chosen):
                 left.extend(paths)
     why = "a link to what goes along already" if wishes.follow_links else "behind a link: --follow-links carries it"
-    reasons = {**dict.fromkeys(left, ""), **dict.fromkeys(linked, f" ({why})")}
+    reasons |= {**dict.fromkeys(left, ""), **dict.fromkeys(linked, f" ({why})")}
+    reasons |= {path: _why_left(rest) for path, rest in shells.items()}
     notes = [f"not carried over: {path.relative_to(folder.root).as_posix()}{reasons[path]}" for path in sorted(reasons)]
     return sorted(carried), notes
+
+
+def _why_left(shell: Sequence[Rest]) -> str:
+    """Say why a folder stays behind as a whole, and how much that is."""
+    what = "a training checkpoint" if any(one.is_training for one in shell) else "weights that are no part of the model"
+    return f"/ ({what}: {len(shell):,} file{'s' * (len(shell) != 1)}, {_size_of(shell):,} bytes)"
+
+
+def _size_of(rest: Sequence[Rest]) -> int:
+    return sum(one.path.stat().st_size for one in rest if one.path.is_file())
 
 
 def _find_existing(target: Target, components: Sequence[Component]) -> dict[str, tuple[WeightSet, ...]]:

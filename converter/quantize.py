@@ -148,7 +148,7 @@ def _choose_parts(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, 
     if folder.kind == "sentence-transformers" and not names:
         names = ("",)
     if folder.kind == "pipeline" and not names:
-        names = tuple(c.name for c in folder.components if _PARTS.fullmatch(c.name))
+        names = tuple(c.name for c in folder.components if not c.name or _PARTS.fullmatch(c.name))
         if not names:
             others = ", ".join(component.name for component in folder.components)
             raise BadRequest(folder.path, f"has no transformer, unet or text encoder, but {others}", "Use --component.")

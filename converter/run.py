@@ -12,10 +12,10 @@ import itertools
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,6 +50,7 @@ from converter.tensors import ByteRange, Described
 DEFAULT_MEMORY_NBYTES = 1 << 26
 DEFAULT_WORKERS = 4
 _MIN_CHUNK_NBYTES = 1 << 16
+_NAMED = 5  # tensors, in a message
 _LISTEN_SECONDS = 0.2  # a signal is heard so soon, however long a task takes
 
 Progress = Callable[[int], None]
@@ -64,7 +65,7 @@ class Result:
     """What a run did. ``reused_nbytes`` lay there from an earlier run that was killed; ``seconds`` is wall time.
 
     ``plan`` is None where that earlier run had only its last renames left. ``left_over`` names what could not be
-    cleared up.
+    cleared up, ``too_large`` how many values of which tensors a cast could not hold.
     """
 
     plan: Plan | None
@@ -72,6 +73,7 @@ class Result:
     reused_nbytes: int = 0
     verified: bool = False
     left_over: str = ""
+    too_large: Mapping[str, int] = field(default_factory=dict)
 
 
 def default_workers(plan: Plan) -> int:
@@ -122,7 +124,7 @@ def run_plan(
         names = [shard.path for shard in plan.shards] + [name for name, _ in (*plan.carried, *plan.texts)]
         staging.drop_strangers(set(names))
         check_room(staging, plan)
-        reused = _write_shards(plan, staging, tasks)
+        reused, too_large = _write_shards(plan, staging, tasks)
         for shard in plan.shards:
             if shard.link is None:
                 check_staged(shard, staging)
@@ -134,7 +136,7 @@ def run_plan(
             with Root(real(source.parent)) as root:
                 staging.link(name, root, source.name)
         staging.commit(Changes.of(plan, keep), request)
-    return Result(plan, time.perf_counter() - begun, reused, verify, staging.left_over)
+    return Result(plan, time.perf_counter() - begun, reused, verify, staging.left_over, too_large)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +199,8 @@ def run_tasks(
         yield from tasks.run(calls)
 
 
-def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> int:
-    """Stage all shards; give the bytes of those that an earlier run had left."""
+def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> tuple[int, Counter[str]]:
+    """Stage all shards; give the bytes of those that an earlier run had left, and what was too large for a cast."""
     shards = [shard for shard in plan.shards if shard.link is None]
     writers: dict[str, Callable[[Piece, int], Report]] = {}
     reused = 0
@@ -230,21 +232,25 @@ def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> int:
             path = staging.path_of(shard.path)
             crcs = [_combine(written[path, copy.offset]) for copy in shard.copies]
             finish_file(path, _described(shard), shard.ties, crcs)
-    return reused
+    return reused, too_large
 
 
 def _described(shard: Shard) -> list[Described]:
     return [(copy.source.name, copy.dtype, copy.source.shape) for copy in shard.copies]
 
 
+def name_counts(counts: Mapping[str, int]) -> str:
+    """Name the tensors with the largest counts."""
+    named = ", ".join(f"{name} ({count:,})" for name, count in Counter(counts).most_common(_NAMED))
+    return named + (f" and {len(counts) - _NAMED} more tensors" if len(counts) > _NAMED else "")
+
+
 def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
-    named = ", ".join(f"{name} ({count:,})" for name, count in counts.most_common(5))
-    more = f" and {len(counts) - 5} more tensors" if len(counts) > 5 else ""
     copies = (copy for shard in plan.shards for copy in shard.copies)
     dtypes = {copy.dtype.tag for copy in copies if copy.source.name in counts and copy.dtype is not copy.source.dtype}
     return LossyCast(
         plan.source.path,
-        f"holds values that are too large for {' and '.join(sorted(dtypes))}: {named}{more}",
+        f"holds values that are too large for {' and '.join(sorted(dtypes))}: {name_counts(counts)}",
         "Keep them with --keep-fp32, take bf16, or say --on-overflow saturate or inf.",
     )
 

@@ -11,15 +11,14 @@ from converter.choose import Wishes
 from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
-from converter.errors import WconvError
-from converter.names import WeightsName
+from converter.errors import Unsupported, WconvError
+from converter.names import WeightsName, is_other_runtime, parse_name
 from converter.rules import find_kept, find_old_attention, stays_wider, tag_dtype
 from converter.tensors import find_ties
 
 Check = Callable[[FolderView], Iterator[Finding]]
 _PartCheck = Callable[[ComponentView], Iterator[Finding]]
 
-_OTHER_FORMS = re.compile(r".*\.(onnx|pb|xml|msgpack|h5|gguf|flashpack|mlmodelc|mlpackage)|openvino.*")
 _STEMS = {"diffusers": ("diffusion_pytorch_model",) * 2, "transformers": ("model", "pytorch_model")}
 _ANY_STEM = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(\..+)?")
 
@@ -36,8 +35,10 @@ def right_name(part: ComponentView, name: WeightsName) -> WeightsName:
     if not part.component.config or not stem or name.ext not in ("safetensors", "bin"):
         return name
     right = _STEMS[part.library][name.format == "torch"]
-    tag = (stem[2] or "")[1:].replace(".", "_")
-    return WeightsName(right, "_".join(filter(None, (tag, name.variant))) or None, name.ext)
+    tag = "_".join(filter(None, ((stem[2] or "")[1:].replace(".", "_"), name.variant))) or None
+    if part.is_flat and not any(found.name.variant is None for found in part.sets):
+        tag = None
+    return WeightsName(right, tag, name.ext)
 
 
 def lacks(view: FolderView, variant: str | None) -> list[ComponentView]:
@@ -156,7 +157,7 @@ def _missing_parts(view: FolderView) -> Iterator[Finding]:
     for name in view.absent:
         yield Finding("component-missing", view.path / name, name, "is not there, and model_index.json names it")
     for part in view.components if view.is_pipeline else ():
-        elsewhere = any(_OTHER_FORMS.fullmatch(name) for name in part.files)
+        elsewhere = any(map(is_other_runtime, part.files))
         if part.is_named and not (part.weights or part.sets or elsewhere) and part.component.config:
             yield Finding("component-missing", part.path, part.name, "has a config.json and no weights")
 
@@ -221,7 +222,17 @@ def _config_dtypes(view: FolderView) -> Iterator[Finding]:
 def _damaged_files(part: ComponentView) -> Iterator[Finding]:
     for view in part.weights.values():
         if view.error is not None:
-            yield Finding("file-damaged", part.path / view.name, part.name, view.error.problem)
+            code = _code_of(view.name, view.error)
+            advice = f". {view.error.advice.rstrip('.')}" if code != "file-damaged" and view.error.advice else ""
+            yield Finding(code, part.path / view.name, part.name, view.error.problem + advice)
+
+
+def _code_of(name: str, error: WconvError) -> str:
+    """Tell a damaged file from a valid one of another kind; what loaders look for must be weights all the same."""
+    parsed = parse_name(name)
+    if not isinstance(error, Unsupported):
+        return "file-damaged"
+    return "file-unread" if parsed and parsed.name.is_standard else "file-other"
 
 
 def _partial_downloads(part: ComponentView) -> Iterator[Finding]:

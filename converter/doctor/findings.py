@@ -45,6 +45,16 @@ KINDS: dict[str, Kind] = {
         "error", "A weight file that is cut short, damaged, or something else",
         "Every loader that picks it fails; torch with mmap may load garbage.", _FETCH,
     ),
+    "file-unread": Kind(
+        "error", "A valid file of another kind, under a name that loaders look for",
+        "from_pretrained picks it and fails.",
+        "Put weights in its place, or give it a name of its own.",
+    ),
+    "file-other": Kind(
+        "note", "A valid file of another kind: TorchScript, a whole module, an exported program",
+        "from_pretrained does not look for it; what wrote it reads it.",
+        "wconv reads state dicts: save that of what it holds.",
+    ),
     "shard-missing": Kind(
         "error", "A set of which shards are missing",
         "Every loader that picks the set fails (FileNotFoundError).", _FETCH,
@@ -118,7 +128,7 @@ KINDS: dict[str, Kind] = {
     "shards-stray": Kind(
         "warning", "Shards that no index names",
         "Loaders pass them over; they take room, and a merge by hand would mix them in.",
-        "--fix moves them away where the set holds the same values.",
+        "--fix moves them away where the set holds the same values; --drop-strays, whatever they hold.",
     ),
     "variant-partial": Kind(
         "warning", "A variant that only some parts of a pipeline have",

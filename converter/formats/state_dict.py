@@ -22,6 +22,11 @@ MAX_NAME_LENGTH = 100_000  # of a tensor: no module is nested so deep
 MAX_NAMES_LENGTH = 25_000_000  # of all tensors together: the most there may be, of 125 characters each
 _MAX_KEY_LENGTH = 200  # of what is spelled to people, or looked at for what it is
 _MAX_NAMED = 8
+# What serves where there is no state dict: an object of a class, and anything else.
+_ADVICE = {
+    True: "Where you trust it and have its class, torch.load(..., weights_only=False) makes it: save its state_dict().",
+    False: "Save a state dict: names to tensors.",
+}
 _INCOMPLETE = "The file is incomplete: fetch it again."
 
 # What trainers keep beside the weights (Lightning's ``dump_checkpoint``, accelerate, mmengine): no state dict of theirs
@@ -73,7 +78,7 @@ def choose_state_dict(pickled: Pickled, path: Path, reading: Reading) -> tuple[d
     """
     value = pickled.value
     if not isinstance(value, (dict, list, tuple)) or type(value) in (TensorRef, Inert):
-        raise Unsupported(path, f"holds a {_kind(value)}, not a state dict", "Save its state_dict() instead.")
+        raise Unsupported(path, f"holds {_kind(value)}, not a state dict", _ADVICE[type(value) is Inert])
     found = list(_find(value, path))
     if not found:
         if value == {}:
@@ -208,12 +213,15 @@ def _list(things: list[Any]) -> str:
 
 
 def _describe(value: Any) -> str:
-    names = _list(list(value)) if isinstance(value, dict) else ""
-    return f"It holds: {names}." if names else "Save a state dict: names to tensors."
+    if not isinstance(value, dict) or not value:
+        return _ADVICE[False]
+    objects = any(type(inner) is Inert for inner in value.values())
+    named = [f"{_spell(key)} ({_kind(inner)})" if type(inner) is Inert else key for key, inner in value.items()]
+    return f"It holds: {_list(named)}." + (f" {_ADVICE[True]}" if objects else "")
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, Inert):
-        return value.name
-    kinds = {TensorRef: "tensor", type(None): "None"}
-    return kinds.get(type(value), type(value).__name__)
+    if type(value) is Inert:
+        return f"a whole {value.name}"
+    kinds = {TensorRef: "a tensor", type(None): "None"}
+    return kinds.get(type(value), f"a {type(value).__name__}")

@@ -64,10 +64,12 @@ def parse_pickle(
     """
     steps = steps or allow_steps()
     if storages is None:
-        return run_pickle(raw, path, _find, _storage, strip_code, steps)
+        return run_pickle(raw, path, _find, _find_persistent, strip_code, steps)
 
-    def find(identity: Any, path: Path) -> StorageRef:
-        storage = _storage(identity, path)
+    def find(identity: Any, path: Path) -> StorageRef | Global:
+        storage = _find_persistent(identity, path)
+        if type(storage) is not StorageRef:
+            return storage
         first = storages.setdefault(storage.key, storage)
         if (first.dtype, first.numel) != (storage.dtype, storage.numel):
             raise ValueError("a storage of two kinds")
@@ -168,11 +170,14 @@ def _size(arguments: tuple[Any, ...], path: Path) -> tuple[Any, ...]:
     return tuple(_items(arguments))
 
 
-def _storage(identity: Any, path: Path) -> StorageRef:
+def _find_persistent(identity: Any, path: Path) -> StorageRef | Global:
     """Read a persistent id: ("storage", class, key, device, numel), as ``torch.serialization._save`` makes it.
 
-    ``_legacy_save`` adds (key, start, numel) of a view of the storage, or None.
+    ``_legacy_save`` adds (key, start, numel) of a view of the storage, or None; of a module's class it makes
+    ("module", class, source file, source), which stands for the class.
     """
+    if type(identity) is tuple and identity[0] == "module" and type(identity[1]) is Global:
+        return identity[1]
     kind, storage_class, key, device, numel, *view = identity
     start = view[0][1] if view and view[0] is not None else 0
     if (

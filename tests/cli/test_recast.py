@@ -313,7 +313,9 @@ def test_counts_are_exact_in_any_memory(wconv, tmp_path):
 @pytest.mark.parametrize(("policy", "value"), [("saturate", 65504.0), ("inf", torch.inf)])
 def test_what_does_not_fit_is_made_what_is_asked(policy, value, wconv, tmp_path):
     save(LARGE, tmp_path / "m" / "model.safetensors")
-    wconv("recast", tmp_path / "m", "--dtype", "fp16", "--on-overflow", policy)
+    shown = wconv("recast", tmp_path / "m", "--dtype", "fp16", "--on-overflow", policy).stdout
+    became = "the largest that there is" if policy == "saturate" else "infinite"
+    assert f"Too large, and now {became}: 3 values of a (2), b (1)" in shown
     found = load_file(tmp_path / "m" / "model.fp16.safetensors")
     assert found["a"].tolist() == [1.0, value, -value, 65504.0]
     assert found["b"].tolist() == [value]
