@@ -52,7 +52,7 @@ class Component:
     @property
     def class_names(self) -> set[str]:
         """The classes that its config and all nested ones name: a transformers model may be made of others."""
-        names = {name for config in _nested(self.config) if (name := Component("", self.path, (), config).class_name)}
+        names = {name for config in nested(self.config) if (name := Component("", self.path, (), config).class_name)}
         if len(names) > _MAX_CLASSES:
             raise HostileFile(self.path / "config.json", f"names {len(names):,} classes, which no model is made of")
         return names
@@ -241,8 +241,9 @@ def _refuse_unreadable(error: OSError) -> None:
     raise SystemRefused.from_os_error(error)
 
 
-def _nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give a config and all that are in it."""
     yield config
     for value in config.values():
         if isinstance(value, dict):
-            yield from _nested(value)
+            yield from nested(value)

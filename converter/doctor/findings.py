@@ -189,6 +189,17 @@ KINDS: dict[str, Kind] = {
         "transformers goes by the config: bfloat16 weights are loaded as float32, in twice the memory.",
         "--fix writes the dtype of the weights into config.json.",
     ),
+    "quantized": Kind(
+        "note", "Weights in 8 bits or fewer, with their scales beside them",
+        "Only what knows the form reads them; a cast would ruin them, and wconv refuses it.",
+        "'wconv dequantize' makes numbers of LLM.int8; all other forms are copied as they are.",
+    ),
+    "quantized-unsaid": Kind(
+        "warning", "Quantized weights, and a config.json that does not say so",
+        "The model's library takes the packed numbers for the weights, or leaves the weights random; scales are not "
+        "used.",
+        "Put back the quantization_config that the model had, or take the model from where it came.",
+    ),
     "config-shape": Kind(
         "error", "Tensors that the class in config.json does not have, lacks, or has in another shape",
         "from_pretrained fails, or leaves weights random.", "Find the config.json that belongs to these weights.",
