@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from converter.checkpoint import WeightSet, find_weight_set, find_weight_sets, is_weight_file
 from converter.errors import BadFile, HostileFile, SystemRefused
 from converter.formats import could_be_weights
+from converter.formats.training import refuse_folder
 from converter.paths import lies_outside, real, snapshot_of
 from converter.texts import read_config
 
@@ -109,6 +110,7 @@ def open_folder(path: Path) -> ModelFolder:
             found += [_open_component(folder, folder.name) for folder in _subfolders(path)]
     components = tuple(component for component in found if component.weight_sets)
     if not components:
+        refuse_folder(path)
         raise BadFile(path, "holds no weights", _suggest(path))
     return ModelFolder(path, path, kind, components, class_name if isinstance(class_name, str) else "")
 

@@ -79,7 +79,7 @@ def target_dtype(info: TensorInfo, wishes: Wishes, keep: Callable[[str], bool]) 
 
 
 def check_quantized(component: Component, checkpoint: Checkpoint, wishes: Wishes) -> frozenset[str]:
-    """Refuse to cast what its tensors or its config show to be quantized; name what stays as it is if that is forced."""
+    """Refuse to cast what tensors or config show to be quantized; name what stays as it is if that is forced."""
     found = quantized_in(checkpoint) if wishes.dtype else []
     if wishes.dtype and not wishes.force and (found or "quantization_config" in component.config):
         how = str(found[0]) if found else "its config.json has a quantization_config"

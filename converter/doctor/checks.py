@@ -11,7 +11,7 @@ from converter.choose import Wishes
 from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.dtypes import BY_ALIAS, BY_TORCH_NAME, RECAST_SOURCES, DType
-from converter.errors import WconvError
+from converter.errors import TrainingPiece, WconvError
 from converter.folder import nested
 from converter.names import WeightsName
 from converter.rules import find_kept, find_old_attention
@@ -230,7 +230,10 @@ def _config_dtypes(view: FolderView) -> Iterator[Finding]:
 def _damaged_files(part: ComponentView) -> Iterator[Finding]:
     for view in part.weights.values():
         if view.error is not None:
-            yield Finding("file-damaged", part.path / view.name, part.name, view.error.problem)
+            is_piece = isinstance(view.error, TrainingPiece)
+            problem = f"{view.error.problem}. {view.error.advice}".rstrip(".") if is_piece else view.error.problem
+            code = "training-piece" if is_piece else "file-damaged"
+            yield Finding(code, part.path / view.name, part.name, problem)
 
 
 def _partial_downloads(part: ComponentView) -> Iterator[Finding]:
@@ -266,9 +269,13 @@ def _indexes(part: ComponentView) -> Iterator[Finding]:
         elif found.index_name and part.is_sound(found):
             for code, problem in index_faults(part, found):
                 yield Finding(code, path, part.name, problem)
-        elif not found.index_name and not found.missing and found.is_sharded:
+        elif not found.index_name and not found.missing and found.is_sharded and not _is_of_pieces(part, found):
             problem = f"is one of {len(found.files)} shards that have no index"
             yield Finding("index-missing", path, part.name, problem)
+
+
+def _is_of_pieces(part: ComponentView, found: SetView) -> bool:
+    return any(isinstance(view.error, TrainingPiece) for view in part.views_of(found))
 
 
 def _twins(part: ComponentView) -> Iterator[Finding]:

@@ -45,6 +45,12 @@ KINDS: dict[str, Kind] = {
         "error", "A weight file that is cut short, damaged, or something else",
         "Every loader that picks it fails; torch with mmap may load garbage.", _FETCH,
     ),
+    "training-piece": Kind(
+        "error", "A part of a checkpoint, as distributed training wrote it",
+        "No loader of models reads it: it holds one rank's rows, or tensors without elements, under the names of the "
+        "whole.",
+        "Only the tool that is named puts the parts together; wconv neither converts nor mends them.",
+    ),
     "shard-missing": Kind(
         "error", "A set of which shards are missing",
         "Every loader that picks the set fails (FileNotFoundError).", _FETCH,

@@ -13,6 +13,7 @@ from converter.dtypes import DType
 from converter.errors import BadFile, BadRequest, HostileFile, Unsupported
 from converter.formats.pickle_machine import Inert, Pickled
 from converter.formats.torch_pickle import StorageRef, TensorRef
+from converter.formats.training import check_pickled
 from converter.tensors import ByteRange, TensorInfo
 
 _MAX_DEPTH = 16  # trainers nest two or three
@@ -72,6 +73,7 @@ def choose_state_dict(pickled: Pickled, path: Path, reading: Reading) -> tuple[d
     Raises BadRequest where several could be meant, or the key names none; Unsupported where there is none.
     """
     value = pickled.value
+    check_pickled(value, path)
     if not isinstance(value, (dict, list, tuple)) or type(value) in (TensorRef, Inert):
         raise Unsupported(path, f"holds a {_kind(value)}, not a state dict", "Save its state_dict() instead.")
     found = list(_find(value, path))
