@@ -23,7 +23,8 @@ class Wishes:
     ``form`` is the output's format, None for the source's own. ``variant`` and ``from_variant`` are a tag, ``"none"``
     for untagged, or None for the source's own; without ``every_variant`` each component gives one set, the untagged one
     before others. ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file.
-    ``key`` and ``strip_code`` are as in Reading, ``strip_prefix`` is taken off the names of tensors that have it.
+    ``key``, ``strip_code`` and ``skip_unreadable`` are as in Reading, ``strip_prefix`` is taken off the names of
+    tensors that have it.
     With ``expand`` tensors are written however much more they take than what holds them. ``keep_fp32`` are regular
     expressions, searched in tensor names. ``in_place`` lets the output replace the very set that is read.
     ``follow_links`` takes along to a new folder what the source has as links to other places.
@@ -40,6 +41,7 @@ class Wishes:
     key: str | None = None
     strip_prefix: str = ""
     strip_code: bool = False
+    skip_unreadable: bool = False
     expand: bool = False
     keep_fp32: tuple[str, ...] = ()
     on_overflow: OnOverflow = "error"

@@ -44,7 +44,7 @@ def plan_conversion(
     elsewhere = output is not None and not (output.exists() and output.samefile(folder.root))
     if wishes.dtype and wishes.variant == "none" and not elsewhere:
         raise BadRequest(source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
-    reading = Reading(wishes.key, wishes.strip_code)
+    reading = Reading(wishes.key, wishes.strip_code, wishes.strip_code or wishes.skip_unreadable)
     checkpoints = [(component, open_checkpoint(weight_set, reading)) for component, weight_set in chosen]
     if adapt is not None:
         checkpoints = [(component, adapt(component, opened)) for component, opened in checkpoints]
