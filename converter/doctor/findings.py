@@ -210,6 +210,11 @@ KINDS: dict[str, Kind] = {
         "error", "Tensors that the class in config.json does not have, lacks, or has in another shape",
         "from_pretrained fails, or leaves weights random.", "Find the config.json that belongs to these weights.",
     ),
+    "shapes-unknown": Kind(
+        "note", "A class in config.json that its library cannot make, so that shapes were not held against it",
+        "Often the library is too old or too new for the model; what it says is named.",
+        "Install the version that config.json names, and look again.",
+    ),
     "old-attention": Kind(
         "error", "Old attention names in shards",
         "Diffusers renames them only in a single file; in shards they are not used, and the weights stay random.",
