@@ -123,10 +123,19 @@ def prepare(source: Path, output: Path | None, wishes: Wishes, recovering: bool 
     """
     check_places(source, output, wishes.delete_source)
     request = request_of(source, output, wishes)
-    folder = output or (source if source.is_dir() else source.parent)
-    if recovering and recover(folder, request):
-        return request, None
-    return request, unless_done(wishes, lambda wishes: plan_conversion(source, output, wishes))
+    finished = recovering and recover(_folder_of(source, output), request)
+    return request, plan_rest(finished, wishes, lambda wishes: plan_conversion(source, output, wishes))
+
+
+def plan_rest(finished: bool, wishes: Wishes, make: Callable[[Wishes], Plan]) -> Plan | None:
+    """Plan what is left to do; None where a killed run for the same request was ``finished``, of the source as it is.
+
+    What was to be removed or replaced is gone by then, and not looked for.
+    """
+    if finished and (wishes.delete_source or wishes.in_place):
+        return None
+    plan = unless_done(wishes, make)
+    return None if finished and (not plan.sets or plan.is_there or not find_difference(plan)) else plan
 
 
 def unless_done(wishes: Wishes, make: Callable[[Wishes], Plan]) -> Plan:
@@ -150,6 +159,13 @@ def unless_done(wishes: Wishes, make: Callable[[Wishes], Plan]) -> Plan:
 def request_of(source: Path, output: Path | None, wishes: object) -> str:
     """Name a request, so that a run that was killed is known again."""
     return repr((str(source.absolute()), str(output.absolute()) if output else "", wishes))
+
+
+def _folder_of(source: Path, output: Path | None) -> Path:
+    """Name the folder that a request writes to: for a file, the one that it is to lie in."""
+    if output is None:
+        return source if source.is_dir() else source.parent
+    return output.parent if parse_name(output.name) and not output.is_dir() else output
 
 
 def _split_output(folder: ModelFolder, output: Path | None, wishes: Wishes) -> tuple[Path | None, WeightsName | None]:

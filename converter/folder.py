@@ -29,6 +29,7 @@ _OTHER_WEIGHTS = re.compile(r".*\.(onnx|onnx_data|pb|msgpack|h5|ot|gguf|ggml|fla
 # What runs of wconv leave when they are killed, or keep for an undo.
 _LEFT_BY_RUNS = re.compile(r"\.wconv.*|\..+\.wconv.*")
 _MAX_BEHIND_LINKS = 100_000  # entries; more than any model has, and listed in a second
+_MAX_DEPTH = 100  # folders in folders: each step of Python's own walk goes one call deeper
 _MAX_CLASSES = 16  # those that hear, see and speak have four or five; each asks about the name of every tensor
 
 
@@ -230,6 +231,8 @@ def _walk(folder: ModelFolder, skip: Path | None, links: _Links) -> Iterator[Pat
     behind: set[Path] = set()
     for top, folders, names in os.walk(folder.root, onerror=_refuse_unreadable, followlinks=True):
         here = Path(top)
+        if len(here.parts) - len(folder.root.parts) > _MAX_DEPTH:
+            raise BadFile(folder.root, f"has folders in folders, more than {_MAX_DEPTH} deep", "Remove them.")
         known = [name for name in sorted(folders) if not name.startswith((".", "__pycache__")) and here / name != skip]
         linked = {name for name in known if (here / name).is_symlink() or (here in behind and not links.are_followed)}
         folders[:] = [name for name in known if name not in linked or here / name in parts or links.enter(here / name)]

@@ -111,6 +111,8 @@ class Plan:
     ``carried`` are pairs of a path from the target folder and the file it is copied from, ``edited`` such of a path and
     its content; ``superseded`` are paths from the target folder that go once the new files are there; ``delete`` are
     source files that go last. ``is_there`` where all of it lies there already, as far as headers, sizes and times tell.
+    ``places`` are the real paths of what is carried over when that was planned: what is swapped for a link after that
+    is not followed.
     """
 
     source: ModelFolder
@@ -123,6 +125,10 @@ class Plan:
     notes: tuple[str, ...] = ()
     wishes: Wishes = field(default_factory=Wishes)
     is_there: bool = False
+    places: tuple[Path, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", tuple(real(path) for _, path in self.carried))
 
     @property
     def shards(self) -> tuple[Shard, ...]:

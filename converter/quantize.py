@@ -17,7 +17,7 @@ from typing import Any
 
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets
 from converter.choose import Wishes, choose_sets
-from converter.conversion import check_edited, plan_conversion, request_of, unless_done
+from converter.conversion import check_edited, plan_conversion, plan_rest, request_of
 from converter.dtypes import RECAST_SOURCES
 from converter.errors import BadRequest, LossyCast, Unsupported
 from converter.folder import Component, ModelFolder, render_json
@@ -95,8 +95,7 @@ def prepare_quantized(
     source = snapshot_of(source)
     _check_paths(source, output)
     request = request_of(source, output, ("quantize", choice, wishes))
-    if recovering and recover(output, request):
-        return Quantization(request, None)
+    finished = recovering and recover(output, request)
     parts: dict[str, QuantizedPart] = {}
     chosen: set[str] = set()
 
@@ -117,7 +116,7 @@ def prepare_quantized(
         plan = plan_conversion(source, output, wishes, choose, adapt)
         return _with_configs(plan, {name: quantization_config(part.skipped) for name, part in parts.items()})
 
-    return Quantization(request, unless_done(wishes, make), tuple(parts.values()))
+    return Quantization(request, plan_rest(finished, wishes, make), tuple(parts.values()))
 
 
 def _check_paths(source: Path, output: Path) -> None:
@@ -331,8 +330,7 @@ def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: 
     source = snapshot_of(source)
     _check_paths(source, output)
     request = request_of(source, output, ("dequantize", wishes))
-    if recovering and recover(output, request):
-        return Quantization(request, None)
+    finished = recovering and recover(output, request)
     restored: set[str] = set()
     said: set[str] = set()
 
@@ -351,7 +349,7 @@ def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: 
     def make(wishes: Wishes) -> Plan:
         return _with_configs(plan_conversion(source, output, wishes, choose, adapt), dict.fromkeys(restored))
 
-    return Quantization(request, unless_done(wishes, make))
+    return Quantization(request, plan_rest(finished, wishes, make))
 
 
 def _refuse_others(checkpoint: Checkpoint, is_said: bool) -> None:

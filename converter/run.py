@@ -10,12 +10,11 @@ from __future__ import annotations
 import filecmp
 import itertools
 import os
-import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,9 +25,10 @@ from zlib_ng.zlib_ng import crc32_combine
 from converter.errors import BadFile, LossyCast, OutputRefused, WconvError
 from converter.formats import FORMATS, read_file
 from converter.local import Root
-from converter.opening import check_stamp, open_again, open_source
+from converter.opening import check_stamp, open_again, open_placed
 from converter.paths import real
 from converter.plan import Plan, Shard, casts
+from converter.signals import signals_held
 from converter.staging import Changes, Staging, check_room, open_staging
 from converter.stream import (
     CHUNK_NBYTES,
@@ -150,7 +150,7 @@ class _Tasks:
         """Run calls of (function, argument, bytes it deals with), a few at once; yield results as they come."""
         queue = iter(calls)
         waiting: dict[Future[_T], int] = {}
-        with _signals_held() as let_through:
+        with signals_held() as let_through:
             try:
                 while True:
                     for function, argument, nbytes in itertools.islice(queue, self.limit - len(waiting)):
@@ -170,36 +170,6 @@ class _Tasks:
         """Run calls that give nothing but an error."""
         for _ in self.run(calls):
             pass
-
-
-@contextmanager
-def _signals_held() -> Iterator[Callable[[], None]]:
-    """Hold back signals that raise, while futures are waited for; give what lets those through that have come.
-
-    What a handler raises just anywhere can leave the lock of a future taken for ever (within ``Condition.__enter__``),
-    and then neither its thread nor this one ends.
-    """
-    came: list[int] = []
-    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
-    before = {which: handler for which, handler in before.items() if callable(handler)}
-    with suppress(ValueError):  # not in the main thread: none is raised here
-        for which in before:
-            signal.signal(which, lambda number, _: came.append(number))
-
-    def let_through() -> None:
-        while came:
-            number = came.pop()
-            handler = before[signal.Signals(number)]
-            if callable(handler):
-                handler(number, None)
-
-    try:
-        yield let_through
-    finally:
-        with suppress(ValueError):
-            for which, handler in before.items():
-                signal.signal(which, handler)
-        let_through()
 
 
 @contextmanager
@@ -325,9 +295,9 @@ def _check_sources(plan: Plan) -> None:
 
 def _write_others(plan: Plan, staging: Staging) -> None:
     renamed = {name for name, _ in _second_names(plan)}
-    for name, source in plan.carried:
+    for (name, source), place in zip(plan.carried, plan.places, strict=True):
         if name not in renamed:
-            with open_source(source) as opened:
+            with open_placed(source, place) as opened:
                 staging.copy(name, opened.file)
                 check_stamp(source, opened.file, opened.stamp)
     for name, content in plan.texts:

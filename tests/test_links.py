@@ -652,3 +652,10 @@ def test_output_in_the_place_of_a_link_to_nothing_is_refused(tmp_path, wconv):
     wconv("to-safetensors", tmp_path, "--overwrite")
     assert_same(load_set(tmp_path), STATE)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_folders_in_folders_without_end_are_refused(tmp_path, wconv):
+    source = save_bin_shards(make_state(), tmp_path / "m").parent
+    (source / "/".join("d" * 200)).mkdir(parents=True)
+    assert "has folders in folders" in wconv("to-safetensors", source, "-o", tmp_path / "out", exit_code=3).stderr
+    assert not (tmp_path / "out").exists()

@@ -641,7 +641,7 @@ def test_a_dry_run_writes_nothing(place, wconv, tmp_path):
 def test_a_dry_run_tells_memory_and_disk(wconv, tmp_path):
     save(STATE, tmp_path / "m" / "pytorch_model.bin")
     shown = wconv("to-safetensors", tmp_path / "m", "--dry-run").stdout
-    assert re.search(r"Takes \S+ \w+ of disk and about \S+ MB of memory\.", shown)
+    assert re.search(r"Takes \S+ \w+ of disk and about \S+ [MG]B of memory\.", shown)
 
 
 @pytest.mark.parametrize("args", [(), ("-o", "out"), ("--dry-run",), ("--verify",), ("--verify", "-o", "out", "-v")])
