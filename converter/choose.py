@@ -53,11 +53,11 @@ class Wishes:
     ``form`` is the output's format, None for the source's own. ``variant`` and ``from_variant`` are a tag, ``"none"``
     for untagged, or None for the source's own; with ``tag_dtype`` it is, where None, for the dtype and for what finds
     the weights to say. Without ``every_variant`` each component gives one set, the untagged one before others.
-    ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file. ``key`` and ``strip_code``
-    are as in Reading, ``strip_prefix`` is taken off the names of tensors that have it. With ``expand`` tensors are
-    written however much more they take than what holds them. ``keep_fp32`` are regular expressions, searched in tensor
-    names. ``in_place`` lets the output replace the very set that is read. ``follow_links`` takes along to a new folder
-    what the source has as links to other places.
+    ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file. ``key``, ``strip_code``
+    and ``skip_unreadable`` are as in Reading, ``strip_prefix`` is taken off the names of tensors that have it. With
+    ``expand`` tensors are written however much more they take than what holds them. ``keep_fp32`` are regular
+    expressions, searched in tensor names. ``in_place`` lets the output replace the very set that is read.
+    ``follow_links`` takes along to a new folder what the source has as links to other places.
 
     A dtype may be given by its name, and a size as a text: ``Wishes(dtype="bf16", max_shard_nbytes="5GB")``. Raises
     BadRequest for what is none.
@@ -75,6 +75,7 @@ class Wishes:
     key: str | None = None
     strip_prefix: str = ""
     strip_code: bool = False
+    skip_unreadable: bool = False
     expand: bool = False
     keep_fp32: tuple[str, ...] = ()
     on_overflow: OnOverflow = "error"

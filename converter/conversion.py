@@ -62,7 +62,7 @@ def plan_conversion(
     chosen = [one for one, _ in asked]
     if wishes.dtype and wishes.variant == "none" and not elsewhere:
         raise BadRequest(source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
-    reading = Reading(wishes.key, wishes.strip_code)
+    reading = Reading(wishes.key, wishes.strip_code, wishes.strip_code or wishes.skip_unreadable)
     opened = [(component, open_checkpoint(weight_set, reading)) for component, weight_set in chosen]
     kept = _ask_kept((component for component, _ in chosen), wishes)
     adapted = opened if adapt is None else [adapt(component, checkpoint) for component, checkpoint in opened]

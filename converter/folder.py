@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from converter.checkpoint import WeightSet, find_weight_set, find_weight_sets, is_weight_file
 from converter.errors import BadFile, HostileFile, SystemRefused
 from converter.formats import could_be_weights
+from converter.formats.training import refuse_folder
 from converter.names import is_other_runtime, is_training_state
 from converter.paths import lies_outside, path_of, real, snapshot_of
 from converter.texts import read_config
@@ -58,7 +59,7 @@ class Component:
     @property
     def class_names(self) -> set[str]:
         """The classes that its config and all nested ones name: a transformers model may be made of others."""
-        names = {name for config in _nested(self.config) if (name := Component("", self.path, (), config).class_name)}
+        names = {name for config in nested(self.config) if (name := Component("", self.path, (), config).class_name)}
         if len(names) > _MAX_CLASSES:
             raise HostileFile(self.path / "config.json", f"names {len(names):,} classes, which no model is made of")
         return names
@@ -117,6 +118,7 @@ def open_folder(path: Path | str) -> ModelFolder:
             found += [_open_component(folder, folder.name) for folder in model_folders(path)]
     components = tuple(component for component in found if component.weight_sets)
     if not components:
+        refuse_folder(path)
         raise BadFile(path, "holds no weights", _suggest(path))
     return ModelFolder(path, path, kind, components, class_name if isinstance(class_name, str) else "")
 
@@ -311,8 +313,9 @@ def _refuse_unreadable(error: OSError) -> None:
     raise SystemRefused.from_os_error(error)
 
 
-def _nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give a config and all that are in it."""
     yield config
     for value in config.values():
         if isinstance(value, dict):
-            yield from _nested(value)
+            yield from nested(value)

@@ -288,10 +288,11 @@ def _find_superseded(
 
 def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_place: bool) -> SetPlan:
     name = wishes.name_output(checkpoint.name)
-    check_quantized(component, checkpoint, wishes)
+    untouched = check_quantized(component, checkpoint, wishes)
     ties = choose_ties(component, checkpoint, name.format, wishes)
     keep = find_kept(component, wishes)
     casts = {info.name: target_dtype(info, wishes, keep) for info in checkpoint.tensors}
+    casts |= {info.name: info.dtype for info in checkpoint.tensors if info.name in untouched}
     groups = [[info for info in file.tensors if info.name not in ties] for file in checkpoint.files]
     growth = check_growth(checkpoint, list(itertools.chain.from_iterable(groups)), wishes)
     if wishes.max_shard_nbytes is not None:

@@ -24,8 +24,9 @@ from converter.modules import Linears, find_linears, is_skipped
 from converter.opening import open_regular
 from converter.paths import check_places, path_of, snapshot_of
 from converter.plan import Plan
-from converter.rules import compiled, default_tied
+from converter.rules import compiled, default_tied, quantized_in
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
+from converter.schemes import LLM_INT8
 from converter.staging import recover
 from converter.tensors import TensorInfo, find_ties, turned
 
@@ -155,7 +156,7 @@ def _choose_parts(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, 
     found = choose_sets(folder, replace(wishes, components=names))
     for component, weight_set in found:
         if "quantization_config" in component.config:
-            advice = "Quantize the model that it was made from; 'wconv dequantize' takes 8-bit ones back."
+            advice = "Quantize the model that it was made from."
             raise Unsupported(weight_set.path, "is quantized already, as its config.json says", advice)
         if not component.config:
             raise BadRequest(weight_set.path, "has no config.json beside it", "It is needed to load an 8-bit model.")
@@ -189,7 +190,7 @@ def _quantize(
     """Let the chosen weights of a checkpoint be written in 8 bits, and say what goes into its config."""
     path = checkpoint.weight_set.path
     tensors = {info.name: info for info in checkpoint.tensors}
-    _refuse_quantized(path, tensors.values())
+    _refuse_quantized(checkpoint)
     linears = find_linears(component, tensors.values())
     weights = {module: name for module, name in {**linears.weights, **linears.unknown}.items() if name}
     wanted, notes = _choose_modules(component, checkpoint, linears, choice)
@@ -232,8 +233,11 @@ def _int8_nbytes(info: TensorInfo) -> int:
     return info.numel + 4 * info.shape[0] + 1
 
 
-def _refuse_quantized(path: Path, tensors: Iterable[TensorInfo]) -> None:
-    for info in tensors:
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    path = checkpoint.weight_set.path
+    for one in quantized_in(checkpoint):
+        raise Unsupported(path, f"is quantized already ({one})", "Quantize the model that it was made from.")
+    for info in checkpoint.tensors:
         if info.name.endswith(".weight") and len(info.shape) == 2 and not _is_full(info.dtype):
             problem = f"is quantized already: {info.name!r} is {info.dtype}"
             raise Unsupported(path, problem, "Quantize the model that it was made from.")
@@ -340,16 +344,16 @@ def prepare_dequantized(
     source, output = _places(source, output)
     request = request_of(source, output, ("dequantize", wishes))
     finished = recovering and recover(output, request)
+    said: set[str] = set()
 
     def choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
         names = tuple(c.name for c in folder.components if "quantization_config" in c.config)
+        said.update(names)
         found = choose_sets(folder, replace(wishes, components=wishes.components or names))
         return [(_unquantized(component), weight_set) for component, weight_set in found]
 
     def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
-        if not scales_in(checkpoint):
-            path = checkpoint.weight_set.path
-            raise Unsupported(path, "holds no 8-bit weights of bitsandbytes", "'wconv recast' changes other dtypes.")
+        _refuse_others(checkpoint, component.name in said)
         transposed = find_linears(component, checkpoint.tensors).transposed
         return component, dequantized(checkpoint, dtype, transposed)
 
@@ -357,6 +361,19 @@ def prepare_dequantized(
         return plan_conversion(source, output, wishes, choose, adapt)
 
     return Quantization(request, plan_rest(finished, wishes, make))
+
+
+def _refuse_others(checkpoint: Checkpoint, is_said: bool) -> None:
+    """Raise Unsupported for all but LLM.int8; ``is_said`` where the config says that the weights are quantized."""
+    path = checkpoint.weight_set.path
+    for one in quantized_in(checkpoint):
+        if one.scheme is not LLM_INT8:
+            raise Unsupported(path, f"is quantized in another form than LLM.int8 ({one})", one.advice)
+    if not scales_in(checkpoint):
+        advice = "'wconv recast' casts weights that are not quantized."
+        if is_said:
+            advice = "Its config.json says that it is quantized: load it with the library that this names."
+        raise Unsupported(path, "holds no 8-bit weights of bitsandbytes", advice)
 
 
 def _unquantized(component: Component) -> Component:

@@ -17,6 +17,7 @@ from converter.errors import BadRequest, Unsupported
 from converter.folder import Component, ModelFolder
 from converter.keep_fp32 import keep_matches, keep_rule, keep_segments
 from converter.names import Format, WeightsName
+from converter.schemes import Quantized, find_belongings, find_quantized
 from converter.tensors import TensorInfo
 from converter.tensors import find_ties as find_equal_views
 
@@ -178,14 +179,21 @@ def stays_wider(dtype: DType, dims: int, target: DType) -> bool:
     return target.bits == 8 and dims < 2 and dtype.bits > 8
 
 
-def check_quantized(component: Component, checkpoint: Checkpoint, wishes: Wishes) -> None:
-    """Refuse to cast what is quantized."""
-    if wishes.dtype and "quantization_config" in component.config and not wishes.force:
-        raise Unsupported(
-            checkpoint.weight_set.path,
-            "is quantized (its config.json has a quantization_config): a cast would ruin it",
-            "Recast the model it was made from, or use --force.",
-        )
+def check_quantized(component: Component, checkpoint: Checkpoint, wishes: Wishes) -> frozenset[str]:
+    """Refuse to cast what tensors or config show to be quantized; name what stays as it is if that is forced."""
+    found = quantized_in(checkpoint) if wishes.dtype else []
+    if wishes.dtype and not wishes.force and (found or "quantization_config" in component.config):
+        how = str(found[0]) if found else "its config.json has a quantization_config"
+        advice = "Recast the model it was made from, or use --force."
+        if found:
+            advice = f"{found[0].advice} To cast only what is not quantized, use --force."
+        raise Unsupported(checkpoint.weight_set.path, f"is quantized ({how}): a cast would ruin it", advice)
+    return find_belongings(found, (info.name for info in checkpoint.tensors))
+
+
+def quantized_in(checkpoint: Checkpoint) -> list[Quantized]:
+    """List the weights of a checkpoint that other tensors scale, but for those that are written as numbers again."""
+    return find_quantized({info.name: info.dtype for info in checkpoint.tensors if info.target is None})
 
 
 def check_growth(checkpoint: Checkpoint, written: Sequence[TensorInfo], wishes: Wishes) -> tuple[str, ...]:

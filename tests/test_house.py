@@ -26,7 +26,7 @@ LAYERS = (
     ("tensors",),
     ("opening",),
     ("texts",),
-    ("names", "index", "keep_fp32"),
+    ("names", "index", "keep_fp32", "schemes"),
     ("paths",),
     ("formats",),
     ("checkpoint",),

@@ -42,8 +42,9 @@ def command(source: Path, with_tensors: bool, as_json: bool) -> None:
     from converter.formats.state_dict import Reading
 
     folder = open_folder(source)
+    reading = Reading(strip_code=True, skip_unreadable=True, lenient=True)
     sets = [
-        _describe(component, open_checkpoint(weight_set, Reading(strip_code=True, lenient=True)), with_tensors)
+        _describe(component, open_checkpoint(weight_set, reading), with_tensors)
         for component in folder.components
         for weight_set in component.weight_sets
     ]

@@ -133,7 +133,14 @@ _CONVERSION_OPTIONS = {
         help="Take this off the names of tensors, such as module. or _orig_mod.",
     ),
     "strip-code": click.option(
-        "--strip-code", is_flag=True, help="Convert the tensors of a pickle that calls functions; they are not called."
+        "--strip-code",
+        is_flag=True,
+        help="Convert the plain tensors of a pickle that calls functions (none is called); leave out what is else.",
+    ),
+    "skip-unreadable": click.option(
+        "--skip-unreadable",
+        is_flag=True,
+        help="Leave out tensors that cannot be written, such as sparse ones, and name them.",
     ),
     "expand": click.option(
         "--expand", is_flag=True, help="Write expanded tensors in full, though they take GB more than the source."

@@ -21,6 +21,7 @@ from converter.errors import BadFile, BadRequest, HostileFile, WconvError
 from converter.folder import Component, absent_models, is_model, model_folders
 from converter.formats import read_file
 from converter.formats.state_dict import Reading
+from converter.formats.training import find_dcp, refuse_folder
 from converter.index import WeightIndex, read_index
 from converter.names import ParsedName, WeightsName, parse_name
 from converter.paths import snapshot_of
@@ -193,6 +194,7 @@ def look(path: Path) -> FolderView:
             if part.weights or part.sets or part.partial or has_model:
                 parts.append(part)
     if not any(part.weights or part.sets or part.partial for part in parts) and not absent and not errors:
+        refuse_folder(path)
         raise BadFile(path, "holds no weights", "Name a folder that does.")
     errors += tuple((part.path / "config.json", part.config_error) for part in parts if part.config_error)
     class_name = model_index.get("_class_name")
@@ -265,6 +267,9 @@ def _look_at(path: Path, name: str, entry: Any, is_named: bool = True) -> Compon
     named = [item for item, found in parsed.items() if found.role != "index"]
     weights = _read_all(path, dict.fromkeys((*named, *(n for one in sets for n in one.files))))
     weights.update(broken)
+    piece = find_dcp(path)
+    if piece:
+        weights[".metadata"] = FileView(".metadata", 0, error=piece)
     library = _library_of(component, entry, sets)
     return ComponentView(
         component, library, is_named, tuple(files), tuple(others), weights, sets, strays, tuple(partial), config_error
