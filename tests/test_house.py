@@ -19,7 +19,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # Each may import from the layers before its own; what shares a line does not import each other.
 LAYERS = (
     ("errors",),
-    ("local",),
+    ("local", "signals"),
     ("state",),
     ("kept",),
     ("dtypes",),
