@@ -157,6 +157,8 @@ class Root:
                 found = os.fstat(source)
                 if os.utime in os.supports_fd:
                     os.utime(out, ns=(found.st_atime_ns, found.st_mtime_ns))
+                if os.chmod in os.supports_fd:
+                    os.chmod(out, stat.S_IMODE(found.st_mode) & 0o777)  # noqa: PTH101
                 os.fsync(out)
             to.replace(beside, to, new)
         except BaseException:

@@ -568,7 +568,7 @@ def find_strangers(*folders: Path) -> tuple[str, ...]:
         run = _Run.read(Notes(real(folder)))
         own = run.name if run else ""
         found |= dict.fromkeys(sorted(p for p in folder.iterdir() if _LIKE_MINE.fullmatch(p.name) and p.name != own))
-    what = "is of no run of yours, and is ignored: remove it if nobody else is writing there"
+    what = "is of no run that is noted here, and is ignored: look whether it holds weights that you miss, and remove it"
     return tuple(f"{path} {what}" for path in found)
 
 
@@ -654,7 +654,8 @@ def _differs(path: Path, nbytes: int, head: bytes, changed_ns: int) -> str:
 def check_room(staging: Staging, plan: Plan) -> None:
     """Raise SystemRefused where a folder cannot be written, or the disk has less room than the plan still takes."""
     effective = os.access in os.supports_effective_ids
-    for folder in {(plan.target.folder / shard.path).parent for shard in plan.shards}:
+    written = {(plan.target.folder / shard.path).parent for shard in plan.shards}
+    for folder in sorted(written | {path.parent for path in plan.delete}):
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK, effective_ids=effective):
             raise SystemRefused(folder, "cannot be written", "Change its permissions, or write elsewhere with -o.")
     missing = sum(
