@@ -186,7 +186,16 @@ _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
 _MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     # Made of models that have lists, by their default configs; on load a model gathers those of its parts
     # (``post_init`` in ``transformers/modeling_utils.py``).
-    ("", "e_score_correction_bias", "Kimi_K25ForConditionalGeneration Kimi_K25Model NemotronH_Omni_Reasoning_V3"),
+    (
+        "",
+        "e_score_correction_bias gate.weight",
+        "Kimi_K25ForConditionalGeneration Kimi_K25Model NemotronH_Omni_Reasoning_V3",
+    ),
+    (
+        "",
+        "e_score_correction_bias gate.weight fn scale base hc_fn hc_scale hc_base weights_proj k_norm sinks",
+        "HYV4ForCausalLM HYV4VLForConditionalGeneration",
+    ),
     ("wo", "", "MusicgenForConditionalGeneration MusicgenMelodyForConditionalGeneration"),
     ("", "perception.encoder perception.proj", "Nemotron3_5TranscribeForConditionalGeneration"),
     (
@@ -214,11 +223,21 @@ _MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
         "Glm5NextForConditionalGeneration Glm5NextModel Glm5NextTextModel",
     ),
     ("", "emb_mean emb_std", "GradiumPhononTTSForConditionalGeneration"),
-    ("", "learnable_sink_param", "HYV4ForCausalLM HYV4Model"),
+    (
+        "",
+        "learnable_sink_param",
+        "HYV4ForCausalLM HYV4Model HYV4VLForConditionalGeneration HYV4VLModel HYV4VLTextModel",
+    ),
     (
         "",
         r"attn_res attn_sconv mlp_sconv attn\.[kv]_sconv\.weight$ mlp\.gate\.bias",
-        "Inkling2ForCausalLM Inkling2ForConditionalGeneration Inkling2Model Inkling2TextModel",
+        "Inkling2ForCausalLM Inkling2ForConditionalGeneration Inkling2LoopForCausalLM "
+        "Inkling2LoopForConditionalGeneration Inkling2LoopModel Inkling2LoopTextModel Inkling2Model Inkling2TextModel",
+    ),
+    (
+        "",
+        "forget_weight gain_weight middle_cycle_cross_pass",
+        "Inkling2LoopForCausalLM Inkling2LoopForConditionalGeneration Inkling2LoopModel Inkling2LoopTextModel",
     ),
     ("", r"mlp\.gate\.bias", "InklingForConditionalGeneration InklingModel"),
     (
@@ -271,13 +290,25 @@ _MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     ("", "balancing_biases", "ZayaForCausalLM ZayaModel"),
 )
 
+# Named otherwise in files, too: a list's entry is in that name and not in the one after the renaming.
+_NOT_TRANSFORMERS: tuple[tuple[str, str], ...] = (
+    (
+        "linear_gate.weight",
+        "HYV4ForCausalLM HYV4Model HYV4VLForConditionalGeneration HYV4VLModel HYV4VLTextModel",
+    ),
+)
+
 
 def keep_rule(class_name: str, is_diffusers: bool, target: DType) -> Callable[[str], bool]:
     """Give the predicate on tensor names that the library of a class keeps float32 when it loads in ``target``."""
     if target.bits >= 32 or not target.is_floating:
         return _keep_nothing
     kept = kept_entries(class_name, is_diffusers, target)
-    return keep_segments(kept) if is_diffusers else keep_matches(kept)
+    if is_diffusers:
+        return keep_segments(kept)
+    keep = keep_matches(kept)
+    spared = keep_matches(entry for entry, classes in _NOT_TRANSFORMERS if class_name in classes.split())
+    return keep if spared is _keep_nothing else lambda name: keep(name) and not spared(name)
 
 
 def kept_entries(class_name: str, is_diffusers: bool, target: DType) -> list[str]:

@@ -19,7 +19,7 @@ Loader = Literal["diffusers", "diffusers-hub", "transformers", "coreml"]
 LOADERS: dict[Loader, str] = {
     "diffusers": "diffusers 0.32 to 0.42, from a local folder",
     "diffusers-hub": "diffusers 0.33 to 0.42, from the Hub",
-    "transformers": "transformers 4.44 to 5.23",
+    "transformers": "transformers 4.44 to 5.24",
     "coreml": "torch2coreml with diffusers 0.30 to 0.42",
 }
 COREML_VARIANT = "fp16"
