@@ -21,18 +21,20 @@ class Wishes:
     """What the user asks of a conversion; most fields are options of the command line.
 
     ``form`` is the output's format, None for the source's own. ``variant`` and ``from_variant`` are a tag, ``"none"``
-    for untagged, or None for the source's own; without ``every_variant`` each component gives one set, the untagged one
-    before others. ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file.
-    ``key`` and ``strip_code`` are as in Reading, ``strip_prefix`` is taken off the names of tensors that have it.
-    With ``expand`` tensors are written however much more they take than what holds them. ``keep_fp32`` are regular
-    expressions, searched in tensor names. ``in_place`` lets the output replace the very set that is read.
-    ``follow_links`` takes along to a new folder what the source has as links to other places.
+    for untagged, or None for the source's own; with ``tag_dtype`` it is, where None, for the dtype and for what finds
+    the weights to say. Without ``every_variant`` each component gives one set, the untagged one before others.
+    ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file. ``key`` and ``strip_code``
+    are as in Reading, ``strip_prefix`` is taken off the names of tensors that have it. With ``expand`` tensors are
+    written however much more they take than what holds them. ``keep_fp32`` are regular expressions, searched in tensor
+    names. ``in_place`` lets the output replace the very set that is read. ``follow_links`` takes along to a new folder
+    what the source has as links to other places.
     """
 
     form: Format | None = "safetensors"
     every_variant: bool = True
     dtype: DType | None = None
     variant: str | None = None
+    tag_dtype: bool = False
     from_variant: str | None = None
     components: tuple[str, ...] = ()
     max_shard_nbytes: float | None = None

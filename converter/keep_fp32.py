@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from converter.dtypes import DType
 
 # Each row: entries, classes. For transformers: entries for float16, entries for float16 and bfloat16, classes.
-# Written by scripts/make_keep_fp32.py from diffusers 0.42.1 and transformers 5.23.0.
+# Written by scripts/make_keep_fp32.py from diffusers 0.42.1 and transformers 5.24.0.
 _DIFFUSERS: tuple[tuple[str, str], ...] = (
     (
         "time_embedder scale_shift_table norm1 norm2 norm3",
@@ -47,33 +47,44 @@ _DIFFUSERS: tuple[tuple[str, str], ...] = (
 _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     (
         "",
-        "e_score_correction_bias",
+        "e_score_correction_bias gate.weight",
         "AXK1ForCausalLM AXK1ForSequenceClassification AXK1ForTokenClassification AXK1Model DeepseekV3ForCausalLM "
         "DeepseekV3ForSequenceClassification DeepseekV3ForTokenClassification DeepseekV3Model Dots1ForCausalLM "
         "Dots1Model Dots3NoteForCausalLM Dots3NoteForConditionalGeneration Dots3NoteModel Dots3NoteTextModel "
         "Dots3NoteVisionModel ExaoneMoeForCausalLM ExaoneMoeModel Glm4MoeForCausalLM Glm4MoeLiteForCausalLM "
         "Glm4MoeLiteModel Glm4MoeModel Glm4vMoeForConditionalGeneration Glm4vMoeModel Glm4vMoeTextModel "
-        "Glm4vMoeVisionModel HYV3ForCausalLM HYV3Model Kolibri1ForCausalLM Kolibri1Model MiMoV2FlashForCausalLM "
-        "MiMoV2FlashModel NemotronHForCausalLM NemotronHModel SolarOpenForCausalLM SolarOpenModel",
+        "Glm4vMoeVisionModel HYV3ForCausalLM HYV3Model NemotronHForCausalLM NemotronHModel SolarOpenForCausalLM "
+        "SolarOpenModel",
     ),
     (
         "indexer.weights_proj",
-        "e_score_correction_bias",
+        "e_score_correction_bias gate.weight",
         "AXK2ForCausalLM AXK2ForSequenceClassification AXK2ForTokenClassification AXK2Model DeepseekV32ForCausalLM "
         "DeepseekV32Model GlmMoeDsaForCausalLM GlmMoeDsaModel",
     ),
     (
-        "input_layernorm post_attention_layernorm pre_mlp_layernorm post_mlp_layernorm q_norm k_norm norm expert_bias",
-        "",
+        "input_layernorm post_attention_layernorm pre_mlp_layernorm post_mlp_layernorm q_norm k_norm norm",
+        "expert_bias",
         "AfmoeForCausalLM AfmoeModel",
     ),
-    ("", "e_score_correction_bias conv1d dt_bias A_log", "BailingHybridForCausalLM BailingHybridModel"),
-    ("", "e_score_correction_bias mlp.gate.weight", "BeamForCausalLM BeamModel"),
+    ("", "vision_tokenizer audio_tokenizer", "Apertus1p5ForConditionalGeneration Apertus1p5Model"),
+    ("", "e_score_correction_bias gate.weight conv1d dt_bias A_log", "BailingHybridForCausalLM BailingHybridModel"),
+    (
+        "",
+        "e_score_correction_bias mlp.gate.weight",
+        "BeamForCausalLM BeamForTokenClassification BeamModel MiMoV2FlashForCausalLM MiMoV2FlashModel",
+    ),
     (
         "query_tokens qformer",
         "",
         "Blip2ForConditionalGeneration Blip2ForImageTextRetrieval Blip2Model Blip2TextModelWithProjection "
         "Blip2VisionModelWithProjection",
+    ),
+    (
+        "",
+        "gate.weight",
+        "DeepseekOcr2TextModel DeepseekV2ForCausalLM DeepseekV2ForSequenceClassification DeepseekV2Model "
+        "UnlimitedOcrTextModel",
     ),
     (
         "self_attn.compressor.kv_proj self_attn.compressor.gate_proj self_attn.compressor.indexer.kv_proj "
@@ -84,7 +95,7 @@ _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "",
-        "gate.weight moe_statics",
+        "gate.weight e_score_correction_bias",
         "Ernie4_5_MoeForCausalLM Ernie4_5_MoeModel Ernie4_5_VLMoeForConditionalGeneration Ernie4_5_VLMoeModel "
         "Ernie4_5_VLMoeTextModel Ernie4_5_VLMoeVisionTransformerPretrainedModel "
         "Ernie4_5_VL_MoeForConditionalGeneration Ernie4_5_VL_MoeModel Ernie4_5_VL_MoeTextModel "
@@ -94,7 +105,7 @@ _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     ("", "gate.weight sinks", "FlintForCausalLM FlintModel"),
     (
         "",
-        "e_score_correction_bias conv1d dt_bias A_log attn_hc.base attn_hc.scale ffn_hc.base ffn_hc.scale",
+        "e_score_correction_bias gate.weight conv1d dt_bias A_log attn_hc.base attn_hc.scale ffn_hc.base ffn_hc.scale",
         "Glm5NextForConditionalGeneration Glm5NextModel Glm5NextTextModel Glm5NextVisionModel",
     ),
     (
@@ -104,17 +115,23 @@ _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     ),
     ("", "latent_mean latent_std freqs", "GradiumPhononTTSForConditionalGeneration PocketTTSForConditionalGeneration"),
     ("", "conv.norm", "GraniteSpeech5Encoder GraniteSpeech5ForCTC"),
+    ("", "lm_head", "HYV4ForCausalLM HYV4VLForConditionalGeneration"),
     (
         "",
-        "e_score_correction_bias fn scale base hc_fn hc_scale hc_base weights_proj k_norm sinks lm_head",
-        "HYV4ForCausalLM",
+        "e_score_correction_bias gate.weight fn scale base hc_fn hc_scale hc_base weights_proj k_norm sinks",
+        "HYV4Model HYV4VLModel HYV4VLTextModel HYV4VLVisionModel",
     ),
-    ("", "e_score_correction_bias fn scale base hc_fn hc_scale hc_base weights_proj k_norm sinks", "HYV4Model"),
     (
         "",
-        "e_score_correction_bias mlp.gate.weight post_attention_convolution post_mlp_convolution k_sconv.conv1d "
-        "v_sconv.conv1d attention_input mlp_input final_input",
+        "e_score_correction_bias mlp.gate.weight post_attention_convolution post_mlp_convolution sconv.conv1d "
+        "attention_input mlp_input final_input",
         "Inkling2ForCausalLM Inkling2ForConditionalGeneration Inkling2Model Inkling2TextModel Inkling2VisionModel",
+    ),
+    (
+        "",
+        "e_score_correction_bias mlp.gate.weight post_attention_convolution post_mlp_convolution sconv.conv1d "
+        "attention_input mlp_input final_input message_input message_gate_proj forget_gate_proj",
+        "Inkling2LoopForCausalLM Inkling2LoopForConditionalGeneration Inkling2LoopModel Inkling2LoopTextModel",
     ),
     (
         "",
@@ -128,6 +145,8 @@ _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
         "InstructBlipForConditionalGeneration InstructBlipModel InstructBlipVideoForConditionalGeneration "
         "InstructBlipVideoModel",
     ),
+    ("", "e_score_correction_bias gate.weight dt_bias", "KimiLinearForCausalLM KimiLinearModel"),
+    ("", "e_score_correction_bias", "Kolibri1ForCausalLM Kolibri1Model"),
     ("", "codec_model", "KyutaiSpeechToTextForConditionalGeneration"),
     ("classifier.weight", "", "LongcatFlashForCausalLM LongcatFlashModel"),
     (

@@ -49,6 +49,11 @@ _EXT = "|".join(WEIGHT_EXTENSIONS)
 _INDEX = re.compile(rf"(?P<base>.+)\.(?P<ext>{_EXT})(?P<old>\.[^.]+)?\.index(?P<new>\.[^.]+)?\.json")
 _SHARD = re.compile(rf"(?P<base>.+)-(?P<number>\d{{5,9}})-of-(?P<count>\d{{5,9}})(?P<old>\.[^.]+)?\.(?P<ext>{_EXT})")
 _SINGLE = re.compile(rf"(?P<base>.+)\.(?P<ext>{_EXT})")
+# Files, and no folders: our own endings spelled otherwise, what other runtimes read, archives.
+_OTHER_FILE = re.compile(
+    rf".+\.({_EXT}|safetensor|sft|gguf|ggml|onnx|pb|tflite|mlmodel|h5|msgpack|np[yz]|pkl|pickle|json|zip|tar|t?gz)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +160,15 @@ def is_other_runtime(name: str) -> bool:
     (True, True)
     """
     return _OTHER_RUNTIMES.fullmatch(name) is not None
+
+
+def is_other_file(file_name: str) -> bool:
+    """Say whether a name is that of a file, by its ending, and of none that is written.
+
+    >>> is_other_file("model.gguf"), is_other_file("MODEL.BIN"), is_other_file("model.bin"), is_other_file("v1.5")
+    (True, True, False, False)
+    """
+    return parse_name(file_name) is None and _OTHER_FILE.fullmatch(file_name) is not None
 
 
 def _split_variant(base: str) -> tuple[str, str | None]:

@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from converter.checkpoint import Checkpoint, WeightSet
 from converter.choose import Wishes
-from converter.dtypes import RECAST_SOURCES, DType
+from converter.dtypes import DType
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.folder import Component, ModelFolder, render_json
 from converter.formats import FORMATS
@@ -23,13 +23,13 @@ from converter.index import WeightIndex
 from converter.names import Format, WeightsName
 from converter.paths import real
 from converter.rules import (
+    cast_config,
     check_growth,
     check_quantized,
     check_shard_count,
     choose_ties,
     find_kept,
     target_dtype,
-    with_dtype,
 )
 from converter.tensors import TensorInfo
 
@@ -68,7 +68,8 @@ class Shard:
 class SetPlan:
     """One weight set to be written, from one that was read.
 
-    ``ties`` maps each name left out to the name that stays, ``kept`` are the tensors that stay float32 in a recast.
+    ``ties`` maps each name left out to the name that stays, ``kept`` the tensors that a recast leaves in another dtype
+    than the one that was asked for to that dtype.
     """
 
     component: str
@@ -77,7 +78,7 @@ class SetPlan:
     shards: tuple[Shard, ...]
     index: tuple[str, bytes] | None
     ties: Mapping[str, str]
-    kept: tuple[str, ...] = ()
+    kept: Mapping[str, DType] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -167,31 +168,53 @@ class Plan:
         return sum(planned.nbytes for planned in self.sets)
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a plan has beside its sets.
+
+    ``carried`` and ``edited`` are as in a Plan; ``configs`` are by component, in place of their own.
+    """
+
+    carried: tuple[tuple[str, Path], ...] = ()
+    edited: Mapping[str, bytes] = field(default_factory=dict)
+    configs: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+_NOTHING = Beside()
+
+
 def make_plan(
     folder: ModelFolder,
-    checkpoints: Iterable[tuple[Component, Checkpoint]],
+    orders: Iterable[tuple[Component, Checkpoint] | tuple[Component, Checkpoint, Wishes]],
     target: Target,
     wishes: Wishes,
     existing: Mapping[str, Sequence[WeightSet]],
-    carried: Iterable[Path] = (),
-    notes: Iterable[str] = (),
+    beside: Beside = _NOTHING,
 ) -> Plan:
     """Plan a conversion of opened checkpoints; ``existing`` are the target's own sets, by component.
 
-    What would come out as it lies there is left out. Raises BadRequest, OutputRefused or Unsupported for what cannot or
-    must not be done.
+    A checkpoint may come with wishes of its own, which differ from the others' in its name and dtype alone. What would
+    come out as it lies there is left out. Raises BadRequest, OutputRefused or Unsupported for what cannot or must not
+    be done.
     """
     sets: list[SetPlan] = []
     there_already: list[str] = []
-    edited: dict[str, bytes] = {}
-    for component, checkpoint in checkpoints:
-        planned = _plan_set(component, checkpoint, wishes, in_place=_is_beside(component, target))
+    edited = dict(beside.edited)
+    read = {component.name: component.config for component in folder.components}
+    for component, checkpoint, *own in orders:
+        wanted = own[0] if own else wishes
+        planned = _plan_set(component, checkpoint, wanted, in_place=_is_beside(component, target))
         there = existing.get(component.name, ())
-        if wishes.dtype and not wishes.overwrite and any(old.name == planned.name != checkpoint.name for old in there):
+        if wanted.dtype and not wanted.overwrite and any(old.name == planned.name != checkpoint.name for old in there):
             there_already.append(planned.shards[0].path)
         elif not _is_there(planned, checkpoint, there):
             sets.append(planned)
-            edited.update(_edit_config(component, planned, target, wishes))
+            config = beside.configs.get(component.name, component.config)
+            if folder.kind != "file":
+                config = _with_dtype(config, component, planned, target, wanted)
+            if config != read.get(component.name, component.config):
+                edited[(Path(component.name) / "config.json").as_posix()] = render_json(config)
     if there_already and not sets:
         raise OutputRefused(there_already[0], "exists", "Use --overwrite to write it again, or -o for a new folder.")
     _check_collisions(folder, sets)
@@ -200,16 +223,15 @@ def make_plan(
     outputs |= {planned.index[0] for planned in sets if planned.index}
     spared = {_place(target.folder / name) for name in outputs}
     sources = (p.source.folder / name for p in sets for name in p.source.all_names) if wishes.delete_source else ()
-    along = ((path.relative_to(folder.root).as_posix(), path) for path in carried)
     return Plan(
         source=folder,
         target=target,
         sets=tuple(sets),
-        carried=tuple((name, path) for name, path in along if name not in edited),
+        carried=tuple((name, path) for name, path in beside.carried if name not in edited),
         edited=tuple(edited.items()),
         superseded=superseded,
         delete=tuple(path for path in sources if _place(path) not in spared),
-        notes=(*notes, *(f"{path} is there already, and stays as it is" for path in there_already)),
+        notes=(*beside.notes, *(f"{path} is there already, and stays as it is" for path in there_already)),
         wishes=wishes,
     )
 
@@ -295,10 +317,20 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     index = None
     if len(shards) > 1:
         index = ((base / name.index).as_posix(), _build_index(checkpoint, shards, file_names).render())
-    castable = (info for info in checkpoint.tensors if info.target is None and info.dtype.tag in RECAST_SOURCES)
-    kept = tuple(info.name for info in castable if keep(info.name))
-    notes = (*checkpoint.notes, *growth)
+    kept = {
+        info.name: casts[info.name]
+        for info in checkpoint.tensors
+        if wishes.dtype and info.target is None and casts[info.name] is not wishes.dtype
+    }
+    notes = (*checkpoint.notes, *growth, *_note_no_cast(checkpoint, casts, wishes))
     return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, notes)
+
+
+def _note_no_cast(checkpoint: Checkpoint, casts: Mapping[str, DType], wishes: Wishes) -> Iterable[str]:
+    """Say so where a recast changes nothing."""
+    if wishes.dtype and all(casts[info.name] is info.dtype for info in checkpoint.tensors):
+        is_there = any(info.dtype is wishes.dtype for info in checkpoint.tensors)
+        yield f"already {wishes.dtype.short_name}: nothing to cast" if is_there else "holds nothing to cast"
 
 
 def _units(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
@@ -373,16 +405,16 @@ def _build_index(checkpoint: Checkpoint, shards: Iterable[Shard], file_names: It
     return WeightIndex({**weight_map, **aliases}, metadata)
 
 
-def _edit_config(component: Component, planned: SetPlan, target: Target, wishes: Wishes) -> Iterable[tuple[str, bytes]]:
+def _with_dtype(
+    config: dict[str, Any], component: Component, planned: SetPlan, target: Target, wishes: Wishes
+) -> dict[str, Any]:
     """Give the config.json of a component that is recast, untagged, into a new folder: with its new dtype.
 
     A variant shares its config.json with the others, so that stays.
     """
     if wishes.dtype is None or planned.name.variant is not None or _is_beside(component, target):
-        return
-    edited = with_dtype(component.config, wishes.dtype.torch_name)
-    if edited != component.config:
-        yield (Path(component.name) / "config.json").as_posix(), render_json(edited)
+        return config
+    return cast_config(component, config, wishes.dtype)
 
 
 def split_into_shards(sizes: Sequence[int], max_nbytes: float) -> list[list[int]]:

@@ -8,19 +8,17 @@ sizes and skip list; and once to be written. What stays between is four bytes a 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets
 from converter.choose import Wishes, choose_sets
-from converter.conversion import check_edited, plan_conversion, plan_rest, request_of
-from converter.dtypes import RECAST_SOURCES
+from converter.conversion import plan_conversion, plan_rest, refuse_file, request_of
+from converter.dtypes import RECAST_SOURCES, DType
 from converter.errors import BadRequest, LossyCast, Unsupported
-from converter.folder import Component, ModelFolder, render_json
+from converter.folder import Component, ModelFolder
 from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
 from converter.modules import Linears, find_linears, is_skipped
 from converter.opening import open_regular
@@ -104,16 +102,17 @@ def prepare_quantized(
         # With a dtype the other parts are cast; without one they are carried over.
         return choose_sets(folder, replace(wishes, components=())) if wishes.dtype else found
 
-    def adapt(component: Component, checkpoint: Checkpoint) -> Checkpoint:
+    def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
         if component.name not in chosen:
-            return checkpoint
+            return component, checkpoint
         scales = _Scales(workers, memory_nbytes, progress)
-        changed, parts[component.name] = _quantize(component, checkpoint, choice, scales)
-        return changed
+        changed, part = _quantize(component, checkpoint, choice, scales)
+        parts[component.name] = part
+        config = {**component.config, "quantization_config": quantization_config(part.skipped)}
+        return replace(component, config=config), changed
 
     def make(wishes: Wishes) -> Plan:
-        plan = plan_conversion(source, output, wishes, choose, adapt)
-        return _with_configs(plan, {name: quantization_config(part.skipped) for name, part in parts.items()})
+        return plan_conversion(source, output, wishes, choose, adapt)
 
     return Quantization(request, plan_rest(finished, wishes, make), tuple(parts.values()))
 
@@ -123,6 +122,7 @@ def _check_paths(source: Path, output: Path) -> None:
     if files and _is_gguf(files[0]) and not (source.is_dir() and find_weight_sets(source)):
         advice = "Quantize the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
+    refuse_file(output)
     if output.exists() and source.exists() and output.samefile(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
@@ -227,9 +227,13 @@ def _int8_nbytes(info: TensorInfo) -> int:
 
 def _refuse_quantized(path: Path, tensors: Iterable[TensorInfo]) -> None:
     for info in tensors:
-        if info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype.tag not in RECAST_SOURCES:
+        if info.name.endswith(".weight") and len(info.shape) == 2 and not _is_full(info.dtype):
             problem = f"is quantized already: {info.name!r} is {info.dtype}"
             raise Unsupported(path, problem, "Quantize the model that it was made from.")
+
+
+def _is_full(dtype: DType) -> bool:
+    return dtype.tag in RECAST_SOURCES and dtype.bits >= 16
 
 
 def _choose_modules(
@@ -239,7 +243,11 @@ def _choose_modules(
     path = checkpoint.weight_set.path
     is_included, is_excluded = _matcher(choice.include), _matcher(choice.skip)
     tensors = {info.name: info for info in checkpoint.tensors}
-    ties = find_ties(tensors.values()) if default_tied(component) == "first" else {}
+    ties = (
+        find_ties(tensors.values())
+        if default_tied(component, checkpoint.name.in_format("safetensors")) == "first"
+        else {}
+    )
     tied = {*ties, *ties.values()}
     wanted: list[str] = []
     notes: list[str] = []
@@ -327,23 +335,21 @@ def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: 
     _check_paths(source, output)
     request = request_of(source, output, ("dequantize", wishes))
     finished = recovering and recover(output, request)
-    restored: set[str] = set()
 
     def choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
         names = tuple(c.name for c in folder.components if "quantization_config" in c.config)
         found = choose_sets(folder, replace(wishes, components=wishes.components or names))
         return [(_unquantized(component), weight_set) for component, weight_set in found]
 
-    def adapt(component: Component, checkpoint: Checkpoint) -> Checkpoint:
+    def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
         if not scales_in(checkpoint):
             path = checkpoint.weight_set.path
             raise Unsupported(path, "holds no 8-bit weights of bitsandbytes", "'wconv recast' changes other dtypes.")
-        restored.add(component.name)
         transposed = find_linears(component, checkpoint.tensors).transposed
-        return dequantized(checkpoint, dtype, transposed)
+        return component, dequantized(checkpoint, dtype, transposed)
 
     def make(wishes: Wishes) -> Plan:
-        return _with_configs(plan_conversion(source, output, wishes, choose, adapt), dict.fromkeys(restored))
+        return plan_conversion(source, output, wishes, choose, adapt)
 
     return Quantization(request, plan_rest(finished, wishes, make))
 
@@ -351,20 +357,3 @@ def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: 
 def _unquantized(component: Component) -> Component:
     config = {key: value for key, value in component.config.items() if key != "quantization_config"}
     return replace(component, config=config)
-
-
-def _with_configs(plan: Plan, configs: Mapping[str, dict[str, Any] | None]) -> Plan:
-    """Put quantization configs into the config.json of components; None takes it out."""
-    edited = dict(plan.edited)
-    for component in plan.source.components:
-        if component.name not in configs:
-            continue
-        path = (Path(component.name) / "config.json").as_posix()
-        content = json.loads(edited[path]) if path in edited else dict(component.config)
-        content.pop("quantization_config", None)
-        quantization = configs[component.name]
-        if quantization:
-            content["quantization_config"] = quantization
-        edited[path] = render_json(content)
-    carried = tuple(one for one in plan.carried if one[0] not in edited)
-    return check_edited(replace(plan, edited=tuple(edited.items()), carried=carried))

@@ -14,6 +14,7 @@ from converter.index import WeightIndex, read_index
 from converter.names import WeightsName, check_variant
 from converter.paths import refuse_cache
 from converter.plan import Plan, SetPlan, Shard, Target
+from converter.rules import note_tag
 from converter.staging import find_strangers, recover, refuse_links
 
 
@@ -54,6 +55,7 @@ def plan_rename(source: Path, before: str, after: str, components: tuple[str, ..
         raise BadRequest(folder.path, f"has no variant {before!r}", "'wconv inspect' lists what it has.")
     wishes = Wishes(form=None, in_place=True)
     target, notes = Target(folder.root, is_new=False), find_strangers(folder.root)
+    notes += note_tag(folder, new)
     plan = Plan(folder, target, tuple(sets), superseded=tuple(superseded), notes=notes, wishes=wishes)
     refuse_links(plan)
     return plan

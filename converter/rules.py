@@ -13,7 +13,7 @@ from converter.checkpoint import Checkpoint
 from converter.choose import Tied, Wishes
 from converter.dtypes import DTYPES, RECAST_SOURCES, DType
 from converter.errors import BadRequest, Unsupported
-from converter.folder import Component
+from converter.folder import Component, ModelFolder
 from converter.keep_fp32 import keep_rule
 from converter.names import Format, WeightsName
 from converter.tensors import TensorInfo
@@ -24,6 +24,12 @@ from converter.tensors import find_ties as find_equal_views
 _OLD_ATTENTION_CLASSES = frozenset({"AutoencoderKL", "VQModel", "UNet2DModel"})
 _OLD_ATTENTION_NAME = re.compile(r".*\.attentions\.\d+\.(query|key|value|proj_attn)\.(weight|bias)")
 
+# What ``from_pretrained`` of each library looks for (``WEIGHTS_NAME`` and ``SAFETENSORS_WEIGHTS_NAME`` in their
+# ``utils``), and PEFT (``peft/utils/constants.py``).
+_DIFFUSERS_NAMES = {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"}
+_TRANSFORMERS_NAMES = {"safetensors": "model", "bin": "pytorch_model"}
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 reads both, 4 only the second
+_ADAPTER_NAMES = {"safetensors": "adapter_model", "bin": "adapter_model"}
 
 # How much more may be written than is held. Masks and buffers that were expanded take some MB; tied embeddings that are
 # written under each of their two to four names take GB, but not four times all the rest; a compressed float32 copy of
@@ -33,27 +39,78 @@ MAX_GROWTH = 3
 _NOTED_GROWTH_NBYTES = 1_000_000
 
 
+def note_tag(folder: ModelFolder, variant: str | None) -> tuple[str, ...]:
+    """Say so where weights get a tag under which the folder's library does not find them."""
+    library = variantless(folder)
+    if not library or variant in (None, "none"):
+        return ()
+    return (f"{library} finds no variants: what is tagged {variant} is loaded by the name of its file alone",)
+
+
 def choose_ties(component: Component, checkpoint: Checkpoint, form: Format, wishes: Wishes) -> dict[str, str]:
     """Map the names that are not written to those that are; in a torch file they stay, as a second name."""
     if form == "torch":
         names = {info.name for info in checkpoint.tensors}
         recorded = {name: kept for name, kept in checkpoint.metadata.items() if kept in names and name not in names}
         return {} if wishes.tied == "duplicate" else {**find_equal_views(checkpoint.tensors), **recorded}
-    ties = find_equal_views(checkpoint.tensors) if (wishes.tied or default_tied(component)) == "first" else {}
+    tied = wishes.tied or default_tied(component, checkpoint.name.in_format(form))
+    ties = find_equal_views(checkpoint.tensors) if tied == "first" else {}
     if "format" in ties:
         raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
     return ties
 
 
-def default_tied(component: Component) -> Tied:
+def default_tied(component: Component, name: WeightsName) -> Tied:
     """Say whether tied tensors are written once or each by its name, where the user does not.
 
-    A transformers model ties again what its config says is tied; where the config says it does not, and in Diffusers,
-    which never ties, a name that is not in the file is a missing weight.
+    A transformers model ties again what its config says is tied (``tie_weights`` in
+    ``transformers/modeling_utils.py``). Where the config says it does not, in a file that is not named as transformers
+    looks for it, and in every other library, a name that is not in the file is a missing weight.
     """
-    if component.is_diffusers or component.config.get("tie_word_embeddings") is False:
-        return "duplicate"
-    return "first"
+    is_tied = is_transformers(component) and finds(component, name) and not _unties(component.config)
+    return "first" if is_tied else "duplicate"
+
+
+def is_transformers(component: Component) -> bool:
+    """Say whether a component's config is that of a transformers model."""
+    names_model = bool(component.class_name) or isinstance(component.config.get("model_type"), str)
+    return names_model and not component.is_diffusers
+
+
+def finds(component: Component, name: WeightsName) -> bool:
+    """Say whether ``from_pretrained`` of a component's library looks for weights of a name, its variant asked for."""
+    names = _DIFFUSERS_NAMES if component.is_diffusers else _TRANSFORMERS_NAMES if is_transformers(component) else {}
+    return names.get(name.ext) == name.stem
+
+
+def is_adapter(name: WeightsName) -> bool:
+    """Say whether weights of a name are what PEFT looks for."""
+    return _ADAPTER_NAMES.get(name.ext) == name.stem
+
+
+def variantless(folder: ModelFolder) -> str:
+    """Give the library that loads from a folder and finds no variants in it; nothing where it finds them, or is none.
+
+    ``hf_load_state_dict`` of timm, ``load_torch_weights`` of sentence-transformers, ``load_peft_weights`` of PEFT,
+    ``_identify_model_variants`` of Diffusers.
+    """
+    if folder.kind == "sentence-transformers":
+        return "sentence-transformers"
+    root = folder.components[0]
+    if folder.kind == "pipeline":
+        return "" if root.name else "Diffusers at the root"
+    if root.weight_sets and all(is_adapter(found.name) for found in root.weight_sets):
+        return "PEFT"
+    has_class = root.is_diffusers or is_transformers(root)
+    return "timm" if isinstance(root.config.get("architecture"), str) and not has_class else ""
+
+
+def _unties(config: dict[str, Any]) -> bool:
+    """Say whether a config, or where it is silent that of a part, says that embeddings are not tied."""
+    own = config.get("tie_word_embeddings")
+    if own is not None:
+        return own is False
+    return any(_unties(value) for value in config.values() if isinstance(value, dict))
 
 
 def find_kept(component: Component, wishes: Wishes) -> Callable[[str], bool]:
@@ -74,7 +131,17 @@ def target_dtype(info: TensorInfo, wishes: Wishes, keep: Callable[[str], bool]) 
         return info.target
     if wishes.dtype is None or info.dtype.tag not in RECAST_SOURCES:
         return info.dtype
-    return DTYPES["F32"] if keep(info.name) else wishes.dtype
+    if keep(info.name):
+        return DTYPES["F32"]
+    return info.dtype if stays_wider(info.dtype, len(info.shape), wishes.dtype) else wishes.dtype
+
+
+def stays_wider(dtype: DType, dims: int, target: DType) -> bool:
+    """Say whether a tensor keeps its dtype where 8 bits are asked for: norms, biases and scalars do.
+
+    They take next to no room, and no library computes with them in 8 bits.
+    """
+    return target.bits == 8 and dims < 2 and dtype.bits > 8
 
 
 def check_quantized(component: Component, checkpoint: Checkpoint, wishes: Wishes) -> None:
@@ -140,12 +207,24 @@ def find_old_attention(component: Component, names: Iterable[str]) -> str | None
     return next((name for name in names if _OLD_ATTENTION_NAME.fullmatch(name)), None)
 
 
+def cast_config(component: Component, config: dict[str, Any], dtype: DType) -> dict[str, Any]:
+    """Give the config of a component whose weights are cast to a dtype, with the one that it is to be loaded in.
+
+    transformers 5 takes it from there. No model runs in 8 bits, so of those nothing is said.
+    """
+    if dtype.bits < 16:
+        return config
+    edited: dict[str, Any] = with_dtype(config, dtype.torch_name)
+    if not is_transformers(component) or any(isinstance(edited.get(key), str) for key in _DTYPE_KEYS):
+        return edited
+    return {**edited, _DTYPE_KEYS[1]: dtype.torch_name}
+
+
 def with_dtype(config: Any, name: str) -> Any:
     """Give a config with another dtype, its sub-configs' too; transformers 5 writes ``dtype``, 4 ``torch_dtype``."""
     if not isinstance(config, dict):
         return config
-    named = ("dtype", "torch_dtype")
     return {
-        key: name if key in named and isinstance(value, str) else with_dtype(value, name)
+        key: name if key in _DTYPE_KEYS and isinstance(value, str) else with_dtype(value, name)
         for key, value in config.items()
     }

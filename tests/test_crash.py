@@ -101,6 +101,11 @@ SCENARIOS = [
         lambda m: save_safetensors_shards(NEW, m),
         ("m", "--overwrite", "--max-shard-size", LIMIT * 2),
     ),
+    Scenario(
+        "one-named-file",
+        lambda m: save_bin_shards(NEW, m),
+        ("m/pytorch_model.bin.index.json", "-o", "m/model.safetensors", "--delete-source"),
+    ),
     Scenario("delete-source", lambda m: save_bin_shards(NEW, m), ("m", "--delete-source")),
     Scenario(
         "new-folder-delete-source", lambda m: save_bin_shards(NEW, m), ("m", "-o", "out", "--delete-source"), "out"

@@ -37,7 +37,7 @@ LAYERS = (
     ("plan",),
     ("cast", "sources"),
     ("stream", "staging"),
-    ("run", "rename", "int8"),
+    ("run", "rename", "int8", "loading"),
     ("conversion", "compare"),
     ("quantize",),
     ("doctor",),

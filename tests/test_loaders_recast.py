@@ -209,9 +209,14 @@ def cast_as_the_library_keeps(part: Any, state: StateDict, dtype: str) -> StateD
     """Cast a state dict by torch, with the rules that the model's class has in its library."""
     keeps = keep_rule_of(part, dtype)
     return {
-        name: tensor if not tensor.is_floating_point() or keeps(name) else tensor.to(TORCH_DTYPES[dtype])
+        name: tensor if stays(tensor, dtype) or keeps(name) else tensor.to(TORCH_DTYPES[dtype])
         for name, tensor in state.items()
     }
+
+
+def stays(tensor: torch.Tensor, dtype: str) -> bool:
+    """Say whether a tensor is no number to cast, or a norm or a bias where 8 bits are asked for."""
+    return not tensor.is_floating_point() or (dtype.startswith("fp8") and tensor.ndim < 2)
 
 
 def keep_rule_of(part: Any, dtype: str) -> Callable[[str], bool]:

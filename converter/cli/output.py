@@ -1,4 +1,4 @@
-"""What the terminal shows: tables, sizes, the progress bar, summaries, and the line that loads the result."""
+"""What the terminal shows: tables, sizes, the progress bar and summaries."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 import psutil
 
 from converter.errors import shorten
+from converter.loading import loading_lines
 from converter.plan import Plan
 from converter.run import Result, name_counts
 
@@ -118,7 +119,8 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
                 "index": planned.index[0] if planned.index else None,
                 "tensors": planned.tensor_count,
                 "tied": dict(planned.ties),
-                "kept_fp32": list(planned.kept),
+                "kept_fp32": [name for name, dtype in planned.kept.items() if dtype.tag == "F32"],
+                "kept": {name: dtype.short_name for name, dtype in planned.kept.items()},
             }
             for planned in plan.sets
         ],
@@ -218,42 +220,12 @@ def _show_remarks(plan: Plan, every: bool) -> None:
     for planned in plan.sets:
         for dropped, kept in planned.ties.items():
             echo(printable(f"Tied: {dropped} is {kept}, written once and noted in the header"))
-        if planned.kept:
-            names = ", ".join(map(printable, planned.kept if every else planned.kept[:3]))
-            more = "" if every or len(planned.kept) <= 3 else ", ... (-v lists them)"
-            echo(f"Kept in fp32 in {printable(planned.source.path.name)}: {len(planned.kept)} ({names}{more})")
+        for dtype in dict.fromkeys(planned.kept.values()):
+            names = [name for name, other in planned.kept.items() if other is dtype]
+            listed = ", ".join(map(printable, names if every else names[:3]))
+            more = "" if every or len(names) <= 3 else ", ... (-v lists them)"
+            echo(f"Kept in {dtype.short_name} in {printable(planned.source.path.name)}: {len(names)} ({listed}{more})")
         for note in planned.notes:
             echo(printable(f"Note: {note}"))
     for note in plan.notes:
         echo(printable(f"Note: {note}"))
-
-
-def loading_lines(plan: Plan) -> list[str]:
-    """Give the Python lines that load what a plan writes."""
-    variants = {planned.name.variant for planned in plan.sets}
-    tag = None if None in variants else sorted(filter(None, variants))[0] if variants else None
-    target = repr(str(plan.target.folder))
-    arguments = f"{target}, variant={tag!r}" if tag else target
-    dtype = plan.wishes.dtype
-    imports = []
-    if dtype is not None and dtype.bits >= 16:
-        # Every version of both libraries knows this name; the newest ones say that ``dtype`` is to replace it.
-        imports = ["import torch"]
-        arguments += f", torch_dtype=torch.{dtype.torch_name}"
-    kind = plan.source.kind
-    config = plan.source.components[0]
-    if any(copy.dtype.tag == "I8" and copy.source.scales for shard in plan.shards for copy in shard.copies):
-        if not imports and (kind == "pipeline" or config.is_diffusers):
-            imports = ["import torch"]
-            arguments += ", torch_dtype=torch.float16"
-        arguments += f', device_map="{"balanced" if kind == "pipeline" else "auto"}"'
-    if kind == "pipeline":
-        return [*imports, "from diffusers import DiffusionPipeline", f"DiffusionPipeline.from_pretrained({arguments})"]
-    if kind == "sentence-transformers":
-        return ["from sentence_transformers import SentenceTransformer", f"SentenceTransformer({target})"]
-    if kind == "component" or (kind == "transformers" and config.class_name):
-        library = "diffusers" if config.is_diffusers else "transformers"
-        name = config.class_name
-        return [*imports, f"from {library} import {name}", f"{name}.from_pretrained({arguments})"]
-    first = str(plan.target.folder / plan.shards[0].path) if plan.shards else ""
-    return ["from safetensors.torch import load_file", f"load_file({first!r})"]

@@ -13,7 +13,7 @@ from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.dtypes import BY_ALIAS, BY_TORCH_NAME, RECAST_SOURCES, DType
 from converter.errors import Unsupported, WconvError
 from converter.names import WeightsName, is_other_runtime, parse_name
-from converter.rules import find_kept, find_old_attention
+from converter.rules import find_kept, find_old_attention, stays_wider
 from converter.tensors import find_ties
 
 Check = Callable[[FolderView], Iterator[Finding]]
@@ -103,13 +103,14 @@ def repeated_name(part: ComponentView, found: SetView) -> str | None:
 
 
 def dtype_shares(part: ComponentView, found: SetView, dtype: DType | None = None) -> Counter[DType]:
-    """Count the floating tensors of a set by dtype, those left out that are kept in float32 in a cast to ``dtype``."""
+    """Count the floating tensors of a set by dtype, those left out that a cast to ``dtype`` leaves in a wider one."""
     keep = find_kept(part.component, Wishes(dtype=dtype))
     counts: Counter[DType] = Counter()
     for view in part.views_of(found):
-        for name, tensor_dtype in zip(view.names, view.dtypes, strict=True):
-            if tensor_dtype.tag in RECAST_SOURCES and not (tensor_dtype.tag == "F32" and keep(name)):
-                counts[tensor_dtype] += 1
+        for name, held, dims in zip(view.names, view.dtypes, view.dims, strict=True):
+            stays = (held.tag == "F32" and keep(name)) or (dtype is not None and stays_wider(held, dims, dtype))
+            if held.tag in RECAST_SOURCES and not stays:
+                counts[held] += 1
     return counts
 
 
@@ -132,7 +133,10 @@ def config_dtype(part: ComponentView) -> tuple[DType, DType] | None:
     if not sets or any(found.name.variant for found in sets):
         return None
     counts = sum((dtype_shares(part, found) for found in sets), Counter())
-    return (dtype, next(iter(counts))) if len(counts) == 1 and dtype not in counts else None
+    if len(counts) != 1 or dtype in counts:
+        return None
+    (held,) = counts
+    return (dtype, held) if held.bits > 8 else None  # no model runs in 8 bits: a config names what they become
 
 
 def same_names(a: Checkpoint, b: Checkpoint) -> bool:
@@ -364,7 +368,7 @@ def _dtypes(part: ComponentView) -> Iterator[Finding]:
 
 
 def _is_kept_mixture(part: ComponentView, found: SetView) -> bool:
-    narrow = [dtype for dtype in dtype_shares(part, found) if dtype.bits == 16]
+    narrow = [dtype for dtype in dtype_shares(part, found) if dtype.bits <= 16]
     return any(len(dtype_shares(part, found, dtype)) == 1 for dtype in narrow)
 
 

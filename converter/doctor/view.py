@@ -42,6 +42,7 @@ class FileView:
     format: str = ""
     names: tuple[str, ...] = ()
     dtypes: tuple[DType, ...] = ()
+    dims: tuple[int, ...] = ()
     tensor_nbytes: int = 0
     storage_nbytes: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -320,6 +321,7 @@ def _read(path: Path) -> FileView:
         file.format,
         tuple(sys.intern(info.name) for info in file.tensors),
         tuple(info.dtype for info in file.tensors),
+        tuple(len(info.shape) for info in file.tensors),
         sum(info.nbytes for info in file.tensors),
         sum(storage.nbytes for storage in storages),
         file.metadata,

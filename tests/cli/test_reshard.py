@@ -210,6 +210,21 @@ def test_a_variant_keeps_its_tag_and_the_others_their_files(wconv, tmp_path):
     }
 
 
+@pytest.mark.parametrize("where", [("--in-place",), ("-o", "out")])
+def test_every_variant_is_taken(where, wconv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    half = {name: tensor.half() for name, tensor in STATE.items()}
+    save_safetensors_shards(STATE, Path("m"))
+    shard = "model.fp16-{:05d}-of-{:05d}.safetensors"
+    save_shards(half, Path("m"), ("abc", "def"), shard, "model.safetensors.index.fp16.json")
+    told = wconv("reshard", "m", "--max-shard-size", "none", *where).stdout
+    assert "not carried over" not in told
+    out = Path("m" if where == ("--in-place",) else "out")
+    assert names_in(out) == ["model.fp16.safetensors", "model.safetensors"]
+    assert_same(load_file(out / "model.safetensors"), STATE)
+    assert_same(load_file(out / "model.fp16.safetensors"), half)
+
+
 def test_the_format_stays(wconv, tmp_path):
     save_bin_shards(STATE, tmp_path / "m")
     wconv("reshard", tmp_path / "m", "--max-shard-size", "none", "--in-place")

@@ -452,15 +452,11 @@ def test_an_output_may_be_a_file_name(output, written, wconv, tmp_path, monkeypa
     assert list(files_of(tmp_path)) == [written]
 
 
-def test_a_file_name_names_shards_too(wconv, tmp_path):
+def test_a_file_name_makes_one_file_of_shards(wconv, tmp_path):
     source = save_bin_shards(STATE, tmp_path / "m")
     wconv("to-safetensors", source, "-o", tmp_path / "x.safetensors")
-    assert sorted(path.name for path in tmp_path.glob("x*")) == [
-        "x-00001-of-00003.safetensors",
-        "x-00002-of-00003.safetensors",
-        "x-00003-of-00003.safetensors",
-        "x.safetensors.index.json",
-    ]
+    assert [path.name for path in tmp_path.glob("x*")] == ["x.safetensors"]
+    assert_same(load_file(tmp_path / "x.safetensors"), STATE)
 
 
 def test_a_file_name_of_another_format_is_refused(wconv, tmp_path):
