@@ -93,11 +93,14 @@ def is_adapter(name: WeightsName) -> bool:
 def variantless(folder: ModelFolder) -> str:
     """Give the library that loads from a folder and finds no variants in it; nothing where it finds them, or is none.
 
-    ``hf_load_state_dict`` of timm, ``load_torch_weights`` of sentence-transformers, ``load_peft_weights`` of PEFT.
+    ``hf_load_state_dict`` of timm, ``load_torch_weights`` of sentence-transformers, ``load_peft_weights`` of PEFT,
+    ``_identify_model_variants`` of Diffusers.
     """
     if folder.kind == "sentence-transformers":
         return "sentence-transformers"
     root = folder.components[0]
+    if folder.kind == "pipeline":
+        return "" if root.name else "Diffusers at the root"
     if root.weight_sets and all(is_adapter(found.name) for found in root.weight_sets):
         return "PEFT"
     has_class = root.is_diffusers or is_transformers(root)

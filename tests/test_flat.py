@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import pytest
 import test_doctor
 import torch
+from safetensors.torch import load_file
 from test_doctor import files_in, opened_by
 from test_loaders import assert_same_bits
-from tiny import make_state, save, write_json
+from tiny import make_state, save, snapshot, write_json
 
 from converter.doctor import diagnose
 from converter.doctor.loaders import list_folder, predict
@@ -78,7 +81,11 @@ def load(folder: Path, **how: Any) -> dict[str, torch.Tensor]:
     """Load a pipeline; give the values of all of its parts."""
     from diffusers import DiffusionPipeline
 
-    parts = DiffusionPipeline.from_pretrained(folder, **how).components.items()
+    return values_of(DiffusionPipeline.from_pretrained(folder, **how))
+
+
+def values_of(pipeline: Any) -> dict[str, torch.Tensor]:
+    parts = pipeline.components.items()
     models = {name: part for name, part in parts if isinstance(part, torch.nn.Module)}
     return {f"{name}.{key}": value for name, part in models.items() for key, value in part.state_dict().items()}
 
@@ -115,15 +122,37 @@ def assert_predicted(folder: Path, loader: Any, variant: str | None, hub: Callab
     assert not prediction.works or opened == files_in(prediction)
 
 
+@pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["ddpm", "llada", "half"])
+def test_a_recast_takes_names_that_are_found(name, flat, wconv, copy_of, tmp_path):
+    folder, out = copy_of(flat(name)), tmp_path / "out"
+    before = snapshot(folder)
+    assert "finds no variants" in wconv("recast", folder, "--dtype", "bf16", exit_code=2).stderr
+    assert snapshot(folder) == before
+    loaded = run_lines(wconv("recast", folder, "--dtype", "bf16", "-o", out).stdout)
+    assert_same_bits(values_of(loaded), load(folder, dtype=torch.bfloat16))
+    assert not list(out.rglob("*bf16*"))
+
+
+def run_lines(said: str) -> Any:
+    """Run the lines that load what a command wrote; give what the last one gives."""
+    *setup, last = ast.parse(textwrap.dedent(said.split("Load it with:\n")[1])).body
+    scope: dict[str, Any] = {}
+    exec(compile(ast.Module(setup, []), "<said>", "exec"), scope)
+    return eval(compile(ast.Expression(last.value), "<said>", "eval"), scope)
+
+
 def test_a_variant_is_never_asked_for_at_the_root(flat, hub, copy_of, wconv):
     folder = copy_of(flat("half"))
-    wconv("recast", folder, "--dtype", "fp16")
+    shown = wconv("recast", folder, "--dtype", "fp16", "--variant", "fp16").stdout
+    assert "Note: Diffusers at the root finds no variants" in shown
     for loader in ("diffusers", "diffusers-hub"):
         assert_predicted(folder, loader, "fp16", hub)
     prediction = predict(list_folder(diagnose(folder).view), "diffusers", "fp16")
     assert {"diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"} <= files_in(
         prediction
     )
+    assert run_lines(shown).keys() == load_file(folder / "vae" / "diffusion_pytorch_model.safetensors").keys()
 
 
 @pytest.mark.parametrize("name", ["ddpm", "llada"])
@@ -160,4 +189,5 @@ def test_the_class_of_a_custom_pipeline_is_no_part(builders, wconv, tmp_path):
     content = json.loads((folder / "model_index.json").read_text("utf-8"))
     write_json(folder / "model_index.json", {**content, "_class_name": ["my_pipe", "MyPipe"]})
     wconv("doctor", folder)
+    assert "DiffusionPipeline" not in wconv("to-safetensors", folder, "-o", tmp_path / "out").stdout
     assert [one.name for one in open_folder(folder).components] == ["text_encoder", "unet", "vae"]
