@@ -37,7 +37,7 @@ _TORCH_STEMS = {"model": "pytorch_model"}
 _TRAINING_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|training_state|trainer_state|"
     r"dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|ckpt|safetensors)(\.index\.json)?|"
-    r"(trainer|training)_state\.json|.*_optim_states\.pt|zero_to_fp32\.py"
+    r"(trainer|training)_state\.json|zero_to_fp32\.py"
 )
 # Weights in forms of other runtimes, and folders of them; ``.distcp`` is torch's for many processes.
 _OTHER_RUNTIMES = re.compile(

@@ -139,10 +139,7 @@ def check_pickled(value: Any, path: Path) -> None:
 
 def refuse_folder(folder: Path) -> None:
     """Raise TrainingPiece for a folder, without weights that wconv reads, that holds pieces or folders of them."""
-    found = find_dcp(folder)
-    if found:
-        raise found
-    for inner in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+    for inner in (folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())):
         found = find_dcp(inner)
         if found:
             raise found
