@@ -11,16 +11,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from converter.dtypes import DType
 from converter.errors import Unsupported
 from converter.folder import Component
+from converter.keep_fp32 import MADE_FROM, chosen_lists, kept_entries
 
 # Names in the answer for the largest models take some MB.
 _ANSWER_NBYTES = 32_000_000
@@ -41,6 +46,8 @@ _OFFLINE = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DIFFUSERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
     "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
+_MAKES_NO_SENSE = "what its library answers makes no sense"
+_NONSENSE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 # ``-I`` keeps the current folder, which may be the model's, and the variables for Python out.
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from converter.asked import main; main()"
 
@@ -98,11 +105,62 @@ def _is_dropped(key: str) -> bool:
     return key.startswith("_") or key.endswith("_implementation") or key in _DROPPED
 
 
+def ask_kept(class_names: Iterable[str], is_diffusers: bool, target: DType) -> tuple[tuple[str, ...], str]:
+    """Give what a library that is newer than the table keeps in float32 beyond it, and a note that says so.
+
+    Nothing is asked where the library is not installed, or not newer: that takes seconds.
+    """
+    name = "diffusers" if is_diffusers else "transformers"
+    version = _version_of(name)
+    if _numbers(version) <= _numbers(MADE_FROM[name]):
+        return (), ""
+    found = _ask_lists(json.dumps({"keeps": sorted(class_names), "diffusers": is_diffusers}))
+    which = f"what {name} {version} keeps in fp32 is looked up in a table made from {MADE_FROM[name]}"
+    if isinstance(found, str):
+        return (), f"{which}, and could not be asked of itself: {found}" if found else ""
+    known = {entry for one in found for entry in kept_entries(one, is_diffusers, target)}
+    asked = [entry for lists in found.values() for entry in chosen_lists(lists, is_diffusers, target)]
+    more = tuple(dict.fromkeys(entry for entry in asked if entry not in known))
+    return more, f"{which}, which lacks {', '.join(more)}: these are kept too" if more else ""
+
+
+def _version_of(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Give what orders releases; one before a release counts as it."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+@lru_cache(maxsize=8)
+def _ask_lists(request: str) -> dict[str, tuple[tuple[str, ...], ...]] | str:
+    raw = _answer_of_child(request)
+    if isinstance(raw, str):
+        return raw
+    try:
+        answer = json.loads(raw)
+        if "cause" in answer:
+            return str(answer["cause"])[:_CAUSE_LENGTH]
+        return {str(name): (_strings(first), _strings(second)) for name, (first, second) in answer["keeps"].items()}
+    except _NONSENSE:
+        return _MAKES_NO_SENSE
+
+
 @lru_cache(maxsize=8)
 def _ask(request: str) -> Answer | str:
     """Give what the child answers, or the cause why it does not: none where its library is not there."""
+    raw = _answer_of_child(request)
+    return raw if isinstance(raw, str) else checked(raw)
+
+
+def _answer_of_child(request: str) -> bytes | str:
     try:
-        with _started_child() as child:
+        with tempfile.TemporaryFile() as said, _started_child(said) as child:
             assert child.stdin
             assert child.stdout
             with contextlib.suppress(BrokenPipeError), child.stdin:
@@ -111,17 +169,26 @@ def _ask(request: str) -> Answer | str:
             if len(raw) > _ANSWER_NBYTES:
                 return "it has too many modules"
             code = child.wait()
+            return raw if code == 0 else _why_ended(code, said)
     except OSError as error:
         return f"no process for it could be started ({error.strerror})"
-    return checked(raw) if code == 0 else f"it takes too much time or memory (the process ended with {code})"
+
+
+def _why_ended(code: int, said: BinaryIO) -> str:
+    """Give the cause why a child ended early: a limit or a crash, or else its own last words."""
+    if code < 0:
+        return f"it takes too much time or memory, or its library crashed (the process was ended by signal {-code})"
+    said.seek(max(0, said.seek(0, os.SEEK_END) - _CAUSE_LENGTH))
+    words = said.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+    return f"the process for it ended with {code}{f': {words}' if words else ''}"
 
 
 @contextlib.contextmanager
-def _started_child() -> Iterator[subprocess.Popen[bytes]]:
+def _started_child(said: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-I", "-B", "-c", _CHILD, *_search_path()]
     pipe = subprocess.PIPE
     environment = os.environ | _OFFLINE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment) as child:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, env=environment) as child:
         alarm = threading.Timer(_WAIT_SECONDS, child.kill)
         alarm.start()
         try:
@@ -151,8 +218,8 @@ def checked(raw: bytes) -> Answer | str:
             _strings(answer["kept"]),
             {name: _shape(shape) for name, shape in answer["shapes"].items()},
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return "what its library answers makes no sense"
+    except _NONSENSE:
+        return _MAKES_NO_SENSE
 
 
 def _strings(value: Any) -> tuple[str, ...]:

@@ -44,6 +44,8 @@ def main() -> None:
 def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     """Give what ``ask.Answer`` has, or a ``cause``, which is empty where the library is not installed."""
     try:
+        if "keeps" in request:
+            return {"keeps": dict(list_kept(request["keeps"], request["diffusers"]))}
         return describe(request["class"], request["diffusers"], request["config"])
     except _Refused as error:
         return {"cause": str(error)}
@@ -80,6 +82,15 @@ def describe(class_name: str, is_diffusers: bool, config: dict[str, Any]) -> dic
     return {**found, "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()}}
 
 
+def list_kept(class_names: list[str], is_diffusers: bool) -> Iterator[tuple[str, list[list[str]]]]:
+    """Give of each class that is a model of its library what that keeps in float32: for float16, and always."""
+    for name in class_names:
+        with contextlib.suppress(_Refused):
+            cls = _find_class(name, is_diffusers)
+            always = getattr(cls, "_keep_in_fp32_modules_strict", None)
+            yield name, [_listed(cls._keep_in_fp32_modules), _listed(always)]
+
+
 def _listed(names: Any) -> list[str]:
     return [names] if isinstance(names, str) else sorted(names or ())
 
@@ -104,17 +115,23 @@ def make_on_meta(class_name: str, is_diffusers: bool, config: dict[str, Any]) ->
     """Make a model of a library's own, without weights; raises whatever the library does."""
     import torch
 
+    cls = _find_class(class_name, is_diffusers)
+    with torch.device("meta"), _fenced():
+        if is_diffusers:
+            return cls.from_config(config)
+        import transformers
+
+        return cls(transformers.AutoConfig.for_model(**config))
+
+
+def _find_class(name: str, is_diffusers: bool) -> Any:
     if is_diffusers:
         import diffusers
 
-        cls = _class_of(diffusers, class_name, diffusers.ModelMixin)
-        with torch.device("meta"), _fenced():
-            return cls.from_config(config)
+        return _class_of(diffusers, name, diffusers.ModelMixin)
     import transformers
 
-    cls = _class_of(transformers, class_name, transformers.PreTrainedModel)
-    with torch.device("meta"), _fenced():
-        return cls(transformers.AutoConfig.for_model(**config))
+    return _class_of(transformers, name, transformers.PreTrainedModel)
 
 
 def _class_of(library: Any, name: str, base: Any) -> Any:

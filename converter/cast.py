@@ -92,6 +92,8 @@ def _as_float32(values: Array, after: DType) -> Array:
     if values.dtype == np.float64:
         with np.errstate(over="ignore", invalid="ignore"):
             return values.astype(np.float32)
+    if values.dtype.name.endswith("fnuz"):
+        return values.astype(np.float32)  # numkong does not know them
     if after.bits == 8 and values.dtype != np.float32:
         return np.asarray(numkong.astype(values, "float32"))
     return values

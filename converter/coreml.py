@@ -14,7 +14,7 @@ from pathlib import Path
 
 from converter.checkpoint import Checkpoint, WeightSet, rename_tensors
 from converter.choose import OnOverflow, Wishes, choose_sets
-from converter.conversion import check_edited, plan_conversion, plan_single_file, request_of, unless_done
+from converter.conversion import plan_conversion, plan_rest, plan_single_file, request_of
 from converter.doctor.checks import run_checks
 from converter.doctor.findings import Finding
 from converter.doctor.loaders import COREML_VARIANT
@@ -127,34 +127,29 @@ def prepare_coreml(
         follow_links=follow_links,
     )
     request = request_of(source, output, ("coreml", keep_default, ema, str(config), wishes))
-    if recovering and recover(output, request):
-        return request, None
+    finished = recovering and recover(output, request)
 
     def make(wishes: Wishes) -> Plan:
         return _plan(source, output, wishes, keep_default, ema, config)
 
-    return request, unless_done(wishes, make)
+    return request, plan_rest(finished, wishes, make)
 
 
 def _plan(source: Path, output: Path, wishes: Wishes, keep_default: bool, ema: bool, config: Path | None) -> Plan:
-    plain = replace(wishes, dtype=None, variant="none")
+    others = [replace(wishes, dtype=None, variant="none")] if keep_default else []
     if source.is_file():
         if config is not None:
             check_source(config, ())
         opened = open_single_file(source, config, ema, wishes.follow_links)
-        plan = plan_single_file(opened, output, wishes, _adapt)
-        default = plan_single_file(opened, output, plain, _adapt) if keep_default else None
-    elif ema or config is not None:
+        return plan_single_file(opened, output, wishes, _adapt, others)
+    if ema or config is not None:
         option = "--ema" if ema else "--config"
         raise BadRequest(source, f"is a folder, and {option} is for a single file", "Leave it out.")
-    else:
-        check_source(source)
-        plan = _with_old_classes(plan_conversion(source, output, wishes, _choose, _adapt), source)
-        default = plan_conversion(source, output, plain, _choose_default, _adapt) if keep_default else None
-    return replace(plan, sets=(*plan.sets, *default.sets)) if default else plan
+    check_source(source)
+    return plan_conversion(source, output, wishes, _choose, _adapt, edited=_old_classes(source), others=others)
 
 
-def _adapt(component: Component, checkpoint: Checkpoint) -> Checkpoint:
+def _adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
     """Give a text encoder and a safety checker the names that transformers 4 knows.
 
     transformers 5 saves those that it made itself without a prefix; transformers 4 then loads random weights, with no
@@ -163,24 +158,20 @@ def _adapt(component: Component, checkpoint: Checkpoint) -> Checkpoint:
     prefix, short = _PREFIXES.get(component.class_name, ("", ""))
     names = [info.name for info in checkpoint.tensors]
     if not prefix or any(name.startswith(prefix + short) for name in names):
-        return checkpoint
+        return component, checkpoint
     longer = {name: prefix + name if name.startswith(short) else name for name in names}
     note = f"{prefix} was put before names in {checkpoint.weight_set.path.name}, as transformers 4 needs it"
-    return replace(rename_tensors(checkpoint, longer), notes=(*checkpoint.notes, note))
+    return component, replace(rename_tensors(checkpoint, longer), notes=(*checkpoint.notes, note))
 
 
-def _with_old_classes(plan: Plan, source: Path) -> Plan:
+def _old_classes(source: Path) -> dict[str, bytes]:
     """Name classes in model_index.json as all versions do: without torchvision, transformers 5 writes ``...Pil``."""
     content, _ = read_json(source / "model_index.json")
     edited = {
         name: [entry[0], entry[1].removesuffix("Pil")] if name in _FILES and _is_class(entry) else entry
         for name, entry in content.items()
     }
-    if edited == content:
-        return plan
-    carried = tuple(one for one in plan.carried if one[0] != "model_index.json")
-    edits = (*plan.edited, ("model_index.json", render_json(edited)))
-    return check_edited(replace(plan, edited=edits, carried=carried))
+    return {"model_index.json": render_json(edited)} if edited != content else {}
 
 
 def _is_class(entry: object) -> bool:
@@ -188,17 +179,15 @@ def _is_class(entry: object) -> bool:
 
 
 def _choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
-    """Of each part take the fp16 weights, else the untagged ones, else what there is."""
+    """Of each part take the fp16 weights, else the untagged ones, else what there is; for untagged ones, those."""
+    if wishes.variant == "none":
+        return choose_sets(folder, replace(wishes, from_variant="none"))
     chosen = []
     for component in folder.components:
         has_variant = any(found.name.variant == COREML_VARIANT for found in component.weight_sets)
         one = replace(wishes, components=(component.name,), from_variant=COREML_VARIANT if has_variant else None)
         chosen += choose_sets(folder, one)
     return chosen
-
-
-def _choose_default(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
-    return choose_sets(folder, replace(wishes, from_variant="none"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,8 +64,8 @@ _ROWS: tuple[tuple[str, int, str, str, tuple[str, ...], bool], ...] = (
     ("BOOL", 8, "bool", "BoolStorage", (), False),
 )
 
-RECAST_SOURCES = frozenset({"F64", "F32", "BF16", "F16"})
-"""What is cast when a dtype is asked for; 8-bit floats are not: theirs are another model's scales."""
+RECAST_SOURCES = frozenset({"F64", "F32", "BF16", "F16", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E4M3", "F8_E5M2"})
+"""What is cast when a dtype is asked for. The smaller ones, and F8_E8M0, stand for nothing without their scales."""
 
 RECAST_TARGETS = ("fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
 

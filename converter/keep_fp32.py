@@ -11,12 +11,13 @@ class of each nested config too (``text_config.architectures[0]``).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from converter.dtypes import DType
 
 # Each row: entries, classes. For transformers: entries for float16, entries for float16 and bfloat16, classes.
-# Written by scripts/make_keep_fp32.py from diffusers 0.42.1 and transformers 5.23.0.
+# Written by scripts/make_keep_fp32.py.
+MADE_FROM = {"diffusers": "0.42.1", "transformers": "5.24.0"}
 _DIFFUSERS: tuple[tuple[str, str], ...] = (
     (
         "time_embedder scale_shift_table norm1 norm2 norm3",
@@ -47,33 +48,44 @@ _DIFFUSERS: tuple[tuple[str, str], ...] = (
 _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     (
         "",
-        "e_score_correction_bias",
+        "e_score_correction_bias gate.weight",
         "AXK1ForCausalLM AXK1ForSequenceClassification AXK1ForTokenClassification AXK1Model DeepseekV3ForCausalLM "
         "DeepseekV3ForSequenceClassification DeepseekV3ForTokenClassification DeepseekV3Model Dots1ForCausalLM "
         "Dots1Model Dots3NoteForCausalLM Dots3NoteForConditionalGeneration Dots3NoteModel Dots3NoteTextModel "
         "Dots3NoteVisionModel ExaoneMoeForCausalLM ExaoneMoeModel Glm4MoeForCausalLM Glm4MoeLiteForCausalLM "
         "Glm4MoeLiteModel Glm4MoeModel Glm4vMoeForConditionalGeneration Glm4vMoeModel Glm4vMoeTextModel "
-        "Glm4vMoeVisionModel HYV3ForCausalLM HYV3Model Kolibri1ForCausalLM Kolibri1Model MiMoV2FlashForCausalLM "
-        "MiMoV2FlashModel NemotronHForCausalLM NemotronHModel SolarOpenForCausalLM SolarOpenModel",
+        "Glm4vMoeVisionModel HYV3ForCausalLM HYV3Model NemotronHForCausalLM NemotronHModel SolarOpenForCausalLM "
+        "SolarOpenModel",
     ),
     (
         "indexer.weights_proj",
-        "e_score_correction_bias",
+        "e_score_correction_bias gate.weight",
         "AXK2ForCausalLM AXK2ForSequenceClassification AXK2ForTokenClassification AXK2Model DeepseekV32ForCausalLM "
         "DeepseekV32Model GlmMoeDsaForCausalLM GlmMoeDsaModel",
     ),
     (
-        "input_layernorm post_attention_layernorm pre_mlp_layernorm post_mlp_layernorm q_norm k_norm norm expert_bias",
-        "",
+        "input_layernorm post_attention_layernorm pre_mlp_layernorm post_mlp_layernorm q_norm k_norm norm",
+        "expert_bias",
         "AfmoeForCausalLM AfmoeModel",
     ),
-    ("", "e_score_correction_bias conv1d dt_bias A_log", "BailingHybridForCausalLM BailingHybridModel"),
-    ("", "e_score_correction_bias mlp.gate.weight", "BeamForCausalLM BeamModel"),
+    ("", "vision_tokenizer audio_tokenizer", "Apertus1p5ForConditionalGeneration Apertus1p5Model"),
+    ("", "e_score_correction_bias gate.weight conv1d dt_bias A_log", "BailingHybridForCausalLM BailingHybridModel"),
+    (
+        "",
+        "e_score_correction_bias mlp.gate.weight",
+        "BeamForCausalLM BeamForTokenClassification BeamModel MiMoV2FlashForCausalLM MiMoV2FlashModel",
+    ),
     (
         "query_tokens qformer",
         "",
         "Blip2ForConditionalGeneration Blip2ForImageTextRetrieval Blip2Model Blip2TextModelWithProjection "
         "Blip2VisionModelWithProjection",
+    ),
+    (
+        "",
+        "gate.weight",
+        "DeepseekOcr2TextModel DeepseekV2ForCausalLM DeepseekV2ForSequenceClassification DeepseekV2Model "
+        "UnlimitedOcrTextModel",
     ),
     (
         "self_attn.compressor.kv_proj self_attn.compressor.gate_proj self_attn.compressor.indexer.kv_proj "
@@ -84,7 +96,7 @@ _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "",
-        "gate.weight moe_statics",
+        "gate.weight e_score_correction_bias",
         "Ernie4_5_MoeForCausalLM Ernie4_5_MoeModel Ernie4_5_VLMoeForConditionalGeneration Ernie4_5_VLMoeModel "
         "Ernie4_5_VLMoeTextModel Ernie4_5_VLMoeVisionTransformerPretrainedModel "
         "Ernie4_5_VL_MoeForConditionalGeneration Ernie4_5_VL_MoeModel Ernie4_5_VL_MoeTextModel "
@@ -94,7 +106,7 @@ _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     ("", "gate.weight sinks", "FlintForCausalLM FlintModel"),
     (
         "",
-        "e_score_correction_bias conv1d dt_bias A_log attn_hc.base attn_hc.scale ffn_hc.base ffn_hc.scale",
+        "e_score_correction_bias gate.weight conv1d dt_bias A_log attn_hc.base attn_hc.scale ffn_hc.base ffn_hc.scale",
         "Glm5NextForConditionalGeneration Glm5NextModel Glm5NextTextModel Glm5NextVisionModel",
     ),
     (
@@ -104,17 +116,23 @@ _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     ),
     ("", "latent_mean latent_std freqs", "GradiumPhononTTSForConditionalGeneration PocketTTSForConditionalGeneration"),
     ("", "conv.norm", "GraniteSpeech5Encoder GraniteSpeech5ForCTC"),
+    ("", "lm_head", "HYV4ForCausalLM HYV4VLForConditionalGeneration"),
     (
         "",
-        "e_score_correction_bias fn scale base hc_fn hc_scale hc_base weights_proj k_norm sinks lm_head",
-        "HYV4ForCausalLM",
+        "e_score_correction_bias gate.weight fn scale base hc_fn hc_scale hc_base weights_proj k_norm sinks",
+        "HYV4Model HYV4VLModel HYV4VLTextModel HYV4VLVisionModel",
     ),
-    ("", "e_score_correction_bias fn scale base hc_fn hc_scale hc_base weights_proj k_norm sinks", "HYV4Model"),
     (
         "",
-        "e_score_correction_bias mlp.gate.weight post_attention_convolution post_mlp_convolution k_sconv.conv1d "
-        "v_sconv.conv1d attention_input mlp_input final_input",
+        "e_score_correction_bias mlp.gate.weight post_attention_convolution post_mlp_convolution sconv.conv1d "
+        "attention_input mlp_input final_input",
         "Inkling2ForCausalLM Inkling2ForConditionalGeneration Inkling2Model Inkling2TextModel Inkling2VisionModel",
+    ),
+    (
+        "",
+        "e_score_correction_bias mlp.gate.weight post_attention_convolution post_mlp_convolution sconv.conv1d "
+        "attention_input mlp_input final_input message_input message_gate_proj forget_gate_proj",
+        "Inkling2LoopForCausalLM Inkling2LoopForConditionalGeneration Inkling2LoopModel Inkling2LoopTextModel",
     ),
     (
         "",
@@ -128,6 +146,8 @@ _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
         "InstructBlipForConditionalGeneration InstructBlipModel InstructBlipVideoForConditionalGeneration "
         "InstructBlipVideoModel",
     ),
+    ("", "e_score_correction_bias gate.weight dt_bias", "KimiLinearForCausalLM KimiLinearModel"),
+    ("", "e_score_correction_bias", "Kolibri1ForCausalLM Kolibri1Model"),
     ("", "codec_model", "KyutaiSpeechToTextForConditionalGeneration"),
     ("classifier.weight", "", "LongcatFlashForCausalLM LongcatFlashModel"),
     (
@@ -166,7 +186,16 @@ _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
 _MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     # Made of models that have lists, by their default configs; on load a model gathers those of its parts
     # (``post_init`` in ``transformers/modeling_utils.py``).
-    ("", "e_score_correction_bias", "Kimi_K25ForConditionalGeneration Kimi_K25Model NemotronH_Omni_Reasoning_V3"),
+    (
+        "",
+        "e_score_correction_bias gate.weight",
+        "Kimi_K25ForConditionalGeneration Kimi_K25Model NemotronH_Omni_Reasoning_V3",
+    ),
+    (
+        "",
+        "e_score_correction_bias gate.weight fn scale base hc_fn hc_scale hc_base weights_proj k_norm sinks",
+        "HYV4ForCausalLM HYV4VLForConditionalGeneration",
+    ),
     ("wo", "", "MusicgenForConditionalGeneration MusicgenMelodyForConditionalGeneration"),
     ("", "perception.encoder perception.proj", "Nemotron3_5TranscribeForConditionalGeneration"),
     (
@@ -194,11 +223,21 @@ _MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
         "Glm5NextForConditionalGeneration Glm5NextModel Glm5NextTextModel",
     ),
     ("", "emb_mean emb_std", "GradiumPhononTTSForConditionalGeneration"),
-    ("", "learnable_sink_param", "HYV4ForCausalLM HYV4Model"),
+    (
+        "",
+        "learnable_sink_param",
+        "HYV4ForCausalLM HYV4Model HYV4VLForConditionalGeneration HYV4VLModel HYV4VLTextModel",
+    ),
     (
         "",
         r"attn_res attn_sconv mlp_sconv attn\.[kv]_sconv\.weight$ mlp\.gate\.bias",
-        "Inkling2ForCausalLM Inkling2ForConditionalGeneration Inkling2Model Inkling2TextModel",
+        "Inkling2ForCausalLM Inkling2ForConditionalGeneration Inkling2LoopForCausalLM "
+        "Inkling2LoopForConditionalGeneration Inkling2LoopModel Inkling2LoopTextModel Inkling2Model Inkling2TextModel",
+    ),
+    (
+        "",
+        "forget_weight gain_weight middle_cycle_cross_pass",
+        "Inkling2LoopForCausalLM Inkling2LoopForConditionalGeneration Inkling2LoopModel Inkling2LoopTextModel",
     ),
     ("", r"mlp\.gate\.bias", "InklingForConditionalGeneration InklingModel"),
     (
@@ -251,18 +290,38 @@ _MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     ("", "balancing_biases", "ZayaForCausalLM ZayaModel"),
 )
 
+# Named otherwise in files, too: a list's entry is in that name and not in the one after the renaming.
+_NOT_TRANSFORMERS: tuple[tuple[str, str], ...] = (
+    (
+        "linear_gate.weight",
+        "HYV4ForCausalLM HYV4Model HYV4VLForConditionalGeneration HYV4VLModel HYV4VLTextModel",
+    ),
+)
+
 
 def keep_rule(class_name: str, is_diffusers: bool, target: DType) -> Callable[[str], bool]:
     """Give the predicate on tensor names that the library of a class keeps float32 when it loads in ``target``."""
     if target.bits >= 32 or not target.is_floating:
         return _keep_nothing
+    kept = kept_entries(class_name, is_diffusers, target)
     if is_diffusers:
-        return keep_segments(entry for row in _DIFFUSERS if class_name in row[1].split() for entry in row[0].split())
-    kept: list[str] = []
-    for fp16, strict, classes in (*_TRANSFORMERS, *_MORE_TRANSFORMERS):
-        if class_name in classes.split():
-            kept += strict.split() if target.tag == "BF16" else [*fp16.split(), *strict.split()]
-    return keep_matches(kept)
+        return keep_segments(kept)
+    keep = keep_matches(kept)
+    spared = keep_matches(entry for entry, classes in _NOT_TRANSFORMERS if class_name in classes.split())
+    return keep if spared is _keep_nothing else lambda name: keep(name) and not spared(name)
+
+
+def kept_entries(class_name: str, is_diffusers: bool, target: DType) -> list[str]:
+    """Give what the tables list for a class that is loaded in ``target``."""
+    rows = [(row[0], "", row[1]) for row in _DIFFUSERS] if is_diffusers else (*_TRANSFORMERS, *_MORE_TRANSFORMERS)
+    lists = [(fp16.split(), strict.split()) for fp16, strict, classes in rows if class_name in classes.split()]
+    return [entry for pair in lists for entry in chosen_lists(pair, is_diffusers, target)]
+
+
+def chosen_lists(lists: Sequence[Sequence[str]], is_diffusers: bool, target: DType) -> list[str]:
+    """Give the entries that hold for ``target``, of a library's two lists: transformers has one for float16 alone."""
+    fp16, strict = lists
+    return list(strict) if target.tag == "BF16" and not is_diffusers else [*fp16, *strict]
 
 
 def keep_segments(entries: Iterable[str]) -> Callable[[str], bool]:

@@ -49,7 +49,7 @@ class _Row(NamedTuple):
     transposed: str = ""
 
 
-# Held against diffusers 0.42.1 and transformers 5.23.0 by tests/test_modules.py.
+# Held against diffusers 0.42.1 and transformers 5.24.0 by tests/test_modules.py.
 _TABLE = (
     _Row(
         "LlamaForCausalLM LlamaModel MistralForCausalLM MistralModel Qwen2ForCausalLM Qwen2Model Qwen3ForCausalLM "

@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from converter.checkpoint import Checkpoint, WeightSet
 from converter.choose import Wishes
-from converter.dtypes import RECAST_SOURCES, DType
+from converter.dtypes import DType
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.folder import Component, ModelFolder, render_json
 from converter.formats import FORMATS
@@ -24,13 +24,15 @@ from converter.index import WeightIndex
 from converter.names import Format, WeightsName
 from converter.paths import real
 from converter.rules import (
+    cast_config,
+    check_asked,
     check_growth,
     check_quantized,
     check_shard_count,
+    check_tag,
     choose_ties,
     find_kept,
     target_dtype,
-    with_dtype,
 )
 from converter.tensors import TensorInfo
 
@@ -69,7 +71,8 @@ class Shard:
 class SetPlan:
     """One weight set to be written, from one that was read.
 
-    ``ties`` maps each name left out to the name that stays, ``kept`` are the tensors that stay float32 in a recast.
+    ``ties`` maps each name left out to the name that stays, ``kept`` the tensors that a recast leaves in another dtype
+    than the one that was asked for to that dtype.
     """
 
     component: str
@@ -78,7 +81,7 @@ class SetPlan:
     shards: tuple[Shard, ...]
     index: tuple[str, bytes] | None
     ties: Mapping[str, str]
-    kept: tuple[str, ...] = ()
+    kept: Mapping[str, DType] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -111,7 +114,9 @@ class Plan:
 
     ``carried`` are pairs of a path from the target folder and the file it is copied from, ``edited`` such of a path and
     its content; ``superseded`` are paths from the target folder that go once the new files are there; ``delete`` are
-    source files that go last.
+    source files that go last. ``is_there`` where all of it lies there already, as far as headers, sizes and times tell.
+    ``places`` are the real paths of what is carried over when that was planned: what is swapped for a link after that
+    is not followed.
     """
 
     source: ModelFolder
@@ -123,6 +128,11 @@ class Plan:
     delete: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     wishes: Wishes = field(default_factory=Wishes)
+    is_there: bool = False
+    places: tuple[Path, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", tuple(real(path) for _, path in self.carried))
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -161,34 +171,58 @@ class Plan:
         return sum(planned.nbytes for planned in self.sets)
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a plan has beside its sets.
+
+    ``carried`` and ``edited`` are as in a Plan; ``configs`` are by component, in place of their own.
+    """
+
+    carried: tuple[tuple[str, Path], ...] = ()
+    edited: Mapping[str, bytes] = field(default_factory=dict)
+    configs: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+_NOTHING = Beside()
+
+
 def make_plan(
     folder: ModelFolder,
-    checkpoints: Iterable[tuple[Component, Checkpoint]],
+    orders: Iterable[tuple[Component, Checkpoint] | tuple[Component, Checkpoint, Wishes]],
     target: Target,
     wishes: Wishes,
     existing: Mapping[str, Sequence[WeightSet]],
-    carried: Iterable[Path] = (),
-    notes: Iterable[str] = (),
+    beside: Beside = _NOTHING,
 ) -> Plan:
     """Plan a conversion of opened checkpoints; ``existing`` are the target's own sets, by component.
 
-    What would come out as it lies there is left out. Raises BadRequest, OutputRefused or Unsupported for what cannot or
-    must not be done.
+    A checkpoint may come with wishes of its own, which differ from the others' in its name and dtype alone. What would
+    come out as it lies there is left out. Raises BadRequest, OutputRefused or Unsupported for what cannot or must not
+    be done.
     """
+    orders = list(orders)
+    check_asked(folder.path, (checkpoint for _, checkpoint, *_ in orders), wishes)
     sets: list[SetPlan] = []
     there_already: list[str] = []
-    edited: dict[str, bytes] = {}
+    edited = dict(beside.edited)
+    read = {component.name: component.config for component in folder.components}
     by_name: dict[tuple[str, WeightsName], list[WeightSet]] = defaultdict(list)  # there may be thousands of variants
     for place, old in ((place, old) for place, found in existing.items() for old in found):
         by_name[place, old.name].append(old)
-    for component, checkpoint in checkpoints:
-        planned = _plan_set(component, checkpoint, wishes, in_place=_is_beside(component, target))
+    for component, checkpoint, *own in orders:
+        wanted = own[0] if own else wishes
+        planned = _plan_set(component, checkpoint, wanted, in_place=_is_beside(component, target))
         there = by_name[component.name, planned.name]
-        if wishes.dtype and not wishes.overwrite and there and planned.name != checkpoint.name:
+        if wanted.dtype and not wanted.overwrite and there and planned.name != checkpoint.name:
             there_already.append(planned.shards[0].path)
         elif not _is_there(planned, checkpoint, there):
             sets.append(planned)
-            edited.update(_edit_config(component, planned, target, wishes))
+            config = beside.configs.get(component.name, component.config)
+            if folder.kind != "file":
+                config = _with_dtype(config, component, planned, target, wanted)
+            if config != read.get(component.name, component.config):
+                edited[(Path(component.name) / "config.json").as_posix()] = render_json(config)
     if there_already and not sets:
         raise OutputRefused(there_already[0], "exists", "Use --overwrite to write it again, or -o for a new folder.")
     _check_collisions(folder, sets)
@@ -197,16 +231,15 @@ def make_plan(
     outputs |= {planned.index[0] for planned in sets if planned.index}
     spared = {_place(target.folder / name) for name in outputs}
     sources = (p.source.folder / name for p in sets for name in p.source.all_names) if wishes.delete_source else ()
-    along = ((path.relative_to(folder.root).as_posix(), path) for path in carried)
     return Plan(
         source=folder,
         target=target,
         sets=tuple(sets),
-        carried=tuple((name, path) for name, path in along if name not in edited),
+        carried=tuple((name, path) for name, path in beside.carried if name not in edited),
         edited=tuple(edited.items()),
         superseded=superseded,
         delete=tuple(path for path in sources if _place(path) not in spared),
-        notes=(*notes, *(f"{path} is there already, and stays as it is" for path in there_already)),
+        notes=(*beside.notes, *(f"{path} is there already, and stays as it is" for path in there_already)),
         wishes=wishes,
     )
 
@@ -261,10 +294,11 @@ def _find_superseded(
 
 def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_place: bool) -> SetPlan:
     name = wishes.name_output(checkpoint.name)
-    check_quantized(component, checkpoint, wishes)
+    untouched = check_quantized(component, checkpoint, wishes)
     ties = choose_ties(component, checkpoint, name.format, wishes)
     keep = find_kept(component, wishes)
     casts = {info.name: target_dtype(info, wishes, keep) for info in checkpoint.tensors}
+    casts |= {info.name: info.dtype for info in checkpoint.tensors if info.name in untouched}
     groups = [[info for info in file.tensors if info.name not in ties] for file in checkpoint.files]
     growth = check_growth(checkpoint, list(itertools.chain.from_iterable(groups)), wishes)
     if wishes.max_shard_nbytes is not None:
@@ -274,6 +308,8 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
         parts = split_into_shards(sizes, wishes.max_shard_nbytes)
         groups = [[info for place in part for info in units[place]] for part in parts]
     groups = [group for group in groups if group] or [[]]
+    if wishes.dtype or wishes.variant:
+        check_tag(checkpoint.weight_set.path, name, casts.values(), wishes)
     check_shard_count(component, checkpoint, name, len(groups), wishes)
     base = Path(component.name)
     file_names = name.files(len(groups))
@@ -294,10 +330,20 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     index = None
     if len(shards) > 1:
         index = ((base / name.index).as_posix(), _build_index(checkpoint, shards, file_names).render())
-    castable = (info for info in checkpoint.tensors if info.target is None and info.dtype.tag in RECAST_SOURCES)
-    kept = tuple(info.name for info in castable if keep(info.name))
-    notes = (*checkpoint.notes, *growth)
+    kept = {
+        info.name: casts[info.name]
+        for info in checkpoint.tensors
+        if wishes.dtype and info.target is None and casts[info.name] is not wishes.dtype
+    }
+    notes = (*checkpoint.notes, *growth, *_note_no_cast(checkpoint, casts, wishes))
     return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, notes)
+
+
+def _note_no_cast(checkpoint: Checkpoint, casts: Mapping[str, DType], wishes: Wishes) -> Iterable[str]:
+    """Say so where a recast changes nothing."""
+    if wishes.dtype and all(casts[info.name] is info.dtype for info in checkpoint.tensors):
+        is_there = any(info.dtype is wishes.dtype for info in checkpoint.tensors)
+        yield f"already {wishes.dtype.short_name}: nothing to cast" if is_there else "holds nothing to cast"
 
 
 def _units(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
@@ -372,16 +418,16 @@ def _build_index(checkpoint: Checkpoint, shards: Iterable[Shard], file_names: It
     return WeightIndex({**weight_map, **aliases}, metadata)
 
 
-def _edit_config(component: Component, planned: SetPlan, target: Target, wishes: Wishes) -> Iterable[tuple[str, bytes]]:
+def _with_dtype(
+    config: dict[str, Any], component: Component, planned: SetPlan, target: Target, wishes: Wishes
+) -> dict[str, Any]:
     """Give the config.json of a component that is recast, untagged, into a new folder: with its new dtype.
 
     A variant shares its config.json with the others, so that stays.
     """
     if wishes.dtype is None or planned.name.variant is not None or _is_beside(component, target):
-        return
-    edited = with_dtype(component.config, wishes.dtype.torch_name)
-    if edited != component.config:
-        yield (Path(component.name) / "config.json").as_posix(), render_json(edited)
+        return config
+    return cast_config(component, config, wishes.dtype)
 
 
 def split_into_shards(sizes: Sequence[int], max_nbytes: float) -> list[list[int]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from zlib_ng.zlib_ng import crc32
 
 from converter.errors import BadFile
+from converter.local import open_staged
 from converter.sources import ITEM_MULTIPLE, SourceFiles, read_range, read_some
 from converter.tensors import ByteRange, TensorInfo
 
@@ -102,7 +103,7 @@ def covers_record(info: TensorInfo) -> bool:
 
 def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Write a piece into its file, which is there. Raises BadFile for a record that is damaged."""
-    with SourceFiles() as sources, piece.path.open("r+b", buffering=0) as out:
+    with SourceFiles() as sources, open_staged(piece.path) as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
         for place, chunk in source.chunks():
             out.seek(place)
@@ -112,7 +113,7 @@ def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
 
 def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Like ``write_piece``, for a file that an earlier run left: only chunks that differ are written."""
-    with SourceFiles() as sources, piece.path.open("r+b", buffering=0) as out:
+    with SourceFiles() as sources, open_staged(piece.path) as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
         there = bytearray(len(source.buffer))
         for place, chunk in source.chunks():
@@ -122,17 +123,23 @@ def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
         return source.report
 
 
+class MismatchError(BadFile):
+    """A file that was written is read back otherwise."""
+
+    def __init__(self, where: Path, tensor: str) -> None:
+        super().__init__(where, f"was written, and then read back otherwise near tensor {tensor!r}", "Check the disk.")
+        self.args = where, tensor  # so that it can be pickled
+        self.tensor = tensor
+
+
 def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
-    """Hold a written piece against its source; raises BadFile where they differ."""
+    """Hold a written piece against its source; raises MismatchError where they differ."""
     with SourceFiles() as sources, piece.path.open("rb", buffering=0) as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
         there = bytearray(len(source.buffer))
         for place, chunk in source.chunks():
             if not _is_at(out, place, chunk, there):
-                name = source.step.copy.source.name
-                raise BadFile(
-                    piece.path, f"was written, and then read back otherwise near tensor {name!r}", "Check the disk."
-                )
+                raise MismatchError(piece.path, source.step.copy.source.name)
 
 
 def _is_at(file: BinaryIO, place: int, chunk: memoryview, scratch: bytearray) -> bool:

@@ -64,7 +64,7 @@ ENVIRONMENTS = {
     ],
     TODAY: [
         "diffusers==0.42.1",
-        "transformers==5.23.0",
+        "transformers==5.24.0",
         "huggingface_hub==2.4.0",
         "accelerate==1.15.0",
         "safetensors==0.8.0",

@@ -24,7 +24,7 @@ from converter.dtypes import BY_ALIAS
 from converter.keep_fp32 import keep_rule
 
 MODULE = Path(__file__).resolve().parent.parent / "converter" / "keep_fp32.py"
-BEGIN = "# Written by scripts/make_keep_fp32.py"
+BEGIN = "# Written by scripts/make_keep_fp32.py."
 END = "# End of what scripts/make_keep_fp32.py writes.\n"
 
 Lists = tuple[tuple[str, ...], ...]
@@ -98,7 +98,7 @@ def as_tuple(listed: Any) -> tuple[str, ...]:
 
 def render() -> str:
     """Give the part of the module that is written."""
-    versions = f"diffusers {diffusers.__version__} and transformers {transformers.__version__}"
+    versions = f'"diffusers": "{diffusers.__version__}", "transformers": "{transformers.__version__}"'
     rows = "".join(
         [
             "_DIFFUSERS: tuple[tuple[str, str], ...] = (\n",
@@ -108,7 +108,7 @@ def render() -> str:
             ")\n",
         ]
     )
-    return f"{BEGIN} from {versions}.\n{rows}{END}"
+    return f"{BEGIN}\nMADE_FROM = {{{versions}}}\n{rows}{END}"
 
 
 def render_rows(lists: dict[str, Lists]) -> Iterator[str]:

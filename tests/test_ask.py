@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save, write_json
 
 from converter import ask, asked
 from converter.ask import LibraryMissing, ask_class, checked, cleaned
+from converter.dtypes import BY_ALIAS
 from converter.errors import Unsupported
 from converter.folder import Component
 
@@ -114,6 +118,59 @@ def test_a_model_of_too_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked.answer_to(request)["cause"] == "it has more than 200 modules and weights"
 
 
+# What a library that is newer than the table keeps in float32.
+
+
+@pytest.fixture
+def older_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the table be of older libraries, which had no lists."""
+    monkeypatch.setattr(ask, "MADE_FROM", {"diffusers": "0.1.0", "transformers": "4.9"})
+    monkeypatch.setattr(ask, "kept_entries", lambda *_: [])
+
+
+def test_a_newer_library_is_asked_and_the_table_is_said_to_be_behind(
+    older_table: None, wconv: Any, tmp_path: Path
+) -> None:
+    save({"a.wo.weight": torch.ones(4, 4), "a.wi.weight": torch.ones(4, 4)}, tmp_path / "m" / "model.safetensors")
+    write_json(tmp_path / "m" / "config.json", {"architectures": ["T5EncoderModel"]})
+    said = wconv("recast", tmp_path / "m", "--dtype", "fp16").stdout
+    assert "is looked up in a table made from 4.9, which lacks wo: these are kept too" in said
+    held = load_file(tmp_path / "m" / "model.fp16.safetensors")
+    assert [str(held[name].dtype) for name in sorted(held)] == ["torch.float16", "torch.float32"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "is_diffusers", "alias", "expected"),
+    [
+        ({"T5EncoderModel"}, False, "fp16", ("wo",)),
+        ({"T5EncoderModel"}, False, "bf16", ()),
+        ({"NoSuchModel", "AutoModel"}, False, "fp16", ()),
+        ({"UNet2DConditionModel"}, True, "bf16", ()),
+    ],
+)
+def test_what_a_newer_library_keeps(
+    classes: set[str], is_diffusers: bool, alias: str, expected: tuple[str, ...], older_table: None
+) -> None:
+    more, note = ask.ask_kept(classes, is_diffusers, BY_ALIAS[alias])
+    assert more == expected
+    assert bool(note) == bool(expected)
+
+
+def test_a_newer_library_that_gives_no_answer(older_table: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "_CHILD", "print('{}')")
+    ask._ask_lists.cache_clear()
+    more, note = ask.ask_kept({"T5EncoderModel"}, False, BY_ALIAS["fp16"])
+    ask._ask_lists.cache_clear()
+    assert more == ()
+    assert note.endswith("could not be asked of itself: what its library answers makes no sense")
+
+
+def test_a_library_of_the_tables_own_version_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "_ask_lists", None)
+    monkeypatch.setattr(ask, "MADE_FROM", {"diffusers": "0.42.1", "transformers": "999.0"})
+    assert ask.ask_kept({"T5EncoderModel"}, False, BY_ALIAS["fp16"]) == ((), "")
+
+
 # The child.
 
 
@@ -147,8 +204,9 @@ def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"print({json.dumps({**NOTHING, 'linear': [1]})!r})", "makes no sense"),
         (f"print({json.dumps({**NOTHING, 'shapes': {'a': [-1]}})!r})", "makes no sense"),
         ("while True: print('x' * 1_000_000)", "too many modules"),
-        ("import os; os.abort()", "too much time or memory"),
-        ("import sys; sys.stdin.close(); sys.exit(1)", "too much time or memory"),
+        ("import os; os.abort()", "too much time or memory, or its library crashed"),
+        ("import sys; sys.stdin.close(); sys.exit(1)", r"the process for it ended with 1\.$"),
+        ("1 / 0", "the process for it ended with 1: ZeroDivisionError: division by zero"),
     ],
 )  # fmt: skip
 def test_answers_that_are_none(code: str, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ TORCH = {
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -157,6 +159,19 @@ SAMPLES = {
 @pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_a_sample_is_cast_as_torch_casts_it(before, after, on_overflow):
     assert_cast_as_torch(SAMPLES[before](), before, after, on_overflow)
+
+
+FLOAT8 = ["F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
+
+
+@pytest.mark.parametrize("on_overflow", POLICIES)
+@pytest.mark.parametrize(
+    ("before", "after"), [pair for pair in itertools.product(FLOAT8, ["F32", *TARGETS]) if pair[0] != pair[1]]
+)
+def test_every_8_bit_float_is_cast_as_torch_casts_it(before, after, on_overflow):
+    every = np.arange(1 << 8, dtype=np.uint8)
+    for bits in (every, np.random.default_rng(0).permutation(np.tile(every, 9))[:2001]):
+        assert_cast_as_torch(bits, before, after, on_overflow)
 
 
 @pytest.mark.slow

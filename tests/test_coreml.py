@@ -103,6 +103,28 @@ def test_the_untagged_weights_are_kept_on_request(builders: Any, tmp_path: Path,
     assert diagnose(tmp_path / "out").is_healthy
 
 
+def test_what_the_untagged_weights_replace_goes_with_its_index(
+    builders: Any, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    source = save_as("bin-sharded", make("sd1", builders), tmp_path / "m", builders)
+    wconv("to-safetensors", source, "-o", tmp_path / "out")
+    assert list((tmp_path / "out" / "unet").glob("*.index.json"))
+    model = make("sd1", builders)
+    with torch.no_grad():
+        for parameter in model.unet.parameters():
+            parameter.fill_(7)
+    other = save_as("safetensors", model, tmp_path / "other", builders)
+    told = wconv("prepare-coreml", other, "-o", tmp_path / "out", "--keep-default", "--overwrite").stdout
+    assert f"Removed unet/{STEM}.safetensors.index.json" in told
+    assert not list((tmp_path / "out").rglob("*.index.json"))
+    for variant in (None, "fp16"):
+        unet = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet", variant=variant)
+        assert all(bool((parameter == 7).all()) for parameter in unet.parameters())
+    assert "sets-twice" not in [finding.code for finding in diagnose(tmp_path / "out").findings]
+
+
 def test_names_are_those_that_transformers_4_knows(builders: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     # As transformers 5 saves what it made itself; 4.44 to 4.51 load random weights of it, with a warning.
     source = save_as("safetensors", make("sd1", builders), tmp_path / "m", builders)

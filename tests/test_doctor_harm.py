@@ -284,7 +284,7 @@ def test_a_shard_with_too_long_a_name(folder):
     content = json.loads((folder / INDEX).read_text())
     content["weight_map"]["z"] = "x" * 300 + ".safetensors"
     write_json(folder / INDEX, content)
-    assert [finding.code for finding in diagnose(folder).findings] == ["shard-missing"]
+    assert [finding.code for finding in diagnose(folder).findings] == ["index-unreadable"]
 
 
 # No false alarm.

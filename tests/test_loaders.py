@@ -233,6 +233,14 @@ def test_aliases_of_a_model_that_is_not_tied_are_all_written(shards, builders, t
     assert_same_weights(builders, load_silently(model, folder), model)
 
 
+def test_a_lone_file_has_every_name_that_load_state_dict_wants(tmp_path, wconv):
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 4), "head": torch.nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    wconv("to-safetensors", tmp_path / "plain.pt")
+    model.load_state_dict(load_file(tmp_path / "plain.safetensors"))
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_aliases_in_a_diffusers_component_are_all_written(shards, builders, tmp_path, wconv):
     model = builders.make_unet()

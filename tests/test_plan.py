@@ -126,7 +126,7 @@ def test_one_storage_under_many_names_is_counted_once():
     names = [chr(ord("A") + place) for place in range(6)]
     tensors = tuple(tensor(name, numel=10**9) for name in names)
     tied = Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(HERE / "x", "torch", tensors, {}),), {})
-    assert plan(tied)
+    assert plan(tied, tied="first")
     with pytest.raises(Unsupported, match="4,000,000,000 bytes of tensors, which would come out as 24,000,000,000"):
         plan(tied, tied="duplicate")
 
@@ -246,7 +246,7 @@ def test_legacy_spellings_become_current_ones(shard, index):
 @pytest.mark.parametrize(
     ("source", "wish", "expected"),
     [
-        ("pytorch_model.bin", "fp16", "model.fp16.safetensors"),
+        ("pytorch_model.bin", "fp32", "model.fp32.safetensors"),
         ("pytorch_model.fp16.bin", "ema", "model.ema.safetensors"),
         ("pytorch_model.fp16.bin", "none", "model.safetensors"),
         ("pytorch_model.bin", "none", "model.safetensors"),
@@ -299,7 +299,7 @@ def test_index_names_exactly_what_is_stored():
     shared = tensor("tied")._replace(storage=tensor("a").storage)
     source = checkpoint({"pytorch_model.bin": "abc"})
     source = replace(source, files=(replace(source.files[0], tensors=(*source.files[0].tensors, shared)),))
-    planned = plan(source, max_shard_nbytes=NBYTES)
+    planned = plan(source, tied="first", max_shard_nbytes=NBYTES)
     index = parse_index(planned.texts[0][1], HERE)
     assert set(index.weight_map) == set("abc") == set("".join(layout(planned).values()))
     assert index.metadata["total_size"] == 3 * NBYTES
@@ -379,17 +379,26 @@ def with_tie() -> Checkpoint:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({}, "first"),
+        ({}, "duplicate"),
         ({"architectures": ["T5ForConditionalGeneration"]}, "first"),
-        ({"tie_word_embeddings": True}, "first"),
-        ({"tie_word_embeddings": False}, "duplicate"),
+        ({"model_type": "t5"}, "first"),
+        ({"architecture": "resnet18", "tie_word_embeddings": True}, "duplicate"),
+        ({"model_type": "llama", "tie_word_embeddings": True}, "first"),
+        ({"model_type": "llama", "tie_word_embeddings": False}, "duplicate"),
+        ({"model_type": "llava", "text_config": {"tie_word_embeddings": False}}, "duplicate"),
+        ({"model_type": "llava", "tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, "first"),
         ({"_class_name": "UNet2DConditionModel"}, "duplicate"),
     ],
 )
 def test_default_tied(config, expected):
-    assert default_tied(component(BIN, **config)) == expected
+    assert default_tied(component(BIN, **config), BIN.name) == expected
     ties = plan(with_tie(), config=config).sets[0].ties
     assert ties == ({"t": "a"} if expected == "first" else {})
+
+
+def test_a_file_that_no_library_looks_for_has_every_name():
+    named = weight_set("last.ckpt")
+    assert default_tied(component(named, architectures=["T5ForConditionalGeneration"]), named.name) == "duplicate"
 
 
 def test_tied_tensors_are_written_once_and_noted():
@@ -463,7 +472,7 @@ def test_other_classes_and_current_names_may_be_split(class_name, name):
 def test_two_sets_of_one_output_are_refused():
     untagged, tagged = checkpoint({"pytorch_model.bin": "a"}), checkpoint({"pytorch_model.fp16.bin": "a"})
     with pytest.raises(BadRequest, match="--from-variant"):
-        plan(untagged, tagged, variant="fp16")
+        plan(untagged, tagged, variant="ema")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_an_empty_state_dict(mapped, wconv, tmp_path):
 
 
 def test_names_of_all_kinds(wconv, tmp_path):
-    names = ["", "a.b", "a/b", "ü", "\U0001f600", "x" * 70_000, "a\nb", "storage", "cpu"]
+    names = ["", "a.b", "a/b", "ü", "\U0001f600", "x" * 1000, "a\nb", "storage", "cpu"]
     state = {name: torch.full((2,), float(number)) for number, name in enumerate(names)}
     assert_same(load(to_bin(state, tmp_path, wconv)), state)
 
@@ -149,19 +149,12 @@ def test_a_shape_that_would_not_be_read_again_is_refused(shape, problem):
         lay_out([("x", DTYPES_BY_TAG["F32"], shape)], {}, {})
 
 
-def test_a_tensor_of_many_axes_is_refused(wconv, tmp_path):
-    save_file({"x": torch.ones([1] * 101)}, tmp_path / "m.safetensors", {"format": "pt"})
-    done = wconv("to-bin", tmp_path / "m.safetensors", exit_code=4)
-    assert "'x' of 101 axes" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
 def test_more_tensors_than_are_read_again_are_refused(wconv, tmp_path, monkeypatch):
     monkeypatch.setattr("converter.formats.torch_write.MAX_TENSORS", 2)
     save_file({name: torch.ones(1) for name in "abc"}, tmp_path / "m.safetensors", {"format": "pt"})
     done = wconv("to-bin", tmp_path / "m.safetensors", exit_code=4)
     assert "more than 2 tensors, too many for one torch file. Write shards: --max-shard-size." in done.stderr
-    wconv("to-bin", tmp_path / "m.safetensors", "--max-shard-size", "8")
+    wconv("to-bin", tmp_path / "m.safetensors", "--max-shard-size", "8B")
 
 
 def records(path: Path) -> dict[str, tuple[int, int]]:
@@ -194,7 +187,7 @@ def test_records_are_torchs_and_aligned(wconv, tmp_path):
 def test_crcs_are_those_of_the_content_whatever_the_pieces(wconv, tmp_path):
     state = {"a": make(torch.float32, (3_000_001,)), "b": make(torch.uint8, (7,)), "c": make(torch.float16, (70_001,))}
     path = to_bin(state, tmp_path, wconv)
-    for memory in ("1", "64MB"):
+    for memory in ("1B", "64MB"):
         other = tmp_path / memory / "m.bin"
         wconv("to-bin", tmp_path / "m.safetensors", "-o", other, "--memory", memory, "--workers", "3", "-q")
         assert other.read_bytes() == path.read_bytes()
@@ -263,7 +256,7 @@ def test_from_bin_and_back_is_the_same_state_dict(state, data, scratch, wconv):
     for place in ("m", "there", "back"):
         shutil.rmtree(scratch / place, ignore_errors=True)
     save(whole, scratch / "m" / "m.bin")
-    wconv("to-safetensors", scratch / "m" / "m.bin", "-o", scratch / "there", "-q")
+    wconv("to-safetensors", scratch / "m" / "m.bin", "-o", scratch / "there", "--tied", "first", "-q")
     wconv("to-bin", scratch / "there" / "m.safetensors", "-o", scratch / "back", "-q")
     found = load(scratch / "back" / "m.bin")
     assert {name: (tensor.dtype, tensor.shape, own_bits(tensor).tolist()) for name, tensor in found.items()} == {

@@ -40,7 +40,8 @@ def run_planned(plan: Plan | None, request: str, options: dict[str, Any], more: 
     result, peak_nbytes = _run(plan, request, options)
     if options["as_json"]:
         content = {**plan_as_json(plan), **more} if plan else {}
-        show_json({**content, "seconds": result.seconds, "peak_memory_nbytes": peak_nbytes, "dry_run": False})
+        content = {**content, "too_large": dict(result.too_large), "seconds": result.seconds}
+        show_json({**content, "peak_memory_nbytes": peak_nbytes, "dry_run": False})
     elif not options["quiet"]:
         show_result(result, peak_nbytes, options["verbose"])
 
@@ -69,11 +70,13 @@ def _memory_nbytes(options: dict[str, Any]) -> int:
 def _show_dry_run(plan: Plan, options: dict[str, Any], more: Mapping[str, Any]) -> None:
     buffers = peak_buffer_nbytes(plan, _memory_nbytes(options), options.get("workers") or default_workers(plan))
     memory_nbytes = psutil.Process().memory_info().rss + buffers
+    if plan.is_there:
+        _run(plan, "", options)  # nothing is written then, and that all is there must be true
     if options["as_json"]:
         show_json({**plan_as_json(plan), **more, "dry_run": True, "peak_memory_nbytes": memory_nbytes})
     elif options["quiet"]:
         return
-    elif plan.sets:
+    elif plan.sets and not plan.is_there:
         show_plan(plan, memory_nbytes)
     else:
         show_result(Result(plan, 0.0), 0, False)

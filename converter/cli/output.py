@@ -1,4 +1,4 @@
-"""What the terminal shows: tables, sizes, the progress bar, summaries, and the line that loads the result."""
+"""What the terminal shows: tables, sizes, the progress bar and summaries."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import click
 import psutil
 
 from converter.errors import shorten
+from converter.loading import loading_lines
 from converter.plan import Plan
-from converter.run import Result
+from converter.run import Result, name_counts
 
 _WIDEST = 120  # a longer cell pushes its own line aside, and no other
+_NAMED = 5  # of what is carried over; -v lists all
 
 
 def echo(text: str = "") -> None:
@@ -121,14 +123,17 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
                 "index": planned.index[0] if planned.index else None,
                 "tensors": planned.tensor_count,
                 "tied": dict(planned.ties),
-                "kept_fp32": list(planned.kept),
+                "kept_fp32": [name for name, dtype in planned.kept.items() if dtype.tag == "F32"],
+                "kept": {name: dtype.short_name for name, dtype in planned.kept.items()},
             }
             for planned in plan.sets
         ],
         "carried": [name for name, _ in plan.carried],
+        "carried_nbytes": _carried_nbytes(plan),
         "removed": list(plan.removed),
         "notes": [*plan.notes, *(note for planned in plan.sets for note in planned.notes)],
         "nbytes": plan.nbytes,
+        "up_to_date": plan.is_there or not plan.sets,
         "load_with": loading_lines(plan),
     }
 
@@ -141,12 +146,12 @@ def show_plan(plan: Plan, memory_nbytes: int) -> None:
     show_table(("file", "tensors", "size"), rows)
     echo()
     if plan.carried:
-        echo(f"Would carry over {len(plan.carried)} other files.")
+        echo(printable(f"Would carry over {_carried(plan)}."))
     for name in plan.removed:
         echo(printable(f"Would remove {name}"))
     _show_remarks(plan, every=True)
-    carried = sum(path.stat().st_size for _, path in plan.carried)
-    echo(f"Takes {show_bytes(plan.nbytes + carried)} of disk and about {show_bytes(memory_nbytes)} of memory.")
+    nbytes = plan.nbytes + _carried_nbytes(plan)
+    echo(f"Takes {show_bytes(nbytes)} of disk and about {show_bytes(memory_nbytes)} of memory.")
 
 
 def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
@@ -155,7 +160,7 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     if plan is None:
         echo("An earlier run had been stopped while it published its files; that is finished now.")
         return
-    if not plan.sets:
+    if not plan.sets or plan.is_there:
         echo(printable(f"Up to date: {plan.target.folder} is as it would be."))
         return
     rows = []
@@ -172,6 +177,12 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     _show_remarks(plan, verbose)
     for name in plan.removed:
         echo(printable(f"Removed {name}"))
+    if result.too_large:
+        became = "infinite" if plan.wishes.on_overflow == "inf" else "the largest that there is"
+        total = sum(result.too_large.values())
+        echo(printable(f"Too large, and now {became}: {total:,} values of {name_counts(result.too_large)}"))
+    if plan.carried:
+        echo(printable(f"Carried over {_carried(plan)}."))
     if result.reused_nbytes:
         echo(f"Took up {show_bytes(result.reused_nbytes)} that an earlier run had left.")
     echo(_how_it_went(result, peak_nbytes))
@@ -180,6 +191,18 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     echo("\nLoad it with:\n")
     for line in loading_lines(plan):
         echo(f"    {line}")
+
+
+def _carried(plan: Plan) -> str:
+    names = [name for name, _ in plan.carried]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    files = f"{len(names)} other file{'s' * (len(names) != 1)}"
+    return f"{files}, {show_bytes(_carried_nbytes(plan))}: {', '.join(names[:_NAMED])}{more}"
+
+
+def _carried_nbytes(plan: Plan) -> int:
+    # A link that is made again as it reads may lead to nothing by then.
+    return sum(path.stat().st_size for _, path in plan.carried if path.exists())
 
 
 def _how_it_went(result: Result, peak_nbytes: int) -> str:
@@ -201,42 +224,12 @@ def _show_remarks(plan: Plan, every: bool) -> None:
     for planned in plan.sets:
         for dropped, kept in planned.ties.items():
             echo(printable(f"Tied: {dropped} is {kept}, written once and noted in the header"))
-        if planned.kept:
-            names = ", ".join(map(printable, planned.kept if every else planned.kept[:3]))
-            more = "" if every or len(planned.kept) <= 3 else ", ... (-v lists them)"
-            echo(f"Kept in fp32 in {printable(planned.source.path.name)}: {len(planned.kept)} ({names}{more})")
+        for dtype in dict.fromkeys(planned.kept.values()):
+            names = [name for name, other in planned.kept.items() if other is dtype]
+            listed = ", ".join(map(printable, names if every else names[:3]))
+            more = "" if every or len(names) <= 3 else ", ... (-v lists them)"
+            echo(f"Kept in {dtype.short_name} in {printable(planned.source.path.name)}: {len(names)} ({listed}{more})")
         for note in planned.notes:
             echo(printable(f"Note: {note}"))
     for note in plan.notes:
         echo(printable(f"Note: {note}"))
-
-
-def loading_lines(plan: Plan) -> list[str]:
-    """Give the Python lines that load what a plan writes."""
-    variants = {planned.name.variant for planned in plan.sets}
-    tag = None if None in variants else sorted(filter(None, variants))[0] if variants else None
-    target = repr(str(plan.target.folder))
-    arguments = f"{target}, variant={tag!r}" if tag else target
-    dtype = plan.wishes.dtype
-    imports = []
-    if dtype is not None and dtype.bits >= 16:
-        # Every version of both libraries knows this name; the newest ones say that ``dtype`` is to replace it.
-        imports = ["import torch"]
-        arguments += f", torch_dtype=torch.{dtype.torch_name}"
-    kind = plan.source.kind
-    config = plan.source.components[0]
-    if any(copy.dtype.tag == "I8" and copy.source.scales for shard in plan.shards for copy in shard.copies):
-        if not imports and (kind == "pipeline" or config.is_diffusers):
-            imports = ["import torch"]
-            arguments += ", torch_dtype=torch.float16"
-        arguments += f', device_map="{"balanced" if kind == "pipeline" else "auto"}"'
-    if kind == "pipeline":
-        return [*imports, "from diffusers import DiffusionPipeline", f"DiffusionPipeline.from_pretrained({arguments})"]
-    if kind == "sentence-transformers":
-        return ["from sentence_transformers import SentenceTransformer", f"SentenceTransformer({target})"]
-    if kind == "component" or (kind == "transformers" and config.class_name):
-        library = "diffusers" if config.is_diffusers else "transformers"
-        name = config.class_name
-        return [*imports, f"from {library} import {name}", f"{name}.from_pretrained({arguments})"]
-    first = str(plan.target.folder / plan.shards[0].path) if plan.shards else ""
-    return ["from safetensors.torch import load_file", f"load_file({first!r})"]

@@ -16,18 +16,18 @@ from converter.cli.options import conversion_options, source_arg
 def command(source: Path, **options: Any) -> None:
     """Write the floating tensors of SRC in another dtype, as a variant beside it or into a new folder.
 
-    The files are tagged with the dtype's name, so that loaders find them with variant="bf16". Integers and booleans
-    stay as they are, and so does what the model's own library keeps in fp32. Values are rounded to nearest even.
+    Beside the source, and in a new folder for Diffusers, the files are tagged with the dtype's name, so that loaders
+    find them with variant="bf16"; in other new folders they have plain names, and config.json names the dtype.
+    Integers and booleans stay as they are, and so does what the model's own library keeps in fp32; 8 bits leave norms
+    and biases as they are, too. Values are rounded to nearest even.
 
     \b
     wconv recast ./model --dtype bf16                      add a bf16 variant
-    wconv recast ./model --dtype fp16 -o ./small           a new folder with that variant alone
+    wconv recast ./model --dtype fp16 -o ./small           a new folder with that alone
     wconv recast ./model --dtype bf16 --variant none -o ./small    the same under plain names
     """
     from converter.cli.convert import run_conversion
 
     if options["dtype"] is None:
         raise click.UsageError("Say which dtype: --dtype bf16, for example.")
-    if options["variant"] is None:
-        options["variant"] = options["dtype"].short_name
-    run_conversion(source, options, every_variant=False)
+    run_conversion(source, options, every_variant=False, tag_dtype=True)

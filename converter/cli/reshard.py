@@ -15,7 +15,7 @@ from converter.cli.options import conversion_options, in_place_option, source_ar
 @in_place_option
 @conversion_options
 def command(source: Path, **options: Any) -> None:
-    """Write the weights of SRC in shards of another size, into a new folder or in place; the format stays.
+    """Write every weight set of SRC in shards of another size, into a new folder or in place; the format stays.
 
     Shards are cut as save_pretrained cuts them. One shard is one plain file without an index.
 
@@ -29,4 +29,4 @@ def command(source: Path, **options: Any) -> None:
         raise click.UsageError("Say how large a shard may be: --max-shard-size 5GB, or none.")
     if options["output"] is None and not options["in_place"]:
         raise click.UsageError("Say where to write: -o OUT, or --in-place.")
-    run_conversion(source, options, form=None, every_variant=False)
+    run_conversion(source, options, form=None)

@@ -143,6 +143,8 @@ def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mappin
 
 def build_header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> bytes:
     """Spell the header, length included, of a file that holds these tensors in this order; raises ValueError."""
+    if not all(map(_is_text, itertools.chain(metadata, metadata.values()))):
+        raise ValueError("has ties or notes with a name of half a character, which no safetensors file can hold")
     parts = [f'"{METADATA_KEY}":{_spell(dict(sorted(metadata.items())))}'] if metadata else []
     end = 0
     for name, dtype, shape in tensors:

@@ -121,7 +121,7 @@ def test_a_pipeline_needs_a_gpu_to_load(wconv, tmp_path):
         (["missing", "-o", "out"], 3, "does not exist"),
         (["quantized", "-o", "out"], 4, "is quantized already"),
         (["a.gguf", "-o", "out"], 4, "is a GGUF file"),
-        (["unknown", "-o", "out"], 4, "Install torch and transformers, or name the linear modules with --include"),
+        (["unknown", "-o", "out"], 4, "has no model of that name. Name the linear modules with --include"),
         (["model", "-o", "quantized"], 5, "exists"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,19 @@ def test_links_stay_links(wconv, tmp_path):
     assert names_in(tmp_path / "m") == ["pytorch_model.fp16.bin"]
     assert torch.load(renamed, weights_only=True)["a"].equal(STATE["a"])
     assert renamed.is_symlink()
+
+
+def test_a_tag_in_other_capitals_on_a_disk_that_does_not_tell_them_apart(tmp_path, wconv, monkeypatch):
+    save(STATE, tmp_path / "m" / "model.FP16.safetensors")
+    look = os.lstat
+
+    def look_in_capitals(path, **how):
+        return look(str(path).replace("model.fp16", "model.FP16"), **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", look_in_capitals)
+        said = wconv("rename-variant", tmp_path / "m", "--from", "FP16", "--to", "fp16", exit_code=5).stderr
+    assert "is the same name as model.FP16.safetensors on this disk" in said
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["model.FP16.safetensors"]
+    wconv("rename-variant", tmp_path / "m", "--from", "FP16", "--to", "fp16")
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["model.fp16.safetensors"]

@@ -112,7 +112,7 @@ def test_output_that_exists_is_refused(args, wconv, tmp_path):
     save(make_state(seed=1), tmp_path / "pytorch_model.bin")
     before = snapshot(tmp_path)
     outcome = wconv("to-bin", tmp_path, *args, exit_code=5)
-    assert "pytorch_model.bin: exists. Use --overwrite" in outcome.stderr
+    assert "pytorch_model.bin: exists, and is not what would be written: " in outcome.stderr
     assert snapshot(tmp_path) == before
     if not args:
         wconv("to-bin", tmp_path, "--overwrite")
