@@ -749,3 +749,11 @@ def test_torch_and_numpy_are_not_needed(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     assert_same(load_set(tmp_path / "out"), STATE)
     shutil.rmtree(tmp_path / "out")
+
+
+def test_names_that_would_not_be_read_again_are_refused(wconv, tmp_path):
+    torch.save({"n" * 1_000: torch.ones(1)}, tmp_path / "m.bin")
+    wconv("to-safetensors", tmp_path / "m.bin")
+    wconv("verify", tmp_path / "m.bin", tmp_path / "m.safetensors")
+    torch.save({"n" * 1_001: torch.ones(1)}, tmp_path / "long.bin")
+    assert "a name of 1,001 characters" in wconv("to-safetensors", tmp_path / "long.bin", exit_code=4).stderr
