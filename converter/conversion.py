@@ -22,7 +22,8 @@ from converter.plan import Beside, Plan, Target, make_plan
 from converter.rules import note_tag, variantless
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
 from converter.single_file import SingleFile
-from converter.staging import find_difference, find_strangers, open_target, recover, refuse_links
+from converter.staging import find_strangers, recover
+from converter.target import find_difference, open_target, refuse_links
 
 Choose = Callable[[ModelFolder, Wishes], list[tuple[Component, WeightSet]]]
 Adapt = Callable[[Component, Checkpoint], tuple[Component, Checkpoint]]

@@ -15,7 +15,8 @@ from converter.names import WeightsName, check_variant
 from converter.paths import path_of, refuse_cache
 from converter.plan import Plan, SetPlan, Shard, Target
 from converter.rules import note_tag
-from converter.staging import find_strangers, recover, refuse_links
+from converter.staging import find_strangers, recover
+from converter.target import refuse_links
 
 
 def prepare_rename(

@@ -24,12 +24,13 @@ from zlib_ng.zlib_ng import crc32_combine
 
 from converter.errors import BadFile, LossyCast, OutputRefused, WconvError
 from converter.formats import FORMATS, read_file
+from converter.journal import Changes
 from converter.local import Root
 from converter.opening import check_stamp, open_again, open_placed
 from converter.paths import real
 from converter.plan import Plan, Shard, casts
 from converter.signals import signals_held
-from converter.staging import Changes, Staging, check_room, open_staging
+from converter.staging import Staging, check_room, open_staging
 from converter.stream import (
     CHUNK_NBYTES,
     GATHER_NBYTES,

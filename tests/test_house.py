@@ -35,7 +35,7 @@ LAYERS = (
     ("choose", "modules", "single_file"),
     ("rules",),
     ("plan",),
-    ("cast", "sources"),
+    ("cast", "sources", "journal", "target"),
     ("stream", "staging"),
     ("run", "rename", "int8", "loading"),
     ("conversion", "compare"),

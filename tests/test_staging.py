@@ -29,9 +29,10 @@ from tiny import (
 
 from converter import Wishes, convert
 from converter.errors import SystemRefused, WconvError
+from converter.journal import Changes
 from converter.local import Root
 from converter.plan import Target
-from converter.staging import Changes, open_staging
+from converter.staging import open_staging
 
 STATE = make_state()
 OLD = make_state(seed=1)

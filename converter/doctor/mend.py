@@ -43,7 +43,7 @@ from converter.names import WeightsName, check_variant, parse_name
 from converter.plan import Plan, SetPlan, Target, make_plan
 from converter.rename import link_shards
 from converter.rules import find_old_attention, tag_dtype, with_dtype
-from converter.staging import refuse_links
+from converter.target import refuse_links
 
 Keep = Literal["single", "shards", "safetensors", "bin"]
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converter.errors import BadRequest, SystemRefused
+from converter.journal import Changes, is_index
 from converter.kept import UNDO_FOLDER, Keeper, Kept
 from converter.local import Root
 from converter.paths import real
 from converter.plan import Target
-from converter.staging import Changes, Staging, is_index, open_staging, recover
+from converter.staging import Staging, open_staging, recover
 from converter.state import Notes
 
 
