@@ -93,7 +93,7 @@ def test_one_file_or_index(inspect, tmp_path):
 
 def test_ties_are_shown_in_memory_and_as_recorded(inspect, wconv, tmp_path):
     save({"a": STATE["a"], "t": STATE["a"]}, tmp_path / "pytorch_model.bin")
-    wconv("to-safetensors", tmp_path)
+    wconv("to-safetensors", tmp_path, "--tied", "first")
     assert [one["tied"] for one in inspect(tmp_path)["weight_sets"]] == [{"t": "a"}, {"t": "a"}]
     assert "tied: t is a" in wconv("inspect", tmp_path).stdout
 

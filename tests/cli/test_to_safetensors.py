@@ -574,7 +574,8 @@ def with_tie(folder: Path, **config: Any) -> Path:
 @pytest.mark.parametrize(
     ("args", "config", "written"),
     [
-        ((), {}, "ab"),
+        ((), {}, "abt"),
+        ((), {"architectures": ["T5Model"]}, "ab"),
         ((), {"tie_word_embeddings": False}, "abt"),
         ((), {"_class_name": "UNet2DConditionModel"}, "abt"),
         (("--tied", "duplicate"), {}, "abt"),
@@ -688,12 +689,12 @@ def test_the_summary(wconv, tmp_path):
         ({}, "from safetensors.torch import load_file"),
         ({"architectures": []}, "from safetensors.torch import load_file"),
         ({"architectures": None}, "from safetensors.torch import load_file"),
-        ({"_class_name": "X\x1b[2J"}, "from_pretrained"),
+        ({"_class_name": "X\x1b[2J"}, "from safetensors.torch import load_file"),
         ({"architectures": ["X; import os\nos.system('x')"]}, "Load it with"),
     ],
 )
 def test_the_line_that_loads_the_result(config, line, wconv, tmp_path):
-    save(STATE, tmp_path / "pytorch_model.bin")
+    save(STATE, tmp_path / f"{'diffusion_' if '_class_name' in config else ''}pytorch_model.bin")
     write_json(tmp_path / "config.json", config)
     shown = wconv("to-safetensors", tmp_path).stdout
     assert line in shown
@@ -723,7 +724,7 @@ def test_notes_tell_what_is_odd(wconv, tmp_path):
 def test_control_characters_do_not_reach_the_terminal(wconv, tmp_path):
     state = {"a\x1b[31m\nb": STATE["a"], "t\x07\u202e": STATE["a"], "ü": STATE["b"]}
     save(state, tmp_path / "pytorch_model.bin")
-    outcome = wconv("to-safetensors", tmp_path, "-v")
+    outcome = wconv("to-safetensors", tmp_path, "-v", "--tied", "first")
     assert not re.search("[\x1b\x07\u202e]", outcome.stdout + outcome.stderr)
     assert load_file(tmp_path / "model.safetensors").keys() == {"a\x1b[31m\nb", "ü"}
 
