@@ -14,12 +14,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from converter.dtypes import DType
 from converter.errors import Unsupported
@@ -159,7 +160,7 @@ def _ask(request: str) -> Answer | str:
 
 def _answer_of_child(request: str) -> bytes | str:
     try:
-        with _started_child() as child:
+        with tempfile.TemporaryFile() as said, _started_child(said) as child:
             assert child.stdin
             assert child.stdout
             with contextlib.suppress(BrokenPipeError), child.stdin:
@@ -168,17 +169,26 @@ def _answer_of_child(request: str) -> bytes | str:
             if len(raw) > _ANSWER_NBYTES:
                 return "it has too many modules"
             code = child.wait()
+            return raw if code == 0 else _why_ended(code, said)
     except OSError as error:
         return f"no process for it could be started ({error.strerror})"
-    return raw if code == 0 else f"it takes too much time or memory (the process ended with {code})"
+
+
+def _why_ended(code: int, said: BinaryIO) -> str:
+    """Give the cause why a child ended early: a limit or a crash, or else its own last words."""
+    if code < 0:
+        return f"it takes too much time or memory, or its library crashed (the process was ended by signal {-code})"
+    said.seek(max(0, said.seek(0, os.SEEK_END) - _CAUSE_LENGTH))
+    words = said.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+    return f"the process for it ended with {code}{f': {words}' if words else ''}"
 
 
 @contextlib.contextmanager
-def _started_child() -> Iterator[subprocess.Popen[bytes]]:
+def _started_child(said: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-I", "-B", "-c", _CHILD, *_search_path()]
     pipe = subprocess.PIPE
     environment = os.environ | _OFFLINE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment) as child:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, env=environment) as child:
         alarm = threading.Timer(_WAIT_SECONDS, child.kill)
         alarm.start()
         try:

@@ -7,7 +7,6 @@ and holds index and shards against each other. No tensor is read.
 from __future__ import annotations
 
 import itertools
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,15 +17,10 @@ from converter.errors import BadFile, BadRequest, HostileFile
 from converter.formats import could_be_weights, read_file
 from converter.formats.state_dict import PLAIN, Reading
 from converter.index import WeightIndex, read_index
-from converter.names import ParsedName, WeightsName, parse_name
+from converter.names import ParsedName, WeightsName, is_other_runtime, is_training_state, parse_name
+from converter.paths import path_of
 from converter.tensors import MAX_TENSORS, TensorInfo, WeightsFile
 
-# What trainers leave beside the weights (``transformers/trainer.py``, ``accelerate/utils/constants.py``), and binaries
-# of other runtimes.
-_NOT_WEIGHTS = re.compile(
-    r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|training_state|trainer_state|"
-    r"dl_state_dict|openvino).*"
-)
 _STANDARD_NAMES = frozenset(
     {
         ("diffusion_pytorch_model", "bin"),
@@ -87,6 +81,13 @@ class Checkpoint:
         """What the headers note, the shards' notes together."""
         return {key: value for file in self.files for key, value in file.metadata.items()}
 
+    @property
+    def ties(self) -> dict[str, str]:
+        """The notes that name a tensor: what stands under each name that was left out."""
+        notes = self.metadata
+        names = {info.name for info in self.tensors} if notes else set()
+        return {name: kept for name, kept in notes.items() if kept in names and name != "format"}
+
 
 def find_weight_sets(folder: Path) -> tuple[WeightSet, ...]:
     """List the weight sets that lie directly in a folder, sorted by name.
@@ -120,7 +121,7 @@ def find_weight_sets(folder: Path) -> tuple[WeightSet, ...]:
 def is_weight_file(path: Path) -> bool:
     """Say whether a file is one of a weight set, by its name and, where that says little, by its first bytes."""
     parsed = parse_name(path.name)
-    if not parsed or not path.is_file() or _NOT_WEIGHTS.fullmatch(path.name):
+    if not parsed or not path.is_file() or is_training_state(path.name) or is_other_runtime(path.name):
         return False
     standard = (parsed.name.stem, parsed.name.ext) in _STANDARD_NAMES
     return standard or parsed.role == "index" or could_be_weights(path)
@@ -146,13 +147,13 @@ def find_weight_set(path: Path) -> WeightSet:
     return WeightSet(path.parent, name, (path.name,))
 
 
-def open_checkpoint(source: Path | WeightSet, reading: Reading = PLAIN) -> Checkpoint:
+def open_checkpoint(source: Path | str | WeightSet, reading: Reading = PLAIN) -> Checkpoint:
     """Read the headers of a set and hold its index, where it has one, against them.
 
     ``reading`` says how pickled ones are read. Raises BadFile for a shard that is missing, a tensor that is in two
     shards, or in none.
     """
-    weight_set = find_weight_set(source) if isinstance(source, Path) else source
+    weight_set = source if isinstance(source, WeightSet) else find_weight_set(path_of(source))
     index = read_index(weight_set.folder / weight_set.index_name) if weight_set.index_name else None
     _check_shards(weight_set)
     files = tuple(_read_files(weight_set, reading))

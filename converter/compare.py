@@ -21,6 +21,7 @@ from converter.folder import Component, open_folder
 from converter.int8 import dequantized, scales_in
 from converter.modules import find_linears
 from converter.paths import path_of
+from converter.rules import find_growth
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.sources import SourceFiles, read_range
 from converter.stream import GATHER_NBYTES, PIECE_NBYTES
@@ -190,6 +191,7 @@ def _pair_variants(
     for variant in sorted(left.keys() & right.keys()):
         label = f"{a.name} ({variant})" if variant else a.name
         before, after = open_checkpoint(left[variant]), open_checkpoint(right[variant])
+        _refuse_bombs(before, after)
         if quantized and scales_in(after):
             after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed)
         yield label, _by_name(before), _by_name(after)
@@ -197,6 +199,13 @@ def _pair_variants(
         for variant in sorted(variants):
             which = f"the variant {variant}" if variant else "the untagged weights"
             differences.append(Difference("missing" if kind == "missing" else "extra", a.name, "", which))
+
+
+def _refuse_bombs(a: Checkpoint, b: Checkpoint) -> None:
+    """Raise Unsupported where both sides are far smaller than what is in them: one alone is what ``--expand`` wrote."""
+    left, right = (find_growth(one.weight_set.path, one.tensors) for one in (a, b))
+    if left and right:
+        raise left
 
 
 def _meant(variants: dict[str, WeightSet]) -> dict[str, WeightSet]:
@@ -212,7 +221,7 @@ def _by_variant(component: Component) -> dict[str, WeightSet]:
 
 def _by_name(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
     tensors = {info.name: info for info in checkpoint.tensors}
-    ties = {dropped: tensors[kept] for dropped, kept in checkpoint.metadata.items() if kept in tensors}
+    ties = {dropped: tensors[kept] for dropped, kept in checkpoint.ties.items()}
     return {**ties, **tensors}
 
 

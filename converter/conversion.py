@@ -14,7 +14,7 @@ from converter.ask import ask_kept
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets, open_checkpoint, strip_prefix
 from converter.choose import Wishes, choose_sets
 from converter.errors import BadRequest, OutputRefused
-from converter.folder import Component, ModelFolder, find_rest, is_disguised, is_linked, open_folder
+from converter.folder import Component, ModelFolder, Rest, find_rest, is_disguised, is_linked, open_folder
 from converter.formats.state_dict import Reading
 from converter.names import ParsedName, WeightsName, is_other_file, parse_name
 from converter.paths import check_places, path_of
@@ -32,8 +32,8 @@ _NO_EDITS: Mapping[str, bytes] = MappingProxyType({})
 
 
 def plan_conversion(
-    source: Path,
-    output: Path | None,
+    source: Path | str,
+    output: Path | str | None,
     wishes: Wishes,
     choose: Choose = choose_sets,
     adapt: Adapt | None = None,
@@ -49,6 +49,7 @@ def plan_conversion(
 
     A plan without sets means that there is nothing to do. Raises WconvError as the commands do.
     """
+    source, output = path_of(source), None if output is None else path_of(output)
     if wishes.in_place and output is not None:
         raise BadRequest(output, "is given, and --in-place too", "Choose one.")
     check_places(source, output, wishes.delete_source)
@@ -61,7 +62,7 @@ def plan_conversion(
     chosen = [one for one, _ in asked]
     if wishes.dtype and wishes.variant == "none" and not elsewhere:
         raise BadRequest(source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
-    reading = Reading(wishes.key, wishes.strip_code)
+    reading = Reading(wishes.key, wishes.strip_code, wishes.strip_code or wishes.skip_unreadable)
     opened = [(component, open_checkpoint(weight_set, reading)) for component, weight_set in chosen]
     kept = _ask_kept((component for component, _ in chosen), wishes)
     adapted = opened if adapt is None else [adapt(component, checkpoint) for component, checkpoint in opened]
@@ -163,11 +164,19 @@ def prepare(source: Path, output: Path | None, wishes: Wishes, recovering: bool 
     """
     check_places(source, output, wishes.delete_source)
     request = request_of(source, output, wishes)
-    folder = output or (source if source.is_dir() else source.parent)
-    folder = folder.parent if file_named(output) else folder
-    if recovering and recover(folder, request):
-        return request, None
-    return request, unless_done(wishes, lambda wishes: plan_conversion(source, output, wishes))
+    finished = recovering and recover(_folder_of(source, output), request)
+    return request, plan_rest(finished, wishes, lambda wishes: plan_conversion(source, output, wishes))
+
+
+def plan_rest(finished: bool, wishes: Wishes, make: Callable[[Wishes], Plan]) -> Plan | None:
+    """Plan what is left to do; None where a killed run for the same request was ``finished``, of the source as it is.
+
+    What was to be removed or replaced is gone by then, and not looked for.
+    """
+    if finished and (wishes.delete_source or wishes.in_place):
+        return None
+    plan = unless_done(wishes, make)
+    return None if finished and (not plan.sets or plan.is_there or not find_difference(plan)) else plan
 
 
 def unless_done(wishes: Wishes, make: Callable[[Wishes], Plan]) -> Plan:
@@ -191,6 +200,13 @@ def unless_done(wishes: Wishes, make: Callable[[Wishes], Plan]) -> Plan:
 def request_of(source: Path, output: Path | None, wishes: object) -> str:
     """Name a request, so that a run that was killed is known again."""
     return repr((str(source.absolute()), str(output.absolute()) if output else "", wishes))
+
+
+def _folder_of(source: Path, output: Path | None) -> Path:
+    """Name the folder that a request writes to: for a file, the one that it is to lie in."""
+    if output is None:
+        return source if source.is_dir() else source.parent
+    return output.parent if file_named(output) else output
 
 
 def file_named(output: Path | None) -> ParsedName | None:
@@ -284,9 +300,17 @@ def _carry(
     carried: list[Path] = []
     left: list[Path] = []
     linked: list[Path] = []
-    for path, is_weights, is_elsewhere in find_rest(folder, target.folder, wishes.follow_links):
-        (left if is_weights else linked if is_elsewhere else carried).append(path)
+    reasons: dict[Path, str] = {}
+    shells: dict[Path, list[Rest]] = {}
+    for one in find_rest(folder, target.folder, wishes.follow_links):
+        if one.shell is not None:
+            shells.setdefault(one.shell, []).append(one)
+        elif one.is_training:
+            reasons[one.path] = f" (training state, {_size_of([one]):,} bytes)"
+        else:
+            (left if one.is_weights else linked if one.is_linked else carried).append(one.path)
     names = {component.name for component, _ in chosen}
+    taken = {weight_set for _, weight_set in chosen}
     for component in folder.components:
         for weight_set in component.weight_sets:
             paths = [weight_set.folder / name for name in weight_set.all_names]
@@ -294,12 +318,23 @@ def _carry(
                 hidden = [] if wishes.follow_links else [path for path in paths if is_disguised(folder, path)]
                 carried.extend(path for path in paths if path not in hidden)
                 linked.extend(hidden)
-            elif not any(weight_set == found for _, found in chosen):
+            elif weight_set not in taken:
                 left.extend(paths)
     why = "a link to what goes along already" if wishes.follow_links else "behind a link: --follow-links carries it"
-    reasons = {**dict.fromkeys(left, ""), **dict.fromkeys(linked, f" ({why})")}
+    reasons |= {**dict.fromkeys(left, ""), **dict.fromkeys(linked, f" ({why})")}
+    reasons |= {path: _why_left(rest) for path, rest in shells.items()}
     notes = [f"not carried over: {path.relative_to(folder.root).as_posix()}{reasons[path]}" for path in sorted(reasons)]
     return sorted(carried), notes
+
+
+def _why_left(shell: Sequence[Rest]) -> str:
+    """Say why a folder stays behind as a whole, and how much that is."""
+    what = "a training checkpoint" if any(one.is_training for one in shell) else "weights that are no part of the model"
+    return f"/ ({what}: {len(shell):,} file{'s' * (len(shell) != 1)}, {_size_of(shell):,} bytes)"
+
+
+def _size_of(rest: Sequence[Rest]) -> int:
+    return sum(one.path.stat().st_size for one in rest if one.path.is_file())
 
 
 def _find_existing(target: Target, components: Sequence[Component]) -> dict[str, tuple[WeightSet, ...]]:

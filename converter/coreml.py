@@ -14,7 +14,7 @@ from pathlib import Path
 
 from converter.checkpoint import Checkpoint, WeightSet, rename_tensors
 from converter.choose import OnOverflow, Wishes, choose_sets
-from converter.conversion import plan_conversion, plan_single_file, request_of, unless_done
+from converter.conversion import plan_conversion, plan_rest, plan_single_file, request_of
 from converter.doctor.checks import run_checks
 from converter.doctor.findings import Finding
 from converter.doctor.loaders import COREML_VARIANT
@@ -127,13 +127,12 @@ def prepare_coreml(
         follow_links=follow_links,
     )
     request = request_of(source, output, ("coreml", keep_default, ema, str(config), wishes))
-    if recovering and recover(output, request):
-        return request, None
+    finished = recovering and recover(output, request)
 
     def make(wishes: Wishes) -> Plan:
         return _plan(source, output, wishes, keep_default, ema, config)
 
-    return request, unless_done(wishes, make)
+    return request, plan_rest(finished, wishes, make)
 
 
 def _plan(source: Path, output: Path, wishes: Wishes, keep_default: bool, ema: bool, config: Path | None) -> Plan:

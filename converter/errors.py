@@ -57,6 +57,10 @@ class Unsupported(WconvError):
     exit_code = 4
 
 
+class TrainingPiece(Unsupported):
+    """A part of a checkpoint as distributed training wrote it: only all of them make a model."""
+
+
 class OutputRefused(WconvError):
     """The output exists, is the input, lies behind a link or in the Hub's cache, or is being written by another run."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from converter.checkpoint import Checkpoint
@@ -142,11 +143,15 @@ def scales_in(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return found
 
 
+def check_scales(path: Path, weights: Iterable[TensorInfo]) -> None:
+    """Raise HostileFile where the scales of weights, one a row, are more than can be held; or they are those scales."""
+    if sum(4 * info.shape[0] for info in weights) > _MAX_SCALES_NBYTES:
+        raise HostileFile(path, f"has more than {_MAX_SCALES_NBYTES:,} bytes of scales, and no model has them")
+
+
 def _check_sizes(checkpoint: Checkpoint, scales: Mapping[str, TensorInfo]) -> None:
     """Raise BadFile for what is read whole here, and is larger than it can be."""
-    path = checkpoint.weight_set.path
-    if sum(info.nbytes for info in scales.values()) > _MAX_SCALES_NBYTES:
-        raise HostileFile(path, f"has more than {_MAX_SCALES_NBYTES:,} bytes of scales, and no model has them")
+    check_scales(checkpoint.weight_set.path, scales.values())
     for info in checkpoint.tensors:
         if info.name.endswith(_FORMAT) and info.numel > 1:
             raise BadFile(info.storage.path, f"has a {info.name!r} that is no single number")

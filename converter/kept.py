@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from converter.errors import BadFile, OutputRefused
-from converter.local import Root, plain_parts
+from converter.local import Root, is_mine, plain_parts
 from converter.state import Notes, make_token
 
 UNDO_FOLDER = ".wconv-undo"
@@ -129,9 +129,10 @@ class Keeper:
 
     def _make_folder(self, name: str) -> None:
         found = self.beside.stat(UNDO_FOLDER)
-        if found is not None and not stat.S_ISDIR(found.st_mode):
+        if found is not None and not (stat.S_ISDIR(found.st_mode) and is_mine(found)):
+            # Whose folder it is may put other files in the place of what is kept there.
             path = self.beside.path / UNDO_FOLDER
-            raise OutputRefused(path, "is no folder, and of no mending of yours", "Remove it, and mend again.")
+            raise OutputRefused(path, "is no folder of yours, and what is kept must lie there", "Have it removed.")
         self.beside.make_folder(name, 0o700)
 
     def take_back(self, before: Kept | None) -> None:

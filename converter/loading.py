@@ -35,7 +35,7 @@ _MOST_SETS = 8  # more lines than that nobody reads
 def loading_lines(plan: Plan) -> list[str]:
     """Give the Python lines that load what a plan writes; comments say what of it they leave to the reader."""
     target = str(plan.target.folder)
-    if plan.source.kind == "pipeline" and _is_whole(plan):
+    if plan.source.kind == "pipeline" and _is_loaded_whole(plan):
         return _from_pretrained(plan, plan.sets, "diffusers", "DiffusionPipeline", target)
     if plan.source.kind == "sentence-transformers" and all(_is_found_plain(plan, planned) for planned in plan.sets):
         return ["from sentence_transformers import SentenceTransformer", f"SentenceTransformer({target!r})"]
@@ -46,8 +46,13 @@ def loading_lines(plan: Plan) -> list[str]:
     return [*lines, f"# and so on, for {more} more"] if more > 0 else lines
 
 
-def _is_whole(plan: Plan) -> bool:
-    """Say whether the pipeline's loader takes what is written, and not another form of it that lies beside it."""
+def _is_loaded_whole(plan: Plan) -> bool:
+    """Say whether the pipeline's loader takes what is written, and not another form of it that lies beside it.
+
+    It does not begin where the pipeline's class is code in the folder, and asks for no variant at the root.
+    """
+    if not plan.source.class_name or any(planned.name.variant and not planned.component for planned in plan.sets):
+        return False
     if not any(_must_be_torch(plan, planned) for planned in plan.sets):
         return True
     written = {planned.component for planned in plan.sets if planned.name.format == "torch"}

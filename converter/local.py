@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
+from typing import BinaryIO
 
 _HAS_HANDLES = {os.open, os.rename, os.unlink, os.mkdir, os.rmdir, os.link, os.symlink, os.stat} <= os.supports_dir_fd
 _FOLDER = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -156,6 +157,8 @@ class Root:
                 found = os.fstat(source)
                 if os.utime in os.supports_fd:
                     os.utime(out, ns=(found.st_atime_ns, found.st_mtime_ns))
+                if os.chmod in os.supports_fd:
+                    os.chmod(out, stat.S_IMODE(found.st_mode) & 0o777)  # noqa: PTH101
                 os.fsync(out)
             to.replace(beside, to, new)
         except BaseException:
@@ -183,8 +186,7 @@ class Root:
         """Give what a file of this user holds. Raises OSError for one that is no plain file of theirs, or too long."""
         with self.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)) as file:
             found = os.fstat(file)
-            is_mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
-            if not stat.S_ISREG(found.st_mode) or not is_mine or found.st_size > max_nbytes:
+            if not stat.S_ISREG(found.st_mode) or not is_mine(found) or found.st_size > max_nbytes:
                 raise OSError(errno.EPERM, "it is no file that a run of yours wrote")
             raw = b""
             while len(raw) <= max_nbytes and (chunk := os.read(file, _COPY_NBYTES)):
@@ -250,6 +252,26 @@ class Root:
                 yield handle
             finally:
                 os.close(handle)
+
+
+@contextmanager
+def open_staged(path: Path) -> Iterator[BinaryIO]:
+    """Open a staged file by its real path, to change what it holds; raises OSError where it is no longer the one.
+
+    Who may rename its folder could have put a link there, or one of theirs with another name of a file of the user's.
+    """
+    with Root(path.parent) as root, root.open(path.name, os.O_RDWR) as file:
+        opened = os.fdopen(os.dup(file), "r+b", buffering=0)
+    with opened:
+        found = os.fstat(opened.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise OSError(errno.EPERM, "somebody has put another file there", str(path))
+        yield opened
+
+
+def is_mine(found: os.stat_result) -> bool:
+    """Say whether an entry is of this user, as far as the system can tell."""
+    return not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
 
 
 def plain_parts(name: str) -> list[str]:

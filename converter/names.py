@@ -32,6 +32,19 @@ _KNOWN_TAGS = re.compile(r"(?:fp|bf|f|int)\d+\w*|(?:non_?)?ema", re.IGNORECASE)
 _SAFETENSORS_STEMS = {"pytorch_model": "model"}
 _TORCH_STEMS = {"model": "pytorch_model"}
 
+# What trainers leave beside the weights, to go on from: ``transformers/trainer.py``, ``accelerate/checkpointing.py``,
+# ``deepspeed/runtime/engine.py``. It is no weights, and takes twice their room and more.
+_TRAINING_STATE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|training_state|trainer_state|"
+    r"dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|ckpt|safetensors)(\.index\.json)?|"
+    r"(trainer|training)_state\.json|zero_to_fp32\.py"
+)
+# Weights in forms of other runtimes, and folders of them; ``.distcp`` is torch's for many processes.
+_OTHER_RUNTIMES = re.compile(
+    r".*\.(onnx|onnx[._]data.*|pb|msgpack|h5|keras|ot|gguf|ggml|flashpack|tflite|mlmodel|mlmodelc|mlpackage|nemo|engine|"
+    r"pte|distcp)|openvino.*|(model|weights)\b.*\.npz"
+)
+
 _EXT = "|".join(WEIGHT_EXTENSIONS)
 _INDEX = re.compile(rf"(?P<base>.+)\.(?P<ext>{_EXT})(?P<old>\.[^.]+)?\.index(?P<new>\.[^.]+)?\.json")
 _SHARD = re.compile(rf"(?P<base>.+)-(?P<number>\d{{5,9}})-of-(?P<count>\d{{5,9}})(?P<old>\.[^.]+)?\.(?P<ext>{_EXT})")
@@ -86,6 +99,11 @@ class WeightsName:
         return replace(self, stem=stems.get(self.stem, self.stem), ext=ext)
 
     @property
+    def is_standard(self) -> bool:
+        """Whether ``from_pretrained`` of a library looks for such names."""
+        return self.stem in _STANDARD_STEMS
+
+    @property
     def format(self) -> Format:
         return "safetensors" if self.ext == "safetensors" else "torch"
 
@@ -133,6 +151,24 @@ def is_other_file(file_name: str) -> bool:
     (True, True, False, False)
     """
     return parse_name(file_name) is None and _OTHER_FILE.fullmatch(file_name) is not None
+
+
+def is_training_state(file_name: str) -> bool:
+    """Say whether a file is a trainer's own, to go on from.
+
+    >>> is_training_state("optimizer.pt"), is_training_state("scheduler_config.json")
+    (True, False)
+    """
+    return _TRAINING_STATE.fullmatch(file_name) is not None
+
+
+def is_other_runtime(name: str) -> bool:
+    """Say whether a file or folder holds weights in another runtime's form, which is neither read nor carried over.
+
+    >>> is_other_runtime("model.onnx"), is_other_runtime("openvino_model.bin")
+    (True, True)
+    """
+    return _OTHER_RUNTIMES.fullmatch(name) is not None
 
 
 def _split_variant(base: str) -> tuple[str, str | None]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from converter.errors import BadFile
+from converter.local import Root
 from converter.tensors import Stamp
 
 # A pipe that takes a file's place after it was looked at is opened at once. Windows has no such flag.
@@ -35,6 +36,19 @@ def open_source(path: Path) -> Iterator[Opened]:
     if not path.exists():
         raise BadFile(path, "does not exist")
     with open_regular(path) as file:
+        yield Opened(path, file, stamp_of(file))
+
+
+@contextmanager
+def open_placed(path: Path, place: Path) -> Iterator[Opened]:
+    """Open a file by its real path as it was found before: a link that has come there since is not followed.
+
+    Raises OSError for one that has, BadFile for what is no regular file.
+    """
+    with Root(place.parent) as root, root.open(place.name, os.O_RDONLY | _WITHOUT_WAITING) as handle:
+        file = os.fdopen(os.dup(handle), "rb")
+    with file:
+        _check_kind(path, os.fstat(file.fileno()))
         yield Opened(path, file, stamp_of(file))
 
 

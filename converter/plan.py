@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,9 +25,11 @@ from converter.names import Format, WeightsName
 from converter.paths import real
 from converter.rules import (
     cast_config,
+    check_asked,
     check_growth,
     check_quantized,
     check_shard_count,
+    check_tag,
     choose_ties,
     find_kept,
     target_dtype,
@@ -112,6 +115,8 @@ class Plan:
     ``carried`` are pairs of a path from the target folder and the file it is copied from, ``edited`` such of a path and
     its content; ``superseded`` are paths from the target folder that go once the new files are there; ``delete`` are
     source files that go last. ``is_there`` where all of it lies there already, as far as headers, sizes and times tell.
+    ``places`` are the real paths of what is carried over when that was planned: what is swapped for a link after that
+    is not followed.
     """
 
     source: ModelFolder
@@ -124,6 +129,10 @@ class Plan:
     notes: tuple[str, ...] = ()
     wishes: Wishes = field(default_factory=Wishes)
     is_there: bool = False
+    places: tuple[Path, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", tuple(real(path) for _, path in self.carried))
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -192,15 +201,20 @@ def make_plan(
     come out as it lies there is left out. Raises BadRequest, OutputRefused or Unsupported for what cannot or must not
     be done.
     """
+    orders = list(orders)
+    check_asked(folder.path, (checkpoint for _, checkpoint, *_ in orders), wishes)
     sets: list[SetPlan] = []
     there_already: list[str] = []
     edited = dict(beside.edited)
     read = {component.name: component.config for component in folder.components}
+    by_name: dict[tuple[str, WeightsName], list[WeightSet]] = defaultdict(list)  # there may be thousands of variants
+    for place, old in ((place, old) for place, found in existing.items() for old in found):
+        by_name[place, old.name].append(old)
     for component, checkpoint, *own in orders:
         wanted = own[0] if own else wishes
         planned = _plan_set(component, checkpoint, wanted, in_place=_is_beside(component, target))
-        there = existing.get(component.name, ())
-        if wanted.dtype and not wanted.overwrite and any(old.name == planned.name != checkpoint.name for old in there):
+        there = by_name[component.name, planned.name]
+        if wanted.dtype and not wanted.overwrite and there and planned.name != checkpoint.name:
             there_already.append(planned.shards[0].path)
         elif not _is_there(planned, checkpoint, there):
             sets.append(planned)
@@ -212,7 +226,7 @@ def make_plan(
     if there_already and not sets:
         raise OutputRefused(there_already[0], "exists", "Use --overwrite to write it again, or -o for a new folder.")
     _check_collisions(folder, sets)
-    superseded = () if target.is_new else tuple(_find_superseded(existing, sets, wishes))
+    superseded = () if target.is_new else tuple(_find_superseded(by_name, sets, wishes))
     outputs = {*superseded, *(shard.path for planned in sets for shard in planned.shards)}
     outputs |= {planned.index[0] for planned in sets if planned.index}
     spared = {_place(target.folder / name) for name in outputs}
@@ -240,8 +254,11 @@ def _is_beside(component: Component, target: Target) -> bool:
 
 
 def _is_there(planned: SetPlan, checkpoint: Checkpoint, existing: Sequence[WeightSet]) -> bool:
-    """Say whether a set would come out as it lies there: in place, with the same names and the same boundaries."""
-    if planned.source not in existing or planned.name != planned.source.name or planned.source.is_legacy:
+    """Say whether a set would come out as it lies there: in place, with the same names and the same boundaries.
+
+    ``existing`` are the sets of its name.
+    """
+    if planned.source not in existing or planned.source.is_legacy:
         return False
     before = [{info.name for info in file.tensors} for file in checkpoint.files]
     after = [{copy.source.name for copy in shard.copies} | shard.ties.keys() for shard in planned.shards]
@@ -265,23 +282,23 @@ def _check_collisions(folder: ModelFolder, sets: Sequence[SetPlan]) -> None:
 
 
 def _find_superseded(
-    existing: Mapping[str, Sequence[WeightSet]], sets: Sequence[SetPlan], wishes: Wishes
+    existing: Mapping[tuple[str, WeightsName], Sequence[WeightSet]], sets: Sequence[SetPlan], wishes: Wishes
 ) -> Iterable[str]:
     """List the files of sets that the new ones replace: same folder, stem, variant and format, all of their files."""
     for planned in sets:
-        for old in existing.get(planned.component, ()):
-            if old.name == planned.name:
-                if not (wishes.overwrite or (wishes.in_place and old == planned.source)):
-                    raise OutputRefused(old.path, "exists", "Use --overwrite to replace it, or -o for a new folder.")
-                yield from ((Path(planned.component) / name).as_posix() for name in old.all_names)
+        for old in existing.get((planned.component, planned.name), ()):
+            if not (wishes.overwrite or (wishes.in_place and old == planned.source)):
+                raise OutputRefused(old.path, "exists", "Use --overwrite to replace it, or -o for a new folder.")
+            yield from ((Path(planned.component) / name).as_posix() for name in old.all_names)
 
 
 def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_place: bool) -> SetPlan:
     name = wishes.name_output(checkpoint.name)
-    check_quantized(component, checkpoint, wishes)
+    untouched = check_quantized(component, checkpoint, wishes)
     ties = choose_ties(component, checkpoint, name.format, wishes)
     keep = find_kept(component, wishes)
     casts = {info.name: target_dtype(info, wishes, keep) for info in checkpoint.tensors}
+    casts |= {info.name: info.dtype for info in checkpoint.tensors if info.name in untouched}
     groups = [[info for info in file.tensors if info.name not in ties] for file in checkpoint.files]
     growth = check_growth(checkpoint, list(itertools.chain.from_iterable(groups)), wishes)
     if wishes.max_shard_nbytes is not None:
@@ -291,6 +308,8 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
         parts = split_into_shards(sizes, wishes.max_shard_nbytes)
         groups = [[info for place in part for info in units[place]] for part in parts]
     groups = [group for group in groups if group] or [[]]
+    if wishes.dtype or wishes.variant:
+        check_tag(checkpoint.weight_set.path, name, casts.values(), wishes)
     check_shard_count(component, checkpoint, name, len(groups), wishes)
     base = Path(component.name)
     file_names = name.files(len(groups))

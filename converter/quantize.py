@@ -14,18 +14,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converter.checkpoint import Checkpoint, WeightSet, find_weight_sets
-from converter.choose import Wishes, choose_sets
-from converter.conversion import plan_conversion, refuse_file, request_of, unless_done
+from converter.choose import Wishes, choose_sets, texts_of
+from converter.conversion import plan_conversion, plan_rest, refuse_file, request_of
 from converter.dtypes import RECAST_SOURCES, DType
 from converter.errors import BadRequest, LossyCast, Unsupported
 from converter.folder import Component, ModelFolder
-from converter.int8 import cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
+from converter.int8 import check_scales, cut_rows, dequantized, find_scales, quantization_config, quantized, scales_in
 from converter.modules import Linears, find_linears, is_skipped
 from converter.opening import open_regular
-from converter.paths import check_places, snapshot_of
+from converter.paths import check_places, path_of, snapshot_of
 from converter.plan import Plan
-from converter.rules import default_tied
+from converter.rules import compiled, default_tied, quantized_in, refuse_growth
 from converter.run import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
+from converter.schemes import LLM_INT8
 from converter.staging import recover
 from converter.tensors import TensorInfo, find_ties, turned
 
@@ -48,6 +49,10 @@ class ModuleChoice:
     include: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "include", texts_of(self.include))
+        object.__setattr__(self, "skip", texts_of(self.skip))
 
 
 _NO_CHOICE = ModuleChoice()
@@ -72,8 +77,8 @@ class Quantization:
 
 
 def prepare_quantized(
-    source: Path,
-    output: Path,
+    source: Path | str,
+    output: Path | str,
     wishes: Wishes,
     choice: ModuleChoice = _NO_CHOICE,
     *,
@@ -88,12 +93,9 @@ def prepare_quantized(
     own. Reads every weight once. Raises WconvError as the commands do, LossyCast where ``choice.strict`` has it so.
     """
     wishes = replace(wishes, form="safetensors", every_variant=False)
-    check_places(source, output)
-    source = snapshot_of(source)
-    _check_paths(source, output)
+    source, output = _places(source, output)
     request = request_of(source, output, ("quantize", choice, wishes))
-    if recovering and recover(output, request):
-        return Quantization(request, None)
+    finished = recovering and recover(output, request)
     parts: dict[str, QuantizedPart] = {}
     chosen: set[str] = set()
 
@@ -115,10 +117,14 @@ def prepare_quantized(
     def make(wishes: Wishes) -> Plan:
         return plan_conversion(source, output, wishes, choose, adapt)
 
-    return Quantization(request, unless_done(wishes, make), tuple(parts.values()))
+    return Quantization(request, plan_rest(finished, wishes, make), tuple(parts.values()))
 
 
-def _check_paths(source: Path, output: Path) -> None:
+def _places(source: Path | str, output: Path | str) -> tuple[Path, Path]:
+    """Give the paths that are read and written. Raises WconvError for those that cannot be."""
+    source, output = path_of(source), path_of(output)
+    check_places(source, output)
+    source = snapshot_of(source)
     files = [source] if source.is_file() else sorted(filter(Path.is_file, source.glob("*.gguf")))
     if files and _is_gguf(files[0]) and not (source.is_dir() and find_weight_sets(source)):
         advice = "Quantize the safetensors model that it was made from."
@@ -127,6 +133,7 @@ def _check_paths(source: Path, output: Path) -> None:
     if output.exists() and source.exists() and output.samefile(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
+    return source, output
 
 
 def _is_gguf(path: Path) -> bool:
@@ -142,14 +149,14 @@ def _choose_parts(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, 
     if folder.kind == "sentence-transformers" and not names:
         names = ("",)
     if folder.kind == "pipeline" and not names:
-        names = tuple(c.name for c in folder.components if _PARTS.fullmatch(c.name))
+        names = tuple(c.name for c in folder.components if not c.name or _PARTS.fullmatch(c.name))
         if not names:
             others = ", ".join(component.name for component in folder.components)
             raise BadRequest(folder.path, f"has no transformer, unet or text encoder, but {others}", "Use --component.")
     found = choose_sets(folder, replace(wishes, components=names))
     for component, weight_set in found:
         if "quantization_config" in component.config:
-            advice = "Quantize the model that it was made from; 'wconv dequantize' takes 8-bit ones back."
+            advice = "Quantize the model that it was made from."
             raise Unsupported(weight_set.path, "is quantized already, as its config.json says", advice)
         if not component.config:
             raise BadRequest(weight_set.path, "has no config.json beside it", "It is needed to load an 8-bit model.")
@@ -183,7 +190,8 @@ def _quantize(
     """Let the chosen weights of a checkpoint be written in 8 bits, and say what goes into its config."""
     path = checkpoint.weight_set.path
     tensors = {info.name: info for info in checkpoint.tensors}
-    _refuse_quantized(path, tensors.values())
+    refuse_growth(path, checkpoint.tensors)  # all of it is read before there is a plan
+    _refuse_quantized(checkpoint)
     linears = find_linears(component, tensors.values())
     weights = {module: name for module, name in {**linears.weights, **linears.unknown}.items() if name}
     wanted, notes = _choose_modules(component, checkpoint, linears, choice)
@@ -191,6 +199,7 @@ def _quantize(
         module: turned(tensors[weights[module]]) if module in linears.transposed else tensors[weights[module]]
         for module in wanted
     }
+    check_scales(path, views.values())
     found, too_large = scales.find(views.values())
     lossy = [module for module in wanted if weights[module] in too_large]
     if lossy:
@@ -226,8 +235,11 @@ def _int8_nbytes(info: TensorInfo) -> int:
     return info.numel + 4 * info.shape[0] + 1
 
 
-def _refuse_quantized(path: Path, tensors: Iterable[TensorInfo]) -> None:
-    for info in tensors:
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    path = checkpoint.weight_set.path
+    for one in quantized_in(checkpoint):
+        raise Unsupported(path, f"is quantized already ({one})", "Quantize the model that it was made from.")
+    for info in checkpoint.tensors:
         if info.name.endswith(".weight") and len(info.shape) == 2 and not _is_full(info.dtype):
             problem = f"is quantized already: {info.name!r} is {info.dtype}"
             raise Unsupported(path, problem, "Quantize the model that it was made from.")
@@ -284,12 +296,9 @@ def _choose_modules(
     return wanted, notes
 
 
-def _matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
-    try:
-        compiled = [re.compile(pattern) for pattern in patterns]
-    except re.error as error:
-        raise BadRequest(repr(error.pattern), f"is no regular expression ({error})") from None
-    return lambda name: any(pattern.search(name) for pattern in compiled)
+def _matcher(regexes: Sequence[str]) -> Callable[[str], bool]:
+    patterns = list(map(compiled, regexes))
+    return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
 def _skip_list(
@@ -321,39 +330,52 @@ def _skip_list(
     return tuple(sorted(set(entries)))
 
 
-def prepare_dequantized(source: Path, output: Path, wishes: Wishes, recovering: bool = True) -> Quantization:
+def prepare_dequantized(
+    source: Path | str, output: Path | str, wishes: Wishes, recovering: bool = True
+) -> Quantization:
     """Plan the way back: int8 weights as numbers in ``wishes.dtype``, and all else in it too.
 
     In a pipeline only the parts that are quantized are written anew. Raises Unsupported for weights in another form,
     BadFile for scales that do not fit. A class that is in no table is taken to have no Conv1D where its library is not
     installed.
     """
-    assert wishes.dtype is not None
     dtype = wishes.dtype
+    if dtype is None:
+        raise BadRequest(source, "needs a dtype to be written in", "Say which: fp16, bf16 or fp32.")
     wishes = replace(wishes, form="safetensors", every_variant=False)
-    check_places(source, output)
-    source = snapshot_of(source)
-    _check_paths(source, output)
+    source, output = _places(source, output)
     request = request_of(source, output, ("dequantize", wishes))
-    if recovering and recover(output, request):
-        return Quantization(request, None)
+    finished = recovering and recover(output, request)
+    said: set[str] = set()
 
     def choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
         names = tuple(c.name for c in folder.components if "quantization_config" in c.config)
+        said.update(names)
         found = choose_sets(folder, replace(wishes, components=wishes.components or names))
         return [(_unquantized(component), weight_set) for component, weight_set in found]
 
     def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
-        if not scales_in(checkpoint):
-            path = checkpoint.weight_set.path
-            raise Unsupported(path, "holds no 8-bit weights of bitsandbytes", "'wconv recast' changes other dtypes.")
+        _refuse_others(checkpoint, component.name in said)
         transposed = find_linears(component, checkpoint.tensors).transposed
         return component, dequantized(checkpoint, dtype, transposed)
 
     def make(wishes: Wishes) -> Plan:
         return plan_conversion(source, output, wishes, choose, adapt)
 
-    return Quantization(request, unless_done(wishes, make))
+    return Quantization(request, plan_rest(finished, wishes, make))
+
+
+def _refuse_others(checkpoint: Checkpoint, is_said: bool) -> None:
+    """Raise Unsupported for all but LLM.int8; ``is_said`` where the config says that the weights are quantized."""
+    path = checkpoint.weight_set.path
+    for one in quantized_in(checkpoint):
+        if one.scheme is not LLM_INT8:
+            raise Unsupported(path, f"is quantized in another form than LLM.int8 ({one})", one.advice)
+    if not scales_in(checkpoint):
+        advice = "'wconv recast' casts weights that are not quantized."
+        if is_said:
+            advice = "Its config.json says that it is quantized: load it with the library that this names."
+        raise Unsupported(path, "holds no 8-bit weights of bitsandbytes", advice)
 
 
 def _unquantized(component: Component) -> Component:

@@ -12,7 +12,7 @@ from converter.errors import BadFile, BadRequest, OutputRefused
 from converter.folder import Component, open_folder
 from converter.index import WeightIndex, read_index
 from converter.names import WeightsName, check_variant
-from converter.paths import refuse_cache
+from converter.paths import path_of, refuse_cache
 from converter.plan import Plan, SetPlan, Shard, Target
 from converter.rules import note_tag
 from converter.staging import find_strangers, recover, refuse_links
@@ -29,7 +29,7 @@ def prepare_rename(
     return request, plan_rename(source, before, after, components)
 
 
-def plan_rename(source: Path, before: str, after: str, components: tuple[str, ...] = ()) -> Plan:
+def plan_rename(source: Path | str, before: str, after: str, components: tuple[str, ...] = ()) -> Plan:
     """Plan to give the sets of variant ``before`` the tag ``after`` (``"none"`` for untagged), in current spelling.
 
     The same tag twice mends legacy spellings. Raises BadRequest where there is no such variant, OutputRefused where the
@@ -37,6 +37,7 @@ def plan_rename(source: Path, before: str, after: str, components: tuple[str, ..
     """
     old = None if before == "none" else before
     new = None if after == "none" else check_variant(after)
+    source = path_of(source)
     refuse_cache(source)
     folder = open_folder(source)
     sets: list[SetPlan] = []

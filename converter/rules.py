@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import Checkpoint
 from converter.choose import Tied, Wishes
-from converter.dtypes import DTYPES, RECAST_SOURCES, DType
+from converter.dtypes import BY_ALIAS, DTYPES, RECAST_SOURCES, RECAST_TARGETS, DType
 from converter.errors import BadRequest, Unsupported
 from converter.folder import Component, ModelFolder
 from converter.keep_fp32 import keep_matches, keep_rule, keep_segments
 from converter.names import Format, WeightsName
+from converter.schemes import Quantized, find_belongings, find_quantized
 from converter.tensors import TensorInfo
 from converter.tensors import find_ties as find_equal_views
 
@@ -51,7 +53,7 @@ def choose_ties(component: Component, checkpoint: Checkpoint, form: Format, wish
     """Map the names that are not written to those that are; in a torch file they stay, as a second name."""
     if form == "torch":
         names = {info.name for info in checkpoint.tensors}
-        recorded = {name: kept for name, kept in checkpoint.metadata.items() if kept in names and name not in names}
+        recorded = {name: kept for name, kept in checkpoint.ties.items() if name not in names}
         return {} if wishes.tied == "duplicate" else {**find_equal_views(checkpoint.tensors), **recorded}
     tied = wishes.tied or default_tied(component, checkpoint.name.in_format(form))
     ties = find_equal_views(checkpoint.tensors) if tied == "first" else {}
@@ -91,11 +93,14 @@ def is_adapter(name: WeightsName) -> bool:
 def variantless(folder: ModelFolder) -> str:
     """Give the library that loads from a folder and finds no variants in it; nothing where it finds them, or is none.
 
-    ``hf_load_state_dict`` of timm, ``load_torch_weights`` of sentence-transformers, ``load_peft_weights`` of PEFT.
+    ``hf_load_state_dict`` of timm, ``load_torch_weights`` of sentence-transformers, ``load_peft_weights`` of PEFT,
+    ``_identify_model_variants`` of Diffusers.
     """
     if folder.kind == "sentence-transformers":
         return "sentence-transformers"
     root = folder.components[0]
+    if folder.kind == "pipeline":
+        return "" if root.name else "Diffusers at the root"
     if root.weight_sets and all(is_adapter(found.name) for found in root.weight_sets):
         return "PEFT"
     has_class = root.is_diffusers or is_transformers(root)
@@ -114,13 +119,48 @@ def find_kept(component: Component, wishes: Wishes) -> Callable[[str], bool]:
     """Say which tensors stay float32 in a recast: those of the model's library, and those that are asked for."""
     if wishes.dtype is None or wishes.dtype.bits >= 32:
         return lambda name: False
-    try:
-        patterns = [re.compile(pattern) for pattern in wishes.keep_fp32]
-    except re.error as error:
-        raise BadRequest(repr(error.pattern), f"is no regular expression ({error})") from None
+    patterns = list(map(compiled, wishes.keep_fp32))
     rules = [keep_rule(name, component.is_diffusers, wishes.dtype) for name in component.class_names]
     rules.append((keep_segments if component.is_diffusers else keep_matches)(component.more_fp32))
     return lambda name: any(rule(name) for rule in rules) or any(pattern.search(name) for pattern in patterns)
+
+
+def check_asked(path: Path, checkpoints: Iterable[Checkpoint], wishes: Wishes) -> None:
+    """Raise BadRequest for a dtype that nothing is cast to, and for names to be kept in float32 that no tensor has."""
+    if wishes.dtype and wishes.dtype.short_name not in RECAST_TARGETS:
+        raise BadRequest(repr(wishes.dtype.short_name), "is no dtype to cast to", f"Take {', '.join(RECAST_TARGETS)}.")
+    if wishes.keep_fp32 and wishes.dtype is None:
+        raise BadRequest(path, "is not cast, and --keep-fp32 is for casts", "Leave it out, or say which --dtype.")
+    infos = (info for checkpoint in checkpoints for info in checkpoint.tensors) if wishes.keep_fp32 else ()
+    names = [info.name for info in infos if info.target is None and info.dtype.tag in RECAST_SOURCES]
+    for regex in wishes.keep_fp32:
+        if not any(map(compiled(regex).search, names)):
+            problem = f"has no tensor to be cast whose name holds {regex!r}, as --keep-fp32 has it"
+            raise BadRequest(path, problem, "'wconv inspect --tensors' lists them.")
+
+
+def compiled(regex: str) -> re.Pattern[str]:
+    """Compile what a user gives as a regular expression. Raises BadRequest for what is none."""
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise BadRequest(repr(regex), f"is no regular expression ({error})") from None
+
+
+def tag_dtype(name: WeightsName) -> DType | None:
+    """Give the dtype that a variant's tag names, if it names one."""
+    return BY_ALIAS.get((name.variant or "").lower())
+
+
+def check_tag(path: Path, name: WeightsName, written: Iterable[DType], wishes: Wishes) -> None:
+    """Refuse to name weights for a dtype that they do not have, by a tag that is asked for or stays in a recast."""
+    named = tag_dtype(name)
+    floats = sorted({dtype.short_name for dtype in written if dtype.is_floating})
+    held = wishes.dtype.short_name if wishes.dtype else " and ".join(floats)
+    if named is None or not floats or named.short_name in ([held] if wishes.dtype else floats):
+        return
+    advice = f"Use --dtype {named.short_name}, or --variant {wishes.dtype.short_name if wishes.dtype else floats[0]}."
+    raise BadRequest(path, f"would be named {name.variant} and hold {held}", advice)
 
 
 def target_dtype(info: TensorInfo, wishes: Wishes, keep: Callable[[str], bool]) -> DType:
@@ -142,14 +182,21 @@ def stays_wider(dtype: DType, dims: int, target: DType) -> bool:
     return target.bits == 8 and dims < 2 and dtype.bits > 8
 
 
-def check_quantized(component: Component, checkpoint: Checkpoint, wishes: Wishes) -> None:
-    """Refuse to cast what is quantized."""
-    if wishes.dtype and "quantization_config" in component.config and not wishes.force:
-        raise Unsupported(
-            checkpoint.weight_set.path,
-            "is quantized (its config.json has a quantization_config): a cast would ruin it",
-            "Recast the model it was made from, or use --force.",
-        )
+def check_quantized(component: Component, checkpoint: Checkpoint, wishes: Wishes) -> frozenset[str]:
+    """Refuse to cast what tensors or config show to be quantized; name what stays as it is if that is forced."""
+    found = quantized_in(checkpoint) if wishes.dtype else []
+    if wishes.dtype and not wishes.force and (found or "quantization_config" in component.config):
+        how = str(found[0]) if found else "its config.json has a quantization_config"
+        advice = "Recast the model it was made from, or use --force."
+        if found:
+            advice = f"{found[0].advice} To cast only what is not quantized, use --force."
+        raise Unsupported(checkpoint.weight_set.path, f"is quantized ({how}): a cast would ruin it", advice)
+    return find_belongings(found, (info.name for info in checkpoint.tensors))
+
+
+def quantized_in(checkpoint: Checkpoint) -> list[Quantized]:
+    """List the weights of a checkpoint that other tensors scale, but for those that are written as numbers again."""
+    return find_quantized({info.name: info.dtype for info in checkpoint.tensors if info.target is None})
 
 
 def check_growth(checkpoint: Checkpoint, written: Sequence[TensorInfo], wishes: Wishes) -> tuple[str, ...]:
@@ -158,22 +205,37 @@ def check_growth(checkpoint: Checkpoint, written: Sequence[TensorInfo], wishes: 
     A tensor that ``torch.Tensor.expand`` made holds its elements many times over, and each is written.
     """
     views = [info for info in written if info.storage.content is None]
-    nbytes = sum(info.nbytes for info in views)
-    if nbytes > MAX_GROWTH_NBYTES and not wishes.expand:
-        held = {info.storage: info.storage.packed_nbytes or info.storage.nbytes for info in views}
-        source_nbytes = sum(held.values())
-        if nbytes - source_nbytes > max(MAX_GROWTH_NBYTES, MAX_GROWTH * source_nbytes):
-            largest = max(views, key=lambda info: info.nbytes - held[info.storage])
-            raise Unsupported(
-                checkpoint.weight_set.path,
-                f"holds {source_nbytes:,} bytes of tensors, which would come out as {nbytes:,}: the largest is "
-                f"{largest.name!r}, of {largest.nbytes:,} bytes in {held[largest.storage]:,}",
-                "'wconv to-safetensors --expand' writes them in full.",
-            )
+    if not wishes.expand:
+        refuse_growth(checkpoint.weight_set.path, views)
     more = [info.nbytes - info.storage.nbytes for info in views if info.nbytes > info.storage.nbytes]
     if sum(more) < _NOTED_GROWTH_NBYTES:
         return ()
     return (f"its expanded tensors take {sum(more):,} bytes more than in the source",)
+
+
+def refuse_growth(path: Path, views: Sequence[TensorInfo]) -> None:
+    """Raise Unsupported for tensors that take far more when they are read in full than what holds them."""
+    error = find_growth(path, views)
+    if error:
+        raise error
+
+
+def find_growth(path: Path, views: Sequence[TensorInfo]) -> Unsupported | None:
+    """Give the error for tensors that take far more when they are read in full than what holds them."""
+    nbytes = sum(info.nbytes for info in views)
+    if nbytes <= MAX_GROWTH_NBYTES:
+        return None
+    held = {info.storage: info.storage.packed_nbytes or info.storage.nbytes for info in views}
+    source_nbytes = sum(held.values())
+    if nbytes - source_nbytes > max(MAX_GROWTH_NBYTES, MAX_GROWTH * source_nbytes):
+        largest = max(views, key=lambda info: info.nbytes - held[info.storage])
+        return Unsupported(
+            path,
+            f"holds {source_nbytes:,} bytes of tensors, which would come out as {nbytes:,}: the largest is "
+            f"{largest.name!r}, of {largest.nbytes:,} bytes in {held[largest.storage]:,}",
+            "'wconv to-safetensors --expand' writes them in full.",
+        )
+    return None
 
 
 def check_shard_count(

@@ -10,13 +10,12 @@ from __future__ import annotations
 import filecmp
 import itertools
 import os
-import signal
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,9 +25,10 @@ from zlib_ng.zlib_ng import crc32_combine
 from converter.errors import BadFile, LossyCast, OutputRefused, WconvError
 from converter.formats import FORMATS, read_file
 from converter.local import Root
-from converter.opening import check_stamp, open_again, open_source
+from converter.opening import check_stamp, open_again, open_placed
 from converter.paths import real
 from converter.plan import Plan, Shard, casts
+from converter.signals import signals_held
 from converter.staging import Changes, Staging, check_room, open_staging
 from converter.stream import (
     CHUNK_NBYTES,
@@ -50,6 +50,7 @@ from converter.tensors import ByteRange, Described
 DEFAULT_MEMORY_NBYTES = 1 << 26
 DEFAULT_WORKERS = 4
 _MIN_CHUNK_NBYTES = 1 << 16
+_NAMED = 5  # tensors, in a message
 _LISTEN_SECONDS = 0.2  # a signal is heard so soon, however long a task takes
 
 Progress = Callable[[int], None]
@@ -64,7 +65,7 @@ class Result:
     """What a run did. ``reused_nbytes`` lay there from an earlier run that was killed; ``seconds`` is wall time.
 
     ``plan`` is None where that earlier run had only its last renames left. ``left_over`` names what could not be
-    cleared up.
+    cleared up, ``too_large`` how many values of which tensors a cast could not hold.
     """
 
     plan: Plan | None
@@ -72,6 +73,7 @@ class Result:
     reused_nbytes: int = 0
     verified: bool = False
     left_over: str = ""
+    too_large: Mapping[str, int] = field(default_factory=dict)
 
 
 def default_workers(plan: Plan) -> int:
@@ -122,7 +124,7 @@ def run_plan(
         names = [shard.path for shard in plan.shards] + [name for name, _ in (*plan.carried, *plan.texts)]
         staging.drop_strangers(set(names))
         check_room(staging, plan)
-        reused = _write_shards(plan, staging, tasks)
+        reused, too_large = _write_shards(plan, staging, tasks)
         for shard in plan.shards:
             if shard.link is None:
                 check_staged(shard, staging)
@@ -134,7 +136,7 @@ def run_plan(
             with Root(real(source.parent)) as root:
                 staging.link(name, root, source.name)
         staging.commit(Changes.of(plan, keep), request)
-    return Result(plan, time.perf_counter() - begun, reused, verify, staging.left_over)
+    return Result(plan, time.perf_counter() - begun, reused, verify, staging.left_over, too_large)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ class _Tasks:
         """Run calls of (function, argument, bytes it deals with), a few at once; yield results as they come."""
         queue = iter(calls)
         waiting: dict[Future[_T], int] = {}
-        with _signals_held() as let_through:
+        with signals_held() as let_through:
             try:
                 while True:
                     for function, argument, nbytes in itertools.islice(queue, self.limit - len(waiting)):
@@ -170,36 +172,6 @@ class _Tasks:
         """Run calls that give nothing but an error."""
         for _ in self.run(calls):
             pass
-
-
-@contextmanager
-def _signals_held() -> Iterator[Callable[[], None]]:
-    """Hold back signals that raise, while futures are waited for; give what lets those through that have come.
-
-    What a handler raises just anywhere can leave the lock of a future taken for ever (within ``Condition.__enter__``),
-    and then neither its thread nor this one ends.
-    """
-    came: list[int] = []
-    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
-    before = {which: handler for which, handler in before.items() if callable(handler)}
-    with suppress(ValueError):  # not in the main thread: none is raised here
-        for which in before:
-            signal.signal(which, lambda number, _: came.append(number))
-
-    def let_through() -> None:
-        while came:
-            number = came.pop()
-            handler = before[signal.Signals(number)]
-            if callable(handler):
-                handler(number, None)
-
-    try:
-        yield let_through
-    finally:
-        with suppress(ValueError):
-            for which, handler in before.items():
-                signal.signal(which, handler)
-        let_through()
 
 
 @contextmanager
@@ -227,8 +199,8 @@ def run_tasks(
         yield from tasks.run(calls)
 
 
-def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> int:
-    """Stage all shards; give the bytes of those that an earlier run had left."""
+def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> tuple[int, Counter[str]]:
+    """Stage all shards; give the bytes of those that an earlier run had left, and what was too large for a cast."""
     shards = [shard for shard in plan.shards if shard.link is None]
     writers: dict[str, Callable[[Piece, int], Report]] = {}
     reused = 0
@@ -260,21 +232,25 @@ def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> int:
             path = staging.path_of(shard.path)
             crcs = [_combine(written[path, copy.offset]) for copy in shard.copies]
             finish_file(path, _described(shard), shard.ties, crcs)
-    return reused
+    return reused, too_large
 
 
 def _described(shard: Shard) -> list[Described]:
     return [(copy.source.name, copy.dtype, copy.source.shape) for copy in shard.copies]
 
 
+def name_counts(counts: Mapping[str, int]) -> str:
+    """Name the tensors with the largest counts."""
+    named = ", ".join(f"{name} ({count:,})" for name, count in Counter(counts).most_common(_NAMED))
+    return named + (f" and {len(counts) - _NAMED} more tensors" if len(counts) > _NAMED else "")
+
+
 def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
-    named = ", ".join(f"{name} ({count:,})" for name, count in counts.most_common(5))
-    more = f" and {len(counts) - 5} more tensors" if len(counts) > 5 else ""
     copies = (copy for shard in plan.shards for copy in shard.copies)
     dtypes = {copy.dtype.tag for copy in copies if copy.source.name in counts and copy.dtype is not copy.source.dtype}
     return LossyCast(
         plan.source.path,
-        f"holds values that are too large for {' and '.join(sorted(dtypes))}: {named}{more}",
+        f"holds values that are too large for {' and '.join(sorted(dtypes))}: {name_counts(counts)}",
         "Keep them with --keep-fp32, take bf16, or say --on-overflow saturate or inf.",
     )
 
@@ -325,9 +301,9 @@ def _check_sources(plan: Plan) -> None:
 
 def _write_others(plan: Plan, staging: Staging) -> None:
     renamed = {name for name, _ in _second_names(plan)}
-    for name, source in plan.carried:
+    for (name, source), place in zip(plan.carried, plan.places, strict=True):
         if name not in renamed:
-            with open_source(source) as opened:
+            with open_placed(source, place) as opened:
                 staging.copy(name, opened.file)
                 check_stamp(source, opened.file, opened.stamp)
     for name, content in plan.texts:

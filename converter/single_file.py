@@ -20,6 +20,7 @@ from converter.errors import BadFile, BadRequest, Unsupported
 from converter.folder import Component, ModelFolder, read_json, render_json
 from converter.names import WeightsName
 from converter.paths import lies_outside
+from converter.schemes import find_quantized
 from converter.tensors import TensorInfo, turned
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -101,6 +102,8 @@ def open_single_file(
     """
     checkpoint = open_checkpoint(source)
     tensors = {info.name: info for info in checkpoint.tensors}
+    for one in find_quantized({name: info.dtype for name, info in tensors.items()}):
+        raise Unsupported(source, f"is quantized ({one}), which Core ML does not take", one.advice)
     family, channels = recognise(source, tensors)
     root = config or CONFIGS / family.folder
     index = _read(root / "model_index.json")

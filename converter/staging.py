@@ -33,6 +33,7 @@ from converter.local import Root, plain_parts, write_all
 from converter.names import parse_name
 from converter.paths import is_dangling, real, refuse_linked
 from converter.plan import Plan, Target
+from converter.signals import signals_held
 from converter.state import Notes, make_token
 
 _SUFFIX = ".wconv"  # with a dot: Diffusers takes the second dotted part of each name in a folder for a variant
@@ -70,8 +71,8 @@ def open_target(folder: ModelFolder, output: Path | None, overwrite: bool) -> Ta
 def refuse_links(plan: Plan) -> None:
     """Raise OutputRefused for a plan that writes, renames or removes files in a folder that is a link.
 
-    And for one that writes where a link to nothing is, which no look at what is there has seen, or that removes what it
-    writes, on a disk that does not tell capitals apart.
+    And for one that writes where a link to nothing is, which no look at what is there has seen, or a folder; or into
+    what is none; or that removes what it writes, on a disk that does not tell capitals apart.
     """
     written = [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]
     for name in (*plan.superseded, *written):
@@ -85,12 +86,23 @@ def refuse_links(plan: Plan) -> None:
         if twin != name and _is_same(plan.target.folder / twin, plan.target.folder / name):
             advice = "Take a tag in between that differs in more than capitals."
             raise OutputRefused(plan.target.folder / twin, f"is the same name as {name} on this disk", advice)
+    for name in () if plan.target.is_new else written:
+        _refuse_blocked(plan.target.folder, name)
     for path in plan.delete:
         refuse_linked(plan.source.root, path.relative_to(plan.source.root).as_posix())
 
 
 def _is_same(path: Path, other: Path) -> bool:
     return os.path.lexists(path) and os.path.lexists(other) and os.path.samestat(os.lstat(path), os.lstat(other))
+
+
+def _refuse_blocked(folder: Path, name: str) -> None:
+    """Raise OutputRefused for a file that cannot be renamed into place, which would stop a commit halfway."""
+    if (folder / name).is_dir() and not (folder / name).is_symlink():
+        raise OutputRefused(folder / name, "is a folder, and a file is to go there", "Move it elsewhere.")
+    for parent in list(Path(name).parents)[:-1]:
+        if (folder / parent).exists() and not (folder / parent).is_dir():
+            raise OutputRefused(folder / parent, "is no folder, and files are to go into it", "Move it elsewhere.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,12 +208,16 @@ class _Journal:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What is noted of a run: the folder ``name`` below ``place`` that it stages in, and what it began to publish."""
+    """What is noted of a run: the folder ``name`` below ``place`` that it stages in, and what it began to publish.
+
+    ``finished`` is the request of one that was through, and could not clear up.
+    """
 
     place: str
     name: str
     is_new: bool
     journal: _Journal | None = None
+    finished: str = ""
 
     @classmethod
     def read(cls, notes: Notes) -> _Run | None:
@@ -211,7 +227,7 @@ class _Run:
             return None
         try:
             journal = _Journal.read(raw["journal"]) if raw["journal"] is not None else None
-            run = cls(raw["place"], raw["name"], raw["is_new"], journal)
+            run = cls(raw["place"], raw["name"], raw["is_new"], journal, str(raw.get("finished", "")))
             if not (_MY_NAME.fullmatch(run.name) and Path(run.place).is_absolute() and type(run.is_new) is bool):
                 raise ValueError("it names no folder of a run")
         except (KeyError, TypeError, ValueError, OSError) as error:
@@ -239,6 +255,7 @@ class Staging:
         self.target = target
         self.notes = notes
         self.left_over = ""
+        self._is_through = False
         self._run, self.finished_request = _take_up(target, notes)
         self.folder = Path(self._run.place) / self._run.name
         self.tree = self.folder / _TREE
@@ -252,7 +269,8 @@ class Staging:
             self.root.make_folder(self._run.staged())
         except BaseException:
             _remove_empty([self.folder, *self._made])
-            self.notes.remove("run")
+            if not os.path.lexists(self.folder):  # what a killed run has staged there is for the next one
+                self.notes.remove("run")
             raise
         return self
 
@@ -276,10 +294,16 @@ class Staging:
                 self.root.remove(name)
 
     def drop_second_names(self) -> None:
-        """Remove what an earlier run staged by a second name of a file, which changes what its stamp says."""
-        for name, found in list(self.root.walk(self._run.staged())):
-            if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
-                self.root.remove(name)
+        """Remove what an earlier run staged by a second name of a file, which changes what its stamp says.
+
+        And all folders, where that leaves no file.
+        """
+        files = [(name, found) for name, found in self.root.walk(self._run.staged()) if not stat.S_ISDIR(found.st_mode)]
+        second = [name for name, found in files if stat.S_ISREG(found.st_mode) and found.st_nlink > 1]
+        for name in second:
+            self.root.remove(name)
+        if len(second) == len(files):
+            self.remove()
 
     def prepare(self, name: str, header: bytes, nbytes: int) -> None:
         """Make a file of its final size that begins with a header; what an earlier run left of it stays in it."""
@@ -328,12 +352,14 @@ class Staging:
                     # What replaces the only other copy must be on the disk, not in a cache.
                     self.root.sync_tree(self._run.name)
                     self.root.sync()
-                self._note(replace(self._run, journal=journal))
+                with signals_held():
+                    self._note(replace(self._run, journal=journal))
+                    _finish(self.notes, self._run)
+                    self._is_through = True
             except BaseException:
                 if keeper and not self.is_committing:
                     keeper.take_back(before)
                 raise
-        _finish(self.notes, self._run)
 
     def _note(self, run: _Run) -> None:
         try:
@@ -382,28 +408,34 @@ class Staging:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Clear up, and forget the run; ``left_over`` names what cannot go. What a commit has begun stays."""
+        with signals_held():
+            self._clear_up(error)
+
+    def _clear_up(self, error: BaseException | None) -> None:
         try:
-            if error is None:
+            if error is None or self._is_through:
                 self._close()
             elif not self.is_committing:
                 self.remove()
                 self._close()
         except OSError as problem:
-            where = problem.where if isinstance(problem, SystemRefused) else problem.filename
             noted = self.notes.path_of("run")
-            self.left_over = f"{where} cannot be removed, and the next run with this target does it, by {noted}"
+            left = f"{self.folder}, noted in {noted}," if os.path.lexists(self.folder) else str(noted)
+            self.left_over = f"{left} cannot be removed ({problem.strerror or problem}): the next run here does it"
         finally:
             self.root.__exit__(None, None, None)
         if error is not None:
             _remove_empty(self._made)
 
     def _close(self) -> None:
-        if self.is_committing:
-            # The commit is through: the next run must not do it again, just clear up.
+        journal = self._run.journal
+        if journal is not None:
             try:
                 self._run.clear()
             except OSError:
-                self.notes.write("run", asdict(replace(self._run, journal=None)))
+                # The commit is through: the next run must not do it again, just clear up.
+                with suppress(OSError):
+                    self.notes.write("run", asdict(replace(self._run, journal=None, finished=journal.request)))
                 raise
         try:
             self.root.remove_folder(self._run.name)
@@ -420,7 +452,7 @@ def _take_up(target: Target, notes: Notes) -> tuple[_Run, str | None]:
     run = _Run.read(notes)
     if run is not None and not Path(run.place).is_dir():
         run = None  # the folder is gone, and what was staged with it
-    finished = None
+    finished = run.finished or None if run is not None else None
     if run is not None and run.journal is not None:
         try:
             finished = run.journal.request if _finish(notes, run) else None
@@ -428,7 +460,9 @@ def _take_up(target: Target, notes: Notes) -> tuple[_Run, str | None]:
             run.clear()
             notes.remove("run")
             raise
-    if run is not None and (run.journal is not None or (run.place, run.is_new) != (str(place), target.is_new)):
+    if run is not None and (
+        run.journal is not None or run.finished or (run.place, run.is_new) != (str(place), target.is_new)
+    ):
         run.clear()
         run = None
     run = run or _Run(str(place), f".staging-{make_token()}{_SUFFIX}", target.is_new)
@@ -462,13 +496,18 @@ def _finish(notes: Notes, run: _Run) -> bool:
             _check_published(target, journal.move)
             published = {_identity(found) for entry in journal.move if (found := target.stat(entry.name))}
             _remove_all(target, journal.last_away, published)
-        if journal.sources:
+        if journal.sources and _is_where_it_was(Path(journal.source)):
             with Root(Path(journal.source)) as source:
                 _remove_all(source, journal.sources, published)
     if journal.after:
         with Keeper(notes) as keeper:
             keeper.settle() if journal.after == "keep" else keeper.forget()
     return True
+
+
+def _is_where_it_was(folder: Path) -> bool:
+    """Say whether a folder is there by its real path; one that was moved or removed holds nothing that is to go."""
+    return folder.is_dir() and real(folder) == folder
 
 
 def _move_in(root: Root, run: _Run, target: Root, entries: Iterable[_Entry]) -> None:
@@ -529,7 +568,7 @@ def find_strangers(*folders: Path) -> tuple[str, ...]:
         run = _Run.read(Notes(real(folder)))
         own = run.name if run else ""
         found |= dict.fromkeys(sorted(p for p in folder.iterdir() if _LIKE_MINE.fullmatch(p.name) and p.name != own))
-    what = "is of no run of yours, and is ignored: remove it if nobody else is writing there"
+    what = "is of no run that is noted here, and is ignored: look whether it holds weights that you miss, and remove it"
     return tuple(f"{path} {what}" for path in found)
 
 
@@ -566,7 +605,7 @@ def recover(folder: Path, request: str) -> bool:
     if run is None:
         return False
     with open_staging(Target(folder, run.is_new)) as staging:
-        if run.journal is None:
+        if run.journal is None and not run.finished:
             staging.drop_second_names()
             return False
         staging.remove()
@@ -615,7 +654,8 @@ def _differs(path: Path, nbytes: int, head: bytes, changed_ns: int) -> str:
 def check_room(staging: Staging, plan: Plan) -> None:
     """Raise SystemRefused where a folder cannot be written, or the disk has less room than the plan still takes."""
     effective = os.access in os.supports_effective_ids
-    for folder in {(plan.target.folder / shard.path).parent for shard in plan.shards}:
+    written = {(plan.target.folder / shard.path).parent for shard in plan.shards}
+    for folder in sorted(written | {path.parent for path in plan.delete}):
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK, effective_ids=effective):
             raise SystemRefused(folder, "cannot be written", "Change its permissions, or write elsewhere with -o.")
     missing = sum(

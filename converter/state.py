@@ -34,7 +34,13 @@ def state_folder() -> Path:
         return Path(named).resolve()
     from platformdirs import user_state_path
 
-    return user_state_path("wconv", appauthor=False).resolve()
+    try:
+        place = user_state_path("wconv", appauthor=False)
+    except RuntimeError:
+        place = Path()
+    if not place.is_absolute():  # then it would be one below the current folder, which may be a download
+        raise BadRequest("HOME", "does not say where your home folder is", "Set it, or let WCONV_STATE name a folder.")
+    return place.resolve()
 
 
 def make_token() -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from zlib_ng.zlib_ng import crc32
 
 from converter.errors import BadFile
+from converter.local import open_staged
 from converter.sources import ITEM_MULTIPLE, SourceFiles, read_range, read_some
 from converter.tensors import ByteRange, TensorInfo
 
@@ -102,7 +103,7 @@ def covers_record(info: TensorInfo) -> bool:
 
 def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Write a piece into its file, which is there. Raises BadFile for a record that is damaged."""
-    with SourceFiles() as sources, piece.path.open("r+b", buffering=0) as out:
+    with SourceFiles() as sources, open_staged(piece.path) as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
         for place, chunk in source.chunks():
             out.seek(place)
@@ -112,7 +113,7 @@ def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
 
 def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Like ``write_piece``, for a file that an earlier run left: only chunks that differ are written."""
-    with SourceFiles() as sources, piece.path.open("r+b", buffering=0) as out:
+    with SourceFiles() as sources, open_staged(piece.path) as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
         there = bytearray(len(source.buffer))
         for place, chunk in source.chunks():
@@ -132,7 +133,7 @@ class MismatchError(BadFile):
 
 
 def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
-    """Hold a written piece against its source; raises BadFile where they differ."""
+    """Hold a written piece against its source; raises MismatchError where they differ."""
     with SourceFiles() as sources, piece.path.open("rb", buffering=0) as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
         there = bytearray(len(source.buffer))

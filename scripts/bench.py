@@ -80,7 +80,7 @@ def in_shards(command: str, count: int) -> Arguments:
     def arguments(source: Path, out: Path) -> list[str]:
         # Half as much again as an even share: tensors do not fill a shard to the brim.
         nbytes = weights_nbytes(source) * 3 // (2 * count)
-        return [command, str(source), "-o", str(out), "--max-shard-size", str(nbytes) if count > 1 else "none"]
+        return [command, str(source), "-o", str(out), "--max-shard-size", f"{nbytes}B" if count > 1 else "none"]
 
     return arguments
 

@@ -52,6 +52,7 @@ BOMBS = {
     "a long name in a module": text("a" * 1_000_000) + b"q\x000](" + b"h\x00h\x00\x93" * 90_000 + b"e.",
     "objects of a long name": text("a" * 1_000) + b"q\x000h\x00h\x00\x93q\x010](" + b"h\x01)\x81" * 1_240_000 + b"e.",
     "a long key of many dicts": text("a" * 1_000_000) + b"q\x000](" + b"}h\x00}s" * 190_000 + b"e.",
+    "a long list that is handed out": b"(" + b"N" * 1_000_000 + b"lq\x000](" + b"h\x00" * 1_000_000 + b"e.",
     "long shapes": REBUILD + b"q\x000" + items(storage(), number(0), numbers(*[1] * 100), numbers(*[1] * 100), b"\x89",
     ORDERED_DICT) + b"q\x010](" + b"h\x00h\x01R" * 1_600_000 + b"e.",
     "empty tensors of huge numbers": REBUILD + b"q\x000" + items(storage(), number(0), numbers(*[2**62] * 99, 0),

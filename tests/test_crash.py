@@ -84,7 +84,7 @@ SCENARIOS = [
     Scenario(
         "sharded-to-fewer",
         both(lambda m: save_safetensors_shards(OLD, m, ("a", "b", "cde", "f"))),
-        ("m", "--overwrite", "--max-shard-size", 3 * TENSOR_NBYTES),
+        ("m", "--overwrite", "--max-shard-size", f"{3 * TENSOR_NBYTES}B"),
     ),
     Scenario(
         "single-to-sharded",
@@ -99,7 +99,7 @@ SCENARIOS = [
     Scenario(
         "over-its-source",
         lambda m: save_safetensors_shards(NEW, m),
-        ("m", "--overwrite", "--max-shard-size", LIMIT * 2),
+        ("m", "--overwrite", "--max-shard-size", f"{LIMIT * 2}B"),
     ),
     Scenario(
         "one-named-file",
@@ -214,7 +214,7 @@ def how_it_ends(command: tuple[object, ...], folder: Path, expected: dict[str, s
 @pytest.mark.parametrize("name", ["new-folder", "sharded-to-sharded"])
 def test_killed_a_run_with_other_wishes_ends_right_too(name, tmp_path, monkeypatch):
     scenario = SCENARIOS[IDS.index(name)]
-    command = ("to-safetensors", *scenario.args, "--overwrite", "--max-shard-size", TENSOR_NBYTES, "-q")
+    command = ("to-safetensors", *scenario.args, "--overwrite", "--max-shard-size", f"{TENSOR_NBYTES}B", "-q")
     peaceful = scenario.make(tmp_path / "peaceful")
     monkeypatch.chdir(peaceful)
     assert not run_main(list(map(str, command)))
@@ -235,7 +235,7 @@ def test_killed_what_came_back_since_is_not_deleted(tmp_path, monkeypatch):
         if not list((copy / "m").glob("*.bin")):
             shutil.copytree(template, copy, dirs_exist_ok=True)
             monkeypatch.chdir(copy)
-            assert run_main(["to-safetensors", "m", "--variant", "fp16", "-q"]) == 0
+            assert run_main(["to-safetensors", "m", "--variant", "ema", "-q"]) == 0
             assert snapshot(template).items() <= snapshot(copy).items(), copy.name
 
 

@@ -76,15 +76,16 @@ def save_links(folder: Path) -> None:
     put_behind(folder, folder.parent / "store", "relative")
 
 
+IN_PLACE = ("--in-place", "--from-variant", "none")
 SCENARIOS = [
     Scenario("recast-beside", save_three,
              ("recast", "m", "--dtype", "bf16"), adds_only=True),
-    Scenario("reshard-merge", save_three, ("reshard", "m", "--max-shard-size", "none", "--in-place")),
+    Scenario("reshard-merge", save_three, ("reshard", "m", "--max-shard-size", "none", *IN_PLACE)),
     Scenario("reshard-cut", lambda m: save(STATE, m / "model.safetensors"),
-             ("reshard", "m", "--max-shard-size", "64", "--in-place")),
-    Scenario("reshard-link", save_four, ("reshard", "m", "--max-shard-size", "64", "--in-place")),
+             ("reshard", "m", "--max-shard-size", "64B", *IN_PLACE)),
+    Scenario("reshard-link", save_four, ("reshard", "m", "--max-shard-size", "64B", *IN_PLACE)),
     Scenario("rename", save_three, ("rename-variant", "m", "--from", "none", "--to", "fp16")),
-    Scenario("reshard-links", save_links, ("reshard", "m", "--max-shard-size", "64", "--in-place")),
+    Scenario("reshard-links", save_links, ("reshard", "m", "--max-shard-size", "64B", *IN_PLACE)),
     Scenario("rename-legacy", save_legacy, ("rename-variant", "m", "--from", "fp16", "--to", "fp16")),
 ]  # fmt: skip
 IDS = [scenario.name for scenario in SCENARIOS]

@@ -21,7 +21,7 @@ import pytest
 import torch
 from opened import watched
 from safetensors.torch import load_file, save_file
-from tiny import processor_time
+from tiny import make_state, processor_time, save, write_json
 
 from converter.doctor import diagnose
 from converter.doctor.loaders import Prediction, list_folder, predict
@@ -798,7 +798,7 @@ def test_what_the_libraries_save_is_healthy(
             part.save_pretrained(folder / part_name, variant=tag, max_shard_size=limit)
     assert json.loads(wconv("doctor", folder, "--json").stdout)["findings"] == []
     deep = json.loads(wconv("doctor", folder, "--json", "--deep").stdout)["findings"]
-    assert {one["code"] for one in deep} <= {"values-zero", "values-equal"}
+    assert {one["code"] for one in deep} <= {"values-zero", "values-equal", "shapes-unknown"}
 
 
 # Values.
@@ -832,3 +832,11 @@ def test_a_folder_of_thousands_of_shards(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with processor_time(15):
         assert diagnose(tmp_path).findings == ()
+
+
+def test_why_shapes_were_not_looked_at_is_said(tmp_path):
+    save(make_state(), tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", {"architectures": ["NoSuchModel"], "model_type": "llama"})
+    found = {finding.code: finding for finding in diagnose(tmp_path, deep=True).findings}
+    assert "has no model of that name" in found["shapes-unknown"].problem
+    assert found["shapes-unknown"].severity == "note"

@@ -112,7 +112,7 @@ CASES = [
     Case("reshard -o", lambda w, _: save_safetensors_shards(NEW, w / "m"),
          ("reshard", "m", "-o", "out", "--max-shard-size", "none")),
     Case("reshard --in-place, fewer", save_four,
-         ("reshard", "m", "--in-place", "--max-shard-size", str(2 * TENSOR_NBYTES))),
+         ("reshard", "m", "--in-place", "--max-shard-size", f"{2 * TENSOR_NBYTES}B")),
     Case("reshard --in-place, one", lambda w, _: save_safetensors_shards(NEW, w / "m"),
          ("reshard", "m", "--in-place", "--max-shard-size", "none")),
     Case("rename-variant", lambda w, _: save_safetensors_shards(NEW, w / "m"),

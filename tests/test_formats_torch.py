@@ -595,7 +595,7 @@ TENSORS_OF_OTHER_KINDS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "meta": (lambda: torch.zeros(2, device="meta"), "meta"),
     "complex128": (lambda: torch.zeros(2, dtype=torch.complex128), "complex128"),
     "complex32": (lambda: torch.zeros(2, dtype=torch.complex32), "complex32"),
-    "packed pairs": (lambda: BITS.view(torch.float4_e2m1fn_x2), "4-bit"),
+    "packed pairs": (lambda: BITS.view(torch.float4_e2m1fn_x2), "float4_e2m1fn_x2"),
 }
 
 

@@ -19,14 +19,14 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # Each may import from the layers before its own; what shares a line does not import each other.
 LAYERS = (
     ("errors",),
-    ("local",),
+    ("local", "signals"),
     ("state",),
     ("kept",),
     ("dtypes",),
     ("tensors",),
     ("opening",),
     ("texts",),
-    ("names", "index", "keep_fp32"),
+    ("names", "index", "keep_fp32", "schemes"),
     ("paths",),
     ("formats",),
     ("checkpoint",),

@@ -258,7 +258,7 @@ def test_renaming_links_moves_the_links_alone(linked, tmp_path, wconv):
     assert snapshot(tmp_path / "store") == before
 
 
-@pytest.mark.parametrize("nbytes", ["none", "64", "96"])
+@pytest.mark.parametrize("nbytes", ["none", "64B", "96B"])
 def test_resharding_links_in_place_leaves_the_store(nbytes, linked, tmp_path, wconv):
     before = snapshot(tmp_path / "store")
     wconv("reshard", linked, "--max-shard-size", nbytes, "--in-place")
@@ -271,7 +271,7 @@ def test_a_shard_that_stays_stays_a_link(how, tmp_path, wconv):
     folder = save_safetensors_shards(STATE, tmp_path / "model", ("ab", "cd", "e", "f")).parent
     put_behind(folder, tmp_path / "store", how)
     before = snapshot(tmp_path / "store")
-    wconv("reshard", folder, "--max-shard-size", "64", "--in-place")
+    wconv("reshard", folder, "--max-shard-size", "64B", "--in-place")
     assert_same(load_set(folder), STATE)
     assert (folder / "model-00002-of-00003.safetensors").is_symlink() == (how != "hard")
     assert snapshot(tmp_path / "store") == before
@@ -652,3 +652,10 @@ def test_output_in_the_place_of_a_link_to_nothing_is_refused(tmp_path, wconv):
     wconv("to-safetensors", tmp_path, "--overwrite")
     assert_same(load_set(tmp_path), STATE)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_folders_in_folders_without_end_are_refused(tmp_path, wconv):
+    source = save_bin_shards(make_state(), tmp_path / "m").parent
+    (source / "/".join("d" * 200)).mkdir(parents=True)
+    assert "has folders in folders" in wconv("to-safetensors", source, "-o", tmp_path / "out", exit_code=3).stderr
+    assert not (tmp_path / "out").exists()

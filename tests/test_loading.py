@@ -133,7 +133,7 @@ KINDS = {
     "shards to .bin": Kind(lambda _, f: save_safetensors_shards(make_state(), f), ("to-bin",), "torch.load(path"),
     "shards of .bin": Kind(lambda _, f: save_bin_shards(make_state(), f), ("to-safetensors",), "load_file(path"),
     "odd names": Kind(
-        plain("it's {0} 100% [b].pt"), ("to-safetensors", "--max-shard-size", "70", "-o"), "for path in paths"
+        plain("it's {0} 100% [b].pt"), ("to-safetensors", "--max-shard-size", "70B", "-o"), "for path in paths"
     ),
 }
 

@@ -170,3 +170,9 @@ def test_a_tensor_under_a_key_that_is_no_name_is_left_out_and_said(wconv, tmp_pa
     path = saved(tmp_path, {**WEIGHTS, ("x", 1): torch.ones(1)})
     assert described_by_wconv(path) == described_by_safetensors(WEIGHTS)
     assert "left out: tuple" in wconv("to-safetensors", path).stdout
+
+
+def test_a_long_log_of_numbers_beside_the_weights(tmp_path):
+    log = [(step, 0.5) for step in range(250_000)]
+    opened = open_checkpoint(saved(tmp_path, {"state_dict": dict(WEIGHTS), "log": log}))
+    assert [info.name for info in opened.tensors] == ["weight", "bias"]

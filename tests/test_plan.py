@@ -246,7 +246,7 @@ def test_legacy_spellings_become_current_ones(shard, index):
 @pytest.mark.parametrize(
     ("source", "wish", "expected"),
     [
-        ("pytorch_model.bin", "fp16", "model.fp16.safetensors"),
+        ("pytorch_model.bin", "fp32", "model.fp32.safetensors"),
         ("pytorch_model.fp16.bin", "ema", "model.ema.safetensors"),
         ("pytorch_model.fp16.bin", "none", "model.safetensors"),
         ("pytorch_model.bin", "none", "model.safetensors"),
@@ -472,7 +472,7 @@ def test_other_classes_and_current_names_may_be_split(class_name, name):
 def test_two_sets_of_one_output_are_refused():
     untagged, tagged = checkpoint({"pytorch_model.bin": "a"}), checkpoint({"pytorch_model.fp16.bin": "a"})
     with pytest.raises(BadRequest, match="--from-variant"):
-        plan(untagged, tagged, variant="fp16")
+        plan(untagged, tagged, variant="ema")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from conftest import run_main
 from safetensors.torch import save_file
 from tiny import make_state, save, save_bin_shards, save_safetensors_shards, snapshot, write_json
 
+from converter import kept, run
+
 STATE = make_state()
 TOKEN = "0123456789abcdef" * 2
 HARMLESS = b"alias ls='ls -l'\n"
@@ -295,3 +297,63 @@ def test_a_folder_that_is_swapped_for_a_link_leads_nowhere(swapped, name, tmp_pa
         if not reached:
             return
     raise AssertionError("the command did not end")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links")
+@pytest.mark.parametrize("command", ["to-safetensors", "to-bin"])
+@pytest.mark.parametrize("how", ["link", "second name"])
+def test_a_staging_folder_that_is_swapped_leads_nowhere(how, command, tmp_path, monkeypatch, capsys):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".bashrc").write_bytes(HARMLESS * 1000)
+    source = save(STATE, tmp_path / "m" / ("model.safetensors" if command == "to-bin" else "model.bin")).parent
+    cut_pieces = run.cut_pieces
+
+    def swap(shard, path, *more):
+        if path.parent.is_symlink() or path.stat().st_nlink != 1:
+            return cut_pieces(shard, path, *more)
+        path.parent.rename(tmp_path / "aside")
+        evil = tmp_path / "evil" if how == "link" else path.parent
+        evil.mkdir()
+        if how == "link":
+            (evil / path.name).symlink_to(home / ".bashrc")
+            path.parent.symlink_to(evil)
+        else:
+            (evil / path.name).hardlink_to(home / ".bashrc")
+        return cut_pieces(shard, path, *more)
+
+    monkeypatch.setattr(run, "cut_pieces", swap)
+    assert run_main([command, str(source), "-o", str(tmp_path / "out")]) == 7
+    assert (home / ".bashrc").read_bytes() == HARMLESS * 1000
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links")
+@pytest.mark.parametrize("swapped", ["m/tok", "m/tok/t.json", "m"])
+def test_what_is_swapped_before_it_is_copied_is_not_passed_on(swapped, tmp_path, monkeypatch, capsys):
+    source = save(STATE, tmp_path / "m" / "model.bin").parent
+    write_json(source / "tok" / "t.json", {})
+    shutil.copytree(source, tmp_path / "home" / "m")
+    (tmp_path / "home" / "m" / "tok" / "t.json").write_text("a secret")
+    write_others = run._write_others
+
+    def swap(*arguments):
+        (tmp_path / swapped).rename(tmp_path / "aside")
+        (tmp_path / swapped).symlink_to(tmp_path / "home" / swapped)
+        write_others(*arguments)
+
+    monkeypatch.setattr(run, "_write_others", swap)
+    assert run_main(["to-safetensors", str(source), "-o", str(tmp_path / "out")]) == 7
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs owners")
+def test_nothing_is_kept_in_a_folder_of_another_user(tmp_path, monkeypatch, wconv):
+    source = save(STATE, tmp_path / "m" / "model.bin").parent
+    write_json(source / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": {"a": "gone.bin"}})
+    write_json(tmp_path / ".wconv-undo" / "theirs", {})
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(kept, "is_mine", lambda found: False)
+    assert "is no folder of yours" in wconv("doctor", source, "--fix", exit_code=5).stderr
+    assert snapshot(tmp_path) == before

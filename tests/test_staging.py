@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 import steps
+import torch
 from conftest import run_main
 from tiny import (
     left_behind,
@@ -25,6 +29,7 @@ from tiny import (
 
 from converter import Wishes, convert
 from converter.errors import SystemRefused, WconvError
+from converter.local import Root
 from converter.plan import Target
 from converter.staging import Changes, open_staging
 
@@ -101,6 +106,21 @@ def test_a_state_folder_that_is_no_full_path(place, tmp_path, monkeypatch, wconv
     outcome = wconv("to-safetensors", source, "-o", tmp_path / "out", exit_code=2 if place else 0)
     assert "WCONV_STATE" in outcome.stderr or not place
     assert (tmp_path / "out").exists() == (not place)
+
+
+@pytest.mark.parametrize("place", [Path("~/.local/state/wconv"), RuntimeError("no home")])
+def test_a_home_that_is_not_known_is_not_the_current_folder(place, tmp_path, monkeypatch, wconv):
+    def user_state_path(*_: object, **__: object) -> Path:
+        if isinstance(place, Exception):
+            raise place
+        return place
+
+    source = save(STATE, tmp_path / "m" / "pytorch_model.bin").parent
+    monkeypatch.delenv("WCONV_STATE")
+    monkeypatch.setattr(platformdirs, "user_state_path", user_state_path)
+    monkeypatch.chdir(source)
+    assert "let WCONV_STATE name a folder" in wconv("to-safetensors", source, exit_code=2).stderr
+    assert [path.name for path in source.iterdir()] == ["pytorch_model.bin"]
 
 
 def test_a_state_folder_that_cannot_be_made(tmp_path, monkeypatch, wconv):
@@ -246,6 +266,95 @@ def test_a_folder_made_where_a_killed_run_was_to_publish(notes, tmp_path, wconv)
     assert not list(source.glob("*.bin"))
 
 
+def is_noted(notes: Path) -> Callable[[], bool]:
+    """Say when a commit has begun."""
+    return lambda: any('"journal": {' in note.read_text() for note in notes.glob("*.run"))
+
+
+@pytest.mark.parametrize("moment", ["noted", "published", "removed"])
+def test_output_into_a_file_is_taken_up_too(moment, notes, tmp_path, wconv):
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    source, output = save(STATE, tmp_path / "m" / "model.bin"), tmp_path / "out" / "x.safetensors"
+    command = ["to-safetensors", str(source), "-o", str(output), "--delete-source"]
+    moments = {"noted": is_noted(notes), "published": output.exists, "removed": lambda: not source.exists()}
+    cut_off(command, moments[moment])
+    assert "that is finished now" in wconv(*command).stdout
+    assert (output.exists(), source.exists()) == (True, False)
+    assert not left_behind(tmp_path)
+    assert not list(notes.glob("*.run"))
+
+
+def test_what_was_finished_of_another_source_is_not_said_to_be_done(notes, tmp_path, wconv):
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    source, output = save_bin_shards(STATE, tmp_path / "m").parent, tmp_path / "out"
+    cut_off(["to-safetensors", str(source), "-o", str(output)], output.exists)
+    save_bin_shards(OLD, source)
+    assert "is not what would be written" in wconv("to-safetensors", source, "-o", output, exit_code=5).stderr
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["gone", "moved"])
+def test_sources_that_are_elsewhere_by_now_do_not_keep_it_from_ending(how, notes, tmp_path, wconv):
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    source, output = save_bin_shards(STATE, tmp_path / "m").parent, tmp_path / "out"
+    cut_off(["to-safetensors", str(source), "-o", str(output), "--delete-source"], output.exists)
+    source.rename(tmp_path / "moved")
+    if how == "moved":
+        source.symlink_to(tmp_path / "moved")
+    before = snapshot(tmp_path / "moved")
+    wconv("recast", output, "--dtype", "bf16")
+    assert snapshot(tmp_path / "moved") == before
+    assert not list(notes.glob("*.run"))
+
+
+def test_what_is_staged_stays_noted_when_it_cannot_be_taken_up(notes, tmp_path, monkeypatch, wconv):
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    command = ["to-safetensors", str(source)]
+    cut_off(command, lambda: any(source.glob(".staging*/files/*.safetensors")))
+    with monkeypatch.context() as patch:
+        patch.setattr(Root, "make_folder", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "input/output error")))
+        wconv(*command, exit_code=7)
+    wconv(*command)
+    assert not left_behind(tmp_path)
+
+
+def test_an_interrupt_waits_for_a_commit_that_has_begun(notes, tmp_path):
+    source = save_bin_shards(STATE, tmp_path / "m").parent
+    sent: list[int] = []
+
+    def interrupt(_: int) -> None:
+        if not sent and is_noted(notes)():
+            sent.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with steps.at_each_step(interrupt):
+        assert run_main(["rename-variant", str(source), "--from", "none", "--to", "fp16"]) == 130
+    assert sent
+    assert len(list(source.glob("*.fp16*"))) == len(list(source.iterdir())) == 4
+    assert not list(notes.iterdir())
+
+
+@pytest.mark.parametrize("blocked", ["file", "folder"])
+def test_what_cannot_be_renamed_into_place_is_refused_before_anything_is(blocked, notes, tmp_path, wconv):
+    source, output = save_bin_shards(STATE, tmp_path / "m").parent, tmp_path / "out"
+    write_json(source / "tokenizer" / "vocab.json", {})
+    if blocked == "file":
+        (output / "model-00002-of-00003.safetensors").mkdir(parents=True)
+    else:
+        output.mkdir()
+        (output / "tokenizer").write_text("mine")
+    before = snapshot(output)
+    for more in ((), ("--dry-run",)):
+        said = wconv("to-safetensors", source, "-o", output, "--overwrite", *more, exit_code=5).stderr
+        assert "Move it elsewhere" in said
+    assert snapshot(output) == before
+
+
 def test_a_staged_file_that_is_gone_is_an_error(notes, tmp_path):
     (tmp_path / "m").mkdir()
     with open_staging(Target(tmp_path / "m", False)) as staging:
@@ -358,6 +467,32 @@ def test_other_wishes_are_not_up_to_date(models, wconv):
     wconv("to-safetensors", "m", "-o", "out", "--max-shard-size", "none", exit_code=5)
     wconv("recast", "m", "--dtype", "fp16", "-o", "out", exit_code=5)
     wconv("to-safetensors", "m", "-o", "out", "--delete-source", exit_code=5)
+
+
+@pytest.mark.parametrize("how", ["source", "key", "overflow", "carried"])
+def test_other_values_are_not_up_to_date(how, tmp_path, wconv):
+    first, again = ["to-safetensors", "m"], ["to-safetensors", "m"]
+    source = tmp_path / "m"
+    if how == "key":
+        source = tmp_path / "m.ckpt"
+        save({"model": STATE, "ema": OLD}, source)  # type: ignore[dict-item]
+        first, again = (["to-safetensors", "m", "--key", key] for key in ("model", "ema"))
+    elif how == "overflow":
+        save({"a": torch.full((9,), 1e6)}, source / "model.safetensors")
+        first, again = (["recast", "m", "--dtype", "fp16", "--on-overflow", what] for what in ("saturate", "inf"))
+    else:
+        save_bin_shards(STATE, source)
+        (source / "LICENSE").write_text("a")
+    other = tmp_path / "other"
+    if how in ("source", "carried"):
+        save_bin_shards(STATE if how == "carried" else OLD, other)
+        (other / "LICENSE").write_text("b" if how == "carried" else "a")
+    first[1], again[1] = str(source), str(other if other.exists() else source)
+    wconv(*first, "-o", tmp_path / "out")
+    said = wconv(*again, "-o", tmp_path / "out", exit_code=5).stderr
+    assert (
+        "LICENSE: exists, and is not what would be written" if how == "carried" else "other values near tensor"
+    ) in said
 
 
 def test_in_python(models):

@@ -154,7 +154,7 @@ def test_more_tensors_than_are_read_again_are_refused(wconv, tmp_path, monkeypat
     save_file({name: torch.ones(1) for name in "abc"}, tmp_path / "m.safetensors", {"format": "pt"})
     done = wconv("to-bin", tmp_path / "m.safetensors", exit_code=4)
     assert "more than 2 tensors, too many for one torch file. Write shards: --max-shard-size." in done.stderr
-    wconv("to-bin", tmp_path / "m.safetensors", "--max-shard-size", "8")
+    wconv("to-bin", tmp_path / "m.safetensors", "--max-shard-size", "8B")
 
 
 def records(path: Path) -> dict[str, tuple[int, int]]:
@@ -187,7 +187,7 @@ def test_records_are_torchs_and_aligned(wconv, tmp_path):
 def test_crcs_are_those_of_the_content_whatever_the_pieces(wconv, tmp_path):
     state = {"a": make(torch.float32, (3_000_001,)), "b": make(torch.uint8, (7,)), "c": make(torch.float16, (70_001,))}
     path = to_bin(state, tmp_path, wconv)
-    for memory in ("1", "64MB"):
+    for memory in ("1B", "64MB"):
         other = tmp_path / memory / "m.bin"
         wconv("to-bin", tmp_path / "m.safetensors", "-o", other, "--memory", memory, "--workers", "3", "-q")
         assert other.read_bytes() == path.read_bytes()

@@ -40,7 +40,8 @@ def run_planned(plan: Plan | None, request: str, options: dict[str, Any], more: 
     result, peak_nbytes = _run(plan, request, options)
     if options["as_json"]:
         content = {**plan_as_json(plan), **more} if plan else {}
-        show_json({**content, "seconds": result.seconds, "peak_memory_nbytes": peak_nbytes, "dry_run": False})
+        content = {**content, "too_large": dict(result.too_large), "seconds": result.seconds}
+        show_json({**content, "peak_memory_nbytes": peak_nbytes, "dry_run": False})
     elif not options["quiet"]:
         show_result(result, peak_nbytes, options["verbose"])
 

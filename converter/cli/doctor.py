@@ -37,16 +37,19 @@ if TYPE_CHECKING:
     type=click.Choice(["single", "shards", "safetensors", "bin"]),
     help="With --fix: of two sets of one variant keep this one.",
 )
+@click.option(
+    "--drop-strays", is_flag=True, help="With --fix: move shards that no index names away, whatever they hold."
+)
 @click.option("--dry-run", is_flag=True, help="With --fix: print what would be done, and do nothing.")
 @output_options
 def command(
     source: Path, loader: str | None, variant: str | None, deep: bool, fix: bool, undo: bool, purge: bool,
-    keep_default: bool, only_variant: str | None, make_variant: str | None, keep: str | None, dry_run: bool,
-    as_json: bool, quiet: bool, verbose: bool,
+    keep_default: bool, only_variant: str | None, make_variant: str | None, keep: str | None, drop_strays: bool,
+    dry_run: bool, as_json: bool, quiet: bool, verbose: bool,
 ) -> int:  # fmt: skip
     """Say what is wrong with the weights in folder SRC, what loaders make of it, and how to mend it.
 
-    Reads names, indexes and headers. Exit code 1 if there are errors or warnings.
+    Reads names, indexes and headers. Exit code 1 if there are errors or warnings, or if a loader that is shown fails.
 
     \b
     wconv doctor ./model --loader diffusers --variant fp16     which files would be opened?
@@ -57,7 +60,7 @@ def command(
     from converter.doctor.mend import Choices, Keep
     from converter.paths import refuse_cache
 
-    choices = Choices(keep_default, only_variant, make_variant, cast("Keep | None", keep))
+    choices = Choices(keep_default, only_variant, make_variant, cast("Keep | None", keep), drop_strays)
     if sum((fix, undo, purge)) > 1:
         raise click.UsageError("Choose one of --fix, --undo and --purge.")
     if not fix and (choices != Choices() or dry_run):
@@ -98,8 +101,7 @@ def command(
         for lack in lacks:
             where = lack.path.relative_to(found.view.path).as_posix()
             echo(printable(f"    lacks {where}: {lack.problem}. {lack.advice}"))
-    ready = not lacks and all(one.works for one in predicted)
-    return 0 if found.is_healthy and (ready or loader != "coreml") else 1
+    return 0 if found.is_healthy and not lacks and all(one.works for one in predicted) else 1
 
 
 def _lacks(source: Path, found: Diagnosis) -> list[Lack]:
@@ -164,7 +166,7 @@ def _ask(found: Diagnosis, choices: Choices) -> Choices:
 def _predictions(
     listing: FolderListing | None, found: Diagnosis, loader: str | None, variant: str | None, always: bool = False
 ) -> list[Prediction]:
-    from converter.doctor.loaders import COREML_VARIANT, Loader, list_folder, predict
+    from converter.doctor.loaders import COREML_VARIANT, Loader, list_folder, predict, variants_in
 
     if loader is None and variant is None and not always:
         return []
@@ -174,8 +176,10 @@ def _predictions(
     if not view.is_pipeline and libraries == {"transformers"}:
         likely = ("transformers",)
     loaders = (cast("Loader", loader),) if loader else likely
+    tags = variants_in(listing) if listing else view.variants
+    if variant is not None:
+        tags = (None if variant == "none" else variant,)
     listing = listing or list_folder(view)
-    tags = view.variants if variant is None else (None if variant == "none" else variant,)
     return [
         predict(listing, one, tag)
         for one in loaders

@@ -42,8 +42,9 @@ def command(source: Path, with_tensors: bool, as_json: bool) -> None:
     from converter.formats.state_dict import Reading
 
     folder = open_folder(source)
+    reading = Reading(strip_code=True, skip_unreadable=True, lenient=True)
     sets = [
-        _describe(component, open_checkpoint(weight_set, Reading(strip_code=True, lenient=True)), with_tensors)
+        _describe(component, open_checkpoint(weight_set, reading), with_tensors)
         for component in folder.components
         for weight_set in component.weight_sets
     ]
@@ -64,8 +65,6 @@ def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) 
     from converter.tensors import find_ties
 
     tensors = checkpoint.tensors
-    recorded = {dropped: kept for dropped, kept in checkpoint.metadata.items() if dropped != "format"}
-    names = {info.name for info in tensors}
     content: dict[str, Any] = {
         "component": component.name,
         "weights": checkpoint.name.stem,
@@ -77,7 +76,7 @@ def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) 
         "parameters": sum(info.numel for info in tensors),
         "nbytes": sum(info.nbytes for info in tensors),
         "dtypes": dict(Counter(info.dtype.tag for info in tensors).most_common()),
-        "tied": {**find_ties(tensors), **{old: new for old, new in recorded.items() if new in names}},
+        "tied": {**find_ties(tensors), **checkpoint.ties},
         "notes": list(checkpoint.notes),
         "globals": {name: how for file in checkpoint.files for name, how in file.foreign.items()},
     }
@@ -91,11 +90,11 @@ def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) 
 def _describe_rest(folder: ModelFolder) -> dict[str, list[str]]:
     from converter.folder import find_rest
 
-    rest: dict[str, list[str]] = {"not_weights": [], "other_weights": [], "linked": []}
-    if folder.kind != "file":
-        for path, is_weights, is_linked in find_rest(folder):
-            name = path.relative_to(folder.root).as_posix()
-            rest["other_weights" if is_weights else "linked" if is_linked else "not_weights"].append(name)
+    rest: dict[str, list[str]] = {"not_weights": [], "other_weights": [], "training_state": [], "linked": []}
+    for one in find_rest(folder) if folder.kind != "file" else ():
+        marks = (("training_state", one.is_training), ("other_weights", one.is_weights), ("linked", one.is_linked))
+        kind = next((name for name, is_so in marks if is_so), "not_weights")
+        rest[kind].append(one.path.relative_to(folder.root).as_posix())
     return rest
 
 
@@ -124,6 +123,8 @@ def _show(content: dict[str, Any]) -> None:
             echo(printable(f"its pickle {_HOW[how]}: {name}"))
     if content["other_weights"]:
         echo(f"other weights: {', '.join(map(printable, content['other_weights']))}")
+    if content["training_state"]:
+        echo(f"training state: {', '.join(map(printable, content['training_state']))}")
     if content["not_weights"]:
         echo(f"not weights: {', '.join(map(printable, content['not_weights']))}")
     if content["linked"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,26 +13,6 @@ import click
 from converter.dtypes import BY_ALIAS, RECAST_TARGETS, DType
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-# huggingface_hub knows the powers of ten (``parse_size_to_int``); the powers of two are ours.
-_UNITS = {f"{prefix}{unit}": base**power
-          for unit, base in (("B", 1000), ("IB", 1024)) for power, prefix in enumerate("KMGT", 1)}  # fmt: skip
-
-
-def parse_size(text: str) -> int:
-    """Give the bytes that a text such as ``5GB``, ``1.5 GiB`` or ``100000`` means; raises ValueError.
-
-    >>> parse_size("5GB"), parse_size("2 MiB")
-    (5000000000, 2097152)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
-    unit = match[2].upper() if match else ""
-    if not match or (unit and unit not in _UNITS) or (not unit and "." in match[1]):
-        raise ValueError(text)
-    number = float(match[1]) * _UNITS.get(unit, 1)
-    if not 1 <= number < math.inf:
-        raise ValueError(text)
-    return int(number)
 
 
 class Size(click.ParamType[float]):
@@ -49,11 +28,14 @@ class Size(click.ParamType[float]):
             return float(value)
         if self.allow_none and value.lower() == "none":
             return math.inf
+        from converter.choose import parse_size
+        from converter.errors import BadRequest
+
         try:
             return parse_size(value)
-        except ValueError:
-            or_none = ", or none" if self.allow_none else ""
-            self.fail(f"{value!r} is no size. Write it as 5GB, 500MB or 2GiB{or_none}.", param, ctx)
+        except BadRequest as error:
+            or_none = " Or none." if self.allow_none else ""
+            self.fail(f"{value!r} {error.problem}. {error.advice}{or_none}", param, ctx)
 
 
 class DTypeName(click.ParamType[DType]):
@@ -151,7 +133,14 @@ _CONVERSION_OPTIONS = {
         help="Take this off the names of tensors, such as module. or _orig_mod.",
     ),
     "strip-code": click.option(
-        "--strip-code", is_flag=True, help="Convert the tensors of a pickle that calls functions; they are not called."
+        "--strip-code",
+        is_flag=True,
+        help="Convert the plain tensors of a pickle that calls functions (none is called); leave out what is else.",
+    ),
+    "skip-unreadable": click.option(
+        "--skip-unreadable",
+        is_flag=True,
+        help="Leave out tensors that cannot be written, such as sparse ones, and name them.",
     ),
     "expand": click.option(
         "--expand", is_flag=True, help="Write expanded tensors in full, though they take GB more than the source."

@@ -15,15 +15,20 @@ import psutil
 from converter.errors import shorten
 from converter.loading import loading_lines
 from converter.plan import Plan
-from converter.run import Result
+from converter.run import Result, name_counts
 
 _WIDEST = 120  # a longer cell pushes its own line aside, and no other
+_NAMED = 5  # of what is carried over; -v lists all
 
 
 def echo(text: str = "") -> None:
     """Print lines, without control characters; a reader that has gone (as ``head`` does) is nobody's exit code."""
+    _print("\n".join(map(printable, text.split("\n"))))
+
+
+def _print(text: str) -> None:
     try:
-        click.echo("\n".join(map(printable, text.split("\n"))))
+        click.echo(text)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
 
@@ -75,8 +80,8 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def show_json(content: Any) -> None:
-    """Print the machine-readable form of a result."""
-    echo(json.dumps(content, indent=2))
+    """Print the machine-readable form of a result: nothing is cut, and what a terminal would obey is spelled out."""
+    _print(json.dumps(content, indent=2).replace("\x7f", "\\u007f"))  # all else that is no ASCII is spelled already
 
 
 class Meter:
@@ -124,6 +129,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             for planned in plan.sets
         ],
         "carried": [name for name, _ in plan.carried],
+        "carried_nbytes": _carried_nbytes(plan),
         "removed": list(plan.removed),
         "notes": [*plan.notes, *(note for planned in plan.sets for note in planned.notes)],
         "nbytes": plan.nbytes,
@@ -140,12 +146,12 @@ def show_plan(plan: Plan, memory_nbytes: int) -> None:
     show_table(("file", "tensors", "size"), rows)
     echo()
     if plan.carried:
-        echo(f"Would carry over {len(plan.carried)} other files.")
+        echo(printable(f"Would carry over {_carried(plan)}."))
     for name in plan.removed:
         echo(printable(f"Would remove {name}"))
     _show_remarks(plan, every=True)
-    carried = sum(path.stat().st_size for _, path in plan.carried)
-    echo(f"Takes {show_bytes(plan.nbytes + carried)} of disk and about {show_bytes(memory_nbytes)} of memory.")
+    nbytes = plan.nbytes + _carried_nbytes(plan)
+    echo(f"Takes {show_bytes(nbytes)} of disk and about {show_bytes(memory_nbytes)} of memory.")
 
 
 def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
@@ -171,6 +177,12 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     _show_remarks(plan, verbose)
     for name in plan.removed:
         echo(printable(f"Removed {name}"))
+    if result.too_large:
+        became = "infinite" if plan.wishes.on_overflow == "inf" else "the largest that there is"
+        total = sum(result.too_large.values())
+        echo(printable(f"Too large, and now {became}: {total:,} values of {name_counts(result.too_large)}"))
+    if plan.carried:
+        echo(printable(f"Carried over {_carried(plan)}."))
     if result.reused_nbytes:
         echo(f"Took up {show_bytes(result.reused_nbytes)} that an earlier run had left.")
     echo(_how_it_went(result, peak_nbytes))
@@ -179,6 +191,18 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     echo("\nLoad it with:\n")
     for line in loading_lines(plan):
         echo(f"    {line}")
+
+
+def _carried(plan: Plan) -> str:
+    names = [name for name, _ in plan.carried]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    files = f"{len(names)} other file{'s' * (len(names) != 1)}"
+    return f"{files}, {show_bytes(_carried_nbytes(plan))}: {', '.join(names[:_NAMED])}{more}"
+
+
+def _carried_nbytes(plan: Plan) -> int:
+    # A link that is made again as it reads may lead to nothing by then.
+    return sum(path.stat().st_size for _, path in plan.carried if path.exists())
 
 
 def _how_it_went(result: Result, peak_nbytes: int) -> str:

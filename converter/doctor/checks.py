@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.choose import Wishes
 from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
-from converter.dtypes import BY_ALIAS, BY_TORCH_NAME, RECAST_SOURCES, DType
-from converter.errors import WconvError
-from converter.names import WeightsName
-from converter.rules import find_kept, find_old_attention, stays_wider
+from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
+from converter.errors import TrainingPiece, Unsupported, WconvError
+from converter.folder import nested
+from converter.names import WeightsName, is_other_runtime, parse_name
+from converter.rules import find_kept, find_old_attention, stays_wider, tag_dtype
+from converter.schemes import Quantized, find_quantized
 from converter.tensors import find_ties
 
 Check = Callable[[FolderView], Iterator[Finding]]
 _PartCheck = Callable[[ComponentView], Iterator[Finding]]
 
-_OTHER_FORMS = re.compile(r".*\.(onnx|pb|xml|msgpack|h5|gguf|flashpack|mlmodelc|mlpackage)|openvino.*")
 _STEMS = {"diffusers": ("diffusion_pytorch_model",) * 2, "transformers": ("model", "pytorch_model")}
 _ANY_STEM = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(\..+)?")
 
@@ -36,13 +37,10 @@ def right_name(part: ComponentView, name: WeightsName) -> WeightsName:
     if not part.component.config or not stem or name.ext not in ("safetensors", "bin"):
         return name
     right = _STEMS[part.library][name.format == "torch"]
-    tag = (stem[2] or "")[1:].replace(".", "_")
-    return WeightsName(right, "_".join(filter(None, (tag, name.variant))) or None, name.ext)
-
-
-def tag_dtype(name: WeightsName) -> DType | None:
-    """Give the dtype that a variant's tag names, if it names one."""
-    return BY_ALIAS.get((name.variant or "").lower())
+    tag = "_".join(filter(None, ((stem[2] or "")[1:].replace(".", "_"), name.variant))) or None
+    if part.is_flat and not any(found.name.variant is None for found in part.sets):
+        tag = None
+    return WeightsName(right, tag, name.ext)
 
 
 def lacks(view: FolderView, variant: str | None) -> list[ComponentView]:
@@ -101,6 +99,12 @@ def repeated_name(part: ComponentView, found: SetView) -> str | None:
     return next((name for name, count in counts.items() if count > 1), None)
 
 
+def quantized_in(part: ComponentView, found: SetView) -> list[Quantized]:
+    """List the weights of a set that other tensors scale."""
+    views = part.views_of(found)
+    return find_quantized({n: dtype for view in views for n, dtype in zip(view.names, view.dtypes, strict=True)})
+
+
 def dtype_shares(part: ComponentView, found: SetView, dtype: DType | None = None) -> Counter[DType]:
     """Count the floating tensors of a set by dtype, those left out that a cast to ``dtype`` leaves in a wider one."""
     keep = find_kept(part.component, Wishes(dtype=dtype))
@@ -116,7 +120,7 @@ def dtype_shares(part: ComponentView, found: SetView, dtype: DType | None = None
 def belies_tag(part: ComponentView, found: SetView) -> DType | None:
     """Give the dtype that most tensors of a set have, where that is not the one its tag names."""
     dtype = tag_dtype(found.name)
-    if dtype is None or not part.is_sound(found):
+    if dtype is None or not part.is_sound(found) or quantized_in(part, found):
         return None
     counts = dtype_shares(part, found, dtype).most_common(1)
     return counts[0][0] if counts and counts[0][0] is not dtype else None
@@ -129,7 +133,7 @@ def config_dtype(part: ComponentView) -> tuple[DType, DType] | None:
     sets = [found for found in part.sets if part.is_sound(found)]
     if part.library != "transformers" or dtype is None or "quantization_config" in part.component.config:
         return None
-    if not sets or any(found.name.variant for found in sets):
+    if not sets or any(found.name.variant or quantized_in(part, found) for found in sets):
         return None
     counts = sum((dtype_shares(part, found) for found in sets), Counter())
     if len(counts) != 1 or dtype in counts:
@@ -161,7 +165,7 @@ def _missing_parts(view: FolderView) -> Iterator[Finding]:
     for name in view.absent:
         yield Finding("component-missing", view.path / name, name, "is not there, and model_index.json names it")
     for part in view.components if view.is_pipeline else ():
-        elsewhere = any(_OTHER_FORMS.fullmatch(name) for name in part.files)
+        elsewhere = any(map(is_other_runtime, part.files))
         if part.is_named and not (part.weights or part.sets or elsewhere) and part.component.config:
             yield Finding("component-missing", part.path, part.name, "has a config.json and no weights")
 
@@ -180,9 +184,9 @@ def _dotless_entries(view: FolderView) -> Iterator[Finding]:
 
 def _partial_variants(view: FolderView) -> Iterator[Finding]:
     for variant in view.variants if view.is_pipeline else ():
-        without = lacks(view, variant)
         if variant is not None and tag_dtype(WeightsName("", variant, "")) is None:
             continue  # such as non_ema: of one part on purpose
+        without = lacks(view, variant)
         if without and len(without) < len(loaded_parts(view)):
             code = "variant-partial" if variant else "default-partial"
             what = spelled_variant(WeightsName("", variant, ""))
@@ -226,7 +230,19 @@ def _config_dtypes(view: FolderView) -> Iterator[Finding]:
 def _damaged_files(part: ComponentView) -> Iterator[Finding]:
     for view in part.weights.values():
         if view.error is not None:
-            yield Finding("file-damaged", part.path / view.name, part.name, view.error.problem)
+            code = _code_of(view.name, view.error)
+            advice = f". {view.error.advice.rstrip('.')}" if code != "file-damaged" and view.error.advice else ""
+            yield Finding(code, part.path / view.name, part.name, view.error.problem + advice)
+
+
+def _code_of(name: str, error: WconvError) -> str:
+    """Tell a damaged file from a valid one of another kind; what loaders look for must be weights all the same."""
+    parsed = parse_name(name)
+    if isinstance(error, TrainingPiece):
+        return "training-piece"
+    if not isinstance(error, Unsupported):
+        return "file-damaged"
+    return "file-unread" if parsed and parsed.name.is_standard else "file-other"
 
 
 def _partial_downloads(part: ComponentView) -> Iterator[Finding]:
@@ -235,15 +251,16 @@ def _partial_downloads(part: ComponentView) -> Iterator[Finding]:
 
 
 def _missing_shards(part: ComponentView) -> Iterator[Finding]:
-    for found in (*part.sets, *part.strays):
-        if found.files and found.missing and (found in part.sets or not _has_whole(part, found.name)):
+    whole = _whole(part)
+    for found in (*part.sets, *(stray for stray in part.strays if stray.name not in whole)):
+        if found.files and found.missing:
             count = f"{found.missing_count:,} of {found.missing_count + len(found.files):,} shards"
             problem = f"lacks {count}, such as {found.missing}"
             yield Finding("shard-missing", found.folder / found.label, part.name, problem)
 
 
-def _has_whole(part: ComponentView, name: WeightsName) -> bool:
-    return any(part.is_sound(found) and found.name == name for found in part.sets)
+def _whole(part: ComponentView) -> set[WeightsName]:
+    return {found.name for found in part.sets if part.is_sound(found)}
 
 
 def _indexes(part: ComponentView) -> Iterator[Finding]:
@@ -262,9 +279,13 @@ def _indexes(part: ComponentView) -> Iterator[Finding]:
         elif found.index_name and part.is_sound(found):
             for code, problem in index_faults(part, found):
                 yield Finding(code, path, part.name, problem)
-        elif not found.index_name and not found.missing and found.is_sharded:
+        elif not found.index_name and not found.missing and found.is_sharded and not _is_of_pieces(part, found):
             problem = f"is one of {len(found.files)} shards that have no index"
             yield Finding("index-missing", path, part.name, problem)
+
+
+def _is_of_pieces(part: ComponentView, found: SetView) -> bool:
+    return any(isinstance(view.error, TrainingPiece) for view in part.views_of(found))
 
 
 def _twins(part: ComponentView) -> Iterator[Finding]:
@@ -277,8 +298,9 @@ def _twins(part: ComponentView) -> Iterator[Finding]:
 
 
 def _strays(part: ComponentView) -> Iterator[Finding]:
+    whole = _whole(part)
     for found in part.strays:
-        if not found.missing or _has_whole(part, found.name):
+        if not found.missing or found.name in whole:
             others = f", nor {len(found.files) - 1} more" if len(found.files) > 1 else ""
             yield Finding("shards-stray", found.folder / found.label, part.name, f"is named by no index{others}")
 
@@ -330,9 +352,13 @@ def _two_forms(part: ComponentView) -> Iterator[Finding]:
 
 def forms_of(part: ComponentView) -> Iterator[tuple[SetView, SetView]]:
     """Yield pairs of sound sets of one variant, the first as .bin and the second as safetensors."""
-    sound = [found for found in part.sets if part.is_sound(found) and not is_foreign(found)]
-    for pickled in (found for found in sound if found.name.format == "torch"):
-        yield from ((pickled, safe) for safe in sound if safe.name == pickled.name.in_format("safetensors"))
+    sound: dict[WeightsName, list[SetView]] = defaultdict(list)
+    for found in part.sets:
+        if part.is_sound(found) and not is_foreign(found):
+            sound[found.name].append(found)
+    for name in [name for name in sound if name.format == "torch"]:
+        for pickled in sound[name]:
+            yield from ((pickled, safe) for safe in sound.get(name.in_format("safetensors"), ()))
 
 
 def _open(found: SetView) -> Checkpoint | None:
@@ -351,9 +377,21 @@ def _dtypes(part: ComponentView) -> Iterator[Finding]:
         if belied:
             problem = f"is tagged {found.name.variant}, and most of its tensors are {belied.torch_name}"
             yield Finding("dtype-tag", found.folder / found.label, part.name, problem)
-        elif len(counts) > 1 and not _is_kept_mixture(part, found):
+        elif len(counts) > 1 and not _is_kept_mixture(part, found) and not quantized_in(part, found):
             names = ", ".join(f"{count:,} {dtype.torch_name}" for dtype, count in counts.most_common())
             yield Finding("dtype-mixed", found.folder / found.label, part.name, f"holds tensors of {names}")
+
+
+def _quantized(part: ComponentView) -> Iterator[Finding]:
+    is_said = any("quantization_config" in config for config in nested(part.component.config))
+    for found in part.sets:
+        weights = quantized_in(part, found) if part.is_sound(found) else []
+        if weights:
+            more = f", and so are {len(weights) - 1:,} more" if len(weights) > 1 else ""
+            code = "quantized-unsaid" if part.component.config and not is_said else "quantized"
+            problem = f"is quantized ({weights[0]}{more})"
+            problem += ", and its config.json does not say so" if code == "quantized-unsaid" else ""
+            yield Finding(code, found.folder / found.label, part.name, problem)
 
 
 def _is_kept_mixture(part: ComponentView, found: SetView) -> bool:
@@ -394,5 +432,5 @@ _FOLDER_CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 _PART_CHECKS: tuple[_PartCheck, ...] = (
     _damaged_files, _partial_downloads, _missing_shards, _indexes, _twins, _strays, _single_variants, _names,
-    _sharded_bins, _two_forms, _dtypes, _old_attention, _headers, _pickles,
+    _sharded_bins, _two_forms, _dtypes, _quantized, _old_attention, _headers, _pickles,
 )  # fmt: skip

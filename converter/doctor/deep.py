@@ -14,6 +14,8 @@ from converter.checkpoint import open_checkpoint
 from converter.doctor.checks import repeated_name
 from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
+from converter.errors import Unsupported
+from converter.rules import refuse_growth
 from converter.run import run_tasks
 from converter.sources import SourceFiles, read_chunks
 from converter.tensors import TensorInfo, find_ties
@@ -43,6 +45,7 @@ def run_deep_checks(view: FolderView) -> list[Finding]:
 
 def _check_values(part: ComponentView, found: SetView) -> Iterator[Finding]:
     tensors = open_checkpoint(found.weight_set, LENIENT).tensors
+    refuse_growth(found.folder / found.label, tensors)
     ties = find_ties(tensors)
     alone = [info for info in tensors if info.name not in ties]
     values = sorted(run_tasks((_look_at, info, info.nbytes) for info in alone), key=lambda one: one.info.name)
@@ -80,7 +83,11 @@ def _look_at(info: TensorInfo, chunk_nbytes: int) -> _Values:
 def _check_shapes(part: ComponentView, found: SetView) -> Iterator[Finding]:
     from converter.doctor.shapes import expected_shapes
 
-    expected = expected_shapes(part.component)
+    try:
+        expected = expected_shapes(part.component)
+    except Unsupported as error:
+        yield Finding("shapes-unknown", part.path / "config.json", part.name, error.problem)
+        return
     if not expected:
         return
     held = {info.name: info.shape for info in open_checkpoint(found.weight_set, LENIENT).tensors}

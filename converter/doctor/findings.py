@@ -45,6 +45,22 @@ KINDS: dict[str, Kind] = {
         "error", "A weight file that is cut short, damaged, or something else",
         "Every loader that picks it fails; torch with mmap may load garbage.", _FETCH,
     ),
+    "file-unread": Kind(
+        "error", "A valid file of another kind, under a name that loaders look for",
+        "from_pretrained picks it and fails.",
+        "Put weights in its place, or give it a name of its own.",
+    ),
+    "file-other": Kind(
+        "note", "A valid file of another kind: TorchScript, a whole module, an exported program",
+        "from_pretrained does not look for it; what wrote it reads it.",
+        "wconv reads state dicts: save that of what it holds.",
+    ),
+    "training-piece": Kind(
+        "error", "A part of a checkpoint, as distributed training wrote it",
+        "No loader of models reads it: it holds one rank's rows, or tensors without elements, under the names of the "
+        "whole.",
+        "Only the tool that is named puts the parts together; wconv neither converts nor mends them.",
+    ),
     "shard-missing": Kind(
         "error", "A set of which shards are missing",
         "Every loader that picks the set fails (FileNotFoundError).", _FETCH,
@@ -118,7 +134,7 @@ KINDS: dict[str, Kind] = {
     "shards-stray": Kind(
         "warning", "Shards that no index names",
         "Loaders pass them over; they take room, and a merge by hand would mix them in.",
-        "--fix moves them away where the set holds the same values.",
+        "--fix moves them away where the set holds the same values; --drop-strays, whatever they hold.",
     ),
     "variant-partial": Kind(
         "warning", "A variant that only some parts of a pipeline have",
@@ -189,9 +205,25 @@ KINDS: dict[str, Kind] = {
         "transformers goes by the config: bfloat16 weights are loaded as float32, in twice the memory.",
         "--fix writes the dtype of the weights into config.json.",
     ),
+    "quantized": Kind(
+        "note", "Weights in 8 bits or fewer, with their scales beside them",
+        "Only what knows the form reads them; a cast would ruin them, and wconv refuses it.",
+        "'wconv dequantize' makes numbers of LLM.int8; all other forms are copied as they are.",
+    ),
+    "quantized-unsaid": Kind(
+        "warning", "Quantized weights, and a config.json that does not say so",
+        "The model's library takes the packed numbers for the weights, or leaves the weights random; scales are not "
+        "used.",
+        "Put back the quantization_config that the model had, or take the model from where it came.",
+    ),
     "config-shape": Kind(
         "error", "Tensors that the class in config.json does not have, lacks, or has in another shape",
         "from_pretrained fails, or leaves weights random.", "Find the config.json that belongs to these weights.",
+    ),
+    "shapes-unknown": Kind(
+        "note", "A class in config.json that its library cannot make, so that shapes were not held against it",
+        "Often the library is too old or too new for the model; what it says is named.",
+        "Install the version that config.json names, and look again.",
     ),
     "old-attention": Kind(
         "error", "Old attention names in shards",

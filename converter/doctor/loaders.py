@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from converter.doctor.view import ComponentView, FolderView
-from converter.names import WeightsName
+from converter.names import WeightsName, parse_name
 
 Loader = Literal["diffusers", "diffusers-hub", "transformers", "coreml"]
 
@@ -28,6 +28,8 @@ _SHARD = r"\d{5}-of-\d{5}"
 _STEMS = "diffusion_pytorch_model|model|weights|pytorch_model"
 _ENDINGS = "bin|safetensors|onnx|pb"
 _PICKLED = (".bin", ".msgpack")
+# What lets a regular expression try again and again; without it one takes a look at each character.
+_REPEATS = re.compile(r"[*+?{|]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,13 @@ class Prediction:
         return not self.failure and not any(pick.failure for pick in self.picks)
 
 
+def variants_in(listing: FolderListing) -> tuple[str | None, ...]:
+    """Give the variants that any part has files of, the untagged one first."""
+    parsed = (parse_name(name) for part in listing.parts for name in part.names)
+    tags = {one.name.variant for one in parsed if one and one.role != "index"}
+    return tuple(sorted(tags, key=lambda tag: tag or ""))
+
+
 def list_folder(view: FolderView) -> FolderListing:
     """Give what a loader sees of a folder."""
     parts = tuple(_list_part(part) for part in view.components if part.is_named or not view.is_pipeline)
@@ -112,6 +121,8 @@ def predict(listing: FolderListing, loader: Loader, variant: str | None) -> Pred
     """Say which files a loader opens for a variant (None for the untagged one), part by part."""
     if loader == "transformers":
         parts = [part for part in listing.parts if part.library == "transformers"]
+        if not parts:
+            return Prediction(loader, variant, failure="has no transformers model")
         return Prediction(loader, variant, tuple(_pick_transformers(part, variant) for part in parts))
     if not listing.is_pipeline:
         if loader == "coreml":
@@ -132,13 +143,18 @@ def _predict_pipeline(listing: FolderListing, loader: Loader, variant: str | Non
             # Not where the variant comes first as the folder is listed, in whatever order that is.
             failure = f"IndexError: list index out of range ({listing.dotless[0]} has no dot in its name)"
             return Prediction(loader, variant, failure=failure)
-        for part in listing.parts:
+        for part in _in_folders(listing):
             if any(name.split(".")[1].startswith(variant) for name in part.names | part.others):
                 tagged.add(part.name)
         if not tagged:
             return Prediction(loader, variant, failure=f"ValueError: no modeling files of variant={variant}")
     picks = tuple(_pick(part, variant if part.name in tagged else None, pickles) for part in listing.parts)
     return Prediction(loader, variant, picks)
+
+
+def _in_folders(listing: FolderListing) -> list[PartListing]:
+    """List the parts that have a folder: one at the root is never asked for a variant."""
+    return [part for part in listing.parts if part.name]
 
 
 def _pick(part: PartListing, variant: str | None, pickles: bool = True) -> Pick:
@@ -195,7 +211,11 @@ def _predict_hub(listing: FolderListing, variant: str | None) -> Prediction:
         re.compile(f"({variant})")  # as it stands, in the loader as here
     except re.error as error:
         return Prediction("diffusers-hub", variant, failure=f"re.error: {error}")
-    safe = all(_has_safetensors(part, variant) for part in listing.parts if _weights_in(part))
+    if _REPEATS.search(variant or ""):
+        failure = f"takes {variant} for a regular expression, which may take for ever"
+        return Prediction("diffusers-hub", variant, failure=failure)
+    heavy_parts = [part for part in _in_folders(listing) if _weights_in(part)] or listing.parts
+    safe = all(_has_safetensors(part, variant) for part in heavy_parts if _weights_in(part))
     fetched: dict[str, frozenset[str]] = {}
     tagged = set()
     for part in listing.parts:

@@ -30,7 +30,6 @@ from converter.doctor.checks import (
     repeated_name,
     right_name,
     spelled_variant,
-    tag_dtype,
 )
 from converter.doctor.findings import Finding
 from converter.doctor.loaders import FolderListing, IndexListing, PartListing, list_folder
@@ -43,7 +42,7 @@ from converter.index import WeightIndex
 from converter.names import WeightsName, check_variant, parse_name
 from converter.plan import Plan, SetPlan, Target, make_plan
 from converter.rename import link_shards
-from converter.rules import find_old_attention, with_dtype
+from converter.rules import find_old_attention, tag_dtype, with_dtype
 from converter.staging import refuse_links
 
 Keep = Literal["single", "shards", "safetensors", "bin"]
@@ -57,13 +56,15 @@ class Choices:
     """What the user wants where a folder can be mended in several ways.
 
     ``keep_default`` moves all variants away, ``only_variant`` everything but one; ``make_variant`` casts one that is
-    missing; ``keep`` decides between two sets of one variant.
+    missing; ``keep`` decides between two sets of one variant. ``drop_strays`` moves shards away that no index names,
+    where the set that has their name is sound, whatever they hold.
     """
 
     keep_default: bool = False
     only_variant: str | None = None
     make_variant: str | None = None
     keep: Keep | None = None
+    drop_strays: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +124,15 @@ def plan_mending(view: FolderView, findings: Sequence[Finding], choices: Choices
     Reads values where it must know whether two sets are the same. Raises BadRequest for a choice that cannot be.
     """
     listing = list_folder(view)
-    lost = next((finding for finding in findings if finding.code in _LOST), None)
+    dropped = _stray_paths(view) if choices.drop_strays else set()
+    lost = next((found for found in findings if found.code in _LOST and found.path not in dropped), None)
     if lost:
         return Mending(None, (), listing, f"{lost.path}: {lost.problem}")
     _check_choices(view, choices)
     parts = [_Part(part) for part in view.components]
     for part in parts:
         _gather(part)
-        _drop_strays(part)
+        _drop_strays(part, choices)
         _drop_twins(part, choices)
         _mend_tags(part)
         _convert_shards(part)
@@ -205,13 +207,20 @@ def _open(found: SetView) -> Checkpoint:
     return open_checkpoint(found.weight_set)
 
 
-def _drop_strays(part: _Part) -> None:
+def _stray_paths(view: FolderView) -> set[Path]:
+    return {stray.folder / name for part in view.components for stray in part.strays for name in stray.files}
+
+
+def _drop_strays(part: _Part, choices: Choices) -> None:
     for stray in part.view.strays:
         kept = next((goal.source for goal in part.goals if goal.source.name == stray.name), None)
-        files = [read_file(stray.folder / name, LENIENT) for name in stray.files]
-        shards = [Checkpoint(stray.weight_set, (file,), {}) for file in files]
-        if kept and all(holds_values(_open(kept), shard) for shard in shards):
-            part.let_go(stray, f"{kept.label} holds the same values")
+        if kept and choices.drop_strays:
+            part.let_go(stray, "--drop-strays")
+        elif kept and not any(part.view.weights[name].error for name in stray.files):
+            files = [read_file(stray.folder / name, LENIENT) for name in stray.files]
+            shards = [Checkpoint(stray.weight_set, (file,), {}) for file in files]
+            if all(holds_values(_open(kept), shard) for shard in shards):
+                part.let_go(stray, f"{kept.label} holds the same values")
 
 
 def _drop_twins(part: _Part, choices: Choices) -> None:
@@ -238,7 +247,7 @@ def _drop_twins(part: _Part, choices: Choices) -> None:
 
 def _mend_tags(part: _Part) -> None:
     for goal in part.goals:
-        if not belies_tag(part.view, goal.source):
+        if goal.name.variant is None or not belies_tag(part.view, goal.source):
             continue
         untagged = replace(goal.name, variant=None)
         default = next((one for one in part.goals if one.name == untagged), None)
@@ -440,6 +449,7 @@ def _list_after(view: FolderView, before: FolderListing, plan: Plan) -> FolderLi
         prefix = f"{part.name}/" if part.name else ""
         gone = {name.removeprefix(prefix) for name in plan.superseded if name.startswith(prefix)}
         added = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        added = {name for name in added if "/" not in name}  # other parts' folders lie below the root
         indexes = {name: index for name, index in part.indexes.items() if name not in gone}
         for name in added:
             if ".index." in name:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from converter.ask import ask_class
-from converter.errors import Unsupported
+from converter.ask import LibraryMissing, ask_class
 from converter.folder import Component
 
 
 def expected_shapes(component: Component) -> dict[str, tuple[int, ...]]:
-    """Give the shape of each tensor that the class in a component's config would have; none where it cannot be made."""
+    """Give the shape of each tensor that the class in a component's config would have, none without its library.
+
+    Raises Unsupported, with the cause, where it cannot be made.
+    """
     if not component.class_name or "quantization_config" in component.config:
         return {}
     try:
         return ask_class(component).shapes
-    except Unsupported:
+    except LibraryMissing:
         return {}

@@ -6,21 +6,23 @@ thousands of files stays small in memory.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import WeightSet, is_weight_file
 from converter.dtypes import DType
 from converter.errors import BadFile, BadRequest, HostileFile, WconvError
-from converter.folder import Component
+from converter.folder import Component, absent_models, is_model, model_folders
 from converter.formats import read_file
 from converter.formats.state_dict import Reading
+from converter.formats.training import find_dcp, refuse_folder
 from converter.index import WeightIndex, read_index
 from converter.names import ParsedName, WeightsName, parse_name
 from converter.paths import snapshot_of
@@ -31,8 +33,6 @@ LENIENT = Reading(strip_code=True, lenient=True)
 _MAX_TENSORS = 2 * MAX_TENSORS  # of all sets in one folder: names and dtypes of all are held at once
 # What downloaders call a file that they have not finished.
 _PARTIAL = re.compile(r".*\.(incomplete|part|partial|crdownload|aria2|download|tmp)")
-# Classes of a pipeline's parts that have no weights (``LOADABLE_CLASSES`` in ``diffusers/pipelines``).
-_NO_MODEL = re.compile(r".*(Tokenizer|TokenizerFast|Scheduler|Processor|Extractor|Pil|Fast)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,11 @@ class ComponentView:
     def path(self) -> Path:
         return self.component.path
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether it lies at the root of a pipeline, where Diffusers never asks for a variant."""
+        return not self.name and "model_index.json" in self.files
+
     def is_sound(self, found: SetView) -> bool:
         """Say whether all files of a set are there and can be read."""
         return bool(found.files) and not found.missing and not any(self.weights[name].error for name in found.files)
@@ -171,13 +176,14 @@ def look(path: Path) -> FolderView:
     if not (path / "model_index.json").is_file():
         parts = [_look_at(path, "", None)]
         if (path / "modules.json").is_file():
-            parts += [part for folder in _subfolders(path) if (part := _look_at(folder, folder.name, None)).weights]
+            parts += [part for folder in model_folders(path) if (part := _look_at(folder, folder.name, None)).weights]
         absent: tuple[str, ...] = ()
     else:
-        named = {name: entry for name, entry in model_index.items() if _is_model(name, entry)}
-        absent = tuple(sorted(name for name in named if not _is_dir(path / name)))
-        parts = []
-        for folder in _subfolders(path):
+        named = {name: entry for name, entry in model_index.items() if is_model(name, entry)}
+        absent = tuple(absent_models(path, named))
+        parts = [part for name in absent[:1] if (part := _look_at_root(path, named[name])).sets]
+        absent = () if parts else absent
+        for folder in model_folders(path, model_index):
             is_named = folder.name in model_index or bool(errors)
             try:
                 part = _look_at(folder, folder.name, named.get(folder.name), is_named)
@@ -185,12 +191,11 @@ def look(path: Path) -> FolderView:
                 if is_named:
                     raise
                 continue  # not to be looked into, and no part of the model
-            is_model = folder.name in named and "tokenizer_config.json" not in part.files
-            if part.weights or part.sets or part.partial or is_model:
+            has_model = folder.name in named and "tokenizer_config.json" not in part.files
+            if part.weights or part.sets or part.partial or has_model:
                 parts.append(part)
-        if absent and any(map(is_weight_file, path.iterdir())):
-            absent = ()  # a missing part is loaded from the root itself (``load_sub_model``)
     if not any(part.weights or part.sets or part.partial for part in parts) and not absent and not errors:
+        refuse_folder(path)
         raise BadFile(path, "holds no weights", "Name a folder that does.")
     errors += tuple((part.path / "config.json", part.config_error) for part in parts if part.config_error)
     class_name = model_index.get("_class_name")
@@ -215,12 +220,6 @@ def _subfolders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _is_model(name: str, entry: object) -> bool:
-    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
-        return False
-    return PureWindowsPath(name).name == name and not _NO_MODEL.fullmatch(entry[1])
-
-
 def read_json(path: Path) -> tuple[dict[str, Any], str]:
     """Read a JSON object; give an empty one, and what is wrong, where that fails."""
     if not path.is_file():
@@ -232,6 +231,15 @@ def read_json(path: Path) -> tuple[dict[str, Any], str]:
     except (ValueError, OSError) as error:
         return {}, str(error)
     return (content, "") if isinstance(content, dict) else ({}, "it is no JSON object")
+
+
+def _look_at_root(path: Path, entry: Any) -> ComponentView:
+    """See what lies at the root of a flat pipeline under names that loaders look for."""
+    part = _look_at(path, "", entry)
+    sets, strays = (tuple(one for one in found if one.name.is_standard) for found in (part.sets, part.strays))
+    parsed = ((name, parse_name(name)) for name in part.weights)
+    weights = {name: part.weights[name] for name, one in parsed if one and one.name.is_standard}
+    return replace(part, sets=sets, strays=strays, weights=weights)
 
 
 def _look_at(path: Path, name: str, entry: Any, is_named: bool = True) -> ComponentView:
@@ -260,6 +268,9 @@ def _look_at(path: Path, name: str, entry: Any, is_named: bool = True) -> Compon
     named = [item for item, found in parsed.items() if found.role != "index"]
     weights = _read_all(path, dict.fromkeys((*named, *(n for one in sets for n in one.files))))
     weights.update(broken)
+    piece = find_dcp(path)
+    if piece:
+        weights[".metadata"] = FileView(".metadata", 0, error=piece)
     library = _library_of(component, entry, sets)
     return ComponentView(
         component, library, is_named, tuple(files), tuple(others), weights, sets, strays, tuple(partial), config_error
@@ -271,13 +282,6 @@ def _is_weights(path: Path) -> bool:
         return is_weight_file(path)
     except OSError:
         return True  # to be read later, and then found to be unreadable
-
-
-def _is_dir(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
 
 
 def _is_file(path: Path) -> bool:
@@ -352,14 +356,21 @@ def _group(folder: Path, parsed: Mapping[str, ParsedName]) -> tuple[tuple[SetVie
         group = SetView(folder, weights_name, files, missing, missing_count, is_legacy=is_legacy)
         (strays if weights_name in indexed else sets).append(group)
     # An index that cannot be read, or names nothing that is there, goes with the shards that have its name.
-    for place, broken in [(n, s) for n, s in enumerate(sets) if s.index_name and s.index is None]:
-        shard_set = next((s for s in sets if s.name == broken.name and not s.index_name and len(s.files) > 1), None)
-        if shard_set:
-            is_legacy = broken.is_legacy or shard_set.is_legacy
-            sets[place] = replace(broken, files=shard_set.files, missing=shard_set.missing,
-                                  missing_count=shard_set.missing_count, is_legacy=is_legacy)  # fmt: skip
-            sets.remove(shard_set)
-    return tuple(sorted(sets, key=lambda found: found.label)), tuple(strays)
+    alone: dict[WeightsName, list[SetView]] = defaultdict(list)
+    for one in sets:
+        if not one.index_name and len(one.files) > 1:
+            alone[one.name].append(one)
+    joined: list[SetView] = []
+    for one in sets:
+        if one.index_name and one.index is None and alone[one.name]:
+            rest = alone[one.name].pop(0)
+            is_legacy = one.is_legacy or rest.is_legacy
+            joined.append(replace(one, files=rest.files, missing=rest.missing,
+                                  missing_count=rest.missing_count, is_legacy=is_legacy))  # fmt: skip
+        elif one.index_name or len(one.files) < 2:
+            joined.append(one)
+    joined += itertools.chain.from_iterable(alone.values())
+    return tuple(sorted(joined, key=lambda found: found.label)), tuple(strays)
 
 
 def _like(shard: str, number: int) -> str:

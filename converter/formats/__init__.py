@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.errors import BadFile, Unsupported
-from converter.formats import safetensors, torch_stream, torch_write, torch_zip
+from converter.formats import safetensors, torch_stream, torch_write, torch_zip, training
 from converter.formats.state_dict import PLAIN, Reading
 from converter.opening import Opened, open_source
 from converter.tensors import Described, Layout, WeightsFile
@@ -87,14 +87,17 @@ def could_be_weights(path: Path) -> bool:
 def read_file(path: Path, reading: Reading = PLAIN) -> WeightsFile:
     """Read the header of a weight file in whatever format it is; ``reading`` is for pickled ones.
 
-    Raises BadFile or Unsupported for a file that is none, and says what it is instead.
+    Raises BadFile or Unsupported for a file that is none, and says what it is instead; TrainingPiece for a part of one.
     """
+    training.check_name(path)
     with open_source(path) as opened:
         head = opened.file.read(HEAD_NBYTES)
         opened.file.seek(0)
         for row in FORMATS.values():
             if row.matches(head):
-                return row.read_file(opened, reading)
+                file = row.read_file(opened, reading)
+                training.check_content(file)
+                return file
     for matches, error, problem, advice in _LOOKALIKES:
         if matches(head):
             raise error(path, problem, advice)

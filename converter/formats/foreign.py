@@ -41,7 +41,20 @@ HARMLESS = frozenset(
         "numpy.ndarray",
         "torch.Generator",
         "torch.device",
+        "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+        "torch.serialization._get_layout",
         "types.SimpleNamespace",
         "uuid.UUID",
     }
 )
+
+
+def is_array(name: str) -> bool:
+    """Say whether a pickle makes an array of numpy by this name."""
+    module, _, last = name.rpartition(".")
+    return module.startswith("numpy") and last in ("_reconstruct", "_frombuffer", "ndarray")
+
+
+def is_tensor(name: str) -> bool:
+    """Say whether a class, by its name, is one of tensors: weights that are kept in a way of their own."""
+    return name.endswith(("Tensor", "Parameter", "Params4bit", "Int8Params"))

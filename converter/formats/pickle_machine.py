@@ -29,6 +29,8 @@ MAX_PICKLE_NBYTES = 100_000_000  # as much as a safetensors header may take: it 
 FREE_NBYTES = 32_000_000  # of a pickle; of 160,000 tensors it is shorter. What is more is memory too, and takes steps
 MAX_OPCODES = 5_000_000  # a tensor takes about 30, so 160,000 tensors; a step takes up to 72 bytes, so within 512 MB
 GLOBAL_STEPS = 50  # what a name in a module counts for: a pickle says each once
+# How Python names the class that sharded tensors carry along: as an attribute of another.
+_INNER_CLASS = ("torch.distributed._shard.sharded_tensor.api.ShardedTensor", "ProcessGroupState")
 _OBJECT_STEPS = 4  # what an inert object counts for, and an empty list or dict: they take more memory than numbers
 _CONTAINER_STEPS = 2
 MAX_LONG_NBYTES = 16  # sizes and offsets fit in 8 bytes
@@ -122,6 +124,10 @@ def run_pickle(
     if len(raw) > FREE_NBYTES:
         machine.charge(1 + (len(raw) - FREE_NBYTES) // _NBYTES_A_STEP)
     return Pickled(machine.run(), machine.place, machine.foreign)
+
+
+def _is_inner_class(of: Any, name: Any) -> bool:
+    return type(of) is Global and type(name) is str and (str(of), name) == _INNER_CLASS
 
 
 def _name(value: Any) -> str:
@@ -449,6 +455,8 @@ class _Machine:
                 return self.make(arguments[0])
             if str(target) in HARMLESS:
                 return self.make(target)
+            if target.name == "getattr" and len(arguments) == 2 and _is_inner_class(*arguments):
+                return Global(arguments[0].module, f"{arguments[0].name}.{arguments[1]}")
             return self.leave_out(target, "calls")
         if not isinstance(target, Rebuild):
             return self.leave_out(target, "calls")

@@ -150,6 +150,8 @@ def build_header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> b
     for name, dtype, shape in tensors:
         if name == METADATA_KEY or not _is_text(name):
             raise ValueError(f"holds a tensor named {name!r}, which no safetensors file can hold")
+        if len(name) > MAX_NAME:
+            raise ValueError(f"holds a tensor with a name of {len(name):,} characters, and {MAX_NAME:,} may be")
         begin, end = end, end + dtype.nbytes(math.prod(shape))
         # One json.dumps of all of it takes twice as long.
         sizes = ",".join(map(str, shape))

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from converter.dtypes import DType
-from converter.errors import BadFile, BadRequest, HostileFile, Unsupported
+from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported
+from converter.formats.foreign import is_array, is_tensor
 from converter.formats.pickle_machine import Inert, Pickled
-from converter.formats.torch_pickle import StorageRef, TensorRef
+from converter.formats.torch_pickle import StorageRef, TensorRef, Unreadable
+from converter.formats.training import check_pickled
 from converter.tensors import ByteRange, TensorInfo
 
 _MAX_DEPTH = 16  # trainers nest two or three
@@ -20,8 +23,18 @@ _MAX_CONTAINERS = 200_000  # an optimizer keeps one or two for each tensor, and 
 MAX_TENSORS = 200_000  # in all dicts together; a pickle of all the steps there are describes 160,000
 MAX_NAME_LENGTH = 100_000  # of a tensor: no module is nested so deep
 MAX_NAMES_LENGTH = 25_000_000  # of all tensors together: the most there may be, of 125 characters each
+_CONTAINERS = (dict, list, tuple)  # a TensorRef is one of them
+_SHORT = 8
 _MAX_KEY_LENGTH = 200  # of what is spelled to people, or looked at for what it is
 _MAX_NAMED = 8
+# What serves where there is no state dict: an object of a class, and anything else.
+_ADVICE = {
+    True: "Where you trust it and have its class, torch.load(..., weights_only=False) makes it: save its state_dict().",
+    False: "Save a state dict: names to tensors.",
+}
+_META = "Save it from a model whose weights were loaded."
+_LEAVES = (TensorRef, Unreadable, StorageRef)  # tuples, and no containers
+_RANKED = ("DTensor", "ShardedTensor")  # classes of tensors of which each rank holds a part
 _INCOMPLETE = "The file is incomplete: fetch it again."
 
 # What trainers keep beside the weights (Lightning's ``dump_checkpoint``, accelerate, mmengine): no state dict of theirs
@@ -34,12 +47,14 @@ _TRAINING_NAMES = frozenset({"amp", "args", "cfg", "config"})
 class Reading:
     """How a pickled checkpoint is read: ``key`` chooses one of several state dicts in it, by the path of its keys.
 
-    With ``strip_code`` calls of functions that no state dict needs are left out, rather than refused; with ``lenient``
-    the largest state dict is taken where several are there.
+    With ``strip_code`` calls of functions that no state dict needs are left out, rather than refused, and with
+    ``skip_unreadable`` tensors that are none of ours; with ``lenient`` the largest state dict is taken where several
+    are there.
     """
 
     key: str | None = None
     strip_code: bool = False
+    skip_unreadable: bool = False
     lenient: bool = False
 
 
@@ -50,6 +65,7 @@ PLAIN = Reading()
 class _Found:
     path: tuple[str, ...]
     tensors: Mapping[str | int, TensorRef]
+    unreadable: Mapping[str | int, str]  # and why, of each
     beside: tuple[Any, ...]  # the keys of what the dict holds but those tensors
     is_training: bool
 
@@ -72,14 +88,17 @@ def choose_state_dict(pickled: Pickled, path: Path, reading: Reading) -> tuple[d
     Raises BadRequest where several could be meant, or the key names none; Unsupported where there is none.
     """
     value = pickled.value
-    if not isinstance(value, (dict, list, tuple)) or type(value) in (TensorRef, Inert):
-        raise Unsupported(path, f"holds a {_kind(value)}, not a state dict", "Save its state_dict() instead.")
+    check_pickled(value, path)
+    if not isinstance(value, (dict, list, tuple)) or type(value) in (*_LEAVES, Inert):
+        raise Unsupported(path, f"holds {_kind(value)}, not a state dict", _ADVICE[type(value) is Inert])
     found = list(_find(value, path))
     if not found:
         if value == {}:
             return {}, ()
         raise Unsupported(path, "holds no tensors under names of their own", _describe(value))
     chosen = _choose(found, path, reading)
+    if chosen.unreadable and not reading.skip_unreadable:
+        _refuse_unreadable(chosen, path)
     state_dict: dict[str, TensorRef] = {}
     length = 0
     for key, tensor in chosen.tensors.items():
@@ -93,6 +112,17 @@ def choose_state_dict(pickled: Pickled, path: Path, reading: Reading) -> tuple[d
     return state_dict, tuple(_notes(pickled, chosen, found))
 
 
+def _refuse_unreadable(chosen: _Found, path: Path) -> None:
+    """Raise Unsupported, and name the first tensor that cannot be read."""
+    name, why = next(iter(chosen.unreadable.items()))
+    more = f", and {len(chosen.unreadable) - 1:,} more cannot be read" if len(chosen.unreadable) > 1 else ""
+    if any(kind in why for kind in _RANKED):
+        advice = "It is one rank's part of a tensor: gather the state dict as it was trained, and save it whole."
+        raise TrainingPiece(path, f"tensor {_spell(name)!r} {why}{more}", advice)
+    advice = "Save it as a plain tensor; 'wconv to-safetensors --skip-unreadable' leaves such tensors out."
+    raise Unsupported(path, f"tensor {_spell(name)!r} {why}{more}", advice)
+
+
 def resolve(
     state_dict: Mapping[str, TensorRef], find: Callable[[StorageRef], ByteRange | None], path: Path
 ) -> Iterator[TensorInfo]:
@@ -103,7 +133,7 @@ def resolve(
         if storage.dtype and dtypes.setdefault(storage.key, storage.dtype) is not storage.dtype:
             raise BadFile(path, f"tensor {name!r} takes its storage for another dtype than a tensor before it")
         if storage.device == "meta":
-            raise Unsupported(path, f"tensor {name!r} is on the meta device: it has no values")
+            raise Unsupported(path, f"tensor {name!r} is on the meta device: it has no values", _META)
         record = find(storage)
         if record is None:
             raise BadFile(path, f"the record of tensor {name!r} is missing (data/{storage.key})", _INCOMPLETE)
@@ -128,7 +158,21 @@ def resolve(
 
 def _find(value: Any, file: Path) -> Iterator[_Found]:
     seen: set[int] = set()
+    plain: set[int] = set()
     count = 0
+
+    def is_plain(content: Any) -> bool:
+        # A trainer's log has a dict or a tuple a step, of numbers alone: there is nothing to be found in those. What
+        # is long may be handed out many times, and is looked through once.
+        if id(content) in plain:
+            return True
+        values = content.values() if isinstance(content, dict) else content
+        if any(isinstance(value, _CONTAINERS) for value in values):
+            return False
+        if len(content) > _SHORT:
+            plain.add(id(content))
+        return True
+
     waiting: deque[tuple[tuple[str, ...], Any, bool]] = deque([((), value, False)])
     while waiting:
         path, content, is_training = waiting.popleft()
@@ -137,15 +181,16 @@ def _find(value: Any, file: Path) -> Iterator[_Found]:
         seen.add(id(content))
         is_mapping = isinstance(content, dict)
         tensors = _tensors_of(content) if is_mapping else {}
-        count += len(tensors)
+        unreadable = _unreadable_in(content, bool(tensors)) if is_mapping else {}
+        count += len(tensors) + len(unreadable)
         if count > MAX_TENSORS:
             raise HostileFile(file, f"its pickle describes more than {MAX_TENSORS:,} tensors")
-        if tensors:
-            beside = tuple(key for key in content if key not in tensors)
-            is_beside = path == () and bool(beside) and all(map(_is_training, tensors))
-            yield _Found(path, tensors, beside, is_training or is_beside)
+        if tensors or unreadable:
+            beside = tuple(key for key in content if key not in tensors and key not in unreadable)
+            is_beside = path == () and bool(beside) and all(map(_is_training, tensors or unreadable))
+            yield _Found(path, tensors, unreadable, beside, is_training or is_beside)
         for key, inner in content.items() if is_mapping else enumerate(content):
-            if isinstance(inner, (dict, list, tuple)) and type(inner) is not TensorRef:
+            if isinstance(inner, _CONTAINERS) and type(inner) not in _LEAVES and not is_plain(inner):
                 waiting.append(((*path, _spell(key)), inner, is_training or (is_mapping and _is_training(key))))
                 if len(seen) + len(waiting) > _MAX_CONTAINERS:
                     raise HostileFile(file, f"its pickle holds more than {_MAX_CONTAINERS:,} dicts and lists")
@@ -153,6 +198,28 @@ def _find(value: Any, file: Path) -> Iterator[_Found]:
 
 def _tensors_of(content: Mapping[Any, Any]) -> dict[str | int, TensorRef]:
     return {key: inner for key, inner in content.items() if type(inner) is TensorRef and isinstance(key, (str, int))}
+
+
+def _unreadable_in(content: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
+    """Map the names of tensors that are none of ours to why; arrays and storages only where they stand with tensors."""
+    names = {key: inner for key, inner in content.items() if isinstance(key, (str, int))}
+    found = {key: why for key, inner in names.items() if (why := _why_unreadable(inner))}
+    others = {key: why for key, inner in names.items() if has_tensors and (why := _why_no_tensor(inner))}
+    return {**found, **others}
+
+
+def _why_unreadable(value: Any) -> str:
+    if type(value) is Unreadable:
+        return value.why
+    return f"is of the class {value.name}" if type(value) is Inert and is_tensor(value.name) else ""
+
+
+def _why_no_tensor(value: Any) -> str:
+    if type(value) is StorageRef:
+        return "is a storage, and no tensor"
+    if type(value) in (list, tuple):  # as torch packs the weights of its quantized modules
+        return next((f"holds one that {one.why}" for one in value[:_MAX_NAMED] if type(one) is Unreadable), "")
+    return "is an array of numpy" if type(value) is Inert and is_array(value.name) else ""
 
 
 def _is_training(key: Any) -> bool:
@@ -193,6 +260,9 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
     beside = [key for key, _ in entries if chosen.path and _spell(key) != chosen.path[0]]
     if beside or chosen.beside:
         yield f"left out: {_list([*beside, *chosen.beside])}"
+    if chosen.unreadable:
+        named = [f"{_spell(name)} ({why})" for name, why in islice(chosen.unreadable.items(), _MAX_NAMED)]
+        yield f"tensors that cannot be read are left out ({len(chosen.unreadable):,} in all): {_list(named)}"
     for what, note in (
         ("makes", "objects of unknown classes were left out"),
         ("calls", "functions that its pickle calls were not called"),
@@ -208,12 +278,15 @@ def _list(things: list[Any]) -> str:
 
 
 def _describe(value: Any) -> str:
-    names = _list(list(value)) if isinstance(value, dict) else ""
-    return f"It holds: {names}." if names else "Save a state dict: names to tensors."
+    if not isinstance(value, dict) or not value:
+        return _ADVICE[False]
+    objects = any(type(inner) is Inert for inner in value.values())
+    named = [f"{_spell(key)} ({_kind(inner)})" if type(inner) is Inert else key for key, inner in value.items()]
+    return f"It holds: {_list(named)}." + (f" {_ADVICE[True]}" if objects else "")
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, Inert):
-        return value.name
-    kinds = {TensorRef: "tensor", type(None): "None"}
-    return kinds.get(type(value), type(value).__name__)
+    if type(value) is Inert:
+        return f"a whole {value.name}"
+    kinds = {TensorRef: "a tensor", Unreadable: "a tensor", StorageRef: "a storage", type(None): "None"}
+    return kinds.get(type(value), f"a {type(value).__name__}")

@@ -18,6 +18,7 @@ from converter.dtypes import DType
 from converter.formats.pickle_machine import FREE_NBYTES, GLOBAL_STEPS, MAX_OPCODES, count_text_steps
 from converter.formats.state_dict import MAX_NAME_LENGTH, MAX_NAMES_LENGTH, MAX_TENSORS
 from converter.formats.torch_pickle import AXES_A_STEP, MAX_DIMS
+from converter.local import open_staged
 from converter.tensors import Described, Layout, contiguous_strides
 
 _ALIGNMENT = 64
@@ -86,7 +87,7 @@ def finish_file(path: Path, tensors: Sequence[Described], ties: Mapping[str, str
     records = _place_records(tensors, ties)
     storages = iter(crcs)
     all_crcs = [next(storages) if record.content is None else crc32(record.content) for record in records]
-    with path.open("r+b") as file:
+    with open_staged(path) as file:
         for record, crc in zip(records, all_crcs, strict=True):
             file.seek(record.offset)
             file.write(_local_header(record, crc) + (record.content or b""))

@@ -120,7 +120,11 @@ def _find_root(names: Mapping[bytes, Any], path: Path) -> bytes:
     """Give the one root folder, with its slash; the archive's own name says nothing once a file is renamed."""
     root = next(iter(names), b"").partition(b"/")[0] + b"/"
     if root + b"constants.pkl" in names:
-        raise Unsupported(path, "is a TorchScript archive (code and weights)", "Save its state_dict() with torch.save.")
+        advice = "torch.jit.load reads it: save the state_dict() of what that gives with torch.save."
+        raise Unsupported(path, "is a TorchScript archive (code and weights)", advice)
+    if root + b"archive_format" in names:
+        advice = "torch.export.load reads it: save the state_dict of what that gives with torch.save."
+        raise Unsupported(path, "is a program that torch.export.save wrote", advice)
     if root + b"data.pkl" not in names:
         raise BadFile(path, "is a zip archive, but not one that torch.save wrote", "If it holds files, unpack it.")
     return root

@@ -10,9 +10,11 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import make_state, save, save_pipeline, save_safetensors_shards, snapshot, write_json
 
 STATE = make_state()
@@ -63,6 +65,108 @@ def test_what_a_loader_opens(wconv, tmp_path):
     told = json.loads(wconv("doctor", tmp_path / "m", "--loader", "coreml", "--json", exit_code=1).stdout)
     assert [one["works"] for one in told["loads"]] == [False]
     assert told["loads"][0]["variant"] == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (("--loader", "transformers"), 0, "opens:"),
+        (("--loader", "transformers", "--variant", "fp16"), 1, "fails: no file named pytorch_model.fp16.bin"),
+        (("--variant", "fp16"), 1, "fails: "),
+        (("--loader", "coreml"), 1, "fails: is no pipeline"),
+        ((), 0, "Healthy."),
+    ],
+)
+def test_a_loader_that_fails_is_a_failure(wconv, tmp_path, args, code, said):
+    save_safetensors_shards(STATE, tmp_path)
+    write_json(tmp_path / "config.json", CONFIG)
+    assert said in wconv("doctor", tmp_path, *args, exit_code=code).stdout
+    loads = json.loads(wconv("doctor", tmp_path, *args, "--json", exit_code=code).stdout)["loads"]
+    assert all(one["works"] for one in loads) == (code == 0)
+
+
+def test_a_folder_with_nothing_for_transformers(wconv, tmp_path):
+    save(STATE, tmp_path / "diffusion_pytorch_model.safetensors")
+    shown = wconv("doctor", tmp_path, "--loader", "transformers", exit_code=1).stdout
+    assert "fails: has no transformers model" in shown
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_strays_with_other_values_go_on_request_and_come_back(wconv, tmp_path, damage):
+    folder = tmp_path / "m"
+    save_safetensors_shards(STATE, folder)
+    write_json(folder / "config.json", CONFIG)
+    for number in (1, 4):
+        path = save(make_state(seed=number), folder / f"model-{number:05d}-of-00005.safetensors")
+        path.write_bytes(path.read_bytes()[: -3 if damage else None])
+    before = snapshot(folder)
+    assert "--drop-strays" in wconv("doctor", folder, exit_code=1).stdout
+    wconv("doctor", folder, "--fix", exit_code=1)
+    assert snapshot(folder) == before
+    shown = wconv("doctor", folder, "--fix", "--drop-strays", "--dry-run", exit_code=1).stdout
+    assert "move model-00001-of-00005.safetensors away: --drop-strays" in shown
+    assert "Would write 0 B." in shown
+    wconv("doctor", folder, "--fix", "--drop-strays")
+    assert not list(folder.glob("*-of-00005*"))
+    assert len(list(folder.iterdir())) == 5
+    wconv("doctor", folder, "--undo")
+    assert snapshot(folder) == before
+
+
+def test_strays_stay_where_the_set_is_not_whole(wconv, tmp_path):
+    folder = tmp_path / "m"
+    save_safetensors_shards(STATE, folder)
+    save(STATE, folder / "model-00001-of-00005.safetensors")
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    before = snapshot(folder)
+    shown = wconv("doctor", folder, "--fix", "--drop-strays", exit_code=1).stdout
+    assert "Nothing is touched while data are missing" in shown
+    assert snapshot(folder) == before
+
+
+def write_others(folder: Path) -> dict[str, str]:
+    """Write valid files that hold no state dict; give what each is."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(module).save(str(folder / "scripted.pt"))
+        torch.export.save(torch.export.export(module, (torch.ones(1, 2),)), folder / "exported.pt2")
+        torch.save(module, folder / "old.pt", _use_new_zipfile_serialization=False)
+    (folder / "exported.pt2").rename(folder / "exported.pt")
+    torch.save(module, folder / "whole.pt")
+    torch.save({"epoch": 3, "model": module}, folder / "wrapped.pt")
+    torch.save(torch.ones(2), folder / "alone.pt")
+    whole = "a whole torch.nn.modules.container.Sequential"
+    return {
+        "alone.pt": "holds a tensor, not a state dict",
+        "exported.pt": "is a program that torch.export.save wrote",
+        "old.pt": f"holds {whole}, not a state dict",
+        "scripted.pt": "is a TorchScript archive (code and weights). torch.jit.load reads it",
+        "whole.pt": f"holds {whole}, not a state dict",
+        "wrapped.pt": f"It holds: epoch, model ({whole}). Where you trust it",
+    }
+
+
+def test_valid_files_of_other_kinds_are_no_damage(wconv, tmp_path):
+    said = write_others(tmp_path)
+    save(STATE, tmp_path / "model.safetensors")
+    told = json.loads(wconv("doctor", tmp_path, "--json").stdout)
+    assert {one["code"] for one in told["findings"]} == {"file-other"}
+    assert {Path(one["path"]).name for one in told["findings"]} == said.keys()
+    for one in told["findings"]:
+        assert said[Path(one["path"]).name] in one["problem"]
+    for name, what in said.items():
+        assert what in wconv("to-safetensors", tmp_path / name, "-o", tmp_path / "x", exit_code=4).stderr
+
+
+def test_a_valid_file_of_another_kind_that_a_loader_would_pick(wconv, tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "pytorch_model.bin")
+    write_json(tmp_path / "config.json", CONFIG)
+    told = json.loads(wconv("doctor", tmp_path, "--json", exit_code=1).stdout)
+    assert [one["code"] for one in told["findings"]] == ["file-unread"]
+    (tmp_path / "pytorch_model.bin").write_bytes((tmp_path / "pytorch_model.bin").read_bytes()[:-100])
+    told = json.loads(wconv("doctor", tmp_path, "--json", exit_code=1).stdout)
+    assert [one["code"] for one in told["findings"]] == ["file-damaged"]
 
 
 def test_a_dry_run_says_what_would_be_opened(wconv, twins):

@@ -166,3 +166,12 @@ def test_an_empty_state_dict(wconv, inspect, tmp_path):
     save({}, tmp_path / "pytorch_model.bin")
     assert inspect(tmp_path, "--tensors")["weight_sets"][0]["tensors"] == 0
     assert "pytorch_model" in wconv("inspect", tmp_path, "--tensors").stdout
+
+
+@pytest.mark.parametrize("name", ["n" * 3_000, "\u65e5" * 900, "\x7f", "a\x1b[31m\u202e"])
+def test_names_in_json_are_whole(wconv, inspect, tmp_path, name):
+    torch.save({name: torch.zeros(1)}, tmp_path / "m.bin")
+    (found,) = inspect(tmp_path / "m.bin", "--tensors")["weight_sets"]
+    assert [one["name"] for one in found["all_tensors"]] == [name]
+    said = wconv("inspect", tmp_path / "m.bin", "--tensors", "--json").stdout
+    assert said.replace("\n", "").isprintable()

@@ -67,14 +67,14 @@ def test_a_named_file_is_what_is_written(command, source, output, holds, wconv, 
         (("quantize", "one", "-o", "x.safetensors"), 2, "x.safetensors: is a file name, and what is written is a "),
         (("to-safetensors", "m.bin", "-o", "there.safetensors"), 5,
          "there.safetensors: exists, and is not what would be written: there.safetensors has 5 bytes and not "),
-        (("recast", "there.fp16.safetensors", "-o", "there.fp16.safetensors", "--dtype", "bf16"), 5,
-         "there.fp16.safetensors: exists, and is not what would be written: "),
+        (("recast", "half.safetensors", "-o", "half.safetensors", "--dtype", "bf16"), 5,
+         "half.safetensors: exists, and is not what would be written: "),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_what_was_named_is_refused(args, exit_code, said, wconv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(STATE, Path("m.bin"))
-    save({name: tensor.half() for name, tensor in STATE.items()}, Path("there.fp16.safetensors"))
+    save({name: tensor.half() for name, tensor in STATE.items()}, Path("half.safetensors"))
     Path("there.safetensors").write_text("hello")
     save_safetensors_shards(STATE, Path("one"))
     save(STATE, Path("two/model.safetensors"))

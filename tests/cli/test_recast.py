@@ -96,7 +96,7 @@ def test_shards_and_their_index_are_tagged(wconv, tmp_path):
 def test_shard_size_and_dtype_in_one_pass(wconv, tmp_path):
     save_safetensors_shards(STATE, tmp_path / "m")
     # The limit is for what is written: 16 bytes a tensor.
-    wconv("recast", tmp_path / "m", "--dtype", "bf16", "--max-shard-size", "48", "-o", tmp_path / "out")
+    wconv("recast", tmp_path / "m", "--dtype", "bf16", "--max-shard-size", "48B", "-o", tmp_path / "out")
     assert [
         "".join(load_file(tmp_path / "out" / name)) for name in names_in(tmp_path / "out") if "index" not in name
     ] == ["abc", "def"]
@@ -305,7 +305,7 @@ def test_counts_are_exact_in_any_memory(wconv, tmp_path):
     values = torch.arange(300_000, dtype=torch.float32)
     save({"a": values, "b": -values}, tmp_path / "m" / "model.safetensors")
     count = f"{300_000 - 65_520:,}"
-    for memory in ("1", "64MB"):
+    for memory in ("1B", "64MB"):
         outcome = wconv("recast", tmp_path / "m", "--dtype", "fp16", "--memory", memory, exit_code=6)
         assert_one_line(outcome, f"a ({count}), b ({count}).")
 
@@ -313,7 +313,9 @@ def test_counts_are_exact_in_any_memory(wconv, tmp_path):
 @pytest.mark.parametrize(("policy", "value"), [("saturate", 65504.0), ("inf", torch.inf)])
 def test_what_does_not_fit_is_made_what_is_asked(policy, value, wconv, tmp_path):
     save(LARGE, tmp_path / "m" / "model.safetensors")
-    wconv("recast", tmp_path / "m", "--dtype", "fp16", "--on-overflow", policy)
+    shown = wconv("recast", tmp_path / "m", "--dtype", "fp16", "--on-overflow", policy).stdout
+    became = "the largest that there is" if policy == "saturate" else "infinite"
+    assert f"Too large, and now {became}: 3 values of a (2), b (1)" in shown
     found = load_file(tmp_path / "m" / "model.fp16.safetensors")
     assert found["a"].tolist() == [1.0, value, -value, 65504.0]
     assert found["b"].tolist() == [value]

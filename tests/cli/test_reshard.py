@@ -53,7 +53,7 @@ def test_any_sizes_are_cut_as_huggingface_hub_cuts_them(sizes, limit, halves, sc
     shutil.rmtree(scratch / "m", ignore_errors=True)
     shutil.rmtree(scratch / "out", ignore_errors=True)
     save(state, scratch / "m" / "model.safetensors")
-    wconv("reshard", scratch / "m", "--max-shard-size", str(limit), "-o", scratch / "out", "-q")
+    wconv("reshard", scratch / "m", "--max-shard-size", f"{limit}B", "-o", scratch / "out", "-q")
     split = split_torch_state_dict_into_shards(
         state, max_shard_size=limit, filename_pattern="model{suffix}.safetensors"
     )
@@ -131,7 +131,7 @@ def test_merged_in_place(wconv, tmp_path):
 
 def test_cut_in_place(wconv, tmp_path):
     save(STATE, tmp_path / "m" / "model.safetensors")
-    wconv("reshard", tmp_path / "m", "--max-shard-size", "64", "--in-place")
+    wconv("reshard", tmp_path / "m", "--max-shard-size", "64B", "--in-place")
     assert letters_in(tmp_path / "m") == ["ab", "cd", "ef"]
     assert "model.safetensors" not in names_in(tmp_path / "m")
     assert_same(load_set(tmp_path / "m"), STATE)
@@ -146,16 +146,16 @@ def test_merged_into_the_bytes_that_save_file_writes(wconv, tmp_path):
 
 def test_resharded_twice_is_resharded_once(wconv, tmp_path):
     save_safetensors_shards(STATE, tmp_path / "m")
-    wconv("reshard", tmp_path / "m", "--max-shard-size", "100", "-o", tmp_path / "a")
-    wconv("reshard", tmp_path / "a", "--max-shard-size", "32", "-o", tmp_path / "b")
-    wconv("reshard", tmp_path / "m", "--max-shard-size", "32", "-o", tmp_path / "c")
+    wconv("reshard", tmp_path / "m", "--max-shard-size", "100B", "-o", tmp_path / "a")
+    wconv("reshard", tmp_path / "a", "--max-shard-size", "32B", "-o", tmp_path / "b")
+    wconv("reshard", tmp_path / "m", "--max-shard-size", "32B", "-o", tmp_path / "c")
     assert snapshot(tmp_path / "b") == snapshot(tmp_path / "c")
 
 
 def test_shards_that_come_out_as_they_were_are_the_same_files(wconv, tmp_path):
     save_safetensors_shards(STATE, tmp_path / "m", ("ab", "cd", "e", "f"))
     inodes = {letters: inode_of(tmp_path / "m", number, 4) for number, letters in enumerate(("ab", "cd", "e", "f"), 1)}
-    wconv("reshard", tmp_path / "m", "--max-shard-size", "64", "--in-place")
+    wconv("reshard", tmp_path / "m", "--max-shard-size", "64B", "--in-place")
     assert letters_in(tmp_path / "m") == ["ab", "cd", "ef"]
     assert inode_of(tmp_path / "m", 1, 3) == inodes["ab"]
     assert inode_of(tmp_path / "m", 2, 3) == inodes["cd"]
@@ -170,7 +170,7 @@ def inode_of(folder: Path, number: int, count: int) -> int:
 
 def test_a_new_folder_shares_no_file_with_its_source(wconv, tmp_path):
     save_safetensors_shards(STATE, tmp_path / "m", ("ab", "cd", "e", "f"))
-    wconv("reshard", tmp_path / "m", "--max-shard-size", "64", "-o", tmp_path / "out")
+    wconv("reshard", tmp_path / "m", "--max-shard-size", "64B", "-o", tmp_path / "out")
     assert all(path.stat().st_nlink == 1 for path in [*(tmp_path / "m").iterdir(), *(tmp_path / "out").iterdir()])
 
 
@@ -181,7 +181,7 @@ def test_shards_that_are_links_elsewhere_are_not_written_through(wconv, tmp_path
     (tmp_path / "m").mkdir()
     for path in (tmp_path / "store").iterdir():
         (tmp_path / "m" / path.name).symlink_to(path)
-    wconv("reshard", tmp_path / "m", "--max-shard-size", "64", "--in-place")
+    wconv("reshard", tmp_path / "m", "--max-shard-size", "64B", "--in-place")
     assert_same(load_set(tmp_path / "m"), STATE)
     assert snapshot(tmp_path / "store") == before
     assert letters_in(tmp_path / "m") == ["ab", "cd", "ef"]
@@ -190,7 +190,7 @@ def test_shards_that_are_links_elsewhere_are_not_written_through(wconv, tmp_path
 def test_what_is_cut_so_already_stays(wconv, tmp_path):
     save_safetensors_shards(STATE, tmp_path / "m")
     before = snapshot(tmp_path)
-    outcome = wconv("reshard", tmp_path / "m", "--max-shard-size", "64", "--in-place")
+    outcome = wconv("reshard", tmp_path / "m", "--max-shard-size", "64B", "--in-place")
     assert "Up to date" in outcome.stdout
     assert snapshot(tmp_path) == before
 
@@ -199,7 +199,7 @@ def test_a_variant_keeps_its_tag_and_the_others_their_files(wconv, tmp_path):
     save(STATE, tmp_path / "m" / "model.safetensors")
     save(make_state(seed=1), tmp_path / "m" / "model.fp16.safetensors")
     before = snapshot(tmp_path / "m")
-    wconv("reshard", tmp_path / "m", "--max-shard-size", "100", "--in-place", "--from-variant", "fp16")
+    wconv("reshard", tmp_path / "m", "--max-shard-size", "100B", "--in-place", "--from-variant", "fp16")
     after = snapshot(tmp_path / "m")
     assert after["model.safetensors"] == before["model.safetensors"]
     assert after.keys() == {
@@ -243,7 +243,7 @@ def test_one_component(wconv, tmp_path):
 def test_sharded_bin_for_diffusers_is_refused(wconv, tmp_path):
     folder = save_pipeline(tmp_path / "m")
     before = snapshot(folder)
-    outcome = wconv("reshard", folder, "--max-shard-size", "100", "--in-place", exit_code=4)
+    outcome = wconv("reshard", folder, "--max-shard-size", "100B", "--in-place", exit_code=4)
     assert "which no Diffusers pipeline loads" in outcome.stderr
     assert "--force" in outcome.stderr
     assert snapshot(folder) == before
@@ -254,7 +254,7 @@ def test_notes_in_headers_go_with_their_tensors(wconv, tmp_path):
     notes = {**PLAIN, "lm_head": "c", "author": "me"}
     (tmp_path / "m").mkdir()
     save_file(state, tmp_path / "m" / "model.safetensors", notes)
-    wconv("reshard", tmp_path / "m", "--max-shard-size", "64", "--in-place")
+    wconv("reshard", tmp_path / "m", "--max-shard-size", "64B", "--in-place")
     held = [metadata_of(path) for path in sorted((tmp_path / "m").glob("*.safetensors"))]
     assert [metadata.get("lm_head") for metadata in held] == [None, "c", None]
     assert {metadata["author"] for metadata in held} == {"me"}
@@ -275,6 +275,8 @@ def metadata_of(path: Path) -> dict[str, str]:
         (("--max-shard-size", "5GB", "--in-place", "-o", "out"), "Choose one"),
         (("--max-shard-size", "5XB", "--in-place"), "'5XB' is no size"),
         (("--max-shard-size", "0", "--in-place"), "'0' is no size"),
+        (("--max-shard-size", "5", "--in-place"), "'5' is 5 bytes. Write it as 5GB, 500MB or 2GiB, or as 5B."),
+        (("--max-shard-size", "999999", "--in-place"), "'999999' is 999999 bytes. "),
         (("--max-shard-size", "none", "--in-place", "--from-variant", "ema"), "has no variant 'ema'"),
     ],
 )
@@ -308,7 +310,7 @@ def test_a_single_file_of_another_set_in_the_way_is_refused(wconv, tmp_path):
 
 def test_shards_named_otherwise_get_the_usual_names(wconv, tmp_path):
     save_shards(STATE, tmp_path / "m", ("abc", "def"), "part{0}.of{1}.safetensors", "model.safetensors.index.json")
-    wconv("reshard", tmp_path / "m", "--max-shard-size", "130", "--in-place")
+    wconv("reshard", tmp_path / "m", "--max-shard-size", "130B", "--in-place")
     assert names_in(tmp_path / "m") == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",

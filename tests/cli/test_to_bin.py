@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import assert_same, make_state, names_in, save, save_safetensors_shards, snapshot, write_json
 
 STATE = make_state()
@@ -126,3 +127,12 @@ def test_what_torch_does_not_have_is_refused(wconv, tmp_path):
     assert outcome.stderr.count("\n") == 1
     assert "F4" in outcome.stderr
     assert names_in(tmp_path) == ["m.safetensors"]
+
+
+def test_a_tensor_with_the_name_of_a_format_is_no_tie(wconv, tmp_path):
+    state = {"pt": torch.ones(2), "a": torch.zeros(1)}
+    save_file(state, tmp_path / "m.safetensors", {"format": "pt", "b": "a"})
+    wconv("to-bin", tmp_path / "m.safetensors", "-o", tmp_path / "out")
+    assert torch.load(tmp_path / "out" / "m.bin").keys() == {"pt", "a", "b"}
+    save_file({**state, "format": torch.ones(2)}, tmp_path / "other.safetensors")
+    assert "format" in wconv("verify", tmp_path / "m.safetensors", tmp_path / "other.safetensors", exit_code=1).stdout

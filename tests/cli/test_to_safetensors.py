@@ -353,7 +353,7 @@ def test_overwriting_leaves_what_is_not_of_the_set(wconv, tmp_path):
 
 def test_overwriting_a_folder_replaces_its_sets(wconv, tmp_path):
     save_pipeline(tmp_path / "m")
-    wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", "--max-shard-size", TENSOR_NBYTES)
+    wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", "--max-shard-size", f"{TENSOR_NBYTES}B")
     (tmp_path / "out" / "README.md").write_text("mine")
     wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", "--overwrite")
     wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "expected")
@@ -506,6 +506,7 @@ def test_variants(args, written, wconv, tmp_path):
         ("--component", "unet"),
         ("--max-shard-size", "5XB"),
         ("--max-shard-size", "0"),
+        ("--max-shard-size", "5"),
         ("--max-shard-size", "-1"),
         ("--max-shard-size", "1.5"),
         ("--max-shard-size", "GB"),
@@ -516,6 +517,7 @@ def test_variants(args, written, wconv, tmp_path):
         ("--workers", "many"),
         ("--memory", "none"),
         ("--memory", "0"),
+        ("--memory", "64"),
         ("--no-such-option",),
         ("a", "b"),
     ],
@@ -535,13 +537,13 @@ def test_wrong_options(args, wconv, tmp_path):
         ("none", 1),
         ("NONE", 1),
         ("1TB", 1),
-        ("64", 3),
-        ("100", 2),
+        ("64B", 3),
+        ("100 b", 2),
         ("0.064kB", 3),
         ("0.064 KB", 3),
         ("1kib", 1),
         ("0.0001MB", 2),
-        ("31", 6),
+        ("31B", 6),
     ],
 )
 def test_shard_sizes(size, shards, wconv, tmp_path):
@@ -575,10 +577,11 @@ def with_tie(folder: Path, **config: Any) -> Path:
     ("args", "config", "written"),
     [
         ((), {}, "abt"),
-        ((), {"architectures": ["T5Model"]}, "ab"),
+        ((), {"architectures": ["LlamaForCausalLM"]}, "ab"),
+        (("--tied", "first"), {}, "ab"),
         ((), {"tie_word_embeddings": False}, "abt"),
         ((), {"_class_name": "UNet2DConditionModel"}, "abt"),
-        (("--tied", "duplicate"), {}, "abt"),
+        (("--tied", "duplicate"), {"architectures": ["LlamaForCausalLM"]}, "abt"),
         (("--tied", "first"), {"tie_word_embeddings": False}, "ab"),
     ],
 )
@@ -689,12 +692,12 @@ def test_the_summary(wconv, tmp_path):
         ({}, "from safetensors.torch import load_file"),
         ({"architectures": []}, "from safetensors.torch import load_file"),
         ({"architectures": None}, "from safetensors.torch import load_file"),
-        ({"_class_name": "X\x1b[2J"}, "from safetensors.torch import load_file"),
+        ({"_class_name": "X\x1b[2J"}, "Load it with"),
         ({"architectures": ["X; import os\nos.system('x')"]}, "Load it with"),
     ],
 )
 def test_the_line_that_loads_the_result(config, line, wconv, tmp_path):
-    save(STATE, tmp_path / f"{'diffusion_' if '_class_name' in config else ''}pytorch_model.bin")
+    save(STATE, tmp_path / ("diffusion_pytorch_model.bin" if "_class_name" in config else "pytorch_model.bin"))
     write_json(tmp_path / "config.json", config)
     shown = wconv("to-safetensors", tmp_path).stdout
     assert line in shown
@@ -746,3 +749,11 @@ def test_torch_and_numpy_are_not_needed(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     assert_same(load_set(tmp_path / "out"), STATE)
     shutil.rmtree(tmp_path / "out")
+
+
+def test_names_that_would_not_be_read_again_are_refused(wconv, tmp_path):
+    torch.save({"n" * 1_000: torch.ones(1)}, tmp_path / "m.bin")
+    wconv("to-safetensors", tmp_path / "m.bin")
+    wconv("verify", tmp_path / "m.bin", tmp_path / "m.safetensors")
+    torch.save({"n" * 1_001: torch.ones(1)}, tmp_path / "long.bin")
+    assert "a name of 1,001 characters" in wconv("to-safetensors", tmp_path / "long.bin", exit_code=4).stderr

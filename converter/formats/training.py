@@ -1,0 +1,160 @@
+"""Parts of checkpoints as distributed training writes them: each is a piece, and its own tool puts them together.
+
+A piece is a valid file, and often reads like a whole model: tensors of 0 elements, boxes of tensors under the names of
+the whole, one rank's rows. So each is known by what it is called where its writer decides that, and by what it holds
+where it may be renamed, and refused with the name of what reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from converter.errors import TrainingPiece
+from converter.formats.torch_pickle import TensorRef
+from converter.tensors import TensorInfo, WeightsFile
+
+_TO_FP32 = "'python zero_to_fp32.py CHECKPOINT OUT', a script that DeepSpeed puts beside it, makes weights of it."
+_DCP = (
+    "'python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt' makes one file of it, which "
+    "wconv converts; that runs what its pickles say, so do it only where you trust the folder."
+)
+_ACCELERATE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
+_VERL = "'python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir OUT' makes a model of it."
+_CONSOLIDATE = (
+    "consolidate_safetensors_files in torch.distributed.checkpoint._consolidate_hf_safetensors makes one model; "
+    "in torch 2.13 it writes tensors without axes as 0."
+)
+_MEGATRON = "Megatron-LM's tools/checkpoint/convert.py, or Megatron-Bridge, makes a model of all ranks."
+_META = "convert_llama_weights_to_hf.py of transformers makes a model of all of them."
+_DEEPSPEED = "DeepSpeed's own checkpoint tools (ds_to_universal.py) read all ranks."
+
+
+class _Name(NamedTuple):
+    """A name that a trainer gives to a piece; with a ``sibling`` only where that lies beside it, by a pattern."""
+
+    pattern: re.Pattern[str]
+    problem: str
+    advice: str
+    sibling: str = ""
+
+
+def _name(pattern: str, problem: str, advice: str, sibling: str = "") -> _Name:
+    return _Name(re.compile(pattern), problem, advice, sibling)
+
+
+# Of a file, after that of its folder. ``deepspeed/runtime/engine.py`` and ``pipe/module.py``, ``accelerate/utils/
+# fsdp_utils.py``, ``verl/utils/checkpoint/fsdp_checkpoint_manager.py``, ``megatron/training/checkpointing.py``, Meta's
+# ``llama/generation.py``, ``vllm/model_executor/model_loader/sharded_state_loader.py``.
+_NAMES = (
+    _name(r".*/zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt",
+          "is one rank's part of a DeepSpeed ZeRO-3 checkpoint, whose tensors are empty here", _TO_FP32),
+    _name(r".*/(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt",
+          "is one rank's part of a DeepSpeed optimizer, with the float32 weights cut up", _TO_FP32),
+    _name(r".*/(layer_\d+(-model_\d+|_expert_\d+_mp_rank_\d+)|expp_rank_\d+_mp_rank_\d+).*[-_](model|optim)_states\.pt",
+          "is one layer's or one expert's part of a DeepSpeed checkpoint", _DEEPSPEED),
+    _name(r".*/mp_rank_0*[1-9]\d*_model_states\.pt",
+          "is one rank's part of a tensor-parallel DeepSpeed checkpoint", _DEEPSPEED),
+    _name(r".*/mp_rank_0+_model_states\.pt",
+          "is one rank's part of a tensor-parallel DeepSpeed checkpoint", _DEEPSPEED, "mp_rank_*1_model_states.pt"),
+    _name(r".*/(pytorch_model|model)_fsdp(_\d+)?_rank_?\d+\.(bin|pt)",
+          "is one rank's part of a model, as accelerate's FSDP saves it", _ACCELERATE),
+    _name(r".*/(model|optim|extra_state)_world_size_(?!1_)\d+_rank_\d+\.pt",
+          "is one rank's part of a model, as verl saves it", _VERL),
+    _name(r"mp_rank_\d+(_\d+)*/.*\.(pt|pth|bin)",
+          "is one rank's part of a Megatron checkpoint", _MEGATRON, "../mp_rank_*1*"),
+    _name(r".*/consolidated\.\d+\.pth",
+          "is one of several parts that each hold slices of the same tensors, as Meta cuts its models", _META,
+          "consolidated.*1.pth"),
+    _name(r".*/model-rank-\d+-part-\d+\.safetensors",
+          "is one rank's part of a model, as vLLM cuts it", "vLLM loads it with load_format='sharded_state'.",
+          "model-rank-1-part-*.safetensors"),
+    _name(r".*/[^/]+\.distcp", "is a piece of a checkpoint of torch.distributed.checkpoint (DCP)", _DCP),
+    _name(r".*/[^/]+\.nemo", "is an archive of NeMo, which holds its config and checkpoint as files",
+          "Unpack it with tar; Megatron-Bridge or NeMo's export makes a Hugging Face model of it."),
+)  # fmt: skip
+
+
+def check_name(path: Path) -> None:
+    """Raise TrainingPiece for a file that is called as a trainer calls a piece."""
+    spelled = f"{path.absolute().parent.name}/{path.name}"
+    for row in _NAMES:
+        if row.pattern.fullmatch(spelled) and (not row.sibling or _is_there(path.parent, row.sibling)):
+            raise TrainingPiece(path, row.problem, row.advice)
+
+
+def _is_there(folder: Path, pattern: str) -> bool:
+    up, _, name = pattern.rpartition("/")
+    return any((folder / up).glob(name))
+
+
+def check_content(file: WeightsFile) -> None:
+    """Raise TrainingPiece for a file whose header, or whose tensors, say that it is a piece."""
+    if "DCP_SHARDING_INFO" in file.metadata:
+        problem = "holds pieces of tensors under the names of the whole, as torch.distributed.checkpoint cuts them"
+        raise TrainingPiece(file.path, problem, _CONSOLIDATE)
+    emptied = find_emptied(file.tensors)
+    if emptied:
+        problem = f"was saved under DeepSpeed ZeRO-3 without its weights: {len(emptied):,} tensors have no elements"
+        raise TrainingPiece(file.path, f"{problem}, such as {emptied[0]!r}", f"Of the checkpoint {_TO_FP32}")
+
+
+def find_emptied(tensors: Iterable[TensorInfo]) -> list[str]:
+    """Name weights of the one shape ``[0]``, which ZeRO-3 leaves of what it has moved away; none if it is but one."""
+    found = [info.name for info in tensors if info.shape == (0,) and info.name.endswith("weight")]
+    return found if len(found) > 1 else []
+
+
+def _is_zero_3(value: Mapping[Any, Any]) -> bool:
+    module = value.get("module")
+    held = module.values() if "param_shapes" in value and isinstance(module, dict) else ()
+    return any(type(one) is TensorRef and 0 in one.shape for one in held)
+
+
+def _is_zero_optimizer(value: Mapping[Any, Any]) -> bool:
+    inner = value.get("optimizer_state_dict")
+    return isinstance(inner, dict) and "zero_stage" in inner and "partition_count" in inner
+
+
+def _is_tensor_parallel(value: Mapping[Any, Any]) -> bool:
+    count = value.get("mp_world_size")
+    return "module" in value and type(count) is int and count > 1
+
+
+_CONTENTS: tuple[tuple[Callable[[Mapping[Any, Any]], bool], str, str], ...] = (
+    (_is_zero_3, "is one rank's part of a DeepSpeed ZeRO-3 checkpoint, whose tensors are empty here", _TO_FP32),
+    (_is_zero_optimizer, "is one rank's part of a DeepSpeed optimizer, with the float32 weights cut up", _TO_FP32),
+    (_is_tensor_parallel, "is one rank's part of a tensor-parallel DeepSpeed checkpoint", _DEEPSPEED),
+)
+
+
+def check_pickled(value: Any, path: Path) -> None:
+    """Raise TrainingPiece for what a pickle holds if a trainer's own keys say that it is a piece."""
+    for is_piece, problem, advice in _CONTENTS if isinstance(value, dict) else ():
+        if is_piece(value):
+            raise TrainingPiece(path, problem, advice)
+
+
+def refuse_folder(folder: Path) -> None:
+    """Raise TrainingPiece for a folder, without weights that wconv reads, that holds pieces or folders of them."""
+    for inner in (folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())):
+        found = find_dcp(inner)
+        if found:
+            raise found
+        for path in sorted(inner.glob("*.pt")):
+            check_name(path)
+
+
+def find_dcp(folder: Path) -> TrainingPiece | None:
+    """Give the refusal of a folder that torch.distributed.checkpoint wrote, or was about to."""
+    pieces = any(folder.glob("*.distcp"))
+    if not pieces:
+        return None
+    if not (folder / ".metadata").is_file():
+        problem = "holds pieces of torch.distributed.checkpoint (DCP) and no .metadata: it was never finished"
+        return TrainingPiece(folder, problem, "Take a checkpoint of an earlier step.")
+    if (folder / "metadata.json").is_file() and (folder / "common.pt").is_file():
+        return TrainingPiece(folder, "is a checkpoint of Megatron (torch_dist)", _MEGATRON)
+    return TrainingPiece(folder, "is a checkpoint of torch.distributed.checkpoint (DCP)", _DCP)

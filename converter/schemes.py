@@ -1,0 +1,119 @@
+"""Which tensors are quantized weights, and what belongs to them: a table of schemes, by names and dtypes alone. Pure.
+
+No config is asked: single files have none, and folders lose it. Numbers in 8 bits or fewer mean nothing without their
+scales, so a weight counts as quantized only where its companions stand beside it: of a float model, ``logit_scale``,
+``layer_scale`` or a norm's ``scale`` are weights like any others, and float8 that a plain cast made has no companions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from converter.dtypes import DType
+
+_F8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+_PACKED = _F8 | {"I8", "U8", "I16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2"}
+
+
+class Scheme(NamedTuple):
+    """A way to quantize: ``weight`` ends the names of its weights, ``companions`` what stands in its place beside them.
+
+    A weight of one of ``dtypes`` that has one of the companions is in this scheme. ``reader`` loads it.
+    """
+
+    label: str
+    weight: str
+    dtypes: frozenset[str]
+    companions: tuple[str, ...]
+    reader: str
+
+
+LLM_INT8 = Scheme("LLM.int8 of bitsandbytes", ".weight", frozenset({"I8"}), (".SCB",), "bitsandbytes")
+_BNB_4BIT = Scheme("4 bits of bitsandbytes", ".weight", frozenset(), (), "transformers or Diffusers with bitsandbytes")
+_MARKED = Scheme("float8 with scales of ComfyUI", "", _F8, (), "ComfyUI")
+# Beside ``m.weight``, in whatever dtype the 4-bit numbers are stored (``as_dict`` in ``bitsandbytes/functional.py``).
+_BNB_STATE = ".quant_state.bitsandbytes__"
+# One for the whole file (``detect_layer_quantization`` in ``comfy/utils.py``).
+_MARK = "scaled_fp8"
+
+# The first row that fits speaks; the last ones are for what nobody has told of.
+_TABLE = (
+    LLM_INT8,
+    Scheme("the form of ComfyUI that comfy_quant describes", ".weight", _PACKED, (".comfy_quant",), "ComfyUI"),
+    Scheme("float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), "ComfyUI"),
+    Scheme("GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM"),
+    Scheme("AWQ or GPTQ", ".qweight", _PACKED, (".qzeros", ".scales"), "transformers with GPTQModel, or vLLM"),
+    Scheme("MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)"),
+    Scheme("packed numbers of compressed-tensors", "_packed", _PACKED, ("_scale",), "compressed-tensors"),
+    Scheme("NVFP4 of ModelOpt", "", frozenset({"U8"}), ("_scale_2",), "vLLM or TensorRT-LLM"),
+    Scheme("float8 with scales", "", _F8, ("_scale_inv",),
+           "transformers, with FineGrainedFP8Config(dequantize=True)"),
+    Scheme("float8 with scales", "", _F8, ("_scale",), "vLLM, or transformers with compressed-tensors"),
+    Scheme("8-bit numbers with scales", "", frozenset({"I8", "U8"}), ("_scale",), "the library that wrote it"),
+    Scheme("torchao", "qdata", _PACKED, ("scale",), "torchao"),
+    Scheme("optimum-quanto", "._data", _PACKED, ("._scale",), "optimum-quanto"),
+    Scheme("HQQ", ".W_q", _PACKED, (".scale", ".meta"), "hqq"),
+    Scheme("MLX", ".weight", frozenset({"U32"}), (".scales",), "MLX"),
+    Scheme("numbers with scales", ".weight", _PACKED, (".scale", ".scales", ".qscale_weight", ".absmax"),
+           "the library that wrote it"),
+)  # fmt: skip
+
+
+class Quantized(NamedTuple):
+    """A quantized weight, what belongs to it, and the scheme that both are in."""
+
+    scheme: Scheme
+    weight: str
+    companion: str
+
+    @property
+    def advice(self) -> str:
+        """Say what makes plain numbers of it."""
+        if self.scheme is LLM_INT8:
+            return "'wconv dequantize' writes it in fp16, bf16 or fp32."
+        ways = f"take the model it was made from, or load it with {self.scheme.reader}."
+        return f"wconv copies such weights as they are, and does not dequantize them yet: {ways}"
+
+    def __str__(self) -> str:
+        return f"{self.scheme.label}: {self.weight!r} goes with {self.companion!r}"
+
+
+def find_quantized(dtypes: Mapping[str, DType]) -> list[Quantized]:
+    """List the quantized weights among tensors, in order."""
+    mark = next((name for name in dtypes if name.endswith(_MARK) and name.rpartition(".")[2] == _MARK), None)
+    found = (_look_at(name, dtype, dtypes, mark) for name, dtype in dtypes.items())
+    return [one for one in found if one]
+
+
+def _look_at(name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | None) -> Quantized | None:
+    weight, is_state, _ = name.partition(_BNB_STATE)
+    if is_state:
+        return Quantized(_BNB_4BIT, weight, name) if weight in dtypes else None
+    if dtype.tag not in _PACKED:
+        return None
+    for scheme in _TABLE:
+        if dtype.tag in scheme.dtypes and name.endswith(scheme.weight):
+            base = name.removesuffix(scheme.weight)
+            companion = next((base + end for end in scheme.companions if _scales(base + end, dtype, dtypes)), None)
+            if companion:
+                return Quantized(scheme, name, companion)
+    return Quantized(_MARKED, name, mark) if mark and mark != name and dtype.tag in _F8 else None
+
+
+def _scales(name: str, weight: DType, dtypes: Mapping[str, DType]) -> bool:
+    """Say whether a tensor may scale a weight; what a plain cast made float8 is as coarse as the weight itself."""
+    dtype = dtypes.get(name)
+    return dtype is not None and not (dtype is weight and weight.tag in _F8)
+
+
+def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozenset[str]:
+    """Name all tensors that lose their meaning in a cast: quantized weights, and what stands beside them but a bias."""
+    weights = {one.weight for one in found}
+    modules = {weight.rpartition(".")[0] for weight in weights}
+
+    def belongs(name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        return leaf == _MARK or (leaf != "bias" and (module in modules or module in weights or name in weights))
+
+    return frozenset(name for name in names if belongs(name)) if weights else frozenset()

@@ -1,0 +1,177 @@
+"""Quantized weights are known by their companions, whatever a config says; nothing that goes with them is cast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import assert_same, save, snapshot, write_json
+
+from converter.checkpoint import open_checkpoint
+from converter.dtypes import DTYPES
+from converter.errors import Unsupported
+from converter.schemes import find_quantized
+from converter.single_file import open_single_file
+
+F8 = torch.float8_e4m3fn
+
+
+def packed(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.arange(4 * 8).reshape(4, 8)[: shape[0], : shape[1]].contiguous().to(dtype)
+
+
+def eight(dtype: torch.dtype = F8) -> torch.Tensor:
+    return packed(4, 8, dtype=torch.float32).to(dtype)
+
+
+def scale(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full(shape, 1 / 3, dtype=torch.float32).to(dtype)
+
+
+# What the libraries write for a linear module ``m`` (names, dtypes and numbers of axes), and what it is called.
+FORMS = {
+    "fp8 block": ("float8", {"m.weight": eight(), "m.weight_scale_inv": scale(1, 1)}),
+    "fp8 tensor": ("float8", {"m.weight": eight(), "m.weight_scale": scale(1), "m.input_scale": scale(1)}),
+    "fp8 experts": ("float8", {"m.gate_up_proj": eight(), "m.gate_up_proj_scale_inv": scale(1, 1)}),
+    "fp8 of V4": ("numbers with scales", {"m.weight": eight(), "m.scale": scale(1, 1).to(torch.float8_e8m0fnu)}),
+    "ComfyUI": ("ComfyUI", {"m.weight": eight(), "m.scale_weight": scale(), "m.scale_input": scale(),
+                            "scaled_fp8": torch.zeros(0).to(F8)}),
+    "ComfyUI, marked": ("ComfyUI", {"m.weight": eight(), "scaled_fp8": torch.zeros(2).to(F8)}),
+    "comfy_quant": ("comfy_quant", {"m.weight": eight(), "m.weight_scale": scale(),
+                                    "m.comfy_quant": packed(1, 8, dtype=torch.uint8)}),
+    "LLM.int8": ("LLM.int8", {"m.weight": eight(torch.int8), "m.SCB": scale(4),
+                              "m.weight_format": torch.zeros((), dtype=torch.uint8)}),
+    "GPTQ": ("GPTQ", {"m.qweight": packed(1, 8), "m.qzeros": packed(1, 1), "m.scales": scale(1, 8, dtype=torch.half),
+                      "m.g_idx": torch.zeros(8, dtype=torch.int32)}),
+    "AWQ": ("AWQ", {"m.qweight": packed(4, 1), "m.qzeros": packed(1, 1), "m.scales": scale(1, 8, dtype=torch.half)}),
+    "ct int4": ("compressed-tensors", {"m.weight_packed": packed(4, 1), "m.weight_scale": scale(4, 1),
+                                       "m.weight_shape": torch.tensor([4, 8])}),
+    "ct nvfp4": ("compressed-tensors", {"m.weight_packed": packed(4, 4, dtype=torch.uint8),
+                                        "m.weight_scale": scale(4, 1).to(F8), "m.weight_global_scale": scale(1)}),
+    "nvfp4": ("NVFP4", {"m.weight": packed(4, 4, dtype=torch.uint8), "m.weight_scale": scale(4, 1).to(F8),
+                        "m.weight_scale_2": scale(), "m.input_scale": scale()}),
+    "ct int8": ("8-bit numbers", {"m.weight": eight(torch.int8), "m.weight_scale": scale(4, 1)}),
+    "mxfp4": ("MXFP4", {"m.down_proj_blocks": packed(4, 8, dtype=torch.uint8),
+                        "m.down_proj_scales": packed(4, 1, dtype=torch.uint8)}),
+    "nf4": ("4 bits", {"m.weight": packed(4, 4, dtype=torch.uint8).reshape(-1, 1), "m.weight.absmax": scale(1),
+                       "m.weight.quant_map": scale(16),
+                       "m.weight.quant_state.bitsandbytes__nf4": packed(1, 8, dtype=torch.uint8)}),
+    "nf4 in bf16": ("4 bits", {"m.weight": scale(8, 1, dtype=torch.bfloat16), "m.weight.absmax": scale(1),
+                               "m.weight.quant_map": scale(16),
+                               "m.weight.quant_state.bitsandbytes__nf4": packed(1, 8, dtype=torch.uint8)}),
+    "MLX": ("MLX", {"m.weight": packed(4, 1).to(torch.uint32), "m.scales": scale(4, 1, dtype=torch.half),
+                    "m.biases": scale(4, 1, dtype=torch.half)}),
+}  # fmt: skip
+PLAIN = {"norm.weight": scale(8), "n.weight": scale(4, 8), "n.bias": scale(4), "m.bias": scale(4)}
+# Of honest float models, and of what a plain cast to float8 makes of them.
+HONEST = {
+    "layer scale": {"m.weight": scale(4, 8), "m.layer_scale": scale(8), "ls1.scale": scale(8), "norm.scale": scale(8)},
+    "logit_scale": {"logit_scale": scale(), "visual.weight": scale(4, 8), "position_ids": packed(1, 8)},
+    "cast": {"m.weight": eight(), "m.scale": scale(8).to(F8), "norm.scale": scale(8), "logit_scale": scale()},
+    "integers": {"m.weight": scale(4, 8), "m.index": packed(4, 8), "m.mask": packed(4, 8, dtype=torch.uint8),
+                 "m.logit_scale": scale(4), "scales": scale(3), "other.scaled_fp8_factor": scale(1)},
+    "batch norm": {"bn.weight": scale(8), "bn.running_var": scale(8), "bn.num_batches_tracked": torch.tensor(3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "state"), FORMS.values(), ids=FORMS)
+def test_what_is_quantized_is_known_without_a_config(wconv, tmp_path, said, state):
+    source = save({**PLAIN, **state}, tmp_path / "m.safetensors")
+    way = "'wconv dequantize' writes it" if said == "LLM.int8" else "does not dequantize them yet"
+    before = snapshot(tmp_path)
+    for command in (("recast", "--dtype", "bf16"), ("to-safetensors", "--dtype", "fp16", "-o", tmp_path / "out")):
+        told = wconv(command[0], source, *command[1:], exit_code=4).stderr
+        assert "is quantized" in told
+        assert said in told
+        assert way in told
+    assert snapshot(tmp_path) == before
+    wconv("recast", source, "--dtype", "bf16", "--force")
+    written = load_file(tmp_path / "m.bf16.safetensors")
+    assert_same({name: written[name] for name in state}, state)
+    assert_same({name: written[name] for name in PLAIN}, {name: one.bfloat16() for name, one in PLAIN.items()})
+
+
+@pytest.mark.parametrize("name", ["GPTQ", "nf4 in bf16"])
+def test_copies_are_made_as_ever(wconv, tmp_path, name):
+    state = {**PLAIN, **FORMS[name][1]}
+    save(state, tmp_path / "in" / "pytorch_model.bin")
+    wconv("to-safetensors", tmp_path / "in", "-o", tmp_path / "out")
+    assert_same(load_file(tmp_path / "out" / "model.safetensors"), state)
+    wconv("reshard", tmp_path / "out", "--max-shard-size", "0.2KB", "-o", tmp_path / "shards")
+    wconv("verify", tmp_path / "in", tmp_path / "shards")
+
+
+@pytest.mark.parametrize("state", HONEST.values(), ids=HONEST)
+def test_scales_of_float_models_are_weights(wconv, tmp_path, state):
+    source = save(state, tmp_path / "m.safetensors")
+    assert not find_quantized({info.name: info.dtype for info in open_checkpoint(source).tensors})
+    wconv("recast", source, "--dtype", "bf16")
+    written = load_file(tmp_path / "m.bf16.safetensors")
+    assert {one.dtype for name, one in written.items() if state[name].dtype == torch.float32} == {torch.bfloat16}
+    assert "quantized" not in wconv("doctor", tmp_path, exit_code=None).stdout
+
+
+def test_a_real_model_has_no_companions(builders):
+    for make in (builders.make_clip, builders.make_unet, builders.make_t5, builders.make_vae):
+        dtypes = {name: DTYPES["F8_E4M3" if one.ndim > 1 else "F32"] for name, one in make().state_dict().items()}
+        assert not find_quantized(dtypes)
+
+
+@pytest.mark.parametrize("name", ["fp8 block", "ComfyUI", "GPTQ", "nf4"])
+def test_quantize_and_dequantize_say_what_it_is(wconv, tmp_path, name):
+    said, state = FORMS[name]
+    save({**PLAIN, **state}, tmp_path / "m" / "model.safetensors")
+    write_json(tmp_path / "m" / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+    out = ("-o", tmp_path / "out")
+    told = wconv("quantize", tmp_path / "m", *out, exit_code=4).stderr
+    assert "is quantized already" in told
+    assert said in told
+    told = wconv("dequantize", tmp_path / "m", *out, "--dtype", "bf16", exit_code=4).stderr
+    assert "another form than LLM.int8" in told
+    assert said in told
+    assert "recast" not in told
+
+
+def test_dequantize_does_not_send_back_to_recast(wconv, tmp_path):
+    save(PLAIN, tmp_path / "m" / "model.safetensors")
+    write_json(tmp_path / "m" / "config.json", {"quantization_config": {"quant_method": "other"}})
+    told = wconv("dequantize", tmp_path / "m", "-o", tmp_path / "out", "--dtype", "bf16", exit_code=4).stderr
+    assert "recast" not in told
+    write_json(tmp_path / "m" / "config.json", {})
+    told = wconv("dequantize", tmp_path / "m", "-o", tmp_path / "out", "--dtype", "bf16", exit_code=4).stderr
+    assert "'wconv recast' casts weights that are not quantized" in told
+    wconv("recast", tmp_path / "m", "--dtype", "bf16")
+
+
+def test_core_ml_takes_no_scaled_weights(tmp_path):
+    with pytest.raises(Unsupported, match=r"ComfyUI.*Core ML"):
+        open_single_file(save({**PLAIN, **FORMS["ComfyUI"][1]}, tmp_path / "m.safetensors"))
+
+
+@pytest.mark.parametrize(("said", "state"), FORMS.values(), ids=FORMS)
+def test_the_doctor_finds_them(wconv, tmp_path, said, state):
+    save({**PLAIN, **state}, tmp_path / "model.safetensors")
+
+    def codes(exit_code: int) -> dict[str, str]:
+        found = json.loads(wconv("doctor", tmp_path, "--json", exit_code=exit_code).stdout)["findings"]
+        return {one["code"]: one["problem"] for one in found}
+
+    assert said in codes(0)["quantized"]
+    assert codes(0).keys() == {"quantized"}
+    write_json(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"})
+    assert codes(1).keys() == {"quantized-unsaid"}
+    write_json(tmp_path / "config.json", {"architectures": ["X"], "quantization_config": {}})
+    assert codes(0).keys() == {"quantized"}
+
+
+def test_a_real_4_bit_model(wconv, tmp_path):
+    """bitsandbytes packs on the CPU too, and its own names are what is looked for."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu")
+    state = {f"m.{name}": one for name, one in layer.state_dict().items()}
+    assert len(state) > 2
+    source = save(state, Path(tmp_path / "m.safetensors"))
+    assert "4 bits of bitsandbytes" in wconv("recast", source, "--dtype", "bf16", exit_code=4).stderr

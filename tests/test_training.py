@@ -1,0 +1,143 @@
+"""What trainers leave beside a model stays where it is: outputs of the real Trainer, of accelerate, and of Diffusers'.
+
+The judge of what is left of a model is its own loader.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_state, names_in, save, save_pipeline, write_json
+
+CARRIED = {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def train(model: Any, folder: Path) -> None:
+    """Let the Trainer train for two steps, with a checkpoint at each, and save the model and its state."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    ids = torch.arange(8)
+    how = TrainingArguments(
+        output_dir=str(folder), max_steps=2, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        logging_strategy="no", per_device_train_batch_size=1, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(model, how, train_dataset=[{"input_ids": ids, "labels": ids}] * 2)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+
+
+def save_state(model: Any, folder: Path) -> None:
+    """Let accelerate save a model and all that a run goes on from: beside it, and in a checkpoint's folder."""
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    accelerator.prepare(model, optimizer, scheduler)
+    model.save_pretrained(folder)
+    accelerator.save_state(str(folder / "step_4"), safe_serialization=False)
+    accelerator.save_state(str(folder))
+
+
+@pytest.fixture(scope="module")
+def trained(builders: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Give folders by the library that wrote them."""
+    root = tmp_path_factory.mktemp("trained")
+    logging.disable()
+    try:
+        for name, write in (("trainer", train), ("accelerate", save_state)):
+            write(builders.make_llama(tied=False).train(), root / name)
+    finally:
+        logging.disable(logging.NOTSET)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        (
+            "trainer",
+            ["checkpoint-1/ (a training checkpoint: 8 files", "checkpoint-2/", "trainer_state.json (training "],
+        ),
+        (
+            "accelerate",
+            ["optimizer.bin (training state, ", "random_states_0.pkl", "scheduler.bin", "step_4/ (a training"],
+        ),
+    ],
+)
+def test_training_state_is_left_behind(name, left, trained, builders, wconv, tmp_path):
+    for args in (("--dry-run",), ()):
+        shown = wconv("to-safetensors", trained[name], "-o", tmp_path / "out", *args).stdout
+        for path in left:
+            assert f"not carried over: {path}" in shown
+        assert "2 other files, " in shown
+        assert ": config.json, generation_config.json." in shown
+    assert set(names_in(tmp_path / "out")) == CARRIED
+    told = json.loads(wconv("recast", trained[name], "--dtype", "bf16", "-o", tmp_path / "b", "--json").stdout)
+    assert told["carried_nbytes"] == sum((trained[name] / path).stat().st_size for path in told["carried"])
+    assert not any("optimizer" in path for path in names_in(tmp_path / "b"))
+    loaded = builders.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.state_dict().keys() == builders.make_llama(tied=False).state_dict().keys()
+
+
+def test_it_is_shown_for_what_it_is(trained, wconv):
+    told = json.loads(wconv("inspect", trained["trainer"], "--json").stdout)
+    assert {"training_args.bin", "checkpoint-1/optimizer.pt", "checkpoint-1/rng_state.pth"} <= set(
+        told["training_state"]
+    )
+    assert "checkpoint-1/model.safetensors" in told["other_weights"]
+
+
+def test_a_checkpoint_in_a_pipeline_is_no_part_of_it(wconv, tmp_path):
+    folder = save_pipeline(tmp_path / "m")
+    for path in ("pytorch_lora_weights.safetensors", "optimizer.bin", "random_states_0.pkl"):
+        save(make_state(), folder / "checkpoint-500" / path)
+    save(make_state(), folder / "checkpoint-600" / "unet" / "diffusion_pytorch_model.safetensors")
+    for path in ("checkpoint-600/optimizer.bin", "checkpoint-600/unet/config.json", "scheduler/notes.txt"):
+        write_json(folder / path, {})
+    shown = wconv("to-safetensors", folder, "-o", tmp_path / "out").stdout
+    assert not any("checkpoint" in name for name in names_in(tmp_path / "out"))
+    assert "not carried over: checkpoint-500/ (a training checkpoint: 3 files, " in shown
+    assert {"scheduler/scheduler_config.json", "scheduler/notes.txt"} <= set(names_in(tmp_path / "out"))
+    assert "checkpoint" not in wconv("doctor", folder, exit_code=1).stdout
+
+
+def test_a_checkpoint_in_a_sentence_transformers_model_is_no_part_of_it(wconv, tmp_path):
+    folder = tmp_path / "m"
+    for path in ("model.safetensors", "2_Dense/model.safetensors", "checkpoint-5/model.safetensors"):
+        save(make_state(), folder / path)
+    for path in ("modules.json", "1_Pooling/config.json", "checkpoint-5/trainer_state.json"):
+        write_json(folder / path, {})
+    wconv("to-safetensors", folder, "-o", tmp_path / "out")
+    assert names_in(tmp_path / "out") == [
+        "1_Pooling/config.json",
+        "2_Dense/model.safetensors",
+        "model.safetensors",
+        "modules.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["onnx/model.onnx", "openvino/openvino_model.bin", "coreml/m.mlpackage/Data/weight.bin", "fsdp_0/__0_0.distcp"],
+)
+def test_a_folder_whose_weights_stay_behind_stays_behind(path, wconv, tmp_path):
+    folder = tmp_path / "m"
+    save(make_state(), folder / "model.safetensors")
+    (folder / path).parent.mkdir(parents=True)
+    (folder / path).write_bytes(b"\0" * 50)
+    write_json((folder / path).parent / "config.json", {})
+    write_json(folder / "1_Pooling" / "config.json", {})
+    shown = wconv("to-safetensors", folder, "-o", tmp_path / "out").stdout
+    assert set(names_in(tmp_path / "out")) == {"model.safetensors", "1_Pooling/config.json"}
+    assert "(weights that are no part of the model: 2 files, 53 bytes)" in shown
+    shutil.rmtree(tmp_path / "out")

@@ -1,0 +1,150 @@
+"""Parts of checkpoints that distributed training wrote are refused by name, by every command, and never converted."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from tiny import assert_same, make_state, save, snapshot, write_json
+
+from converter.checkpoint import open_checkpoint
+from converter.errors import TrainingPiece
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:.*TypedStorage")
+
+EMPTY = {"l1.weight": torch.zeros(0), "l1.bias": torch.zeros(0), "l2.weight": torch.zeros(0).bfloat16()}
+SHAPES = [OrderedDict({name: torch.Size([4, 4]) for name in EMPTY})]
+
+
+def zero_model_states(stage: int = 3, **more: Any) -> dict[str, Any]:
+    """Give what DeepSpeed's engine puts into a model_states file (``_get_zero_ckpt_prefix``, ``_save_checkpoint``)."""
+    module = EMPTY if stage == 3 else {name: torch.ones(4, 4) for name in EMPTY}
+    module = {**module, "buf": torch.arange(4.0)}
+    return {"module": module, "buffer_names": ["buf"], "optimizer": None, "param_shapes": SHAPES, "shared_params": {},
+            "frozen_param_shapes": None, "frozen_param_fragments": None, "ds_version": "0.19.8", "mp_world_size": 1,
+            "dp_world_size": 2, **more}  # fmt: skip
+
+
+OPTIM = {"optimizer_state_dict": {"zero_stage": 3, "partition_count": 2, "fp32_flat_groups": [torch.ones(16)]},
+         "ds_version": "0.19.8"}  # fmt: skip
+# The file, what is in it, and a part of what names its reader; of those after a bar, files that lie beside it.
+FILES = {
+    "ZeRO-3": ("zero_pp_rank_0_mp_rank_00_model_states.pt", zero_model_states(), "zero_to_fp32.py"),
+    "ZeRO-3, renamed": ("model.pt", zero_model_states(), "zero_to_fp32.py"),
+    "ZeRO-3, with frozen ones": (
+        "model.pt", zero_model_states(frozen_param_fragments={"f.weight": torch.ones(2)}), "zero_to_fp32.py"),
+    "ZeRO, optimizer": ("bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", OPTIM, "zero_to_fp32.py"),
+    "ZeRO, optimizer, renamed": ("a.pt", OPTIM, "zero_to_fp32.py"),
+    "DeepSpeed, tensor-parallel": ("mp_rank_01_model_states.pt", zero_model_states(1), "DeepSpeed"),
+    "DeepSpeed, first of two": ("mp_rank_00_model_states.pt|mp_rank_01_model_states.pt", zero_model_states(1), "DeepS"),
+    "DeepSpeed, tensor-parallel, renamed": ("a.pt", zero_model_states(1, mp_world_size=2), "DeepSpeed"),
+    "DeepSpeed, a layer": ("layer_03-model_00-model_states.pt", make_state("ab"), "DeepSpeed"),
+    "a model saved under ZeRO-3": ("pytorch_model.bin", {**EMPTY, "norm.weight": torch.ones(4)}, "zero_to_fp32.py"),
+    "the same in safetensors": ("model.safetensors", {**EMPTY, "norm.weight": torch.ones(4)}, "zero_to_fp32.py"),
+    "accelerate": ("pytorch_model_fsdp_0_rank1.bin", make_state("ab"), "FULL_STATE_DICT"),
+    "accelerate, local": ("pytorch_model_fsdp_rank0.bin", make_state("ab"), "FULL_STATE_DICT"),
+    "verl": ("model_world_size_8_rank_3.pt", make_state("ab"), "verl.model_merger"),
+    "Megatron": ("mp_rank_01/model_optim_rng.pt|mp_rank_00/x.pt", {"model": make_state("ab")}, "Megatron"),
+    "Megatron, pipeline": ("mp_rank_00_000/model_optim_rng.pt|mp_rank_00_001/x.pt", make_state(), "Megatron"),
+    "Llama of Meta": ("consolidated.00.pth|consolidated.01.pth", make_state("ab"), "convert_llama_weights_to_hf.py"),
+    "vLLM": ("model-rank-0-part-0.safetensors|model-rank-1-part-0.safetensors", make_state("ab"), "vLLM"),
+    "NeMo": ("m.nemo", make_state("ab"), "NeMo"),
+}  # fmt: skip
+# What looks like a piece and is a whole.
+WHOLES = {
+    "ZeRO-2": ("mp_rank_00_model_states.pt", zero_model_states(2), ("--key", "module")),
+    "the only rank of verl": ("model_world_size_1_rank_0.pt", make_state("ab"), ()),
+    "FULL_STATE_DICT": ("pytorch_model_fsdp.bin", make_state("ab"), ()),
+    "the only part of Meta's": ("consolidated.00.pth", make_state("ab"), ()),
+    "the only rank of Megatron": ("mp_rank_00/model_optim_rng.pt", {"model": make_state("ab")}, ()),
+    "some empty tensors": ("model.bin", {"a.weight": torch.zeros(0), "b.bias": torch.zeros(0), **make_state("c")}, ()),
+}
+
+
+def made(folder: Path, spelled: str, content: Any) -> Path:
+    names = spelled.split("|")
+    for name in reversed(names):
+        save(content, folder / name)
+    return folder / names[0]
+
+
+@pytest.mark.parametrize(("spelled", "content", "said"), FILES.values(), ids=FILES)
+def test_a_piece_is_refused_and_its_reader_named(wconv, tmp_path, spelled, content, said):
+    path = made(tmp_path / "in", spelled, content)
+    before = snapshot(tmp_path)
+    for command in (("to-safetensors", path), ("inspect", path), ("recast", path, "--dtype", "bf16")):
+        done = wconv(*command, exit_code=4)
+        assert said in done.stderr
+        assert "etch" not in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    if path.suffix != ".nemo":
+        assert said in wconv("to-safetensors", path.parent, "-o", tmp_path / "out", exit_code=4).stderr
+        found = json.loads(wconv("doctor", path.parent, "--json", exit_code=1).stdout)["findings"]
+        assert {one["code"] for one in found} == {"training-piece"}
+        assert said in found[0]["problem"]
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(("spelled", "content", "options"), WHOLES.values(), ids=WHOLES)
+def test_a_whole_is_none(wconv, tmp_path, spelled, content, options):
+    path = made(tmp_path / "in", spelled, content)
+    wconv("to-safetensors", path, *options)
+    wconv("doctor", path.parent, exit_code=None)
+
+
+def test_a_folder_of_dcp(wconv, tmp_path):
+    """torch itself writes it, and what the refusal names makes one file of it that converts."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    folder = tmp_path / "checkpoint-5" / "pytorch_model_fsdp_0"
+    state = make_state("ab")
+    dcp.save({"model": state}, checkpoint_id=folder, no_dist=True)
+    for source in (folder, folder.parent, next(folder.glob("*.distcp"))):
+        done = wconv("to-safetensors", source, "-o", tmp_path / "out", exit_code=4)
+        assert "format_utils dcp_to_torch" in done.stderr
+    found = json.loads(wconv("doctor", folder, "--json", exit_code=1).stdout)["findings"]
+    assert [one["code"] for one in found] == ["training-piece"]
+    assert "format_utils dcp_to_torch" in wconv("doctor", folder.parent, exit_code=4).stderr
+    dcp_to_torch_save(folder, tmp_path / "one.pt")
+    wconv("to-safetensors", tmp_path / "one.pt")
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        assert_same({name: file.get_tensor(name) for name in file.keys()}, state)  # noqa: SIM118
+    (folder / ".metadata").unlink()
+    assert "never finished" in wconv("inspect", folder, exit_code=4).stderr
+
+
+def test_shards_of_dcp_in_safetensors(wconv, tmp_path):
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "m"), save_distributed=True)
+    dcp.save(make_state("ab"), storage_writer=writer, no_dist=True)
+    (path,) = (tmp_path / "m").iterdir()
+    before = snapshot(tmp_path)
+    for source in (path, path.parent):
+        done = wconv("reshard", source, "--max-shard-size", "none", "-o", tmp_path / "out", exit_code=4)
+        assert "consolidate_safetensors_files" in done.stderr
+    found = json.loads(wconv("doctor", path.parent, "--json", exit_code=1).stdout)["findings"]
+    assert [one["code"] for one in found] == ["training-piece"]
+    assert "nothing" in wconv("doctor", path.parent, "--fix", exit_code=None).stdout.lower()
+    assert snapshot(tmp_path) == before
+
+
+def test_weights_beside_pieces_in_other_folders_are_read(wconv, tmp_path):
+    save(make_state("ab"), tmp_path / "m" / "model.safetensors")
+    dcp.save({"model": make_state()}, checkpoint_id=tmp_path / "m" / "pytorch_model_fsdp_0", no_dist=True)
+    wconv("recast", tmp_path / "m", "--dtype", "bf16")
+
+
+def test_a_trainers_folder_with_zero_in_it(wconv, tmp_path):
+    save(zero_model_states(), tmp_path / "c" / "global_step5" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    write_json(tmp_path / "c" / "config.json", {"architectures": ["LlamaForCausalLM"]})
+    assert "zero_to_fp32.py" in wconv("to-safetensors", tmp_path / "c", exit_code=4).stderr
+
+
+def test_in_python(tmp_path):
+    with pytest.raises(TrainingPiece, match="rank's part"):
+        open_checkpoint(save(make_state(), tmp_path / "model_world_size_8_rank_3.pt"))

@@ -1,0 +1,171 @@
+"""What is asked for and cannot be, or means nothing, is refused, on the command line and in Python.
+
+And whatever takes a path takes a text, whatever takes a dtype its name.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import assert_same, is_same, make_state, save, snapshot, write_json
+
+from converter import (
+    BadRequest,
+    ModuleChoice,
+    Wishes,
+    convert,
+    diagnose,
+    open_checkpoint,
+    open_folder,
+    plan_conversion,
+    plan_rename,
+    prepare_dequantized,
+    prepare_quantized,
+    run_plan,
+    verify,
+)
+from converter.dtypes import DTYPES
+
+STATE = make_state()
+HALF = {name: tensor.half() for name, tensor in STATE.items()}
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        ({"on_overflow": "clip"}, "'clip': is no on_overflow. It is one of 'error', 'saturate', 'inf'."),
+        ({"form": "gguf"}, "'gguf': is no form. It is one of 'safetensors', 'torch', None."),
+        ({"tied": "both"}, "'both': is no tied. It is one of 'first', 'duplicate', None."),
+        ({"dtype": "bf17"}, "'bf17': is no dtype to cast to. It is one of fp32, bf16, fp16, fp8_e4m3fn, fp8_e5m2."),
+        ({"dtype": DTYPES["I64"]}, "is no dtype to cast to. "),
+        ({"dtype": torch.float16}, "torch.float16: is no dtype to cast to. "),
+        ({"max_shard_nbytes": -1}, "-1: is no size of a shard. "),
+        ({"max_shard_nbytes": 0}, "0: is no size of a shard. "),
+        ({"max_shard_nbytes": math.nan}, "nan: is no size of a shard. "),
+        ({"max_shard_nbytes": "5XB"}, "'5XB': is no size. Write it as 5GB, 500MB or 2GiB."),
+        ({"max_shard_nbytes": "-5GB"}, "'-5GB': is no size. "),
+        ({"max_shard_nbytes": "5"}, "'5': is 5 bytes. Write it as 5GB, 500MB or 2GiB, or as 5B."),
+    ],
+    ids=str,
+)
+def test_wishes_that_are_none_are_refused(wishes: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        Wishes(**wishes)
+    assert said in str(caught.value)
+
+
+def test_texts_are_taken_for_what_they_name() -> None:
+    wishes = Wishes(dtype="BF16", max_shard_nbytes="5GB", components="unet", keep_fp32="norm")  # type: ignore[arg-type]
+    assert wishes == Wishes(
+        dtype=DTYPES["BF16"], max_shard_nbytes=5_000_000_000, components=("unet",), keep_fp32=("norm",)
+    )
+    assert Wishes(max_shard_nbytes="none").max_shard_nbytes == math.inf  # type: ignore[arg-type]
+    assert ModuleChoice(include="q_proj", skip=["lm_head"]) == ModuleChoice(("q_proj",), ("lm_head",))  # type: ignore[arg-type]
+
+
+def test_paths_may_be_texts_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(STATE, Path("m/model.safetensors"))
+    assert open_folder("m").components[0].weight_sets
+    assert len(open_checkpoint("m/model.safetensors").tensors) == 6
+    assert plan_rename("m", "none", "ema").sets
+    assert diagnose("m").is_healthy
+    run_plan(plan_conversion("m", "planned", Wishes(dtype="bf16", variant="none")))  # type: ignore[arg-type]
+    assert_same(load_file("planned/model.safetensors"), {name: tensor.bfloat16() for name, tensor in STATE.items()})
+    convert("m", "converted", Wishes(max_shard_nbytes="5GB"))  # type: ignore[arg-type]
+    assert verify("m", "converted").is_equal
+
+
+def test_8_bits_take_texts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save({"fc.weight": torch.randn(8, 8), "fc.bias": torch.randn(8)}, Path("m/model.safetensors"))
+    write_json(Path("m/config.json"), {"architectures": ["Unheard"]})
+    done = prepare_quantized("m", "small", Wishes(), ModuleChoice(include="fc"))
+    assert done.plan is not None
+    run_plan(done.plan)
+    done = prepare_dequantized("small", "back", Wishes(dtype="fp32"))  # type: ignore[arg-type]
+    assert done.plan is not None
+    run_plan(done.plan)
+    assert load_file("back/model.safetensors")["fc.weight"].dtype is torch.float32
+    with pytest.raises(BadRequest, match="needs a dtype to be written in"):
+        prepare_dequantized("small", "again", Wishes())
+
+
+# Names that belie the dtype.
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("recast", "m", "--dtype", "bf16", "--variant", "fp16"),
+         "would be named fp16 and hold bf16. Use --dtype fp16, or --variant bf16."),
+        (("to-safetensors", "m", "-o", "out", "--variant", "fp16"),
+         "would be named fp16 and hold fp32. Use --dtype fp16, or --variant fp32."),
+        (("recast", "m/model.safetensors", "-o", "y.fp16.safetensors", "--dtype", "bf16"),
+         "would be named fp16 and hold bf16. Use --dtype fp16, or --variant bf16."),
+        (("to-safetensors", "both", "-o", "out", "--dtype", "bf16"),
+         "would be named fp16 and hold bf16. Use --dtype fp16, or --variant bf16."),
+    ],
+)  # fmt: skip
+def test_a_tag_of_another_dtype_is_refused(args, said, wconv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(STATE, Path("m/model.safetensors"))
+    save(STATE, Path("both/pytorch_model.bin"))
+    save(HALF, Path("both/pytorch_model.fp16.bin"))
+    before = snapshot(tmp_path)
+    assert said in wconv(*args, exit_code=2).stderr
+    assert snapshot(tmp_path) == before
+
+
+def test_tags_that_fit_or_name_no_dtype_are_taken(wconv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mixed = {**HALF, "norm": torch.ones(4)}
+    save(mixed, Path("m/model.safetensors"))
+    wconv("to-safetensors", "m", "-o", "fits", "--variant", "fp16")
+    wconv("to-safetensors", "m", "-o", "none", "--variant", "ema")
+    wconv("recast", "m", "-o", "cast", "--dtype", "bf16", "--variant", "bfloat16", "--keep-fp32", "norm")
+    assert is_same(load_file("fits/model.fp16.safetensors"), mixed)
+    assert load_file("cast/model.bfloat16.safetensors")["norm"].dtype is torch.float32
+
+
+def test_a_tag_that_was_wrong_before_is_for_the_doctor(wconv, tmp_path):
+    save(STATE, tmp_path / "m" / "pytorch_model.fp16.bin")
+    wconv("to-safetensors", tmp_path / "m")
+    assert_same(load_file(tmp_path / "m" / "model.fp16.safetensors"), STATE)
+
+
+# Names to be kept in float32.
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("recast", "--dtype", "bf16", "--keep-fp32", "nrom"),
+         "m: has no tensor to be cast whose name holds 'nrom', as --keep-fp32 has it. 'wconv inspect --tensors' "),
+        (("recast", "--dtype", "bf16", "--keep-fp32", "norm", "--keep-fp32", "count"), "whose name holds 'count'"),
+        (("recast", "--dtype", "bf16", "--keep-fp32", "("), "is no regular expression"),
+        (("to-safetensors", "--keep-fp32", "norm"), "m: is not cast, and --keep-fp32 is for casts. Leave it out, or "),
+    ],
+)  # fmt: skip
+def test_keeping_what_is_not_there_is_refused(args, said, wconv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = {"norm.weight": torch.ones(4), "a": torch.ones(4), "count": torch.ones(4, dtype=torch.int64)}
+    Path("m").mkdir()
+    save_file(state, "m/pytorch.safetensors", {"format": "pt"})
+    name, *options = args
+    assert said in wconv(name, "m", *options, "-o", "out", exit_code=2).stderr
+    assert not Path("out").exists()
+
+
+def test_a_name_of_one_part_alone_is_kept_there(wconv, tmp_path):
+    for part, name in (("unet", "norm.weight"), ("vae", "a")):
+        save({name: torch.ones(4)}, tmp_path / "m" / part / "diffusion_pytorch_model.safetensors")
+    write_json(tmp_path / "m" / "model_index.json", {"_class_name": "X"})
+    wconv("recast", tmp_path / "m", "--dtype", "bf16", "--keep-fp32", "norm", "-o", tmp_path / "out")
+    path = tmp_path / "out" / "unet" / "diffusion_pytorch_model.bf16.safetensors"
+    assert load_file(path)["norm.weight"].dtype is torch.float32
