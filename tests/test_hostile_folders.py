@@ -75,10 +75,9 @@ def test_the_doctor_looks_at_thousands_of_files(
 
 @pytest.mark.slow
 def test_thousands_of_variants_are_written_again(tmp_path: Path) -> None:
-    for number in range(3_000):
+    for number in range(6_000):
         (tmp_path / f"model.v{number}.safetensors").write_bytes(ONE)
     assert run("to-safetensors", tmp_path, "--overwrite", "--dry-run") == 0
-    assert run("to-safetensors", tmp_path, "-o", tmp_path / "out", "--dry-run") == 0
 
 
 @pytest.mark.parametrize("shape", [(1 << 33, 1), (2, 1 << 40)])

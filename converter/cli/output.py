@@ -80,8 +80,8 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def show_json(content: Any) -> None:
-    """Print the machine-readable form of a result: nothing is cut, and what a terminal would obey is spelled out."""
-    _print(json.dumps(content, indent=2).replace("\x7f", "\\u007f"))  # all else that is no ASCII is spelled already
+    """Print the machine-readable form of a result, of which nothing is cut."""
+    _print(json.dumps(content, indent=2))  # in ASCII, and control characters are spelled
 
 
 class Meter:
