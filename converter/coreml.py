@@ -166,7 +166,9 @@ def _adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Che
 
 def _old_classes(source: Path) -> dict[str, bytes]:
     """Name classes in model_index.json as all versions do: without torchvision, transformers 5 writes ``...Pil``."""
-    content, _ = read_json(source / "model_index.json")
+    content, error = read_json(source / "model_index.json")
+    if error:
+        raise BadFile(source / "model_index.json", f"cannot be read ({error})", "Fetch the whole pipeline again.")
     edited = {
         name: [entry[0], entry[1].removesuffix("Pil")] if name in _FILES and _is_class(entry) else entry
         for name, entry in content.items()
