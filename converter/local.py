@@ -198,7 +198,7 @@ class Root:
 
         For folders that nobody else writes to: what it is called until then can be foretold.
         """
-        beside = f"{name}.new"
+        beside = half_written(name)
         try:
             self.remove(beside)  # of a run that was killed
             with self.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600) as file:
@@ -272,6 +272,11 @@ def open_staged(path: Path) -> Iterator[BinaryIO]:
 def is_mine(found: os.stat_result) -> bool:
     """Say whether an entry is of this user, as far as the system can tell."""
     return not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+
+
+def half_written(name: str) -> str:
+    """Name the file that ``Root.write`` writes until it is whole."""
+    return f"{name}.new"
 
 
 def plain_parts(name: str) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused
-from converter.local import Root
+from converter.local import Root, half_written
 
 Kind = Literal["run", "undo"]
 
@@ -122,6 +122,8 @@ class Notes:
         except OSError as error:
             raise SystemRefused.from_os_error(error, self.place) from None
         try:
+            for name in (self._name("run"), self._name("undo")):
+                (self.place / half_written(name)).unlink(missing_ok=True)  # of a run that was killed
             yield
         finally:
             _release(lock.lock_file, lock.release)

@@ -35,7 +35,7 @@ from converter.texts import MAX_HEADER_MARKS, Pairs, parse_json
 
 MAX_HEADER_NBYTES = 100_000_000  # same cap as the reference reader
 METADATA_KEY = "__metadata__"
-_MAX_METADATA = 10_000_000  # trainers' notes, and a picture: some MB at the most
+_MAX_METADATA = 20_000_000  # trainers' notes, and a picture: some MB at the most
 # The reference reader counts elements in 64 bits, and refuses what overflows on the way; torch counts strides in 63.
 _TOO_LARGE = 1 << 63
 _INCOMPLETE = "The file may be incomplete: fetch it again."
