@@ -149,21 +149,25 @@ class Root:
 
     def _copy(self, name: str, to: Root, new: str) -> None:
         """Copy a file that is no link, with its times; the copy is on the disk when it has its name."""
-        beside = f"{new}.half"
+        with self.open(name, os.O_RDONLY) as source, to._whole(new, f"{new}.half") as out:
+            _copy_bytes(source, out)
+            found = os.fstat(source)
+            if os.utime in os.supports_fd:
+                os.utime(out, ns=(found.st_atime_ns, found.st_mtime_ns))
+            _give_mode(out, found)
+
+    @contextmanager
+    def _whole(self, name: str, beside: str, mode: int = 0o666) -> Iterator[int]:
+        """Open a file to write that has its name once it is whole, and on the disk; until then it is ``beside``."""
         try:
-            to.remove(beside)  # of a run that was killed
-            with self.open(name, os.O_RDONLY) as source, to.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as out:
-                _copy_bytes(source, out)
-                found = os.fstat(source)
-                if os.utime in os.supports_fd:
-                    os.utime(out, ns=(found.st_atime_ns, found.st_mtime_ns))
-                if os.chmod in os.supports_fd:
-                    os.chmod(out, stat.S_IMODE(found.st_mode) & 0o777)  # noqa: PTH101
-                os.fsync(out)
-            to.replace(beside, to, new)
+            self.remove(beside)  # of a run that was killed
+            with self.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode) as file:
+                yield file
+                os.fsync(file)
+            self.replace(beside, self, name)
         except BaseException:
             with suppress(OSError):
-                to.remove(beside)
+                self.remove(beside)
             raise
 
     def take(self, source: int, name: str) -> None:
@@ -173,8 +177,7 @@ class Root:
         with self.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as out:
             if found.st_size:  # files of /proc say that they are empty, and some of them have no end
                 _copy_bytes(source, out)
-            if os.chmod in os.supports_fd:
-                os.chmod(out, stat.S_IMODE(found.st_mode) & 0o777)  # noqa: PTH101
+            _give_mode(out, found)
 
     def put(self, name: str, raw: bytes) -> None:
         """Write a small file; one that has the name goes."""
@@ -198,17 +201,8 @@ class Root:
 
         For folders that nobody else writes to: what it is called until then can be foretold.
         """
-        beside = half_written(name)
-        try:
-            self.remove(beside)  # of a run that was killed
-            with self.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600) as file:
-                write_all(file, raw)
-                os.fsync(file)
-            self.replace(beside, self, name)
-        except BaseException:
-            with suppress(OSError):
-                self.remove(beside)
-            raise
+        with self._whole(name, half_written(name), 0o600) as file:
+            write_all(file, raw)
         self.sync(PurePosixPath(name).parent.as_posix().removeprefix("."))
 
     def sync(self, name: str = "") -> None:
@@ -318,6 +312,12 @@ def _look_along(path: Path, parts: list[str]) -> Path:
         if path.is_symlink():
             raise OSError(errno.ELOOP, "a link is in the way", str(path))
     return path.joinpath(*parts[-1:])
+
+
+def _give_mode(file: int, found: os.stat_result) -> None:
+    """Let those read and write a file who may another, as far as the system can."""
+    if os.chmod in os.supports_fd:
+        os.chmod(file, stat.S_IMODE(found.st_mode) & 0o777)
 
 
 def _copy_bytes(source: int, out: int) -> None:

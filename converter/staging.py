@@ -57,9 +57,11 @@ class Staging:
         """Make the folder to stage in, which nobody else may look into."""
         self._made = _make_folders(Path(self._run.place))
         try:
-            self.root = Root(Path(self._run.place))
-            self.root.make_folder(self._run.name, 0o700)
-            self.root.make_folder(self._run.staged())
+            with ExitStack() as closing:
+                self.root = closing.enter_context(Root(Path(self._run.place)))
+                self.root.make_folder(self._run.name, 0o700)
+                self.root.make_folder(self._run.staged())
+                closing.pop_all()  # it stays open until this is left
         except BaseException:
             _remove_empty([self.folder, *self._made])
             if not os.path.lexists(self.folder):  # what a killed run has staged there is for the next one
