@@ -6,7 +6,7 @@ BENCH_ARGS ?=
 FUZZ_ARGS ?=
 
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
-PACKAGE := setup.cfg pyproject.toml $(wildcard converter/*.py converter/*/*.py)
+PACKAGE := setup.cfg pyproject.toml $(wildcard converter/*.py converter/*/*.py converter/*/*/*.py)
 # The torch that the tests are pinned to, as setup.cfg has it.
 TORCH := $(shell sed -n 's/^ *\(torch==[^ ]*\).*/\1/p' setup.cfg)
 # Every file of a folder with its size.

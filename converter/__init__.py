@@ -12,12 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from converter.checkpoint import Checkpoint, WeightSet, open_checkpoint
-    from converter.choose import Wishes
-    from converter.compare import verify
-    from converter.conversion import convert, plan_conversion
     from converter.doctor import Diagnosis, diagnose, mend
-    from converter.doctor.mend import Choices, plan_mending
+    from converter.doctor.repair import Choices, plan_mending
     from converter.dtypes import DType
     from converter.errors import (
         BadFile,
@@ -29,18 +25,22 @@ if TYPE_CHECKING:
         Unsupported,
         WconvError,
     )
-    from converter.folder import Component, ModelFolder, open_folder
-    from converter.index import WeightIndex
-    from converter.names import WeightsName
-    from converter.plan import Copy, Plan, Shard, make_plan
-    from converter.quantize import ModuleChoice, Quantization, prepare_dequantized, prepare_quantized
-    from converter.rename import plan_rename
-    from converter.run import Result, run_plan
-    from converter.tensors import ByteRange, TensorInfo
+    from converter.models.checkpoint import Checkpoint, WeightSet, open_checkpoint
+    from converter.models.folder import Component, ModelFolder, open_folder
+    from converter.models.index import WeightIndex
+    from converter.models.names import WeightsName
+    from converter.models.select import Wishes
+    from converter.plan.make import Copy, Plan, Shard, make_plan
+    from converter.recipes.convert import convert, plan_conversion
+    from converter.recipes.quantize import ModuleChoice, Quantization, prepare_dequantized, prepare_quantized
+    from converter.recipes.rename import plan_rename
+    from converter.recipes.verify import verify
+    from converter.run.execute import Result, run_plan
+    from converter.tensors.base import ByteRange, TensorInfo
 
 _HOMES = {
-    "checkpoint": ("Checkpoint", "WeightSet", "open_checkpoint"),
-    "conversion": ("convert", "plan_conversion"),
+    "models.checkpoint": ("Checkpoint", "WeightSet", "open_checkpoint"),
+    "recipes.convert": ("convert", "plan_conversion"),
     "doctor": ("Choices", "Diagnosis", "diagnose", "mend", "plan_mending"),
     "dtypes": ("DType",),
     "errors": (
@@ -53,16 +53,16 @@ _HOMES = {
         "Unsupported",
         "WconvError",
     ),
-    "folder": ("Component", "ModelFolder", "open_folder"),
-    "index": ("WeightIndex",),
-    "names": ("WeightsName",),
-    "choose": ("Wishes",),
-    "plan": ("Copy", "Plan", "Shard", "make_plan"),
-    "quantize": ("ModuleChoice", "Quantization", "prepare_dequantized", "prepare_quantized"),
-    "rename": ("plan_rename",),
-    "run": ("Result", "run_plan"),
-    "tensors": ("ByteRange", "TensorInfo"),
-    "compare": ("verify",),
+    "models.folder": ("Component", "ModelFolder", "open_folder"),
+    "models.index": ("WeightIndex",),
+    "models.names": ("WeightsName",),
+    "models.select": ("Wishes",),
+    "plan.make": ("Copy", "Plan", "Shard", "make_plan"),
+    "recipes.quantize": ("ModuleChoice", "Quantization", "prepare_dequantized", "prepare_quantized"),
+    "recipes.rename": ("plan_rename",),
+    "run.execute": ("Result", "run_plan"),
+    "tensors.base": ("ByteRange", "TensorInfo"),
+    "recipes.verify": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -12,20 +12,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converter.checkpoint import Checkpoint, WeightSet, rename_tensors
-from converter.choose import OnOverflow, Wishes, choose_sets
-from converter.conversion import plan_conversion, plan_rest, plan_single_file, request_of
 from converter.doctor.checks import run_checks
 from converter.doctor.findings import Finding
 from converter.doctor.loaders import COREML_VARIANT
 from converter.doctor.view import look, read_json
-from converter.dtypes import BY_ALIAS
+from converter.dtypes import BY_ALIAS, OnOverflow
 from converter.errors import BadFile, BadRequest, Unsupported
-from converter.folder import Component, ModelFolder, render_json
-from converter.paths import check_places, snapshot_of
-from converter.plan import Plan
-from converter.single_file import open_single_file
-from converter.staging import recover
+from converter.models.checkpoint import Checkpoint, WeightSet, rename_tensors
+from converter.models.folder import Component, ModelFolder, render_json
+from converter.models.paths import check_places, snapshot_of
+from converter.models.select import Wishes, choose_sets
+from converter.plan.make import Plan
+from converter.recipes.convert import plan_conversion, plan_rest, plan_single_file, request_of
+from converter.run.staging import recover
+from converter.transforms.stable_diffusion import open_single_file
 
 # By class: what is put before names that begin with the second.
 _PREFIXES = {

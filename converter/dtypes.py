@@ -7,6 +7,7 @@ The order of the rows is the order in which safetensors lays tensors out in a fi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,9 @@ _ROWS: tuple[tuple[str, int, str, str, tuple[str, ...], bool], ...] = (
 
 RECAST_SOURCES = frozenset({"F64", "F32", "BF16", "F16", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E4M3", "F8_E5M2"})
 """What is cast when a dtype is asked for. The smaller ones, and F8_E8M0, stand for nothing without their scales."""
+
+OnOverflow = Literal["error", "saturate", "inf"]
+"""What becomes of values that the dtype of a cast cannot hold."""
 
 RECAST_TARGETS = ("fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
 

@@ -21,11 +21,12 @@ MAX_LEN = 4096
 
 def reader(target: str) -> Callable[[Path, bytes], object]:
     """Give what a target does with the bytes it is fed."""
-    from converter.formats import safetensors, torch_stream, torch_zip
-    from converter.formats.state_dict import Reading, choose_state_dict
-    from converter.formats.torch_pickle import parse_pickle
-    from converter.opening import Opened, open_source
-    from converter.sources import SourceFiles, read_chunks
+    from converter.formats import safetensors
+    from converter.formats.torch import archive, legacy
+    from converter.formats.torch.rebuild import parse_pickle
+    from converter.formats.torch.state_dict import Reading, choose_state_dict
+    from converter.storage.opening import Opened, open_source
+    from converter.tensors.reader import SourceFiles, read_chunks
 
     lenient = Reading(strip_code=True, lenient=True)
 
@@ -42,8 +43,8 @@ def reader(target: str) -> Callable[[Path, bytes], object]:
                     len(chunk)
 
     return {
-        "zip": lambda path, _: read_values(path, lambda opened: torch_zip.read_file(opened, lenient)),
-        "stream": lambda path, _: read_values(path, lambda opened: torch_stream.read_file(opened, lenient)),
+        "zip": lambda path, _: read_values(path, lambda opened: archive.read_file(opened, lenient)),
+        "stream": lambda path, _: read_values(path, lambda opened: legacy.read_file(opened, lenient)),
         "pickle": read_pickle,
         "safetensors": lambda path, _: read_values(path, safetensors.read_file),
     }[target]

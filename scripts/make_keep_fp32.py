@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from converter.dtypes import BY_ALIAS
-from converter.keep_fp32 import keep_rule
+from converter.libraries.keep_fp32 import keep_rule
 
 MODULE = Path(__file__).resolve().parent.parent / "converter" / "keep_fp32.py"
 BEGIN = "# Written by scripts/make_keep_fp32.py."

@@ -54,7 +54,7 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def asked_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask the libraries in this process, which has them loaded: what a child does is for test_ask.py."""
-    from converter import ask, asked
+    from converter.libraries import ask, asked
 
     def answer(request: str) -> Any:
         return ask.checked(json.dumps(asked.answer_to(json.loads(request))).encode())

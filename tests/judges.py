@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from converter.formats import read_file
-from converter.sources import SourceFiles, read_chunks
+from converter.tensors.reader import SourceFiles, read_chunks
 
 Description = dict[str, tuple[str, tuple[int, ...], bytes]]
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from tiny import save, write_json
 
-from converter import ask, asked
-from converter.ask import LibraryMissing, ask_class, checked, cleaned
 from converter.dtypes import BY_ALIAS
 from converter.errors import Unsupported
-from converter.folder import Component
+from converter.libraries import ask, asked
+from converter.libraries.ask import LibraryMissing, ask_class, checked, cleaned
+from converter.models.folder import Component
 
 LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
@@ -52,8 +52,9 @@ seen = []
 watched = ("socket.connect", "socket.getaddrinfo", "socket.sendto", "subprocess.Popen", "os.exec", "os.system")
 sys.addaudithook(lambda event, args: seen.append(f"{event} {args}") if event.startswith(watched) else None)
 from pathlib import Path
-from converter import ask, asked
-from converter.folder import Component
+from converter.libraries import ask
+from converter.libraries import asked
+from converter.models.folder import Component
 ask._ask = lambda request: ask.checked(json.dumps(asked.answer_to(json.loads(request))).encode())
 said = {}
 for name, (class_name, config) in json.load(sys.stdin).items():

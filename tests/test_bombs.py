@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from archives import ORDERED_DICT, archive, items, name_of, number, numbers, pickled, state_dict, storage, tensor, text
 
-from converter.formats.torch_stream import MAGIC
+from converter.formats.torch.legacy import MAGIC
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")]
 

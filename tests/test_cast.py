@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from converter.cast import cast_chunk
 from converter.dtypes import DTYPES
+from converter.tensors.kernels import cast_chunk
 
 Bits = npt.NDArray[Any]
 OnOverflow = Literal["error", "saturate", "inf"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny import TENSOR_NBYTES, make_state, save, save_bin_shards, save_safetensors_shards, save_shards, write_json
 
-from converter.checkpoint import Checkpoint, find_weight_set, find_weight_sets, is_weight_file, open_checkpoint
 from converter.errors import BadFile, BadRequest
+from converter.models.checkpoint import Checkpoint, find_weight_set, find_weight_sets, is_weight_file, open_checkpoint
 
 STATE = make_state()
 SHARDS = tuple(f"pytorch_model-0000{number}-of-00003.bin" for number in (1, 2, 3))

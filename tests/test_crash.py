@@ -35,7 +35,7 @@ from tiny import (
     write_json,
 )
 
-import converter.run
+import converter.run.execute
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -284,7 +284,7 @@ def test_stopped_at_any_piece_nothing_is_left(where, error, tmp_path, monkeypatc
     folder = save_pipeline(tmp_path / "m")
     args = ["to-safetensors", str(folder), *(["-o", str(tmp_path / "deep" / "out")] if where == "new" else [])]
     before = snapshot(tmp_path)
-    write = converter.run.write_piece
+    write = converter.run.execute.write_piece
     for stop in range(1, 6):
         written: list[object] = []
 
@@ -294,7 +294,7 @@ def test_stopped_at_any_piece_nothing_is_left(where, error, tmp_path, monkeypatc
                 raise error
             return write(piece, chunk_nbytes)
 
-        monkeypatch.setattr(converter.run, "write_piece", write_or_fail)
+        monkeypatch.setattr(converter.run.execute, "write_piece", write_or_fail)
         code = run_main(args)
         if len(written) < stop:
             assert code == 0

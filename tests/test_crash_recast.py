@@ -25,7 +25,7 @@ from test_crash import how_it_ends, kill_at_every_step
 from test_run import PEAK_OF
 from tiny import is_same, make_state, put_behind, save, save_safetensors_shards, save_shards, snapshot
 
-import converter.stream
+import converter.run.parts
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -139,7 +139,7 @@ def test_a_disk_that_fills_up_on_the_way(scenario, wconv, tmp_path, monkeypatch)
         file.write(data[:5])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(converter.stream, "_write_all", refuse)
+    monkeypatch.setattr(converter.run.parts, "_write_all", refuse)
     outcome = wconv(*scenario.command, exit_code=7)
     assert "no space left" in outcome.stderr.lower()
     assert snapshot(tmp_path) == before

@@ -20,7 +20,7 @@ from tiny import make_state, save, snapshot, write_json
 
 from converter.doctor import diagnose
 from converter.doctor.loaders import list_folder, predict
-from converter.folder import open_folder
+from converter.models.folder import open_folder
 
 pytestmark = pytest.mark.usefixtures("asked_here")
 hub = test_doctor.hub

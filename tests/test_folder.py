@@ -8,7 +8,7 @@ import pytest
 from tiny import make_state, save, save_bin_shards, save_pipeline, write_json
 
 from converter.errors import BadFile
-from converter.folder import ModelFolder, find_rest, open_folder
+from converter.models.folder import ModelFolder, find_rest, open_folder
 
 STATE = make_state()
 

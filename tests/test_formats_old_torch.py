@@ -15,7 +15,8 @@ from archives import ORDERED_DICT, call, items, name_of, number, numbers, pickle
 from judges import described_by_safetensors, described_by_torch, described_by_wconv, saved_by_torch
 
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
-from converter.formats import read_file, torch_stream
+from converter.formats import read_file
+from converter.formats.torch import legacy
 
 BASE = torch.arange(24.0).reshape(4, 6)
 
@@ -73,20 +74,20 @@ def test_all_pickles_of_a_stream_share_their_steps(tmp_path: Path, monkeypatch: 
     raw = stream(state_dict(("x", view())), ["0"], FLOATS)
     long = raw.replace(pickle.dumps(1001, 2), b"\x80\x02" + b"N0" * 300 + pickle.dumps(1001, 2)[2:])
     long = long.replace(pickle.dumps(["0"], 2), b"\x80\x02" + b"N0" * 300 + pickle.dumps(["0"], 2)[2:])
-    monkeypatch.setattr("converter.formats.pickle_machine.MAX_OPCODES", 1_000)
+    monkeypatch.setattr("converter.formats.torch.unpickler.MAX_OPCODES", 1_000)
     read_file(write(tmp_path, raw))
     with pytest.raises(HostileFile, match="steps"):
         read_file(write(tmp_path, long))
 
 
 def test_storages_that_are_listed_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_stream, "MAX_STORAGES", 3)
+    monkeypatch.setattr(legacy, "MAX_STORAGES", 3)
     with pytest.raises(HostileFile, match="more than 3 storages"):
         read_file(write(tmp_path, stream(state_dict(("x", view())), ["0"] * 4, FLOATS * 4)))
 
 
 def test_a_long_pickle_is_read_in_more_than_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_stream, "_FIRST_NBYTES", 7)
+    monkeypatch.setattr(legacy, "_FIRST_NBYTES", 7)
     path = write(tmp_path, saved(STATES["many"]))
     assert described_by_wconv(path) == described_by_torch(path)
 
@@ -111,7 +112,7 @@ def test_a_byte_changed_anywhere_is_refused_or_changes_what_torch_sees_too(tmp_p
 
 
 def stream(
-    value: bytes, keys: list[str], storages: bytes, magic: int = torch_stream.MAGIC, little_endian: bool = True
+    value: bytes, keys: list[str], storages: bytes, magic: int = legacy.MAGIC, little_endian: bool = True
 ) -> bytes:
     """Put a stream together by hand."""
     facts = {"protocol_version": 1001, "little_endian": little_endian, "type_sizes": {}}
@@ -154,7 +155,7 @@ def test_what_the_machine_was_says_nothing_of_the_numbers(tmp_path: Path) -> Non
         (stream(state_dict(("x", view(shape=(5,)))), ["0"], FLOATS), BadFile),
         (stream(state_dict(("x", view(numel=2**62))), ["0"], struct.pack("<q", 2**62)), BadFile),
         (stream(state_dict(("x", view())), ["0"], struct.pack("<q", -4) + FLOATS[8:]), BadFile),
-        (stream(state_dict(("x", view())), ["0"], FLOATS, magic=torch_stream.MAGIC + (1 << 88)), BadFile),
+        (stream(state_dict(("x", view())), ["0"], FLOATS, magic=legacy.MAGIC + (1 << 88)), BadFile),
         (stream(state_dict(("x", view(view_of=items(text("1"), number(-1), number(3))))), ["0"], FLOATS), BadFile),
         (stream(state_dict(("x", view()), ("y", view(numel=2))), ["0"], FLOATS), BadFile),
     ],

@@ -22,7 +22,7 @@ from converter.dtypes import BY_TORCH_NAME, DTYPES, DType
 from converter.errors import BadFile, Unsupported
 from converter.formats import read_file
 from converter.formats.safetensors import build_header, lay_out, parse_header
-from converter.tensors import ByteRange, TensorInfo, WeightsFile, contiguous_strides
+from converter.tensors.base import ByteRange, TensorInfo, WeightsFile, contiguous_strides
 
 PATH = Path("model.safetensors")
 PT = {"format": "pt"}

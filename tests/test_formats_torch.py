@@ -25,9 +25,10 @@ from tiny import rezip
 
 from converter.dtypes import BY_TORCH_NAME
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
-from converter.formats import read_file, torch_zip, zip_records
-from converter.plan import Copy, Shard
-from converter.stream import cut_pieces
+from converter.formats import read_file, zip_records
+from converter.formats.torch import archive as torch_archive
+from converter.plan.make import Copy, Shard
+from converter.run.parts import cut_pieces
 
 BASE = torch.arange(24.0).reshape(4, 6)
 BITS = torch.arange(96, dtype=torch.uint8)
@@ -441,14 +442,14 @@ def test_a_deflated_record_of_many_views(tmp_path: Path, monkeypatch: pytest.Mon
     views = {str(place): BASE.view(-1)[place : place + 1] for place in range(24)}
     path = write_deflated(tmp_path, saved_by_torch(views))
     assert_reads_as_torch_does(path)
-    monkeypatch.setattr(torch_zip, "_SMALL_NBYTES", 0)
+    monkeypatch.setattr(torch_archive, "_SMALL_NBYTES", 0)
     with pytest.raises(Unsupported, match="unpacked 12 times"):
         read_file(path)
 
 
 def test_a_deflated_record_that_is_gathered_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_deflated(tmp_path, saved_by_torch({"t": torch.zeros(600, 400).t(), "w": torch.zeros(600, 400)}))
-    monkeypatch.setattr(torch_zip, "_SMALL_NBYTES", 0)
+    monkeypatch.setattr(torch_archive, "_SMALL_NBYTES", 0)
     assert_reads_as_torch_does(path)
     overlapping = torch.zeros(2000).as_strided((1000, 1000), (1, 1))
     with pytest.raises(Unsupported, match="unpacked 61 times"):

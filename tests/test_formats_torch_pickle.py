@@ -25,9 +25,10 @@ from odd_names import ODD_NAMES
 from tiny import processor_time
 
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
-from converter.formats import pickle_machine, read_file
-from converter.formats.pickle_machine import Inert
-from converter.formats.torch_pickle import parse_pickle
+from converter.formats import read_file
+from converter.formats.torch import unpickler as pickle_machine
+from converter.formats.torch.rebuild import parse_pickle
+from converter.formats.torch.unpickler import Inert
 
 PATH = Path("model.bin")
 MB = 1 << 20
@@ -565,14 +566,14 @@ def test_a_value_that_is_small_until_it_is_spelled_out(tmp_path: Path, end: byte
 
 def test_sizes_made_of_one_list_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each call would copy the list: a few MB of file, some GB of memory.
-    monkeypatch.setattr("converter.formats.pickle_machine.MAX_OPCODES", 200_000)
+    monkeypatch.setattr("converter.formats.torch.unpickler.MAX_OPCODES", 200_000)
     made = b"]q\0(" + b"K\x01" * 20_000 + b"e" + SIZE_CLASS + b"q\x01" + b"]q\x02(" + b"h\x01h\0\x85R" * 400 + b"e."
     with limits(), pytest.raises(WconvError):
         parse(made)
 
 
 def test_dicts_made_of_one_list_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converter.formats.pickle_machine.MAX_OPCODES", 200_000)
+    monkeypatch.setattr("converter.formats.torch.unpickler.MAX_OPCODES", 200_000)
     pairs = b"".join(text(str(place)) + b"N\x86" for place in range(10_000))
     ordered = DICT_CLASS + b"q\x01"
     with limits(), pytest.raises(WconvError):
@@ -634,7 +635,7 @@ def test_names_that_all_hash_alike() -> None:
 
 
 def test_steps_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converter.formats.pickle_machine.MAX_OPCODES", 100)
+    monkeypatch.setattr("converter.formats.torch.unpickler.MAX_OPCODES", 100)
     assert parse(b"N0" * 49 + b"N.") is None
     with pytest.raises(HostileFile, match="steps"):
         parse(b"N0" * 51 + b"N.")
@@ -678,7 +679,7 @@ AGAIN = {
 @pytest.mark.parametrize("made", AGAIN)
 def test_what_is_copied_or_kept_takes_steps(monkeypatch: pytest.MonkeyPatch, made: str) -> None:
     # Each has fewer opcodes than there are steps.
-    monkeypatch.setattr("converter.formats.pickle_machine.MAX_OPCODES", 10_000)
+    monkeypatch.setattr("converter.formats.torch.unpickler.MAX_OPCODES", 10_000)
     with pytest.raises(HostileFile, match="steps"):
         parse(AGAIN[made])
 
@@ -709,7 +710,7 @@ def test_a_long_key_is_cut_where_it_is_spelled(tmp_path: Path) -> None:
 def test_tensors_are_counted_in_all_dicts_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two = pickled(state_dict(("model", state_dict(("a", tensor()))), ("optimizer", state_dict(("b", tensor())))))
     read(tmp_path, two)
-    monkeypatch.setattr("converter.formats.state_dict.MAX_TENSORS", 1)
+    monkeypatch.setattr("converter.formats.torch.state_dict.MAX_TENSORS", 1)
     with pytest.raises(HostileFile, match="more than 1 tensors"):
         read(tmp_path, two)
 
@@ -717,7 +718,7 @@ def test_tensors_are_counted_in_all_dicts_together(tmp_path: Path, monkeypatch: 
 def test_the_names_of_tensors_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HostileFile, match="names of 100,001 characters"):
         read(tmp_path, pickled(state_dict(("a" * 100_001, tensor()))))
-    monkeypatch.setattr("converter.formats.state_dict.MAX_NAMES_LENGTH", 10)
+    monkeypatch.setattr("converter.formats.torch.state_dict.MAX_NAMES_LENGTH", 10)
     with pytest.raises(HostileFile, match="names of 12 characters"):
         read(tmp_path, pickled(state_dict(("a" * 6, tensor()), ("b" * 6, tensor()))))
 
@@ -734,7 +735,7 @@ def test_a_storage_with_a_long_key(tmp_path: Path) -> None:
 
 
 def test_a_long_pickle_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converter.formats.pickle_machine.MAX_PICKLE_NBYTES", 10)
+    monkeypatch.setattr("converter.formats.torch.unpickler.MAX_PICKLE_NBYTES", 10)
     assert parse(b"N0" * 4 + b"N.") is None
     with pytest.raises(HostileFile, match="too long"):
         parse(b"N0" * 5 + b"N.")

@@ -18,28 +18,15 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Each may import from the layers before its own; what shares a line does not import each other.
 LAYERS = (
-    ("errors",),
-    ("local", "signals"),
-    ("state",),
-    ("kept",),
-    ("dtypes",),
+    ("errors", "dtypes"),
+    ("storage",),
     ("tensors",),
-    ("opening",),
-    ("texts",),
-    ("names", "index", "keep_fp32", "schemes"),
-    ("paths",),
     ("formats",),
-    ("checkpoint",),
-    ("folder", "asked"),
-    ("ask",),
-    ("choose", "modules", "single_file"),
-    ("rules",),
-    ("plan",),
-    ("cast", "sources", "journal", "target"),
-    ("stream", "staging"),
-    ("run", "rename", "int8", "loading"),
-    ("conversion", "compare"),
-    ("quantize",),
+    ("models",),
+    ("libraries",),
+    ("transforms", "plan"),
+    ("run",),
+    ("recipes",),
     ("doctor",),
     ("coreml",),
     ("cli", "testing"),
@@ -52,14 +39,14 @@ HOMES = {
     "click": ("cli/",),
     "tqdm": ("cli/",),
     "psutil": ("cli/",),
-    "filelock": ("state.py",),
-    "platformdirs": ("state.py",),
-    "numpy": ("sources.py", "cast.py"),
-    "ml_dtypes": ("cast.py",),
-    "numkong": ("cast.py",),
-    "torch": ("asked.py",),
-    "transformers": ("asked.py",),
-    "diffusers": ("asked.py",),
+    "filelock": ("run/state.py",),
+    "platformdirs": ("run/state.py",),
+    "numpy": ("tensors/reader.py", "tensors/kernels.py"),
+    "ml_dtypes": ("tensors/kernels.py",),
+    "numkong": ("tensors/kernels.py",),
+    "torch": ("libraries/asked.py",),
+    "transformers": ("libraries/asked.py",),
+    "diffusers": ("libraries/asked.py",),
     "pickle": (),
     "hypothesis": ("testing.py",),
 }
@@ -110,11 +97,11 @@ def test_libraries_stay_where_they_belong(path):
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["sources.py", "stream.py"])
+@pytest.mark.parametrize("name", ["tensors/reader.py", "run/parts.py"])
 def test_numpy_is_loaded_only_when_numbers_are_needed(name):
     tree = parse(ROOT / name)
     tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not {"numpy", "converter.cast"} & set(imports_of(tree))
+    assert not {"numpy", "converter.tensors.kernels"} & set(imports_of(tree))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_of)

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from odd_names import ODD_NAMES
 
-from converter import index
 from converter.errors import BadFile
-from converter.index import WeightIndex, parse_index, read_index
+from converter.models import index
+from converter.models.index import WeightIndex, parse_index, read_index
 
 PATH = Path("model.safetensors.index.json")
 GOLDEN = b"""{

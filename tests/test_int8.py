@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import raw_bytes
 
-from converter.cast import are_finite, dequantize_chunk, int8_errors, quantize_chunk, row_maxima
-from converter.checkpoint import Checkpoint, find_weight_set, open_checkpoint
 from converter.dtypes import DTYPES
 from converter.errors import BadFile, Unsupported
-from converter.int8 import cut_rows, dequantized, find_scales, quantized, scales_in
-from converter.tensors import TensorInfo, turned
+from converter.models.checkpoint import Checkpoint, find_weight_set, open_checkpoint
+from converter.tensors.base import TensorInfo, turned
+from converter.tensors.kernels import are_finite, dequantize_chunk, int8_errors, quantize_chunk, row_maxima
+from converter.transforms.quantize.bnb_int8 import cut_rows, dequantized, find_scales, quantized, scales_in
 
 DTYPES_OF_WEIGHTS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -93,7 +93,7 @@ def test_the_way_back_is_that_of_bitsandbytes(tag):
 
 
 def _range(path: Path):
-    from converter.tensors import ByteRange
+    from converter.tensors.base import ByteRange
 
     return ByteRange(path, 0, 0)
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 import transformers
 
-from converter import keep_fp32
 from converter.dtypes import BY_ALIAS
-from converter.keep_fp32 import keep_matches, keep_rule, keep_segments
+from converter.libraries import keep_fp32
+from converter.libraries.keep_fp32 import keep_matches, keep_rule, keep_segments
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_keep_fp32.py"
 SMALLER = ["bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2"]
@@ -285,6 +285,8 @@ def test_transformers_matches_anywhere() -> None:
 
 
 def test_no_library_is_imported() -> None:
-    code = "import sys, converter.keep_fp32 as k; print({'torch', 'diffusers', 'transformers'} & sys.modules.keys())"
+    code = (
+        "import sys, converter.libraries.keep_fp32\nprint({'torch', 'diffusers', 'transformers'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"

@@ -29,7 +29,7 @@ from tiny import (
     write_json,
 )
 
-import converter.folder
+import converter.models.folder
 from converter import Choices, Wishes, convert, diagnose, mend, open_folder, plan_mending, plan_rename, verify
 from converter.errors import BadRequest, OutputRefused, SystemRefused
 
@@ -466,7 +466,7 @@ def test_links_in_circles_end(follow, tmp_path, wconv):
 
 
 def test_too_much_behind_links_is_refused(tmp_path, wconv, monkeypatch):
-    monkeypatch.setattr(converter.folder, "_MAX_BEHIND_LINKS", 10)
+    monkeypatch.setattr(converter.models.folder, "_MAX_BEHIND_LINKS", 10)
     folder = save(STATE, tmp_path / "model" / "pytorch_model.bin").parent
     (tmp_path / "many").mkdir()
     for number in range(11):
@@ -479,7 +479,7 @@ def test_too_much_behind_links_is_refused(tmp_path, wconv, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_link_to_a_process_ends(tmp_path, wconv, monkeypatch):
-    monkeypatch.setattr(converter.folder, "_MAX_BEHIND_LINKS", 1_000)
+    monkeypatch.setattr(converter.models.folder, "_MAX_BEHIND_LINKS", 1_000)
     folder = save(STATE, tmp_path / "model" / "pytorch_model.bin").parent
     (folder / "docs").symlink_to("/proc/self", target_is_directory=True)
     wconv("to-safetensors", folder, "-o", tmp_path / "out")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from converter import asked, modules
 from converter.dtypes import DTYPES
-from converter.folder import Component
-from converter.modules import find_linears, is_skipped
-from converter.tensors import ByteRange, TensorInfo, contiguous_strides
+from converter.libraries import asked, modules
+from converter.libraries.modules import find_linears, is_skipped
+from converter.models.folder import Component
+from converter.tensors.base import ByteRange, TensorInfo, contiguous_strides
 
 pytestmark = pytest.mark.usefixtures("asked_here")
 

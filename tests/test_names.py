@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.errors import BadRequest
-from converter.names import WEIGHT_EXTENSIONS, WeightsName, check_variant, parse_name
+from converter.models.names import WEIGHT_EXTENSIONS, WeightsName, check_variant, parse_name
 
 LIBRARIES = ["diffusers.utils.hub_utils", "transformers.modeling_utils"]
 STEMS = ["diffusion_pytorch_model", "pytorch_model", "model", "adapter_model"]

@@ -15,9 +15,9 @@ import torch
 from judges import described_by_safetensors, described_by_wconv
 from safetensors.torch import load_file
 
-from converter.checkpoint import open_checkpoint
 from converter.errors import BadRequest, HostileFile, Unsupported
-from converter.formats.state_dict import Reading
+from converter.formats.torch.state_dict import Reading
+from converter.models.checkpoint import open_checkpoint
 
 WEIGHTS = OrderedDict(weight=torch.arange(6.0).reshape(2, 3), bias=torch.ones(2))
 OTHER = OrderedDict(weight=torch.zeros(2, 3), bias=torch.zeros(2))

@@ -19,13 +19,14 @@ import torch
 from judges import described_by_wconv, saved_by_torch
 from tiny import make_state, rezip, save, save_pipeline, snapshot, write_json
 
-import converter.run
-from converter import Wishes, convert, plan_conversion, run_plan, sources
+import converter.run.execute
+from converter import Wishes, convert, plan_conversion, run_plan
 from converter.errors import BadFile
 from converter.formats import read_file
-from converter.int8 import cut_rows, find_scales
-from converter.opening import open_regular
-from converter.sources import SourceFiles
+from converter.storage.opening import open_regular
+from converter.tensors import reader as sources
+from converter.tensors.reader import SourceFiles
+from converter.transforms.quantize.bnb_int8 import cut_rows, find_scales
 
 OLD, NEW = make_state(), make_state(seed=1)
 FORMS = ("safetensors", "torch", "deflated", "stream")
@@ -92,9 +93,9 @@ def once(action: Callable[[], None], function: Callable[..., Any], after: int = 
 def test_a_source_that_changes_while_it_is_read(form, how, when, tmp_path, monkeypatch, wconv):
     path, raw, command = source_of(form, tmp_path)
     owner, name, after = {
-        "before the data": (converter.run, "write_piece", 0),
+        "before the data": (converter.run.execute, "write_piece", 0),
         "within the data": (SourceFiles, "read_into", 2),
-        "after the data": (converter.run, "check_staged", 0),
+        "after the data": (converter.run.execute, "check_staged", 0),
     }[when]
     monkeypatch.setattr(owner, name, once(lambda: change(path, raw, how), getattr(owner, name), after))
     assert wconv(*command, exit_code=3).stderr == f"{path}: {CHANGED}"
@@ -105,7 +106,7 @@ def test_a_source_that_changes_while_it_is_read(form, how, when, tmp_path, monke
 STOPPING = """
 import os, signal, sys, time
 from converter.cli import main
-from converter.sources import SourceFiles
+from converter.tensors.reader import SourceFiles
 
 read_into, left, go = SourceFiles.read_into, [3], sys.argv[1]
 
@@ -362,12 +363,12 @@ def test_two_files_read_by_turns_stay_open(tmp_path, opened):
 
 FEW_FILES = """
 import functools, resource, sys
-import converter.compare, converter.run
+import converter.recipes.verify, converter.run.execute
 from converter.cli import main
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-converter.compare.PIECE_NBYTES = 3 << 10  # so that there are several tasks, each with more shards than it may open
-converter.run.cut_pieces = functools.partial(converter.run.cut_pieces, piece_nbytes=3 << 10)
+converter.recipes.verify.PIECE_NBYTES = 3 << 10  # several tasks, each with more shards than it may open
+converter.run.execute.cut_pieces = functools.partial(converter.run.execute.cut_pieces, piece_nbytes=3 << 10)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -17,16 +17,16 @@ from huggingface_hub.serialization._base import split_state_dict_into_shards_fac
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.checkpoint import Checkpoint, WeightSet
-from converter.choose import Wishes, choose_sets
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest, OutputRefused, Unsupported
-from converter.folder import Component, ModelFolder
-from converter.index import parse_index
-from converter.names import WeightsName, parse_name
-from converter.plan import Plan, Target, make_plan, split_into_shards
-from converter.rules import default_tied
-from converter.tensors import ByteRange, TensorInfo, WeightsFile, contiguous_strides
+from converter.libraries.rules import default_tied
+from converter.models.checkpoint import Checkpoint, WeightSet
+from converter.models.folder import Component, ModelFolder
+from converter.models.index import parse_index
+from converter.models.names import WeightsName, parse_name
+from converter.models.select import Wishes, choose_sets
+from converter.plan.make import Plan, Target, make_plan, split_into_shards
+from converter.tensors.base import ByteRange, TensorInfo, WeightsFile, contiguous_strides
 
 HERE = Path("model")
 F32 = DTYPES["F32"]

@@ -20,7 +20,8 @@ from conftest import run_main
 from safetensors.torch import save_file
 from tiny import make_state, save, save_bin_shards, save_safetensors_shards, snapshot, write_json
 
-from converter import kept, run
+from converter.run import execute as run
+from converter.run import kept
 
 STATE = make_state()
 TOKEN = "0123456789abcdef" * 2

@@ -14,13 +14,14 @@ from judges import assert_close_outputs
 from safetensors.torch import load_file, save_file
 from tiny import assert_same, left_behind, load_set, make_state, names_in, save, snapshot, write_json
 
-from converter import ask, quantize
-from converter.choose import Wishes
-from converter.compare import verify
 from converter.dtypes import BY_ALIAS
 from converter.errors import BadRequest, LossyCast, Unsupported, WconvError
-from converter.quantize import ModuleChoice, Quantization, prepare_dequantized, prepare_quantized
-from converter.run import run_plan
+from converter.libraries import ask
+from converter.models.select import Wishes
+from converter.recipes import quantize
+from converter.recipes.quantize import ModuleChoice, Quantization, prepare_dequantized, prepare_quantized
+from converter.recipes.verify import verify
+from converter.run.execute import run_plan
 
 pytestmark = pytest.mark.usefixtures("asked_here")
 
@@ -642,7 +643,7 @@ def test_a_run_that_was_stopped_is_taken_up(tmp_path, monkeypatch):
     done = prepare_quantized(source, tmp_path / "ours", Wishes())
     assert done.plan is not None
     with monkeypatch.context() as patch:
-        patch.setattr("converter.run.check_staged", _stop)
+        patch.setattr("converter.run.execute.check_staged", _stop)
         with pytest.raises(KeyboardInterrupt):
             run_plan(done.plan, request=done.request)
     assert not (tmp_path / "ours").exists()

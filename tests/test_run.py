@@ -35,12 +35,12 @@ from tiny import (
     write_json,
 )
 
-import converter.run
-import converter.stream
+import converter.run.execute
+import converter.run.parts
 from converter import Wishes, convert, plan_conversion, run_plan
 from converter.errors import BadFile, OutputRefused, SystemRefused
-from converter.plan import Target
-from converter.staging import open_staging
+from converter.plan.make import Target
+from converter.run.staging import open_staging
 
 STATE = make_state()
 MEMORY_CEILING_NBYTES = 48_000_000  # as promised; the interpreter and its imports take most of it
@@ -212,14 +212,14 @@ def test_a_tensor_of_256_mb_takes_no_more_memory_than_a_small_one(verify, tmp_pa
 def test_a_staged_file_that_changes_is_caught(tmp_path, monkeypatch):
     source = save_bin_shards(STATE, tmp_path / "m").parent
     before = snapshot(tmp_path)
-    check = converter.run.check_staged
+    check = converter.run.execute.check_staged
 
     def check_and_change(shard, staging):
         check(shard, staging)
         if shard.path.startswith("model-00002"):
             flip_byte(staging.path_of(shard.path), raw_bytes(STATE["d"]))
 
-    monkeypatch.setattr(converter.run, "check_staged", check_and_change)
+    monkeypatch.setattr(converter.run.execute, "check_staged", check_and_change)
     for wishes, output in ((Wishes(), tmp_path / "out"), (Wishes(delete_source=True), None)):
         with pytest.raises(BadFile, match=r"model-00002-of-00003\.safetensors.*'d'"):
             convert(source, output, wishes, verify=output is not None)
@@ -230,7 +230,7 @@ def test_a_staged_file_that_changes_is_caught(tmp_path, monkeypatch):
 def test_a_staged_file_that_is_wrong_is_a_bug(damage, tmp_path, monkeypatch, wconv):
     source = save(STATE, tmp_path / "m" / "pytorch_model.bin").parent
     before = snapshot(tmp_path)
-    write = converter.run.write_piece
+    write = converter.run.execute.write_piece
 
     def write_wrongly(piece, chunk_nbytes):
         parts = write(piece, chunk_nbytes)
@@ -242,7 +242,7 @@ def test_a_staged_file_that_is_wrong_is_a_bug(damage, tmp_path, monkeypatch, wco
             save_file({"a": STATE["a"]}, piece.path)
         return parts
 
-    monkeypatch.setattr(converter.run, "write_piece", write_wrongly)
+    monkeypatch.setattr(converter.run.execute, "write_piece", write_wrongly)
     assert "bug in wconv" in wconv("to-safetensors", source, "-o", tmp_path / "out", exit_code=70).stderr
     assert snapshot(tmp_path) == before
 
@@ -250,13 +250,13 @@ def test_a_staged_file_that_is_wrong_is_a_bug(damage, tmp_path, monkeypatch, wco
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
 def test_a_source_cut_short_while_it_is_read(suffix, tmp_path, monkeypatch):
     source = save(STATE, tmp_path / "m" / f"model{suffix}")
-    write = converter.run.write_piece
+    write = converter.run.execute.write_piece
 
     def cut_and_write(piece, chunk_nbytes):
         os.truncate(source, piece.steps[-1].copy.source.storage.offset + 3)
         return write(piece, chunk_nbytes)
 
-    monkeypatch.setattr(converter.run, "write_piece", cut_and_write)
+    monkeypatch.setattr(converter.run.execute, "write_piece", cut_and_write)
     with pytest.raises(BadFile, match="changed while it was read") as caught:
         convert(source, tmp_path / "out")
     assert caught.value.where == source
@@ -277,7 +277,7 @@ def test_a_disk_that_is_full_before_the_first_byte(tmp_path, monkeypatch, wconv)
     before = snapshot(tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(converter.run, "write_piece", lambda *_: pytest.fail("a byte was written"))
+    monkeypatch.setattr(converter.run.execute, "write_piece", lambda *_: pytest.fail("a byte was written"))
     outcome = wconv("to-safetensors", source, exit_code=7)
     assert "GB" in outcome.stderr or "MB" in outcome.stderr
     assert snapshot(tmp_path) == before
@@ -291,7 +291,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, wconv):
         file.write(data[:5])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(converter.stream, "_write_all", refuse)
+    monkeypatch.setattr(converter.run.parts, "_write_all", refuse)
     for output in ([], ["-o", tmp_path / "out"]):
         outcome = wconv("to-safetensors", source, *output, exit_code=7)
         assert "no space left" in outcome.stderr.lower()

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from tiny import assert_same, save, snapshot, write_json
 
-from converter.checkpoint import open_checkpoint
 from converter.dtypes import DTYPES
 from converter.errors import Unsupported
-from converter.schemes import find_quantized
-from converter.single_file import open_single_file
+from converter.models.checkpoint import open_checkpoint
+from converter.models.schemes import find_quantized
+from converter.transforms.stable_diffusion import open_single_file
 
 F8 = torch.float8_e4m3fn
 

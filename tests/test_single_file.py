@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import snapshot
 
 from converter.errors import WconvError
-from converter.single_file import CONFIGS, open_single_file
+from converter.transforms.stable_diffusion import CONFIGS, open_single_file
 
 KINDS = ("sd1", "sd2", "sdxl")
 SAID = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}

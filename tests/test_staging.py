@@ -29,10 +29,10 @@ from tiny import (
 
 from converter import Wishes, convert
 from converter.errors import SystemRefused, WconvError
-from converter.journal import Changes
-from converter.local import Root
-from converter.plan import Target
-from converter.staging import open_staging
+from converter.plan.make import Target
+from converter.run.journal import Changes
+from converter.run.staging import open_staging
+from converter.storage.local import Root
 
 STATE = make_state()
 OLD = make_state(seed=1)

@@ -22,15 +22,14 @@ from hypothesis import strategies as st
 from judges import described_by_safetensors, described_by_torch, described_by_wconv, own_copy, saved_by_torch
 from tiny import rezip
 
-import converter.run
-from converter import sources, stream
+import converter.run.execute
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
 from converter.formats import FORMATS, read_file
-from converter.names import Format
-from converter.plan import Copy, Shard
-from converter.sources import SourceFiles, read_chunks, read_range
-from converter.stream import (
+from converter.models.names import Format
+from converter.plan.make import Copy, Shard
+from converter.run import parts as stream
+from converter.run.parts import (
     Piece,
     check_record,
     compare_piece,
@@ -40,7 +39,9 @@ from converter.stream import (
     rewrite_piece,
     write_piece,
 )
-from converter.tensors import ByteRange, TensorInfo
+from converter.tensors import reader as sources
+from converter.tensors.base import ByteRange, TensorInfo
+from converter.tensors.reader import SourceFiles, read_chunks, read_range
 
 PT = {"format": "pt"}
 GATHERED = [dtype for dtype in DTYPES.values() if dtype.torch_name]
@@ -398,7 +399,7 @@ def test_a_flipped_byte_of_a_record_is_found(
     build: Callable[[], dict[str, torch.Tensor]],
     piece_nbytes: int,
 ) -> None:
-    monkeypatch.setattr(converter.run, "cut_pieces", functools.partial(cut_pieces, piece_nbytes=piece_nbytes))
+    monkeypatch.setattr(converter.run.execute, "cut_pieces", functools.partial(cut_pieces, piece_nbytes=piece_nbytes))
     source, out = tmp_path / "model.bin", tmp_path / "out"
     raw = saved_by_torch(build())
     for place in (0, 17, 39):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.dtypes import DTYPES
-from converter.tensors import ByteRange, TensorInfo, contiguous_strides, find_ties
+from converter.tensors.base import ByteRange, TensorInfo, contiguous_strides, find_ties
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 RECORD = ByteRange(Path("model.bin"), 64, 4096)

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 from conftest import run_main
 
-from converter import checkpoint
 from converter.doctor import view
 from converter.errors import BadFile, HostileFile, shorten
-from converter.folder import read_json
 from converter.formats.safetensors import parse_header
-from converter.names import parse_name
-from converter.tensors import MAX_DIMS, MAX_NAME, MAX_TENSORS
-from converter.texts import MAX_CONFIG_NBYTES, MAX_HEADER_MARKS, MAX_MARKS, MAX_TEXT_NBYTES
+from converter.formats.texts import MAX_CONFIG_NBYTES, MAX_HEADER_MARKS, MAX_MARKS, MAX_TEXT_NBYTES
+from converter.models import checkpoint
+from converter.models.folder import read_json
+from converter.models.names import parse_name
+from converter.tensors.base import MAX_DIMS, MAX_NAME, MAX_TENSORS
 
 MAX_MEMORY_NBYTES = 512_000_000
 MAX_SECONDS = 10

@@ -18,9 +18,9 @@ from tiny import assert_same, make_state, save
 
 from converter.dtypes import DTYPES as DTYPES_BY_TAG
 from converter.errors import HostileFile
-from converter.formats.torch_pickle import parse_pickle
-from converter.formats.torch_write import build_pickle, finish_file, lay_out
-from converter.tensors import Described
+from converter.formats.torch.rebuild import parse_pickle
+from converter.formats.torch.writer import build_pickle, finish_file, lay_out
+from converter.tensors.base import Described
 
 State = dict[str, torch.Tensor]
 
@@ -124,15 +124,15 @@ def test_the_steps_of_a_pickle_are_those_that_reading_takes(monkeypatch, name):
     tensors = described(9, (2, 2), (1,) * 9, (), name=name)
     raw = build_pickle(tensors, {"tied": tensors[0][0]})
     fewest = next(steps for steps in range(2_000) if _is_read(monkeypatch, raw, steps))
-    monkeypatch.setattr("converter.formats.torch_write.MAX_OPCODES", fewest - 1)
+    monkeypatch.setattr("converter.formats.torch.writer.MAX_OPCODES", fewest - 1)
     with pytest.raises(ValueError, match="too many tensors"):
         build_pickle(tensors, {"tied": tensors[0][0]})
-    monkeypatch.setattr("converter.formats.torch_write.MAX_OPCODES", fewest)
+    monkeypatch.setattr("converter.formats.torch.writer.MAX_OPCODES", fewest)
     build_pickle(tensors, {"tied": tensors[0][0]})
 
 
 def _is_read(monkeypatch, raw: bytes, steps: int) -> bool:
-    monkeypatch.setattr("converter.formats.pickle_machine.MAX_OPCODES", steps)
+    monkeypatch.setattr("converter.formats.torch.unpickler.MAX_OPCODES", steps)
     try:
         return bool(parse_pickle(raw, Path("x")))
     except HostileFile:
@@ -150,7 +150,7 @@ def test_a_shape_that_would_not_be_read_again_is_refused(shape, problem):
 
 
 def test_more_tensors_than_are_read_again_are_refused(wconv, tmp_path, monkeypatch):
-    monkeypatch.setattr("converter.formats.torch_write.MAX_TENSORS", 2)
+    monkeypatch.setattr("converter.formats.torch.writer.MAX_TENSORS", 2)
     save_file({name: torch.ones(1) for name in "abc"}, tmp_path / "m.safetensors", {"format": "pt"})
     done = wconv("to-bin", tmp_path / "m.safetensors", exit_code=4)
     assert "more than 2 tensors, too many for one torch file. Write shards: --max-shard-size." in done.stderr

@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from tiny import assert_same, make_state, save, snapshot, write_json
 
-from converter.checkpoint import open_checkpoint
 from converter.errors import TrainingPiece
+from converter.models.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:.*TypedStorage")
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import assert_same, make_state
 
-from converter.checkpoint import open_checkpoint
 from converter.errors import TrainingPiece
+from converter.models.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BASE = torch.arange(16.0).reshape(4, 4)

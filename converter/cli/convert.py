@@ -10,11 +10,11 @@ from typing import Any
 
 import psutil
 
-from converter.choose import Wishes
 from converter.cli.output import open_meter, plan_as_json, show_json, show_plan, show_result
-from converter.conversion import prepare
-from converter.plan import Plan
-from converter.run import DEFAULT_MEMORY_NBYTES, Result, default_workers, peak_buffer_nbytes, run_plan
+from converter.models.select import Wishes
+from converter.plan.make import Plan
+from converter.recipes.convert import prepare
+from converter.run.execute import DEFAULT_MEMORY_NBYTES, Result, default_workers, peak_buffer_nbytes, run_plan
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 

@@ -34,7 +34,7 @@ def command(source: Path, **options: Any) -> None:
     wconv dequantize ./model-int8 -o ./model-fp16 --dtype fp16
     """
     from converter.cli.convert import run_planned, wishes_of
-    from converter.quantize import prepare_dequantized
+    from converter.recipes.quantize import prepare_dequantized
 
     done = prepare_dequantized(source, options["output"], wishes_of(options), recovering=not options["dry_run"])
     run_planned(done.plan, done.request, options)

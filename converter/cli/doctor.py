@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from converter.coreml import Lack
     from converter.doctor import Diagnosis
     from converter.doctor.loaders import FolderListing, Prediction
-    from converter.doctor.mend import Choices, Mending
+    from converter.doctor.repair import Choices, Mending
 
 
 @click.command("doctor", short_help="Say what is wrong with a folder of weights, and mend it.")
@@ -57,8 +57,8 @@ def command(
     """
     from converter.cli.output import echo, printable, show_bytes, show_json
     from converter.doctor import diagnose, finish_mending
-    from converter.doctor.mend import Choices, Keep
-    from converter.paths import refuse_cache
+    from converter.doctor.repair import Choices, Keep
+    from converter.models.paths import refuse_cache
 
     choices = Choices(keep_default, only_variant, make_variant, cast("Keep | None", keep), drop_strays)
     if sum((fix, undo, purge)) > 1:
@@ -113,7 +113,7 @@ def _lacks(source: Path, found: Diagnosis) -> list[Lack]:
 def _fix(source: Path, found: Diagnosis, choices: Choices, dry_run: bool, quiet: bool) -> Mending:
     from converter.cli.output import echo, open_meter, printable, show_bytes
     from converter.doctor import mend
-    from converter.doctor.mend import plan_mending
+    from converter.doctor.repair import plan_mending
 
     choices = _ask(found, choices) if sys.stdin.isatty() and not (quiet or dry_run) else choices
     mending = plan_mending(found.view, found.findings, choices)
@@ -143,7 +143,7 @@ def _ask(found: Diagnosis, choices: Choices) -> Choices:
     from dataclasses import replace
 
     from converter.cli.output import printable
-    from converter.doctor.mend import Keep
+    from converter.doctor.repair import Keep
 
     codes = {finding.code for finding in found.findings}
     if choices.keep is None and codes & {"sets-twice", "forms-differ"}:

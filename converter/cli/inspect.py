@@ -11,8 +11,8 @@ import click
 from converter.cli.options import source_arg
 
 if TYPE_CHECKING:
-    from converter.checkpoint import Checkpoint
-    from converter.folder import Component, ModelFolder
+    from converter.models.checkpoint import Checkpoint
+    from converter.models.folder import Component, ModelFolder
 
 _KINDS = {
     "file": "a weight set",
@@ -36,10 +36,10 @@ _HOW = {
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(source: Path, with_tensors: bool, as_json: bool) -> None:
     """Show which weights SRC holds, by component and variant, and what else is there. Reads headers only."""
-    from converter.checkpoint import open_checkpoint
     from converter.cli.output import show_json
-    from converter.folder import open_folder
-    from converter.formats.state_dict import Reading
+    from converter.formats.torch.state_dict import Reading
+    from converter.models.checkpoint import open_checkpoint
+    from converter.models.folder import open_folder
 
     folder = open_folder(source)
     reading = Reading(strip_code=True, skip_unreadable=True, lenient=True)
@@ -62,7 +62,7 @@ def command(source: Path, with_tensors: bool, as_json: bool) -> None:
 
 
 def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
-    from converter.tensors import find_ties
+    from converter.tensors.base import find_ties
 
     tensors = checkpoint.tensors
     content: dict[str, Any] = {
@@ -88,7 +88,7 @@ def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) 
 
 
 def _describe_rest(folder: ModelFolder) -> dict[str, list[str]]:
-    from converter.folder import find_rest
+    from converter.models.folder import find_rest
 
     rest: dict[str, list[str]] = {"not_weights": [], "other_weights": [], "training_state": [], "linked": []}
     for one in find_rest(folder) if folder.kind != "file" else ():

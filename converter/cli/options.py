@@ -28,8 +28,8 @@ class Size(click.ParamType[float]):
             return float(value)
         if self.allow_none and value.lower() == "none":
             return math.inf
-        from converter.choose import parse_size
         from converter.errors import BadRequest
+        from converter.models.select import parse_size
 
         try:
             return parse_size(value)

@@ -13,9 +13,9 @@ import click
 import psutil
 
 from converter.errors import shorten
-from converter.loading import loading_lines
-from converter.plan import Plan
-from converter.run import Result, name_counts
+from converter.plan.make import Plan
+from converter.recipes.loading import loading_lines
+from converter.run.execute import Result, name_counts
 
 _WIDEST = 120  # a longer cell pushes its own line aside, and no other
 _NAMED = 5  # of what is carried over; -v lists all

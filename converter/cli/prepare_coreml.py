@@ -11,7 +11,7 @@ import click
 from converter.cli.options import PlaceType, output_options, run_options, source_arg
 
 if TYPE_CHECKING:
-    from converter.plan import Plan
+    from converter.plan.make import Plan
 
 # Of the fp16 weights: the packages, and what is compiled from them.
 _DISK_SHARE = 2

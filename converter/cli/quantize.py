@@ -10,7 +10,7 @@ import click
 from converter.cli.options import FULL_TARGETS, DTypeName, PlaceType, some_conversion_options, source_arg
 
 if TYPE_CHECKING:
-    from converter.quantize import Quantization
+    from converter.recipes.quantize import Quantization
 
 
 @click.command("quantize", short_help="Write a model in 8 bits, as bitsandbytes loads it.")
@@ -52,7 +52,7 @@ def command(source: Path, include: tuple[str, ...], skip: tuple[str, ...], stric
     """
     from converter.cli.convert import run_planned, wishes_of
     from converter.cli.output import open_meter
-    from converter.quantize import ModuleChoice, prepare_quantized
+    from converter.recipes.quantize import ModuleChoice, prepare_quantized
 
     del options["scheme"]  # there is one
     with open_meter(None, "looking", options["quiet"]) as meter:

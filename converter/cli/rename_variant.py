@@ -26,7 +26,7 @@ def command(source: Path, before: str, after: str, components: tuple[str, ...], 
     wconv rename-variant ./model --from none --to fp16
     """
     from converter.cli.convert import run_planned
-    from converter.rename import prepare_rename
+    from converter.recipes.rename import prepare_rename
 
     request, plan = prepare_rename(source, before, after, components, recovering=not options["dry_run"])
     run_planned(plan, request, options)

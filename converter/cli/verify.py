@@ -12,7 +12,7 @@ import click
 from converter.cli.options import PlaceType, output_options, run_options
 
 if TYPE_CHECKING:
-    from converter.compare import Comparison
+    from converter.recipes.verify import Comparison
 
 _SHOWN = 20
 _WHAT = {
@@ -49,7 +49,7 @@ def command(
     A and B are files, indexes or folders, in any of the formats that wconv reads.
     """
     from converter.cli.output import open_meter, show_json
-    from converter.compare import verify
+    from converter.recipes.verify import verify
 
     with open_meter(None, "comparing", quiet) as meter:
         found = verify(a, b, cast=cast, quantized=quantized, workers=workers, memory_nbytes=int(memory), progress=meter)

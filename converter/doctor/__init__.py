@@ -7,13 +7,13 @@ from pathlib import Path
 
 from converter.doctor.checks import run_checks
 from converter.doctor.findings import SEVERITIES, Finding
-from converter.doctor.mend import Choices, Mending, plan_mending
+from converter.doctor.repair import Choices, Mending, plan_mending
 from converter.doctor.undo import check_left
 from converter.doctor.view import FolderView, look
 from converter.errors import LossyCast
-from converter.paths import path_of, refuse_cache
-from converter.run import Progress, run_plan
-from converter.staging import recover
+from converter.models.paths import path_of, refuse_cache
+from converter.run.execute import Progress, run_plan
+from converter.run.staging import recover
 
 __all__ = ["Choices", "Diagnosis", "Finding", "Mending", "diagnose", "finish_mending", "mend", "plan_mending"]
 

@@ -6,17 +6,17 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from converter.checkpoint import Checkpoint, open_checkpoint
-from converter.choose import Wishes
 from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
 from converter.errors import TrainingPiece, Unsupported, WconvError
-from converter.folder import nested
-from converter.names import WeightsName, is_other_runtime, parse_name
-from converter.rules import find_kept, find_old_attention, stays_wider, tag_dtype
-from converter.schemes import Quantized, find_quantized
-from converter.tensors import find_ties
+from converter.libraries.rules import find_kept, find_old_attention, stays_wider, tag_dtype
+from converter.models.checkpoint import Checkpoint, open_checkpoint
+from converter.models.folder import nested
+from converter.models.names import WeightsName, is_other_runtime, parse_name
+from converter.models.schemes import Quantized, find_quantized
+from converter.models.select import Wishes
+from converter.tensors.base import find_ties
 
 Check = Callable[[FolderView], Iterator[Finding]]
 _PartCheck = Callable[[ComponentView], Iterator[Finding]]

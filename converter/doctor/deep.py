@@ -10,15 +10,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from converter.checkpoint import open_checkpoint
 from converter.doctor.checks import repeated_name
 from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.errors import Unsupported
-from converter.rules import refuse_growth
-from converter.run import run_tasks
-from converter.sources import SourceFiles, read_chunks
-from converter.tensors import TensorInfo, find_ties
+from converter.libraries.rules import refuse_growth
+from converter.models.checkpoint import open_checkpoint
+from converter.run.execute import run_tasks
+from converter.tensors.base import TensorInfo, find_ties
+from converter.tensors.reader import SourceFiles, read_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def _check_values(part: ComponentView, found: SetView) -> Iterator[Finding]:
 
 
 def _look_at(info: TensorInfo, chunk_nbytes: int) -> _Values:
-    from converter.cast import count_odd
+    from converter.tensors.kernels import count_odd
 
     nans = infinite = 0
     is_zero = True

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from converter.doctor.view import ComponentView, FolderView
-from converter.names import WeightsName, parse_name
+from converter.models.names import WeightsName, parse_name
 
 Loader = Literal["diffusers", "diffusers-hub", "transformers", "coreml"]
 

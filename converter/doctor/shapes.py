@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from converter.ask import LibraryMissing, ask_class
-from converter.folder import Component
+from converter.libraries.ask import LibraryMissing, ask_class
+from converter.models.folder import Component
 
 
 def expected_shapes(component: Component) -> dict[str, tuple[int, ...]]:

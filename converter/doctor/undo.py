@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converter.errors import BadRequest, SystemRefused
-from converter.journal import Changes, is_index
-from converter.kept import UNDO_FOLDER, Keeper, Kept
-from converter.local import Root
-from converter.paths import real
-from converter.plan import Target
-from converter.staging import Staging, open_staging, recover
-from converter.state import Notes
+from converter.models.paths import real
+from converter.plan.make import Target
+from converter.run.journal import Changes, is_index
+from converter.run.kept import UNDO_FOLDER, Keeper, Kept
+from converter.run.staging import Staging, open_staging, recover
+from converter.run.state import Notes
+from converter.storage.local import Root
 
 
 class Undone(NamedTuple):

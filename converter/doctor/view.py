@@ -16,18 +16,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import WeightSet, is_weight_file
 from converter.dtypes import DType
 from converter.errors import BadFile, BadRequest, HostileFile, WconvError
-from converter.folder import Component, absent_models, is_model, model_folders
 from converter.formats import read_file
-from converter.formats.state_dict import Reading
+from converter.formats.texts import read_config
+from converter.formats.torch.state_dict import Reading
 from converter.formats.training import find_dcp, refuse_folder
-from converter.index import WeightIndex, read_index
-from converter.names import ParsedName, WeightsName, parse_name
-from converter.paths import snapshot_of
-from converter.tensors import MAX_TENSORS
-from converter.texts import read_config
+from converter.models.checkpoint import WeightSet, is_weight_file
+from converter.models.folder import Component, absent_models, is_model, model_folders
+from converter.models.index import WeightIndex, read_index
+from converter.models.names import ParsedName, WeightsName, parse_name
+from converter.models.paths import snapshot_of
+from converter.tensors.base import MAX_TENSORS
 
 LENIENT = Reading(strip_code=True, lenient=True)
 _MAX_TENSORS = 2 * MAX_TENSORS  # of all sets in one folder: names and dtypes of all are held at once

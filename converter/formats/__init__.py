@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.errors import BadFile, Unsupported
-from converter.formats import safetensors, torch_stream, torch_write, torch_zip, training
-from converter.formats.state_dict import PLAIN, Reading
-from converter.opening import Opened, open_source
-from converter.tensors import Described, Layout, WeightsFile
+from converter.formats import safetensors, training
+from converter.formats.torch import archive, legacy, writer
+from converter.formats.torch.state_dict import PLAIN, Reading
+from converter.storage.opening import Opened, open_source
+from converter.tensors.base import Described, Layout, WeightsFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def _is_zip(head: bytes) -> bool:
 
 
 def _is_stream(head: bytes) -> bool:
-    return head.startswith(torch_stream.HEADS)
+    return head.startswith(legacy.HEADS)
 
 
 def _is_tar(head: bytes) -> bool:
@@ -52,8 +53,8 @@ FORMATS: dict[str, FormatRow] = {
     row.name: row
     for row in (
         FormatRow("safetensors", _is_safetensors, lambda opened, _: safetensors.read_file(opened), safetensors.lay_out),
-        FormatRow("torch", _is_zip, torch_zip.read_file, torch_write.lay_out, torch_write.finish_file),
-        FormatRow("torch before 1.6", _is_stream, torch_stream.read_file),
+        FormatRow("torch", _is_zip, archive.read_file, writer.lay_out, writer.finish_file),
+        FormatRow("torch before 1.6", _is_stream, legacy.read_file),
     )
 }
 

@@ -18,20 +18,19 @@ from typing import Any
 
 from converter.dtypes import DTYPES
 from converter.errors import BadFile, HostileFile, Unsupported
-from converter.opening import Opened
-from converter.tensors import (
+from converter.formats.texts import MAX_HEADER_MARKS, Pairs, parse_json
+from converter.storage.opening import Opened, Stamp
+from converter.tensors.base import (
     MAX_DIMS,
     MAX_NAME,
     MAX_TENSORS,
     ByteRange,
     Described,
     Layout,
-    Stamp,
     TensorInfo,
     WeightsFile,
     contiguous_strides,
 )
-from converter.texts import MAX_HEADER_MARKS, Pairs, parse_json
 
 MAX_HEADER_NBYTES = 100_000_000  # same cap as the reference reader
 METADATA_KEY = "__metadata__"

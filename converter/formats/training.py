@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converter.errors import TrainingPiece
-from converter.formats.torch_pickle import TensorRef
-from converter.tensors import TensorInfo, WeightsFile
+from converter.formats.torch.rebuild import TensorRef
+from converter.tensors.base import TensorInfo, WeightsFile
 
 _TO_FP32 = "'python zero_to_fp32.py CHECKPOINT OUT', a script that DeepSpeed puts beside it, makes weights of it."
 _DCP = (

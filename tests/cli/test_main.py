@@ -35,17 +35,17 @@ def hear(*_):
     raise KeyboardInterrupt
 signal.signal(signal.SIGINT, hear)
 import converter.cli
-import converter.run
+import converter.run.execute
 from converter.cli import main
 converter.cli._interrupt = hear
-write = converter.run.write_piece
+write = converter.run.execute.write_piece
 def write_slowly(piece, chunk_nbytes):
     os.write(1, b"begun\\n")
     if "UNTIL_HEARD" in os.environ:
         heard.wait(60)
     time.sleep(0.2)
     return write(piece, chunk_nbytes)
-converter.run.write_piece = write_slowly
+converter.run.execute.write_piece = write_slowly
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -199,8 +199,8 @@ def test_a_kill_leaves_no_file_with_a_final_name(wconv, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 def test_verify_is_interrupted_too(tmp_path):
     save(STATE, tmp_path / "a.bin")
-    slow = SLOW.replace("converter.run.write_piece", "converter.compare._compare_batch").replace(
-        "import converter.run\n", "import converter.compare\n"
+    slow = SLOW.replace("converter.run.execute.write_piece", "converter.recipes.verify._compare_batch").replace(
+        "import converter.run.execute\n", "import converter.recipes.verify\n"
     )
     process = subprocess.Popen(
         (sys.executable, "-c", slow, "verify", "a.bin", "a.bin"),

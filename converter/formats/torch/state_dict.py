@@ -1,0 +1,292 @@
+"""The state dict in what a checkpoint holds, found by what it is: a mapping of names to tensors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from converter.dtypes import DType
+from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported
+from converter.formats.torch.globals import is_array, is_tensor
+from converter.formats.torch.rebuild import StorageRef, TensorRef, Unreadable
+from converter.formats.torch.unpickler import Inert, Pickled
+from converter.formats.training import check_pickled
+from converter.tensors.base import ByteRange, TensorInfo
+
+_MAX_DEPTH = 16  # trainers nest two or three
+_MAX_CONTAINERS = 200_000  # an optimizer keeps one or two for each tensor, and three tensors more
+MAX_TENSORS = 200_000  # in all dicts together; a pickle of all the steps there are describes 160,000
+MAX_NAME_LENGTH = 100_000  # of a tensor: no module is nested so deep
+MAX_NAMES_LENGTH = 25_000_000  # of all tensors together: the most there may be, of 125 characters each
+_CONTAINERS = (dict, list, tuple)  # a TensorRef is one of them
+_SHORT = 8
+_MAX_KEY_LENGTH = 200  # of what is spelled to people, or looked at for what it is
+_MAX_NAMED = 8
+# What serves where there is no state dict: an object of a class, and anything else.
+_ADVICE = {
+    True: "Where you trust it and have its class, torch.load(..., weights_only=False) makes it: save its state_dict().",
+    False: "Save a state dict: names to tensors.",
+}
+_META = "Save it from a model whose weights were loaded."
+_LEAVES = (TensorRef, Unreadable, StorageRef)  # tuples, and no containers
+_RANKED = ("DTensor", "ShardedTensor")  # classes of tensors of which each rank holds a part
+_INCOMPLETE = "The file is incomplete: fetch it again."
+
+# What trainers keep beside the weights (Lightning's ``dump_checkpoint``, accelerate, mmengine): no state dict of theirs
+# is taken for the model's.
+_TRAINING = ("optim", "sched", "scaler", "callback", "loops", "rng", "hyper_param", "hparams", "criterion")
+_TRAINING_NAMES = frozenset({"amp", "args", "cfg", "config"})
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a pickled checkpoint is read: ``key`` chooses one of several state dicts in it, by the path of its keys.
+
+    With ``strip_code`` calls of functions that no state dict needs are left out, rather than refused, and with
+    ``skip_unreadable`` tensors that are none of ours; with ``lenient`` the largest state dict is taken where several
+    are there.
+    """
+
+    key: str | None = None
+    strip_code: bool = False
+    skip_unreadable: bool = False
+    lenient: bool = False
+
+
+PLAIN = Reading()
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    path: tuple[str, ...]
+    tensors: Mapping[str | int, TensorRef]
+    unreadable: Mapping[str | int, str]  # and why, of each
+    beside: tuple[Any, ...]  # the keys of what the dict holds but those tensors
+    is_training: bool
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.path)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(ref.dtype.nbytes(prod(ref.shape)) for ref in self.tensors.values())
+
+    def __str__(self) -> str:
+        count = len(self.tensors)
+        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {self.nbytes / 1e6:,.1f} MB)"
+
+
+def choose_state_dict(pickled: Pickled, path: Path, reading: Reading) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+    """Give the names and tensors of the one state dict in a pickle's value, and notes on what is left out.
+
+    Raises BadRequest where several could be meant, or the key names none; Unsupported where there is none.
+    """
+    value = pickled.value
+    check_pickled(value, path)
+    if not isinstance(value, (dict, list, tuple)) or type(value) in (*_LEAVES, Inert):
+        raise Unsupported(path, f"holds {_kind(value)}, not a state dict", _ADVICE[type(value) is Inert])
+    found = list(_find(value, path))
+    if not found:
+        if value == {}:
+            return {}, ()
+        raise Unsupported(path, "holds no tensors under names of their own", _describe(value))
+    chosen = _choose(found, path, reading)
+    if chosen.unreadable and not reading.skip_unreadable:
+        _refuse_unreadable(chosen, path)
+    state_dict: dict[str, TensorRef] = {}
+    length = 0
+    for key, tensor in chosen.tensors.items():
+        name = str(key)
+        length += len(name)
+        if len(name) > MAX_NAME_LENGTH or length > MAX_NAMES_LENGTH:
+            raise HostileFile(path, f"gives its tensors names of {length:,} characters and more")
+        if name in state_dict:
+            raise BadFile(path, f"holds two tensors named {name!r}")
+        state_dict[name] = tensor
+    return state_dict, tuple(_notes(pickled, chosen, found))
+
+
+def _refuse_unreadable(chosen: _Found, path: Path) -> None:
+    """Raise Unsupported, and name the first tensor that cannot be read."""
+    name, why = next(iter(chosen.unreadable.items()))
+    more = f", and {len(chosen.unreadable) - 1:,} more cannot be read" if len(chosen.unreadable) > 1 else ""
+    if any(kind in why for kind in _RANKED):
+        advice = "It is one rank's part of a tensor: gather the state dict as it was trained, and save it whole."
+        raise TrainingPiece(path, f"tensor {_spell(name)!r} {why}{more}", advice)
+    advice = "Save it as a plain tensor; 'wconv to-safetensors --skip-unreadable' leaves such tensors out."
+    raise Unsupported(path, f"tensor {_spell(name)!r} {why}{more}", advice)
+
+
+def resolve(
+    state_dict: Mapping[str, TensorRef], find: Callable[[StorageRef], ByteRange | None], path: Path
+) -> Iterator[TensorInfo]:
+    """Yield the tensors, given where each storage lies; raises BadFile where one is not there, or not long enough."""
+    dtypes: dict[str, DType] = {}
+    for name, ref in state_dict.items():
+        storage = ref.storage
+        if storage.dtype and dtypes.setdefault(storage.key, storage.dtype) is not storage.dtype:
+            raise BadFile(path, f"tensor {name!r} takes its storage for another dtype than a tensor before it")
+        if storage.device == "meta":
+            raise Unsupported(path, f"tensor {name!r} is on the meta device: it has no values", _META)
+        record = find(storage)
+        if record is None:
+            raise BadFile(path, f"the record of tensor {name!r} is missing (data/{storage.key})", _INCOMPLETE)
+        if storage.nbytes != record.nbytes:
+            problem = (
+                f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims {storage.nbytes:,}"
+            )
+            raise BadFile(path, problem, _INCOMPLETE)
+        if ref.negated:
+            # The CRC32 is that of the bytes before they change, and is not checked.
+            record = record._replace(crc32=None)
+        info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides, ref.negated)
+        numel = prod(ref.shape)
+        if not numel and prod(length or 1 for length in ref.shape) >= 1 << 63:
+            raise BadFile(path, f"tensor {name!r} is empty, but its shape has numbers beyond torch's")
+        span = numel if info.is_contiguous else info.span
+        end = (ref.start + span) * ref.dtype.bits if numel else 0
+        if end > record.nbytes * 8 or numel >= 1 << 63:
+            raise BadFile(path, f"tensor {name!r} reaches past the end of its record")
+        yield info
+
+
+def _find(value: Any, file: Path) -> Iterator[_Found]:
+    seen: set[int] = set()
+    plain: set[int] = set()
+    count = 0
+
+    def is_plain(content: Any) -> bool:
+        # A trainer's log has a dict or a tuple a step, of numbers alone: there is nothing to be found in those. What
+        # is long may be handed out many times, and is looked through once.
+        if id(content) in plain:
+            return True
+        values = content.values() if isinstance(content, dict) else content
+        if any(isinstance(value, _CONTAINERS) for value in values):
+            return False
+        if len(content) > _SHORT:
+            plain.add(id(content))
+        return True
+
+    waiting: deque[tuple[tuple[str, ...], Any, bool]] = deque([((), value, False)])
+    while waiting:
+        path, content, is_training = waiting.popleft()
+        if id(content) in seen or len(path) > _MAX_DEPTH:
+            continue
+        seen.add(id(content))
+        is_mapping = isinstance(content, dict)
+        tensors = _tensors_of(content) if is_mapping else {}
+        unreadable = _unreadable_in(content, bool(tensors)) if is_mapping else {}
+        count += len(tensors) + len(unreadable)
+        if count > MAX_TENSORS:
+            raise HostileFile(file, f"its pickle describes more than {MAX_TENSORS:,} tensors")
+        if tensors or unreadable:
+            beside = tuple(key for key in content if key not in tensors and key not in unreadable)
+            is_beside = path == () and bool(beside) and all(map(_is_training, tensors or unreadable))
+            yield _Found(path, tensors, unreadable, beside, is_training or is_beside)
+        for key, inner in content.items() if is_mapping else enumerate(content):
+            if isinstance(inner, _CONTAINERS) and type(inner) not in _LEAVES and not is_plain(inner):
+                waiting.append(((*path, _spell(key)), inner, is_training or (is_mapping and _is_training(key))))
+                if len(seen) + len(waiting) > _MAX_CONTAINERS:
+                    raise HostileFile(file, f"its pickle holds more than {_MAX_CONTAINERS:,} dicts and lists")
+
+
+def _tensors_of(content: Mapping[Any, Any]) -> dict[str | int, TensorRef]:
+    return {key: inner for key, inner in content.items() if type(inner) is TensorRef and isinstance(key, (str, int))}
+
+
+def _unreadable_in(content: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
+    """Map the names of tensors that are none of ours to why; arrays and storages only where they stand with tensors."""
+    names = {key: inner for key, inner in content.items() if isinstance(key, (str, int))}
+    found = {key: why for key, inner in names.items() if (why := _why_unreadable(inner))}
+    others = {key: why for key, inner in names.items() if has_tensors and (why := _why_no_tensor(inner))}
+    return {**found, **others}
+
+
+def _why_unreadable(value: Any) -> str:
+    if type(value) is Unreadable:
+        return value.why
+    return f"is of the class {value.name}" if type(value) is Inert and is_tensor(value.name) else ""
+
+
+def _why_no_tensor(value: Any) -> str:
+    if type(value) is StorageRef:
+        return "is a storage, and no tensor"
+    if type(value) in (list, tuple):  # as torch packs the weights of its quantized modules
+        return next((f"holds one that {one.why}" for one in value[:_MAX_NAMED] if type(one) is Unreadable), "")
+    return "is an array of numpy" if type(value) is Inert and is_array(value.name) else ""
+
+
+def _is_training(key: Any) -> bool:
+    # Optimizers number the tensors that they keep a state of.
+    if type(key) is int:
+        return True
+    spelled = _spell(key).lower()
+    return spelled in _TRAINING_NAMES or any(word in spelled for word in _TRAINING)
+
+
+def _spell(key: Any) -> str:
+    """Spell a key, as far as people would read it: one long text may be the key of many dicts."""
+    return str(key[:_MAX_KEY_LENGTH] if isinstance(key, (str, bytes)) else key)
+
+
+def _choose(found: list[_Found], path: Path, reading: Reading) -> _Found:
+    if reading.key is not None:
+        named = [one for one in found if one.key == reading.key]
+        if not named:
+            raise BadRequest(path, f"has no state dict at {reading.key!r}", f"It has: {_list(found)}.")
+        return named[0]
+    likely = [one for one in found if not one.is_training]
+    if reading.lenient:
+        return max(likely or found, key=lambda one: one.nbytes)
+    if len(likely) != 1:
+        if not likely:
+            raise Unsupported(path, "holds no state dict of a model", f"--key takes another: {_list(found)}.")
+        raise BadRequest(path, f"holds several state dicts: {_list(likely)}", "Choose one with --key.")
+    return likely[0]
+
+
+def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[str]:
+    value = pickled.value
+    others = [one for one in found if one is not chosen and not one.is_training]
+    if others:
+        yield f"only {chosen} is taken, and not {_list(others)}"
+    entries = value.items() if isinstance(value, dict) else ()
+    beside = [key for key, _ in entries if chosen.path and _spell(key) != chosen.path[0]]
+    if beside or chosen.beside:
+        yield f"left out: {_list([*beside, *chosen.beside])}"
+    if chosen.unreadable:
+        named = [f"{_spell(name)} ({why})" for name, why in islice(chosen.unreadable.items(), _MAX_NAMED)]
+        yield f"tensors that cannot be read are left out ({len(chosen.unreadable):,} in all): {_list(named)}"
+    for what, note in (
+        ("makes", "objects of unknown classes were left out"),
+        ("calls", "functions that its pickle calls were not called"),
+    ):
+        names = [name for name, how in pickled.foreign.items() if how == what]
+        if names:
+            yield f"{note}: {_list(names)}"
+
+
+def _list(things: list[Any]) -> str:
+    more = f" and {len(things) - _MAX_NAMED} more" if len(things) > _MAX_NAMED else ""
+    return ", ".join(map(_spell, things[:_MAX_NAMED])) + more
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, dict) or not value:
+        return _ADVICE[False]
+    objects = any(type(inner) is Inert for inner in value.values())
+    named = [f"{_spell(key)} ({_kind(inner)})" if type(inner) is Inert else key for key, inner in value.items()]
+    return f"It holds: {_list(named)}." + (f" {_ADVICE[True]}" if objects else "")
+
+
+def _kind(value: Any) -> str:
+    if type(value) is Inert:
+        return f"a whole {value.name}"
+    kinds = {TensorRef: "a tensor", Unreadable: "a tensor", StorageRef: "a storage", type(None): "None"}
+    return kinds.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,1 @@
+"""What each model's own library wants of its weights."""

@@ -1,0 +1,189 @@
+"""Where paths lead, before anything there is written, removed or passed on.
+
+Links are files elsewhere: read through, but never written into, and what they point to is never renamed or removed. The
+cache of the Hub, where other programs look for the same files, is not changed at all; the name of a model in it stands
+for its snapshot. What a folder holds only as a link to another place may be anybody's secret, and is not passed on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from converter.errors import BadFile, BadRequest, OutputRefused
+from converter.models.names import WEIGHT_EXTENSIONS, parse_name
+
+_BLOBS = "blobs"
+_SNAPSHOTS = "snapshots"
+# ``REPO_TYPES`` of huggingface_hub, and what it puts into the cache beside them (``file_download.py``).
+_REPO = re.compile(r"(model|dataset|space)s--.+")
+_CACHE_FILES = frozenset({"CACHEDIR.TAG", "version.txt", "version_diffusers_cache.txt"})
+_REVISION = re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]{0,254}")
+_MAX_HOPS = 40  # as many links as Linux follows
+_MAX_CHOICES = 10
+_READ_ENDINGS = (".json", *(f".{ext}" for ext in WEIGHT_EXTENSIONS))
+
+
+def path_of(given: Path | str) -> Path:
+    """Give what a caller names as a path. Raises BadRequest for the empty text that a variable holds if it is unset."""
+    if given == "":
+        raise BadRequest("''", "is no path", "Name a file or folder; the current folder is '.'.")
+    return Path(given)
+
+
+def real(path: Path) -> Path:
+    """Give the place that a path leads to; links in a circle, which ``resolve`` fails on, stay as they are."""
+    return Path(os.path.realpath(path))
+
+
+def is_dangling(path: Path) -> bool:
+    """Say whether a path is a link that leads to nothing, or to itself."""
+    return path.is_symlink() and not path.exists()
+
+
+# The cache of the Hub.
+
+
+def check_places(source: Path, output: Path | None, removes: bool = False) -> None:
+    """Raise OutputRefused where a conversion would change the Hub's cache, or write where a link leads to nothing."""
+    if output is None:
+        refuse_cache(source, "Write to a new folder: -o NEW.")
+        return
+    for place in filter(is_dangling, (output, *output.parents)):
+        raise OutputRefused(place, "is a link to nothing", "Remove it, or name another folder.")
+    refuse_cache(output, "Name another folder: -o NEW.")
+    if removes:
+        refuse_cache(source, "Leave --delete-source out.")
+
+
+def refuse_cache(path: Path, advice: str = "") -> None:
+    """Raise OutputRefused for a place in the Hub's cache, or a model whose files are links into it.
+
+    Without other advice, a copy is to be worked on.
+    """
+    advice = advice or f"Copy it first: cp -rL {shlex.quote(str(path))} NEW."
+    spelled = path.absolute()
+    if any(map(_is_of_cache, (spelled, *spelled.parents, real(path), *real(path).parents))) or _repos_in(path):
+        raise OutputRefused(path, "lies in the cache of the Hub, which others use too", advice)
+    for link in _links_of(path):
+        if any(_BLOBS in (place.parent.name, real(place.parent).name) for place in _hops(link)):
+            raise OutputRefused(link, "is a link into the cache of the Hub, which others use too", advice)
+
+
+def _is_of_cache(folder: Path) -> bool:
+    if _REPO.fullmatch(folder.name):
+        return (folder / _SNAPSHOTS).is_dir() or (folder / _BLOBS).is_dir()
+    return folder.name in (_SNAPSHOTS, _BLOBS) and all((folder.parent / one).is_dir() for one in (_SNAPSHOTS, _BLOBS))
+
+
+def _links_of(path: Path) -> Iterator[Path]:
+    """List the links among a model's weights, indexes and configs; of a shard or index, those beside it."""
+    if not path.is_dir():
+        parsed = parse_name(path.name)
+        is_alone = parsed is None or parsed.role == "single"
+        yield from _links_in(path.parent, path.name if is_alone else None)
+        return
+    yield from _links_in(path)
+    if any(os.path.lexists(path / name) for name in ("model_index.json", "modules.json")):
+        for folder in filter(Path.is_dir, _entries(path)):
+            yield from _links_in(folder)
+
+
+def _links_in(folder: Path, only: str | None = None) -> Iterator[Path]:
+    for entry in _entries(folder):
+        if entry.is_symlink() and (entry.name == only if only else entry.name.endswith(_READ_ENDINGS)):
+            yield entry
+
+
+def _entries(folder: Path) -> list[Path]:
+    """List a folder; one that cannot be read is for its reader to tell of."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _hops(link: Path) -> Iterator[Path]:
+    """Give the places that a link leads to, one after another."""
+    place = link
+    for _ in range(_MAX_HOPS):
+        if not place.is_symlink():
+            return
+        place = place.parent / place.readlink()
+        yield place
+
+
+def snapshot_of(path: Path) -> Path:
+    """Give the snapshot that the name of a model in the Hub's cache, or the cache itself, stands for; else the path.
+
+    Raises BadRequest where there are several to choose from.
+    """
+    repos = _repos_in(path)
+    if repos:
+        return _only(path, "is the cache of the Hub, and holds several models", repos)
+    folder = path.absolute()
+    folder = path.parent if folder.name == _SNAPSHOTS and _REPO.fullmatch(folder.parent.name) else path
+    if not _REPO.fullmatch(folder.absolute().name) or not (folder / _SNAPSHOTS).is_dir():
+        return path
+    revision = _main_of(folder)
+    if revision is not None and (folder / _SNAPSHOTS / revision).is_dir():
+        return folder / _SNAPSHOTS / revision
+    snapshots = sorted(entry for entry in (folder / _SNAPSHOTS).iterdir() if entry.is_dir())
+    if not snapshots:
+        raise BadFile(path, "holds no snapshot", "Fetch the model again.")
+    if revision is None and len(snapshots) == 1:
+        return snapshots[0]
+    raise BadRequest(path, "has no snapshot that refs/main names", f"Name one: {_some(snapshots)}.")
+
+
+def _only(path: Path, problem: str, repos: list[Path]) -> Path:
+    if len(repos) > 1:
+        raise BadRequest(path, problem, f"Name one: {_some(repos)}.")
+    return snapshot_of(repos[0])
+
+
+def _some(choices: list[Path]) -> str:
+    more = f" and {len(choices) - _MAX_CHOICES} more" if len(choices) > _MAX_CHOICES else ""
+    return ", ".join(map(str, choices[:_MAX_CHOICES])) + more
+
+
+def _main_of(repo: Path) -> str | None:
+    """Give the revision that a model's ``refs/main`` names, if it is a plain name."""
+    path = repo / "refs" / "main"
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        text = file.read(1 << 10).decode("utf-8", "replace").strip()
+    return text if _REVISION.fullmatch(text) else None
+
+
+def _repos_in(path: Path) -> list[Path]:
+    """List the models in a folder that is a cache of the Hub: one that holds nothing else."""
+    repos = []
+    for entry in _entries(path):
+        if _REPO.fullmatch(entry.name):
+            repos += [entry] if (entry / _SNAPSHOTS).is_dir() else []
+        elif entry.name not in _CACHE_FILES and not entry.name.startswith(".") and not entry.is_dir():
+            return []
+    return repos
+
+
+# Links out of a folder.
+
+
+def lies_outside(path: Path, root: Path) -> bool:
+    """Say whether a path below a folder leads out of it, other than to what the Hub's cache has for a snapshot."""
+    place = real(path)
+    is_blob = place.parent.name == _BLOBS and (place.parent.parent / _SNAPSHOTS).is_dir()
+    return not is_blob and not place.is_relative_to(real(root))
+
+
+def refuse_linked(root: Path, name: str) -> None:
+    """Raise OutputRefused for a file to be written, renamed or removed in a folder that is a link, by its path."""
+    for parent in list(reversed(Path(name).parents))[1:]:
+        if (root / parent).is_symlink():
+            advice = "Name that folder itself, or write elsewhere: -o NEW."
+            raise OutputRefused(root / parent, "is a link to another folder, and nothing is changed there", advice)

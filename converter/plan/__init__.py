@@ -1,0 +1,1 @@
+"""What will be written, byte for byte, before a byte moves."""

@@ -1,0 +1,347 @@
+"""Two checkpoints or folders compared tensor by tensor, streaming: are these the same weights, bit for bit?
+
+Components are paired by name, sets by variant, tensors by name; a name that one side has only as a recorded tie stands
+for the tensor it is tied to. Chunks are compared as memory; only where they differ are values looked at.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from converter.dtypes import DTYPES
+from converter.errors import BadRequest
+from converter.libraries.modules import find_linears
+from converter.libraries.rules import find_growth
+from converter.models.checkpoint import Checkpoint, WeightSet, open_checkpoint
+from converter.models.folder import Component, open_folder
+from converter.models.paths import path_of
+from converter.models.select import only_set
+from converter.run.execute import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
+from converter.tensors.base import TensorInfo, find_ties
+from converter.tensors.reader import GATHER_NBYTES, PIECE_NBYTES, SourceFiles, read_range
+from converter.transforms.quantize.bnb_int8 import dequantized, scales_in
+
+Kind = Literal["missing", "extra", "shape", "dtype", "values"]
+_KINDS = get_args(Kind)  # in the order of what matters
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One tensor (or component) that is not the same. ``missing`` is only in A, ``extra`` only in B."""
+
+    kind: Kind
+    component: str
+    name: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ValueErrors:
+    """How far the values of a tensor in B are from those in A, over all of its elements."""
+
+    component: str
+    name: str
+    differing: int
+    max_absolute: float
+    max_relative: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingErrors:
+    """How far the 8-bit values of a tensor in B are from those in A, over all of its elements.
+
+    ``beyond`` are off by more than half a step, once A is rounded to float16. ``max_relative`` is the largest error
+    over the largest magnitude in its row, ``mean_relative`` the mean error over the mean magnitude.
+    """
+
+    component: str
+    name: str
+    beyond: int
+    max_relative: float
+    mean_relative: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a comparison found: whole components first, then by kind, the largest errors first.
+
+    ``recast`` has the tensors of another dtype, and ``quantized`` those in 8 bits, where that is allowed.
+    """
+
+    tensor_count: int
+    nbytes: int
+    differences: tuple[Difference, ...]
+    recast: tuple[ValueErrors, ...]
+    quantized: tuple[RoundingErrors, ...] = ()
+
+    @property
+    def is_equal(self) -> bool:
+        return not self.differences
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    component: str
+    a: TensorInfo
+    b: TensorInfo
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Pairs for one task, each with the range of elements to compare."""
+
+    parts: list[tuple[_Pair, int, int]] = field(default_factory=list)
+    nbytes: int = 0
+
+
+def verify(
+    a: Path | str,
+    b: Path | str,
+    *,
+    cast: bool = False,
+    quantized: bool = False,
+    executor: Executor | None = None,
+    workers: int | None = None,
+    memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare all weights at ``a`` with those at ``b``; any format on either side, shards or not.
+
+    With ``cast``, a tensor of B may have another dtype if it is the rounded one of A. With ``quantized`` that holds
+    too, and what B has in 8 bits (LLM.int8 of bitsandbytes) may be off by half a step. Raises WconvError for what
+    cannot be read, BadRequest for a B that has nothing in 8 bits then.
+    """
+    differences: list[Difference] = []
+    pairs: list[_Pair] = []
+    for component, left, right in _pair_sets(path_of(a), path_of(b), differences, quantized):
+        pairs.extend(_pair_tensors(component, left, right, cast or quantized, differences))
+    if quantized and not any(pair.b.scales for pair in pairs):
+        raise BadRequest(b, "has no 8-bit weights that A has too", "Leave out --quantized.")
+    found: dict[tuple[str, str], list[ValueErrors]] = {}
+    calls = ((_compare_batch, batch, batch.nbytes) for batch in _cut_batches([p for p in pairs if not p.b.scales]))
+    for errors in run_tasks(calls, executor, workers, memory_nbytes, progress):
+        for error in errors:
+            found.setdefault((error.component, error.name), []).append(error)
+    values = [_merge(parts) for parts in found.values()]
+    recast = {(pair.component, pair.a.name) for pair in pairs if pair.a.dtype is not pair.b.dtype}
+    for value in sorted(values, key=lambda value: (-value.max_absolute, value.component, value.name)):
+        if value.differing:
+            detail = f"{value.differing:,} of its values, by up to {value.max_absolute:.3g}"
+            differences.append(Difference("values", value.component, value.name, detail))
+    calls_8 = ((_measure_batch, batch, batch.nbytes) for batch in _cut_batches([p for p in pairs if p.b.scales]))
+    rounded = _merge_rounding(run_tasks(calls_8, executor, workers, memory_nbytes, progress))
+    for one in rounded:
+        if one.beyond:
+            detail = f"{one.beyond:,} of its values are off by more than half a step"
+            differences.append(Difference("values", one.component, one.name, detail))
+    return Comparison(
+        tensor_count=len(pairs),
+        nbytes=sum(pair.a.nbytes for pair in pairs),
+        differences=tuple(sorted(differences, key=lambda one: (bool(one.name), _KINDS.index(one.kind)))),
+        recast=tuple(value for value in values if (value.component, value.name) in recast),
+        quantized=tuple(rounded),
+    )
+
+
+def holds_values(kept: Checkpoint, gone: Checkpoint) -> bool:
+    """Say whether each tensor of ``gone`` is in ``kept`` too, bit for bit; of tied ones, under one of their names."""
+    differences: list[Difference] = []
+    there, wanted = dict(_by_name(kept)), _by_name(gone)
+    for name, twin in find_ties(gone.tensors).items():
+        for one, other in ((name, twin), (twin, name)):
+            if other in there:
+                there.setdefault(one, there[other])
+    pairs = list(_pair_tensors("", wanted, there, False, differences))
+    if any(one.kind != "extra" for one in differences):
+        return False
+    calls = ((_compare_batch, batch, batch.nbytes) for batch in _cut_batches(pairs))
+    return not any(error.differing for errors in run_tasks(calls) for error in errors)
+
+
+def _pair_sets(
+    a: Path, b: Path, differences: list[Difference], quantized: bool
+) -> Iterator[tuple[str, Mapping[str, TensorInfo], Mapping[str, TensorInfo]]]:
+    left, right = open_folder(a).components, open_folder(b).components
+    if len(left) == len(right) == 1:
+        yield from _pair_variants(left[0], right[0], differences, quantized)
+        return
+    theirs = {component.name: component for component in right}
+    for component in left:
+        other = theirs.pop(component.name, None)
+        if other is None:
+            differences.append(Difference("missing", component.name, "", "the whole component"))
+        else:
+            yield from _pair_variants(component, other, differences, quantized)
+    differences.extend(Difference("extra", name, "", "the whole component") for name in theirs)
+
+
+def _pair_variants(
+    a: Component, b: Component, differences: list[Difference], quantized: bool
+) -> Iterator[tuple[str, Mapping[str, TensorInfo], Mapping[str, TensorInfo]]]:
+    left, right = _by_variant(a), _by_variant(b)
+    if not left.keys() & right.keys() and 1 in (len(left), len(right)):
+        # One set under another name: it is meant for the other side's untagged one, or its only one.
+        left, right = _meant(left), _meant(right)
+    for variant in sorted(left.keys() & right.keys()):
+        label = f"{a.name} ({variant})" if variant else a.name
+        before, after = open_checkpoint(left[variant]), open_checkpoint(right[variant])
+        _refuse_bombs(before, after)
+        if quantized and scales_in(after):
+            after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed)
+        yield label, _by_name(before), _by_name(after)
+    for kind, variants in (("missing", left.keys() - right.keys()), ("extra", right.keys() - left.keys())):
+        for variant in sorted(variants):
+            which = f"the variant {variant}" if variant else "the untagged weights"
+            differences.append(Difference("missing" if kind == "missing" else "extra", a.name, "", which))
+
+
+def _refuse_bombs(a: Checkpoint, b: Checkpoint) -> None:
+    """Raise Unsupported where both sides are far smaller than what is in them: one alone is what ``--expand`` wrote."""
+    left, right = (find_growth(one.weight_set.path, one.tensors) for one in (a, b))
+    if left and right:
+        raise left
+
+
+def _meant(variants: dict[str, WeightSet]) -> dict[str, WeightSet]:
+    return {"": variants.get("") or next(iter(variants.values()))}
+
+
+def _by_variant(component: Component) -> dict[str, WeightSet]:
+    variants: dict[str, list[WeightSet]] = {}
+    for weight_set in component.weight_sets:
+        variants.setdefault(weight_set.name.variant or "", []).append(weight_set)
+    return {variant: only_set(component, sets) for variant, sets in variants.items()}
+
+
+def _by_name(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+    tensors = {info.name: info for info in checkpoint.tensors}
+    ties = {dropped: tensors[kept] for dropped, kept in checkpoint.ties.items()}
+    return {**ties, **tensors}
+
+
+def _pair_tensors(
+    component: str,
+    a: Mapping[str, TensorInfo],
+    b: Mapping[str, TensorInfo],
+    cast: bool,
+    differences: list[Difference],
+) -> Iterator[_Pair]:
+    differences.extend(Difference("missing", component, name) for name in a if name not in b)
+    differences.extend(Difference("extra", component, name) for name in b if name not in a)
+    for name in (name for name in a if name in b):
+        left, right = a[name], b[name]
+        if left.shape != right.shape:
+            detail = f"{list(left.shape)} became {list(right.shape)}"
+            differences.append(Difference("shape", component, name, detail))
+        elif left.dtype is not right.dtype and not (
+            cast and left.dtype.is_floating and (right.dtype.is_floating or right.scales)
+        ):
+            differences.append(Difference("dtype", component, name, f"{left.dtype} became {right.dtype}"))
+        else:
+            yield _Pair(component, left, right)
+
+
+def _cut_batches(pairs: list[_Pair]) -> Iterator[_Batch]:
+    batch = _Batch()
+    for pair in pairs:
+        numel = pair.a.numel
+        step = max(1, PIECE_NBYTES * 8 // pair.a.dtype.bits) // 16 * 16
+        for begin in range(0, numel, step):
+            end = min(numel, begin + step)
+            batch.parts.append((pair, begin, end))
+            batch.nbytes += pair.a.dtype.nbytes(end - begin)
+            if batch.nbytes >= PIECE_NBYTES:
+                yield batch
+                batch = _Batch()
+    if batch.parts:
+        yield batch
+
+
+def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[ValueErrors]:
+    """Compare the pairs of a batch; give errors for those that differ, and for all that were recast."""
+    found: list[ValueErrors] = []
+    left, right = bytearray(chunk_nbytes), bytearray(chunk_nbytes)
+    with SourceFiles() as sources:
+        for pair, begin, end in batch.parts:
+            a, b = pair.a, pair.b
+            parts = []
+            step = chunk_nbytes * 8 // max(a.dtype.bits, b.dtype.bits) // 16 * 16
+            for first in range(begin, end, step):
+                count = min(step, end - first)
+                view_a = memoryview(left)[: a.dtype.nbytes(count)]
+                view_b = memoryview(right)[: b.dtype.nbytes(count)]
+                read_range(a, sources, a.dtype.nbytes(first), view_a)
+                read_range(b, sources, b.dtype.nbytes(first), view_b)
+                # startswith compares as memcmp does.
+                if a.dtype is not b.dtype or not left.startswith(view_b):
+                    parts.append(_value_errors(pair, view_a, view_b))
+            if parts:
+                found.append(_merge(parts))
+    return found
+
+
+_Rounding = tuple[_Pair, tuple[int, float, float, float]]
+
+
+def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[_Rounding]:
+    """Measure how far the 8-bit values in a batch are from their source."""
+    from converter.tensors.kernels import int8_errors
+
+    found: list[_Rounding] = []
+    strided = not all(pair.b.is_contiguous for pair, _, _ in batch.parts)
+    room = max(chunk_nbytes, GATHER_NBYTES) if strided else chunk_nbytes
+    left, right = memoryview(bytearray(room)), memoryview(bytearray(room))
+    with SourceFiles() as sources:
+        for pair, begin, end in batch.parts:
+            a, b = pair.a, pair.b
+            step = room // a.dtype.itemsize
+            for first in range(begin, end, step):
+                count = min(step, end - first)
+                view_a, view_b = left[: a.dtype.nbytes(count)], right[:count]
+                read_range(a, sources, a.dtype.nbytes(first), view_a)
+                read_range(b, sources, first, view_b)
+                found.append((pair, int8_errors(b, view_b, first, view_a, a.dtype)))
+    return found
+
+
+def _merge_rounding(batches: Iterable[list[_Rounding]]) -> list[RoundingErrors]:
+    """Put the errors of each tensor together, the worst first."""
+    parts: dict[tuple[str, str], list[tuple[int, float, float, float]]] = {}
+    for pair, errors in itertools.chain.from_iterable(batches):
+        parts.setdefault((pair.component, pair.a.name), []).append(errors)
+    merged = []
+    for (component, name), found in parts.items():
+        beyond, shares, error_sums, magnitude_sums = zip(*found, strict=True)
+        mean = sum(error_sums) / (sum(magnitude_sums) or 1.0)
+        merged.append(RoundingErrors(component, name, sum(beyond), max(shares), mean))
+    return sorted(merged, key=lambda one: (-one.max_relative, one.component, one.name))
+
+
+def _value_errors(pair: _Pair, view_a: memoryview, view_b: memoryview) -> ValueErrors:
+    from converter.tensors.kernels import as_array, as_bits, cast_chunk, errors
+
+    before, after = as_array(view_a, pair.a.dtype), as_array(view_b, pair.b.dtype)
+    expected = before
+    if pair.a.dtype is not pair.b.dtype:
+        rounded = memoryview(bytearray(len(view_b)))
+        cast_chunk(view_a, pair.a.dtype, rounded, pair.b.dtype, "inf")
+        expected = as_array(rounded, pair.b.dtype)
+    wrong = as_bits(expected) != as_bits(after)
+    if pair.a.dtype is not pair.b.dtype:
+        wrong &= ~((expected != expected) & (after != after))  # a NaN may change its payload in a cast
+    return ValueErrors(pair.component, pair.a.name, int(wrong.sum()), *errors(before, after))
+
+
+def _merge(parts: list[ValueErrors]) -> ValueErrors:
+    return ValueErrors(
+        parts[0].component,
+        parts[0].name,
+        sum(part.differing for part in parts),
+        max(part.max_absolute for part in parts),
+        max(part.max_relative for part in parts),
+    )

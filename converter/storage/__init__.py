@@ -1,0 +1,1 @@
+"""Where bytes lie: the only package that opens, lists, renames and syncs."""

@@ -1,0 +1,1 @@
+"""What a tensor is, how its bytes are read, and the only numbers."""
