@@ -96,10 +96,10 @@ def run_main(args: list[str]) -> int:
 
 @pytest.fixture(scope="session")
 def builders() -> Any:
-    """Give `tests/builders.py`, with the libraries' progress bars off and one thread for models this small."""
-    import builders
+    """Give `tests/support/builders.py`, with the libraries' progress bars off and one thread for models this small."""
     import torch
     from diffusers.utils import logging as diffusers_logging
+    from support import builders
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()

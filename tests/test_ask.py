@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import save, write_json
+from support.tiny import save, write_json
 
 from converter.dtypes import BY_ALIAS
 from converter.errors import Unsupported
@@ -74,7 +74,7 @@ def component_of(config: dict[str, Any], class_name: str = "LlamaModel") -> Comp
 
 def test_nothing_is_looked_up_and_nobodys_code_runs(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text("class Evil: pass")
-    code = f"import sys; sys.path[:0] = {[str(Path(ask.__file__).parents[1]), str(tmp_path)]}\n{WATCHED}"
+    code = f"import sys; sys.path[:0] = {[str(Path(ask.__file__).parents[2]), str(tmp_path)]}\n{WATCHED}"
     done = subprocess.run(
         [sys.executable, "-c", code], input=json.dumps(LOOK_UPS), capture_output=True, text=True, check=True
     )

@@ -14,7 +14,19 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from archives import ORDERED_DICT, archive, items, name_of, number, numbers, pickled, state_dict, storage, tensor, text
+from support.archives import (
+    ORDERED_DICT,
+    archive,
+    items,
+    name_of,
+    number,
+    numbers,
+    pickled,
+    state_dict,
+    storage,
+    tensor,
+    text,
+)
 
 from converter.formats.torch.legacy import MAGIC
 

@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import TENSOR_NBYTES, make_state, save, save_bin_shards, save_safetensors_shards, save_shards, write_json
+from support.tiny import (
+    TENSOR_NBYTES,
+    make_state,
+    save,
+    save_bin_shards,
+    save_safetensors_shards,
+    save_shards,
+    write_json,
+)
 
 from converter.errors import BadFile, BadRequest
 from converter.models.checkpoint import Checkpoint, find_weight_set, find_weight_sets, is_weight_file, open_checkpoint

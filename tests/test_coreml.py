@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from original import as_original
 from safetensors.torch import load_file, save_file
-from tiny import snapshot
+from support.original import as_original
+from support.tiny import snapshot
 
 from converter.doctor import diagnose
 
@@ -237,7 +237,7 @@ def test_coremltools_takes_its_weights(form: str, builders: Any, tmp_path: Path,
         arguments = [tmp_path / "model.ckpt", "--config", source]
     wconv("prepare-coreml", *arguments, "-o", tmp_path / "out")
     (tmp_path / "packages").mkdir()
-    program = Path(__file__).with_name("coreml_packages.py")
+    program = Path(__file__).with_name("support") / "coreml_packages.py"
     command = [COREML_PYTHON, program, tmp_path / "out", tmp_path / "packages"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import steps
 from conftest import run_main
 from safetensors.torch import load_file
-from tiny import (
+from support import steps
+from support.tiny import (
     TENSOR_NBYTES,
     State,
     is_same,
@@ -39,7 +39,7 @@ import converter.run.execute
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
-STEPS = Path(__file__).with_name("steps.py")
+STEPS = Path(__file__).with_name("support") / "steps.py"
 NEW, OLD = make_state(seed=0), make_state(seed=1)
 LIMIT = 2 * TENSOR_NBYTES
 

@@ -10,13 +10,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import steps
 import torch
 from conftest import run_main
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from support import steps
+from support.tiny import make_state, save, save_safetensors_shards, save_shards, snapshot, write_json
 from test_crash import how_it_ends, kill_at_every_step
-from tiny import make_state, save, save_safetensors_shards, save_shards, snapshot, write_json
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 

@@ -21,9 +21,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from support.tiny import is_same, make_state, put_behind, save, save_safetensors_shards, save_shards, snapshot
 from test_crash import how_it_ends, kill_at_every_step
 from test_run import PEAK_OF
-from tiny import is_same, make_state, put_behind, save, save_safetensors_shards, save_shards, snapshot
 
 import converter.run.parts
 

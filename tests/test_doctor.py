@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-from opened import watched
 from safetensors.torch import load_file, save_file
-from tiny import make_state, processor_time, save, write_json
+from support.opened import watched
+from support.tiny import make_state, processor_time, save, write_json
 
 from converter.doctor import diagnose
 from converter.doctor.loaders import Prediction, list_folder, predict
@@ -372,7 +372,7 @@ def a_pickle_with_more_than_tensors(folder: Path) -> None:
 
 @case("vae-bf16sharded", "name-legacy", variants=(None, "bf16"))
 def shards_in_an_old_spelling(folder: Path) -> None:
-    import builders
+    from support import builders
 
     for path in sorted(folder.glob("*.bf16-*.safetensors")):
         path.rename(path.with_name(builders.legacy_shard(path.name, "bf16")))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_state, save, save_safetensors_shards, snapshot, write_json
+from support.tiny import make_state, save, save_safetensors_shards, snapshot, write_json
 
 from converter.doctor import diagnose
 from converter.doctor.loaders import list_folder, predict

@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from judges import saved_by_torch, split_safetensors
+from support.judges import saved_by_torch, split_safetensors
 
 from converter.dtypes import BY_ALIAS, BY_STORAGE_CLASS, BY_TORCH_NAME, DTYPES, DType
 

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import EXTRA, LOG, RESULTS, SCENARIO, STATE, TEMPLATE, WORLD, Result, Scenario
-from test_crash_doctor import OTHER, make_broken
-from test_crash_doctor import STATE as BROKEN
-from tiny import (
+from support.faults import EXTRA, LOG, RESULTS, SCENARIO, STATE, TEMPLATE, WORLD, Result, Scenario
+from support.tiny import (
     TENSOR_NBYTES,
     State,
     make_state,
@@ -30,6 +28,8 @@ from tiny import (
     save_safetensors_shards,
     write_json,
 )
+from test_crash_doctor import OTHER, make_broken
+from test_crash_doctor import STATE as BROKEN
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the shim is made for Linux")]
 
@@ -137,7 +137,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("needs a C compiler")
     library = tmp_path_factory.mktemp("shim") / "fault_shim.so"
-    source = Path(__file__).with_name("fault_shim.c")
+    source = Path(__file__).with_name("support") / "fault_shim.c"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl", "-lpthread"], check=True)
     return library
 
@@ -151,7 +151,7 @@ def strike(case: Case, root: Path, shim: Path, builders: Any) -> tuple[int, list
     (root / LOG).touch()
     world = root.resolve() / WORLD  # as the library spells it
     variables = {"LD_PRELOAD": shim, "FAULT_ROOTS": world, "FAULT_LOG": root / LOG, "WCONV_STATE": world / STATE}
-    command = [sys.executable, Path(__file__).with_name("faults.py"), root.resolve()]
+    command = [sys.executable, Path(__file__).with_name("support") / "faults.py", root.resolve()]
     done = subprocess.run(command, env={**os.environ, **{key: str(path) for key, path in variables.items()}},
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert not done.returncode, done.stderr

@@ -14,9 +14,9 @@ import pytest
 import test_doctor
 import torch
 from safetensors.torch import load_file
+from support.tiny import make_state, save, snapshot, write_json
 from test_doctor import files_in, opened_by
 from test_loaders import assert_same_bits
-from tiny import make_state, save, snapshot, write_json
 
 from converter.doctor import diagnose
 from converter.doctor.loaders import list_folder, predict

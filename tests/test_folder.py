@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import make_state, save, save_bin_shards, save_pipeline, write_json
+from support.tiny import make_state, save, save_bin_shards, save_pipeline, write_json
 
 from converter.errors import BadFile
 from converter.models.folder import ModelFolder, find_rest, open_folder

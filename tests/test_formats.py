@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from judges import saved_by_torch
+from support.judges import saved_by_torch
 
 from converter.errors import BadFile, Unsupported, WconvError
 from converter.formats import could_be_weights, read_file

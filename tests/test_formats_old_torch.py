@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from archives import ORDERED_DICT, call, items, name_of, number, numbers, pickled, state_dict, text
-from judges import described_by_safetensors, described_by_torch, described_by_wconv, saved_by_torch
+from support.archives import ORDERED_DICT, call, items, name_of, number, numbers, pickled, state_dict, text
+from support.judges import described_by_safetensors, described_by_torch, described_by_wconv, saved_by_torch
 
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
 from converter.formats import read_file

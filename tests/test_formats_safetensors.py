@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from judges import described_by_safetensors, described_by_wconv, saved_by_torch
-from odd_names import ODD_NAMES
-from tiny import processor_time
+from support.judges import described_by_safetensors, described_by_wconv, saved_by_torch
+from support.odd_names import ODD_NAMES
+from support.tiny import processor_time
 
 from converter.dtypes import BY_TORCH_NAME, DTYPES, DType
 from converter.errors import BadFile, Unsupported

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-from archives import FLOATS, archive, lie, pickled, places, state_dict, storage, tensor, unicode_path
-from judges import described_by_safetensors, described_by_torch, described_by_wconv, saved_by_torch, torch_load
-from tiny import rezip
+from support.archives import FLOATS, archive, lie, pickled, places, state_dict, storage, tensor, unicode_path
+from support.judges import described_by_safetensors, described_by_torch, described_by_wconv, saved_by_torch, torch_load
+from support.tiny import rezip
 
 from converter.dtypes import BY_TORCH_NAME
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError

@@ -18,11 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from archives import ORDERED_DICT, archive, call, items, name_of, number, pickled, state_dict, storage, tensor, text
 from hypothesis import example, given
 from hypothesis import strategies as st
-from odd_names import ODD_NAMES
-from tiny import processor_time
+from support.archives import (
+    ORDERED_DICT,
+    archive,
+    call,
+    items,
+    name_of,
+    number,
+    pickled,
+    state_dict,
+    storage,
+    tensor,
+    text,
+)
+from support.odd_names import ODD_NAMES
+from support.tiny import processor_time
 
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
 from converter.formats import read_file

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from tiny import write_json
+from support.tiny import write_json
 
 ONE = save({"a": torch.ones(1)}, {"format": "pt"})
 READ = """

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import make_state, save
+from support.tiny import make_state, save
 
 import converter
 

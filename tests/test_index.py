@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from odd_names import ODD_NAMES
+from support.odd_names import ODD_NAMES
 
 from converter.errors import BadFile
 from converter.models import index

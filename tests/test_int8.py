@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import raw_bytes
+from support.tiny import raw_bytes
 
 from converter.dtypes import DTYPES
 from converter.errors import BadFile, Unsupported

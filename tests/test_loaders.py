@@ -24,9 +24,9 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from judges import assert_close_outputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.judges import assert_close_outputs
 
 StateDict = dict[str, torch.Tensor]
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_state, names_in, save, save_bin_shards, save_safetensors_shards, write_json
+from support.tiny import make_state, names_in, save, save_bin_shards, save_safetensors_shards, write_json
 
 WEIGHTS = (".safetensors", ".bin", ".pt")
 ODD = 'it\'s {a} 100% [b] "é"'

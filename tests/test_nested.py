@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from judges import described_by_safetensors, described_by_wconv
 from safetensors.torch import load_file
+from support.judges import described_by_safetensors, described_by_wconv
 
 from converter.errors import BadRequest, HostileFile, Unsupported
 from converter.formats.torch.state_dict import Reading

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from judges import described_by_wconv, saved_by_torch
-from tiny import make_state, rezip, save, save_pipeline, snapshot, write_json
+from support.judges import described_by_wconv, saved_by_torch
+from support.tiny import make_state, rezip, save, save_pipeline, snapshot, write_json
 
 import converter.run.execute
 from converter import Wishes, convert, plan_conversion, run_plan

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import steps
 import torch
 from conftest import run_main
 from safetensors.torch import save_file
-from tiny import make_state, save, save_bin_shards, save_safetensors_shards, snapshot, write_json
+from support import steps
+from support.tiny import make_state, save, save_bin_shards, save_safetensors_shards, snapshot, write_json
 
 from converter.run import execute as run
 from converter.run import kept

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from judges import assert_close_outputs
 from safetensors.torch import load_file, save_file
-from tiny import assert_same, left_behind, load_set, make_state, names_in, save, snapshot, write_json
+from support.judges import assert_close_outputs
+from support.tiny import assert_same, left_behind, load_set, make_state, names_in, save, snapshot, write_json
 
 from converter.dtypes import BY_ALIAS
 from converter.errors import BadRequest, LossyCast, Unsupported, WconvError

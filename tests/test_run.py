@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import (
+from support.tiny import (
     assert_same,
     flip_byte,
     left_behind,

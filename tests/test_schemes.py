@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import assert_same, save, snapshot, write_json
+from support.tiny import assert_same, save, snapshot, write_json
 
 from converter.dtypes import DTYPES
 from converter.errors import Unsupported

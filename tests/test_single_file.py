@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import original
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import snapshot
+from support import original
+from support.tiny import snapshot
 
 from converter.errors import WconvError
 from converter.transforms.stable_diffusion import CONFIGS, open_single_file

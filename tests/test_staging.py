@@ -13,10 +13,10 @@ from typing import Any
 
 import platformdirs
 import pytest
-import steps
 import torch
 from conftest import run_main
-from tiny import (
+from support import steps
+from support.tiny import (
     left_behind,
     make_state,
     save,
@@ -32,7 +32,7 @@ from converter.errors import SystemRefused, WconvError
 from converter.plan.make import Target
 from converter.run.journal import Changes
 from converter.run.staging import open_staging
-from converter.storage.local import Root
+from converter.storage.root import Root
 
 STATE = make_state()
 OLD = make_state(seed=1)

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from archives import places
 from hypothesis import given
 from hypothesis import strategies as st
-from judges import described_by_safetensors, described_by_torch, described_by_wconv, own_copy, saved_by_torch
-from tiny import rezip
+from support.archives import places
+from support.judges import described_by_safetensors, described_by_torch, described_by_wconv, own_copy, saved_by_torch
+from support.tiny import rezip
 
 import converter.run.execute
 from converter.dtypes import DTYPES, DType

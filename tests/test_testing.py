@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judges import described_by_torch, described_by_wconv
+from support.judges import described_by_torch, described_by_wconv
 
 from converter.errors import BadFile, BadRequest, Unsupported
 from converter.testing import State, damaged, files

@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judges import own_copy
 from safetensors.torch import load_file, save_file
-from tiny import assert_same, make_state, save
+from support.judges import own_copy
+from support.tiny import assert_same, make_state, save
 
 from converter.dtypes import DTYPES as DTYPES_BY_TAG
 from converter.errors import HostileFile

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_state, names_in, save, save_pipeline, write_json
+from support.tiny import make_state, names_in, save, save_pipeline, write_json
 
 CARRIED = {"config.json", "generation_config.json", "model.safetensors"}
 

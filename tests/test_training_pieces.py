@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
-from tiny import assert_same, make_state, save, snapshot, write_json
+from support.tiny import assert_same, make_state, save, snapshot, write_json
 
 from converter.errors import TrainingPiece
 from converter.models.checkpoint import open_checkpoint

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import assert_same, make_state
+from support.tiny import assert_same, make_state
 
 from converter.errors import TrainingPiece
 from converter.models.checkpoint import open_checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import assert_same, is_same, make_state, save, snapshot, write_json
+from support.tiny import assert_same, is_same, make_state, save, snapshot, write_json
 
 from converter import (
     BadRequest,

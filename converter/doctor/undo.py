@@ -13,7 +13,7 @@ from converter.run.journal import Changes, is_index
 from converter.run.kept import UNDO_FOLDER, Keeper, Kept
 from converter.run.staging import Staging, open_staging, recover
 from converter.run.state import Notes
-from converter.storage.local import Root
+from converter.storage.root import Root
 
 
 class Undone(NamedTuple):

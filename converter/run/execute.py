@@ -43,8 +43,8 @@ from converter.run.parts import (
 )
 from converter.run.signals import signals_held
 from converter.run.staging import Staging, check_room, open_staging
-from converter.storage.local import Root
 from converter.storage.opening import check_stamp, open_again, open_placed
+from converter.storage.root import Root
 from converter.tensors.base import ByteRange, Described
 from converter.tensors.reader import GATHER_NBYTES
 

@@ -21,7 +21,7 @@ from converter.models.paths import real
 from converter.plan.make import Plan
 from converter.run.kept import Keeper
 from converter.run.state import Notes
-from converter.storage.local import Root, plain_parts
+from converter.storage.root import Root, plain_parts
 
 SUFFIX = ".wconv"  # with a dot: Diffusers takes the second dotted part of each name in a folder for a variant
 TREE = "files"

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 
 from converter.errors import BadFile, OutputRefused
 from converter.run.state import Notes, make_token
-from converter.storage.local import Root, is_mine, plain_parts
+from converter.storage.root import Root, is_mine, plain_parts
 
 UNDO_FOLDER = ".wconv-undo"
 _MAX_NAME_NBYTES = 150  # of a folder's name; with a token it stays below the 255 that most disks allow

@@ -19,7 +19,7 @@ from zlib_ng.zlib_ng import crc32
 
 from converter.dtypes import OnOverflow
 from converter.errors import BadFile
-from converter.storage.local import open_staged
+from converter.storage.root import open_staged
 from converter.tensors.base import ByteRange, TensorInfo
 from converter.tensors.reader import GATHER_NBYTES, ITEM_MULTIPLE, PIECE_NBYTES, SourceFiles, read_range, read_some
 

@@ -31,7 +31,7 @@ from converter.run.journal import SUFFIX, TREE, Changes, Entry, Journal, Overtak
 from converter.run.kept import Keeper
 from converter.run.signals import signals_held
 from converter.run.state import Notes, make_token
-from converter.storage.local import Root, write_all
+from converter.storage.root import Root, write_all
 
 _RESERVE_NBYTES = 1 << 20  # room for the journal and the folders themselves
 _LIKE_MINE = re.compile(r"\..+\.wconv(\.json)?")  # of this version, or of the first one

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused
-from converter.storage.local import Root, half_written
+from converter.storage.root import Root, half_written
 
 Kind = Literal["run", "undo"]
 

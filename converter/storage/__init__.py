@@ -1,1 +1,35 @@
-"""Where bytes lie: the only package that opens, lists, renames and syncs."""
+"""Where bytes lie: the only package that opens, lists, renames and syncs.
+
+A store is chosen by the beginning of what the user names: a row of ``_STORES`` each. What has no such beginning is a
+path of this machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from converter.errors import BadRequest
+from converter.storage import local
+from converter.storage.base import FileRef, Info, OpenFile, Place, Store
+
+__all__ = ["FileRef", "Info", "OpenFile", "Place", "Store", "place_of"]
+
+_STORES: Mapping[str, Callable[[str], Place]] = {"file": local.open_url}
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+
+
+def place_of(given: Place | Path | str) -> Place:
+    """Give the place that a caller names. Raises BadRequest for the empty text that a variable holds if it is unset."""
+    if isinstance(given, Place):
+        return given
+    if given == "":
+        raise BadRequest("''", "is no path", "Name a file or folder; the current folder is '.'.")
+    scheme = _SCHEME.match(given) if isinstance(given, str) else None
+    if not scheme or not isinstance(given, str):
+        return local.place_at(Path(given))
+    open_url = _STORES.get(scheme[1].lower())
+    if open_url is None:
+        raise BadRequest(given, f"is a URL, and wconv reads none of {scheme[0]}", "Fetch it, and name the folder.")
+    return open_url(given)

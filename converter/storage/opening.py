@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from converter.errors import BadFile
-from converter.storage.local import Root
+from converter.storage.root import Root
 
 # A pipe that takes a file's place after it was looked at is opened at once. Windows has no such flag.
 _WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import left_behind, names_in, save, snapshot, write_json
+from support.tiny import left_behind, names_in, save, snapshot, write_json
 
 LEAVES = ("q_proj", "k_proj")
 

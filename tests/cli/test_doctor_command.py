@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_state, save, save_pipeline, save_safetensors_shards, snapshot, write_json
+from support.tiny import make_state, save, save_pipeline, save_safetensors_shards, snapshot, write_json
 
 STATE = make_state()
 CONFIG = {"architectures": ["LlamaForCausalLM"]}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import (
+from support.tiny import (
     TENSOR_NBYTES,
     make_state,
     save,

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import make_state, names_in, save, save_bin_shards, save_pipeline, snapshot
+from support.tiny import make_state, names_in, save, save_bin_shards, save_pipeline, snapshot
 
 import converter
 import converter.cli.convert

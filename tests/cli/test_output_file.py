@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import assert_same, make_state, save, save_safetensors_shards, snapshot
+from support.tiny import assert_same, make_state, save, save_safetensors_shards, snapshot
 
 STATE = make_state()
 INDEX = "shards/model.safetensors.index.json"

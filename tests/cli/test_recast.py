@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import (
+from support.tiny import (
     assert_same,
     load_set,
     make_state,

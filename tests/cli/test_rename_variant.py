@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import (
+from support.tiny import (
     left_behind,
     make_state,
     names_in,

@@ -12,8 +12,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_loaders import assert_complete_index, assert_same_weights, load_silently
-from tiny import (
+from support.tiny import (
     assert_same,
     left_behind,
     load_set,
@@ -27,6 +26,7 @@ from tiny import (
     snapshot,
     write_json,
 )
+from test_loaders import assert_complete_index, assert_same_weights, load_silently
 
 STATE = make_state()
 PLAIN = {"format": "pt"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import assert_same, make_state, names_in, save, save_safetensors_shards, snapshot, write_json
+from support.tiny import assert_same, make_state, names_in, save, save_safetensors_shards, snapshot, write_json
 
 STATE = make_state()
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import (
+from support.tiny import (
     TENSOR_NBYTES,
     assert_same,
     flip_byte,

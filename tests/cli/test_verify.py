@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import State, make_state, save, save_bin_shards, save_pipeline, save_safetensors_shards, save_shards, snapshot
+from support.tiny import (
+    State,
+    make_state,
+    save,
+    save_bin_shards,
+    save_pipeline,
+    save_safetensors_shards,
+    save_shards,
+    snapshot,
+)
 
 STATE = make_state()
 

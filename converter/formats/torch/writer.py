@@ -18,7 +18,7 @@ from converter.dtypes import DType
 from converter.formats.torch.rebuild import AXES_A_STEP, MAX_DIMS
 from converter.formats.torch.state_dict import MAX_NAME_LENGTH, MAX_NAMES_LENGTH, MAX_TENSORS
 from converter.formats.torch.unpickler import FREE_NBYTES, GLOBAL_STEPS, MAX_OPCODES, count_text_steps
-from converter.storage.local import open_staged
+from converter.storage.root import open_staged
 from converter.tensors.base import Described, Layout, contiguous_strides
 
 _ALIGNMENT = 64

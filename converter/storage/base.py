@@ -1,0 +1,160 @@
+"""What all stores have in common: a Place names a file or folder of one, a FileRef is a file as it was seen.
+
+These are values: they can be pickled, compared and sent to another machine, and hold neither handles nor secrets. A
+key is a path from where the store begins, with slashes; for messages a place is spelled as the user did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple, Protocol
+
+from converter.errors import BadFile
+
+Kind = Literal["file", "folder", "other"]
+Tag = tuple[int, ...] | str
+"""What changes when a file does, such as an ETag; two files with the same bytes may have two."""
+
+
+class Info(NamedTuple):
+    """What lies at a place, behind links if it ``is_link`` itself."""
+
+    kind: Kind
+    nbytes: int
+    tag: Tag
+    is_link: bool = False
+
+
+class OpenFile:
+    """A file that is open to be read by ranges, from any offset and in any order; ``nbytes`` is its size."""
+
+    def __init__(self, ref: FileRef, nbytes: int) -> None:
+        self.ref = ref
+        self.nbytes = nbytes
+
+    def read_into(self, offset: int, out: memoryview) -> int:
+        """Fill ``out`` from an offset on; give how many bytes there were, fewer only at the file's end."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise BadFile where the file is not, or no longer, as its tag says."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let the file go."""
+        raise NotImplementedError
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Give bytes from an offset on, fewer at the file's end."""
+        out = bytearray(max(0, min(nbytes, self.nbytes - offset)))
+        count = self.read_into(offset, memoryview(out))
+        return bytes(out[:count])
+
+
+class Store(Protocol):
+    """Where files lie: a folder of this machine, a bucket, a repository at one revision. Errors are WconvErrors."""
+
+    @property
+    def url(self) -> str:
+        """What tells this store from others."""
+
+    def spell(self, key: str) -> str:
+        """Name a place to people."""
+
+    def stat(self, key: str) -> Info | None:
+        """Say what lies at a key; None for nothing, or a link to nothing."""
+
+    def list(self, key: str) -> list[str]:
+        """List the names of what lies directly in a folder, sorted."""
+
+    def open(self, place: Place, tag: Tag | None) -> OpenFile:
+        """Open a file; raises BadFile for what is none, or is not as the tag says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A file or folder of a store, or where one may come to be."""
+
+    store: Store
+    key: str
+
+    def __truediv__(self, name: str) -> Place:
+        return Place(self.store, (PurePosixPath(self.key) / name).as_posix())
+
+    def __str__(self) -> str:
+        return self.store.spell(self.key)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __lt__(self, other: Place) -> bool:
+        return PurePosixPath(self.key) < PurePosixPath(other.key)
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.key).name
+
+    @property
+    def parent(self) -> Place:
+        return Place(self.store, PurePosixPath(self.key).parent.as_posix())
+
+    def relative_to(self, folder: Place) -> str:
+        """Give the path from a folder to this place below it; raises ValueError for another."""
+        return PurePosixPath(self.key).relative_to(folder.key).as_posix()
+
+    @property
+    def path(self) -> Path:
+        """The full path on this machine's disk. Raises Unsupported for a place that is elsewhere."""
+        from converter.storage.local import path_of
+
+        return path_of(self)
+
+    def info(self) -> Info | None:
+        """Say what lies here; None for nothing, or a link to nothing."""
+        return self.store.stat(self.key)
+
+    def is_file(self) -> bool:
+        """Say whether a file lies here, behind links or not."""
+        found = self.info()
+        return found is not None and found.kind == "file"
+
+    def is_folder(self) -> bool:
+        """Say whether a folder lies here, behind links or not."""
+        found = self.info()
+        return found is not None and found.kind == "folder"
+
+    def exists(self) -> bool:
+        """Say whether anything lies here; a link to nothing is nothing."""
+        return self.info() is not None
+
+    def entries(self) -> list[Place]:
+        """List what lies directly in this folder, by name."""
+        return [self / name for name in self.store.list(self.key)]
+
+    @contextmanager
+    def open(self) -> Iterator[OpenFile]:
+        """Open the file that lies here; raises BadFile for what is none."""
+        file = self.store.open(self, None)
+        try:
+            yield file
+        finally:
+            file.close()
+
+
+class FileRef(NamedTuple):
+    """A file as it was when its header was read: whoever reads more of it later holds its tag against it."""
+
+    place: Place
+    tag: Tag | None = None
+
+    def open(self) -> OpenFile:
+        """Open the file again; raises BadFile where it has changed since."""
+        return self.place.store.open(self.place, self.tag)
+
+
+def changed(place: Place) -> BadFile:
+    """Word that a file is no longer what it was when its header was read."""
+    return BadFile(str(place), "was changed while it was read", "Run this again when nobody writes to it.")

@@ -1,0 +1,1 @@
+"""What tests share: models to convert, files put together by hand, outside judges."""
