@@ -8,6 +8,7 @@ bug in wconv.
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 _MAX_LENGTH = 2_000  # a name in a file may have a million characters
@@ -24,7 +25,7 @@ class WconvError(Exception):
 
     exit_code = 70
 
-    def __init__(self, where: Path | str, problem: str, advice: str = "") -> None:
+    def __init__(self, where: os.PathLike[str] | str, problem: str, advice: str = "") -> None:
         self.where = shorten(where) if isinstance(where, str) else where
         self.problem = shorten(problem)
         self.advice = shorten(advice)

@@ -19,7 +19,7 @@ from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.models.index import WeightIndex, read_index
 from converter.models.names import ParsedName, WeightsName, is_other_runtime, is_training_state, parse_name
 from converter.models.paths import path_of
-from converter.tensors.base import MAX_TENSORS, TensorInfo, WeightsFile
+from converter.tensors.base import MAX_TENSORS, Tensor, WeightsFile
 
 _STANDARD_NAMES = frozenset(
     {
@@ -72,7 +72,7 @@ class Checkpoint:
         return self.files[0].format
 
     @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, in file order."""
         return tuple(itertools.chain.from_iterable(file.tensors for file in self.files))
 

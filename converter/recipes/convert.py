@@ -21,7 +21,8 @@ from converter.models.paths import check_places, path_of
 from converter.models.select import Wishes, choose_sets
 from converter.plan.make import Beside, Plan, Target, make_plan
 from converter.recipes.outputs import find_difference, open_target, refuse_links
-from converter.run.execute import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
+from converter.run.execute import Result, run_plan
+from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress
 from converter.run.staging import find_strangers, recover
 from converter.transforms.stable_diffusion import SingleFile
 
