@@ -21,11 +21,11 @@ import pytest
 import torch
 from support.archives import FLOATS, archive, lie, pickled, places, state_dict, storage, tensor, unicode_path
 from support.judges import described_by_safetensors, described_by_torch, described_by_wconv, saved_by_torch, torch_load
-from support.tiny import rezip
+from support.tiny import read_file, rezip
 
 from converter.dtypes import BY_TORCH_NAME
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
-from converter.formats import read_file, zip_records
+from converter.formats import zip_records
 from converter.formats.torch import archive as torch_archive
 from converter.plan.make import Copy, Shard
 from converter.run.parts import cut_pieces

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny import raw_bytes
+from support.tiny import raw_bytes, ref_to
 
 from converter.dtypes import DTYPES
 from converter.errors import BadFile, Unsupported
@@ -95,7 +95,7 @@ def test_the_way_back_is_that_of_bitsandbytes(tag):
 def _range(path: Path):
     from converter.tensors.base import ByteRange
 
-    return ByteRange(path, 0, 0)
+    return ByteRange(ref_to(path), 0, 0)
 
 
 def test_a_turned_matrix_has_a_scale_for_each_column():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiny import ref_to
 
 from converter.dtypes import DTYPES
 from converter.libraries import asked, modules
@@ -105,7 +106,12 @@ def tensors_of(config: dict) -> list[TensorInfo]:
     tied = getattr(model, "all_tied_weights_keys", {})
     return [
         TensorInfo(
-            name, DTYPES["F32"], tuple(tensor.shape), ByteRange(Path(), 0, 0), 0, contiguous_strides(tensor.shape)
+            name,
+            DTYPES["F32"],
+            tuple(tensor.shape),
+            ByteRange(ref_to(Path()), 0, 0),
+            0,
+            contiguous_strides(tensor.shape),
         )
         for name, tensor in model.state_dict().items()
         if name not in tied

@@ -17,14 +17,13 @@ from typing import Any
 import pytest
 import torch
 from support.judges import described_by_wconv, saved_by_torch
-from support.tiny import make_state, rezip, save, save_pipeline, snapshot, write_json
+from support.tiny import make_state, read_file, rezip, save, save_pipeline, snapshot, write_json
 
 import converter.run.execute
 from converter import Wishes, convert, plan_conversion, run_plan
 from converter.errors import BadFile
-from converter.formats import read_file
-from converter.storage.opening import open_regular
-from converter.tensors import reader as sources
+from converter.storage import FileRef, place_of
+from converter.storage.local import LocalFile
 from converter.tensors.reader import SourceFiles
 from converter.transforms.quantize.bnb_int8 import cut_rows, find_scales
 
@@ -174,7 +173,7 @@ def test_a_file_that_is_carried_along_is_not_of_two_states(tmp_path, monkeypatch
     monkeypatch.setattr(os, "fstat", look_and_change)
     with pytest.raises(BadFile, match="changed while") as caught:
         convert(source, tmp_path / "out")
-    assert caught.value.where == carried
+    assert caught.value.where == str(carried)
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -225,7 +224,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monke
     path.unlink()
     os.mkfifo(path)
     monkeypatch.setattr(Path, "stat", lambda *_, **__: found)
-    error = in_time(lambda: open_regular(path))
+    error = in_time(lambda: FileRef(place_of(path)).open())
     assert isinstance(error, BadFile)
     assert "no regular file" in str(error)
 
@@ -233,7 +232,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monke
 def test_a_device_is_not_opened(monkeypatch):
     monkeypatch.setattr(os, "open", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(BadFile, match="no regular file"):
-        open_regular(Path(os.devnull))
+        FileRef(place_of(os.devnull)).open()
 
 
 EACH = """
@@ -311,19 +310,33 @@ def test_no_command_waits_for_a_pipe(named, tmp_path):
 # How many are open.
 
 
+class Opened:
+    """The source files that were opened again, how many, and those that are still open."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.left: set[int] = set()
+
+    def note(self, file: LocalFile) -> LocalFile:
+        self.count += 1
+        self.left.add(id(file))
+        return file
+
+
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Collect the source files that are opened."""
-    files: list[Any] = []
-    open_again = sources.open_again
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
+    """Note the source files that are opened again."""
+    noted = Opened()
+    open_again, close = FileRef.open, LocalFile.close
 
-    def open_and_note(*args: Any) -> Any:
-        files.append(open_again(*args))
-        return files[-1]
+    def close_and_note(file: LocalFile) -> None:
+        close(file)
+        noted.left.discard(id(file))
 
-    monkeypatch.setattr(sources, "open_again", open_and_note)
-    yield files
-    assert all(file.closed for file in files)
+    monkeypatch.setattr(FileRef, "open", lambda ref: noted.note(open_again(ref)))
+    monkeypatch.setattr(LocalFile, "close", close_and_note)
+    yield noted
+    assert not noted.left
 
 
 @pytest.mark.parametrize("form", ["safetensors", "deflated"])
@@ -337,7 +350,7 @@ def test_a_task_keeps_few_files_open(form, tmp_path, opened):
                 buffer = bytearray(info.nbytes)
                 files.read_into(info.storage, 0, memoryview(buffer))
                 assert buffer == described_by_wconv(path)[info.name][2]
-                assert sum(not file.closed for file in opened) <= 4
+                assert len(opened.left) <= 4
 
 
 def test_what_changes_is_noticed_when_its_file_is_closed_for_another(tmp_path):
@@ -358,7 +371,7 @@ def test_two_files_read_by_turns_stay_open(tmp_path, opened):
         for infos in zip(*(read_file(path).tensors for path in paths), strict=True):
             for info in infos:
                 files.read_into(info.storage, 0, memoryview(bytearray(info.nbytes)))
-    assert len(opened) == 2
+    assert opened.count == 2
 
 
 FEW_FILES = """

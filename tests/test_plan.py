@@ -16,6 +16,7 @@ import pytest
 from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny import ref_to
 
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest, OutputRefused, Unsupported
@@ -26,6 +27,7 @@ from converter.models.index import parse_index
 from converter.models.names import WeightsName, parse_name
 from converter.models.select import Wishes, choose_sets
 from converter.plan.make import Plan, Target, make_plan, split_into_shards
+from converter.storage import place_of
 from converter.tensors.base import ByteRange, TensorInfo, WeightsFile, contiguous_strides
 
 HERE = Path("model")
@@ -36,7 +38,7 @@ NBYTES = 4 * NUMEL
 
 def tensor(name: str, file: str = "pytorch_model.bin", place: int = 0, numel: int = NUMEL) -> TensorInfo:
     """Describe a float32 tensor that is all of the storage at ``place``."""
-    storage = ByteRange(HERE / file, place, 4 * numel)
+    storage = ByteRange(ref_to(HERE / file), place, 4 * numel)
     return TensorInfo(name, F32, (numel,), storage, 0, contiguous_strides((numel,)))
 
 
@@ -50,7 +52,9 @@ def weight_set(*files: str, index: str | None = None, folder: Path = HERE) -> We
 def checkpoint(files: dict[str, str], index: str | None = None, **metadata: Any) -> Checkpoint:
     """Describe an opened set: for each file the letters that name its tensors."""
     opened = tuple(
-        WeightsFile(HERE / file, "torch", tuple(tensor(name, file, place) for place, name in enumerate(names)), {})
+        WeightsFile(
+            place_of(HERE / file), "torch", tuple(tensor(name, file, place) for place, name in enumerate(names)), {}
+        )
         for file, names in files.items()
     )
     return Checkpoint(weight_set(*files, index=index), opened, metadata)
@@ -81,9 +85,9 @@ def layout(planned: Plan) -> dict[str, str]:
 
 def expanded(nbytes: int, held: int, packed: int | None = None) -> Checkpoint:
     """Describe a checkpoint of one tensor of bytes, expanded from fewer."""
-    storage = ByteRange(HERE / "pytorch_model.bin", 0, held, None, packed)
+    storage = ByteRange(ref_to(HERE / "pytorch_model.bin"), 0, held, None, packed)
     info = TensorInfo("mask", DTYPES["U8"], (nbytes // held, held), storage, 0, (0, 1))
-    return Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(storage.path, "torch", (info,), {}),), {})
+    return Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(storage.file.place, "torch", (info,), {}),), {})
 
 
 def test_a_tensor_that_would_fill_the_disk_is_refused_unless_it_is_asked_for():
@@ -125,7 +129,7 @@ def test_small_buffers_that_are_expanded_are_no_news():
 def test_one_storage_under_many_names_is_counted_once():
     names = [chr(ord("A") + place) for place in range(6)]
     tensors = tuple(tensor(name, numel=10**9) for name in names)
-    tied = Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(HERE / "x", "torch", tensors, {}),), {})
+    tied = Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(place_of(HERE / "x"), "torch", tensors, {}),), {})
     assert plan(tied, tied="first")
     with pytest.raises(Unsupported, match="4,000,000,000 bytes of tensors, which would come out as 24,000,000,000"):
         plan(tied, tied="duplicate")

@@ -259,7 +259,7 @@ def test_a_source_cut_short_while_it_is_read(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr(converter.run.execute, "write_piece", cut_and_write)
     with pytest.raises(BadFile, match="changed while it was read") as caught:
         convert(source, tmp_path / "out")
-    assert caught.value.where == source
+    assert caught.value.where == str(source)
     assert list(tmp_path.iterdir()) == [source.parent]
 
 

@@ -20,12 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.archives import places
 from support.judges import described_by_safetensors, described_by_torch, described_by_wconv, own_copy, saved_by_torch
-from support.tiny import rezip
+from support.tiny import read_file, ref_to, rezip
 
 import converter.run.execute
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
-from converter.formats import FORMATS, read_file
+from converter.formats import FORMATS
 from converter.models.names import Format
 from converter.plan.make import Copy, Shard
 from converter.run import parts as stream
@@ -90,7 +90,7 @@ def describe(path: Path, dtype: DType, base: torch.Tensor, view: torch.Tensor) -
     """Write a storage with something before it, and describe a view of it."""
     path.write_bytes(b"before" + base.numpy().tobytes())
     return TensorInfo(
-        "x", dtype, tuple(view.shape), ByteRange(path, 6, base.nbytes), view.storage_offset(), view.stride()
+        "x", dtype, tuple(view.shape), ByteRange(ref_to(path), 6, base.nbytes), view.storage_offset(), view.stride()
     )
 
 
@@ -299,11 +299,11 @@ def test_checksums_of_what_is_written_are_of_the_file(
 def test_a_record_is_checked_by_reading_it(tmp_path: Path, chunk_nbytes: int) -> None:
     path = tmp_path / "record"
     path.write_bytes(b"before" + bytes(range(100)) + b"after")
-    check_record(ByteRange(path, 6, 100, zlib.crc32(bytes(range(100)))), chunk_nbytes)
+    check_record(ByteRange(ref_to(path), 6, 100, zlib.crc32(bytes(range(100)))), chunk_nbytes)
     with pytest.raises(BadFile, match="CRC32"):
-        check_record(ByteRange(path, 7, 100, zlib.crc32(bytes(range(100)))), chunk_nbytes)
+        check_record(ByteRange(ref_to(path), 7, 100, zlib.crc32(bytes(range(100)))), chunk_nbytes)
     with pytest.raises(BadFile, match="shorter"):
-        check_record(ByteRange(path, 50, 100, 1), chunk_nbytes)
+        check_record(ByteRange(ref_to(path), 50, 100, 1), chunk_nbytes)
 
 
 @given(state_dicts(), PIECES, CHUNKS, st.integers(0, 2**64))

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny import ref_to
 
 from converter.dtypes import DTYPES
 from converter.tensors.base import ByteRange, TensorInfo, contiguous_strides, find_ties
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
-RECORD = ByteRange(Path("model.bin"), 64, 4096)
+RECORD = ByteRange(ref_to(Path("model.bin")), 64, 4096)
 
 
 def info(
@@ -81,7 +82,7 @@ def test_the_very_same_view_is_a_tie_to_the_first_name() -> None:
         info((2, 3), strides=(1, 2)),
         info((2, 3), tag="I32"),
         info((2, 3), storage=RECORD._replace(offset=128)),
-        info((2, 3), storage=RECORD._replace(path=Path("other.bin"))),
+        info((2, 3), storage=RECORD._replace(file=ref_to("other.bin"))),
     ],
     ids=["start", "shape", "dims", "strides", "dtype", "record", "file"],
 )
@@ -100,13 +101,15 @@ def test_ties_are_found_where_torch_says_they_are() -> None:
         "g": base.view(3, 4).t(), "h": base.clone(), "i": base.expand(2, 12), "j": base.expand(2, 12),
     }  # fmt: skip
     seen = {
-        name: info(tuple(t.shape), t.stride(), t.storage_offset(), name, storage=ByteRange(Path(), place_of(t), 48))
+        name: info(
+            tuple(t.shape), t.stride(), t.storage_offset(), name, storage=ByteRange(ref_to(Path()), address_of(t), 48)
+        )
         for name, t in state.items()
     }
     assert find_ties(seen.values()) == {"b": "a", "d": "c", "g": "f", "j": "i"}
 
 
-def place_of(tensor: torch.Tensor) -> int:
+def address_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 

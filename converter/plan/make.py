@@ -392,16 +392,16 @@ def _plan_shard(
 def _link_if_same(shard: Shard, checkpoint: Checkpoint) -> Shard:
     """Let a shard be linked to a file of the set that it replaces, where it would be the same, byte for byte."""
     for file in checkpoint.files:
-        places = [(copy.source.storage.path, copy.source.storage.offset) for copy in shard.copies]
+        places = [(copy.source.storage.file.place, copy.source.storage.offset) for copy in shard.copies]
         same_bytes = (
             file.format == shard.format == "safetensors"
-            and places == [(file.path, copy.offset) for copy in shard.copies]
+            and places == [(file.place, copy.offset) for copy in shard.copies]
             and len(places) == len(file.tensors)
             and {"format": "pt", **file.metadata} == file.metadata
             and not casts(shard)
         )
         if same_bytes:
-            return replace(shard, link=file.path)
+            return replace(shard, link=file.place.path)
     return shard
 
 

@@ -43,7 +43,8 @@ from converter.run.parts import (
 )
 from converter.run.signals import signals_held
 from converter.run.staging import Staging, check_room, open_staging
-from converter.storage.opening import check_stamp, open_again, open_placed
+from converter.storage import FileRef, place_of
+from converter.storage.local import open_unlinked
 from converter.storage.root import Root
 from converter.tensors.base import ByteRange, Described
 from converter.tensors.reader import GATHER_NBYTES
@@ -212,7 +213,7 @@ def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> tuple[int, Cou
         staging.prepare(shard.path, shard.header, shard.nbytes)
     by_path = {staging.path_of(path): writer for path, writer in writers.items()}
     read: dict[ByteRange, list[CrcPart]] = defaultdict(list)
-    written: dict[tuple[Path, int], list[CrcPart]] = defaultdict(list)
+    written: dict[tuple[FileRef, int], list[CrcPart]] = defaultdict(list)
     too_large: Counter[str] = Counter()
     pieces = _pieces(plan, staging.tree)
     for report in tasks.run((by_path[piece.path], piece, piece.nbytes) for piece in pieces):
@@ -220,7 +221,7 @@ def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> tuple[int, Cou
         for part in report.read:
             read[part.of].append(part)
         for part in report.written:
-            written[part.of.path, part.of.offset].append(part)
+            written[part.of.file, part.of.offset].append(part)
     if too_large and plan.wishes.on_overflow == "error":
         raise _too_large(plan, too_large)
     for record, parts in read.items():
@@ -231,7 +232,8 @@ def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> tuple[int, Cou
         finish_file = FORMATS[shard.format].finish_file
         if finish_file is not None:
             path = staging.path_of(shard.path)
-            crcs = [_combine(written[path, copy.offset]) for copy in shard.copies]
+            file = FileRef(place_of(path))
+            crcs = [_combine(written[file, copy.offset]) for copy in shard.copies]
             finish_file(path, _described(shard), shard.ties, crcs)
     return reused, too_large
 
@@ -296,17 +298,17 @@ def _check_output(plan: Plan, tasks: _Tasks) -> None:
 def _check_sources(plan: Plan) -> None:
     """Look a last time whether a source was changed while it was read."""
     storages = (copy.source.storage for shard in plan.shards for copy in shard.copies)
-    for path, stamp in {(storage.path, storage.stamp) for storage in storages if storage.stamp}:
-        open_again(path, stamp).close()
+    for file in {id(storage.file): storage.file for storage in storages if storage.file.tag}.values():
+        file.open().close()
 
 
 def _write_others(plan: Plan, staging: Staging) -> None:
     renamed = {name for name, _ in _second_names(plan)}
     for (name, source), place in zip(plan.carried, plan.places, strict=True):
         if name not in renamed:
-            with open_placed(source, place) as opened:
-                staging.copy(name, opened.file)
-                check_stamp(source, opened.file, opened.stamp)
+            with open_unlinked(place_of(source), place) as file:
+                staging.copy(name, file.handle)
+                file.check()
     for name, content in plan.texts:
         staging.put(name, content)
 
@@ -343,6 +345,6 @@ def _is_header(path: Path, shard: Shard) -> bool:
 
 
 def _is_archive(path: Path, shard: Shard) -> bool:
-    tensors = read_file(path).tensors
+    tensors = read_file(place_of(path)).tensors
     found = [(info.name, info.dtype, info.shape) for info in tensors if info.name not in shard.ties]
     return found == _described(shard)

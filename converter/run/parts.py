@@ -19,6 +19,7 @@ from zlib_ng.zlib_ng import crc32
 
 from converter.dtypes import OnOverflow
 from converter.errors import BadFile
+from converter.storage import FileRef, place_of
 from converter.storage.root import open_staged
 from converter.tensors.base import ByteRange, TensorInfo
 from converter.tensors.reader import GATHER_NBYTES, ITEM_MULTIPLE, PIECE_NBYTES, SourceFiles, read_range, read_some
@@ -257,7 +258,7 @@ class _PieceReader:
             self.report.read.append(CrcPart(storage, begin, end - begin, crc))
 
     def _note_written(self, step: Step, crc: int) -> None:
-        of = ByteRange(self.piece.path, step.copy.offset, step.copy.nbytes)
+        of = ByteRange(FileRef(place_of(self.piece.path)), step.copy.offset, step.copy.nbytes)
         self.report.written.append(CrcPart(of, step.begin, step.end - step.begin, crc))
 
 
@@ -265,7 +266,7 @@ def check_crc(record: ByteRange, crc: int) -> None:
     """Raise BadFile where a record's bytes do not give the CRC32 that is noted for it."""
     if crc != record.crc32:
         raise BadFile(
-            record.path,
+            record.file.place,
             f"its bytes {record.offset:,} to {record.offset + record.nbytes:,} do not give the CRC32 that it notes",
             "The file is damaged: fetch it again.",
         )

@@ -12,11 +12,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 from converter.dtypes import DType
-from converter.storage.opening import Stamp
+from converter.storage import FileRef, Place
 
 # Of one file, and of one set: the largest models have 208,000. Each takes 2 kB and 40 µs until it is written.
 MAX_TENSORS = 220_000
@@ -25,21 +24,20 @@ MAX_NAME = 1_000  # real ones have up to 200 characters; patterns that are searc
 
 
 class ByteRange(NamedTuple):
-    """``nbytes`` bytes at ``offset`` of the file at ``path``; ``crc32`` is what they should give, if that is known.
+    """``nbytes`` bytes at ``offset`` of a file, all of whose ranges share one FileRef.
 
-    With ``packed_nbytes`` they are deflated, and take so many bytes of the file. With a ``swap`` of more than 1 each so
-    many bytes are to be turned around: the numbers are big-endian. ``content`` is what stands in no file: then ``path``
-    only says whose it is. ``stamp`` is what the file was like when its header was read.
+    ``crc32`` is what they should give, if that is known. With ``packed_nbytes`` they are deflated, and take so many
+    bytes of the file. With a ``swap`` of more than 1 each so many bytes are to be turned around: the numbers are
+    big-endian. ``content`` is what stands in no file: then ``file`` only says whose it is.
     """
 
-    path: Path
+    file: FileRef
     offset: int
     nbytes: int
     crc32: int | None = None
     packed_nbytes: int | None = None
     swap: int = 1
     content: bytes | None = None
-    stamp: Stamp | None = None
 
 
 class TensorInfo(NamedTuple):
@@ -132,7 +130,7 @@ def find_ties(tensors: Iterable[TensorInfo]) -> dict[str, str]:
         storage = info.storage
         if 0 in info.shape or storage.content is not None:
             continue
-        key = (storage.path, storage.offset, info.start, info.dtype.rank, info.shape, info.strides, info.negated)
+        key = (storage.file, storage.offset, info.start, info.dtype.rank, info.shape, info.strides, info.negated)
         kept = first.setdefault(key, info.name)
         if kept != info.name:
             ties[info.name] = kept
@@ -147,7 +145,7 @@ class WeightsFile:
     needs them: it ``names``, ``makes`` objects of or ``calls`` them.
     """
 
-    path: Path
+    place: Place
     format: str
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str]

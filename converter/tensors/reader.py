@@ -11,11 +11,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from converter.errors import BadFile
-from converter.storage.opening import Stamp, check_stamp, open_again
+from converter.storage import FileRef, OpenFile
 from converter.tensors.base import ByteRange, TensorInfo
 
 if TYPE_CHECKING:
@@ -70,16 +69,14 @@ def _negate(info: TensorInfo, out: memoryview) -> None:
 class _SourceFile:
     """A source file that is open; ``inflated`` is the deflated record that was read last in it."""
 
-    path: Path
-    stamp: Stamp | None
-    file: BinaryIO
+    file: OpenFile
     inflated: _Inflated | None = None
 
     def close(self, is_checked: bool = True) -> None:
         """Close the file, and look whether what was read of it still stands there."""
         try:
             if is_checked:
-                check_stamp(self.path, self.file, self.stamp)
+                self.file.check()
         finally:
             self.file.close()
 
@@ -91,7 +88,8 @@ class SourceFiles:
     """
 
     def __init__(self) -> None:
-        self._files: dict[tuple[Path, Stamp | None], _SourceFile] = {}
+        self._files: dict[FileRef, _SourceFile] = {}
+        self._ref: FileRef | None = None
         self._current: _SourceFile | None = None
 
     def __enter__(self) -> SourceFiles:
@@ -110,28 +108,26 @@ class SourceFiles:
             out[:] = storage.content[begin : begin + len(out)]
             return
         source = self._current
-        if source is None or source.path is not storage.path or source.stamp is not storage.stamp:
-            source = self._current = self._turn_to(storage.path, storage.stamp)
+        if source is None or self._ref is not storage.file:
+            source = self._current = self._turn_to(storage.file)
+            self._ref = storage.file
         if storage.packed_nbytes is not None:
             _inflate(source, storage, begin, out)
-        else:
-            source.file.seek(storage.offset + begin)
-            if read_some(source.file, out) != len(out):
-                raise BadFile(storage.path, "became shorter while it was read", "Fetch the file again.")
+        elif source.file.read_into(storage.offset + begin, out) != len(out):
+            raise BadFile(storage.file.place, "became shorter while it was read", "Fetch the file again.")
         if storage.swap > 1:
             import numpy as np
 
             np.frombuffer(out, f"u{storage.swap}").byteswap(inplace=True)
 
-    def _turn_to(self, path: Path, stamp: Stamp | None) -> _SourceFile:
+    def _turn_to(self, ref: FileRef) -> _SourceFile:
         """Give a file, open; close the one not read for longest where there are too many."""
-        key = path, stamp
-        source = self._files.pop(key, None)
+        source = self._files.pop(ref, None)
         if source is None:
             if len(self._files) == _MAX_OPEN:
                 self._files.pop(next(iter(self._files))).close()
-            source = _SourceFile(path, stamp, open_again(path, stamp))
-        self._files[key] = source
+            source = _SourceFile(ref.open())
+        self._files[ref] = source
         return source
 
 
@@ -151,7 +147,7 @@ def _inflate(source: _SourceFile, storage: ByteRange, begin: int, out: memoryvie
 class _Inflated:
     """A deflated record, read from its start on; ``place`` is how far, in its own bytes."""
 
-    def __init__(self, file: BinaryIO, storage: ByteRange) -> None:
+    def __init__(self, file: OpenFile, storage: ByteRange) -> None:
         self.file = file
         self.storage = storage
         self.place = 0
@@ -165,8 +161,8 @@ class _Inflated:
         while True:
             packed = self._inflater.unconsumed_tail
             if not packed:
-                self.file.seek(storage.offset + self._taken)
-                packed = self.file.read(min(_PACKED_NBYTES, storage.packed_nbytes - self._taken))
+                nbytes_left = storage.packed_nbytes - self._taken
+                packed = self.file.read(storage.offset + self._taken, min(_PACKED_NBYTES, nbytes_left))
                 self._taken += len(packed)
             try:
                 part = self._inflater.decompress(packed, nbytes)
@@ -176,7 +172,7 @@ class _Inflated:
                 self.place += len(part)
                 return part
             if not packed:
-                raise BadFile(storage.path, "holds a compressed record that is damaged", "Fetch the file again.")
+                raise BadFile(storage.file.place, "holds a compressed record that is damaged", "Fetch the file again.")
 
 
 def read_some(file: BinaryIO, out: memoryview) -> int:

@@ -17,8 +17,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from converter.formats import read_file
 from converter.tensors.reader import SourceFiles, read_chunks
+from support.tiny import read_file
 
 Description = dict[str, tuple[str, tuple[int, ...], bytes]]
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.models.checkpoint import Checkpoint
-from converter.tensors.base import TensorInfo, contiguous_strides, turned
+from converter.storage import FileRef
+from converter.tensors.base import ByteRange, TensorInfo, contiguous_strides, turned
 from converter.tensors.reader import GATHER_NBYTES, PIECE_NBYTES, SourceFiles, read_range
 
 _MAX_SCALES_NBYTES = 128_000_000  # 4 a row: of a model of 400 billion weights 100 MB
@@ -115,8 +116,7 @@ def quantized(weight: TensorInfo, scales: bytes) -> tuple[TensorInfo, TensorInfo
 
 
 def _made(weight: TensorInfo, name: str, dtype: DType, shape: tuple[int, ...], content: bytes) -> TensorInfo:
-    storage = weight.storage._replace(offset=0, nbytes=len(content), crc32=None, packed_nbytes=None, swap=1)
-    storage = storage._replace(content=content, stamp=None)
+    storage = ByteRange(FileRef(weight.storage.file.place), 0, len(content), content=content)
     return TensorInfo(name, dtype, shape, storage, 0, contiguous_strides(shape), target=dtype)
 
 
@@ -132,7 +132,7 @@ def scales_in(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
             continue
         module = name.removesuffix(_WEIGHT)
         scales = tensors.get(module + _SCALES)
-        path = info.storage.path
+        path = info.storage.file.place
         if scales is None:
             advice = "It is in another 8-bit form than that of bitsandbytes, or incomplete."
             raise Unsupported(path, f"has no {module + _SCALES!r} for its int8 weight", advice)
@@ -153,7 +153,7 @@ def _check_sizes(checkpoint: Checkpoint, scales: Mapping[str, TensorInfo]) -> No
     check_scales(checkpoint.weight_set.path, scales.values())
     for info in checkpoint.tensors:
         if info.name.endswith(_FORMAT) and info.numel > 1:
-            raise BadFile(info.storage.path, f"has a {info.name!r} that is no single number")
+            raise BadFile(info.storage.file.place, f"has a {info.name!r} that is no single number")
 
 
 def dequantized(checkpoint: Checkpoint, target: DType, transposed: Container[str]) -> Checkpoint:
@@ -175,7 +175,7 @@ def dequantized(checkpoint: Checkpoint, target: DType, transposed: Container[str
         for info in checkpoint.tensors:
             if info.name.endswith(_FORMAT) and any(read(info)):
                 problem = f"has weights that are not laid out row by row, as {info.name!r} says"
-                raise Unsupported(info.storage.path, problem, "Load it with the bitsandbytes that wrote it.")
+                raise Unsupported(info.storage.file.place, problem, "Load it with the bitsandbytes that wrote it.")
     modules = {name.removesuffix(_WEIGHT) for name in scales}
     gone = {module + end for module in modules for end in (_SCALES, _FORMAT)}
 
