@@ -11,6 +11,9 @@ import errno
 import os
 from pathlib import Path
 
+Where = os.PathLike[str] | str
+"""A file or folder by its path or place, or a tensor by its name."""
+
 _MAX_LENGTH = 2_000  # a name in a file may have a million characters
 
 
@@ -25,8 +28,8 @@ class WconvError(Exception):
 
     exit_code = 70
 
-    def __init__(self, where: os.PathLike[str] | str, problem: str, advice: str = "") -> None:
-        self.where = shorten(where) if isinstance(where, str) else where
+    def __init__(self, where: Where, problem: str, advice: str = "") -> None:
+        self.where = where if isinstance(where, Path) else shorten(str(where))
         self.problem = shorten(problem)
         self.advice = shorten(advice)
         super().__init__(self.where, self.problem, self.advice)
@@ -80,7 +83,7 @@ class SystemRefused(WconvError, OSError):
     exit_code = 7
 
     @classmethod
-    def from_os_error(cls, error: OSError, where: Path | str | None = None) -> SystemRefused:
+    def from_os_error(cls, error: OSError, where: Where | None = None) -> SystemRefused:
         """Word an OSError as one of ours."""
         place = where or error.filename or "the operating system"
         problem = (error.strerror or str(error)).lower()

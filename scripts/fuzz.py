@@ -25,7 +25,8 @@ def reader(target: str) -> Callable[[Path, bytes], object]:
     from converter.formats.torch import archive, legacy
     from converter.formats.torch.rebuild import parse_pickle
     from converter.formats.torch.state_dict import Reading, choose_state_dict
-    from converter.storage.opening import Opened, open_source
+    from converter.storage import OpenFile, place_of
+    from converter.tensors.base import WeightsFile
     from converter.tensors.reader import SourceFiles, read_chunks
 
     lenient = Reading(strip_code=True, lenient=True)
@@ -33,18 +34,18 @@ def reader(target: str) -> Callable[[Path, bytes], object]:
     def read_pickle(path: Path, raw: bytes) -> object:
         return choose_state_dict(parse_pickle(raw, path), path, lenient)
 
-    def read_values(path: Path, read: Callable[[Opened], object]) -> None:
+    def read_values(path: Path, read: Callable[[OpenFile], WeightsFile]) -> None:
         buffer = bytearray(1 << 16)
-        with open_source(path) as opened:
-            tensors = read(opened).tensors  # type: ignore[attr-defined]
+        with place_of(path).open() as file:
+            tensors = read(file).tensors
         with SourceFiles() as sources:
             for info in tensors:
                 for chunk, _ in zip(read_chunks(info, sources, buffer), range(4), strict=False):
                     len(chunk)
 
     return {
-        "zip": lambda path, _: read_values(path, lambda opened: archive.read_file(opened, lenient)),
-        "stream": lambda path, _: read_values(path, lambda opened: legacy.read_file(opened, lenient)),
+        "zip": lambda path, _: read_values(path, lambda file: archive.read_file(file, lenient)),
+        "stream": lambda path, _: read_values(path, lambda file: legacy.read_file(file, lenient)),
         "pickle": read_pickle,
         "safetensors": lambda path, _: read_values(path, safetensors.read_file),
     }[target]

@@ -9,9 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 from support.judges import saved_by_torch
+from support.tiny import read_file
 
 from converter.errors import BadFile, Unsupported, WconvError
-from converter.formats import could_be_weights, read_file
+from converter.formats import could_be_weights
+from converter.storage import place_of
 
 STATE = {"x": torch.arange(3.0)}
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 3\n"
@@ -62,7 +64,7 @@ def test_the_name_says_nothing(tmp_path: Path, name: str) -> None:
 def test_what_could_be_weights(tmp_path: Path, raw: bytes, expected: bool) -> None:
     path = tmp_path / "x.bin"
     path.write_bytes(raw)
-    assert could_be_weights(path) == expected
+    assert could_be_weights(place_of(path)) == expected
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from support.archives import ORDERED_DICT, call, items, name_of, number, numbers, pickled, state_dict, text
 from support.judges import described_by_safetensors, described_by_torch, described_by_wconv, saved_by_torch
+from support.tiny import read_file
 
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
-from converter.formats import read_file
 from converter.formats.torch import legacy
 
 BASE = torch.arange(24.0).reshape(4, 6)

@@ -16,13 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.judges import described_by_safetensors, described_by_wconv, saved_by_torch
 from support.odd_names import ODD_NAMES
-from support.tiny import processor_time
+from support.tiny import processor_time, read_file, ref_to
 
 from converter.dtypes import BY_TORCH_NAME, DTYPES, DType
 from converter.errors import BadFile, Unsupported
-from converter.formats import read_file
 from converter.formats.safetensors import build_header, lay_out, parse_header
-from converter.tensors.base import ByteRange, TensorInfo, WeightsFile, contiguous_strides
+from converter.storage import place_of
+from converter.tensors.base import ByteRange, Tensor, WeightsFile
+from converter.tensors.view import whole_view
 
 PATH = Path("model.safetensors")
 PT = {"format": "pt"}
@@ -43,13 +44,13 @@ CASES = [
 ]  # fmt: skip
 
 
-def infos(tensors: list[tuple[str, str, tuple[int, ...]]], header_nbytes: int) -> tuple[TensorInfo, ...]:
+def infos(tensors: list[tuple[str, str, tuple[int, ...]]], header_nbytes: int) -> tuple[Tensor, ...]:
     """Describe tensors that lie one after the other behind a header."""
     found = []
     place = header_nbytes
     for name, tag, shape in tensors:
         nbytes = DTYPES[tag].nbytes(torch.Size(shape).numel())
-        found.append(TensorInfo(name, DTYPES[tag], shape, ByteRange(PATH, place, nbytes), 0, contiguous_strides(shape)))
+        found.append(Tensor(name, whole_view(DTYPES[tag], shape, ByteRange(ref_to(PATH), place, nbytes))))
         place += nbytes
     return tuple(found)
 
@@ -60,7 +61,7 @@ def framed(content: bytes, data_nbytes: int = 0) -> bytes:
 
 
 def parse(raw: bytes) -> WeightsFile:
-    return parse_header(raw[8 : 8 + int.from_bytes(raw[:8], "little")], len(raw), PATH)
+    return parse_header(raw[8 : 8 + int.from_bytes(raw[:8], "little")], len(raw), ref_to(PATH))
 
 
 def is_refused_by_the_reference(raw: bytes) -> bool:
@@ -87,7 +88,9 @@ def test_golden_bytes_both_ways(
     assert build_header(planned, dict(reversed(metadata.items()))) == header
     found = infos(tensors, len(header))
     file_nbytes = len(header) + sum(info.nbytes for info in found)
-    assert parse_header(header[8:], file_nbytes, PATH) == WeightsFile(PATH, "safetensors", found, metadata)
+    assert parse_header(header[8:], file_nbytes, ref_to(PATH)) == WeightsFile(
+        place_of(PATH), "safetensors", found, metadata
+    )
 
 
 @pytest.mark.parametrize(("tensors", "metadata", "header"), CASES)
@@ -134,7 +137,11 @@ def test_a_file_is_byte_for_byte_what_save_file_writes(state: dict[str, torch.Te
 
 def test_ties_and_notes_are_metadata() -> None:
     layout = lay_out([("b", DTYPES["U8"], (1,))], {"a": "b"}, {"note": "x", "format": "tf"})
-    assert parse_header(layout.header[8:], layout.nbytes, PATH).metadata == {"a": "b", "format": "pt", "note": "x"}
+    assert parse_header(layout.header[8:], layout.nbytes, ref_to(PATH)).metadata == {
+        "a": "b",
+        "format": "pt",
+        "note": "x",
+    }
 
 
 @given(states())

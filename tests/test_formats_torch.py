@@ -21,13 +21,13 @@ import pytest
 import torch
 from support.archives import FLOATS, archive, lie, pickled, places, state_dict, storage, tensor, unicode_path
 from support.judges import described_by_safetensors, described_by_torch, described_by_wconv, saved_by_torch, torch_load
-from support.tiny import rezip
+from support.tiny import read_file, rezip
 
 from converter.dtypes import BY_TORCH_NAME
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
-from converter.formats import read_file, zip_records
+from converter.formats import zip_records
 from converter.formats.torch import archive as torch_archive
-from converter.plan.make import Copy, Shard
+from converter.plan.make import PlannedTensor, Shard
 from converter.run.parts import cut_pieces
 
 BASE = torch.arange(24.0).reshape(4, 6)
@@ -458,8 +458,8 @@ def test_a_deflated_record_that_is_gathered_from_everywhere(tmp_path: Path, monk
 
 def test_a_deflated_record_is_inflated_once(tmp_path: Path) -> None:
     path = write_deflated(tmp_path, saved_by_torch({"a": torch.zeros(1000), "b": torch.zeros(1000)}))
-    copies = [Copy(info, info.dtype, 4000 * place) for place, info in enumerate(read_file(path).tensors)]
-    shard = Shard("x", "safetensors", b"", tuple(copies), 8000, {})
+    planned = [PlannedTensor(tensor, 4000 * place) for place, tensor in enumerate(read_file(path).tensors)]
+    shard = Shard("x", "safetensors", b"", tuple(planned), 8000, {})
     pieces = list(cut_pieces(shard, path, piece_nbytes=1024))
     assert [[(step.begin, step.end) for step in piece.steps] for piece in pieces] == [[(0, 4000)], [(0, 4000)]]
 

@@ -34,10 +34,9 @@ from support.archives import (
     text,
 )
 from support.odd_names import ODD_NAMES
-from support.tiny import processor_time
+from support.tiny import processor_time, read_file
 
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
-from converter.formats import read_file
 from converter.formats.torch import unpickler as pickle_machine
 from converter.formats.torch.rebuild import parse_pickle
 from converter.formats.torch.unpickler import Inert

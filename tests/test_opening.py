@@ -17,15 +17,14 @@ from typing import Any
 import pytest
 import torch
 from support.judges import described_by_wconv, saved_by_torch
-from support.tiny import make_state, rezip, save, save_pipeline, snapshot, write_json
+from support.tiny import make_state, read_file, rezip, save, save_pipeline, snapshot, write_json
 
 import converter.run.execute
 from converter import Wishes, convert, plan_conversion, run_plan
 from converter.errors import BadFile
-from converter.formats import read_file
-from converter.storage.opening import open_regular
-from converter.tensors import reader as sources
-from converter.tensors.reader import SourceFiles
+from converter.storage import FileRef, place_of
+from converter.storage.local import LocalFile
+from converter.tensors.reader import RangeReader
 from converter.transforms.quantize.bnb_int8 import cut_rows, find_scales
 
 OLD, NEW = make_state(), make_state(seed=1)
@@ -94,7 +93,7 @@ def test_a_source_that_changes_while_it_is_read(form, how, when, tmp_path, monke
     path, raw, command = source_of(form, tmp_path)
     owner, name, after = {
         "before the data": (converter.run.execute, "write_piece", 0),
-        "within the data": (SourceFiles, "read_into", 2),
+        "within the data": (RangeReader, "read_into", 2),
         "after the data": (converter.run.execute, "check_staged", 0),
     }[when]
     monkeypatch.setattr(owner, name, once(lambda: change(path, raw, how), getattr(owner, name), after))
@@ -106,9 +105,9 @@ def test_a_source_that_changes_while_it_is_read(form, how, when, tmp_path, monke
 STOPPING = """
 import os, signal, sys, time
 from converter.cli import main
-from converter.tensors.reader import SourceFiles
+from converter.tensors.reader import RangeReader
 
-read_into, left, go = SourceFiles.read_into, [3], sys.argv[1]
+read_into, left, go = RangeReader.read_into, [3], sys.argv[1]
 
 def stopping(*args):
     read_into(*args)
@@ -118,7 +117,7 @@ def stopping(*args):
         while not os.path.exists(go):  # whichever thread took the signal, this one goes no further
             time.sleep(0.01)
 
-SourceFiles.read_into = stopping
+RangeReader.read_into = stopping
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -145,8 +144,8 @@ def test_commands_that_only_read_notice_it_too(command, how, tmp_path, monkeypat
     path, raw, _ = source_of("safetensors", tmp_path)
     save(OLD, tmp_path / "m2" / path.name)
     write_json(path.with_name("config.json"), CONFIG)
-    action = once(lambda: change(tmp_path / path, raw, how), SourceFiles.read_into, after=2)
-    monkeypatch.setattr(SourceFiles, "read_into", action)
+    action = once(lambda: change(tmp_path / path, raw, how), RangeReader.read_into, after=2)
+    monkeypatch.setattr(RangeReader, "read_into", action)
     monkeypatch.chdir(tmp_path)
     assert wconv(*command, exit_code=3).stderr.endswith(f"{Path('m', path.name)}: {CHANGED}")
 
@@ -174,7 +173,7 @@ def test_a_file_that_is_carried_along_is_not_of_two_states(tmp_path, monkeypatch
     monkeypatch.setattr(os, "fstat", look_and_change)
     with pytest.raises(BadFile, match="changed while") as caught:
         convert(source, tmp_path / "out")
-    assert caught.value.where == carried
+    assert caught.value.where == str(carried)
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -184,16 +183,16 @@ def test_one_file_of_two_states_is_not_compared_with_itself(tmp_path):
     change(path, save(NEW, tmp_path / "new.safetensors").read_bytes(), "swapped")
     [after, *_] = read_file(path).tensors
     buffer = memoryview(bytearray(before.nbytes))
-    with SourceFiles() as files:
-        files.read_into(after.storage, 0, buffer)
+    with RangeReader() as files:
+        files.read_into(after.source.storage, 0, buffer)
         with pytest.raises(BadFile, match="changed while"):
-            files.read_into(before.storage, 0, buffer)
+            files.read_into(before.source.storage, 0, buffer)
 
 
 def test_what_is_damaged_and_was_not_changed_is_called_damaged(tmp_path, wconv):
     path, _, command = source_of("deflated", tmp_path)
     raw = bytearray(path.read_bytes())
-    raw[read_file(path).tensors[0].storage.offset] ^= 0xFF
+    raw[read_file(path).tensors[0].source.storage.offset] ^= 0xFF
     path.write_bytes(raw)
     assert "damaged" in wconv(*command, exit_code=3).stderr
 
@@ -225,7 +224,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monke
     path.unlink()
     os.mkfifo(path)
     monkeypatch.setattr(Path, "stat", lambda *_, **__: found)
-    error = in_time(lambda: open_regular(path))
+    error = in_time(lambda: FileRef(place_of(path)).open())
     assert isinstance(error, BadFile)
     assert "no regular file" in str(error)
 
@@ -233,7 +232,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monke
 def test_a_device_is_not_opened(monkeypatch):
     monkeypatch.setattr(os, "open", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(BadFile, match="no regular file"):
-        open_regular(Path(os.devnull))
+        FileRef(place_of(os.devnull)).open()
 
 
 EACH = """
@@ -311,19 +310,33 @@ def test_no_command_waits_for_a_pipe(named, tmp_path):
 # How many are open.
 
 
+class Opened:
+    """The source files that were opened again, how many, and those that are still open."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.left: set[int] = set()
+
+    def note(self, file: LocalFile) -> LocalFile:
+        self.count += 1
+        self.left.add(id(file))
+        return file
+
+
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Collect the source files that are opened."""
-    files: list[Any] = []
-    open_again = sources.open_again
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
+    """Note the source files that are opened again."""
+    noted = Opened()
+    open_again, close = FileRef.open, LocalFile.close
 
-    def open_and_note(*args: Any) -> Any:
-        files.append(open_again(*args))
-        return files[-1]
+    def close_and_note(file: LocalFile) -> None:
+        close(file)
+        noted.left.discard(id(file))
 
-    monkeypatch.setattr(sources, "open_again", open_and_note)
-    yield files
-    assert all(file.closed for file in files)
+    monkeypatch.setattr(FileRef, "open", lambda ref: noted.note(open_again(ref)))
+    monkeypatch.setattr(LocalFile, "close", close_and_note)
+    yield noted
+    assert not noted.left
 
 
 @pytest.mark.parametrize("form", ["safetensors", "deflated"])
@@ -331,20 +344,20 @@ def test_a_task_keeps_few_files_open(form, tmp_path, opened):
     suffix = ".safetensors" if form == "safetensors" else ".bin"
     paths = [save_as(form, make_state(seed=seed), tmp_path / f"{seed}{suffix}") for seed in range(7)]
     tensors = [read_file(path).tensors for path in paths]
-    with SourceFiles() as files:
+    with RangeReader() as files:
         for turn in zip(*tensors, strict=True):
             for info, path in zip(turn, paths, strict=True):
                 buffer = bytearray(info.nbytes)
-                files.read_into(info.storage, 0, memoryview(buffer))
+                files.read_into(info.source.storage, 0, memoryview(buffer))
                 assert buffer == described_by_wconv(path)[info.name][2]
-                assert sum(not file.closed for file in opened) <= 4
+                assert len(opened.left) <= 4
 
 
 def test_what_changes_is_noticed_when_its_file_is_closed_for_another(tmp_path):
     paths = [save(OLD, tmp_path / f"{number}.safetensors") for number in range(5)]
-    storages = [read_file(path).tensors[0].storage for path in paths]
+    storages = [read_file(path).tensors[0].source.storage for path in paths]
     buffer = memoryview(bytearray(storages[0].nbytes))
-    with SourceFiles() as files:
+    with RangeReader() as files:
         for storage in storages[:4]:
             files.read_into(storage, 0, buffer)
         change(paths[0], paths[0].read_bytes(), "overwritten")
@@ -354,11 +367,11 @@ def test_what_changes_is_noticed_when_its_file_is_closed_for_another(tmp_path):
 
 def test_two_files_read_by_turns_stay_open(tmp_path, opened):
     paths = [save(make_state(seed=seed), tmp_path / f"{seed}.safetensors") for seed in range(2)]
-    with SourceFiles() as files:
+    with RangeReader() as files:
         for infos in zip(*(read_file(path).tensors for path in paths), strict=True):
             for info in infos:
-                files.read_into(info.storage, 0, memoryview(bytearray(info.nbytes)))
-    assert len(opened) == 2
+                files.read_into(info.source.storage, 0, memoryview(bytearray(info.nbytes)))
+    assert opened.count == 2
 
 
 FEW_FILES = """

@@ -16,6 +16,7 @@ import pytest
 from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny import ref_to
 
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest, OutputRefused, Unsupported
@@ -26,7 +27,9 @@ from converter.models.index import parse_index
 from converter.models.names import WeightsName, parse_name
 from converter.models.select import Wishes, choose_sets
 from converter.plan.make import Plan, Target, make_plan, split_into_shards
-from converter.tensors.base import ByteRange, TensorInfo, WeightsFile, contiguous_strides
+from converter.storage import place_of
+from converter.tensors.base import ByteRange, PackedRange, Tensor, WeightsFile
+from converter.tensors.view import View, whole_view
 
 HERE = Path("model")
 F32 = DTYPES["F32"]
@@ -34,10 +37,10 @@ NUMEL = 8
 NBYTES = 4 * NUMEL
 
 
-def tensor(name: str, file: str = "pytorch_model.bin", place: int = 0, numel: int = NUMEL) -> TensorInfo:
+def tensor(name: str, file: str = "pytorch_model.bin", place: int = 0, numel: int = NUMEL) -> Tensor:
     """Describe a float32 tensor that is all of the storage at ``place``."""
-    storage = ByteRange(HERE / file, place, 4 * numel)
-    return TensorInfo(name, F32, (numel,), storage, 0, contiguous_strides((numel,)))
+    storage = ByteRange(ref_to(HERE / file), place, 4 * numel)
+    return Tensor(name, whole_view(F32, (numel,), storage))
 
 
 def weight_set(*files: str, index: str | None = None, folder: Path = HERE) -> WeightSet:
@@ -50,7 +53,9 @@ def weight_set(*files: str, index: str | None = None, folder: Path = HERE) -> We
 def checkpoint(files: dict[str, str], index: str | None = None, **metadata: Any) -> Checkpoint:
     """Describe an opened set: for each file the letters that name its tensors."""
     opened = tuple(
-        WeightsFile(HERE / file, "torch", tuple(tensor(name, file, place) for place, name in enumerate(names)), {})
+        WeightsFile(
+            place_of(HERE / file), "torch", tuple(tensor(name, file, place) for place, name in enumerate(names)), {}
+        )
         for file, names in files.items()
     )
     return Checkpoint(weight_set(*files, index=index), opened, metadata)
@@ -73,7 +78,7 @@ def plan(*checkpoints: Checkpoint, config: dict[str, Any] | None = None, **wishe
 
 def layout(planned: Plan) -> dict[str, str]:
     """Give the tensors of each file."""
-    return {shard.path: "".join(copy.source.name for copy in shard.copies) for shard in planned.shards}
+    return {shard.path: "".join(tensor.name for tensor, _ in shard.tensors) for shard in planned.shards}
 
 
 # What takes more than the source holds.
@@ -81,9 +86,10 @@ def layout(planned: Plan) -> dict[str, str]:
 
 def expanded(nbytes: int, held: int, packed: int | None = None) -> Checkpoint:
     """Describe a checkpoint of one tensor of bytes, expanded from fewer."""
-    storage = ByteRange(HERE / "pytorch_model.bin", 0, held, None, packed)
-    info = TensorInfo("mask", DTYPES["U8"], (nbytes // held, held), storage, 0, (0, 1))
-    return Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(storage.path, "torch", (info,), {}),), {})
+    file = ref_to(HERE / "pytorch_model.bin")
+    storage = PackedRange(file, 0, held, None, packed) if packed else ByteRange(file, 0, held)
+    mask = Tensor("mask", View(DTYPES["U8"], (nbytes // held, held), storage, 0, (0, 1)))
+    return Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(file.place, "torch", (mask,), {}),), {})
 
 
 def test_a_tensor_that_would_fill_the_disk_is_refused_unless_it_is_asked_for():
@@ -125,7 +131,7 @@ def test_small_buffers_that_are_expanded_are_no_news():
 def test_one_storage_under_many_names_is_counted_once():
     names = [chr(ord("A") + place) for place in range(6)]
     tensors = tuple(tensor(name, numel=10**9) for name in names)
-    tied = Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(HERE / "x", "torch", tensors, {}),), {})
+    tied = Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(place_of(HERE / "x"), "torch", tensors, {}),), {})
     assert plan(tied, tied="first")
     with pytest.raises(Unsupported, match="4,000,000,000 bytes of tensors, which would come out as 24,000,000,000"):
         plan(tied, tied="duplicate")
@@ -296,7 +302,7 @@ def test_index_counts_parameters_where_the_source_does_not():
 
 
 def test_index_names_exactly_what_is_stored():
-    shared = tensor("tied")._replace(storage=tensor("a").storage)
+    shared = tensor("tied")._replace(source=tensor("a").source)
     source = checkpoint({"pytorch_model.bin": "abc"})
     source = replace(source, files=(replace(source.files[0], tensors=(*source.files[0].tensors, shared)),))
     planned = plan(source, tied="first", max_shard_nbytes=NBYTES)
@@ -372,7 +378,7 @@ def test_the_same_weights_twice_in_one_format_are_refused():
 def with_tie() -> Checkpoint:
     """Give a checkpoint whose tensor ``t`` is its tensor ``a``."""
     source = checkpoint({"pytorch_model.bin": "ab"})
-    tied = tensor("t")._replace(storage=tensor("a").storage)
+    tied = tensor("t")._replace(source=tensor("a").source)
     return replace(source, files=(replace(source.files[0], tensors=(*source.files[0].tensors, tied)),))
 
 
@@ -457,7 +463,7 @@ def test_old_attention_names_in_shards_are_refused(class_name, part):
 
 def test_old_attention_names_are_kept_in_one_file():
     planned = plan(old_attention(), config={"_class_name": "AutoencoderKL"}, max_shard_nbytes=math.inf)
-    assert OLD_NAME in {copy.source.name for copy in planned.shards[0].copies}
+    assert OLD_NAME in {tensor.name for tensor, _ in planned.shards[0].tensors}
 
 
 @pytest.mark.parametrize(
@@ -519,7 +525,7 @@ def test_a_plan_survives_pickling():
 
 def test_offsets_and_sizes_follow_from_the_header():
     (shard,) = plan(checkpoint({"pytorch_model.bin": "abc"})).shards
-    assert [copy.offset for copy in shard.copies] == [len(shard.header) + place * NBYTES for place in range(3)]
+    assert [offset for _, offset in shard.tensors] == [len(shard.header) + place * NBYTES for place in range(3)]
     assert shard.nbytes == len(shard.header) + 3 * NBYTES
     assert int.from_bytes(shard.header[:8], "little") == len(shard.header) - 8
 

@@ -100,7 +100,7 @@ def test_any_executor_gives_the_same_bytes(executor, tmp_path):
     result = run_plan(plan, executor, verify=True, progress=seen.append)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
     assert result.verified
-    assert sum(seen) == 2 * sum(copy.nbytes for shard in plan.shards for copy in shard.copies)
+    assert sum(seen) == 2 * sum(tensor.nbytes for shard in plan.shards for tensor, _ in shard.tensors)
 
 
 def test_an_executor_that_is_given_stays_open(tmp_path):
@@ -253,13 +253,13 @@ def test_a_source_cut_short_while_it_is_read(suffix, tmp_path, monkeypatch):
     write = converter.run.execute.write_piece
 
     def cut_and_write(piece, chunk_nbytes):
-        os.truncate(source, piece.steps[-1].copy.source.storage.offset + 3)
+        os.truncate(source, piece.steps[-1].tensor.source.storage.offset + 3)
         return write(piece, chunk_nbytes)
 
     monkeypatch.setattr(converter.run.execute, "write_piece", cut_and_write)
     with pytest.raises(BadFile, match="changed while it was read") as caught:
         convert(source, tmp_path / "out")
-    assert caught.value.where == source
+    assert caught.value.where == str(source)
     assert list(tmp_path.iterdir()) == [source.parent]
 
 
@@ -287,11 +287,11 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, wconv):
     source = save_bin_shards(STATE, tmp_path / "m").parent
     before = snapshot(tmp_path)
 
-    def refuse(file, data):
+    def refuse(file, offset, data):
         file.write(data[:5])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(converter.run.parts, "_write_all", refuse)
+    monkeypatch.setattr(converter.run.parts, "_write_at", refuse)
     for output in ([], ["-o", tmp_path / "out"]):
         outcome = wconv("to-safetensors", source, *output, exit_code=7)
         assert "no space left" in outcome.stderr.lower()

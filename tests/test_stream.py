@@ -21,12 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.archives import places
 from support.judges import described_by_safetensors, described_by_torch, described_by_wconv, own_copy, saved_by_torch
-from support.tiny import rezip
+from support.tiny import read_file, ref_to, rezip
 
 import converter.run.execute
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
-from converter.formats import FORMATS, read_file
+from converter.formats import FORMATS
 from converter.models.names import Format
 from converter.plan.make import PlannedTensor, Shard
 from converter.run import parts as stream
@@ -38,8 +38,6 @@ from converter.run.parts import (
     rewrite_piece,
     write_piece,
 )
-from converter.storage import place_of
-from converter.storage.base import FileRef
 from converter.tensors import view as views_module
 from converter.tensors.base import ByteRange, Tensor, TensorSpec
 from converter.tensors.reader import CrcPart, RangeReader, read_chunks
@@ -91,7 +89,7 @@ def rearranged(draw: st.DrawFn) -> tuple[DType, torch.Tensor, torch.Tensor]:
 def describe(path: Path, dtype: DType, base: torch.Tensor, view: torch.Tensor) -> View:
     """Write a storage with something before it, and describe a view of it."""
     path.write_bytes(b"before" + base.numpy().tobytes())
-    record = ByteRange(FileRef(place_of(path)), 6, base.nbytes)
+    record = ByteRange(ref_to(path), 6, base.nbytes)
     return View(dtype, tuple(view.shape), record, view.storage_offset(), view.stride())
 
 
@@ -307,7 +305,7 @@ def test_checksums_of_what_is_written_are_of_the_file(
 def test_a_record_is_checked_by_reading_it(tmp_path: Path, chunk_nbytes: int) -> None:
     path = tmp_path / "record"
     path.write_bytes(b"before" + bytes(range(100)) + b"after")
-    file = FileRef(place_of(path))
+    file = ref_to(path)
     check_record(ByteRange(file, 6, 100, zlib.crc32(bytes(range(100)))), chunk_nbytes)
     with pytest.raises(BadFile, match="CRC32"):
         check_record(ByteRange(file, 7, 100, zlib.crc32(bytes(range(100)))), chunk_nbytes)
@@ -453,10 +451,10 @@ def test_many_deflated_records_take_the_memory_of_one(tmp_path: Path) -> None:
     rezip(path, compression=zipfile.ZIP_DEFLATED)
     tensors = read_file(path).tensors
     buffer = bytearray(4096)
-    with SourceFiles() as files:
+    with RangeReader() as reader:
         tracemalloc.start()
         for info in tensors:
-            for _ in read_chunks(info, files, buffer):
+            for _ in read_chunks(info.source, reader, buffer):
                 pass
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -471,7 +469,7 @@ def test_two_deflated_archives_are_read_side_by_side(tmp_path: Path) -> None:
         torch.save(state, path)
         infos += read_file(rezip(path, compression=zipfile.ZIP_DEFLATED)).tensors
     expected = state["w"].numpy().tobytes()
-    with SourceFiles() as files:
-        views = [read_chunks(info, files, bytearray(8192)) for info in infos]
+    with RangeReader() as reader:
+        views = [read_chunks(info.source, reader, bytearray(8192)) for info in infos]
         parts = [(bytes(a), bytes(b)) for a, b in zip(*views, strict=True)]
     assert b"".join(a for a, _ in parts) == b"".join(b for _, b in parts) == expected

@@ -8,15 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny import ref_to
 
 from converter.dtypes import DTYPES
-from converter.storage import place_of
-from converter.storage.base import FileRef
 from converter.tensors.base import ByteRange, Tensor, find_ties
 from converter.tensors.view import View, contiguous_strides
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
-FILE = FileRef(place_of("model.bin"))
+FILE = ref_to("model.bin")
 RECORD = ByteRange(FILE, 64, 4096)
 
 
@@ -92,7 +91,7 @@ def test_the_very_same_view_is_a_tie_to_the_first_name() -> None:
         info((2, 3), strides=(1, 2)),
         info((2, 3), tag="I32"),
         info((2, 3), storage=RECORD._replace(offset=128)),
-        info((2, 3), storage=RECORD._replace(file=FileRef(place_of("other.bin")))),
+        info((2, 3), storage=RECORD._replace(file=ref_to("other.bin"))),
     ],
     ids=["start", "shape", "dims", "strides", "dtype", "record", "file"],
 )

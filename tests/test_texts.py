@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import run_main
+from support.tiny import ref_to
 
 from converter.doctor import view
 from converter.errors import BadFile, HostileFile, shorten
@@ -163,7 +164,7 @@ def test_some_of_them_at_once(bomb: str, command: tuple[str, ...], tmp_path: Pat
 
 
 def parse(header: str) -> object:
-    return parse_header(header.encode(), 8 + len(header.encode()), PATH)
+    return parse_header(header.encode(), 8 + len(header.encode()), ref_to(PATH))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from converter.doctor.view import FolderView, look
 from converter.errors import LossyCast
 from converter.models.paths import path_of, refuse_cache
 from converter.run.execute import run_plan
-from converter.run.tasks import Progress
 from converter.run.staging import recover
+from converter.run.tasks import Progress
 
 __all__ = ["Choices", "Diagnosis", "Finding", "Mending", "diagnose", "finish_mending", "mend", "plan_mending"]
 

@@ -44,6 +44,7 @@ from converter.plan.make import Plan, SetPlan, Target, make_plan
 from converter.recipes.outputs import refuse_links
 from converter.recipes.rename import link_shards
 from converter.recipes.verify import holds_values
+from converter.storage import place_of
 
 Keep = Literal["single", "shards", "safetensors", "bin"]
 
@@ -217,7 +218,7 @@ def _drop_strays(part: _Part, choices: Choices) -> None:
         if kept and choices.drop_strays:
             part.let_go(stray, "--drop-strays")
         elif kept and not any(part.view.weights[name].error for name in stray.files):
-            files = [read_file(stray.folder / name, LENIENT) for name in stray.files]
+            files = [read_file(place_of(stray.folder / name), LENIENT) for name in stray.files]
             shards = [Checkpoint(stray.weight_set, (file,), {}) for file in files]
             if all(holds_values(_open(kept), shard) for shard in shards):
                 part.let_go(stray, f"{kept.label} holds the same values")

@@ -27,6 +27,7 @@ from converter.models.folder import Component, absent_models, is_model, model_fo
 from converter.models.index import WeightIndex, read_index
 from converter.models.names import ParsedName, WeightsName, parse_name
 from converter.models.paths import snapshot_of
+from converter.storage import place_of
 from converter.tensors.base import MAX_TENSORS
 
 LENIENT = Reading(strip_code=True, lenient=True)
@@ -195,7 +196,7 @@ def look(path: Path) -> FolderView:
             if part.weights or part.sets or part.partial or has_model:
                 parts.append(part)
     if not any(part.weights or part.sets or part.partial for part in parts) and not absent and not errors:
-        refuse_folder(path)
+        refuse_folder(place_of(path))
         raise BadFile(path, "holds no weights", "Name a folder that does.")
     errors += tuple((part.path / "config.json", part.config_error) for part in parts if part.config_error)
     class_name = model_index.get("_class_name")
@@ -225,7 +226,7 @@ def read_json(path: Path) -> tuple[dict[str, Any], str]:
     if not path.is_file():
         return {}, ""
     try:
-        content = read_config(path)
+        content = read_config(place_of(path))
     except HostileFile as error:
         return {}, error.problem
     except (ValueError, OSError) as error:
@@ -268,7 +269,7 @@ def _look_at(path: Path, name: str, entry: Any, is_named: bool = True) -> Compon
     named = [item for item, found in parsed.items() if found.role != "index"]
     weights = _read_all(path, dict.fromkeys((*named, *(n for one in sets for n in one.files))))
     weights.update(broken)
-    piece = find_dcp(path)
+    piece = find_dcp(place_of(path))
     if piece:
         weights[".metadata"] = FileView(".metadata", 0, error=piece)
     library = _library_of(component, entry, sets)
@@ -315,7 +316,7 @@ def _read_all(folder: Path, names: Iterable[str]) -> dict[str, FileView]:
 def _read(path: Path) -> FileView:
     nbytes = path.stat().st_size if path.exists() else 0
     try:
-        file = read_file(path, LENIENT)
+        file = read_file(place_of(path), LENIENT)
     except WconvError as error:
         return FileView(path.name, nbytes, error=error)
     except OSError as error:

@@ -10,8 +10,8 @@ from converter.errors import BadFile, Unsupported
 from converter.formats import safetensors, training
 from converter.formats.torch import archive, legacy, writer
 from converter.formats.torch.state_dict import PLAIN, Reading
-from converter.storage.opening import Opened, open_source
-from converter.tensors.base import Described, Layout, WeightsFile
+from converter.storage import OpenFile, Place
+from converter.tensors.base import Layout, TensorSpec, WeightsFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +25,13 @@ class FormatRow:
 
     name: str
     matches: Callable[[bytes], bool]
-    read_file: Callable[[Opened, Reading], WeightsFile]
-    lay_out: Callable[[Sequence[Described], Mapping[str, str], Mapping[str, str]], Layout] | None = None
-    finish_file: Callable[[Path, Sequence[Described], Mapping[str, str], Sequence[int]], None] | None = None
+    read_file: Callable[[OpenFile, Reading], WeightsFile]
+    lay_out: Callable[[Sequence[TensorSpec], Mapping[str, str], Mapping[str, str]], Layout] | None = None
+    finish_file: Callable[[Path, Sequence[TensorSpec], Mapping[str, str], Sequence[int]], None] | None = None
 
 
-HEAD_NBYTES = 512
+_HEAD_NBYTES = 512
+_KEPT_NBYTES = 1 << 16  # most headers are within it, and need no second request over a network
 
 
 def _is_safetensors(head: bytes) -> bool:
@@ -52,7 +53,7 @@ def _is_tar(head: bytes) -> bool:
 FORMATS: dict[str, FormatRow] = {
     row.name: row
     for row in (
-        FormatRow("safetensors", _is_safetensors, lambda opened, _: safetensors.read_file(opened), safetensors.lay_out),
+        FormatRow("safetensors", _is_safetensors, lambda file, _: safetensors.read_file(file), safetensors.lay_out),
         FormatRow("torch", _is_zip, archive.read_file, writer.lay_out, writer.finish_file),
         FormatRow("torch before 1.6", _is_stream, legacy.read_file),
     )
@@ -78,28 +79,27 @@ _LOOKALIKES: tuple[tuple[Callable[[bytes], bool], type[BadFile] | type[Unsupport
 )  # fmt: skip
 
 
-def could_be_weights(path: Path) -> bool:
+def could_be_weights(place: Place) -> bool:
     """Say by its first bytes whether a file may hold weights of torch's, readable here or not."""
-    with open_source(path) as opened:
-        head = opened.file.read(HEAD_NBYTES)
+    with place.open() as file:
+        head = file.read(0, _HEAD_NBYTES)
     return _is_tar(head) or any(row.matches(head) for row in FORMATS.values())
 
 
-def read_file(path: Path, reading: Reading = PLAIN) -> WeightsFile:
+def read_file(place: Place, reading: Reading = PLAIN) -> WeightsFile:
     """Read the header of a weight file in whatever format it is; ``reading`` is for pickled ones.
 
     Raises BadFile or Unsupported for a file that is none, and says what it is instead; TrainingPiece for a part of one.
     """
-    training.check_name(path)
-    with open_source(path) as opened:
-        head = opened.file.read(HEAD_NBYTES)
-        opened.file.seek(0)
+    training.check_name(place)
+    with place.open() as file:
+        head = file.keep(0, _KEPT_NBYTES)[:_HEAD_NBYTES]
         for row in FORMATS.values():
             if row.matches(head):
-                file = row.read_file(opened, reading)
-                training.check_content(file)
-                return file
+                weights = row.read_file(file, reading)
+                training.check_content(weights)
+                return weights
     for matches, error, problem, advice in _LOOKALIKES:
         if matches(head):
-            raise error(path, problem, advice)
-    raise BadFile(path, "is no weight file: its first bytes are of no known format", _FETCH)
+            raise error(place, problem, advice)
+    raise BadFile(place, "is no weight file: its first bytes are of no known format", _FETCH)

@@ -1,4 +1,4 @@
-"""The safetensors format: header bytes to TensorInfos and back.
+"""The safetensors format: header bytes to Tensors and back.
 
 The file is an 8-byte little-endian length, that much JSON, and the data. Reading is as strict as the reference reader
 (``Metadata::validate`` in its ``safetensors/src/tensor.rs``) and stricter where two readers could disagree: a name
@@ -13,24 +13,23 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from converter.dtypes import DTYPES
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.texts import MAX_HEADER_MARKS, Pairs, parse_json
-from converter.storage.opening import Opened, Stamp
+from converter.storage import FileRef, OpenFile, Place
 from converter.tensors.base import (
     MAX_DIMS,
     MAX_NAME,
     MAX_TENSORS,
     ByteRange,
-    Described,
     Layout,
-    TensorInfo,
+    Tensor,
+    TensorSpec,
     WeightsFile,
-    contiguous_strides,
 )
+from converter.tensors.view import View, contiguous_strides
 
 MAX_HEADER_NBYTES = 100_000_000  # same cap as the reference reader
 METADATA_KEY = "__metadata__"
@@ -40,74 +39,74 @@ _TOO_LARGE = 1 << 63
 _INCOMPLETE = "The file may be incomplete: fetch it again."
 
 
-def read_file(opened: Opened) -> WeightsFile:
+def read_file(file: OpenFile) -> WeightsFile:
     """Read the header of a safetensors file; no tensor is read."""
-    path, file, stamp = opened
-    file_nbytes = stamp.nbytes
-    head = file.read(8)
+    head = file.read(0, 8)
     header_nbytes = int.from_bytes(head, "little")
-    if len(head) < 8 or header_nbytes > min(MAX_HEADER_NBYTES, file_nbytes - 8):
-        raise BadFile(path, f"its header claims {header_nbytes:,} bytes, the file has {file_nbytes:,}", _INCOMPLETE)
-    raw = file.read(header_nbytes)
-    return parse_header(raw, file_nbytes, path, stamp)
+    if len(head) < 8 or header_nbytes > min(MAX_HEADER_NBYTES, file.nbytes - 8):
+        problem = f"its header claims {header_nbytes:,} bytes, the file has {file.nbytes:,}"
+        raise BadFile(file.ref.place, problem, _INCOMPLETE)
+    return parse_header(file.read(8, header_nbytes), file.nbytes, file.ref)
 
 
-def parse_header(raw: bytes, file_nbytes: int, path: Path, stamp: Stamp | None = None) -> WeightsFile:
+def parse_header(raw: bytes, file_nbytes: int, file: FileRef) -> WeightsFile:
     """Parse the JSON of a header; refuse gaps, overlaps, bytes left over, and names given twice."""
+    place = file.place
     try:
-        header = parse_json(raw, path, "its header ", max_marks=MAX_HEADER_MARKS, pairs_hook=_refuse_repeats)
+        header = parse_json(raw, place, "its header ", max_marks=MAX_HEADER_MARKS, pairs_hook=_refuse_repeats)
     except ValueError as error:
-        raise BadFile(path, f"its safetensors header cannot be read ({error})", _INCOMPLETE) from None
+        raise BadFile(place, f"its safetensors header cannot be read ({error})", _INCOMPLETE) from None
     if not isinstance(header, dict):
-        raise BadFile(path, "its safetensors header is no JSON object")
+        raise BadFile(place, "its safetensors header is no JSON object")
     metadata = header.pop(METADATA_KEY, None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise BadFile(path, "the __metadata__ of its header is not a map of strings")
-    _check_sizes(header, metadata, path)
+        raise BadFile(place, "the __metadata__ of its header is not a map of strings")
+    _check_sizes(header, metadata, place)
     if b"\\u" in raw and not all(map(_is_text, itertools.chain(header, metadata, metadata.values()))):
-        raise BadFile(path, "its header spells a name with half a character")
+        raise BadFile(place, "its header spells a name with half a character")
     data_offset = 8 + len(raw)
     # Each entry goes as its tensor comes: the one takes the other's memory.
-    tensors = [_parse_tensor(name, header.pop(name), data_offset, path, stamp) for name in list(header)]
-    _check_layout(tensors, data_offset, file_nbytes, path)
-    return WeightsFile(path, "safetensors", tuple(tensors), metadata)
+    tensors = [_parse_tensor(name, header.pop(name), data_offset, file) for name in list(header)]
+    _check_layout(tensors, data_offset, file_nbytes, place)
+    return WeightsFile(place, "safetensors", tuple(tensors), metadata)
 
 
-def _check_sizes(header: Collection[str], metadata: Mapping[str, str], path: Path) -> None:
+def _check_sizes(header: Collection[str], metadata: Mapping[str, str], place: Place) -> None:
     """Refuse more than a header can be parsed with and a new one made of, in 512 MB."""
     if len(header) > MAX_TENSORS or len(metadata) > MAX_TENSORS:
-        raise HostileFile(path, f"its header describes more than {MAX_TENSORS:,} tensors")
+        raise HostileFile(place, f"its header describes more than {MAX_TENSORS:,} tensors")
     longest = max(map(len, header), default=0)
     if longest > MAX_NAME:
-        raise HostileFile(path, f"its header spells a name in {longest:,} characters")
+        raise HostileFile(place, f"its header spells a name in {longest:,} characters")
     if sum(map(len, itertools.chain(metadata, metadata.values()))) > _MAX_METADATA:
-        raise HostileFile(path, f"the __metadata__ of its header is longer than {_MAX_METADATA:,} characters")
+        raise HostileFile(place, f"the __metadata__ of its header is longer than {_MAX_METADATA:,} characters")
 
 
-def _parse_tensor(name: str, entry: Any, data_offset: int, path: Path, stamp: Stamp | None) -> TensorInfo:
+def _parse_tensor(name: str, entry: Any, data_offset: int, file: FileRef) -> Tensor:
     try:
         tag, sizes, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         shape = tuple(sizes)
     except (KeyError, TypeError, ValueError):
-        raise BadFile(path, f"its header describes {name!r} wrongly") from None
+        raise BadFile(file.place, f"its header describes {name!r} wrongly") from None
     if len(shape) > MAX_DIMS:
-        raise HostileFile(path, f"its header gives {name!r} {len(shape):,} axes")
+        raise HostileFile(file.place, f"its header gives {name!r} {len(shape):,} axes")
     # Plain loops: this is done for each tensor, and any() over a generator takes three times as long.
     for number in shape if type(sizes) is list and type(begin) is type(end) is int else (None,):
         if type(number) is not int or number < 0:
-            raise BadFile(path, f"its header gives {name!r} a shape or place that is no whole number")
+            raise BadFile(file.place, f"its header gives {name!r} a shape or place that is no whole number")
     numel, span, strides = _measure(shape)
     if span >= _TOO_LARGE:
-        raise BadFile(path, f"its header gives {name!r} more elements than 63 bits count")
+        raise BadFile(file.place, f"its header gives {name!r} more elements than 63 bits count")
     dtype = DTYPES.get(tag) if isinstance(tag, str) else None
     if dtype is None:
-        raise Unsupported(path, f"tensor {name!r} has the unknown dtype {tag!r}", "A newer wconv may know it.")
+        raise Unsupported(file.place, f"tensor {name!r} has the unknown dtype {tag!r}", "A newer wconv may know it.")
     bits = numel * dtype.bits
     if bits >= _TOO_LARGE or end - begin != bits // 8 or bits % 8:
-        raise BadFile(path, f"tensor {name!r} has {end - begin:,} bytes, its shape {list(shape)} takes {bits // 8:,}")
-    storage = ByteRange(path, data_offset + begin, end - begin, None, None, 1, None, stamp)
-    return TensorInfo(name, dtype, shape, storage, 0, strides)
+        problem = f"tensor {name!r} has {end - begin:,} bytes, its shape {list(shape)} takes {bits // 8:,}"
+        raise BadFile(file.place, problem)
+    storage = ByteRange(file, data_offset + begin, end - begin)
+    return Tensor(name, View(dtype, shape, storage, 0, strides))
 
 
 @lru_cache(1024)  # most tensors have one of a few shapes
@@ -116,17 +115,21 @@ def _measure(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
     return math.prod(shape), math.prod(length or 1 for length in shape), contiguous_strides(shape)
 
 
-def _check_layout(tensors: Iterable[TensorInfo], data_offset: int, file_nbytes: int, path: Path) -> None:
-    place = data_offset
-    for offset, nbytes, name in sorted([(info.storage.offset, info.storage.nbytes, info.name) for info in tensors]):
-        if offset != place:
-            raise BadFile(path, f"tensor {name!r} leaves a gap, or overlaps another")
-        place += nbytes
-    if place != file_nbytes:
-        raise BadFile(path, f"its tensors end at byte {place:,}, the file has {file_nbytes:,}", _INCOMPLETE)
+def _check_layout(tensors: Iterable[Tensor], data_offset: int, file_nbytes: int, place: Place) -> None:
+    end = data_offset
+    for offset, nbytes, name in sorted(_places_of(tensors)):
+        if offset != end:
+            raise BadFile(place, f"tensor {name!r} leaves a gap, or overlaps another")
+        end += nbytes
+    if end != file_nbytes:
+        raise BadFile(place, f"its tensors end at byte {end:,}, the file has {file_nbytes:,}", _INCOMPLETE)
 
 
-def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mapping[str, str]) -> Layout:
+def _places_of(tensors: Iterable[Tensor]) -> list[tuple[int, int, str]]:
+    return [(storage.offset, storage.nbytes, name) for name, source, _ in tensors for storage in source.inputs()]
+
+
+def lay_out(tensors: Sequence[TensorSpec], ties: Mapping[str, str], notes: Mapping[str, str]) -> Layout:
     """Lay tensors out as the reference writer does (``prepare`` in its ``tensor.rs``); ties are noted in the header.
 
     Raises ValueError for a name that it cannot hold.
@@ -140,7 +143,7 @@ def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mappin
     return Layout(header, tuple(order), tuple(offsets), nbytes)
 
 
-def build_header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> bytes:
+def build_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """Spell the header, length included, of a file that holds these tensors in this order; raises ValueError."""
     if not all(map(_is_text, itertools.chain(metadata, metadata.values()))):
         raise ValueError("has ties or notes with a name of half a character, which no safetensors file can hold")

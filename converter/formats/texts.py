@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from converter.errors import HostileFile
-from converter.storage.opening import open_regular
+from converter.errors import HostileFile, Where
+from converter.storage import Place
 from converter.tensors.base import MAX_TENSORS
 
 # Configs have some kB; those that list the labels of 100,000 classes, twice, have 6 MB.
@@ -35,7 +34,7 @@ Pairs = list[tuple[str, Any]]
 
 def parse_json(
     raw: bytes,
-    path: Path,
+    where: Where,
     what: str = "",
     *,
     max_marks: int = MAX_MARKS,
@@ -46,34 +45,33 @@ def parse_json(
 
     ``what`` names what is not the whole file, such as "its header ".
     """
-    check_nbytes(len(raw), path, MAX_TEXT_NBYTES if raw.isascii() else _MAX_WIDE_NBYTES, what)
+    check_nbytes(len(raw), where, MAX_TEXT_NBYTES if raw.isascii() else _MAX_WIDE_NBYTES, what)
     if sum(map(raw.count, _MARKS)) > max_marks:
-        raise HostileFile(path, f"{what}holds more values and brackets than any model needs ({max_marks:,})")
+        raise HostileFile(where, f"{what}holds more values and brackets than any model needs ({max_marks:,})")
     try:
         return json.loads(raw.decode(encoding), object_pairs_hook=pairs_hook)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
 
-def read_config(path: Path) -> Any:
+def read_config(place: Place) -> Any:
     """Give what is in a config; raises HostileFile for what no config is, ValueError for what is no JSON."""
-    content = parse_json(read_bytes(path, MAX_CONFIG_NBYTES), path)
+    content = parse_json(read_bytes(place, MAX_CONFIG_NBYTES), place)
     check_depth(content)
     return content
 
 
-def read_bytes(path: Path, max_nbytes: int) -> bytes:
+def read_bytes(place: Place, max_nbytes: int) -> bytes:
     """Read a text whole; raises HostileFile for a longer one, before it is read."""
-    with open_regular(path) as file:
-        check_nbytes(file.seek(0, 2), path, max_nbytes)
-        file.seek(0)
-        return file.read(max_nbytes)
+    with place.open() as file:
+        check_nbytes(file.nbytes, place, max_nbytes)
+        return file.read(0, max_nbytes)
 
 
-def check_nbytes(nbytes: int, path: Path, limit: int, what: str = "") -> None:
+def check_nbytes(nbytes: int, where: Where, limit: int, what: str = "") -> None:
     """Raise HostileFile for a text that is longer than one of its kind is."""
     if nbytes > limit:
-        raise HostileFile(path, f"{what}is {nbytes:,} bytes long, and no model needs more than {limit:,}")
+        raise HostileFile(where, f"{what}is {nbytes:,} bytes long, and no model needs more than {limit:,}")
 
 
 def check_depth(content: Any) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
-from converter.errors import TrainingPiece
+from converter.errors import SystemRefused, TrainingPiece, Where
 from converter.formats.torch.rebuild import TensorRef
+from converter.storage import Place
 from converter.tensors.base import Tensor, WeightsFile
 
 _TO_FP32 = "'python zero_to_fp32.py CHECKPOINT OUT', a script that DeepSpeed puts beside it, makes weights of it."
@@ -77,28 +78,37 @@ _NAMES = (
 )  # fmt: skip
 
 
-def check_name(path: Path) -> None:
+def check_name(place: Place) -> None:
     """Raise TrainingPiece for a file that is called as a trainer calls a piece."""
-    spelled = f"{path.absolute().parent.name}/{path.name}"
+    folder = place.absolute().parent
+    spelled = f"{folder.name}/{place.name}"
     for row in _NAMES:
-        if row.pattern.fullmatch(spelled) and (not row.sibling or _is_there(path.parent, row.sibling)):
-            raise TrainingPiece(path, row.problem, row.advice)
+        if row.pattern.fullmatch(spelled) and (not row.sibling or _is_there(folder, row.sibling)):
+            raise TrainingPiece(place, row.problem, row.advice)
 
 
-def _is_there(folder: Path, pattern: str) -> bool:
+def _is_there(folder: Place, pattern: str) -> bool:
     up, _, name = pattern.rpartition("/")
-    return any((folder / up).glob(name))
+    return bool(_find(folder.parent if up else folder, name))
+
+
+def _find(folder: Place, pattern: str) -> list[Place]:
+    """List what has a name of a pattern in a folder; nothing in one that cannot be read."""
+    try:
+        return [entry for entry in folder.entries() if fnmatch(entry.name, pattern)]
+    except SystemRefused:
+        return []
 
 
 def check_content(file: WeightsFile) -> None:
     """Raise TrainingPiece for a file whose header, or whose tensors, say that it is a piece."""
     if "DCP_SHARDING_INFO" in file.metadata:
         problem = "holds pieces of tensors under the names of the whole, as torch.distributed.checkpoint cuts them"
-        raise TrainingPiece(file.path, problem, _CONSOLIDATE)
+        raise TrainingPiece(file.place, problem, _CONSOLIDATE)
     emptied = find_emptied(file.tensors)
     if emptied:
         problem = f"was saved under DeepSpeed ZeRO-3 without its weights: {len(emptied):,} tensors have no elements"
-        raise TrainingPiece(file.path, f"{problem}, such as {emptied[0]!r}", f"Of the checkpoint {_TO_FP32}")
+        raise TrainingPiece(file.place, f"{problem}, such as {emptied[0]!r}", f"Of the checkpoint {_TO_FP32}")
 
 
 def find_emptied(tensors: Iterable[Tensor]) -> list[str]:
@@ -130,27 +140,26 @@ _CONTENTS: tuple[tuple[Callable[[Mapping[Any, Any]], bool], str, str], ...] = (
 )
 
 
-def check_pickled(value: Any, path: Path) -> None:
+def check_pickled(value: Any, where: Where) -> None:
     """Raise TrainingPiece for what a pickle holds if a trainer's own keys say that it is a piece."""
     for is_piece, problem, advice in _CONTENTS if isinstance(value, dict) else ():
         if is_piece(value):
-            raise TrainingPiece(path, problem, advice)
+            raise TrainingPiece(where, problem, advice)
 
 
-def refuse_folder(folder: Path) -> None:
+def refuse_folder(folder: Place) -> None:
     """Raise TrainingPiece for a folder, without weights that wconv reads, that holds pieces or folders of them."""
-    for inner in (folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())):
+    for inner in (folder, *filter(Place.is_folder, folder.entries())):
         found = find_dcp(inner)
         if found:
             raise found
-        for path in sorted(inner.glob("*.pt")):
-            check_name(path)
+        for place in _find(inner, "*.pt"):
+            check_name(place)
 
 
-def find_dcp(folder: Path) -> TrainingPiece | None:
+def find_dcp(folder: Place) -> TrainingPiece | None:
     """Give the refusal of a folder that torch.distributed.checkpoint wrote, or was about to."""
-    pieces = any(folder.glob("*.distcp"))
-    if not pieces:
+    if not _find(folder, "*.distcp"):
         return None
     if not (folder / ".metadata").is_file():
         problem = "holds pieces of torch.distributed.checkpoint (DCP) and no .metadata: it was never finished"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from converter.errors import BadFile, HostileFile, Unsupported
+from converter.storage import OpenFile, Place
 
 MAX_DIRECTORY_NBYTES = 64_000_000  # as many records as may be, with names of 200 bytes
 MAX_RECORDS = 250_000  # a pickle of all the steps there are describes 160,000 tensors
@@ -55,47 +55,44 @@ class _Entry(NamedTuple):
     nbytes: int
 
 
-def read_records(file: BinaryIO, path: Path) -> Iterator[Record]:
+def read_records(file: OpenFile) -> Iterator[Record]:
     """Yield an archive's records as they lie in the file.
 
     Raises BadFile where the archive is cut short or damaged, HostileFile where records overlap or names are such that
     not all readers see them alike, and Unsupported for what is encrypted.
     """
+    place = file.ref.place
     try:
-        start, nbytes, count = _find_directory(file, path)
-        file.seek(start)
-        entries = sorted(islice(_read_entries(file.read(nbytes)), count + 1))
+        start, nbytes, count = _find_directory(file)
+        entries = sorted(islice(_read_entries(file.read(start, nbytes)), count + 1))
         if len(entries) != count:
-            raise BadFile(path, f"its directory has not the {count:,} records that it claims", _INCOMPLETE)
-        _check_names(entries, path)
-        yield from _find_records(file, entries, start, path)
+            raise BadFile(place, f"its directory has not the {count:,} records that it claims", _INCOMPLETE)
+        _check_names(entries, place)
+        yield from _find_records(file, entries, start)
     except struct.error:
-        raise BadFile(path, "is a zip archive whose directory is damaged", _INCOMPLETE) from None
+        raise BadFile(place, "is a zip archive whose directory is damaged", _INCOMPLETE) from None
 
 
-def _find_directory(file: BinaryIO, path: Path) -> tuple[int, int, int]:
-    """Give the place of the directory, its bytes and its number of records."""
-    file_nbytes = file.seek(0, 2)
-    tail_start = max(0, file_nbytes - _END.size - 0xFFFF)
-    file.seek(tail_start)
-    tail = file.read()
-    place = tail.rfind(b"PK\x05\x06")
-    if place < 0:
-        raise BadFile(path, "is a zip archive without its directory, which is at the end", _INCOMPLETE)
-    _, _, _, _, count, nbytes, start, comment_nbytes = _END.unpack_from(tail, place)
-    end = tail_start + place
-    file.seek(max(0, end - _END_64_LOCATOR.size))
-    locator = file.read(_END_64_LOCATOR.size)
+def _find_directory(file: OpenFile) -> tuple[int, int, int]:
+    """Give where the directory begins, its bytes and its number of records."""
+    place = file.ref.place
+    tail_start = max(0, file.nbytes - _END.size - 0xFFFF)
+    tail = file.keep(tail_start, file.nbytes)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0:
+        raise BadFile(place, "is a zip archive without its directory, which is at the end", _INCOMPLETE)
+    _, _, _, _, count, nbytes, start, comment_nbytes = _END.unpack_from(tail, at)
+    end = tail_start + at
+    locator = file.read(max(0, end - _END_64_LOCATOR.size), _END_64_LOCATOR.size)
     if locator.startswith(b"PK\x06\x07"):
         end = _END_64_LOCATOR.unpack(locator)[2]
-        file.seek(min(end, file_nbytes))
-        _, _, _, _, _, _, _, count, nbytes, start = _END_64.unpack(file.read(_END_64.size))
-    if place + _END.size + comment_nbytes != len(tail) or start + nbytes != end:
-        raise BadFile(path, "is a zip archive with bytes before it, after it or left out", _INCOMPLETE)
+        _, _, _, _, _, _, _, count, nbytes, start = _END_64.unpack(file.read(end, _END_64.size))
+    if at + _END.size + comment_nbytes != len(tail) or start + nbytes != end:
+        raise BadFile(place, "is a zip archive with bytes before it, after it or left out", _INCOMPLETE)
     if nbytes > MAX_DIRECTORY_NBYTES:
-        raise HostileFile(path, f"its directory claims {nbytes:,} bytes, too many for a description of tensors")
+        raise HostileFile(place, f"its directory claims {nbytes:,} bytes, too many for a description of tensors")
     if count > MAX_RECORDS:
-        raise HostileFile(path, f"its directory claims {count:,} records, too many for a state dict")
+        raise HostileFile(place, f"its directory claims {count:,} records, too many for a state dict")
     return start, nbytes, count
 
 
@@ -133,23 +130,24 @@ def _wide_numbers(extra: bytes) -> Iterator[int]:
     raise struct.error
 
 
-def _check_names(entries: list[_Entry], path: Path) -> None:
+def _check_names(entries: list[_Entry], place: Place) -> None:
     # torch ends a name at a NUL, and takes names that differ in case for one (``mz_zip_reader_locate_file``).
     if any(b"\0" in entry.name for entry in entries):
-        raise HostileFile(path, "its archive holds a record whose name not all readers see alike")
+        raise HostileFile(place, "its archive holds a record whose name not all readers see alike")
     if len({entry.name.lower() for entry in entries}) != len(entries):
-        raise HostileFile(path, "its archive holds two records of one name")
+        raise HostileFile(place, "its archive holds two records of one name")
 
 
-def _find_records(file: BinaryIO, entries: list[_Entry], end: int, path: Path) -> Iterator[Record]:
-    place = 0
-    for header_offset, name, flags, method, crc, packed_nbytes, nbytes in entries:
+def _find_records(file: OpenFile, entries: list[_Entry], end: int) -> Iterator[Record]:
+    place = file.ref.place
+    reached = 0
+    headers = file.read_many((entry.header_offset, _LOCAL_HEADER.size + len(entry.name)) for entry in entries)
+    for entry, raw in zip(entries, headers, strict=True):
+        header_offset, name, flags, method, crc, packed_nbytes, nbytes = entry
         if flags & _ENCRYPTED:
-            raise Unsupported(path, f"its record {spell(name)} is encrypted", "Save it again with torch.save.")
-        if not place <= header_offset < end:
-            raise HostileFile(path, f"its record {spell(name)} overlaps another, or lies outside the archive")
-        file.seek(header_offset)
-        raw = file.read(_LOCAL_HEADER.size + len(name))
+            raise Unsupported(place, f"its record {spell(name)} is encrypted", "Save it again with torch.save.")
+        if not reached <= header_offset < end:
+            raise HostileFile(place, f"its record {spell(name)} overlaps another, or lies outside the archive")
         signature, _, _, same_method, _, _, _, _, _, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack_from(raw)
         if (
             signature != b"PK\x03\x04"
@@ -157,11 +155,11 @@ def _find_records(file: BinaryIO, entries: list[_Entry], end: int, path: Path) -
             or raw[_LOCAL_HEADER.size :] != name
             or name_nbytes != len(name)
         ):
-            raise BadFile(path, f"its directory and the header of its record {spell(name)} disagree", _INCOMPLETE)
+            raise BadFile(place, f"its directory and the header of its record {spell(name)} disagree", _INCOMPLETE)
         offset = header_offset + len(raw) + extra_nbytes
-        place = offset + packed_nbytes
-        if place > end:
-            raise BadFile(path, f"its record {spell(name)} runs past the end of the archive", _INCOMPLETE)
+        reached = offset + packed_nbytes
+        if reached > end:
+            raise BadFile(place, f"its record {spell(name)} runs past the end of the archive", _INCOMPLETE)
         yield Record(name, method, crc, packed_nbytes, nbytes, offset)
 
 

@@ -19,6 +19,7 @@ from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.models.index import WeightIndex, read_index
 from converter.models.names import ParsedName, WeightsName, is_other_runtime, is_training_state, parse_name
 from converter.models.paths import path_of
+from converter.storage import place_of
 from converter.tensors.base import MAX_TENSORS, Tensor, WeightsFile
 
 _STANDARD_NAMES = frozenset(
@@ -124,7 +125,7 @@ def is_weight_file(path: Path) -> bool:
     if not parsed or not path.is_file() or is_training_state(path.name) or is_other_runtime(path.name):
         return False
     standard = (parsed.name.stem, parsed.name.ext) in _STANDARD_NAMES
-    return standard or parsed.role == "index" or could_be_weights(path)
+    return standard or parsed.role == "index" or could_be_weights(place_of(path))
 
 
 def _indexed_set(folder: Path, index_name: str, parsed: ParsedName) -> WeightSet:
@@ -159,7 +160,7 @@ def open_checkpoint(source: Path | str | WeightSet, reading: Reading = PLAIN) ->
     files = tuple(_read_files(weight_set, reading))
     if len(files) > 1:
         _check_names(files)
-    notes = tuple(f"{file.path.name}: {note}" for file in files for note in file.notes)
+    notes = tuple(f"{file.place.name}: {note}" for file in files for note in file.notes)
     notes += _check_index(weight_set.path, index, files) if index else ()
     return Checkpoint(weight_set, files, index.metadata if index else {}, notes)
 
@@ -167,7 +168,7 @@ def open_checkpoint(source: Path | str | WeightSet, reading: Reading = PLAIN) ->
 def _read_files(weight_set: WeightSet, reading: Reading) -> Iterator[WeightsFile]:
     room = MAX_TENSORS
     for name in weight_set.file_names:
-        file = read_file(weight_set.folder / name, reading)
+        file = read_file(place_of(weight_set.folder / name), reading)
         room -= len(file.tensors)
         if room < 0:
             raise HostileFile(weight_set.path, f"describes more than {MAX_TENSORS:,} tensors, and no model has them")
@@ -218,9 +219,11 @@ def _check_names(files: Iterable[WeightsFile]) -> None:
     places: dict[str, str] = {}
     for file in files:
         for info in file.tensors:
-            first = places.setdefault(info.name, file.path.name)
-            if first != file.path.name:
-                raise BadFile(file.path, f"holds tensor {info.name!r}, which {first} holds too", "Keep one of the two.")
+            first = places.setdefault(info.name, file.place.name)
+            if first != file.place.name:
+                raise BadFile(
+                    file.place, f"holds tensor {info.name!r}, which {first} holds too", "Keep one of the two."
+                )
 
 
 def _check_index(path: Path, index: WeightIndex, files: Iterable[WeightsFile]) -> tuple[str, ...]:
@@ -228,7 +231,7 @@ def _check_index(path: Path, index: WeightIndex, files: Iterable[WeightsFile]) -
     held: dict[str, set[str]] = {}
     for file in files:
         names = {info.name for info in file.tensors}
-        held[file.path.name] = names
+        held[file.place.name] = names
         unlisted.extend(sorted(names - index.weight_map.keys()))
     for name, shard in index.weight_map.items():
         if name not in held[shard]:

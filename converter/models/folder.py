@@ -23,6 +23,7 @@ from converter.formats.training import refuse_folder
 from converter.models.checkpoint import WeightSet, find_weight_set, find_weight_sets, is_weight_file
 from converter.models.names import is_other_runtime, is_training_state
 from converter.models.paths import lies_outside, path_of, real, snapshot_of
+from converter.storage import place_of
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
 
@@ -120,7 +121,7 @@ def open_folder(path: Path | str) -> ModelFolder:
             found += [_open_component(folder, folder.name) for folder in model_folders(path)]
     components = tuple(component for component in found if component.weight_sets)
     if not components:
-        refuse_folder(path)
+        refuse_folder(place_of(path))
         raise BadFile(path, "holds no weights", _suggest(path))
     return ModelFolder(path, path, kind, components, class_name if isinstance(class_name, str) else "")
 
@@ -195,7 +196,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = read_config(path)
+        content = read_config(place_of(path))
     except ValueError as error:
         raise BadFile(path, f"is not JSON ({error})", "Fetch it again.") from None
     return content if isinstance(content, dict) else {}
@@ -267,7 +268,7 @@ def is_linked(folder: ModelFolder, path: Path) -> bool:
 
 def is_disguised(folder: ModelFolder, path: Path) -> bool:
     """Say whether a file of a weight set is a link to something that holds no weights, elsewhere."""
-    return not path.name.endswith(".json") and lies_outside(path, folder.root) and not could_be_weights(path)
+    return not path.name.endswith(".json") and lies_outside(path, folder.root) and not could_be_weights(place_of(path))
 
 
 @dataclass(slots=True)

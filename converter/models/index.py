@@ -16,6 +16,7 @@ from typing import Any
 
 from converter.errors import BadFile, HostileFile
 from converter.formats.texts import MAX_TEXT_NBYTES, Pairs, check_depth, parse_json, read_bytes
+from converter.storage import place_of
 from converter.tensors.base import MAX_TENSORS
 
 MAX_SHARDS = 10_000  # real ones have up to some hundred
@@ -64,7 +65,7 @@ def parse_index(raw: bytes, path: Path) -> WeightIndex:
 
 def read_index(path: Path) -> WeightIndex:
     """Open and parse the index at ``path``."""
-    return parse_index(read_bytes(path, MAX_TEXT_NBYTES), path)
+    return parse_index(read_bytes(place_of(path), MAX_TEXT_NBYTES), path)
 
 
 def _check_type(value: object) -> str | None:

@@ -7,7 +7,6 @@ Printing a Plan is the dry run; pickling it sends it elsewhere.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from converter.models.index import WeightIndex
 from converter.models.names import Format, WeightsName
 from converter.models.paths import real
 from converter.models.select import Wishes
-from converter.storage.base import FileRef
+from converter.storage import Place
 from converter.tensors.base import Tensor, TensorSpec
 from converter.tensors.derived import cast
 from converter.tensors.view import View
@@ -302,7 +301,9 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     keep = find_kept(component, wishes)
     # A tensor in each dtype that it is written in, by name.
     written = {
-        tensor.name: tensor if tensor.name in untouched else cast(tensor, target_dtype(tensor, wishes, keep), wishes.on_overflow)
+        tensor.name: tensor
+        if tensor.name in untouched
+        else cast(tensor, target_dtype(tensor, wishes, keep), wishes.on_overflow)
         for tensor in checkpoint.tensors
     }
     growth = check_growth(checkpoint, [t for t in checkpoint.tensors if t.name not in ties], wishes)
@@ -392,19 +393,20 @@ def _link_if_same(shard: Shard, checkpoint: Checkpoint) -> Shard:
         same_bytes = (
             file.format == shard.format == "safetensors"
             and len(shard.tensors) == len(file.tensors)
-            and all(_lies_at(tensor, file.file, offset) for tensor, offset in shard.tensors)
+            and all(_lies_at(tensor, file.place, offset) for tensor, offset in shard.tensors)
             and {"format": "pt", **file.metadata} == file.metadata
         )
         if same_bytes:
-            return replace(shard, link=file.file.place.path)
+            return replace(shard, link=file.place.path)
     return shard
 
 
-def _lies_at(tensor: Tensor, file: FileRef, offset: int) -> bool:
+def _lies_at(tensor: Tensor, file: Place, offset: int) -> bool:
     """Say whether a tensor of a safetensors file is written where it lies, as it is."""
     source = tensor.source
-    is_whole = isinstance(source, View) and source.is_contiguous and source.start == 0
-    return is_whole and (source.storage.file, source.storage.offset) == (file, offset)
+    if not isinstance(source, View) or not source.is_contiguous or source.start:
+        return False
+    return (source.storage.file.place, source.storage.offset) == (file, offset)
 
 
 def _build_index(checkpoint: Checkpoint, shards: Iterable[Shard], file_names: Iterable[str]) -> WeightIndex:

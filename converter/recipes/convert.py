@@ -22,8 +22,8 @@ from converter.models.select import Wishes, choose_sets
 from converter.plan.make import Beside, Plan, Target, make_plan
 from converter.recipes.outputs import find_difference, open_target, refuse_links
 from converter.run.execute import Result, run_plan
-from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress
 from converter.run.staging import find_strangers, recover
+from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress
 from converter.transforms.stable_diffusion import SingleFile
 
 Choose = Callable[[ModelFolder, Wishes], list[tuple[Component, WeightSet]]]

@@ -24,9 +24,9 @@ from converter.models.schemes import LLM_INT8
 from converter.models.select import Wishes, choose_sets, texts_of
 from converter.plan.make import Plan
 from converter.recipes.convert import plan_conversion, plan_rest, refuse_file, request_of
-from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.run.staging import recover
-from converter.storage.opening import open_regular
+from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
+from converter.storage import place_of
 from converter.tensors.base import Tensor, find_ties
 from converter.transforms.quantize.bnb_int8 import (
     check_scales,
@@ -145,8 +145,8 @@ def _places(source: Path | str, output: Path | str) -> tuple[Path, Path]:
 
 
 def _is_gguf(path: Path) -> bool:
-    with open_regular(path) as file:
-        return file.read(4) == b"GGUF"
+    with place_of(path).open() as file:
+        return file.read(0, 4) == b"GGUF"
 
 
 def _choose_parts(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:

@@ -242,9 +242,7 @@ def _pair_tensors(
         if left.shape != right.shape:
             detail = f"{list(left.shape)} became {list(right.shape)}"
             differences.append(Difference("shape", component, name, detail))
-        elif left.dtype is not right.dtype and not (
-            cast and left.dtype.is_floating and right.dtype.is_floating
-        ):
+        elif left.dtype is not right.dtype and not (cast and left.dtype.is_floating and right.dtype.is_floating):
             differences.append(Difference("dtype", component, name, f"{left.dtype} became {right.dtype}"))
         else:
             yield _Pair(component, left, right)

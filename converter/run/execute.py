@@ -43,7 +43,8 @@ from converter.run.tasks import (
     chunk_nbytes_for,
     open_tasks,
 )
-from converter.storage.opening import check_stamp, open_placed
+from converter.storage import place_of
+from converter.storage.local import open_unlinked
 from converter.storage.root import Root
 from converter.tensors.base import Storage, TensorSpec
 from converter.tensors.reader import CrcPart, check_crc
@@ -240,9 +241,9 @@ def _write_others(plan: Plan, staging: Staging) -> None:
     renamed = {name for name, _ in _second_names(plan)}
     for (name, source), place in zip(plan.carried, plan.places, strict=True):
         if name not in renamed:
-            with open_placed(source, place) as opened:
-                staging.copy(name, opened.file)
-                check_stamp(source, opened.file, opened.stamp)
+            with open_unlinked(place_of(source), place) as file:
+                staging.copy(name, file.handle)
+                file.check()
     for name, content in plan.texts:
         staging.put(name, content)
 
@@ -279,6 +280,6 @@ def _is_header(path: Path, shard: Shard) -> bool:
 
 
 def _is_archive(path: Path, shard: Shard) -> bool:
-    tensors = read_file(path).tensors
+    tensors = read_file(place_of(path)).tensors
     found = [TensorSpec(one.name, one.dtype, one.shape) for one in tensors if one.name not in shard.ties]
     return found == shard.specs

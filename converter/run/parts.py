@@ -102,7 +102,7 @@ def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
 
 def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Like ``write_piece``, for a file that an earlier run left: only chunks that differ are written."""
-    there = bytearray()
+    there = bytearray(_buffer_nbytes(piece, chunk_nbytes))
     with open_staged(piece.path) as out:
 
         def rewrite(offset: int, chunk: memoryview, _: str) -> None:
@@ -123,7 +123,7 @@ class MismatchError(BadFile):
 
 def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Hold a written piece against its source; raises MismatchError where they differ."""
-    there = bytearray()
+    there = bytearray(_buffer_nbytes(piece, chunk_nbytes))
     with piece.path.open("rb", buffering=0) as out:
 
         def compare(offset: int, chunk: memoryview, name: str) -> None:
@@ -134,8 +134,6 @@ def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
 
 
 def _is_at(file: BinaryIO, offset: int, chunk: memoryview, scratch: bytearray) -> bool:
-    if len(scratch) < len(chunk):
-        scratch.extend(bytes(len(chunk) - len(scratch)))
     view = memoryview(scratch)[: len(chunk)]
     file.seek(offset)
     done = 0
@@ -157,14 +155,13 @@ def check_record(record: Storage, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     buffer = memoryview(bytearray(chunk_nbytes))
     with RangeReader() as reader:
         for begin in range(0, record.nbytes, chunk_nbytes):
-            record.read(begin, buffer[: min(chunk_nbytes, record.nbytes - begin)], reader)
+            reader.read_into(record, begin, buffer[: min(chunk_nbytes, record.nbytes - begin)])
 
 
 def _carry(piece: Piece, chunk_nbytes: int, deal_with: Callable[[int, memoryview, str], None]) -> Report:
     """Read a piece in chunks, and hand over each with its offset in the file and the name of its last tensor."""
     report = Report()
-    # The windows of all its tensors are known, so that the buffer is made once.
-    buffer = _Buffer(max(chunk_nbytes, *(step.tensor.source.window for step in piece.steps)), deal_with)
+    buffer = _Buffer(_buffer_nbytes(piece, chunk_nbytes), deal_with)
     with RangeReader() as reader:
         for tensor, offset, begin, end in piece.steps:
             buffer.turn_to(offset + begin, tensor.name)
@@ -185,6 +182,10 @@ def _carry(piece: Piece, chunk_nbytes: int, deal_with: Callable[[int, memoryview
         buffer.flush()
     report.read = reader.sums
     return report
+
+
+def _buffer_nbytes(piece: Piece, chunk_nbytes: int) -> int:
+    return max(chunk_nbytes, *(step.tensor.source.window for step in piece.steps))
 
 
 class _Buffer:
@@ -225,5 +226,3 @@ class _Buffer:
         room = size - offset % size
         self._offset, self._filled = offset, 0
         self._room = room if room >= ITEM_MULTIPLE else size
-
-

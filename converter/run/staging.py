@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import BinaryIO
 
 from converter.errors import OutputRefused, SystemRefused, WconvError
 from converter.models.paths import real
@@ -113,9 +112,9 @@ class Staging:
         """Stage a small file."""
         self.root.put(self._make_way(name), content)
 
-    def copy(self, name: str, source: BinaryIO) -> None:
-        """Stage a copy of an open file."""
-        self.root.take(source.fileno(), self._make_way(name))
+    def copy(self, name: str, source: int) -> None:
+        """Stage a copy of an open file, by its descriptor."""
+        self.root.take(source, self._make_way(name))
 
     def link(self, name: str, root: Root, source: str) -> None:
         """Stage a second name of a file, or a second link where it is a link."""

@@ -6,7 +6,7 @@ key is a path from where the store begins, with slashes; for messages a place is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -34,6 +34,7 @@ class OpenFile:
     def __init__(self, ref: FileRef, nbytes: int) -> None:
         self.ref = ref
         self.nbytes = nbytes
+        self._kept: list[tuple[int, bytes]] = []
 
     def read_into(self, offset: int, out: memoryview) -> int:
         """Fill ``out`` from an offset on; give how many bytes there were, fewer only at the file's end."""
@@ -49,9 +50,23 @@ class OpenFile:
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Give bytes from an offset on, fewer at the file's end."""
-        out = bytearray(max(0, min(nbytes, self.nbytes - offset)))
+        nbytes = max(0, min(nbytes, self.nbytes - offset))
+        for begin, raw in self._kept:
+            if begin <= offset and offset + nbytes <= begin + len(raw):
+                return raw[offset - begin : offset - begin + nbytes]
+        out = bytearray(nbytes)
         count = self.read_into(offset, memoryview(out))
-        return bytes(out[:count])
+        return bytes(memoryview(out)[:count])
+
+    def keep(self, offset: int, nbytes: int) -> bytes:
+        """Read a part that the next reads fall into: each may be a request over a network."""
+        raw = self.read(offset, nbytes)
+        self._kept.append((offset, raw))
+        return raw
+
+    def read_many(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+        """Read small parts, each an offset and so many bytes; a store may ask for all of them at once."""
+        return (self.read(offset, nbytes) for offset, nbytes in ranges)
 
 
 class Store(Protocol):
@@ -60,6 +75,9 @@ class Store(Protocol):
     @property
     def url(self) -> str:
         """What tells this store from others."""
+
+    def absolute(self, key: str) -> str:
+        """Give a key that says the same wherever one is."""
 
     def spell(self, key: str) -> str:
         """Name a place to people."""
@@ -100,6 +118,10 @@ class Place:
     @property
     def parent(self) -> Place:
         return Place(self.store, PurePosixPath(self.key).parent.as_posix())
+
+    def absolute(self) -> Place:
+        """Give this place by its full key, so that all folders above have their names."""
+        return Place(self.store, self.store.absolute(self.key))
 
     def relative_to(self, folder: Place) -> str:
         """Give the path from a folder to this place below it; raises ValueError for another."""
@@ -157,4 +179,4 @@ class FileRef(NamedTuple):
 
 def changed(place: Place) -> BadFile:
     """Word that a file is no longer what it was when its header was read."""
-    return BadFile(str(place), "was changed while it was read", "Run this again when nobody writes to it.")
+    return BadFile(place, "was changed while it was read", "Run this again when nobody writes to it.")

@@ -10,14 +10,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from converter.errors import BadFile, SystemRefused, Unsupported
 from converter.storage.base import FileRef, Info, Kind, OpenFile, Place, Tag, changed
+from converter.storage.root import Root
 
 # A pipe that takes a file's place after it was looked at is opened at once. Windows has no such flag.
 _WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0)
@@ -53,6 +54,9 @@ class LocalStore:
     def path(self, key: str) -> Path:
         return Path(self.base, key)
 
+    def absolute(self, key: str) -> str:
+        return self.path(key).as_posix()
+
     def spell(self, key: str) -> str:
         return str(Path(key))
 
@@ -79,17 +83,31 @@ class LocalStore:
     def open(self, place: Place, tag: Tag | None) -> OpenFile:
         path = self.path(place.key)
         found = self.stat(place.key)
-        if found is None:
-            raise BadFile(str(place), "is a link to nothing" if path.is_symlink() else "does not exist")
-        if found.kind != "file":
-            raise BadFile(str(place), "is no regular file")
+        if found is None and tag is None:
+            raise BadFile(place, "is a link to nothing" if path.is_symlink() else "does not exist")
+        if found is not None and found.kind != "file":
+            raise BadFile(place, "is no regular file")
         try:
             handle = os.open(
                 path, os.O_RDONLY | _WITHOUT_WAITING | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
             )
         except OSError as error:
-            raise SystemRefused.from_os_error(error, str(place)) from None
+            raise SystemRefused.from_os_error(error, place) from None
         return _open(handle, place, tag)
+
+
+@contextmanager
+def open_unlinked(place: Place, path: Path) -> Iterator[LocalFile]:
+    """Open a file by the real path that it was found at before: a link that has come there since is not followed.
+
+    Raises OSError for one that has, BadFile for what is no regular file.
+    """
+    with Root(path.parent) as root, root.open(path.name, os.O_RDONLY | _WITHOUT_WAITING) as handle:
+        file = _open(os.dup(handle), place, None)
+    try:
+        yield file
+    finally:
+        file.close()
 
 
 def _kind_of(found: os.stat_result) -> Kind:
@@ -103,7 +121,7 @@ def _open(handle: int, place: Place, tag: Tag | None) -> LocalFile:
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
-            raise BadFile(str(place), "is no regular file")
+            raise BadFile(place, "is no regular file")
         stamp = Stamp.of(found)
         if tag is not None and tag != stamp:
             raise changed(place)
@@ -129,7 +147,7 @@ class LocalFile(OpenFile):
                     break
                 done += count
         except OSError as error:
-            raise SystemRefused.from_os_error(error, str(self.ref.place)) from None
+            raise SystemRefused.from_os_error(error, self.ref.place) from None
         return done
 
     def check(self) -> None:
@@ -151,16 +169,19 @@ def _read_at(handle: int, offset: int, out: memoryview) -> int:
 
 def place_at(path: Path) -> Place:
     """Give the place that a path names; one that is not full begins at the current folder, for good."""
-    return Place(LocalStore(str(Path.cwd())), path.as_posix())
+    return Place(LocalStore("" if path.is_absolute() else str(Path.cwd())), path.as_posix())
 
 
 def open_url(url: str) -> Place:
     """Give the place that a ``file:`` URL names."""
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname  # loads what speaks http: not at every start
+
     return place_at(Path(url2pathname(urlsplit(url).path)))
 
 
 def path_of(place: Place) -> Path:
     """Give the full path of a place on this machine. Raises Unsupported for one elsewhere."""
     if not isinstance(place.store, LocalStore):
-        raise Unsupported(str(place), "is not on this machine's disk, and that is needed here")
+        raise Unsupported(place, "is not on this machine's disk, and that is needed here")
     return place.store.path(place.key)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from converter.dtypes import DType
-from converter.storage.base import FileRef, Place
+from converter.storage import FileRef, Place
 
 if TYPE_CHECKING:
     from converter.tensors.reader import RangeReader
@@ -39,10 +39,6 @@ class ByteRange(NamedTuple):
         """The bytes that it takes of its file."""
         return self.nbytes
 
-    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
-        """Fill ``out`` with the bytes from ``begin`` of this range on."""
-        reader.read_into(self, begin, out)
-
 
 class PackedRange(NamedTuple):
     """``nbytes`` bytes that lie deflated in ``stored_nbytes`` bytes at ``offset`` of a file; ``crc32`` is theirs."""
@@ -52,10 +48,6 @@ class PackedRange(NamedTuple):
     nbytes: int
     crc32: int | None
     stored_nbytes: int
-
-    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
-        """Fill ``out`` with the bytes from ``begin`` of what is packed on."""
-        reader.inflate_into(self, begin, out)
 
 
 Storage = ByteRange | PackedRange
@@ -160,7 +152,7 @@ class WeightsFile:
     needs them: it ``names``, ``makes`` objects of or ``calls`` them.
     """
 
-    file: FileRef
+    place: Place
     format: str
     tensors: tuple[Tensor, ...]
     metadata: Mapping[str, str]

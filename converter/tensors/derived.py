@@ -173,7 +173,7 @@ def cast(tensor: Tensor, dtype: DType, on_overflow: OnOverflow = "error") -> Ten
 
 
 class Box(NamedTuple):
-    """A part of a whole: where it begins there, in elements along each axis, or in the flattened whole by one number."""
+    """A part of a whole: ``start`` is where it begins, in elements along each axis, or in the flattened whole."""
 
     start: tuple[int, ...]
     source: TensorSource
@@ -196,15 +196,14 @@ class Boxes:
         if self.dtype.bits % 8 or any(box.source.dtype is not self.dtype for box in known):
             raise ValueError("boxes of other elements than the whole")
         whole = self._whole
-        for place, box in enumerate(known):
+        for box in known:
             if not _fits(whole, box):
                 raise ValueError(f"a box at {box.start} of shape {box.source.shape} reaches out of {whole}")
-            others = itertools.islice(known, place + 1, None)
-            close = itertools.takewhile(lambda other: other.start[0] < box.start[0] + box.source.shape[0], others)
-            if any(_overlap(box, other) for other in close):
-                raise ValueError(f"two boxes that overlap at {box.start}")
         if sum(math.prod(box.source.shape) for box in known) != math.prod(whole):
             raise ValueError(f"boxes that do not fill {whole}")
+        for place, box in enumerate(known):
+            if any(_overlap(box, other) for other in _reached(box, known[place + 1 :])):
+                raise ValueError(f"two boxes that overlap at {box.start}")
 
     @property
     def _whole(self) -> tuple[int, ...]:
@@ -251,8 +250,8 @@ class Boxes:
     def _cut(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Box]:
         """Give what of each box lies in a box of the whole; starts are in the whole."""
         for box in self.boxes:
-            spans = [(max(at, base), min(at + length, base + size))
-                     for at, length, base, size in zip(box.start, box.source.shape, start, shape, strict=True)]  # fmt: skip
+            sides = zip(box.start, box.source.shape, start, shape, strict=True)
+            spans = [(max(at, base), min(at + length, base + size)) for at, length, base, size in sides]
             if all(begin < end for begin, end in spans):
                 begins = tuple(begin for begin, _ in spans)
                 inner = tuple(begin - at for begin, at in zip(begins, box.start, strict=True))
@@ -286,7 +285,13 @@ def _fits(whole: tuple[int, ...], box: Box) -> bool:
     if not len(whole) == len(box.start) == len(box.source.shape):
         return False
     ends = zip(whole, box.start, box.source.shape, strict=True)
-    return all(0 <= at and at + length <= size for size, at, length in ends)
+    return all(at >= 0 and at + length <= size for size, at, length in ends)
+
+
+def _reached(box: Box, others: Iterable[Box]) -> Iterator[Box]:
+    """Give those of boxes in order that begin before a box ends, along the first axis."""
+    end = box.start[0] + box.source.shape[0]
+    return itertools.takewhile(lambda other: other.start[0] < end, others)
 
 
 def _overlap(box: Box, other: Box) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from zlib_ng.zlib_ng import crc32
 
 from converter.errors import BadFile
-from converter.storage.base import FileRef, OpenFile
+from converter.storage import FileRef, OpenFile
 from converter.tensors.base import PackedRange, Storage, TensorSource
 
 ITEM_MULTIPLE = 16  # a multiple of the size of any element, in bytes
@@ -76,25 +76,11 @@ class RangeReader:
 
     def read_into(self, record: Storage, begin: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``begin`` of a range on."""
-        file = self._turn_to(record.file).file
-        if file.read_into(record.offset + begin, out) != len(out):
-            raise BadFile(record.file.place, "became shorter while it was read", "Fetch the file again.")
-        if record.crc32 is not None:
-            self._sum(record, begin, out)
-
-    def inflate_into(self, record: PackedRange, begin: int, out: memoryview) -> None:
-        """Fill ``out`` with the bytes from ``begin`` of a packed range on; those before are unpacked too."""
         source = self._turn_to(record.file)
-        inflated = source.inflated
-        if inflated is None or inflated.record.offset != record.offset or inflated.done > begin:
-            inflated = source.inflated = _Inflated(source.file, record)
-        while inflated.done < begin:
-            inflated.read(min(_PACKED_NBYTES, begin - inflated.done))
-        done = 0
-        while done < len(out):
-            part = inflated.read(len(out) - done)
-            out[done : done + len(part)] = part
-            done += len(part)
+        if type(record) is PackedRange:
+            source.inflate(record, begin, out)
+        elif source.file.read_into(record.offset + begin, out) != len(out):
+            raise BadFile(record.file.place, "became shorter while it was read", "Fetch the file again.")
         if record.crc32 is not None:
             self._sum(record, begin, out)
 
@@ -169,6 +155,19 @@ class _SourceFile:
     ref: FileRef
     file: OpenFile
     inflated: _Inflated | None = None
+
+    def inflate(self, record: PackedRange, begin: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``begin`` of a packed range on; those before are unpacked too."""
+        inflated = self.inflated
+        if inflated is None or inflated.record.offset != record.offset or inflated.done > begin:
+            inflated = self.inflated = _Inflated(self.file, record)
+        while inflated.done < begin:
+            inflated.read(min(_PACKED_NBYTES, begin - inflated.done))
+        done = 0
+        while done < len(out):
+            part = inflated.read(len(out) - done)
+            out[done : done + len(part)] = part
+            done += len(part)
 
     def close(self, is_checked: bool = True) -> None:
         """Close the file, and look whether what was read of it still stands there."""

@@ -74,7 +74,7 @@ class View(NamedTuple):
 
     def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
         if self.is_contiguous:
-            self.storage.read(self.dtype.nbytes(self.start) + begin, out, reader)
+            reader.read_into(self.storage, self.dtype.nbytes(self.start) + begin, out)
         else:
             _gather(self, begin // self.dtype.itemsize, out, reader)
 
@@ -164,7 +164,7 @@ class _Gather:
         span = 1 + sum(extents)
         if span == 1 or (span * self.itemsize <= _SLAB_NBYTES and span <= _SPARSE * out.size):
             slab = np.empty(span, dtype=out.dtype)
-            self.storage.read(start * self.itemsize, slab.data.cast("B"), self.reader)
+            self.reader.read_into(self.storage, start * self.itemsize, slab.data.cast("B"))
             out[...] = np.lib.stride_tricks.as_strided(slab, shape, [stride * self.itemsize for stride in strides])
             return
         axis = extents.index(max(extents))

@@ -181,9 +181,7 @@ def recognise(source: Path, tensors: Mapping[str, Tensor]) -> tuple[Family, int]
     return family, channels
 
 
-def _averaged(
-    source: Path, plain: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _averaged(source: Path, plain: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give the averaged weights for the plain ones: their names have no dots (``ldm/modules/ema.py``)."""
     flat = {name: _EMA + f"{_UNET}{name}".removeprefix("model.").replace(".", "") for name in plain}
     missing = [name for name in flat.values() if name not in tensors]
@@ -308,7 +306,7 @@ def _open_clip(name: str, info: Tensor, config: Mapping[str, Any]) -> _Views:
     if name in _OPEN_CLIP_ENDS:
         yield info._replace(name=_OPEN_CLIP_ENDS[name])
     elif name == "text_projection" and "CLIPTextModelWithProjection" in config.get("architectures", ()):
-        yield Tensor(f"{name}.weight", info.source.permuted((1, 0)))
+        yield Tensor(f"{name}.weight", info.source.permuted(tuple(reversed(range(len(info.shape))))))
     elif found := _OPEN_CLIP_BLOCK.fullmatch(name):
         number, joint, stem, leaf = found.groups()
         where = f"text_model.encoder.layers.{number}"

@@ -18,6 +18,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from converter.formats import read_file as read_placed
+from converter.formats.torch.state_dict import PLAIN, Reading
+from converter.storage import FileRef, place_of
+from converter.tensors.base import WeightsFile
+
 State = dict[str, torch.Tensor]
 TENSOR_NBYTES = 32
 LEFT_BEHIND = ".wconv"
@@ -27,6 +32,16 @@ def make_state(names: str = "abcdef", seed: int = 0, dtype: torch.dtype = torch.
     """Make a tensor for each letter."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(8, generator=generator).to(dtype) for name in names}
+
+
+def ref_to(path: Path | str) -> FileRef:
+    """Name a file that nobody looks at."""
+    return FileRef(place_of(path))
+
+
+def read_file(path: Path, reading: Reading = PLAIN) -> WeightsFile:
+    """Read the header of a file by its path."""
+    return read_placed(place_of(path), reading)
 
 
 def save(state: State, path: Path) -> Path:

@@ -10,18 +10,20 @@ as garbage), so all of it is checked here; CRC32s are held against the bytes whe
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.torch.rebuild import StorageRef, TensorRef, parse_pickle
-from converter.formats.torch.state_dict import Reading, choose_state_dict, resolve
+from converter.formats.torch.state_dict import Reading, choose_state_dict, negated, resolve
 from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES
 from converter.formats.zip_records import DEFLATED, STORED, Record, read_records, spell
-from converter.storage.opening import Opened
-from converter.tensors.base import ByteRange, TensorInfo, WeightsFile
+from converter.storage import FileRef, OpenFile, Place
+from converter.tensors.base import ByteRange, PackedRange, Storage, Tensor, TensorSource, WeightsFile
+from converter.tensors.derived import Swapped
+from converter.tensors.view import View
 
 _DAMAGED = "The file is damaged: fetch it again."
 
@@ -33,52 +35,55 @@ _GATHERED_NBYTES = 1 << 23
 _SCATTERED_NBYTES = 1 << 16
 
 
-def read_file(opened: Opened, reading: Reading) -> WeightsFile:
+def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     """Read the directory and the pickle of an archive; no storage is read."""
-    path, file, stamp = opened
-    records = {record.name: record for record in read_records(file, path)}
-    root = _find_root(records, path)
-    pickle = _read_small(file, records[root + b"data.pkl"], MAX_PICKLE_NBYTES, path)
+    place = file.ref.place
+    records = {record.name: record for record in read_records(file)}
+    root = _find_root(records, place)
+    pickle = _read_small(file, records[root + b"data.pkl"], MAX_PICKLE_NBYTES)
     note = records.get(root + b"byteorder")
-    byteorder = _read_small(file, note, 16, path).strip() if note else b"little"
+    byteorder = _read_small(file, note, 16).strip() if note else b"little"
     if byteorder not in (b"little", b"big"):
-        raise BadFile(path, f"notes an order of bytes that is none ({byteorder!r})", _DAMAGED)
-    pickled = parse_pickle(pickle, path, reading.strip_code)
-    state_dict, notes = choose_state_dict(pickled, path, reading)
+        raise BadFile(place, f"notes an order of bytes that is none ({byteorder!r})", _DAMAGED)
+    pickled = parse_pickle(pickle, place, reading.strip_code)
+    state_dict, notes = choose_state_dict(pickled, place, reading)
 
     folder = root + b"data/"
 
-    def find(storage: StorageRef) -> ByteRange | None:
+    def find(storage: StorageRef) -> Storage | None:
         record = records.get(folder + storage.key.encode("utf-8", "surrogatepass"))
-        if record is None:
-            return None
-        place = _range_of(record, path)._replace(stamp=stamp)
-        return place if byteorder == b"little" else _swapped(place, storage)
+        return None if record is None else _range_of(record, file.ref)
 
-    tensors = tuple(resolve(state_dict, find, path))
-    _check_inflating(tensors, path)
-    if byteorder == b"big":
+    views = dict(resolve(state_dict, find, place))
+    _check_inflating(views.values(), place)
+    is_big = byteorder == b"big"
+    tensors = tuple(
+        Tensor(name, negated(_swapped(view, ref.storage) if is_big else view, ref))
+        for (name, ref), view in zip(state_dict.items(), views.values(), strict=True)
+    )
+    if is_big:
         notes += tuple(_note_unswapped(state_dict))
-    return WeightsFile(path, "torch", tensors, {}, notes, pickled.foreign)
+    return WeightsFile(place, "torch", tensors, {}, notes, pickled.foreign)
 
 
-def _range_of(record: Record, path: Path) -> ByteRange:
+def _range_of(record: Record, file: FileRef) -> Storage:
     crc = record.crc32 or None  # 0 means that none was computed (``torch.serialization.set_crc32_options``)
     if record.method == DEFLATED:
-        return ByteRange(path, record.offset, record.nbytes, crc, record.packed_nbytes)
+        return PackedRange(file, record.offset, record.nbytes, crc, record.packed_nbytes)
     if record.method != STORED:
-        raise Unsupported(path, f"its record {spell(record.name)} is compressed", "Save it again with torch.save.")
+        raise Unsupported(
+            file.place, f"its record {spell(record.name)} is compressed", "Save it again with torch.save."
+        )
     if record.packed_nbytes != record.nbytes:
-        raise HostileFile(path, f"its record {spell(record.name)} claims two sizes")
-    return ByteRange(path, record.offset, record.nbytes, crc)
+        raise HostileFile(file.place, f"its record {spell(record.name)} claims two sizes")
+    return ByteRange(file, record.offset, record.nbytes, crc)
 
 
-def _swapped(place: ByteRange, storage: StorageRef) -> ByteRange:
+def _swapped(view: View, storage: StorageRef) -> TensorSource:
     if storage.dtype is None:
-        return place  # as torch does (``load_tensor`` in ``torch/serialization.py``): bytes have no order
-    # The CRC32 is that of the bytes before they are turned around, and is not checked.
-    swap = storage.dtype.itemsize // (2 if storage.dtype.tag == "C64" else 1)
-    return place._replace(swap=swap, crc32=None)
+        return view  # as torch does (``load_tensor`` in ``torch/serialization.py``): bytes have no order
+    width = storage.dtype.itemsize // (2 if storage.dtype.tag == "C64" else 1)
+    return Swapped(view, width) if width > 1 else view
 
 
 def _note_unswapped(state_dict: Mapping[str, TensorRef]) -> Iterator[str]:
@@ -87,64 +92,63 @@ def _note_unswapped(state_dict: Mapping[str, TensorRef]) -> Iterator[str]:
         yield f"its {' and '.join(sorted(untyped))} tensors are taken as torch takes them: not turned from big-endian"
 
 
-def _check_inflating(tensors: Sequence[TensorInfo], path: Path) -> None:
+def _check_inflating(views: Iterable[View], place: Place) -> None:
     """Refuse tensors that lie in deflated records so that those must be inflated again and again.
 
     Each tensor is read from its record's start, and so is each part that is gathered of one that is not contiguous.
     """
-    packed = [info for info in tensors if info.storage.packed_nbytes is not None]
+    packed = [view for view in views if type(view.storage) is PackedRange]
     if not packed:
         return
     inflated = sum(map(_inflated_nbytes, packed))
-    once = sum(record.nbytes for record in {info.storage for info in packed})
+    once = sum(record.nbytes for record in {view.storage for view in packed})
     if inflated > _MAX_INFLATED * once + _SMALL_NBYTES:
         raise Unsupported(
-            path,
+            place,
             f"holds {once:,} bytes of compressed records, which would have to be unpacked {inflated // once:,} times",
             "Load it with torch and save it again with torch.save.",
         )
 
 
-def _inflated_nbytes(info: TensorInfo) -> int:
-    if not info.numel:
+def _inflated_nbytes(view: View) -> int:
+    numel = math.prod(view.shape)
+    if not numel:
         return 0
-    end = (info.start + info.span) * info.dtype.itemsize
-    if info.is_contiguous:
+    end = (view.start + view.span) * view.dtype.itemsize
+    if view.is_contiguous:
         return end
     # What leaves nothing out and holds nothing twice is gathered in the order of its bytes, a buffer at a time.
-    part = _GATHERED_NBYTES if info.span == info.numel else _SCATTERED_NBYTES
-    return end * (1 + info.nbytes // part)
+    part = _GATHERED_NBYTES if view.span == numel else _SCATTERED_NBYTES
+    return end * (1 + view.dtype.nbytes(numel) // part)
 
 
-def _find_root(names: Mapping[bytes, Any], path: Path) -> bytes:
+def _find_root(names: Mapping[bytes, Any], place: Place) -> bytes:
     """Give the one root folder, with its slash; the archive's own name says nothing once a file is renamed."""
     root = next(iter(names), b"").partition(b"/")[0] + b"/"
     if root + b"constants.pkl" in names:
         advice = "torch.jit.load reads it: save the state_dict() of what that gives with torch.save."
-        raise Unsupported(path, "is a TorchScript archive (code and weights)", advice)
+        raise Unsupported(place, "is a TorchScript archive (code and weights)", advice)
     if root + b"archive_format" in names:
         advice = "torch.export.load reads it: save the state_dict of what that gives with torch.save."
-        raise Unsupported(path, "is a program that torch.export.save wrote", advice)
+        raise Unsupported(place, "is a program that torch.export.save wrote", advice)
     if root + b"data.pkl" not in names:
-        raise BadFile(path, "is a zip archive, but not one that torch.save wrote", "If it holds files, unpack it.")
+        raise BadFile(place, "is a zip archive, but not one that torch.save wrote", "If it holds files, unpack it.")
     return root
 
 
-def _read_small(file: BinaryIO, record: Record, max_nbytes: int, path: Path) -> bytes:
-    place = _range_of(record, path)
-    nbytes = max(place.nbytes, place.packed_nbytes or 0)
+def _read_small(file: OpenFile, record: Record, max_nbytes: int) -> bytes:
+    stored, place = _range_of(record, file.ref), file.ref.place
+    nbytes = max(stored.nbytes, stored.stored_nbytes)
     if nbytes > max_nbytes:
-        raise HostileFile(place.path, f"a record that describes tensors claims {nbytes:,} bytes")
-    file.seek(place.offset)
-    if place.packed_nbytes is None:
-        raw = file.read(place.nbytes)
-    else:
+        raise HostileFile(place, f"a record that describes tensors claims {nbytes:,} bytes")
+    raw = file.read(stored.offset, stored.stored_nbytes)
+    if type(stored) is PackedRange:
         try:
-            raw = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(place.packed_nbytes), place.nbytes + 1)
+            raw = zlib.decompressobj(-zlib.MAX_WBITS).decompress(raw, stored.nbytes + 1)
         except zlib.error:
             raw = b""
-        if len(raw) != place.nbytes:
-            raise BadFile(place.path, "the description of its tensors does not unpack", _DAMAGED)
-    if place.crc32 is not None and zlib.crc32(raw) != place.crc32:
-        raise BadFile(place.path, "the description of its tensors does not give the CRC32 that is noted", _DAMAGED)
+        if len(raw) != stored.nbytes:
+            raise BadFile(place, "the description of its tensors does not unpack", _DAMAGED)
+    if stored.crc32 is not None and zlib.crc32(raw) != stored.crc32:
+        raise BadFile(place, "the description of its tensors does not give the CRC32 that is noted", _DAMAGED)
     return raw

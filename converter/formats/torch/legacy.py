@@ -8,16 +8,16 @@ checksums. Numbers are little-endian whatever the facts say (``THPStorage_writeF
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from converter.errors import BadFile, HostileFile
 from converter.formats.torch.rebuild import MAX_STORAGES, StorageRef, parse_pickle
-from converter.formats.torch.state_dict import Reading, choose_state_dict, resolve
-from converter.formats.torch.unpickler import FREE_NBYTES, MAX_PICKLE_NBYTES, Pickled, Steps, allow_steps
-from converter.storage.opening import Opened
-from converter.tensors.base import ByteRange, WeightsFile
+from converter.formats.torch.state_dict import Reading, choose_state_dict, negated, resolve
+from converter.formats.torch.unpickler import FREE_NBYTES, MAX_PICKLE_NBYTES, Pickled, allow_steps
+from converter.storage import OpenFile
+from converter.tensors.base import ByteRange, Tensor, WeightsFile
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _LONG = b"\x8a\x0a" + MAGIC.to_bytes(10, "little")
@@ -31,62 +31,72 @@ _FIRST_NBYTES = 1 << 16
 _DAMAGED = "The file is damaged or incomplete: fetch it again."
 
 
-def read_file(opened: Opened, reading: Reading) -> WeightsFile:
+def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     """Read the pickles of a stream, and where its storages lie; no storage is read."""
-    path, file, _ = opened
-    steps = allow_steps()
-    magic, protocol, facts = (_read_pickle(file, path, reading, steps).value for _ in range(3))
+    place = file.ref.place
+    file.keep(0, 2 * _FIRST_NBYTES)
+    pickles = _Pickles(file, reading)
+    magic, protocol, facts = (pickles.read().value for _ in range(3))
     if magic != MAGIC or protocol != _PROTOCOL or not isinstance(facts, dict):
-        raise BadFile(path, "is a pickle, but not one that torch.save wrote", "Save its state dict with torch.save.")
+        raise BadFile(place, "is a pickle, but not one that torch.save wrote", "Save its state dict with torch.save.")
     storages: dict[str, StorageRef] = {}
-    pickled = _read_pickle(file, path, reading, steps, storages)
-    keys = _read_pickle(file, path, reading, steps).value
+    pickled = pickles.read(storages)
+    keys = pickles.read().value
     if type(keys) is not list:
-        raise BadFile(path, "has no list of its storages", _DAMAGED)
+        raise BadFile(place, "has no list of its storages", _DAMAGED)
     if len(keys) > MAX_STORAGES:
-        raise HostileFile(path, f"lists more than {MAX_STORAGES:,} storages")
-    ranges = dict(_find_storages(opened, keys, storages))
-    state_dict, notes = choose_state_dict(pickled, path, reading)
-    tensors = tuple(resolve(state_dict, lambda storage: ranges.get(storage.key), path))
-    return WeightsFile(path, "torch", tensors, {}, notes, pickled.foreign)
+        raise HostileFile(place, f"lists more than {MAX_STORAGES:,} storages")
+    ranges = dict(_find_storages(file, pickles.offset, keys, storages))
+    state_dict, notes = choose_state_dict(pickled, place, reading)
+    views = resolve(state_dict, lambda storage: ranges.get(storage.key), place)
+    tensors = tuple(Tensor(name, negated(view, state_dict[name])) for name, view in views)
+    return WeightsFile(place, "torch", tensors, {}, notes, pickled.foreign)
 
 
-def _read_pickle(
-    file: BinaryIO, path: Path, reading: Reading, steps: Steps, storages: dict[str, StorageRef] | None = None
-) -> Pickled:
-    """Read the pickle that comes next; how long it is shows only when it is read."""
-    place = file.tell()
-    nbytes = _FIRST_NBYTES
-    while True:
-        file.seek(place)
-        raw = file.read(nbytes)
-        try:
-            pickled = parse_pickle(raw, path, reading.strip_code, storages, steps)
-        except BadFile as error:
-            if len(raw) < nbytes or isinstance(error, HostileFile):
-                raise
-            if nbytes == MAX_PICKLE_NBYTES:
-                raise HostileFile(path, "its pickle is too long for a description of tensors") from None
-            nbytes = FREE_NBYTES if nbytes < FREE_NBYTES else MAX_PICKLE_NBYTES  # few tries: the steps of each count
-            if storages:
-                storages.clear()
-        else:
-            file.seek(place + pickled.nbytes)
-            return pickled
+class _Pickles:
+    """Reads pickles that follow each other; ``offset`` is where the next one begins."""
+
+    def __init__(self, file: OpenFile, reading: Reading) -> None:
+        self.file = file
+        self.strip_code = reading.strip_code
+        self.steps = allow_steps()
+        self.offset = 0
+
+    def read(self, storages: dict[str, StorageRef] | None = None) -> Pickled:
+        """Read the pickle that comes next; how long it is shows only when it is read."""
+        place = self.file.ref.place
+        nbytes = _FIRST_NBYTES
+        while True:
+            raw = self.file.read(self.offset, nbytes)
+            try:
+                pickled = parse_pickle(raw, place, self.strip_code, storages, self.steps)
+            except BadFile as error:
+                if len(raw) < nbytes or isinstance(error, HostileFile):
+                    raise
+                if nbytes == MAX_PICKLE_NBYTES:
+                    raise HostileFile(place, "its pickle is too long for a description of tensors") from None
+                nbytes = (
+                    FREE_NBYTES if nbytes < FREE_NBYTES else MAX_PICKLE_NBYTES
+                )  # few tries: the steps of each count
+                if storages:
+                    storages.clear()
+            else:
+                self.offset += pickled.nbytes
+                return pickled
 
 
 def _find_storages(
-    opened: Opened, keys: list[Any], storages: Mapping[str, StorageRef]
+    file: OpenFile, begin: int, keys: Sequence[Any], storages: Mapping[str, StorageRef]
 ) -> Iterator[tuple[str, ByteRange]]:
-    path, file, stamp = opened
-    place = file.tell()
-    for key in keys:
-        storage = storages.get(key) if type(key) is str else None
+    listed = [storages.get(key) if type(key) is str else None for key in keys]
+    lengths = (8 + storage.nbytes if storage else 0 for storage in listed)
+    offsets = list(itertools.accumulate(lengths, initial=begin))
+    counts = file.read_many((offset, 8) for offset in offsets[:-1])
+    for key, storage, offset, raw in zip(keys, listed, offsets, counts, strict=False):
         if storage is None:
-            raise BadFile(path, "lists a storage that it does not describe", _DAMAGED)
-        file.seek(place)
-        numel = int.from_bytes(file.read(8), "little")
-        if numel != storage.numel or place + 8 + storage.nbytes > stamp.nbytes:
-            raise BadFile(path, f"its storage {key} is cut short, or is not where it should be", _DAMAGED)
-        yield key, ByteRange(path, place + 8, storage.nbytes, stamp=stamp)
-        place += 8 + storage.nbytes
+            raise BadFile(file.ref.place, "lists a storage that it does not describe", _DAMAGED)
+        numel = int.from_bytes(raw, "little")
+        if numel != storage.numel or offset + 8 + storage.nbytes > file.nbytes:
+            problem = f"its storage {key} is cut short, or is not where it should be"
+            raise BadFile(file.ref.place, problem, _DAMAGED)
+        yield key, ByteRange(file.ref, offset + 8, storage.nbytes)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple
 
 from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DTYPES, DType
+from converter.errors import Where
 from converter.formats.torch.unpickler import Global, Pickled, Rebuild, Steps, allow_steps, run_pickle
 
 MAX_DIMS = 100  # no weights have a tenth of it, and numbers of elements stay short
@@ -48,7 +48,7 @@ class TensorRef(NamedTuple):
     start: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    negated: int = 0  # as in TensorInfo
+    negated: int = 0  # as in Negated
 
 
 class Unreadable(NamedTuple):
@@ -59,7 +59,7 @@ class Unreadable(NamedTuple):
 
 def parse_pickle(
     raw: bytes,
-    path: Path,
+    where: Where,
     strip_code: bool = False,
     storages: dict[str, StorageRef] | None = None,
     steps: Steps | None = None,
@@ -73,10 +73,10 @@ def parse_pickle(
     """
     steps = steps or allow_steps()
     if storages is None:
-        return run_pickle(raw, path, _find, _find_persistent, strip_code, steps)
+        return run_pickle(raw, where, _find, _find_persistent, strip_code, steps)
 
-    def find(identity: Any, path: Path) -> StorageRef | Global:
-        storage = _find_persistent(identity, path)
+    def find(identity: Any, where: Where) -> StorageRef | Global:
+        storage = _find_persistent(identity, where)
         if type(storage) is not StorageRef:
             return storage
         first = storages.setdefault(storage.key, storage)
@@ -84,7 +84,7 @@ def parse_pickle(
             raise ValueError("a storage of two kinds")
         return storage
 
-    return run_pickle(raw, path, _find, find, strip_code, steps)
+    return run_pickle(raw, where, _find, find, strip_code, steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class _TensorClass:
     """A class that adds nothing to a tensor that weights could lose."""
 
 
-def _ordered_dict(arguments: tuple[Any, ...], path: Path) -> dict[Any, Any]:
+def _ordered_dict(arguments: tuple[Any, ...], where: Where) -> dict[Any, Any]:
     # Python 2 gives the items here; Python 3 gives none and sets them one by one.
     content: dict[Any, Any] = {}
     for key, value in _items(arguments):
@@ -115,7 +115,7 @@ def _items(arguments: tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
     return items
 
 
-def _rebuild_tensor(arguments: tuple[Any, ...], path: Path) -> TensorRef | Unreadable:
+def _rebuild_tensor(arguments: tuple[Any, ...], where: Where) -> TensorRef | Unreadable:
     """Describe what ``torch._utils._rebuild_tensor(_v2)`` would build: (storage, start, shape, strides, ...)."""
     storage = arguments[0]
     if type(storage) is not StorageRef or storage.dtype is None:
@@ -123,7 +123,7 @@ def _rebuild_tensor(arguments: tuple[Any, ...], path: Path) -> TensorRef | Unrea
     return _tensor(storage, storage.dtype, arguments, arguments[6:7])
 
 
-def _rebuild_tensor_v3(arguments: tuple[Any, ...], path: Path) -> TensorRef | Unreadable:
+def _rebuild_tensor_v3(arguments: tuple[Any, ...], where: Where) -> TensorRef | Unreadable:
     """The form for dtypes without a typed storage: the dtype is the seventh argument."""
     dtype = arguments[6]
     if type(dtype) is not DType:
@@ -158,14 +158,14 @@ def _tensor(
     return TensorRef(storage, dtype, storage.start + start, shape, strides, negated)
 
 
-def _rebuild_parameter(arguments: tuple[Any, ...], path: Path) -> TensorRef | Unreadable:
+def _rebuild_parameter(arguments: tuple[Any, ...], where: Where) -> TensorRef | Unreadable:
     if type(arguments[0]) not in (TensorRef, Unreadable):
         raise TypeError("a parameter without a tensor")
     tensor: TensorRef | Unreadable = arguments[0]
     return tensor
 
 
-def _rebuild_subclass(arguments: tuple[Any, ...], path: Path) -> Unreadable:
+def _rebuild_subclass(arguments: tuple[Any, ...], where: Where) -> Unreadable:
     """A tensor that holds others: (class, dtype, sizes, ...); what it holds is its state."""
     return _of_class(arguments[0])
 
@@ -176,7 +176,7 @@ def _of_class(kind: Any) -> Unreadable:
     return Unreadable(intern(f"is of the class {kind}"))
 
 
-def _rebuild_from_type(arguments: tuple[Any, ...], path: Path) -> TensorRef | Unreadable:
+def _rebuild_from_type(arguments: tuple[Any, ...], where: Where) -> TensorRef | Unreadable:
     """A tensor of a plain type that carries attributes (a buffer does): (function, type, its arguments, attributes)."""
     function, kind, inner = arguments[:3]
     if type(kind) is Global:
@@ -188,14 +188,14 @@ def _rebuild_from_type(arguments: tuple[Any, ...], path: Path) -> TensorRef | Un
         or type(inner) is not tuple
     ):
         raise TypeError("a tensor of another type")
-    return _rebuild_parameter((function.rebuild(inner, path),), path)
+    return _rebuild_parameter((function.rebuild(inner, where),), where)
 
 
-def _size(arguments: tuple[Any, ...], path: Path) -> tuple[Any, ...]:
+def _size(arguments: tuple[Any, ...], where: Where) -> tuple[Any, ...]:
     return tuple(_items(arguments))
 
 
-def _find_persistent(identity: Any, path: Path) -> StorageRef | Global:
+def _find_persistent(identity: Any, where: Where) -> StorageRef | Global:
     """Read a persistent id: ("storage", class, key, device, numel), as ``torch.serialization._save`` makes it.
 
     ``_legacy_save`` adds (key, start, numel) of a view of the storage, or None; of a module's class it makes
@@ -297,14 +297,14 @@ _OTHER_STORAGES = {dtype.storage_class: dtype for dtype in _OTHER_DTYPES.values(
 _DTYPE = re.compile(r"(q?u?int|float|complex|bits)\d{1,3}(x\d|_\w{1,20})?")  # of those that a later torch may have
 
 
-def _find(named: Global, path: Path) -> Any:
+def _find(named: Global, where: Where) -> Any:
     known = _KNOWN.get((named.module, named.name))
     if known is not None:
         return known
     why = _UNREADABLE.get((named.module, named.name))
     if why:
         unreadable = Unreadable(why)
-        return Rebuild(str(named), lambda arguments, path: unreadable, _count_nothing)
+        return Rebuild(str(named), lambda arguments, where: unreadable, _count_nothing)
     if named.module == "torch" and named.name in _OTHER_STORAGES:
         return _StorageClass(_OTHER_STORAGES[named.name])
     if named.module == "torch" and _DTYPE.fullmatch(named.name):

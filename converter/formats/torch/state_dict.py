@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from converter.dtypes import DType
-from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported
+from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, Where
 from converter.formats.torch.globals import is_array, is_tensor
 from converter.formats.torch.rebuild import StorageRef, TensorRef, Unreadable
 from converter.formats.torch.unpickler import Inert, Pickled
 from converter.formats.training import check_pickled
-from converter.tensors.base import ByteRange, TensorInfo
+from converter.tensors.base import Storage, TensorSource
+from converter.tensors.derived import Negated
+from converter.tensors.view import View
 
 _MAX_DEPTH = 16  # trainers nest two or three
 _MAX_CONTAINERS = 200_000  # an optimizer keeps one or two for each tensor, and three tensors more
@@ -82,81 +83,86 @@ class _Found:
         return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {self.nbytes / 1e6:,.1f} MB)"
 
 
-def choose_state_dict(pickled: Pickled, path: Path, reading: Reading) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
     """Give the names and tensors of the one state dict in a pickle's value, and notes on what is left out.
 
     Raises BadRequest where several could be meant, or the key names none; Unsupported where there is none.
     """
     value = pickled.value
-    check_pickled(value, path)
+    check_pickled(value, where)
     if not isinstance(value, (dict, list, tuple)) or type(value) in (*_LEAVES, Inert):
-        raise Unsupported(path, f"holds {_kind(value)}, not a state dict", _ADVICE[type(value) is Inert])
-    found = list(_find(value, path))
+        raise Unsupported(where, f"holds {_kind(value)}, not a state dict", _ADVICE[type(value) is Inert])
+    found = list(_find(value, where))
     if not found:
         if value == {}:
             return {}, ()
-        raise Unsupported(path, "holds no tensors under names of their own", _describe(value))
-    chosen = _choose(found, path, reading)
+        raise Unsupported(where, "holds no tensors under names of their own", _describe(value))
+    chosen = _choose(found, where, reading)
     if chosen.unreadable and not reading.skip_unreadable:
-        _refuse_unreadable(chosen, path)
+        _refuse_unreadable(chosen, where)
     state_dict: dict[str, TensorRef] = {}
     length = 0
     for key, tensor in chosen.tensors.items():
         name = str(key)
         length += len(name)
         if len(name) > MAX_NAME_LENGTH or length > MAX_NAMES_LENGTH:
-            raise HostileFile(path, f"gives its tensors names of {length:,} characters and more")
+            raise HostileFile(where, f"gives its tensors names of {length:,} characters and more")
         if name in state_dict:
-            raise BadFile(path, f"holds two tensors named {name!r}")
+            raise BadFile(where, f"holds two tensors named {name!r}")
         state_dict[name] = tensor
     return state_dict, tuple(_notes(pickled, chosen, found))
 
 
-def _refuse_unreadable(chosen: _Found, path: Path) -> None:
+def _refuse_unreadable(chosen: _Found, where: Where) -> None:
     """Raise Unsupported, and name the first tensor that cannot be read."""
     name, why = next(iter(chosen.unreadable.items()))
     more = f", and {len(chosen.unreadable) - 1:,} more cannot be read" if len(chosen.unreadable) > 1 else ""
     if any(kind in why for kind in _RANKED):
         advice = "It is one rank's part of a tensor: gather the state dict as it was trained, and save it whole."
-        raise TrainingPiece(path, f"tensor {_spell(name)!r} {why}{more}", advice)
+        raise TrainingPiece(where, f"tensor {_spell(name)!r} {why}{more}", advice)
     advice = "Save it as a plain tensor; 'wconv to-safetensors --skip-unreadable' leaves such tensors out."
-    raise Unsupported(path, f"tensor {_spell(name)!r} {why}{more}", advice)
+    raise Unsupported(where, f"tensor {_spell(name)!r} {why}{more}", advice)
 
 
 def resolve(
-    state_dict: Mapping[str, TensorRef], find: Callable[[StorageRef], ByteRange | None], path: Path
-) -> Iterator[TensorInfo]:
-    """Yield the tensors, given where each storage lies; raises BadFile where one is not there, or not long enough."""
+    state_dict: Mapping[str, TensorRef], find: Callable[[StorageRef], Storage | None], where: Where
+) -> Iterator[tuple[str, View]]:
+    """Yield the views that tensors are, given where each storage lies.
+
+    Raises BadFile where a storage is not there, or not long enough.
+    """
     dtypes: dict[str, DType] = {}
     for name, ref in state_dict.items():
         storage = ref.storage
         if storage.dtype and dtypes.setdefault(storage.key, storage.dtype) is not storage.dtype:
-            raise BadFile(path, f"tensor {name!r} takes its storage for another dtype than a tensor before it")
+            raise BadFile(where, f"tensor {name!r} takes its storage for another dtype than a tensor before it")
         if storage.device == "meta":
-            raise Unsupported(path, f"tensor {name!r} is on the meta device: it has no values", _META)
+            raise Unsupported(where, f"tensor {name!r} is on the meta device: it has no values", _META)
         record = find(storage)
         if record is None:
-            raise BadFile(path, f"the record of tensor {name!r} is missing (data/{storage.key})", _INCOMPLETE)
+            raise BadFile(where, f"the record of tensor {name!r} is missing (data/{storage.key})", _INCOMPLETE)
         if storage.nbytes != record.nbytes:
             problem = (
                 f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims {storage.nbytes:,}"
             )
-            raise BadFile(path, problem, _INCOMPLETE)
-        if ref.negated:
-            # The CRC32 is that of the bytes before they change, and is not checked.
-            record = record._replace(crc32=None)
-        info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides, ref.negated)
+            raise BadFile(where, problem, _INCOMPLETE)
+        view = View(ref.dtype, ref.shape, record, ref.start, ref.strides)
         numel = prod(ref.shape)
         if not numel and prod(length or 1 for length in ref.shape) >= 1 << 63:
-            raise BadFile(path, f"tensor {name!r} is empty, but its shape has numbers beyond torch's")
-        span = numel if info.is_contiguous else info.span
+            raise BadFile(where, f"tensor {name!r} is empty, but its shape has numbers beyond torch's")
+        span = numel if view.is_contiguous else view.span
         end = (ref.start + span) * ref.dtype.bits if numel else 0
         if end > record.nbytes * 8 or numel >= 1 << 63:
-            raise BadFile(path, f"tensor {name!r} reaches past the end of its record")
-        yield info
+            raise BadFile(where, f"tensor {name!r} reaches past the end of its record")
+        yield name, view
 
 
-def _find(value: Any, file: Path) -> Iterator[_Found]:
+def negated(source: TensorSource, ref: TensorRef) -> TensorSource:
+    """Give what a tensor reads with the signs that its bits of lazy views ask for."""
+    return Negated(source, ref.negated) if ref.negated else source
+
+
+def _find(value: Any, where: Where) -> Iterator[_Found]:
     seen: set[int] = set()
     plain: set[int] = set()
     count = 0
@@ -184,7 +190,7 @@ def _find(value: Any, file: Path) -> Iterator[_Found]:
         unreadable = _unreadable_in(content, bool(tensors)) if is_mapping else {}
         count += len(tensors) + len(unreadable)
         if count > MAX_TENSORS:
-            raise HostileFile(file, f"its pickle describes more than {MAX_TENSORS:,} tensors")
+            raise HostileFile(where, f"its pickle describes more than {MAX_TENSORS:,} tensors")
         if tensors or unreadable:
             beside = tuple(key for key in content if key not in tensors and key not in unreadable)
             is_beside = path == () and bool(beside) and all(map(_is_training, tensors or unreadable))
@@ -193,7 +199,7 @@ def _find(value: Any, file: Path) -> Iterator[_Found]:
             if isinstance(inner, _CONTAINERS) and type(inner) not in _LEAVES and not is_plain(inner):
                 waiting.append(((*path, _spell(key)), inner, is_training or (is_mapping and _is_training(key))))
                 if len(seen) + len(waiting) > _MAX_CONTAINERS:
-                    raise HostileFile(file, f"its pickle holds more than {_MAX_CONTAINERS:,} dicts and lists")
+                    raise HostileFile(where, f"its pickle holds more than {_MAX_CONTAINERS:,} dicts and lists")
 
 
 def _tensors_of(content: Mapping[Any, Any]) -> dict[str | int, TensorRef]:
@@ -235,19 +241,19 @@ def _spell(key: Any) -> str:
     return str(key[:_MAX_KEY_LENGTH] if isinstance(key, (str, bytes)) else key)
 
 
-def _choose(found: list[_Found], path: Path, reading: Reading) -> _Found:
+def _choose(found: list[_Found], where: Where, reading: Reading) -> _Found:
     if reading.key is not None:
         named = [one for one in found if one.key == reading.key]
         if not named:
-            raise BadRequest(path, f"has no state dict at {reading.key!r}", f"It has: {_list(found)}.")
+            raise BadRequest(where, f"has no state dict at {reading.key!r}", f"It has: {_list(found)}.")
         return named[0]
     likely = [one for one in found if not one.is_training]
     if reading.lenient:
         return max(likely or found, key=lambda one: one.nbytes)
     if len(likely) != 1:
         if not likely:
-            raise Unsupported(path, "holds no state dict of a model", f"--key takes another: {_list(found)}.")
-        raise BadRequest(path, f"holds several state dicts: {_list(likely)}", "Choose one with --key.")
+            raise Unsupported(where, "holds no state dict of a model", f"--key takes another: {_list(found)}.")
+        raise BadRequest(where, f"holds several state dicts: {_list(likely)}", "Choose one with --key.")
     return likely[0]
 
 

@@ -18,11 +18,10 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, repeat
-from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple
 
-from converter.errors import BadFile, HostileFile, Unsupported
+from converter.errors import BadFile, HostileFile, Unsupported, Where
 from converter.formats.torch.globals import HARMLESS, RECONSTRUCTORS, SYSTEM
 
 MAX_PICKLE_NBYTES = 100_000_000  # as much as a safetensors header may take: it too only names and describes tensors
@@ -83,7 +82,7 @@ class Rebuild:
     """A function that a pickle may name, as one of ours that takes its arguments as data."""
 
     name: str
-    rebuild: Callable[[tuple[Any, ...], Path], Any]
+    rebuild: Callable[[tuple[Any, ...], Where], Any]
     count_steps: Callable[[tuple[Any, ...]], int]  # what a call copies or goes through, in steps
 
     def __str__(self) -> str:
@@ -106,9 +105,9 @@ def count_text_steps(encoded: bytes) -> int:
 
 def run_pickle(
     raw: bytes,
-    path: Path,
-    find: Callable[[Global, Path], Any],
-    find_persistent: Callable[[Any, Path], Any],
+    where: Where,
+    find: Callable[[Global, Where], Any],
+    find_persistent: Callable[[Any, Where], Any],
     strip_code: bool,
     steps: Steps,
 ) -> Pickled:
@@ -119,8 +118,8 @@ def run_pickle(
     HostileFile where it goes beyond what a checkpoint needs.
     """
     if len(raw) > MAX_PICKLE_NBYTES:
-        raise HostileFile(path, f"its pickle is {len(raw):,} bytes long, too long for a description of tensors")
-    machine = _Machine(raw, path, find, find_persistent, strip_code, steps)
+        raise HostileFile(where, f"its pickle is {len(raw):,} bytes long, too long for a description of tensors")
+    machine = _Machine(raw, where, find, find_persistent, strip_code, steps)
     if len(raw) > FREE_NBYTES:
         machine.charge(1 + (len(raw) - FREE_NBYTES) // _NBYTES_A_STEP)
     return Pickled(machine.run(), machine.place, machine.foreign)
@@ -139,21 +138,31 @@ class _Machine:
     """The stack, the memo and the place in the stream; one method a kind of opcode, listed in _OPCODES below."""
 
     __slots__ = (
-        "far", "find", "find_persistent", "foreign", "marks", "memo", "path", "place", "raw", "stack", "steps",
+        "far",
+        "find",
+        "find_persistent",
+        "foreign",
+        "marks",
+        "memo",
+        "place",
+        "raw",
+        "stack",
+        "steps",
         "strip_code",
+        "where",
     )  # fmt: skip
 
     def __init__(
         self,
         raw: bytes,
-        path: Path,
-        find: Callable[[Global, Path], Any],
-        find_persistent: Callable[[Any, Path], Any],
+        where: Where,
+        find: Callable[[Global, Where], Any],
+        find_persistent: Callable[[Any, Where], Any],
         strip_code: bool,
         steps: Steps,
     ) -> None:
         self.raw = raw
-        self.path = path
+        self.where = where
         self.find = find
         self.find_persistent = find_persistent
         self.place = 0
@@ -168,7 +177,7 @@ class _Machine:
         self.foreign: dict[str, str] = {}
 
     def run(self) -> Any:
-        raw, path, find_persistent = self.raw, self.path, self.find_persistent
+        raw, where, find_persistent = self.raw, self.where, self.find_persistent
         memo, far, marks = self.memo, self.far, self.marks
         place, stack = self.place, self.stack
         try:
@@ -221,7 +230,7 @@ class _Machine:
                     stack.append(encoded.decode("utf-8", "surrogatepass"))
                     place = end
                 elif code == _BINPERSID:
-                    stack[-1] = find_persistent(stack[-1], path)
+                    stack[-1] = find_persistent(stack[-1], where)
                     place += 1
                 elif code == _STOP:
                     self.place = place + 1
@@ -231,7 +240,7 @@ class _Machine:
                     _TABLE[code](self)
                     place, stack = self.place, self.stack
         except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
-            raise BadFile(path, f"its pickle is damaged near byte {place:,}", "Fetch the file again.") from error
+            raise BadFile(where, f"its pickle is damaged near byte {place:,}", "Fetch the file again.") from error
         raise self.too_many_steps()
 
     def charge(self, count: int) -> None:
@@ -245,7 +254,7 @@ class _Machine:
             self.charge(count)
 
     def too_many_steps(self) -> HostileFile:
-        return HostileFile(self.path, f"its pickle takes more than {MAX_OPCODES:,} steps")
+        return HostileFile(self.where, f"its pickle takes more than {MAX_OPCODES:,} steps")
 
     # Reading arguments.
 
@@ -272,7 +281,7 @@ class _Machine:
     def take_short_line(self) -> bytes:
         line = self.take_line()
         if len(line) > _MAX_LINE_NBYTES:
-            raise HostileFile(self.path, f"its pickle holds a number of {len(line):,} digits")
+            raise HostileFile(self.where, f"its pickle holds a number of {len(line):,} digits")
         return line
 
     def take_number(self) -> int:
@@ -292,7 +301,7 @@ class _Machine:
     def push_long(self, count_nbytes: int) -> None:
         nbytes = self.take_uint(count_nbytes)
         if nbytes > MAX_LONG_NBYTES:
-            raise HostileFile(self.path, f"its pickle holds a whole number of {nbytes:,} bytes")
+            raise HostileFile(self.where, f"its pickle holds a whole number of {nbytes:,} bytes")
         self.stack.append(int.from_bytes(self.take(nbytes), "little", signed=True))
 
     def push_int_line(self) -> None:
@@ -435,8 +444,8 @@ class _Machine:
     def push_global(self, module: str, name: str) -> None:
         self.charge(GLOBAL_STEPS)
         if max(len(module), len(name)) > _MAX_NAME_LENGTH:
-            raise HostileFile(self.path, f"its pickle spells a name of more than {_MAX_NAME_LENGTH:,} characters")
-        found = self.find(Global(module, name), self.path)
+            raise HostileFile(self.where, f"its pickle spells a name of more than {_MAX_NAME_LENGTH:,} characters")
+        found = self.find(Global(module, name), self.where)
         if type(found) is Global:
             self.foreign.setdefault(str(found), "names")
         self.stack.append(found)
@@ -463,7 +472,7 @@ class _Machine:
         count = target.count_steps(arguments)
         if count:
             self.charge(count)
-        return target.rebuild(arguments, self.path)
+        return target.rebuild(arguments, self.where)
 
     def make(self, of: Any) -> Inert:
         """Make what stands for a new object, which Python makes without a call of anything in the class's module."""
@@ -477,7 +486,7 @@ class _Machine:
     def leave_out(self, target: Any, what: str) -> Inert:
         if not self.strip_code:
             raise HostileFile(
-                self.path,
+                self.where,
                 f"its pickle {what} {_name(target)}, which is no part of a state dict",
                 "Nothing in it was run. --strip-code converts its tensors all the same.",
             )
@@ -516,13 +525,13 @@ class _Machine:
 
     def refuse_text_id(self) -> None:
         raise Unsupported(
-            self.path,
+            self.where,
             "names its storages in text (pickle protocol 0), which torch itself cannot load",
             "Save it again with torch.save.",
         )
 
     def refuse_extension(self) -> None:
-        raise HostileFile(self.path, "its pickle uses the extension registry, which is no part of a state dict")
+        raise HostileFile(self.where, "its pickle uses the extension registry, which is no part of a state dict")
 
 
 _STOP = ord(".")
