@@ -21,17 +21,6 @@ from converter.models.names import ParsedName, WeightsName, is_other_runtime, is
 from converter.models.paths import path_of
 from converter.tensors.base import MAX_TENSORS, TensorInfo, WeightsFile
 
-_STANDARD_NAMES = frozenset(
-    {
-        ("diffusion_pytorch_model", "bin"),
-        ("diffusion_pytorch_model", "safetensors"),
-        ("pytorch_model", "bin"),
-        ("model", "safetensors"),
-        ("adapter_model", "bin"),
-        ("adapter_model", "safetensors"),
-    }
-)
-
 
 @dataclass(frozen=True, slots=True)
 class WeightSet:
@@ -123,8 +112,7 @@ def is_weight_file(path: Path) -> bool:
     parsed = parse_name(path.name)
     if not parsed or not path.is_file() or is_training_state(path.name) or is_other_runtime(path.name):
         return False
-    standard = (parsed.name.stem, parsed.name.ext) in _STANDARD_NAMES
-    return standard or parsed.role == "index" or could_be_weights(path)
+    return parsed.name.is_sought or parsed.role == "index" or could_be_weights(path)
 
 
 def _indexed_set(folder: Path, index_name: str, parsed: ParsedName) -> WeightSet:

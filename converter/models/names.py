@@ -13,10 +13,12 @@ Read as well, never written: ``model-00001-of-00002.fp16.safetensors`` and ``mod
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
+from converter.dtypes import BY_ALIAS, DType
 from converter.errors import BadRequest
 
 Format = Literal["safetensors", "torch"]
@@ -24,13 +26,23 @@ Format = Literal["safetensors", "torch"]
 
 WEIGHT_EXTENSIONS = ("safetensors", "bin", "pt", "pth", "ckpt")
 
-# The stems of which every dotted tail is a variant; of another stem it is one only if it is a well-known tag.
-_STANDARD_STEMS = frozenset({"diffusion_pytorch_model", "pytorch_model", "model", "adapter_model"})
+# What loaders look for: ``WEIGHTS_NAME`` and ``SAFETENSORS_WEIGHTS_NAME`` in the ``utils`` of Diffusers and of
+# transformers, which names the same weights by their format, and in ``peft/utils/constants.py``.
+STEMS: Mapping[str, Mapping[Format, str]] = {
+    "diffusers": {"safetensors": "diffusion_pytorch_model", "torch": "diffusion_pytorch_model"},
+    "transformers": {"safetensors": "model", "torch": "pytorch_model"},
+    "peft": {"safetensors": "adapter_model", "torch": "adapter_model"},
+}
+# Of these every dotted tail is a variant; of another stem it is one only if it is a well-known tag.
+_STANDARD_STEMS = frozenset(stem for stems in STEMS.values() for stem in stems.values())
+_STANDARD_NAMES = frozenset(
+    name for stems in STEMS.values() for name in ((stems["safetensors"], "safetensors"), (stems["torch"], "bin"))
+)
+# Of a model, with what has been put between the stem and the ending.
+_MODEL_STEM = re.compile(
+    rf"({'|'.join({stem for library in ('diffusers', 'transformers') for stem in STEMS[library].values()})})(\.(.+))?"
+)
 _KNOWN_TAGS = re.compile(r"(?:fp|bf|f|int)\d+\w*|(?:non_?)?ema", re.IGNORECASE)
-
-# transformers names the same weights by format (``WEIGHTS_NAME`` and ``SAFE_WEIGHTS_NAME``); diffusers does not.
-_SAFETENSORS_STEMS = {"pytorch_model": "model"}
-_TORCH_STEMS = {"model": "pytorch_model"}
 
 # What trainers leave beside the weights, to go on from: ``transformers/trainer.py``, ``accelerate/checkpointing.py``,
 # ``deepspeed/runtime/engine.py``. It is no weights, and takes twice their room and more.
@@ -95,13 +107,30 @@ class WeightsName:
         """Name the same weights in a format: ``pytorch_model.bin`` becomes ``model.safetensors`` and back."""
         if form is None or form == self.format:
             return self
-        stems, ext = (_SAFETENSORS_STEMS, "safetensors") if form == "safetensors" else (_TORCH_STEMS, "bin")
+        stems = {stems[self.format]: stems[form] for stems in STEMS.values()}
+        ext = "safetensors" if form == "safetensors" else "bin"
         return replace(self, stem=stems.get(self.stem, self.stem), ext=ext)
 
     @property
     def is_standard(self) -> bool:
         """Whether ``from_pretrained`` of a library looks for such names."""
         return self.stem in _STANDARD_STEMS
+
+    @property
+    def is_sought(self) -> bool:
+        """Whether a loader looks for just this name, and so takes what bears it for weights."""
+        return (self.stem, self.ext) in _STANDARD_NAMES
+
+    @property
+    def tail(self) -> str | None:
+        """What follows a stem that loaders of models look for, and is no part of it; None for any other stem."""
+        match = _MODEL_STEM.fullmatch(self.stem)
+        return (match[3] or "") if match else None
+
+    @property
+    def tagged_dtype(self) -> DType | None:
+        """The dtype that the variant names, if it names one."""
+        return BY_ALIAS.get((self.variant or "").lower())
 
     @property
     def format(self) -> Format:

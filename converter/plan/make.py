@@ -17,24 +17,16 @@ from typing import Any, NamedTuple
 from converter.dtypes import DType
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.formats import FORMATS
-from converter.libraries.rules import (
-    cast_config,
-    check_asked,
-    check_growth,
-    check_quantized,
-    check_shard_count,
-    check_tag,
-    choose_ties,
-    find_kept,
-    target_dtype,
-)
+from converter.libraries import library_of
 from converter.models.checkpoint import Checkpoint, WeightSet
 from converter.models.folder import Component, ModelFolder, render_json
+from converter.models.growth import note_growth, refuse_growth
 from converter.models.index import WeightIndex
 from converter.models.names import Format, WeightsName
 from converter.models.paths import real
-from converter.models.select import Wishes
-from converter.tensors.base import TensorInfo
+from converter.models.select import Tied, Wishes
+from converter.plan.casts import check_asked, check_quantized, check_tag, find_kept, target_dtype
+from converter.tensors.base import TensorInfo, find_ties
 
 
 class Copy(NamedTuple):
@@ -202,7 +194,7 @@ def make_plan(
     be done.
     """
     orders = list(orders)
-    check_asked(folder.path, (checkpoint for _, checkpoint, *_ in orders), wishes)
+    check_asked(folder.path, (checkpoint for _, checkpoint, *_ in orders), wishes.dtype, wishes.keep_fp32)
     sets: list[SetPlan] = []
     there_already: list[str] = []
     edited = dict(beside.edited)
@@ -294,13 +286,13 @@ def _find_superseded(
 
 def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_place: bool) -> SetPlan:
     name = wishes.name_output(checkpoint.name)
-    untouched = check_quantized(component, checkpoint, wishes)
-    ties = choose_ties(component, checkpoint, name.format, wishes)
-    keep = find_kept(component, wishes)
-    casts = {info.name: target_dtype(info, wishes, keep) for info in checkpoint.tensors}
+    untouched = check_quantized(component, checkpoint, wishes.dtype, wishes.force)
+    ties = _choose_ties(component, checkpoint, name.format, wishes.tied)
+    keep = find_kept(component, wishes.dtype, wishes.keep_fp32)
+    casts = {info.name: target_dtype(info, wishes.dtype, keep) for info in checkpoint.tensors}
     casts |= {info.name: info.dtype for info in checkpoint.tensors if info.name in untouched}
     groups = [[info for info in file.tensors if info.name not in ties] for file in checkpoint.files]
-    growth = check_growth(checkpoint, list(itertools.chain.from_iterable(groups)), wishes)
+    growth = _check_growth(checkpoint.weight_set.path, itertools.chain.from_iterable(groups), wishes.expand)
     if wishes.max_shard_nbytes is not None:
         tensors = list(itertools.chain.from_iterable(groups))
         units = _units(tensors)
@@ -309,8 +301,11 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
         groups = [[info for place in part for info in units[place]] for part in parts]
     groups = [group for group in groups if group] or [[]]
     if wishes.dtype or wishes.variant:
-        check_tag(checkpoint.weight_set.path, name, casts.values(), wishes)
-    check_shard_count(component, checkpoint, name, len(groups), wishes)
+        check_tag(checkpoint.weight_set.path, name, casts.values(), wishes.dtype)
+    names = [info.name for info in checkpoint.tensors]
+    refused = None if wishes.force else library_of(component).refuses(component, name, len(groups), names)
+    if refused:
+        raise Unsupported(checkpoint.weight_set.path, *refused)
     base = Path(component.name)
     file_names = name.files(len(groups))
     shards = [
@@ -337,6 +332,27 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     }
     notes = (*checkpoint.notes, *growth, *_note_no_cast(checkpoint, casts, wishes))
     return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, notes)
+
+
+def _choose_ties(component: Component, checkpoint: Checkpoint, form: Format, tied: Tied | None) -> dict[str, str]:
+    """Map the names that are not written to those that are; in a torch file they stay, as a second name."""
+    if form == "torch":
+        names = {info.name for info in checkpoint.tensors}
+        recorded = {name: kept for name, kept in checkpoint.ties.items() if name not in names}
+        return {} if tied == "duplicate" else {**find_ties(checkpoint.tensors), **recorded}
+    tied = tied or library_of(component).ties(component, checkpoint.name.in_format(form))
+    ties = find_ties(checkpoint.tensors) if tied == "first" else {}
+    if "format" in ties:
+        raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
+    return ties
+
+
+def _check_growth(path: Path, written: Iterable[TensorInfo], expand: bool) -> tuple[str, ...]:
+    """Note how much more tensors take than what holds them; refuse what would fill a disk, but where that is asked."""
+    views = [info for info in written if info.storage.content is None]
+    if not expand:
+        refuse_growth(path, views)
+    return note_growth(views)
 
 
 def _note_no_cast(checkpoint: Checkpoint, casts: Mapping[str, DType], wishes: Wishes) -> Iterable[str]:
@@ -427,7 +443,7 @@ def _with_dtype(
     """
     if wishes.dtype is None or planned.name.variant is not None or _is_beside(component, target):
         return config
-    return cast_config(component, config, wishes.dtype)
+    return library_of(component).cast_config(component, config, wishes.dtype)
 
 
 def split_into_shards(sizes: Sequence[int], max_nbytes: float) -> list[list[int]]:
