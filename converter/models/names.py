@@ -51,10 +51,24 @@ _TRAINING_STATE = re.compile(
     r"dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|ckpt|safetensors)(\.index\.json)?|"
     r"(trainer|training)_state\.json|zero_to_fp32\.py"
 )
-# Weights in forms of other runtimes, and folders of them; ``.distcp`` is torch's for many processes.
+# The endings of weights in forms of other runtimes, by who reads them.
+_RUNTIMES = {
+    "ONNX Runtime": "onnx",
+    "TensorFlow, Keras and LiteRT": "pb h5 keras tflite",
+    "Flax": "msgpack",
+    "rust-bert": "ot",
+    "llama.cpp": "gguf ggml",
+    "Diffusers with FlashPack": "flashpack",
+    "Core ML": "mlmodel",
+    "NeMo": "nemo",
+    "TensorRT": "engine",
+    "ExecuTorch": "pte",
+    "torch, of many processes": "distcp",
+}
+_RUNTIME_ENDINGS = "|".join(" ".join(_RUNTIMES.values()).split())
+# What else they have: folders of Core ML, what ONNX keeps beside its files, what OpenVINO and MLX call their own.
 _OTHER_RUNTIMES = re.compile(
-    r".*\.(onnx|onnx[._]data.*|pb|msgpack|h5|keras|ot|gguf|ggml|flashpack|tflite|mlmodel|mlmodelc|mlpackage|nemo|engine|"
-    r"pte|distcp)|openvino.*|(model|weights)\b.*\.npz"
+    rf".*\.({_RUNTIME_ENDINGS}|mlmodelc|mlpackage|onnx[._]data.*)|openvino.*|(model|weights)\b.*\.npz"
 )
 
 _EXT = "|".join(WEIGHT_EXTENSIONS)
@@ -63,8 +77,7 @@ _SHARD = re.compile(rf"(?P<base>.+)-(?P<number>\d{{5,9}})-of-(?P<count>\d{{5,9}}
 _SINGLE = re.compile(rf"(?P<base>.+)\.(?P<ext>{_EXT})")
 # Files, and no folders: our own endings spelled otherwise, what other runtimes read, archives.
 _OTHER_FILE = re.compile(
-    rf".+\.({_EXT}|safetensor|sft|gguf|ggml|onnx|pb|tflite|mlmodel|h5|msgpack|np[yz]|pkl|pickle|json|zip|tar|t?gz)",
-    re.IGNORECASE,
+    rf".+\.({_EXT}|safetensor|sft|{_RUNTIME_ENDINGS}|np[yz]|pkl|pickle|json|zip|tar|t?gz)", re.IGNORECASE
 )
 
 
