@@ -1,23 +1,22 @@
-"""The step before Core ML conversion: a pipeline folder as apple/ml-stable-diffusion's ``torch2coreml.py`` loads it.
+"""The step before Core ML conversion: a pipeline folder as ``torch2coreml.py`` loads it, or why it cannot be one.
 
-Its ``get_pipeline`` calls ``DiffusionPipeline.from_pretrained(..., torch_dtype=float16, variant="fp16",
-use_safetensors=True)`` with Diffusers 0.30 (Apple's pin) to 0.36 (MochiDiffusion's), so it needs ``*.fp16.safetensors``
-for every part, each in one file.
+What the script needs is known in ``libraries/coreml.py``; here it is held against a folder, and planned.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from converter.doctor.checks import run_checks
 from converter.doctor.findings import Finding
-from converter.doctor.loaders import COREML_VARIANT
 from converter.doctor.view import look, read_json
 from converter.dtypes import BY_ALIAS, OnOverflow
-from converter.errors import BadFile, BadRequest, Unsupported
+from converter.errors import BadFile, BadRequest
+from converter.libraries import coreml
+from converter.libraries.coreml import COREML_VARIANT, Lack
 from converter.models.checkpoint import Checkpoint, WeightSet, rename_tensors
 from converter.models.folder import Component, ModelFolder, render_json
 from converter.models.paths import check_places, snapshot_of
@@ -27,30 +26,7 @@ from converter.recipes.convert import plan_conversion, plan_rest, plan_single_fi
 from converter.run.staging import recover
 from converter.transforms.stable_diffusion import open_single_file
 
-# By class: what is put before names that begin with the second.
-_PREFIXES = {
-    "CLIPTextModel": ("text_model.", ""),
-    "StableDiffusionSafetyChecker": ("vision_model.", "vision_model."),
-}
-_FLAVOURS = ("", "Img2Img", "Inpaint")
-_PIPELINES = {f"StableDiffusion{xl}{flavour}Pipeline" for xl in ("", "XL") for flavour in _FLAVOURS}
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-# What a part that has no weights is read from; without vocab.json and merges.txt transformers 4 has no tokenizer.
-_FILES = {
-    "tokenizer": ("vocab.json", "merges.txt"),
-    "scheduler": ("scheduler_config.json",),
-    "feature_extractor": ("preprocessor_config.json",),
-}
 _FATAL = ("file-damaged", "shard-missing", "component-missing", "config-unreadable", "index-unreadable")
-
-
-@dataclass(frozen=True, slots=True)
-class Lack:
-    """One thing that the script would miss."""
-
-    path: Path
-    problem: str
-    advice: str
 
 
 def find_lacks(source: Path, findings: Iterable[Finding] | None = None) -> Iterator[Lack]:
@@ -59,25 +35,12 @@ def find_lacks(source: Path, findings: Iterable[Finding] | None = None) -> Itera
     ``findings`` are the doctor's, where it has looked already.
     """
     model_index, error = read_json(source / "model_index.json")
-    if error or not model_index:
-        problem = "is no Diffusers pipeline: it has no model_index.json that can be read"
-        yield Lack(source, problem, "Name the folder that has one, with unet, vae and text_encoder below it.")
+    model_index = {} if error else model_index
+    yield from coreml.find_lacks(source, model_index)
+    if not coreml.is_convertible(model_index):
         return
-    class_name = model_index.get("_class_name")
-    if not isinstance(class_name, str) or class_name not in _PIPELINES:
-        problem = f"is a {class_name}, and torch2coreml converts Stable Diffusion 1, 2 and XL"
-        yield Lack(source, problem, "Other pipelines have no way to Core ML here.")
-        return
-    named = {name: entry for name, entry in model_index.items() if isinstance(entry, list) and entry[1:] != [None]}
-    for name in _PARTS:
-        if name not in named and not (name == "text_encoder" and "text_encoder_2" in named):
-            yield Lack(source / "model_index.json", f"names no {name}", "Fetch the whole pipeline again.")
-    for name in sorted(named):
-        for file_name in _FILES.get(name.removesuffix("_2"), ()):
-            if not (source / name / file_name).is_file():
-                yield Lack(source / name / file_name, "is not there", f"Fetch it; it belongs to the {name}.")
     for finding in run_checks(look(source)) if findings is None else findings:
-        if finding.code in _FATAL and finding.component.removesuffix("_2") not in _FILES:
+        if finding.code in _FATAL and coreml.has_weights(finding.component):
             yield Lack(finding.path, finding.problem, finding.kind.mending)
 
 
@@ -92,8 +55,7 @@ def check_source(source: Path, findings: Iterable[Finding] | None = None) -> Non
     first, *others = lacks
     names = [lack.path.relative_to(source).as_posix() if lack.path != source else str(source) for lack in others]
     more = f" Besides: {', '.join(f'{name} {lack.problem}' for name, lack in zip(names, others, strict=True))}."
-    error = Unsupported if "torch2coreml converts" in first.problem else BadFile
-    raise error(first.path, first.problem, first.advice + (more if others else ""))
+    raise first.error(first.path, first.problem, first.advice + (more if others else ""))
 
 
 def prepare_coreml(
@@ -150,34 +112,21 @@ def _plan(source: Path, output: Path, wishes: Wishes, keep_default: bool, ema: b
 
 
 def _adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
-    """Give a text encoder and a safety checker the names that transformers 4 knows.
-
-    transformers 5 saves those that it made itself without a prefix; transformers 4 then loads random weights, with no
-    more than a warning. Both know the longer names (``modeling_clip.py``).
-    """
-    prefix, short = _PREFIXES.get(component.class_name, ("", ""))
-    names = [info.name for info in checkpoint.tensors]
-    if not prefix or any(name.startswith(prefix + short) for name in names):
+    """Give a text encoder and a safety checker the names that transformers 4 knows."""
+    prefix, names = coreml.longer_names(component.class_name, (info.name for info in checkpoint.tensors))
+    if not prefix:
         return component, checkpoint
-    longer = {name: prefix + name if name.startswith(short) else name for name in names}
     note = f"{prefix} was put before names in {checkpoint.weight_set.path.name}, as transformers 4 needs it"
-    return component, replace(rename_tensors(checkpoint, longer), notes=(*checkpoint.notes, note))
+    return component, replace(rename_tensors(checkpoint, names), notes=(*checkpoint.notes, note))
 
 
 def _old_classes(source: Path) -> dict[str, bytes]:
-    """Name classes in model_index.json as all versions do: without torchvision, transformers 5 writes ``...Pil``."""
+    """Give the model_index.json that is written in place of the source's, if it must be another."""
     content, error = read_json(source / "model_index.json")
     if error:
         raise BadFile(source / "model_index.json", f"cannot be read ({error})", "Fetch the whole pipeline again.")
-    edited = {
-        name: [entry[0], entry[1].removesuffix("Pil")] if name in _FILES and _is_class(entry) else entry
-        for name, entry in content.items()
-    }
+    edited = coreml.old_classes(content)
     return {"model_index.json": render_json(edited)} if edited != content else {}
-
-
-def _is_class(entry: object) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
 
 
 def _choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
@@ -190,39 +139,3 @@ def _choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, Weight
         one = replace(wishes, components=(component.name,), from_variant=COREML_VARIANT if has_variant else None)
         chosen += choose_sets(folder, one)
     return chosen
-
-
-@dataclass(frozen=True, slots=True)
-class NextStep:
-    """A command to run next, and what its result is for."""
-
-    purpose: str
-    command: tuple[str, ...]
-
-
-def next_steps(plan: Plan) -> list[NextStep]:
-    """Give the commands that make Core ML models of what a plan writes: one for each kind of attention."""
-    parts = {component.name for component in plan.source.components}
-    target = plan.target.folder
-    encoder = ["--convert-text-encoder"] if {"text_encoder", "text_encoder_2"} & parts else []
-    convert = ["--convert-unet", *encoder, "--convert-vae-decoder", "--convert-vae-encoder"]
-    xl = ["--xl-version"] if "XL" in plan.source.class_name else []
-    rows = (
-        ("for the Neural Engine: iPhone, iPad, and Macs that should stay cool", "SPLIT_EINSUM", "CPU_AND_NE"),
-        ("for the GPU: Macs, the fastest on large ones", "ORIGINAL", "CPU_AND_GPU"),
-    )
-    return [
-        NextStep(
-            purpose,
-            ("python", "-m", "python_coreml_stable_diffusion.torch2coreml", "--model-version", str(target), *xl,
-             *convert, "--attention-implementation", attention, "--compute-unit", unit,
-             "--bundle-resources-for-swift-cli", "-o", f"{target}-{attention.lower().replace('_', '-')}"),
-        )
-        for purpose, attention, unit in rows
-    ]  # fmt: skip
-
-
-def upcast_vae(plan: Plan) -> bool:
-    """Say whether the VAE overflows in float16 when it runs, as that of SDXL does (``force_upcast`` in its config)."""
-    vaes = (component for component in plan.source.components if component.name == "vae")
-    return "XL" in plan.source.class_name and any(vae.config.get("force_upcast") is True for vae in vaes)

@@ -1,4 +1,4 @@
-"""Write the tables of converter/keep_fp32.py from the classes of diffusers and transformers themselves.
+"""Write the tables of converter/libraries/keep_fp32.py from the classes of diffusers and transformers themselves.
 
 ``--check`` only says whether they are up to date. ``--missed`` builds every transformers model from its default config
 (without weights, some minutes) and says where its loader keeps other names than the rules do: for the rows by hand.
@@ -21,9 +21,9 @@ import torch
 import transformers
 
 from converter.dtypes import BY_ALIAS
-from converter.libraries.keep_fp32 import keep_rule
+from converter.libraries.transformers import TRANSFORMERS
 
-MODULE = Path(__file__).resolve().parent.parent / "converter" / "keep_fp32.py"
+MODULE = Path(__file__).resolve().parent.parent / "converter" / "libraries" / "keep_fp32.py"
 BEGIN = "# Written by scripts/make_keep_fp32.py."
 END = "# End of what scripts/make_keep_fp32.py writes.\n"
 
@@ -101,9 +101,9 @@ def render() -> str:
     versions = f'"diffusers": "{diffusers.__version__}", "transformers": "{transformers.__version__}"'
     rows = "".join(
         [
-            "_DIFFUSERS: tuple[tuple[str, str], ...] = (\n",
+            "DIFFUSERS: tuple[tuple[str, str], ...] = (\n",
             *render_rows(diffusers_lists()),
-            ")\n\n_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (\n",
+            ")\n\nTRANSFORMERS: tuple[tuple[str, str, str], ...] = (\n",
             *render_rows(transformers_lists()),
             ")\n",
         ]
@@ -177,7 +177,7 @@ def find_missed(model_class: Any) -> dict[str, list[str]]:
     for alias in ("fp16", "bf16"):
         target = BY_ALIAS[alias]
         names, is_kept = loader_rule(model, getattr(torch, target.torch_name))
-        keep = keep_rule(model_class.__name__, False, target)
+        keep = TRANSFORMERS.keep_rule(model_class.__name__, target)
         # One layer, one expert stands for all.
         for pattern, name in {re.sub(r"\d+", "N", name): name for name in names}.items():
             if keep(name) != is_kept(name):
@@ -211,7 +211,7 @@ def main() -> int:
     if "--check" in sys.argv[1:]:
         if written == text:
             return 0
-        print("converter/keep_fp32.py is out of date: run scripts/make_keep_fp32.py", file=sys.stderr)
+        print("converter/libraries/keep_fp32.py is out of date: run scripts/make_keep_fp32.py", file=sys.stderr)
         return 1
     MODULE.write_text(before + text + after, "utf-8")
     return 0

@@ -17,6 +17,9 @@ from converter.dtypes import BY_ALIAS
 from converter.errors import Unsupported
 from converter.libraries import ask, asked
 from converter.libraries.ask import LibraryMissing, ask_class, checked, cleaned
+from converter.libraries.base import Library
+from converter.libraries.diffusers import DIFFUSERS
+from converter.libraries.transformers import TRANSFORMERS
 from converter.models.folder import Component
 
 LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -96,14 +99,17 @@ def test_what_is_left_of_a_config() -> None:
         ask_class(component_of(deep))
 
 
+NO_MODELS = {
+    "transformers": "AutoConfig AutoModel Trainer models __loader__ LlamaConfig pipeline PreTrainedModel",
+    "diffusers": "AutoModel StableDiffusionPipeline DDIMScheduler ModelMixin loaders",
+}
+
+
 @pytest.mark.parametrize(
-    ("class_name", "is_diffusers"),
-    [("AutoConfig", False), ("AutoModel", False), ("Trainer", False), ("models", False), ("__loader__", False),
-     ("LlamaConfig", False), ("pipeline", False), ("AutoModel", True), ("StableDiffusionPipeline", True),
-     ("DDIMScheduler", True), ("ModelMixin", True), ("PreTrainedModel", False), ("loaders", True)],
-)  # fmt: skip
-def test_only_a_librarys_own_models_are_made(class_name: str, is_diffusers: bool) -> None:
-    answer = asked.answer_to({"class": class_name, "diffusers": is_diffusers, "config": dict(LLAMA)})
+    ("class_name", "library"), [(name, library) for library, names in NO_MODELS.items() for name in names.split()]
+)
+def test_only_a_librarys_own_models_are_made(class_name: str, library: str) -> None:
+    answer = asked.answer_to({"class": class_name, "library": library, "config": dict(LLAMA)})
     assert "has no model of that name" in answer["cause"]
 
 
@@ -114,7 +120,7 @@ def test_while_a_class_is_made_nothing_else_can_be_done() -> None:
 
 
 def test_a_model_of_too_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = {"class": "LlamaModel", "diffusers": False, "config": {**LLAMA, "num_hidden_layers": 10_000}}
+    request = {"class": "LlamaModel", "library": "transformers", "config": {**LLAMA, "num_hidden_layers": 10_000}}
     monkeypatch.setattr(asked, "_MOST_PARTS", 200)
     assert asked.answer_to(request)["cause"] == "it has more than 200 modules and weights"
 
@@ -126,7 +132,7 @@ def test_a_model_of_too_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def older_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the table be of older libraries, which had no lists."""
     monkeypatch.setattr(ask, "MADE_FROM", {"diffusers": "0.1.0", "transformers": "4.9"})
-    monkeypatch.setattr(ask, "kept_entries", lambda *_: [])
+    monkeypatch.setattr(Library, "kept_entries", lambda *_: [])
 
 
 def test_a_newer_library_is_asked_and_the_table_is_said_to_be_behind(
@@ -141,18 +147,18 @@ def test_a_newer_library_is_asked_and_the_table_is_said_to_be_behind(
 
 
 @pytest.mark.parametrize(
-    ("classes", "is_diffusers", "alias", "expected"),
+    ("classes", "library", "alias", "expected"),
     [
-        ({"T5EncoderModel"}, False, "fp16", ("wo",)),
-        ({"T5EncoderModel"}, False, "bf16", ()),
-        ({"NoSuchModel", "AutoModel"}, False, "fp16", ()),
-        ({"UNet2DConditionModel"}, True, "bf16", ()),
+        ({"T5EncoderModel"}, TRANSFORMERS, "fp16", ("wo",)),
+        ({"T5EncoderModel"}, TRANSFORMERS, "bf16", ()),
+        ({"NoSuchModel", "AutoModel"}, TRANSFORMERS, "fp16", ()),
+        ({"UNet2DConditionModel"}, DIFFUSERS, "bf16", ()),
     ],
 )
 def test_what_a_newer_library_keeps(
-    classes: set[str], is_diffusers: bool, alias: str, expected: tuple[str, ...], older_table: None
+    classes: set[str], library: Library, alias: str, expected: tuple[str, ...], older_table: None
 ) -> None:
-    more, note = ask.ask_kept(classes, is_diffusers, BY_ALIAS[alias])
+    more, note = ask.ask_kept(library, classes, BY_ALIAS[alias])
     assert more == expected
     assert bool(note) == bool(expected)
 
@@ -160,7 +166,7 @@ def test_what_a_newer_library_keeps(
 def test_a_newer_library_that_gives_no_answer(older_table: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ask, "_CHILD", "print('{}')")
     ask._ask_lists.cache_clear()
-    more, note = ask.ask_kept({"T5EncoderModel"}, False, BY_ALIAS["fp16"])
+    more, note = ask.ask_kept(TRANSFORMERS, {"T5EncoderModel"}, BY_ALIAS["fp16"])
     ask._ask_lists.cache_clear()
     assert more == ()
     assert note.endswith("could not be asked of itself: what its library answers makes no sense")
@@ -169,7 +175,7 @@ def test_a_newer_library_that_gives_no_answer(older_table: None, monkeypatch: py
 def test_a_library_of_the_tables_own_version_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ask, "_ask_lists", None)
     monkeypatch.setattr(ask, "MADE_FROM", {"diffusers": "0.42.1", "transformers": "999.0"})
-    assert ask.ask_kept({"T5EncoderModel"}, False, BY_ALIAS["fp16"]) == ((), "")
+    assert ask.ask_kept(TRANSFORMERS, {"T5EncoderModel"}, BY_ALIAS["fp16"]) == ((), "")
 
 
 # The child.
@@ -185,7 +191,7 @@ def test_a_child_answers_what_is_answered_here(tmp_path: Path, monkeypatch: pyte
     found = ask_class(component_of(LLAMA))
     monkeypatch.undo()
     config = cleaned(component_of(LLAMA).config)
-    expected = asked.answer_to({"class": "LlamaModel", "diffusers": False, "config": config})
+    expected = asked.answer_to({"class": "LlamaModel", "library": "transformers", "config": config})
     assert found == checked(json.dumps(expected).encode())
     assert len(found.linear) == 14
     assert found.shapes["embed_tokens.weight"] == (64, 16)

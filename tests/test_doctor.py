@@ -24,8 +24,9 @@ from support.opened import watched
 from support.tiny import make_state, processor_time, save, write_json
 
 from converter.doctor import diagnose
-from converter.doctor.loaders import Prediction, list_folder, predict
+from converter.doctor.listing import list_folder
 from converter.dtypes import DTYPES
+from converter.libraries.predict import Prediction, predict
 
 Break = Callable[[Path], None]
 pytestmark = pytest.mark.usefixtures("asked_here")

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from support.tiny import make_state, save, save_safetensors_shards, snapshot, write_json
 
 from converter.doctor import diagnose
-from converter.doctor.loaders import list_folder, predict
+from converter.doctor.listing import list_folder
+from converter.libraries.predict import predict
 
 STATE = make_state()
 OTHER = make_state(seed=1)

@@ -19,7 +19,8 @@ from test_doctor import files_in, opened_by
 from test_loaders import assert_same_bits
 
 from converter.doctor import diagnose
-from converter.doctor.loaders import list_folder, predict
+from converter.doctor.listing import list_folder
+from converter.libraries.predict import predict
 from converter.models.folder import open_folder
 
 pytestmark = pytest.mark.usefixtures("asked_here")

@@ -8,6 +8,9 @@ import pytest
 from support.tiny import make_state, save, save_bin_shards, save_pipeline, write_json
 
 from converter.errors import BadFile
+from converter.libraries import library_of
+from converter.libraries.diffusers import DIFFUSERS
+from converter.libraries.transformers import TRANSFORMERS
 from converter.models.folder import ModelFolder, find_rest, open_folder
 
 STATE = make_state()
@@ -53,7 +56,7 @@ def test_a_transformers_folder(tmp_path):
     folder = open_folder(tmp_path)
     assert folder.kind == "transformers"
     assert folder.components[0].class_name == "LlamaForCausalLM"
-    assert not folder.components[0].is_diffusers
+    assert library_of(folder.components[0]) is TRANSFORMERS
 
 
 def test_a_diffusers_component(tmp_path):
@@ -61,7 +64,7 @@ def test_a_diffusers_component(tmp_path):
     write_json(tmp_path / "config.json", {"_class_name": "AutoencoderKL"})
     folder = open_folder(tmp_path)
     assert (folder.kind, folder.components[0].class_name) == ("component", "AutoencoderKL")
-    assert folder.components[0].is_diffusers
+    assert library_of(folder.components[0]) is DIFFUSERS
 
 
 def test_a_pipeline(tmp_path):

@@ -106,7 +106,7 @@ def test_as_many_rows_as_no_model_has_are_not_quantized(wconv: Any, tmp_path: Pa
 def test_an_expanded_tensor_and_what_was_written_of_it_are_the_same(
     wconv: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("converter.libraries.rules.MAX_GROWTH_NBYTES", 1_000)
+    monkeypatch.setattr("converter.models.growth.MAX_GROWTH_NBYTES", 1_000)
     torch.save({"a": torch.ones(1).expand(1_000)}, tmp_path / "a.bin")
     wconv("to-safetensors", tmp_path / "a.bin", "-o", tmp_path / "out", "--expand")
     assert json.loads(wconv("verify", tmp_path / "a.bin", tmp_path / "out", "--json").stdout)["equal"]

@@ -17,7 +17,9 @@ import transformers
 
 from converter.dtypes import BY_ALIAS
 from converter.libraries import keep_fp32
-from converter.libraries.keep_fp32 import keep_matches, keep_rule, keep_segments
+from converter.libraries.base import Library
+from converter.libraries.diffusers import DIFFUSERS
+from converter.libraries.transformers import TRANSFORMERS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_keep_fp32.py"
 SMALLER = ["bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2"]
@@ -161,7 +163,8 @@ def test_the_rule_names_what_the_loader_keeps(
     tags = tags_in(tmp_path / "loaded")
     assert tags.keys() == tags_in(tmp_path / "source").keys()
     assert set(tags.values()) <= {"F32", target.tag}
-    rules = [keep_rule(name, "_class_name" in config, target) for name in class_names(config)]
+    library = DIFFUSERS if "_class_name" in config else TRANSFORMERS
+    rules = [library.keep_rule(name, target) for name in class_names(config)]
     expected = {name for name, tag in tags.items() if tag == "F32"}
     assert {name for name in tags if any(keep(name) for keep in rules)} == expected
     assert set(kept[alias].split()) <= {segment for name in expected for segment in name.split(".")}
@@ -193,7 +196,7 @@ def class_names(config: dict[str, Any]) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", ["WanTransformer3DModel", "SanaTransformer2DModel", "UNet2DConditionModel"])
 def test_a_diffusers_class_is_as_in_the_table(name: str) -> None:
-    listed = by_class(keep_fp32._DIFFUSERS).get(name, ((),))
+    listed = by_class(keep_fp32.DIFFUSERS).get(name, ((),))
     assert listed == (tuple(getattr(diffusers, name)._keep_in_fp32_modules or ()),)
 
 
@@ -214,7 +217,7 @@ def test_a_diffusers_class_is_as_in_the_table(name: str) -> None:
 )
 def test_a_transformers_class_is_as_in_the_table(name: str) -> None:
     found = getattr(transformers, name)
-    listed = by_class(keep_fp32._TRANSFORMERS).get(name, ((), ()))
+    listed = by_class(keep_fp32.TRANSFORMERS).get(name, ((), ()))
     assert listed == (
         tuple(found._keep_in_fp32_modules or ()),
         tuple(found._keep_in_fp32_modules_strict or ()),
@@ -224,51 +227,51 @@ def test_a_transformers_class_is_as_in_the_table(name: str) -> None:
 @pytest.mark.slow
 def test_every_class_is_as_in_the_tables(script: Any) -> None:
     script.import_all()
-    assert by_class(keep_fp32._DIFFUSERS) == script.diffusers_lists()
-    assert by_class(keep_fp32._TRANSFORMERS) == script.transformers_lists()
+    assert by_class(keep_fp32.DIFFUSERS) == script.diffusers_lists()
+    assert by_class(keep_fp32.TRANSFORMERS) == script.transformers_lists()
 
 
 @pytest.mark.slow
 def test_nothing_is_missed_where_attributes_do_not_say_it_all(script: Any) -> None:
     script.import_all()
     found = {model.__name__: model for model in script.find_classes(transformers.PreTrainedModel)}
-    names = {name for row in keep_fp32._MORE_TRANSFORMERS for name in row[-1].split()}
+    names = {name for row in keep_fp32.MORE_TRANSFORMERS for name in row[-1].split()}
     missed = {name: script.find_missed(found[name]) for name in sorted(names - NOT_BUILT)}
     assert {name: wrong for name, wrong in missed.items() if wrong} == {}
 
 
 @pytest.mark.parametrize("alias", SMALLER)
 def test_diffusers_keeps_for_every_smaller_dtype(alias: str) -> None:
-    keep = keep_rule("WanTransformer3DModel", True, BY_ALIAS[alias])
+    keep = DIFFUSERS.keep_rule("WanTransformer3DModel", BY_ALIAS[alias])
     assert keep("blocks.0.norm2.weight")
     assert not keep("blocks.0.attn1.to_q.weight")
 
 
 def test_float8_keeps_what_float16_keeps() -> None:
     name = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
-    kept = {alias: keep_rule("T5EncoderModel", False, BY_ALIAS[alias])(name) for alias in SMALLER}
+    kept = {alias: TRANSFORMERS.keep_rule("T5EncoderModel", BY_ALIAS[alias])(name) for alias in SMALLER}
     assert kept == {"bf16": False, "fp16": True, "fp8_e4m3fn": True, "fp8_e5m2": True}
 
 
 @pytest.mark.parametrize("alias", ["fp32", "fp64"])
 def test_what_is_not_smaller_keeps_nothing(alias: str) -> None:
-    assert not keep_rule("WanTransformer3DModel", True, BY_ALIAS[alias])("blocks.0.norm2.weight")
+    assert not DIFFUSERS.keep_rule("WanTransformer3DModel", BY_ALIAS[alias])("blocks.0.norm2.weight")
 
 
-@pytest.mark.parametrize("is_diffusers", [True, False])
+@pytest.mark.parametrize("library", [DIFFUSERS, TRANSFORMERS])
 @pytest.mark.parametrize("name", ["", "NoSuchModel", "T5", "T5EncoderModel T5Model"])
-def test_an_unknown_class_keeps_nothing(name: str, is_diffusers: bool) -> None:
-    keep = keep_rule(name, is_diffusers, BY_ALIAS["fp16"])
+def test_an_unknown_class_keeps_nothing(name: str, library: Library) -> None:
+    keep = library.keep_rule(name, BY_ALIAS["fp16"])
     assert not any(keep(tensor) for tensor in ["", "wo", "norm1", "a.wo.weight"])
 
 
 def test_a_class_is_looked_up_in_its_own_library() -> None:
-    assert not keep_rule("WanTransformer3DModel", False, BY_ALIAS["fp16"])("norm1")
-    assert not keep_rule("T5EncoderModel", True, BY_ALIAS["fp16"])("wo")
+    assert not TRANSFORMERS.keep_rule("WanTransformer3DModel", BY_ALIAS["fp16"])("norm1")
+    assert not DIFFUSERS.keep_rule("T5EncoderModel", BY_ALIAS["fp16"])("wo")
 
 
 def test_diffusers_matches_whole_segments() -> None:
-    keep = keep_segments(["norm", "proj.in"])
+    keep = DIFFUSERS.matches(["norm", "proj.in"])
     assert keep("blocks.0.norm.weight")
     assert keep("norm")
     assert not keep("blocks.0.norm1.weight")
@@ -276,7 +279,7 @@ def test_diffusers_matches_whole_segments() -> None:
 
 
 def test_transformers_matches_anywhere() -> None:
-    keep = keep_matches(["wo", "mlp.gate.weight", "layers*router"])
+    keep = TRANSFORMERS.matches(["wo", "mlp.gate.weight", "layers*router"])
     assert keep("a.wo.weight")
     assert keep("word_embeddings.weight")
     assert keep("layers.0.mlp.gate.weight")
@@ -285,8 +288,6 @@ def test_transformers_matches_anywhere() -> None:
 
 
 def test_no_library_is_imported() -> None:
-    code = (
-        "import sys, converter.libraries.keep_fp32\nprint({'torch', 'diffusers', 'transformers'} & sys.modules.keys())"
-    )
+    code = "import sys, converter.libraries\nprint({'torch', 'diffusers', 'transformers'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"

@@ -10,8 +10,10 @@ import torch
 from support.tiny import ref_to
 
 from converter.dtypes import DTYPES
-from converter.libraries import asked, modules
-from converter.libraries.modules import find_linears, is_skipped
+from converter.libraries import asked, library_of, modules
+from converter.libraries.diffusers import DIFFUSERS
+from converter.libraries.modules import find_linears
+from converter.libraries.transformers import TRANSFORMERS
 from converter.models.folder import Component
 from converter.tensors.base import ByteRange, Tensor
 from converter.tensors.view import whole_view
@@ -103,7 +105,7 @@ def component_of(config: dict) -> Component:
 def tensors_of(config: dict) -> list[Tensor]:
     """Describe what a file of such a model holds: tied tensors once."""
     component = component_of(config)
-    model = asked.make_on_meta(component.class_name, component.is_diffusers, copy.deepcopy(config))
+    model = asked.make_on_meta(component.class_name, library_of(component).package, copy.deepcopy(config))
     tied = getattr(model, "all_tied_weights_keys", {})
     return [
         Tensor(name, whole_view(DTYPES["F32"], tuple(tensor.shape), ByteRange(ref_to(Path()), 0, 0)))
@@ -124,7 +126,7 @@ def test_the_table_says_what_the_library_says(name, monkeypatch):
     assert table.transposed == library.transposed
     for module in library.weights:
         ours, theirs = (
-            is_skipped(module, (*found.skipped, *found.kept), component.is_diffusers) for found in (table, library)
+            library_of(component).is_skipped(module, (*found.skipped, *found.kept)) for found in (table, library)
         )
         assert ours == theirs, module
 
@@ -172,8 +174,8 @@ def test_skipping_is_the_libraries_own(name, entry):
     from diffusers.quantizers.bitsandbytes import utils
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    assert is_skipped(name, [entry], is_diffusers=False) == (not should_convert_module(name, [entry]))
-    assert is_skipped(name, [entry], is_diffusers=True) == (not _converted_by_diffusers(utils, name, entry))
+    assert TRANSFORMERS.is_skipped(name, [entry]) == (not should_convert_module(name, [entry]))
+    assert DIFFUSERS.is_skipped(name, [entry]) == (not _converted_by_diffusers(utils, name, entry))
 
 
 def _converted_by_diffusers(utils, name: str, entry: str) -> bool:

@@ -20,7 +20,7 @@ from support.tiny import ref_to
 
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest, OutputRefused, Unsupported
-from converter.libraries.rules import default_tied
+from converter.libraries import library_of
 from converter.models.checkpoint import Checkpoint, WeightSet
 from converter.models.folder import Component, ModelFolder
 from converter.models.index import parse_index
@@ -397,14 +397,16 @@ def with_tie() -> Checkpoint:
     ],
 )
 def test_default_tied(config, expected):
-    assert default_tied(component(BIN, **config), BIN.name) == expected
+    part = component(BIN, **config)
+    assert library_of(part).ties(part, BIN.name) == expected
     ties = plan(with_tie(), config=config).sets[0].ties
     assert ties == ({"t": "a"} if expected == "first" else {})
 
 
 def test_a_file_that_no_library_looks_for_has_every_name():
     named = weight_set("last.ckpt")
-    assert default_tied(component(named, architectures=["T5ForConditionalGeneration"]), named.name) == "duplicate"
+    part = component(named, architectures=["T5ForConditionalGeneration"])
+    assert library_of(part).ties(part, named.name) == "duplicate"
 
 
 def test_tied_tensors_are_written_once_and_noted():

@@ -11,10 +11,11 @@ import click
 from converter.cli.options import output_options, source_arg
 
 if TYPE_CHECKING:
-    from converter.coreml import Lack
     from converter.doctor import Diagnosis
-    from converter.doctor.loaders import FolderListing, Prediction
     from converter.doctor.repair import Choices, Mending
+    from converter.libraries.base import FolderListing
+    from converter.libraries.coreml import Lack
+    from converter.libraries.predict import Prediction
 
 
 @click.command("doctor", short_help="Say what is wrong with a folder of weights, and mend it.")
@@ -166,20 +167,18 @@ def _ask(found: Diagnosis, choices: Choices) -> Choices:
 def _predictions(
     listing: FolderListing | None, found: Diagnosis, loader: str | None, variant: str | None, always: bool = False
 ) -> list[Prediction]:
-    from converter.doctor.loaders import COREML_VARIANT, Loader, list_folder, predict, variants_in
+    from converter.doctor.listing import list_folder
+    from converter.libraries.coreml import COREML_VARIANT
+    from converter.libraries.predict import Loader, likely_loaders, predict, variants_in
 
     if loader is None and variant is None and not always:
         return []
     view = found.view
-    libraries = {part.library for part in view.components}
-    likely: tuple[Loader, ...] = ("diffusers", "diffusers-hub") if view.is_pipeline else ("diffusers",)
-    if not view.is_pipeline and libraries == {"transformers"}:
-        likely = ("transformers",)
-    loaders = (cast("Loader", loader),) if loader else likely
     tags = variants_in(listing) if listing else view.variants
     if variant is not None:
         tags = (None if variant == "none" else variant,)
     listing = listing or list_folder(view)
+    loaders = (cast("Loader", loader),) if loader else likely_loaders(listing)
     return [
         predict(listing, one, tag)
         for one in loaders

@@ -79,14 +79,14 @@ def command(source: Path, keep_default: bool, on_overflow: Any, ema: bool, confi
 
 def _show_next(plan: Plan) -> None:
     from converter.cli.output import echo, show_bytes
-    from converter.coreml import next_steps, upcast_vae
-    from converter.doctor.loaders import COREML_VARIANT
+    from converter.libraries.coreml import COREML_VARIANT, next_steps, overflows_in_fp16
 
-    if upcast_vae(plan):
+    class_name, components = plan.source.class_name, plan.source.components
+    if overflows_in_fp16(class_name, components):
         echo("\nThe VAE of this model gives black images in float16 (its config says force_upcast).")
         echo("Take one made for it: add --custom-vae-version madebyollin/sdxl-vae-fp16-fix to these commands.")
     echo("\nNext, on a Mac with apple/ml-stable-diffusion installed, one of:")
-    for step in next_steps(plan):
+    for step in next_steps(plan.target.folder, class_name, components):
         echo(f"\n    # {step.purpose}\n    {shlex.join(step.command)}")
     fp16 = [planned for planned in plan.sets if planned.name.variant == COREML_VARIANT]
     disk = _DISK_SHARE * sum(planned.nbytes for planned in fp16)

@@ -107,9 +107,11 @@ def _show_parts(done: Quantization, every: bool) -> None:
 
 def _show_hints(done: Quantization) -> None:
     from converter.cli.output import echo
+    from converter.libraries import library_of
 
     assert done.plan is not None
     echo("\nDo not call .to() on it: an 8-bit model stays where device_map has put it. bitsandbytes must be installed.")
     quantized = {part.component for part in done.parts}
-    if any(component.is_diffusers for component in done.plan.source.components if component.name in quantized):
-        echo("Diffusers loads 8-bit models on a machine with a GPU only.")
+    components = (component for component in done.plan.source.components if component.name in quantized)
+    for note in dict.fromkeys(filter(None, (library_of(component).int8_note for component in components))):
+        echo(note)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -10,19 +9,16 @@ from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
 from converter.errors import TrainingPiece, Unsupported, WconvError
-from converter.libraries.rules import find_kept, find_old_attention, stays_wider, tag_dtype
+from converter.libraries import library_of
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.folder import nested
 from converter.models.names import WeightsName, is_other_runtime, parse_name
 from converter.models.schemes import Quantized, find_quantized
-from converter.models.select import Wishes
+from converter.plan.casts import find_kept, stays_wider
 from converter.tensors.base import find_ties
 
 Check = Callable[[FolderView], Iterator[Finding]]
 _PartCheck = Callable[[ComponentView], Iterator[Finding]]
-
-_STEMS = {"diffusers": ("diffusion_pytorch_model",) * 2, "transformers": ("model", "pytorch_model")}
-_ANY_STEM = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(\..+)?")
 
 
 def run_checks(view: FolderView) -> list[Finding]:
@@ -33,11 +29,10 @@ def run_checks(view: FolderView) -> list[Finding]:
 
 def right_name(part: ComponentView, name: WeightsName) -> WeightsName:
     """Give the name under which the part's own library looks for such weights; the same where that is not known."""
-    stem = _ANY_STEM.fullmatch(name.stem)
-    if not part.component.config or not stem or name.ext not in ("safetensors", "bin"):
+    if not part.component.config or name.tail is None or name.ext not in ("safetensors", "bin"):
         return name
-    right = _STEMS[part.library][name.format == "torch"]
-    tag = "_".join(filter(None, ((stem[2] or "")[1:].replace(".", "_"), name.variant))) or None
+    right = part.library.stem(name.format)
+    tag = "_".join(filter(None, (name.tail.replace(".", "_"), name.variant))) or None
     if part.is_flat and not any(found.name.variant is None for found in part.sets):
         tag = None
     return WeightsName(right, tag, name.ext)
@@ -107,7 +102,7 @@ def quantized_in(part: ComponentView, found: SetView) -> list[Quantized]:
 
 def dtype_shares(part: ComponentView, found: SetView, dtype: DType | None = None) -> Counter[DType]:
     """Count the floating tensors of a set by dtype, those left out that a cast to ``dtype`` leaves in a wider one."""
-    keep = find_kept(part.component, Wishes(dtype=dtype))
+    keep = find_kept(part.component, dtype)
     counts: Counter[DType] = Counter()
     for view in part.views_of(found):
         for name, held, dims in zip(view.names, view.dtypes, view.dims, strict=True):
@@ -119,7 +114,7 @@ def dtype_shares(part: ComponentView, found: SetView, dtype: DType | None = None
 
 def belies_tag(part: ComponentView, found: SetView) -> DType | None:
     """Give the dtype that most tensors of a set have, where that is not the one its tag names."""
-    dtype = tag_dtype(found.name)
+    dtype = found.name.tagged_dtype
     if dtype is None or not part.is_sound(found) or quantized_in(part, found):
         return None
     counts = dtype_shares(part, found, dtype).most_common(1)
@@ -131,7 +126,7 @@ def config_dtype(part: ComponentView) -> tuple[DType, DType] | None:
     named = part.component.config.get("dtype") or part.component.config.get("torch_dtype")
     dtype = BY_TORCH_NAME.get(named) if isinstance(named, str) else None
     sets = [found for found in part.sets if part.is_sound(found)]
-    if part.library != "transformers" or dtype is None or "quantization_config" in part.component.config:
+    if not part.library.reads_dtype or dtype is None or "quantization_config" in part.component.config:
         return None
     if not sets or any(found.name.variant or quantized_in(part, found) for found in sets):
         return None
@@ -184,7 +179,7 @@ def _dotless_entries(view: FolderView) -> Iterator[Finding]:
 
 def _partial_variants(view: FolderView) -> Iterator[Finding]:
     for variant in view.variants if view.is_pipeline else ():
-        if variant is not None and tag_dtype(WeightsName("", variant, "")) is None:
+        if variant is not None and WeightsName("", variant, "").tagged_dtype is None:
             continue  # such as non_ema: of one part on purpose
         without = lacks(view, variant)
         if without and len(without) < len(loaded_parts(view)):
@@ -331,7 +326,8 @@ def _sharded_bins(part: ComponentView) -> Iterator[Finding]:
     safe = {found.name.variant for found in part.sets if found.name.format == "safetensors" and found.files}
     for found in part.sets:
         is_bin = found.name.format == "torch" and found.files and found.is_sharded
-        if is_bin and part.component.is_diffusers and found.name.variant not in safe:
+        reads = library_of(part.component).reads_shards(found.name.format)
+        if is_bin and not reads and found.name.variant not in safe:
             problem = f"is a set of {len(found.files)} .bin shards, which Diffusers does not load"
             yield Finding("bin-sharded", found.folder / found.label, part.name, problem)
 
@@ -373,7 +369,7 @@ def _dtypes(part: ComponentView) -> Iterator[Finding]:
         if not part.is_sound(found):
             continue
         belied = belies_tag(part, found)
-        counts = dtype_shares(part, found, tag_dtype(found.name))
+        counts = dtype_shares(part, found, found.name.tagged_dtype)
         if belied:
             problem = f"is tagged {found.name.variant}, and most of its tensors are {belied.torch_name}"
             yield Finding("dtype-tag", found.folder / found.label, part.name, problem)
@@ -402,7 +398,7 @@ def _is_kept_mixture(part: ComponentView, found: SetView) -> bool:
 def _old_attention(part: ComponentView) -> Iterator[Finding]:
     for found in part.sets:
         if part.is_sound(found) and len(found.files) > 1:
-            name = find_old_attention(part.component, held_names(part, found))
+            name = library_of(part.component).find_old_name(part.component, held_names(part, found))
             if name:
                 problem = f"holds tensors with old names, such as {name}, in {len(found.files)} shards"
                 yield Finding("old-attention", found.folder / found.label, part.name, problem)
@@ -416,7 +412,7 @@ def _headers(part: ComponentView) -> Iterator[Finding]:
 
 def lacks_format(part: ComponentView, found: SetView) -> list[str]:
     """List the files of a set, of those that a model's library loads, whose headers have no format."""
-    views = part.views_of(found) if part.component.config and _ANY_STEM.fullmatch(found.name.stem) else []
+    views = part.views_of(found) if part.component.config and found.name.tail is not None else []
     return [view.name for view in views if view.format == "safetensors" and "format" not in view.metadata]
 
 

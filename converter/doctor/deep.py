@@ -14,8 +14,8 @@ from converter.doctor.checks import repeated_name
 from converter.doctor.findings import Finding
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.errors import Unsupported
-from converter.libraries.rules import refuse_growth
 from converter.models.checkpoint import open_checkpoint
+from converter.models.growth import refuse_growth
 from converter.run.tasks import run_tasks
 from converter.tensors.base import Tensor, find_ties
 from converter.tensors.reader import RangeReader, read_chunks

@@ -29,12 +29,13 @@ from converter.doctor.checks import (
     spelled_variant,
 )
 from converter.doctor.findings import Finding
-from converter.doctor.loaders import FolderListing, IndexListing, PartListing, list_folder
+from converter.doctor.listing import list_folder
 from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.dtypes import BY_ALIAS, DTYPES, RECAST_TARGETS
 from converter.errors import BadRequest
 from converter.formats import read_file
-from converter.libraries.rules import find_old_attention, tag_dtype, with_dtype
+from converter.libraries import library_of
+from converter.libraries.base import FolderListing, IndexListing, PartListing, with_dtype
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.folder import ModelFolder, render_json
 from converter.models.index import WeightIndex
@@ -257,14 +258,13 @@ def _mend_tags(part: _Part) -> None:
             goal.name = untagged
         elif default and holds_values(_open(default.source), _open(goal.source)):
             part.say(f"cast {goal.source.label} to {goal.name.variant}")
-            goal.wishes = Wishes(form=None, dtype=tag_dtype(goal.name))
+            goal.wishes = Wishes(form=None, dtype=goal.name.tagged_dtype)
 
 
 def _convert_shards(part: _Part) -> None:
-    if not part.view.component.is_diffusers:
-        return
+    library = library_of(part.view.component)
     for goal in list(part.goals):
-        if goal.name.format == "torch" and len(goal.source.files) > 1:
+        if not library.reads_shards(goal.name.format) and len(goal.source.files) > 1:
             _convert(part, goal)
 
 
@@ -329,12 +329,13 @@ def _choose_variants(parts: list[_Part], choices: Choices) -> None:
 
 def _merge_shards(part: _Part) -> None:
     """Let shards become one file, where a loader wants it: old names of tensors, or a variant that is one file."""
+    library = library_of(part.view.component)
     single = any(goal.name.variant and len(goal.source.files) == 1 and not goal.is_new for goal in part.goals)
     for goal in part.goals:
         count = len(goal.source.files)
         if count < 2 or goal.name.format != "safetensors":
             continue
-        old = find_old_attention(part.view.component, held_names(part.view, goal.source))
+        old = library.find_old_name(part.view.component, held_names(part.view, goal.source))
         if old or (single and goal.name.variant is None):
             goal.wishes = replace(goal.wishes or Wishes(form=None), max_shard_nbytes=math.inf)
             part.say(f"merge the {count} shards of {goal.name.single} into one file")

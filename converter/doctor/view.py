@@ -22,6 +22,8 @@ from converter.formats import read_file
 from converter.formats.texts import read_config
 from converter.formats.torch.state_dict import Reading
 from converter.formats.training import find_dcp, refuse_folder
+from converter.libraries import guess_library
+from converter.libraries.base import Library
 from converter.models.checkpoint import WeightSet, is_weight_file
 from converter.models.folder import Component, absent_models, is_model, model_folders
 from converter.models.index import WeightIndex, read_index
@@ -103,11 +105,11 @@ class ComponentView:
     """A folder of weights: all of its entries by name, what the weight files among them say, and how they go together.
 
     ``others`` are entries that are no files: folders, and links to nothing. ``strays`` are shards that go with no set.
-    ``library`` is the loader's, "diffusers" or "transformers".
+    ``library`` is the one that would load it.
     """
 
     component: Component
-    library: str
+    library: Library
     is_named: bool
     files: tuple[str, ...]
     others: tuple[str, ...]
@@ -272,7 +274,7 @@ def _look_at(path: Path, name: str, entry: Any, is_named: bool = True) -> Compon
     piece = find_dcp(place_of(path))
     if piece:
         weights[".metadata"] = FileView(".metadata", 0, error=piece)
-    library = _library_of(component, entry, sets)
+    library = guess_library(component, entry and entry[0], (one.name for one in sets))
     return ComponentView(
         component, library, is_named, tuple(files), tuple(others), weights, sets, strays, tuple(partial), config_error
     )
@@ -290,14 +292,6 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
-
-
-def _library_of(component: Component, entry: Any, sets: tuple[SetView, ...]) -> str:
-    if component.config:
-        return "diffusers" if component.is_diffusers else "transformers"
-    if entry and entry[0] in ("diffusers", "transformers"):
-        return str(entry[0])
-    return "diffusers" if any(found.name.stem == "diffusion_pytorch_model" for found in sets) else "transformers"
 
 
 def _read_all(folder: Path, names: Iterable[str]) -> dict[str, FileView]:

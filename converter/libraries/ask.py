@@ -24,7 +24,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from converter.dtypes import DType
 from converter.errors import Unsupported
-from converter.libraries.keep_fp32 import MADE_FROM, chosen_lists, kept_entries
+from converter.libraries import library_of
+from converter.libraries.base import Library
+from converter.libraries.keep_fp32 import MADE_FROM
 from converter.models.folder import Component
 
 # Names in the answer for the largest models take some MB.
@@ -75,7 +77,9 @@ def ask_class(component: Component) -> Answer:
         config = cleaned(component.config)
     except _Unasked as error:
         raise Unsupported(path, str(error)) from None
-    answer = _ask(json.dumps({"class": component.class_name, "diffusers": component.is_diffusers, "config": config}))
+    answer = _ask(
+        json.dumps({"class": component.class_name, "library": library_of(component).package, "config": config})
+    )
     if isinstance(answer, Answer):
         return answer
     if not answer:
@@ -105,21 +109,21 @@ def _is_dropped(key: str) -> bool:
     return key.startswith("_") or key.endswith("_implementation") or key in _DROPPED
 
 
-def ask_kept(class_names: Iterable[str], is_diffusers: bool, target: DType) -> tuple[tuple[str, ...], str]:
+def ask_kept(library: Library, class_names: Iterable[str], target: DType) -> tuple[tuple[str, ...], str]:
     """Give what a library that is newer than the table keeps in float32 beyond it, and a note that says so.
 
     Nothing is asked where the library is not installed, or not newer: that takes seconds.
     """
-    name = "diffusers" if is_diffusers else "transformers"
+    name = library.package
     version = _version_of(name)
     if _numbers(version) <= _numbers(MADE_FROM[name]):
         return (), ""
-    found = _ask_lists(json.dumps({"keeps": sorted(class_names), "diffusers": is_diffusers}))
+    found = _ask_lists(json.dumps({"keeps": sorted(class_names), "library": name}))
     which = f"what {name} {version} keeps in fp32 is looked up in a table made from {MADE_FROM[name]}"
     if isinstance(found, str):
         return (), f"{which}, and could not be asked of itself: {found}" if found else ""
-    known = {entry for one in found for entry in kept_entries(one, is_diffusers, target)}
-    asked = [entry for lists in found.values() for entry in chosen_lists(lists, is_diffusers, target)]
+    known = {entry for one in found for entry in library.kept_entries(one, target)}
+    asked = [entry for lists in found.values() for entry in library.entries_for(lists, target)]
     more = tuple(dict.fromkeys(entry for entry in asked if entry not in known))
     return more, f"{which}, which lacks {', '.join(more)}: these are kept too" if more else ""
 

@@ -45,8 +45,8 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     """Give what ``ask.Answer`` has, or a ``cause``, which is empty where the library is not installed."""
     try:
         if "keeps" in request:
-            return {"keeps": dict(list_kept(request["keeps"], request["diffusers"]))}
-        return describe(request["class"], request["diffusers"], request["config"])
+            return {"keeps": dict(list_kept(request["keeps"], request["library"]))}
+        return describe(request["class"], request["library"], request["config"])
     except _Refused as error:
         return {"cause": str(error)}
     except BaseException as error:
@@ -65,34 +65,35 @@ def set_limits() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (_DATA_NBYTES, _DATA_NBYTES))
 
 
-def describe(class_name: str, is_diffusers: bool, config: dict[str, Any]) -> dict[str, Any]:
+def describe(class_name: str, library: str, config: dict[str, Any]) -> dict[str, Any]:
     """Give what ``ask.Answer`` has of a class that is made from a config."""
-    model = make_on_meta(class_name, is_diffusers, config)
-    if is_diffusers:
-        from torch import nn
-
-        found = {
-            "linear": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
-            "transposed": [],
-            "skipped": [],
-            "kept": _listed(model._keep_in_fp32_modules),
-        }
-    else:
-        found = _ask_transformers(model)
+    model = make_on_meta(class_name, library, config)
+    found = _ask_diffusers(model) if library == "diffusers" else _ask_transformers(model)
     return {**found, "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()}}
 
 
-def list_kept(class_names: list[str], is_diffusers: bool) -> Iterator[tuple[str, list[list[str]]]]:
+def list_kept(class_names: list[str], library: str) -> Iterator[tuple[str, list[list[str]]]]:
     """Give of each class that is a model of its library what that keeps in float32: for float16, and always."""
     for name in class_names:
         with contextlib.suppress(_Refused):
-            cls = _find_class(name, is_diffusers)
+            cls = _find_class(name, library)
             always = getattr(cls, "_keep_in_fp32_modules_strict", None)
             yield name, [_listed(cls._keep_in_fp32_modules), _listed(always)]
 
 
 def _listed(names: Any) -> list[str]:
     return [names] if isinstance(names, str) else sorted(names or ())
+
+
+def _ask_diffusers(model: Any) -> dict[str, Any]:
+    from torch import nn
+
+    return {
+        "linear": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+        "transposed": [],
+        "skipped": [],
+        "kept": _listed(model._keep_in_fp32_modules),
+    }
 
 
 def _ask_transformers(model: Any) -> dict[str, Any]:
@@ -111,21 +112,21 @@ def _ask_transformers(model: Any) -> dict[str, Any]:
     }
 
 
-def make_on_meta(class_name: str, is_diffusers: bool, config: dict[str, Any]) -> Any:
+def make_on_meta(class_name: str, library: str, config: dict[str, Any]) -> Any:
     """Make a model of a library's own, without weights; raises whatever the library does."""
     import torch
 
-    cls = _find_class(class_name, is_diffusers)
+    cls = _find_class(class_name, library)
     with torch.device("meta"), _fenced():
-        if is_diffusers:
+        if library == "diffusers":
             return cls.from_config(config)
         import transformers
 
         return cls(transformers.AutoConfig.for_model(**config))
 
 
-def _find_class(name: str, is_diffusers: bool) -> Any:
-    if is_diffusers:
+def _find_class(name: str, library: str) -> Any:
+    if library == "diffusers":
         import diffusers
 
         return _class_of(diffusers, name, diffusers.ModelMixin)

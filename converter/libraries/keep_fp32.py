@@ -2,23 +2,16 @@
 
 Stored in the smaller dtype they would be widened on load, and what the cast took off would be gone. So they stay
 float32 in the file: loading it gives the same tensors as loading the source in that dtype. A table has a row for each
-rule and the classes that it holds for; a class that is in none keeps nothing.
-
-A transformers model that is made of others keeps what its parts keep, and its config says what they are: ask for the
-class of each nested config too (``text_config.architectures[0]``).
+rule and the classes that it holds for; a class that is in none keeps nothing. How an entry is matched, and for which
+dtypes it holds, is for its library to say (``Library.keeps_fp32``).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
-
-from converter.dtypes import DType
-
 # Each row: entries, classes. For transformers: entries for float16, entries for float16 and bfloat16, classes.
 # Written by scripts/make_keep_fp32.py.
 MADE_FROM = {"diffusers": "0.42.1", "transformers": "5.24.0"}
-_DIFFUSERS: tuple[tuple[str, str], ...] = (
+DIFFUSERS: tuple[tuple[str, str], ...] = (
     (
         "time_embedder scale_shift_table norm1 norm2 norm3",
         "AnyFlowFARTransformer3DModel AnyFlowTransformer3DModel ChronoEditTransformer3DModel",
@@ -45,7 +38,7 @@ _DIFFUSERS: tuple[tuple[str, str], ...] = (
     ("time_embedder scale_shift_table norm1 norm2 norm3 motion_synthesis_weight rope", "WanAnimateTransformer3DModel"),
 )
 
-_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
+TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     (
         "",
         "e_score_correction_bias gate.weight",
@@ -183,7 +176,7 @@ _TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
 # End of what scripts/make_keep_fp32.py writes.
 
 # What the attributes do not say; found by ``scripts/make_keep_fp32.py --missed``.
-_MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
+MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     # Made of models that have lists, by their default configs; on load a model gathers those of its parts
     # (``post_init`` in ``transformers/modeling_utils.py``).
     (
@@ -291,61 +284,9 @@ _MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
 )
 
 # Named otherwise in files, too: a list's entry is in that name and not in the one after the renaming.
-_NOT_TRANSFORMERS: tuple[tuple[str, str], ...] = (
+NOT_TRANSFORMERS: tuple[tuple[str, str], ...] = (
     (
         "linear_gate.weight",
         "HYV4ForCausalLM HYV4Model HYV4VLForConditionalGeneration HYV4VLModel HYV4VLTextModel",
     ),
 )
-
-
-def keep_rule(class_name: str, is_diffusers: bool, target: DType) -> Callable[[str], bool]:
-    """Give the predicate on tensor names that the library of a class keeps float32 when it loads in ``target``."""
-    if target.bits >= 32 or not target.is_floating:
-        return _keep_nothing
-    kept = kept_entries(class_name, is_diffusers, target)
-    if is_diffusers:
-        return keep_segments(kept)
-    keep = keep_matches(kept)
-    spared = keep_matches(entry for entry, classes in _NOT_TRANSFORMERS if class_name in classes.split())
-    return keep if spared is _keep_nothing else lambda name: keep(name) and not spared(name)
-
-
-def kept_entries(class_name: str, is_diffusers: bool, target: DType) -> list[str]:
-    """Give what the tables list for a class that is loaded in ``target``."""
-    rows = [(row[0], "", row[1]) for row in _DIFFUSERS] if is_diffusers else (*_TRANSFORMERS, *_MORE_TRANSFORMERS)
-    lists = [(fp16.split(), strict.split()) for fp16, strict, classes in rows if class_name in classes.split()]
-    return [entry for pair in lists for entry in chosen_lists(pair, is_diffusers, target)]
-
-
-def chosen_lists(lists: Sequence[Sequence[str]], is_diffusers: bool, target: DType) -> list[str]:
-    """Give the entries that hold for ``target``, of a library's two lists: transformers has one for float16 alone."""
-    fp16, strict = lists
-    return list(strict) if target.tag == "BF16" and not is_diffusers else [*fp16, *strict]
-
-
-def keep_segments(entries: Iterable[str]) -> Callable[[str], bool]:
-    """Match as Diffusers does: an entry is a whole segment between the dots of a name, for whatever dtype.
-
-    ``load_model_dict_into_meta`` in ``diffusers/models/model_loading_utils.py``.
-    """
-    kept = frozenset(entries)
-    return lambda name: not kept.isdisjoint(name.split("."))
-
-
-def keep_matches(entries: Iterable[str]) -> Callable[[str], bool]:
-    """Match as transformers does: an entry is a regular expression for any part of a name, with ``*`` for ``.*``.
-
-    ``_get_dtype_plan`` in ``transformers/modeling_utils.py``: ``_keep_in_fp32_modules`` is for float16 alone,
-    ``_keep_in_fp32_modules_strict`` for bfloat16 too; ``build_glob_alternation`` and its ``search`` in
-    ``transformers/core_model_loading.py``. Neither is for float8, where what is not known to fit is kept.
-    """
-    patterns = [entry.replace("*", ".*") for entry in entries]
-    if not patterns:
-        return _keep_nothing
-    pattern = re.compile("|".join(f"(?:{body})" for body in patterns))
-    return lambda name: pattern.search(name) is not None
-
-
-def _keep_nothing(name: str) -> bool:
-    return False

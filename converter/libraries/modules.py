@@ -7,7 +7,6 @@ some hundred MB, so the table is asked first.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -151,18 +150,3 @@ def _weight_of(module: str, matrices: Iterable[str]) -> str:
     if len(longer) == 1:
         return longer[0]
     return next((name for name in matrices if wanted.endswith(f".{name}")), "")
-
-
-def is_skipped(module: str, entries: Iterable[str], is_diffusers: bool) -> bool:
-    """Say whether a loader leaves a linear module as it is, given the entries of its skip list.
-
-    Diffusers: an entry is the last part of the name, a part of it that ends at a dot, or all of it
-    (``_replace_with_bnb_linear`` in ``diffusers/quantizers/bitsandbytes/utils.py``). transformers: it is the end of the
-    name, or a regular expression for its begin, up to a dot (``should_convert_module`` in
-    ``transformers/quantizers/quantizers_utils.py``).
-    """
-    if is_diffusers:
-        last = module.rpartition(".")[2]
-        return any(entry in (last, module) or f"{entry}." in module for entry in entries)
-    boundary = r"(?:(?<=\.)|(?=\.|$))"
-    return any(module.endswith(entry) or re.match(f"(?:{entry}){boundary}", module) for entry in entries)

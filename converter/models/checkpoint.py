@@ -22,17 +22,6 @@ from converter.models.paths import path_of
 from converter.storage import place_of
 from converter.tensors.base import MAX_TENSORS, Tensor, WeightsFile
 
-_STANDARD_NAMES = frozenset(
-    {
-        ("diffusion_pytorch_model", "bin"),
-        ("diffusion_pytorch_model", "safetensors"),
-        ("pytorch_model", "bin"),
-        ("model", "safetensors"),
-        ("adapter_model", "bin"),
-        ("adapter_model", "safetensors"),
-    }
-)
-
 
 @dataclass(frozen=True, slots=True)
 class WeightSet:
@@ -124,8 +113,7 @@ def is_weight_file(path: Path) -> bool:
     parsed = parse_name(path.name)
     if not parsed or not path.is_file() or is_training_state(path.name) or is_other_runtime(path.name):
         return False
-    standard = (parsed.name.stem, parsed.name.ext) in _STANDARD_NAMES
-    return standard or parsed.role == "index" or could_be_weights(place_of(path))
+    return parsed.name.is_sought or parsed.role == "index" or could_be_weights(place_of(path))
 
 
 def _indexed_set(folder: Path, index_name: str, parsed: ParsedName) -> WeightSet:

@@ -67,10 +67,6 @@ class Component:
             raise HostileFile(self.path / "config.json", f"names {len(names):,} classes, which no model is made of")
         return names
 
-    @property
-    def is_diffusers(self) -> bool:
-        return "_class_name" in self.config
-
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
@@ -127,7 +123,7 @@ def open_folder(path: Path | str) -> ModelFolder:
 
 
 def _kind_of(component: Component) -> Kind:
-    if component.is_diffusers:
+    if "_class_name" in component.config:
         return "component"
     return "transformers" if component.config else "folder"
 

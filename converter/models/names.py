@@ -13,10 +13,12 @@ Read as well, never written: ``model-00001-of-00002.fp16.safetensors`` and ``mod
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
+from converter.dtypes import BY_ALIAS, DType
 from converter.errors import BadRequest
 
 Format = Literal["safetensors", "torch"]
@@ -24,13 +26,23 @@ Format = Literal["safetensors", "torch"]
 
 WEIGHT_EXTENSIONS = ("safetensors", "bin", "pt", "pth", "ckpt")
 
-# The stems of which every dotted tail is a variant; of another stem it is one only if it is a well-known tag.
-_STANDARD_STEMS = frozenset({"diffusion_pytorch_model", "pytorch_model", "model", "adapter_model"})
+# What loaders look for: ``WEIGHTS_NAME`` and ``SAFETENSORS_WEIGHTS_NAME`` in the ``utils`` of Diffusers and of
+# transformers, which names the same weights by their format, and in ``peft/utils/constants.py``.
+STEMS: Mapping[str, Mapping[Format, str]] = {
+    "diffusers": {"safetensors": "diffusion_pytorch_model", "torch": "diffusion_pytorch_model"},
+    "transformers": {"safetensors": "model", "torch": "pytorch_model"},
+    "peft": {"safetensors": "adapter_model", "torch": "adapter_model"},
+}
+# Of these every dotted tail is a variant; of another stem it is one only if it is a well-known tag.
+_STANDARD_STEMS = frozenset(stem for stems in STEMS.values() for stem in stems.values())
+_STANDARD_NAMES = frozenset(
+    name for stems in STEMS.values() for name in ((stems["safetensors"], "safetensors"), (stems["torch"], "bin"))
+)
+# Of a model, with what has been put between the stem and the ending.
+_MODEL_STEM = re.compile(
+    rf"({'|'.join({stem for library in ('diffusers', 'transformers') for stem in STEMS[library].values()})})(\.(.+))?"
+)
 _KNOWN_TAGS = re.compile(r"(?:fp|bf|f|int)\d+\w*|(?:non_?)?ema", re.IGNORECASE)
-
-# transformers names the same weights by format (``WEIGHTS_NAME`` and ``SAFE_WEIGHTS_NAME``); diffusers does not.
-_SAFETENSORS_STEMS = {"pytorch_model": "model"}
-_TORCH_STEMS = {"model": "pytorch_model"}
 
 # What trainers leave beside the weights, to go on from: ``transformers/trainer.py``, ``accelerate/checkpointing.py``,
 # ``deepspeed/runtime/engine.py``. It is no weights, and takes twice their room and more.
@@ -39,10 +51,24 @@ _TRAINING_STATE = re.compile(
     r"dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|ckpt|safetensors)(\.index\.json)?|"
     r"(trainer|training)_state\.json|zero_to_fp32\.py"
 )
-# Weights in forms of other runtimes, and folders of them; ``.distcp`` is torch's for many processes.
+# The endings of weights in forms of other runtimes, by who reads them.
+_RUNTIMES = {
+    "ONNX Runtime": "onnx",
+    "TensorFlow, Keras and LiteRT": "pb h5 keras tflite",
+    "Flax": "msgpack",
+    "rust-bert": "ot",
+    "llama.cpp": "gguf ggml",
+    "Diffusers with FlashPack": "flashpack",
+    "Core ML": "mlmodel",
+    "NeMo": "nemo",
+    "TensorRT": "engine",
+    "ExecuTorch": "pte",
+    "torch, of many processes": "distcp",
+}
+_RUNTIME_ENDINGS = "|".join(" ".join(_RUNTIMES.values()).split())
+# What else they have: folders of Core ML, what ONNX keeps beside its files, what OpenVINO and MLX call their own.
 _OTHER_RUNTIMES = re.compile(
-    r".*\.(onnx|onnx[._]data.*|pb|msgpack|h5|keras|ot|gguf|ggml|flashpack|tflite|mlmodel|mlmodelc|mlpackage|nemo|engine|"
-    r"pte|distcp)|openvino.*|(model|weights)\b.*\.npz"
+    rf".*\.({_RUNTIME_ENDINGS}|mlmodelc|mlpackage|onnx[._]data.*)|openvino.*|(model|weights)\b.*\.npz"
 )
 
 _EXT = "|".join(WEIGHT_EXTENSIONS)
@@ -51,8 +77,7 @@ _SHARD = re.compile(rf"(?P<base>.+)-(?P<number>\d{{5,9}})-of-(?P<count>\d{{5,9}}
 _SINGLE = re.compile(rf"(?P<base>.+)\.(?P<ext>{_EXT})")
 # Files, and no folders: our own endings spelled otherwise, what other runtimes read, archives.
 _OTHER_FILE = re.compile(
-    rf".+\.({_EXT}|safetensor|sft|gguf|ggml|onnx|pb|tflite|mlmodel|h5|msgpack|np[yz]|pkl|pickle|json|zip|tar|t?gz)",
-    re.IGNORECASE,
+    rf".+\.({_EXT}|safetensor|sft|{_RUNTIME_ENDINGS}|np[yz]|pkl|pickle|json|zip|tar|t?gz)", re.IGNORECASE
 )
 
 
@@ -95,13 +120,30 @@ class WeightsName:
         """Name the same weights in a format: ``pytorch_model.bin`` becomes ``model.safetensors`` and back."""
         if form is None or form == self.format:
             return self
-        stems, ext = (_SAFETENSORS_STEMS, "safetensors") if form == "safetensors" else (_TORCH_STEMS, "bin")
+        stems = {stems[self.format]: stems[form] for stems in STEMS.values()}
+        ext = "safetensors" if form == "safetensors" else "bin"
         return replace(self, stem=stems.get(self.stem, self.stem), ext=ext)
 
     @property
     def is_standard(self) -> bool:
         """Whether ``from_pretrained`` of a library looks for such names."""
         return self.stem in _STANDARD_STEMS
+
+    @property
+    def is_sought(self) -> bool:
+        """Whether a loader looks for just this name, and so takes what bears it for weights."""
+        return (self.stem, self.ext) in _STANDARD_NAMES
+
+    @property
+    def tail(self) -> str | None:
+        """What follows a stem that loaders of models look for, and is no part of it; None for any other stem."""
+        match = _MODEL_STEM.fullmatch(self.stem)
+        return (match[3] or "") if match else None
+
+    @property
+    def tagged_dtype(self) -> DType | None:
+        """The dtype that the variant names, if it names one."""
+        return BY_ALIAS.get((self.variant or "").lower())
 
     @property
     def format(self) -> Format:

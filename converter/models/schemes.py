@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from converter.dtypes import DType
+from converter.models.checkpoint import Checkpoint
 
 _F8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _PACKED = _F8 | {"I8", "U8", "I16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2"}
@@ -84,6 +85,11 @@ def find_quantized(dtypes: Mapping[str, DType]) -> list[Quantized]:
     mark = next((name for name in dtypes if name.endswith(_MARK) and name.rpartition(".")[2] == _MARK), None)
     found = (_look_at(name, dtype, dtypes, mark) for name, dtype in dtypes.items())
     return [one for one in found if one]
+
+
+def quantized_in(checkpoint: Checkpoint) -> list[Quantized]:
+    """List the weights of a checkpoint that other tensors scale, but for those that are written as numbers again."""
+    return find_quantized({info.name: info.dtype for info in checkpoint.tensors if not info.is_made})
 
 
 def _look_at(name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | None) -> Quantized | None:

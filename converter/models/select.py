@@ -128,6 +128,14 @@ def texts_of(given: str | Iterable[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
+def compiled(regex: str) -> re.Pattern[str]:
+    """Compile what a user gives as a regular expression. Raises BadRequest for what is none."""
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise BadRequest(repr(regex), f"is no regular expression ({error})") from None
+
+
 def choose_sets(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
     """Choose the sets that a conversion reads, a component at a time.
 

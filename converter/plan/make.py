@@ -16,25 +16,17 @@ from typing import Any, NamedTuple
 from converter.dtypes import DType
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.formats import FORMATS
-from converter.libraries.rules import (
-    cast_config,
-    check_asked,
-    check_growth,
-    check_quantized,
-    check_shard_count,
-    check_tag,
-    choose_ties,
-    find_kept,
-    target_dtype,
-)
+from converter.libraries import library_of
 from converter.models.checkpoint import Checkpoint, WeightSet
 from converter.models.folder import Component, ModelFolder, render_json
+from converter.models.growth import note_growth, refuse_growth
 from converter.models.index import WeightIndex
 from converter.models.names import Format, WeightsName
 from converter.models.paths import real
-from converter.models.select import Wishes
+from converter.models.select import Tied, Wishes
+from converter.plan.casts import check_asked, check_quantized, check_tag, find_kept, target_dtype
 from converter.storage import Place
-from converter.tensors.base import Tensor, TensorSpec
+from converter.tensors.base import Tensor, TensorSpec, find_ties
 from converter.tensors.derived import cast
 from converter.tensors.view import View
 
@@ -204,7 +196,7 @@ def make_plan(
     be done.
     """
     orders = list(orders)
-    check_asked(folder.path, (checkpoint for _, checkpoint, *_ in orders), wishes)
+    check_asked(folder.path, (checkpoint for _, checkpoint, *_ in orders), wishes.dtype, wishes.keep_fp32)
     sets: list[SetPlan] = []
     there_already: list[str] = []
     edited = dict(beside.edited)
@@ -296,17 +288,18 @@ def _find_superseded(
 
 def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_place: bool) -> SetPlan:
     name = wishes.name_output(checkpoint.name)
-    untouched = check_quantized(component, checkpoint, wishes)
-    ties = choose_ties(component, checkpoint, name.format, wishes)
-    keep = find_kept(component, wishes)
+    untouched = check_quantized(component, checkpoint, wishes.dtype, wishes.force)
+    ties = _choose_ties(component, checkpoint, name.format, wishes.tied)
+    keep = find_kept(component, wishes.dtype, wishes.keep_fp32)
     # A tensor in each dtype that it is written in, by name.
     written = {
         tensor.name: tensor
         if tensor.name in untouched
-        else cast(tensor, target_dtype(tensor, wishes, keep), wishes.on_overflow)
+        else cast(tensor, target_dtype(tensor, wishes.dtype, keep), wishes.on_overflow)
         for tensor in checkpoint.tensors
     }
-    growth = check_growth(checkpoint, [t for t in checkpoint.tensors if t.name not in ties], wishes)
+    read = [tensor for tensor in checkpoint.tensors if tensor.name not in ties]
+    growth = _check_growth(checkpoint.weight_set.path, read, wishes.expand)
     groups = [[written[tensor.name] for tensor in file.tensors if tensor.name not in ties] for file in checkpoint.files]
     if wishes.max_shard_nbytes is not None:
         units = _units(itertools.chain.from_iterable(groups))
@@ -314,8 +307,11 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
         groups = [[tensor for place in part for tensor in units[place]] for part in parts]
     groups = [group for group in groups if group] or [[]]
     if wishes.dtype or wishes.variant:
-        check_tag(checkpoint.weight_set.path, name, (t.dtype for t in written.values()), wishes)
-    check_shard_count(component, checkpoint, name, len(groups), wishes)
+        check_tag(checkpoint.weight_set.path, name, (tensor.dtype for tensor in written.values()), wishes.dtype)
+    names = [tensor.name for tensor in checkpoint.tensors]
+    refused = None if wishes.force else library_of(component).refuses(component, name, len(groups), names)
+    if refused:
+        raise Unsupported(checkpoint.weight_set.path, *refused)
     base = Path(component.name)
     file_names = name.files(len(groups))
     shards = [
@@ -341,6 +337,27 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     }
     notes = (*checkpoint.notes, *growth, *_note_no_cast(checkpoint, written, wishes))
     return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, notes)
+
+
+def _choose_ties(component: Component, checkpoint: Checkpoint, form: Format, tied: Tied | None) -> dict[str, str]:
+    """Map the names that are not written to those that are; in a torch file they stay, as a second name."""
+    if form == "torch":
+        names = {info.name for info in checkpoint.tensors}
+        recorded = {name: kept for name, kept in checkpoint.ties.items() if name not in names}
+        return {} if tied == "duplicate" else {**find_ties(checkpoint.tensors), **recorded}
+    tied = tied or library_of(component).ties(component, checkpoint.name.in_format(form))
+    ties = find_ties(checkpoint.tensors) if tied == "first" else {}
+    if "format" in ties:
+        raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
+    return ties
+
+
+def _check_growth(path: Path, tensors: Iterable[Tensor], expand: bool) -> tuple[str, ...]:
+    """Note how much more tensors take than what holds them; refuse what would fill a disk, but where that is asked."""
+    read = [tensor for tensor in tensors if not tensor.is_made]
+    if not expand:
+        refuse_growth(path, read)
+    return note_growth(read)
 
 
 def _note_no_cast(checkpoint: Checkpoint, written: Mapping[str, Tensor], wishes: Wishes) -> Iterable[str]:
@@ -431,7 +448,7 @@ def _with_dtype(
     """
     if wishes.dtype is None or planned.name.variant is not None or _is_beside(component, target):
         return config
-    return cast_config(component, config, wishes.dtype)
+    return library_of(component).cast_config(component, config, wishes.dtype)
 
 
 def split_into_shards(sizes: Sequence[int], max_nbytes: float) -> list[list[int]]:

@@ -12,8 +12,8 @@ from types import MappingProxyType
 
 from converter.errors import BadRequest, OutputRefused
 from converter.formats.torch.state_dict import Reading
+from converter.libraries import library_of, loader_of, note_tag
 from converter.libraries.ask import ask_kept
-from converter.libraries.rules import note_tag, variantless
 from converter.models.checkpoint import Checkpoint, WeightSet, find_weight_sets, open_checkpoint, strip_prefix
 from converter.models.folder import Component, ModelFolder, Rest, find_rest, is_disguised, is_linked, open_folder
 from converter.models.names import ParsedName, WeightsName, is_other_file, parse_name
@@ -254,7 +254,7 @@ def _ask_kept(components: Iterable[Component], wishes: Wishes) -> dict[str, tupl
     """Give, by component, what its library keeps in float32 in a cast and the table lacks, and a note on that."""
     target = wishes.dtype if wishes.dtype and wishes.dtype.bits < 32 else None
     return {
-        one.name: ask_kept(one.class_names, one.is_diffusers, target) if target and one.class_names else ((), "")
+        one.name: ask_kept(library_of(one), one.class_names, target) if target and one.class_names else ((), "")
         for one in components
     }
 
@@ -266,9 +266,9 @@ def _tagged(folder: ModelFolder, wishes: Wishes, elsewhere: bool) -> Wishes:
     """
     if not wishes.tag_dtype or wishes.dtype is None or wishes.variant is not None:
         return wishes
-    library = variantless(folder)
-    is_diffusers = folder.kind == "pipeline" or folder.components[0].is_diffusers
-    if elsewhere and (library or not is_diffusers):
+    loader = loader_of(folder)
+    library = loader.no_variants(folder)
+    if elsewhere and (library or not loader.tags_recasts):
         return dataclasses.replace(wishes, variant="none")
     tag = wishes.dtype.short_name
     if library and folder.kind != "file":

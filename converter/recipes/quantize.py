@@ -15,13 +15,14 @@ from pathlib import Path
 
 from converter.dtypes import RECAST_SOURCES, DType
 from converter.errors import BadRequest, LossyCast, Unsupported
-from converter.libraries.modules import Linears, find_linears, is_skipped
-from converter.libraries.rules import compiled, default_tied, quantized_in, refuse_growth
+from converter.libraries import library_of
+from converter.libraries.modules import Linears, find_linears
 from converter.models.checkpoint import Checkpoint, WeightSet, find_weight_sets
 from converter.models.folder import Component, ModelFolder
+from converter.models.growth import refuse_growth
 from converter.models.paths import check_places, path_of, snapshot_of
-from converter.models.schemes import LLM_INT8
-from converter.models.select import Wishes, choose_sets, texts_of
+from converter.models.schemes import LLM_INT8, quantized_in
+from converter.models.select import Wishes, choose_sets, compiled, texts_of
 from converter.plan.make import Plan
 from converter.recipes.convert import plan_conversion, plan_rest, refuse_file, request_of
 from converter.run.staging import recover
@@ -40,9 +41,6 @@ from converter.transforms.quantize.bnb_int8 import (
 
 # The parts of a pipeline that are quantized where none is named: never the VAE, whose decoding suffers.
 _PARTS = re.compile(r"(transformer|unet|text_encoder)(_\d+)?")
-_PLAIN = re.compile(r"[^\\^$*+?{}\[\]|()]+")  # a name that is a regular expression for itself
-# What names in a file may begin with and those in the class not (``base_model_prefix`` of transformers' classes).
-_BASES = ("model.", "transformer.", "text_model.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +216,7 @@ def _quantize(
         notes.append(f"{path.name} {problem}: left as they are")
     wanted = [module for module in wanted if module not in lossy]
     skipped = _skip_list(component, linears, weights, wanted)
-    left = [module for module in wanted if is_skipped(module, skipped, component.is_diffusers)]
+    left = [module for module in wanted if library_of(component).is_skipped(module, skipped)]
     if left:
         notes.append(f"left as they are, as a name in the skip list means them too: {', '.join(left)}")
         wanted = [module for module in wanted if module not in left]
@@ -268,23 +266,20 @@ def _choose_modules(
     path = checkpoint.weight_set.path
     is_included, is_excluded = _matcher(choice.include), _matcher(choice.skip)
     tensors = {info.name: info for info in checkpoint.tensors}
-    ties = (
-        find_ties(tensors.values())
-        if default_tied(component, checkpoint.name.in_format("safetensors")) == "first"
-        else {}
-    )
+    library = library_of(component)
+    is_tied = library.ties(component, checkpoint.name.in_format("safetensors")) == "first"
+    ties = find_ties(tensors.values()) if is_tied else {}
     tied = {*ties, *ties.values()}
     wanted: list[str] = []
     notes: list[str] = []
     unnamed = [module for module in linears.unknown if not (is_included(module) or is_excluded(module))]
     if unnamed and not choice.include and (linears.weights or not choice.skip):
-        library = "diffusers" if component.is_diffusers else "transformers"
         kind = component.class_name or "model of no known class"
         known = f"is a {kind}, and whether {unnamed[0]!r} is linear is not known"
         names = "ame the linear modules with --include, or all others with --skip."
         if linears.cause:
             raise Unsupported(path, f"{known}: config.json {linears.cause}", f"N{names}")
-        raise Unsupported(path, known, f"Install torch and {library}, or n{names}")
+        raise Unsupported(path, known, f"Install torch and {library.package}, or n{names}")
     for module, name in {**linears.weights, **linears.unknown}.items():
         included, excluded = is_included(module), is_excluded(module)
         if included and excluded:
@@ -292,10 +287,10 @@ def _choose_modules(
         if choice.include and choice.skip and not (included or excluded):
             advice = "Name it in one of them, or leave one of them out."
             raise BadRequest(path, f"has the module {module!r}, which neither --include nor --skip names", advice)
-        by_default = not is_skipped(module, linears.skipped, component.is_diffusers)
+        by_default = not library.is_skipped(module, linears.skipped)
         if excluded or not (included or (by_default and not choice.include)):
             continue
-        if is_skipped(module, linears.kept, component.is_diffusers):
+        if library.is_skipped(module, linears.kept):
             if included:
                 notes.append(f"{module} is left as it is: its library never quantizes it")
         elif name in tied:
@@ -319,26 +314,20 @@ def _skip_list(
     """Give the entries that make the loader leave alone all modules but the wanted ones.
 
     Of its own entries those that mean none of them (a tied lm_head is a module too, though no file has it); other
-    modules by their full names: as the class has them, as the file does, and without the name of a base model, since
-    versions of transformers differ in that.
+    modules by their full names.
     """
+    library = library_of(component)
     wanted = set(wanted)
     others = [module for module in (*linears.weights, *linears.unknown) if module not in wanted]
 
     def is_free(entry: str) -> bool:
-        return not any(is_skipped(module, [entry], component.is_diffusers) for module in wanted)
+        return not any(library.is_skipped(module, [entry]) for module in wanted)
 
     entries = [entry for entry in (*linears.skipped, *linears.kept) if is_free(entry)]
     for module in others:
-        if not is_skipped(module, entries, component.is_diffusers):
-            if not (component.is_diffusers or _PLAIN.fullmatch(module)):
-                problem = f"has the module {module!r}, and transformers takes what it skips for regular expressions"
-                raise Unsupported(component.path, problem, "Rename it.")
-            entries.append(module)
-            longer = weights.get(module, "").removesuffix(".weight")
-            if longer and not component.is_diffusers:
-                shorter = (longer.removeprefix(base) for base in _BASES if longer.startswith(base))
-                entries += filter(is_free, (longer, *shorter))
+        if not library.is_skipped(module, entries):
+            entry, *others = library.spell_skipped(component, module, weights.get(module, ""))
+            entries += [entry, *filter(is_free, others)]
     return tuple(sorted(set(entries)))
 
 

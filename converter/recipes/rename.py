@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from converter.errors import BadFile, BadRequest, OutputRefused
-from converter.libraries.rules import note_tag
+from converter.libraries import note_tag
 from converter.models.checkpoint import WeightSet
 from converter.models.folder import Component, open_folder
 from converter.models.index import WeightIndex, read_index

@@ -16,9 +16,9 @@ from typing import Literal, get_args
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest
 from converter.libraries.modules import find_linears
-from converter.libraries.rules import find_growth
 from converter.models.checkpoint import Checkpoint, WeightSet, open_checkpoint
 from converter.models.folder import Component, open_folder
+from converter.models.growth import find_growth
 from converter.models.paths import path_of
 from converter.models.select import only_set
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import BadFile, BadRequest, Unsupported
+from converter.libraries.diffusers import DIFFUSERS
+from converter.libraries.transformers import TRANSFORMERS
 from converter.models.checkpoint import Checkpoint, WeightSet, open_checkpoint
 from converter.models.folder import Component, ModelFolder, read_json, render_json
 from converter.models.names import WeightsName
@@ -139,8 +141,9 @@ def open_single_file(
             notes.append(f"left out, for no {name} has them: {_some([prefix + short for short in left])}")
         _check_shapes(source, str(path) if config else f"the {name} of {family.name}", content, converted)
         # The name is the one that a part's weights have in a pipeline.
-        stem = "diffusion_pytorch_model" if name in ("unet", "vae") else "model"
-        weight_set = WeightSet(source.parent, WeightsName(stem, None, "safetensors"), (source.name,))
+        library = DIFFUSERS if name in ("unet", "vae") else TRANSFORMERS
+        named = WeightsName(library.stem("safetensors"), None, "safetensors")
+        weight_set = WeightSet(source.parent, named, (source.name,))
         file = replace(checkpoint.files[0], tensors=tuple(converted), metadata={})
         component = Component(name, source.parent / name, (weight_set,), content)
         parts.append((component, Checkpoint(weight_set, (file,), {})))

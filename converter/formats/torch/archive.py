@@ -1,4 +1,4 @@
-"""The zip archive that ``torch.save`` writes since 1.6: record offsets to TensorInfos.
+"""The zip archive that ``torch.save`` writes since 1.6: record offsets to views.
 
 One root folder of any name holds ``data.pkl`` (the state dict, see torch_pickle), one record per storage under
 ``data/``, and small notes such as ``byteorder``. Records are stored, so a storage is a byte range of the archive;

@@ -1,75 +1,34 @@
-"""Which files a loader would open, and how it would fail: the rules of the loaders themselves, on names and indexes.
+"""Which files a loader would open of a folder, and how it would fail, on names and indexes alone.
 
-Each function names the loader's own that it follows. What is predicted here is held against the real ones in the tests.
+What is opened of one part is for its library to say (``Library.pick``). Here is what goes before that: the loader of a
+whole pipeline, from a folder or from the Hub. The tests hold all of it against the real ones.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from converter.doctor.view import ComponentView, FolderView
-from converter.models.names import WeightsName, parse_name
+from converter.libraries.base import FolderListing, PartListing, Pick
+from converter.models.names import parse_name
 
 Loader = Literal["diffusers", "diffusers-hub", "transformers", "coreml"]
-
 LOADERS: dict[Loader, str] = {
     "diffusers": "diffusers 0.32 to 0.42, from a local folder",
     "diffusers-hub": "diffusers 0.33 to 0.42, from the Hub",
     "transformers": "transformers 4.44 to 5.24",
     "coreml": "torch2coreml with diffusers 0.30 to 0.42",
 }
-COREML_VARIANT = "fp16"
 
+# What ``variant_compatible_siblings`` in ``diffusers/pipelines/pipeline_loading_utils.py`` takes for weights.
 _SHARD = r"\d{5}-of-\d{5}"
 _STEMS = "diffusion_pytorch_model|model|weights|pytorch_model"
 _ENDINGS = "bin|safetensors|onnx|pb"
 _PICKLED = (".bin", ".msgpack")
 # What lets a regular expression try again and again; without it one takes a look at each character.
 _REPEATS = re.compile(r"[*+?{|]")
-
-
-@dataclass(frozen=True, slots=True)
-class IndexListing:
-    """What matters of an index to a loader: the shards it names, and why it would not be opened."""
-
-    shards: tuple[str, ...]
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class PartListing:
-    """One folder that a model is loaded from: its files by name, what its indexes name, and its other entries."""
-
-    name: str
-    path: Path
-    library: str
-    names: frozenset[str]
-    indexes: Mapping[str, IndexListing]
-    others: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class FolderListing:
-    """What a loader sees of a folder: ``parts`` are what it loads weights from."""
-
-    path: Path
-    is_pipeline: bool
-    parts: tuple[PartListing, ...]
-    absent: tuple[str, ...] = ()
-    dotless: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Pick:
-    """The weight files that a loader opens for one part, its index among them; or how that fails."""
-
-    component: str
-    files: tuple[str, ...] = ()
-    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,39 +58,32 @@ def variants_in(listing: FolderListing) -> tuple[str | None, ...]:
     return tuple(sorted(tags, key=lambda tag: tag or ""))
 
 
-def list_folder(view: FolderView) -> FolderListing:
-    """Give what a loader sees of a folder."""
-    parts = tuple(_list_part(part) for part in view.components if part.is_named or not view.is_pipeline)
-    return FolderListing(view.path, view.is_pipeline, parts, view.absent, view.dotless)
+def likely_loaders(listing: FolderListing) -> tuple[Loader, ...]:
+    """Give the loaders that a folder is for."""
+    if listing.is_pipeline:
+        return ("diffusers", "diffusers-hub")
+    return ("transformers",) if all(map(_is_for_transformers, listing.parts)) else ("diffusers",)
 
 
-def _list_part(part: ComponentView) -> PartListing:
-    indexes = {}
-    for found in part.sets:
-        if found.index_name:
-            shards = tuple(sorted(set(found.index.weight_map.values()))) if found.index else ()
-            problem = f"cannot read {found.index_name}" if found.index is None else ""
-            if found.index and not found.index.has_metadata:
-                problem = "KeyError: 'metadata'"
-            indexes[found.index_name] = IndexListing(shards, problem)
-    return PartListing(part.name, part.path, part.library, frozenset(part.files), indexes, frozenset(part.others))
+def _is_for_transformers(part: PartListing) -> bool:
+    return part.library.package == "transformers"
 
 
 def predict(listing: FolderListing, loader: Loader, variant: str | None) -> Prediction:
     """Say which files a loader opens for a variant (None for the untagged one), part by part."""
     if loader == "transformers":
-        parts = [part for part in listing.parts if part.library == "transformers"]
+        parts = list(filter(_is_for_transformers, listing.parts))
         if not parts:
             return Prediction(loader, variant, failure="has no transformers model")
-        return Prediction(loader, variant, tuple(_pick_transformers(part, variant) for part in parts))
+        return Prediction(loader, variant, tuple(part.library.pick(part, variant) for part in parts))
     if not listing.is_pipeline:
         if loader == "coreml":
             return Prediction(loader, variant, failure="is no pipeline: it has no model_index.json")
-        return Prediction(loader, variant, tuple(_pick(part, variant) for part in listing.parts))
+        return Prediction(loader, variant, tuple(part.library.pick(part, variant) for part in listing.parts))
     if listing.absent:
         return Prediction(loader, variant, failure=f"has no folder {listing.absent[0]}, which model_index.json names")
     if loader == "diffusers-hub":
-        return _predict_hub(listing, variant)
+        return _predict_download(listing, variant)
     return _predict_pipeline(listing, loader, variant, pickles=loader != "coreml")
 
 
@@ -148,7 +100,7 @@ def _predict_pipeline(listing: FolderListing, loader: Loader, variant: str | Non
                 tagged.add(part.name)
         if not tagged:
             return Prediction(loader, variant, failure=f"ValueError: no modeling files of variant={variant}")
-    picks = tuple(_pick(part, variant if part.name in tagged else None, pickles) for part in listing.parts)
+    picks = tuple(part.library.pick(part, variant if part.name in tagged else None, pickles) for part in listing.parts)
     return Prediction(loader, variant, picks)
 
 
@@ -157,55 +109,7 @@ def _in_folders(listing: FolderListing) -> list[PartListing]:
     return [part for part in listing.parts if part.name]
 
 
-def _pick(part: PartListing, variant: str | None, pickles: bool = True) -> Pick:
-    if part.library == "transformers":
-        return _pick_transformers(part, variant, pickles)
-    return _pick_diffusers(part, variant, pickles)
-
-
-def _pick_diffusers(part: PartListing, variant: str | None, pickles: bool) -> Pick:
-    """Follow ``ModelMixin.from_pretrained``: the index before the single file; pickles in one file only."""
-    name = WeightsName("diffusion_pytorch_model", variant, "safetensors")
-    index = name.index
-    if variant is not None and index not in part.names:
-        # ``_fetch_index_file_legacy`` cuts the whole path at its dots, and so finds nothing below a folder with one.
-        legacy = f"{name.stem}.{name.ext}.{variant}.index.json"
-        index = legacy if "." not in str(part.path) else index
-    if index in part.names:
-        return _pick_shards(part, index)
-    pickled = WeightsName(name.stem, variant, "bin").single
-    return _pick_single(part, [name.single, *([pickled] if pickles else [])])
-
-
-def _pick_transformers(part: PartListing, variant: str | None, pickles: bool = True) -> Pick:
-    """Follow ``_get_resolved_checkpoint_files``: the single file before the index, safetensors before pickles."""
-    names = [WeightsName("model", variant, "safetensors"), WeightsName("pytorch_model", variant, "bin")]
-    for name in names if pickles else names[:1]:
-        if name.single in part.names:
-            return Pick(part.name, (name.single,))
-        if name.index in part.names:
-            return _pick_shards(part, name.index)
-    return _pick_single(part, [name.single for name in (names if pickles else names[:1])])
-
-
-def _pick_shards(part: PartListing, index_name: str) -> Pick:
-    index = part.indexes.get(index_name, IndexListing((), f"cannot read {index_name}"))
-    if index.problem:
-        return Pick(part.name, (index_name,), index.problem)
-    missing = [shard for shard in index.shards if shard not in part.names]
-    if missing:
-        return Pick(part.name, (index_name,), f"no file named {missing[0]}, which {index_name} names")
-    return Pick(part.name, (index_name, *index.shards))
-
-
-def _pick_single(part: PartListing, names: list[str]) -> Pick:
-    for name in names:
-        if name in part.names:
-            return Pick(part.name, (name,))
-    return Pick(part.name, (), f"no file named {names[-1]}")
-
-
-def _predict_hub(listing: FolderListing, variant: str | None) -> Prediction:
+def _predict_download(listing: FolderListing, variant: str | None) -> Prediction:
     """Follow ``DiffusionPipeline.download``: what is fetched, and then what is opened of it."""
     try:
         re.compile(f"({variant})")  # as it stands, in the loader as here
