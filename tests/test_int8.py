@@ -12,7 +12,8 @@ from support.tiny import raw_bytes, ref_to
 
 from converter.dtypes import DTYPES
 from converter.errors import BadFile, Unsupported
-from converter.models.checkpoint import Checkpoint, find_weight_set, open_checkpoint
+from converter.models.checkpoint import Checkpoint, open_checkpoint
+from converter.models.inventory import find_weight_set
 from converter.tensors.base import TensorInfo, turned
 from converter.tensors.kernels import are_finite, dequantize_chunk, int8_errors, quantize_chunk, row_maxima
 from converter.transforms.quantize.bnb_int8 import cut_rows, dequantized, find_scales, quantized, scales_in

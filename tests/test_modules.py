@@ -12,7 +12,8 @@ from support.tiny import ref_to
 from converter.dtypes import DTYPES
 from converter.libraries import asked, modules
 from converter.libraries.modules import find_linears, is_skipped
-from converter.models.folder import Component
+from converter.models.component import Component
+from converter.storage import place_of
 from converter.tensors.base import ByteRange, TensorInfo, contiguous_strides
 
 pytestmark = pytest.mark.usefixtures("asked_here")
@@ -96,7 +97,7 @@ CONFIGS = {
 
 
 def component_of(config: dict) -> Component:
-    return Component("", Path(), (), config)
+    return Component("", place_of("."), (), config)
 
 
 def tensors_of(config: dict) -> list[TensorInfo]:

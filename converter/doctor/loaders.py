@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from converter.doctor.view import ComponentView, FolderView
+from converter.models.inventory import Inventory, Part
 from converter.models.names import WeightsName, parse_name
+from converter.storage import Place
 
 Loader = Literal["diffusers", "diffusers-hub", "transformers", "coreml"]
 
@@ -45,7 +45,7 @@ class PartListing:
     """One folder that a model is loaded from: its files by name, what its indexes name, and its other entries."""
 
     name: str
-    path: Path
+    path: Place
     library: str
     names: frozenset[str]
     indexes: Mapping[str, IndexListing]
@@ -56,7 +56,7 @@ class PartListing:
 class FolderListing:
     """What a loader sees of a folder: ``parts`` are what it loads weights from."""
 
-    path: Path
+    path: Place
     is_pipeline: bool
     parts: tuple[PartListing, ...]
     absent: tuple[str, ...] = ()
@@ -99,21 +99,20 @@ def variants_in(listing: FolderListing) -> tuple[str | None, ...]:
     return tuple(sorted(tags, key=lambda tag: tag or ""))
 
 
-def list_folder(view: FolderView) -> FolderListing:
+def list_folder(inventory: Inventory) -> FolderListing:
     """Give what a loader sees of a folder."""
-    parts = tuple(_list_part(part) for part in view.components if part.is_named or not view.is_pipeline)
-    return FolderListing(view.path, view.is_pipeline, parts, view.absent, view.dotless)
+    parts = tuple(_list_part(part) for part in inventory.parts if part.is_named or not inventory.is_pipeline)
+    return FolderListing(inventory.path, inventory.is_pipeline, parts, inventory.absent, inventory.dotless)
 
 
-def _list_part(part: ComponentView) -> PartListing:
+def _list_part(part: Part) -> PartListing:
     indexes = {}
     for found in part.sets:
         if found.index_name:
-            shards = tuple(sorted(set(found.index.weight_map.values()))) if found.index else ()
             problem = f"cannot read {found.index_name}" if found.index is None else ""
             if found.index and not found.index.has_metadata:
                 problem = "KeyError: 'metadata'"
-            indexes[found.index_name] = IndexListing(shards, problem)
+            indexes[found.index_name] = IndexListing(found.listed_names, problem)
     return PartListing(part.name, part.path, part.library, frozenset(part.files), indexes, frozenset(part.others))
 
 

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 from converter.dtypes import DType
 from converter.errors import Unsupported
 from converter.libraries.keep_fp32 import MADE_FROM, chosen_lists, kept_entries
-from converter.models.folder import Component
+from converter.models.component import Component
 
 # Names in the answer for the largest models take some MB.
 _ANSWER_NBYTES = 32_000_000

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from converter.dtypes import BY_ALIAS, DTYPES, RECAST_SOURCES, RECAST_TARGETS, DType
-from converter.errors import BadRequest, Unsupported
+from converter.errors import BadRequest, Unsupported, Where
 from converter.libraries.keep_fp32 import keep_matches, keep_rule, keep_segments
 from converter.models.checkpoint import Checkpoint
-from converter.models.folder import Component, ModelFolder
+from converter.models.component import Component
+from converter.models.model import Model
 from converter.models.names import Format, WeightsName
 from converter.models.schemes import Quantized, find_belongings, find_quantized
 from converter.models.select import Tied, Wishes
@@ -41,9 +41,9 @@ MAX_GROWTH = 3
 _NOTED_GROWTH_NBYTES = 1_000_000
 
 
-def note_tag(folder: ModelFolder, variant: str | None) -> tuple[str, ...]:
+def note_tag(model: Model, variant: str | None) -> tuple[str, ...]:
     """Say so where weights get a tag under which the folder's library does not find them."""
-    library = variantless(folder)
+    library = variantless(model)
     if not library or variant in (None, "none"):
         return ()
     return (f"{library} finds no variants: what is tagged {variant} is loaded by the name of its file alone",)
@@ -90,16 +90,16 @@ def is_adapter(name: WeightsName) -> bool:
     return _ADAPTER_NAMES.get(name.ext) == name.stem
 
 
-def variantless(folder: ModelFolder) -> str:
+def variantless(model: Model) -> str:
     """Give the library that loads from a folder and finds no variants in it; nothing where it finds them, or is none.
 
     ``hf_load_state_dict`` of timm, ``load_torch_weights`` of sentence-transformers, ``load_peft_weights`` of PEFT,
     ``_identify_model_variants`` of Diffusers.
     """
-    if folder.kind == "sentence-transformers":
+    if model.kind == "sentence-transformers":
         return "sentence-transformers"
-    root = folder.components[0]
-    if folder.kind == "pipeline":
+    root = model.components[0]
+    if model.kind == "pipeline":
         return "" if root.name else "Diffusers at the root"
     if root.weight_sets and all(is_adapter(found.name) for found in root.weight_sets):
         return "PEFT"
@@ -125,7 +125,7 @@ def find_kept(component: Component, wishes: Wishes) -> Callable[[str], bool]:
     return lambda name: any(rule(name) for rule in rules) or any(pattern.search(name) for pattern in patterns)
 
 
-def check_asked(path: Path, checkpoints: Iterable[Checkpoint], wishes: Wishes) -> None:
+def check_asked(path: Where, checkpoints: Iterable[Checkpoint], wishes: Wishes) -> None:
     """Raise BadRequest for a dtype that nothing is cast to, and for names to be kept in float32 that no tensor has."""
     if wishes.dtype and wishes.dtype.short_name not in RECAST_TARGETS:
         raise BadRequest(repr(wishes.dtype.short_name), "is no dtype to cast to", f"Take {', '.join(RECAST_TARGETS)}.")
@@ -152,7 +152,7 @@ def tag_dtype(name: WeightsName) -> DType | None:
     return BY_ALIAS.get((name.variant or "").lower())
 
 
-def check_tag(path: Path, name: WeightsName, written: Iterable[DType], wishes: Wishes) -> None:
+def check_tag(path: Where, name: WeightsName, written: Iterable[DType], wishes: Wishes) -> None:
     """Refuse to name weights for a dtype that they do not have, by a tag that is asked for or stays in a recast."""
     named = tag_dtype(name)
     floats = sorted({dtype.short_name for dtype in written if dtype.is_floating})
@@ -213,14 +213,14 @@ def check_growth(checkpoint: Checkpoint, written: Sequence[TensorInfo], wishes: 
     return (f"its expanded tensors take {sum(more):,} bytes more than in the source",)
 
 
-def refuse_growth(path: Path, views: Sequence[TensorInfo]) -> None:
+def refuse_growth(path: Where, views: Sequence[TensorInfo]) -> None:
     """Raise Unsupported for tensors that take far more when they are read in full than what holds them."""
     error = find_growth(path, views)
     if error:
         raise error
 
 
-def find_growth(path: Path, views: Sequence[TensorInfo]) -> Unsupported | None:
+def find_growth(path: Where, views: Sequence[TensorInfo]) -> Unsupported | None:
     """Give the error for tensors that take far more when they are read in full than what holds them."""
     nbytes = sum(info.nbytes for info in views)
     if nbytes <= MAX_GROWTH_NBYTES:

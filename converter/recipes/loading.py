@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from converter.libraries.rules import finds, is_adapter, variantless
-from converter.models.folder import Component, read_json
+from converter.models.component import Component
+from converter.models.configs import read_json
 from converter.plan.make import Plan, SetPlan
 
 # What ``AutoPeftModel`` has a class of its own for (``peft/auto.py``); it makes the base model too.

@@ -11,11 +11,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from converter.dtypes import DTYPES, DType
-from converter.errors import BadFile, HostileFile, Unsupported
+from converter.errors import BadFile, HostileFile, Unsupported, Where
 from converter.models.checkpoint import Checkpoint
 from converter.storage import FileRef
 from converter.tensors.base import ByteRange, TensorInfo, contiguous_strides, turned
@@ -142,7 +141,7 @@ def scales_in(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return found
 
 
-def check_scales(path: Path, weights: Iterable[TensorInfo]) -> None:
+def check_scales(path: Where, weights: Iterable[TensorInfo]) -> None:
     """Raise HostileFile where the scales of weights, one a row, are more than can be held; or they are those scales."""
     if sum(4 * info.shape[0] for info in weights) > _MAX_SCALES_NBYTES:
         raise HostileFile(path, f"has more than {_MAX_SCALES_NBYTES:,} bytes of scales, and no model has them")
