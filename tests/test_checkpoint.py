@@ -18,7 +18,8 @@ from support.tiny import (
 
 from converter.errors import BadFile, BadRequest
 from converter.models.checkpoint import Checkpoint, open_checkpoint
-from converter.models.inventory import find_weight_set, find_weight_sets, is_weight_file
+from converter.models.inventory import find_weight_set, find_weight_sets
+from converter.models.sets import is_weight_file
 from converter.storage import place_of
 
 STATE = make_state()

@@ -9,20 +9,19 @@ for whoever asks (``read_headers``). What is wrong is kept with what it is wrong
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, SystemRefused, WconvError
-from converter.formats import could_be_weights
 from converter.formats.training import find_dcp
 from converter.models.component import Component, WeightSet
 from converter.models.configs import NO_OBJECT, look_into
 from converter.models.headers import Header, read_all
-from converter.models.names import ParsedName, WeightsName, is_other_runtime, is_training_state, parse_name
+from converter.models.names import WeightsName, is_training_state, parse_name
 from converter.models.paths import snapshot_of
-from converter.models.sets import ListedSet, group, read_indexed, sets_to_read
+from converter.models.sets import ListedSet, group, is_weight_file, read_indexed, sets_to_read
 from converter.storage import Place, place_of
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
@@ -31,16 +30,6 @@ Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sente
 _NO_MODEL = re.compile(r".*(Tokenizer|TokenizerFast|Scheduler|Processor|Extractor|Pil|Fast)")
 # What downloaders call a file that they have not finished.
 _PARTIAL = re.compile(r".*\.(incomplete|part|partial|crdownload|aria2|download|tmp)")
-_STANDARD_NAMES = frozenset(
-    {
-        ("diffusion_pytorch_model", "bin"),
-        ("diffusion_pytorch_model", "safetensors"),
-        ("pytorch_model", "bin"),
-        ("model", "safetensors"),
-        ("adapter_model", "bin"),
-        ("adapter_model", "safetensors"),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +148,20 @@ def _headers_of(part: Part) -> dict[str, Header]:
     return read_all(part.path, part.weights) | broken
 
 
+def _problems_of(part: Part) -> Iterator[WconvError]:
+    """Yield what keeps a part from being opened: no file that is not there, which a conversion may not ask for."""
+    yield from [part.error] if part.error else part.unreadable
+    yield from (one.index_error for one in part.sets if one.index_error)
+    if part.config_error and part.config_error.problem != NO_OBJECT:
+        yield part.config_error
+
+
 def _look_at_pipeline(place: Place) -> Inventory:
     content, error = look_into(place / "model_index.json")
     named = {name: entry for name, entry in content.items() if is_model(name, entry)}
     absent = tuple(sorted(name for name in named if not _is_folder(place / name)))
     # Diffusers loads these from the root (``load_sub_model`` in ``diffusers/pipelines/pipeline_loading_utils.py``).
-    parts = [_standard_part(_look_at(place, "", named[name])) for name in absent[:1]]
+    parts = [_look_at(place, "", named[name], only_standard=True) for name in absent[:1]]
     is_flat = any(part.sets for part in parts)
     parts += [
         _look_at(folder, folder.name, named.get(folder.name), folder.name in content or error is not None)
@@ -245,80 +242,51 @@ def _is_folder(place: Place) -> bool:
 # One folder.
 
 
-@dataclass(slots=True)
-class _Entries:
-    """What lies directly in a folder, by name; hidden entries are but in ``parsed``, the weight files and indexes."""
+def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True, only_standard: bool = False) -> Part:
+    """See what is in a folder; ``entry`` is what model_index.json says of it.
 
-    files: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    partial: list[str] = field(default_factory=list)
-    parsed: dict[str, ParsedName] = field(default_factory=dict)
-    broken: dict[str, WconvError] = field(default_factory=dict)
-    unreadable: list[WconvError] = field(default_factory=list)
-
-    def add(self, place: Place) -> None:
-        name, is_hidden = place.name, place.name.startswith(".")
-        parsed = parse_name(name)
-        is_file = self._unless_refused(place.is_file, False, parsed is not None)
-        if not is_hidden:
-            (self.files if is_file else self.others).append(name)
-        # What cannot be looked into is for its reader to tell of.
-        if parsed and is_file and self._unless_refused(lambda: is_weight_file(place), True, True):
-            self.parsed[name] = parsed
-        elif parsed and not is_file and not is_hidden and place.is_link():
-            self.broken[name] = BadFile(place, "is a link to nothing", "Fetch the file again.")
-        elif _PARTIAL.fullmatch(name) and not is_hidden:
-            self.partial.append(name)
-
-    def _unless_refused(self, look: Callable[[], bool], otherwise: bool, is_asked: bool) -> bool:
-        try:
-            return look()
-        except SystemRefused as error:
-            self.unreadable += [error] if is_asked else []
-            return otherwise
-
-
-def is_weight_file(place: Place) -> bool:
-    """Say whether a file is one of a weight set, by its name and, where that says little, by its first bytes."""
-    parsed = parse_name(place.name)
-    if not parsed or is_training_state(place.name) or is_other_runtime(place.name):
-        return False
-    standard = (parsed.name.stem, parsed.name.ext) in _STANDARD_NAMES
-    return standard or parsed.role == "index" or could_be_weights(place)
-
-
-def _list(folder: Place) -> _Entries:
-    entries = _Entries()
-    for place in folder.entries():
-        entries.add(place)
-    return entries
-
-
-def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True) -> Part:
-    """See what is in a folder; ``entry`` is what model_index.json says of it."""
+    With ``only_standard`` only what has a name that loaders look for counts as weights.
+    """
     config, config_error = look_into(folder / "config.json")
     component = Component(name, folder, (), config)
     try:
-        entries = _list(folder)
-    except SystemRefused as error:
-        return Part(component, is_named=is_named, error=error)
-    sets, strays = group(folder, entries.parsed)
+        seen = {place.name: _see(place) for place in folder.entries()}
+    except SystemRefused as refused:
+        return Part(component, is_named=is_named, error=refused)
+    shown = [name for name in seen if not name.startswith(".")]
+    known = {name: one for name in seen if (one := parse_name(name)) and (one.name.is_standard or not only_standard)}
+    parsed = {name: one for name, one in known.items() if seen[name][0] == "weights"}
+    sets, strays = group(folder, parsed)
+    own = [name for name, one in parsed.items() if one.role != "index"]
+    broken = {name: error for name in shown if name in known and (error := seen[name][1]) and name not in parsed}
     piece = find_dcp(folder)
-    named = [name for name, parsed in entries.parsed.items() if parsed.role != "index"]
     return Part(
         replace(component, weight_sets=sets_to_read(sets)),
         _library_of(component, entry, sets),
         is_named,
-        tuple(entries.files),
-        tuple(entries.others),
-        tuple(dict.fromkeys((*named, *(name for one in sets for name in one.file_names)))),
-        entries.broken | ({".metadata": piece} if piece else {}),
-        sets,
-        strays,
-        tuple(entries.partial),
-        tuple(entries.unreadable),
-        config_error,
+        files=tuple(name for name in shown if seen[name][0] in ("weights", "file")),
+        others=tuple(name for name in shown if seen[name][0] in ("broken", "other")),
+        weights=tuple(dict.fromkeys((*own, *(name for one in sets for name in one.file_names)))),
+        broken=broken | ({".metadata": piece} if piece else {}),
+        sets=sets,
+        strays=strays,
+        partial=tuple(name for name in shown if _PARTIAL.fullmatch(name)),
+        unreadable=tuple(error for what, error in seen.values() if error and what != "broken"),
+        config_error=config_error,
     )
+
+
+def _see(place: Place) -> tuple[Literal["weights", "file", "broken", "other"], WconvError | None]:
+    """Say what an entry is, and what is wrong with one that has the name of weights."""
+    is_named = parse_name(place.name) is not None
+    try:
+        if place.is_file():
+            return "weights" if is_named and is_weight_file(place) else "file", None
+        if is_named and place.is_link():
+            return "broken", BadFile(place, "is a link to nothing", "Fetch the file again.")
+        return "other", None
+    except SystemRefused as error:  # for its reader to tell of
+        return ("weights", error) if is_named else ("other", None)
 
 
 def _library_of(component: Component, entry: Any, sets: tuple[ListedSet, ...]) -> str:
@@ -329,32 +297,6 @@ def _library_of(component: Component, entry: Any, sets: tuple[ListedSet, ...]) -
     return "diffusers" if any(one.name.stem == "diffusion_pytorch_model" for one in sets) else "transformers"
 
 
-def _problems_of(part: Part) -> Iterator[WconvError]:
-    """Yield what keeps a part from being opened: no set that lacks a file, which a conversion may not ask for."""
-    yield from [part.error] if part.error else part.unreadable
-    yield from (one.index_error for one in part.sets if one.index_error)
-    if part.config_error and part.config_error.problem != NO_OBJECT:
-        yield part.config_error
-
-
-def _standard_part(part: Part) -> Part:
-    """Give what lies at the root of a flat pipeline under names that loaders look for."""
-
-    def is_standard(name: str) -> bool:
-        parsed = parse_name(name)
-        return parsed is not None and parsed.name.is_standard
-
-    own = tuple(one for one in part.component.weight_sets if one.name.is_standard)
-    return replace(
-        part,
-        component=replace(part.component, weight_sets=own),
-        weights=tuple(filter(is_standard, part.weights)),
-        broken={name: error for name, error in part.broken.items() if is_standard(name)},
-        sets=tuple(one for one in part.sets if one.name.is_standard),
-        strays=tuple(one for one in part.strays if one.name.is_standard),
-    )
-
-
 # One set.
 
 
@@ -363,12 +305,10 @@ def find_weight_sets(folder: Place | Path | str) -> tuple[WeightSet, ...]:
 
     Raises BadFile for an index that cannot be read.
     """
-    place = place_of(folder)
-    entries = _list(place)
-    listed, _ = group(place, entries.parsed)
-    for error in (*entries.unreadable, *(one.index_error for one in listed if one.index_error)):
-        raise error
-    return sets_to_read(listed)
+    part = _look_at(place_of(folder), "")
+    for problem in _problems_of(replace(part, config_error=None)):
+        raise problem
+    return part.component.weight_sets
 
 
 def find_weight_set(path: Place | Path | str) -> WeightSet:
@@ -386,5 +326,4 @@ def find_weight_set(path: Place | Path | str) -> WeightSet:
             raise BadRequest(place, "is a shard of several sets", "Name the index of the one you mean.")
         if sets:
             return sets[0]
-    name = parsed.name if parsed else WeightsName(place.name, None, "")
-    return WeightSet(place.parent, name, (place.name,))
+    return WeightSet(place.parent, parsed.name if parsed else WeightsName(place.name, None, ""), (place.name,))

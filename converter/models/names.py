@@ -104,6 +104,12 @@ class WeightsName:
         return self.stem in _STANDARD_STEMS
 
     @property
+    def is_as_written(self) -> bool:
+        """Whether it is a name that a library gives to weights of this very format, and so needs no second look."""
+        other: Format = "torch" if self.format == "safetensors" else "safetensors"
+        return self.is_standard and self.in_format(other).in_format(self.format) == self
+
+    @property
     def format(self) -> Format:
         return "safetensors" if self.ext == "safetensors" else "torch"
 

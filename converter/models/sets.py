@@ -1,21 +1,22 @@
 """Which files of a folder go together as a weight set: by an index, by their numbers, or as a single file.
 
 ``group`` never fails: a set says itself which of its files are not there, and why its index cannot be read.
-``sets_to_read`` is the rule for which of them a conversion takes.
+``sets_to_read`` is the rule for what a conversion takes of it.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from converter.errors import SystemRefused, WconvError
+from converter.formats import could_be_weights
 from converter.models.component import WeightSet
 from converter.models.index import WeightIndex, read_index
-from converter.models.names import ParsedName, WeightsName, parse_name
+from converter.models.names import ParsedName, WeightsName, is_other_runtime, is_training_state, parse_name
 from converter.storage import Place
 
 
@@ -60,23 +61,28 @@ class ListedSet(WeightSet):
         return WeightSet(self.folder, self.name, self.file_names)
 
 
-def sets_to_read(listed: Iterable[ListedSet]) -> tuple[WeightSet, ...]:
+def is_weight_file(place: Place) -> bool:
+    """Say whether a file is one of a weight set, by its name and, where that says little, by its first bytes."""
+    parsed = parse_name(place.name)
+    if not parsed or is_training_state(place.name) or is_other_runtime(place.name):
+        return False
+    return parsed.role == "index" or parsed.name.is_as_written or could_be_weights(place)
+
+
+def sets_to_read(listed: Collection[ListedSet]) -> tuple[WeightSet, ...]:
     """Give the sets that a conversion reads: of an index all that it names, and else the files that no index names.
 
     Shards beside an index of their name are left over from another split, and no loader reads them.
     """
-    listed = list(listed)
     taken = {name for one in listed for name in one.listed_names}
     indexed = {one.name for one in listed if one.index_name}
     sets = []
     for one in listed:
-        if one.index_name:
-            parsed = parse_name(one.index_name)
-            names = one.listed_names or one.file_names
-            sets.append(WeightSet(one.folder, one.name, names, one.index_name, parsed is None or parsed.is_legacy))
-        elif not (one.is_sharded and one.name in indexed):
-            names = tuple(name for name in one.file_names if name not in taken)
-            sets += [WeightSet(one.folder, one.name, names, is_legacy=one.is_legacy)] if names else []
+        names = one.listed_names or tuple(name for name in one.file_names if name not in taken)
+        parsed = parse_name(one.index_name) if one.index_name else one
+        if one.index_name or (names and not (one.is_sharded and one.name in indexed)):
+            is_legacy = parsed is not None and parsed.is_legacy
+            sets.append(WeightSet(one.folder, one.name, names, one.index_name, is_legacy))
     return tuple(sorted(sets, key=lambda one: one.path.name))
 
 
@@ -85,56 +91,41 @@ def group(folder: Place, parsed: Mapping[str, ParsedName]) -> tuple[tuple[Listed
     sets = [read_indexed(folder, name, parsed) for name, one in parsed.items() if one.role == "index"]
     taken = {name for one in sets for name in one.own_names}
     whole = {one.name for one in sets if one.file_names and one.index}
-    shards: dict[tuple[WeightsName, int], dict[str, ParsedName]] = defaultdict(dict)
+    numbered: dict[tuple[WeightsName, int, bool], dict[int, str]] = defaultdict(dict)
     for name, one in parsed.items():
         if one.role == "single" and name not in taken:
             sets.append(ListedSet(folder, one.name, (name,)))
         elif one.role == "shard" and name not in taken:
-            shards[one.name, one.count][name] = one
-    groups = [_of_shards(folder, members) for found in shards.values() for members in _spelled_alike(found)]
+            is_twin = one.is_legacy and one.name.shard(one.number, one.count) in parsed
+            numbered[one.name, one.count, is_twin][one.number] = name
+    groups = [_of_shards(folder, parsed, members) for members in numbered.values()]
     strays = tuple(one for one in groups if one.name in whole)
-    return tuple(sorted(_join(sets, groups, whole), key=lambda one: one.label)), strays
+    sets = _join(sets, [one for one in groups if one.name not in whole])
+    return tuple(sorted(sets, key=lambda one: one.label)), strays
 
 
-def _join(sets: list[ListedSet], groups: list[ListedSet], whole: set[WeightsName]) -> Iterator[ListedSet]:
-    """Give sets, and the groups of shards that are sets too: one of them goes with an index that cannot be read."""
-    alone: dict[WeightsName, list[ListedSet]] = defaultdict(list)
-    for one in groups:
-        if one.name not in whole and len(one.file_names) > 1:
-            alone[one.name].append(one)
-        elif one.name not in whole:
-            yield one
-    for one in sets:
-        if one.index_name and one.index is None and alone[one.name]:
-            rest = alone[one.name].pop(0)
-            yield replace(rest, index_name=one.index_name, index_error=one.index_error,
-                          is_legacy=one.is_legacy or rest.is_legacy)  # fmt: skip
-        else:
-            yield one
-    for rests in alone.values():
-        yield from rests
+def _join(sets: list[ListedSet], groups: list[ListedSet]) -> list[ListedSet]:
+    """Add groups of shards to the sets; an index that cannot be read goes with the first of its name."""
+    unread = {one.name: one for one in sets if one.index_name and one.index is None}
+    for shards in groups:
+        one = unread.pop(shards.name, None) if len(shards.file_names) > 1 else None
+        if one:
+            sets = [other for other in sets if other is not one]
+            is_legacy = one.is_legacy or shards.is_legacy
+            shards = replace(shards, index_name=one.index_name, index_error=one.index_error, is_legacy=is_legacy)
+        sets.append(shards)
+    return sets
 
 
-def _spelled_alike(members: Mapping[str, ParsedName]) -> list[dict[str, ParsedName]]:
-    """Part shards by the two spellings of their names, but only where a number is there in both."""
-    if max(Counter(one.number for one in members.values()).values()) == 1:
-        return [dict(members)]
-    by_spelling: dict[bool, dict[str, ParsedName]] = defaultdict(dict)
-    for name, one in members.items():
-        by_spelling[one.is_legacy][name] = one
-    return list(by_spelling.values())
-
-
-def _of_shards(folder: Place, members: Mapping[str, ParsedName]) -> ListedSet:
-    by_number = {one.number: name for name, one in members.items()}
-    first = next(iter(members.values()))
-    is_legacy = any(one.is_legacy for one in members.values())
-    gap = next((number for number in range(1, first.count + 1) if number not in by_number), None)
-    like = re.sub(r"-\d{5,}-of-", f"-{gap:05d}-of-", next(iter(members))) if gap else ""
-    missing = like if is_legacy else first.name.shard(gap, first.count) if gap else ""
-    missing_count = first.count - sum(1 <= number <= first.count for number in by_number)
-    names = tuple(by_number[number] for number in sorted(by_number))
-    return ListedSet(folder, first.name, names, None, is_legacy, missing, missing_count)
+def _of_shards(folder: Place, parsed: Mapping[str, ParsedName], members: Mapping[int, str]) -> ListedSet:
+    """Give the set, whole or not, of files that have numbers and one name."""
+    names = tuple(members[number] for number in sorted(members))
+    name, count = parsed[names[0]].name, parsed[names[0]].count
+    gap = next((number for number in range(1, count + 1) if number not in members), 0)
+    missing = re.sub(r"-\d{5,}-of-", f"-{gap:05d}-of-", names[0]) if gap else ""
+    missing_count = count - sum(1 <= number <= count for number in members)
+    is_legacy = any(parsed[one].is_legacy for one in names)
+    return ListedSet(folder, name, names, None, is_legacy, missing, missing_count)
 
 
 def read_indexed(folder: Place, index_name: str, parsed: Mapping[str, ParsedName]) -> ListedSet:
