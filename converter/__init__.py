@@ -25,9 +25,10 @@ if TYPE_CHECKING:
         Unsupported,
         WconvError,
     )
-    from converter.models.checkpoint import Checkpoint, WeightSet, open_checkpoint
-    from converter.models.folder import Component, ModelFolder, open_folder
+    from converter.models.checkpoint import Checkpoint, open_checkpoint
+    from converter.models.component import Component, WeightSet
     from converter.models.index import WeightIndex
+    from converter.models.model import Model, open_model
     from converter.models.names import WeightsName
     from converter.models.select import Wishes
     from converter.plan.make import Plan, PlannedTensor, Shard, make_plan
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from converter.tensors.base import ByteRange, Tensor
 
 _HOMES = {
-    "models.checkpoint": ("Checkpoint", "WeightSet", "open_checkpoint"),
+    "models.checkpoint": ("Checkpoint", "open_checkpoint"),
+    "models.component": ("Component", "WeightSet"),
     "recipes.convert": ("convert", "plan_conversion"),
     "doctor": ("Choices", "Diagnosis", "diagnose", "mend", "plan_mending"),
     "dtypes": ("DType",),
@@ -53,8 +55,8 @@ _HOMES = {
         "Unsupported",
         "WconvError",
     ),
-    "models.folder": ("Component", "ModelFolder", "open_folder"),
     "models.index": ("WeightIndex",),
+    "models.model": ("Model", "open_model"),
     "models.names": ("WeightsName",),
     "models.select": ("Wishes",),
     "plan.make": ("Plan", "PlannedTensor", "Shard", "make_plan"),
@@ -77,7 +79,7 @@ __all__ = [
     "Diagnosis",
     "HostileFile",
     "LossyCast",
-    "ModelFolder",
+    "Model",
     "ModuleChoice",
     "OutputRefused",
     "Plan",
@@ -98,7 +100,7 @@ __all__ = [
     "make_plan",
     "mend",
     "open_checkpoint",
-    "open_folder",
+    "open_model",
     "plan_conversion",
     "plan_mending",
     "plan_rename",

@@ -10,31 +10,34 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from converter.doctor.checks import run_checks
+from converter.doctor.checks import look, run_checks
 from converter.doctor.findings import Finding
-from converter.doctor.view import look, read_json
 from converter.dtypes import BY_ALIAS, OnOverflow
-from converter.errors import BadFile, BadRequest
+from converter.errors import BadRequest
 from converter.libraries import coreml
 from converter.libraries.coreml import COREML_VARIANT, Lack
-from converter.models.checkpoint import Checkpoint, WeightSet, rename_tensors
-from converter.models.folder import Component, ModelFolder, render_json
+from converter.models.checkpoint import Checkpoint, rename_tensors
+from converter.models.component import Component, WeightSet
+from converter.models.configs import look_into, read_json, render_json
+from converter.models.model import Model
 from converter.models.paths import check_places, snapshot_of
 from converter.models.select import Wishes, choose_sets
 from converter.plan.make import Plan
 from converter.recipes.convert import plan_conversion, plan_rest, plan_single_file, request_of
 from converter.run.staging import recover
+from converter.storage import Place, place_of
 from converter.transforms.stable_diffusion import open_single_file
 
 _FATAL = ("file-damaged", "shard-missing", "component-missing", "config-unreadable", "index-unreadable")
 
 
-def find_lacks(source: Path, findings: Iterable[Finding] | None = None) -> Iterator[Lack]:
+def find_lacks(given: Place | Path, findings: Iterable[Finding] | None = None) -> Iterator[Lack]:
     """List what a pipeline folder lacks that no conversion of weights can give it. Raises BadFile for no folder.
 
     ``findings`` are the doctor's, where it has looked already.
     """
-    model_index, error = read_json(source / "model_index.json")
+    source = place_of(given)
+    model_index, error = look_into(source / "model_index.json")
     model_index = {} if error else model_index
     yield from coreml.find_lacks(source, model_index)
     if not coreml.is_convertible(model_index):
@@ -44,16 +47,17 @@ def find_lacks(source: Path, findings: Iterable[Finding] | None = None) -> Itera
             yield Lack(finding.path, finding.problem, finding.kind.mending)
 
 
-def check_source(source: Path, findings: Iterable[Finding] | None = None) -> None:
+def check_source(given: Place | Path, findings: Iterable[Finding] | None = None) -> None:
     """Raise BadFile or Unsupported for the first thing that a source lacks, with all others named.
 
     ``findings`` are as in ``find_lacks``: none for a folder that is there for its configs.
     """
+    source = place_of(given)
     lacks = list(find_lacks(source, findings))
     if not lacks:
         return
     first, *others = lacks
-    names = [lack.path.relative_to(source).as_posix() if lack.path != source else str(source) for lack in others]
+    names = [lack.path.relative_to(source) if lack.path != source else str(source) for lack in others]
     more = f" Besides: {', '.join(f'{name} {lack.problem}' for name, lack in zip(names, others, strict=True))}."
     raise first.error(first.path, first.problem, first.advice + (more if others else ""))
 
@@ -122,20 +126,18 @@ def _adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Che
 
 def _old_classes(source: Path) -> dict[str, bytes]:
     """Give the model_index.json that is written in place of the source's, if it must be another."""
-    content, error = read_json(source / "model_index.json")
-    if error:
-        raise BadFile(source / "model_index.json", f"cannot be read ({error})", "Fetch the whole pipeline again.")
+    content = read_json(place_of(source) / "model_index.json")
     edited = coreml.old_classes(content)
     return {"model_index.json": render_json(edited)} if edited != content else {}
 
 
-def _choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
+def _choose(model: Model, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
     """Of each part take the fp16 weights, else the untagged ones, else what there is; for untagged ones, those."""
     if wishes.variant == "none":
-        return choose_sets(folder, replace(wishes, from_variant="none"))
+        return choose_sets(model, replace(wishes, from_variant="none"))
     chosen = []
-    for component in folder.components:
+    for component in model.components:
         has_variant = any(found.name.variant == COREML_VARIANT for found in component.weight_sets)
         one = replace(wishes, components=(component.name,), from_variant=COREML_VARIANT if has_variant else None)
-        chosen += choose_sets(folder, one)
+        chosen += choose_sets(model, one)
     return chosen

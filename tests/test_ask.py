@@ -20,7 +20,8 @@ from converter.libraries.ask import LibraryMissing, ask_class, checked, cleaned
 from converter.libraries.base import Library
 from converter.libraries.diffusers import DIFFUSERS
 from converter.libraries.transformers import TRANSFORMERS
-from converter.models.folder import Component
+from converter.models.component import Component
+from converter.storage import place_of
 
 LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
@@ -57,13 +58,15 @@ sys.addaudithook(lambda event, args: seen.append(f"{event} {args}") if event.sta
 from pathlib import Path
 from converter.libraries import ask
 from converter.libraries import asked
-from converter.models.folder import Component
+from converter.models.component import Component
+from converter.storage import place_of
 ask._ask = lambda request: ask.checked(json.dumps(asked.answer_to(json.loads(request))).encode())
 said = {}
 for name, (class_name, config) in json.load(sys.stdin).items():
     del seen[:]
     try:
-        answer = len(ask.ask_class(Component("", Path("m"), (), {**config, "architectures": [class_name]})).shapes) > 0
+        asking = Component("", place_of("m"), (), {**config, "architectures": [class_name]})
+        answer = len(ask.ask_class(asking).shapes) > 0
     except ask.Unsupported as error:
         answer = str(error)
     said[name] = answer, list(seen), "planted" in sys.modules
@@ -72,7 +75,7 @@ print(json.dumps(said))
 
 
 def component_of(config: dict[str, Any], class_name: str = "LlamaModel") -> Component:
-    return Component("", Path("m"), (), {"architectures": [class_name], **config})
+    return Component("", place_of("m"), (), {"architectures": [class_name], **config})
 
 
 def test_nothing_is_looked_up_and_nobodys_code_runs(tmp_path: Path) -> None:

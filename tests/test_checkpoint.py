@@ -17,7 +17,10 @@ from support.tiny import (
 )
 
 from converter.errors import BadFile, BadRequest
-from converter.models.checkpoint import Checkpoint, find_weight_set, find_weight_sets, is_weight_file, open_checkpoint
+from converter.models.checkpoint import Checkpoint, open_checkpoint
+from converter.models.inventory import find_weight_set, find_weight_sets
+from converter.models.sets import is_weight_file
+from converter.storage import place_of
 
 STATE = make_state()
 SHARDS = tuple(f"pytorch_model-0000{number}-of-00003.bin" for number in (1, 2, 3))
@@ -62,7 +65,7 @@ def test_sets_of_a_folder_are_found_by_name(tmp_path):
     ],
 )
 def test_what_trainers_leave_is_no_weights(name, tmp_path):
-    assert not is_weight_file(save(STATE, tmp_path / name))
+    assert not is_weight_file(place_of(save(STATE, tmp_path / name)))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ def test_what_does_not_begin_as_weights_do_is_none(name, content, tmp_path):
 
 @pytest.mark.parametrize("name", ["custom.bin", "custom.pt", "custom.pth", "custom.ckpt", "custom.safetensors"])
 def test_any_stem_will_do_if_the_first_bytes_are_of_weights(name, tmp_path):
-    assert is_weight_file(save(STATE, tmp_path / name))
+    assert is_weight_file(place_of(save(STATE, tmp_path / name)))
 
 
 def test_a_folder_named_like_a_file_is_no_weights(tmp_path):
@@ -239,4 +242,4 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path):
     missing = Path(tmp_path / "none.bin")
     with pytest.raises(BadFile) as caught:
         open_checkpoint(missing)
-    assert caught.value.where == missing
+    assert caught.value.where == str(missing)

@@ -545,8 +545,8 @@ def try_to_load(folder: Path, variant: str | None) -> Loaded:
 
 
 def predicted_for(folder: Path, variant: str | None) -> Prediction:
-    view = diagnose(folder).view
-    is_llama = not view.is_pipeline and view.components[0].library == "transformers"
+    view = diagnose(folder).inventory
+    is_llama = not view.is_pipeline and view.parts[0].library == "transformers"
     return predict(list_folder(view), "transformers" if is_llama else "diffusers", variant)
 
 
@@ -705,7 +705,7 @@ def test_from_the_hub_the_loader_does_what_is_predicted(broken: tuple[Case, Path
     _, folder = broken
     for variant in (None, "bf16", "fp16"):
         place = hub(folder)
-        prediction = predict(list_folder(diagnose(folder).view), "diffusers-hub", variant)
+        prediction = predict(list_folder(diagnose(folder).inventory), "diffusers-hub", variant)
 
         fetch = functools.partial(DiffusionPipeline.download, "some/model", variant=variant)
         load_it = functools.partial(DiffusionPipeline.from_pretrained, place, variant=variant)
@@ -723,7 +723,7 @@ def test_the_core_ml_script_gets_what_is_predicted(broken: tuple[Case, Path]) ->
 
     _, folder = broken
     for variant in ("bf16", "fp16"):
-        prediction = predict(list_folder(diagnose(folder).view), "coreml", variant)
+        prediction = predict(list_folder(diagnose(folder).inventory), "coreml", variant)
         how = {"dtype": torch.float16, "variant": variant, "use_safetensors": True}
         error, opened = opened_by(functools.partial(DiffusionPipeline.from_pretrained, folder, **how), folder)
         assert prediction.works == (not error), (variant, prediction, error)

@@ -83,7 +83,7 @@ def test_a_link_to_nothing_is_found_and_not_counted_on(tmp_path, wconv):
     (tmp_path / "model.safetensors").symlink_to("nowhere")
     found = diagnose(tmp_path)
     assert [finding.code for finding in found.findings] == ["file-damaged"]
-    assert predict(list_folder(found.view), "transformers", None).picks[0].files == ("pytorch_model.bin",)
+    assert predict(list_folder(found.inventory), "transformers", None).picks[0].files == ("pytorch_model.bin",)
     wconv("doctor", tmp_path, "--fix", exit_code=1)
     assert (tmp_path / "model.safetensors").is_symlink()
 
@@ -92,7 +92,9 @@ def test_a_folder_by_the_name_of_a_file(tmp_path):
     save(STATE, tmp_path / "pytorch_model.bin")
     write_json(tmp_path / "config.json", CONFIG)
     (tmp_path / "model.safetensors").mkdir()
-    assert predict(list_folder(diagnose(tmp_path).view), "transformers", None).picks[0].files == ("pytorch_model.bin",)
+    assert predict(list_folder(diagnose(tmp_path).inventory), "transformers", None).picks[0].files == (
+        "pytorch_model.bin",
+    )
 
 
 # A folder that is not as it was left.
@@ -247,7 +249,7 @@ def test_one_shard_of_one_gets_an_index(tmp_path, wconv):
     write_json(tmp_path / "m" / "config.json", CONFIG)
     assert [finding.code for finding in diagnose(tmp_path / "m").findings] == ["index-missing"]
     wconv("doctor", tmp_path / "m", "--fix")
-    prediction = predict(list_folder(diagnose(tmp_path / "m").view), "transformers", None)
+    prediction = predict(list_folder(diagnose(tmp_path / "m").inventory), "transformers", None)
     assert prediction.picks[0].files == (INDEX, "model-00001-of-00001.safetensors")
 
 
@@ -277,7 +279,7 @@ def test_a_variant_that_is_no_regular_expression(tmp_path):
     write_json(tmp_path / "model_index.json", {"_class_name": "X", "unet": ["transformers", "LlamaForCausalLM"]})
     with pytest.raises(Exception, match="unterminated subpattern"):
         variant_compatible_siblings(["unet/model.safetensors"], variant="(")
-    assert "re.error" in predict(list_folder(diagnose(tmp_path).view), "diffusers-hub", "(").failure
+    assert "re.error" in predict(list_folder(diagnose(tmp_path).inventory), "diffusers-hub", "(").failure
 
 
 def test_a_shard_with_too_long_a_name(folder):
@@ -318,4 +320,4 @@ def test_parts_that_are_no_torch_models(tmp_path):
     (tmp_path / "vae" / "openvino_model.bin").write_bytes(b"x")
     found = diagnose(tmp_path)
     assert found.findings == ()
-    assert "tokenizer" not in [part.name for part in list_folder(found.view).parts]
+    assert "tokenizer" not in [part.name for part in list_folder(found.inventory).parts]

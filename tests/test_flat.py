@@ -21,7 +21,7 @@ from test_loaders import assert_same_bits
 from converter.doctor import diagnose
 from converter.doctor.listing import list_folder
 from converter.libraries.predict import predict
-from converter.models.folder import open_folder
+from converter.models.model import open_model
 
 pytestmark = pytest.mark.usefixtures("asked_here")
 hub = test_doctor.hub
@@ -113,7 +113,7 @@ def test_diffusers_opens_what_is_predicted(name, flat, hub):
 def assert_predicted(folder: Path, loader: Any, variant: str | None, hub: Callable[[Path], Path]) -> None:
     from diffusers import DiffusionPipeline
 
-    prediction = predict(list_folder(diagnose(folder).view), loader, variant)
+    prediction = predict(list_folder(diagnose(folder).inventory), loader, variant)
     place, error = folder, ""
     if loader == "diffusers-hub":
         place = hub(folder)
@@ -149,7 +149,7 @@ def test_a_variant_is_never_asked_for_at_the_root(flat, hub, copy_of, wconv):
     assert "Note: Diffusers at the root finds no variants" in shown
     for loader in ("diffusers", "diffusers-hub"):
         assert_predicted(folder, loader, "fp16", hub)
-    prediction = predict(list_folder(diagnose(folder).view), "diffusers", "fp16")
+    prediction = predict(list_folder(diagnose(folder).inventory), "diffusers", "fp16")
     assert {"diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"} <= files_in(
         prediction
     )
@@ -176,7 +176,7 @@ def test_only_what_loaders_look_for_is_a_part(tmp_path):
     write_json(tmp_path / "config.json", {"_class_name": "UNet2DModel"})
     for name in ("diffusion_pytorch_model.safetensors", "v1-5.ckpt"):
         save(make_state(), tmp_path / name)
-    (one,) = open_folder(tmp_path).components
+    (one,) = open_model(tmp_path).components
     assert [found.path.name for found in one.weight_sets] == ["diffusion_pytorch_model.safetensors"]
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     assert [found.code for found in diagnose(tmp_path).findings] == ["component-missing"]
@@ -191,4 +191,4 @@ def test_the_class_of_a_custom_pipeline_is_no_part(builders, wconv, tmp_path):
     write_json(folder / "model_index.json", {**content, "_class_name": ["my_pipe", "MyPipe"]})
     wconv("doctor", folder)
     assert "DiffusionPipeline" not in wconv("to-safetensors", folder, "-o", tmp_path / "out").stdout
-    assert [one.name for one in open_folder(folder).components] == ["text_encoder", "unet", "vae"]
+    assert [one.name for one in open_model(folder).components] == ["text_encoder", "unet", "vae"]

@@ -11,19 +11,21 @@ from converter.errors import BadFile
 from converter.libraries import library_of
 from converter.libraries.diffusers import DIFFUSERS
 from converter.libraries.transformers import TRANSFORMERS
-from converter.models.folder import ModelFolder, find_rest, open_folder
+from converter.models.model import Model, open_model
+from converter.models.rest import find_rest
+from converter.storage import place_of
 
 STATE = make_state()
 
 
-def sets_of(folder: ModelFolder) -> dict[str, list[str]]:
+def sets_of(folder: Model) -> dict[str, list[str]]:
     """Give the names of each component's sets."""
     return {owner.name: [found.path.name for found in owner.weight_sets] for owner in folder.components}
 
 
-def rest_of(folder: ModelFolder, skip: Path | None = None) -> dict[str, bool]:
+def rest_of(folder: Model, skip: Path | None = None) -> dict[str, bool]:
     """Give what else is there, and whether it holds weights."""
-    return {one.path.relative_to(folder.root).as_posix(): one.is_weights for one in find_rest(folder, skip)}
+    return {one.path.relative_to(folder.root): one.is_weights for one in find_rest(folder, skip and place_of(skip))}
 
 
 # Kinds.
@@ -32,28 +34,28 @@ def rest_of(folder: ModelFolder, skip: Path | None = None) -> dict[str, bool]:
 def test_a_file_stands_for_itself(tmp_path):
     path = save(STATE, tmp_path / "a" / "pytorch_model.bin")
     save(STATE, tmp_path / "a" / "other.bin")
-    folder = open_folder(path)
-    assert (folder.kind, folder.path, folder.root) == ("file", path, path.parent)
+    folder = open_model(path)
+    assert (folder.kind, folder.path.path, folder.root.path) == ("file", path, path.parent)
     assert sets_of(folder) == {"": ["pytorch_model.bin"]}
 
 
 def test_an_index_stands_for_its_set(tmp_path):
     index = save_bin_shards(STATE, tmp_path)
-    folder = open_folder(index)
+    folder = open_model(index)
     assert folder.kind == "file"
     assert sets_of(folder) == {"": ["pytorch_model.bin.index.json"]}
 
 
 def test_a_plain_folder(tmp_path):
     save(STATE, tmp_path / "weights.pt")
-    folder = open_folder(tmp_path)
+    folder = open_model(tmp_path)
     assert (folder.kind, sets_of(folder)) == ("folder", {"": ["weights.pt"]})
 
 
 def test_a_transformers_folder(tmp_path):
     save_bin_shards(STATE, tmp_path)
     write_json(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False})
-    folder = open_folder(tmp_path)
+    folder = open_model(tmp_path)
     assert folder.kind == "transformers"
     assert folder.components[0].class_name == "LlamaForCausalLM"
     assert library_of(folder.components[0]) is TRANSFORMERS
@@ -62,13 +64,13 @@ def test_a_transformers_folder(tmp_path):
 def test_a_diffusers_component(tmp_path):
     save(STATE, tmp_path / "diffusion_pytorch_model.bin")
     write_json(tmp_path / "config.json", {"_class_name": "AutoencoderKL"})
-    folder = open_folder(tmp_path)
+    folder = open_model(tmp_path)
     assert (folder.kind, folder.components[0].class_name) == ("component", "AutoencoderKL")
     assert library_of(folder.components[0]) is DIFFUSERS
 
 
 def test_a_pipeline(tmp_path):
-    folder = open_folder(save_pipeline(tmp_path))
+    folder = open_model(save_pipeline(tmp_path))
     assert (folder.kind, folder.class_name) == ("pipeline", "P")
     assert sets_of(folder) == {
         "text_encoder": ["pytorch_model.bin"],
@@ -79,7 +81,7 @@ def test_a_pipeline(tmp_path):
 
 def test_weights_beside_a_pipeline_are_no_component(tmp_path):
     save(STATE, save_pipeline(tmp_path) / "v1-5.ckpt")
-    folder = open_folder(tmp_path)
+    folder = open_model(tmp_path)
     assert "" not in sets_of(folder)
     assert rest_of(folder)["v1-5.ckpt"]
 
@@ -89,7 +91,7 @@ def test_a_sentence_transformers_folder(tmp_path):
     save(STATE, tmp_path / "2_Dense" / "pytorch_model.bin")
     write_json(tmp_path / "1_Pooling" / "config.json", {})
     write_json(tmp_path / "modules.json", [])
-    folder = open_folder(tmp_path)
+    folder = open_model(tmp_path)
     assert folder.kind == "sentence-transformers"
     assert sets_of(folder) == {"": ["pytorch_model.bin"], "2_Dense": ["pytorch_model.bin"]}
 
@@ -101,13 +103,13 @@ def test_a_sentence_transformers_folder(tmp_path):
 def test_a_config_that_names_no_class(config, tmp_path):
     save(STATE, tmp_path / "pytorch_model.bin")
     write_json(tmp_path / "config.json", config)
-    assert open_folder(tmp_path).components[0].class_name == ""
+    assert open_model(tmp_path).components[0].class_name == ""
 
 
 def test_every_variant_is_listed(tmp_path):
     for name in ("pytorch_model.bin", "pytorch_model.fp16.bin", "model.fp16.safetensors"):
         save(STATE, tmp_path / name)
-    assert sets_of(open_folder(tmp_path)) == {
+    assert sets_of(open_model(tmp_path)) == {
         "": ["model.fp16.safetensors", "pytorch_model.bin", "pytorch_model.fp16.bin"]
     }
 
@@ -130,8 +132,8 @@ def cache_of(folder: Path, root: Path) -> Path:
 
 
 def test_a_cache_of_links_is_like_the_folder(tmp_path):
-    folder = open_folder(save_pipeline(tmp_path / "model"))
-    linked = open_folder(cache_of(folder.path, tmp_path / "cache"))
+    folder = open_model(save_pipeline(tmp_path / "model"))
+    linked = open_model(cache_of(folder.path.path, tmp_path / "cache"))
     assert (linked.kind, sets_of(linked), rest_of(linked)) == ("pipeline", sets_of(folder), rest_of(folder))
 
 
@@ -163,7 +165,7 @@ def test_the_rest_is_all_but_the_components_weights(tmp_path):
     for name in ("README.md", "unet/model.onnx", ".git/config", "tokenizer/__pycache__/x.pyc", "unet/.keep.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("x")
-    assert rest_of(open_folder(folder)) == {
+    assert rest_of(open_model(folder)) == {
         "README.md": False,
         "model_index.json": False,
         "scheduler/scheduler_config.json": False,
@@ -177,7 +179,7 @@ def test_the_rest_is_all_but_the_components_weights(tmp_path):
 
 
 def test_the_rest_leaves_out_what_is_skipped(tmp_path):
-    folder = open_folder(save_pipeline(tmp_path))
+    folder = open_model(save_pipeline(tmp_path))
     assert not any(name.startswith("vae") for name in rest_of(folder, skip=tmp_path / "vae"))
 
 
@@ -185,7 +187,7 @@ def test_a_circle_of_links_ends(tmp_path):
     save(STATE, tmp_path / "a" / "pytorch_model.bin")
     write_json(tmp_path / "a" / "config.json", {})
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a", target_is_directory=True)
-    assert set(rest_of(open_folder(tmp_path / "a"))) == {"config.json", "again"}
+    assert set(rest_of(open_model(tmp_path / "a"))) == {"config.json", "again"}
 
 
 # Nothing to be found.
@@ -196,7 +198,7 @@ def test_a_folder_without_weights_hints_at_its_folders(tmp_path):
     save(STATE, tmp_path / "a" / "x.pt")
     (tmp_path / "c").mkdir()
     with pytest.raises(BadFile, match="no weights") as caught:
-        open_folder(tmp_path)
+        open_model(tmp_path)
     assert caught.value.advice == "Name one of its folders that do: a, b."
 
 
@@ -204,13 +206,13 @@ def test_a_folder_without_any_weights_says_what_weights_are(tmp_path):
     save(STATE, tmp_path / "training_args.bin")
     write_json(tmp_path / "config.json", {})
     with pytest.raises(BadFile, match="no weights") as caught:
-        open_folder(tmp_path)
+        open_model(tmp_path)
     assert ".safetensors" in caught.value.advice
 
 
 def test_a_path_that_is_not_there(tmp_path):
     with pytest.raises(BadFile, match="does not exist"):
-        open_folder(tmp_path / "none")
+        open_model(tmp_path / "none")
 
 
 @pytest.mark.parametrize("raw", [b"{", b"\xff\xfe", b"[" * 100_000])
@@ -218,4 +220,4 @@ def test_a_config_that_is_no_json_is_named(raw, tmp_path):
     save(STATE, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_bytes(raw)
     with pytest.raises(BadFile, match=r"config\.json"):
-        open_folder(tmp_path)
+        open_model(tmp_path)

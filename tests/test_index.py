@@ -14,6 +14,7 @@ from support.odd_names import ODD_NAMES
 from converter.errors import BadFile
 from converter.models import index
 from converter.models.index import WeightIndex, parse_index, read_index
+from converter.storage import place_of
 
 PATH = Path("model.safetensors.index.json")
 GOLDEN = b"""{
@@ -51,7 +52,7 @@ def test_what_the_libraries_write_is_rendered_byte_for_byte(builders: Any, tmp_p
     model = builders.make_unet() if name == "unet" else builders.make_llama(tied=False)
     model.save_pretrained(tmp_path, max_shard_size=builders.shard_limit(model.state_dict(), 3))
     [path] = tmp_path.glob("*.index.json")
-    parsed = read_index(path)
+    parsed = read_index(place_of(path))
     assert parsed.weight_map.keys() == model.state_dict().keys()
     assert parsed.render() == path.read_bytes()
 
@@ -136,9 +137,9 @@ def test_an_index_too_long_is_not_read(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_bytes(GOLDEN)
     monkeypatch.setattr(index, "MAX_TEXT_NBYTES", len(GOLDEN) - 1)
     with pytest.raises(BadFile, match="bytes long"):
-        read_index(path)
+        read_index(place_of(path))
     monkeypatch.setattr(index, "MAX_TEXT_NBYTES", len(GOLDEN))
-    assert read_index(path) == CONTENT
+    assert read_index(place_of(path)) == CONTENT
 
 
 @given(

@@ -13,7 +13,8 @@ from support.tiny import raw_bytes
 
 from converter.dtypes import DTYPES
 from converter.errors import BadFile, Unsupported
-from converter.models.checkpoint import Checkpoint, find_weight_set, open_checkpoint
+from converter.models.checkpoint import Checkpoint, open_checkpoint
+from converter.models.inventory import find_weight_set
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import Constant, cast
 from converter.tensors.reader import RangeReader

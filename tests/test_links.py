@@ -29,8 +29,8 @@ from support.tiny import (
     write_json,
 )
 
-import converter.models.folder
-from converter import Choices, Wishes, convert, diagnose, mend, open_folder, plan_mending, plan_rename, verify
+import converter.models.rest
+from converter import Choices, Wishes, convert, diagnose, mend, open_model, plan_mending, plan_rename, verify
 from converter.errors import BadRequest, OutputRefused, SystemRefused
 
 STATE = make_state()
@@ -141,7 +141,7 @@ def test_the_library_refuses_the_cache_as_well(tmp_path):
         lambda: convert(tmp_path / "model", place / "out"),
         lambda: convert(place, tmp_path / "out", Wishes(delete_source=True)),
         lambda: plan_rename(place, "none", "fp16"),
-        lambda: mend(place, plan_mending(diagnose(place).view, (), Choices())),
+        lambda: mend(place, plan_mending(diagnose(place).inventory, (), Choices())),
     ):
         with pytest.raises(OutputRefused, match="cache of the Hub"):
             call()
@@ -195,8 +195,8 @@ def test_a_model_of_the_cache_means_its_snapshot(tmp_path, wconv):
     place = cache_of(save_pipeline(tmp_path / "model"), "relative")
     (place.parent / "older").mkdir()
     for name in (tmp_path / "hub", tmp_path / "hub" / "models--org--name", place.parent):
-        assert open_folder(name).root == place
-        assert diagnose(name).view.path == place
+        assert open_model(name).root.path == place
+        assert diagnose(name).inventory.path.path == place
         assert str(place) in wconv("inspect", name).stdout
         wconv("doctor", name, "--loader", "coreml", exit_code=1)
         wconv("to-safetensors", name, "-o", tmp_path / "out", "--overwrite")
@@ -207,7 +207,7 @@ def test_a_model_of_the_cache_means_its_snapshot(tmp_path, wconv):
 def test_several_snapshots_are_listed(main, tmp_path, wconv):
     place = cache_of(save_bin_shards(STATE, tmp_path / "model").parent, "relative")
     (place.parent.parent / "refs" / "main").unlink()
-    assert open_folder(tmp_path / "hub").root == place  # the only one
+    assert open_model(tmp_path / "hub").root.path == place  # the only one
     (place.parent / "older").mkdir()
     if main is not None:
         (place.parent.parent / "refs" / "main").write_text(main)
@@ -466,7 +466,7 @@ def test_links_in_circles_end(follow, tmp_path, wconv):
 
 
 def test_too_much_behind_links_is_refused(tmp_path, wconv, monkeypatch):
-    monkeypatch.setattr(converter.models.folder, "_MAX_BEHIND_LINKS", 10)
+    monkeypatch.setattr(converter.models.rest, "_MAX_BEHIND_LINKS", 10)
     folder = save(STATE, tmp_path / "model" / "pytorch_model.bin").parent
     (tmp_path / "many").mkdir()
     for number in range(11):
@@ -479,7 +479,7 @@ def test_too_much_behind_links_is_refused(tmp_path, wconv, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_link_to_a_process_ends(tmp_path, wconv, monkeypatch):
-    monkeypatch.setattr(converter.models.folder, "_MAX_BEHIND_LINKS", 1_000)
+    monkeypatch.setattr(converter.models.rest, "_MAX_BEHIND_LINKS", 1_000)
     folder = save(STATE, tmp_path / "model" / "pytorch_model.bin").parent
     (folder / "docs").symlink_to("/proc/self", target_is_directory=True)
     wconv("to-safetensors", folder, "-o", tmp_path / "out")

@@ -14,7 +14,8 @@ from converter.libraries import asked, library_of, modules
 from converter.libraries.diffusers import DIFFUSERS
 from converter.libraries.modules import find_linears
 from converter.libraries.transformers import TRANSFORMERS
-from converter.models.folder import Component
+from converter.models.component import Component
+from converter.storage import place_of
 from converter.tensors.base import ByteRange, Tensor
 from converter.tensors.view import whole_view
 
@@ -99,7 +100,7 @@ CONFIGS = {
 
 
 def component_of(config: dict) -> Component:
-    return Component("", Path(), (), config)
+    return Component("", place_of("."), (), config)
 
 
 def tensors_of(config: dict) -> list[Tensor]:

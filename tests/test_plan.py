@@ -21,9 +21,10 @@ from support.tiny import ref_to
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.libraries import library_of
-from converter.models.checkpoint import Checkpoint, WeightSet
-from converter.models.folder import Component, ModelFolder
+from converter.models.checkpoint import Checkpoint
+from converter.models.component import Component, WeightSet
 from converter.models.index import parse_index
+from converter.models.model import Model
 from converter.models.names import WeightsName, parse_name
 from converter.models.select import Wishes, choose_sets
 from converter.plan.make import Plan, Target, make_plan, split_into_shards
@@ -47,7 +48,7 @@ def weight_set(*files: str, index: str | None = None, folder: Path = HERE) -> We
     """Name a set as ``find_weight_sets`` would."""
     parsed = parse_name(index or files[0])
     assert parsed
-    return WeightSet(folder, parsed.name, files, index, parsed.is_legacy)
+    return WeightSet(place_of(folder), parsed.name, files, index, parsed.is_legacy)
 
 
 def checkpoint(files: dict[str, str], index: str | None = None, **metadata: Any) -> Checkpoint:
@@ -62,11 +63,11 @@ def checkpoint(files: dict[str, str], index: str | None = None, **metadata: Any)
 
 
 def component(*sets: WeightSet, name: str = "", **config: Any) -> Component:
-    return Component(name, HERE / name, sets, config)
+    return Component(name, place_of(HERE / name), sets, config)
 
 
-def folder(*components: Component) -> ModelFolder:
-    return ModelFolder(HERE, HERE, "folder", components)
+def folder(*components: Component) -> Model:
+    return Model(place_of(HERE), place_of(HERE), "folder", components)
 
 
 def plan(*checkpoints: Checkpoint, config: dict[str, Any] | None = None, **wishes: Any) -> Plan:

@@ -202,7 +202,7 @@ def test_nine_channels_are_for_inpainting(kind: str, tmp_path: Path) -> None:
         assert json.loads(edited["scheduler/scheduler_config.json"])["prediction_type"] == "epsilon"
     assert json.loads(edited["unet/config.json"])["in_channels"] == 9
     name = "StableDiffusionXLInpaintPipeline" if kind == "sdxl" else "StableDiffusionInpaintPipeline"
-    assert json.loads(edited["model_index.json"])["_class_name"] == opened.folder.class_name == name
+    assert json.loads(edited["model_index.json"])["_class_name"] == opened.model.class_name == name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,13 +17,14 @@ import pytest
 from conftest import run_main
 from support.tiny import ref_to
 
-from converter.doctor import view
+from converter.doctor.checks import look
 from converter.errors import BadFile, HostileFile, shorten
 from converter.formats.safetensors import parse_header
 from converter.formats.texts import MAX_CONFIG_NBYTES, MAX_HEADER_MARKS, MAX_MARKS, MAX_TEXT_NBYTES
-from converter.models import checkpoint
-from converter.models.folder import read_json
+from converter.models import checkpoint, headers
+from converter.models.configs import read_json
 from converter.models.names import parse_name
+from converter.storage import place_of
 from converter.tensors.base import MAX_DIMS, MAX_NAME, MAX_TENSORS
 
 MAX_MEMORY_NBYTES = 512_000_000
@@ -193,10 +194,10 @@ def test_configs_with_many_labels_are_read_and_none_that_are_longer(tmp_path: Pa
     config = {"id2label": labels, "label2id": {label: int(place) for place, label in labels.items()}}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    assert read_json(path) == config
+    assert read_json(place_of(path)) == config
     os.truncate(path, MAX_CONFIG_NBYTES + 1)
     with pytest.raises(HostileFile, match="bytes long"):
-        read_json(path)
+        read_json(place_of(path))
 
 
 @pytest.mark.parametrize("form", ['{"a":%s}', "[%s]"])
@@ -206,10 +207,10 @@ def test_configs_are_not_nested_without_end(form: str, tmp_path: Path) -> None:
         begin, end = form.split("%s")
         path.write_text(f'{{"x":{begin * depth}1{end * depth}}}')
         if is_taken:
-            assert read_json(path)
+            assert read_json(place_of(path))
             continue
         with pytest.raises(BadFile, match="nested"):
-            read_json(path)
+            read_json(place_of(path))
 
 
 def test_tensors_are_counted_over_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +219,8 @@ def test_tensors_are_counted_over_all_shards(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "model-00001-of-00004.safetensors"
     for limit in (4, 3):
         monkeypatch.setattr(checkpoint, "MAX_TENSORS", limit)
-        monkeypatch.setattr(view, "_MAX_TENSORS", limit)
-        bad = [one.name for one in view.look(tmp_path).components[0].weights.values() if one.error]
+        monkeypatch.setattr(headers, "_MAX_TENSORS", limit)
+        bad = [one.name for one in look(tmp_path).parts[0].headers.values() if one.error]
         if limit == 4:
             assert len(checkpoint.open_checkpoint(path).tensors) == 4
             assert not bad

@@ -21,7 +21,7 @@ from converter import (
     convert,
     diagnose,
     open_checkpoint,
-    open_folder,
+    open_model,
     plan_conversion,
     plan_rename,
     prepare_dequantized,
@@ -71,7 +71,7 @@ def test_texts_are_taken_for_what_they_name() -> None:
 def test_paths_may_be_texts_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save(STATE, Path("m/model.safetensors"))
-    assert open_folder("m").components[0].weight_sets
+    assert open_model("m").components[0].weight_sets
     assert len(open_checkpoint("m/model.safetensors").tensors) == 6
     assert plan_rename("m", "none", "ema").sets
     assert diagnose("m").is_healthy

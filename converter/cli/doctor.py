@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from converter.libraries.base import FolderListing
     from converter.libraries.coreml import Lack
     from converter.libraries.predict import Prediction
+    from converter.storage import Place
 
 
 @click.command("doctor", short_help="Say what is wrong with a folder of weights, and mend it.")
@@ -90,7 +91,7 @@ def command(
             found = diagnose(source, deep=deep)
     listing = mending.after if mending and dry_run else None
     predicted = _predictions(listing, found, loader, variant, always=mending is not None)
-    lacks = _lacks(found.view.path, found) if loader == "coreml" else []
+    lacks = _lacks(found.inventory.path, found) if loader == "coreml" else []
     if as_json:
         content["loads"] = [_loads_as_json(one) for one in predicted]
         content["lacks"] = [{"path": str(lack.path), "problem": lack.problem, "advice": lack.advice} for lack in lacks]
@@ -100,12 +101,12 @@ def command(
             _show(found, verbose)
         _show_predictions(predicted, listing is not None)
         for lack in lacks:
-            where = lack.path.relative_to(found.view.path).as_posix()
+            where = lack.path.relative_to(found.inventory.path)
             echo(printable(f"    lacks {where}: {lack.problem}. {lack.advice}"))
     return 0 if found.is_healthy and not lacks and all(one.works for one in predicted) else 1
 
 
-def _lacks(source: Path, found: Diagnosis) -> list[Lack]:
+def _lacks(source: Place, found: Diagnosis) -> list[Lack]:
     from converter.coreml import find_lacks
 
     return list(find_lacks(source, found.findings))
@@ -117,7 +118,7 @@ def _fix(source: Path, found: Diagnosis, choices: Choices, dry_run: bool, quiet:
     from converter.doctor.repair import plan_mending
 
     choices = _ask(found, choices) if sys.stdin.isatty() and not (quiet or dry_run) else choices
-    mending = plan_mending(found.view, found.findings, choices)
+    mending = plan_mending(found.inventory, found.findings, choices)
     if not quiet:
         if mending.refused:
             echo(printable(f"Nothing is touched while data are missing: {mending.refused}.") + "\n")
@@ -153,7 +154,7 @@ def _ask(found: Diagnosis, choices: Choices) -> Choices:
         answer = click.prompt(question, type=click.Choice([*ways, "neither"]), default="neither", err=True)
         choices = replace(choices, keep=None if answer == "neither" else answer)
     if codes & {"variant-single", "variant-partial"} and not (choices.keep_default or choices.only_variant):
-        tags = {printable(tag): tag for tag in found.view.variants if tag}
+        tags = {printable(tag): tag for tag in found.inventory.variants if tag}
         ways = ("add", "default", *tags)
         question = "Untagged weights and variants do not fit: add what is missing, or keep just one?"
         answer = click.prompt(question, type=click.Choice(ways), default="add", err=True)
@@ -173,11 +174,11 @@ def _predictions(
 
     if loader is None and variant is None and not always:
         return []
-    view = found.view
-    tags = variants_in(listing) if listing else view.variants
+    inventory = found.inventory
+    tags = variants_in(listing) if listing else inventory.variants
     if variant is not None:
         tags = (None if variant == "none" else variant,)
-    listing = listing or list_folder(view)
+    listing = listing or list_folder(inventory)
     loaders = (cast("Loader", loader),) if loader else likely_loaders(listing)
     return [
         predict(listing, one, tag)
@@ -190,12 +191,12 @@ def _show(found: Diagnosis, verbose: bool) -> None:
     from converter.cli.output import echo, printable, show_bytes, show_table
 
     rows = []
-    for part in found.view.components:
+    for part in found.inventory.parts:
         for one in part.sets:
-            views = part.views_of(one)
-            dtypes = dict.fromkeys(dtype.tag for view in views for dtype in view.dtypes)
-            files = str(len(one.files)) + (" + index" if one.index_name else "")
-            size = show_bytes(sum(view.nbytes for view in views))
+            headers = part.headers_of(one)
+            dtypes = dict.fromkeys(dtype.tag for header in headers for dtype in header.dtypes)
+            files = str(len(one.file_names)) + (" + index" if one.index_name else "")
+            size = show_bytes(sum(header.nbytes for header in headers))
             rows.append(
                 (part.name or ".", one.name.variant or "-", one.name.format, files, size, ", ".join(dtypes) or "-")
             )
@@ -203,8 +204,8 @@ def _show(found: Diagnosis, verbose: bool) -> None:
     echo()
     shown = [finding for finding in found.findings if verbose or finding.severity != "note"]
     for finding in shown:
-        where = finding.path.relative_to(found.view.path).as_posix()
-        echo(printable(f"{finding.severity} {finding.code}: {where if where != '.' else found.view.path}"))
+        where = finding.path.relative_to(found.inventory.path)
+        echo(printable(f"{finding.severity} {finding.code}: {where if where != '.' else found.inventory.path}"))
         echo(printable(f"    {finding.problem}."))
         for text in (finding.kind.effect, finding.kind.mending):
             if text:
@@ -235,7 +236,7 @@ def _show_predictions(predictions: list[Prediction], later: bool) -> None:
 
 def _as_json(found: Diagnosis) -> dict[str, Any]:
     return {
-        "path": str(found.view.path),
+        "path": str(found.inventory.path),
         "healthy": found.is_healthy,
         "findings": [
             {

@@ -12,7 +12,8 @@ from converter.cli.options import source_arg
 
 if TYPE_CHECKING:
     from converter.models.checkpoint import Checkpoint
-    from converter.models.folder import Component, ModelFolder
+    from converter.models.component import Component
+    from converter.models.model import Model
 
 _KINDS = {
     "file": "a weight set",
@@ -39,21 +40,21 @@ def command(source: Path, with_tensors: bool, as_json: bool) -> None:
     from converter.cli.output import show_json
     from converter.formats.torch.state_dict import Reading
     from converter.models.checkpoint import open_checkpoint
-    from converter.models.folder import open_folder
+    from converter.models.model import open_model
 
-    folder = open_folder(source)
+    model = open_model(source)
     reading = Reading(strip_code=True, skip_unreadable=True, lenient=True)
     sets = [
         _describe(component, open_checkpoint(weight_set, reading), with_tensors)
-        for component in folder.components
+        for component in model.components
         for weight_set in component.weight_sets
     ]
     content = {
-        "path": str(folder.path),
-        "kind": folder.kind,
-        "class": folder.class_name or folder.components[0].class_name,
+        "path": str(model.path),
+        "kind": model.kind,
+        "class": model.class_name or model.components[0].class_name,
         "weight_sets": sets,
-        **_describe_rest(folder),
+        **_describe_rest(model),
     }
     if as_json:
         show_json(content)
@@ -88,14 +89,14 @@ def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) 
     return content
 
 
-def _describe_rest(folder: ModelFolder) -> dict[str, list[str]]:
-    from converter.models.folder import find_rest
+def _describe_rest(model: Model) -> dict[str, list[str]]:
+    from converter.models.rest import find_rest
 
     rest: dict[str, list[str]] = {"not_weights": [], "other_weights": [], "training_state": [], "linked": []}
-    for one in find_rest(folder) if folder.kind != "file" else ():
+    for one in find_rest(model) if model.kind != "file" else ():
         marks = (("training_state", one.is_training), ("other_weights", one.is_weights), ("linked", one.is_linked))
         kind = next((name for name, is_so in marks if is_so), "not_weights")
-        rest[kind].append(one.path.relative_to(folder.root).as_posix())
+        rest[kind].append(one.path.relative_to(model.root))
     return rest
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.doctor.checks import run_checks
+from converter.doctor.checks import look, run_checks
 from converter.doctor.findings import SEVERITIES, Finding
 from converter.doctor.repair import Choices, Mending, plan_mending
 from converter.doctor.undo import check_left
-from converter.doctor.view import FolderView, look
 from converter.errors import LossyCast
+from converter.models.inventory import Inventory
 from converter.models.paths import path_of, refuse_cache
 from converter.run.execute import run_plan
 from converter.run.staging import recover
 from converter.run.tasks import Progress
+from converter.storage import Place
 
 __all__ = ["Choices", "Diagnosis", "Finding", "Mending", "diagnose", "finish_mending", "mend", "plan_mending"]
 
@@ -23,7 +24,7 @@ __all__ = ["Choices", "Diagnosis", "Finding", "Mending", "diagnose", "finish_men
 class Diagnosis:
     """What a folder holds and what was found, the worst first."""
 
-    view: FolderView
+    inventory: Inventory
     findings: tuple[Finding, ...]
 
     @property
@@ -35,19 +36,19 @@ class Diagnosis:
         return self.is_healthy and choices == Choices()
 
 
-def diagnose(path: Path | str, *, deep: bool = False) -> Diagnosis:
+def diagnose(path: Place | Path | str, *, deep: bool = False) -> Diagnosis:
     """Look at a folder of weights; reads names, indexes and headers, and changes nothing.
 
     ``deep`` reads all values too, and holds shapes against the model's class, where its library is installed. Raises
     BadFile for a folder without weights, BadRequest for what is no folder.
     """
-    view = look(path_of(path))
-    found = run_checks(view)
+    inventory = look(path)
+    found = run_checks(inventory)
     if deep:
         from converter.doctor.deep import run_deep_checks
 
-        found += run_deep_checks(view)
-    return Diagnosis(view, tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))))
+        found += run_deep_checks(inventory)
+    return Diagnosis(inventory, tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))))
 
 
 def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None) -> str:

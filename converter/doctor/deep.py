@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from converter.doctor.checks import repeated_name
 from converter.doctor.findings import Finding
-from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.errors import Unsupported
 from converter.models.checkpoint import open_checkpoint
 from converter.models.growth import refuse_growth
+from converter.models.headers import LENIENT
+from converter.models.inventory import Inventory, Part
+from converter.models.sets import ListedSet
 from converter.run.tasks import run_tasks
 from converter.tensors.base import Tensor, find_ties
 from converter.tensors.reader import RangeReader, read_chunks
@@ -32,20 +34,20 @@ class _Values:
     digest: bytes
 
 
-def run_deep_checks(view: FolderView) -> list[Finding]:
+def run_deep_checks(inventory: Inventory) -> list[Finding]:
     """Give what the values and the shapes of all sound sets tell."""
     return [
         finding
-        for part in view.components
+        for part in inventory.parts
         for found in part.sets
         if part.is_sound(found) and not repeated_name(part, found)
         for finding in (*_check_values(part, found), *_check_shapes(part, found))
     ]
 
 
-def _check_values(part: ComponentView, found: SetView) -> Iterator[Finding]:
-    tensors = open_checkpoint(found.weight_set, LENIENT).tensors
-    refuse_growth(found.folder / found.label, tensors)
+def _check_values(part: Part, found: ListedSet) -> Iterator[Finding]:
+    tensors = open_checkpoint(found.without_index, LENIENT).tensors
+    refuse_growth(found.path, tensors)
     ties = find_ties(tensors)
     alone = [info for info in tensors if info.name not in ties]
     values = sorted(run_tasks((_look_at, info, info.nbytes) for info in alone), key=lambda one: one.info.name)
@@ -63,7 +65,7 @@ def _check_values(part: ComponentView, found: SetView) -> Iterator[Finding]:
         if names:
             more = f", and in {len(names) - 3} more" if len(names) > 3 else ""
             problem = f"holds {what} in {', '.join(names[:3])}{more}"
-            yield Finding(code, found.folder / found.label, part.name, problem)
+            yield Finding(code, found.path, part.name, problem)
 
 
 def _look_at(info: Tensor, chunk_nbytes: int) -> _Values:
@@ -80,7 +82,7 @@ def _look_at(info: Tensor, chunk_nbytes: int) -> _Values:
     return _Values(info, nans, infinite, is_zero, digest.digest())
 
 
-def _check_shapes(part: ComponentView, found: SetView) -> Iterator[Finding]:
+def _check_shapes(part: Part, found: ListedSet) -> Iterator[Finding]:
     from converter.doctor.shapes import expected_shapes
 
     try:
@@ -90,10 +92,10 @@ def _check_shapes(part: ComponentView, found: SetView) -> Iterator[Finding]:
         return
     if not expected:
         return
-    held = {info.name: info.shape for info in open_checkpoint(found.weight_set, LENIENT).tensors}
+    held = {info.name: info.shape for info in open_checkpoint(found.without_index, LENIENT).tensors}
     wrong = [name for name in held if name in expected and held[name] != expected[name]]
     if wrong:
         name = wrong[0]
         shapes = f"{list(held[name])}, the config gives {list(expected[name])}"
         problem = f"holds {len(wrong):,} tensors of another shape than config.json gives, such as {name} ({shapes})"
-        yield Finding("config-shape", found.folder / found.label, part.name, problem)
+        yield Finding("config-shape", found.path, part.name, problem)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
+
+from converter.storage import Place
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -25,7 +26,7 @@ class Finding:
     """One thing that the doctor saw: ``problem`` is said of ``path``."""
 
     code: str
-    path: Path
+    path: Place
     component: str
     problem: str
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from converter.doctor.view import ComponentView, FolderView
+from converter.libraries import library_at
 from converter.libraries.base import FolderListing, IndexListing, PartListing
+from converter.models.inventory import Inventory, Part
 
 
-def list_folder(view: FolderView) -> FolderListing:
+def list_folder(inventory: Inventory) -> FolderListing:
     """Give what a loader sees of a folder."""
-    parts = tuple(_list_part(part) for part in view.components if part.is_named or not view.is_pipeline)
-    return FolderListing(view.path, view.is_pipeline, parts, view.absent, view.dotless)
+    parts = tuple(_list_part(part) for part in inventory.parts if part.is_named or not inventory.is_pipeline)
+    return FolderListing(inventory.path, inventory.is_pipeline, parts, inventory.absent, inventory.dotless)
 
 
-def _list_part(part: ComponentView) -> PartListing:
+def _list_part(part: Part) -> PartListing:
     indexes = {}
-    for found in part.sets:
-        if found.index_name:
-            shards = tuple(sorted(set(found.index.weight_map.values()))) if found.index else ()
-            problem = f"cannot read {found.index_name}" if found.index is None else ""
-            if found.index and not found.index.has_metadata:
+    for listed in part.sets:
+        if listed.index_name:
+            problem = f"cannot read {listed.index_name}" if listed.index is None else ""
+            if listed.index and not listed.index.has_metadata:
                 problem = "KeyError: 'metadata'"
-            indexes[found.index_name] = IndexListing(shards, problem)
-    return PartListing(part.name, part.path, part.library, frozenset(part.files), indexes, frozenset(part.others))
+            indexes[listed.index_name] = IndexListing(listed.listed_names, problem)
+    library = library_at(part)
+    return PartListing(part.name, part.path, library, frozenset(part.files), indexes, frozenset(part.others))

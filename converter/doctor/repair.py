@@ -30,22 +30,25 @@ from converter.doctor.checks import (
 )
 from converter.doctor.findings import Finding
 from converter.doctor.listing import list_folder
-from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.dtypes import BY_ALIAS, DTYPES, RECAST_TARGETS
 from converter.errors import BadRequest
 from converter.formats import read_file
 from converter.libraries import library_of
 from converter.libraries.base import FolderListing, IndexListing, PartListing, with_dtype
 from converter.models.checkpoint import Checkpoint, open_checkpoint
-from converter.models.folder import ModelFolder, render_json
+from converter.models.configs import render_json
+from converter.models.headers import LENIENT
 from converter.models.index import WeightIndex
+from converter.models.inventory import Inventory, Part
+from converter.models.model import Model
 from converter.models.names import WeightsName, check_variant, parse_name
 from converter.models.select import Wishes
+from converter.models.sets import ListedSet
 from converter.plan.make import Plan, SetPlan, Target, make_plan
 from converter.recipes.outputs import refuse_links
 from converter.recipes.rename import link_shards
 from converter.recipes.verify import holds_values
-from converter.storage import place_of
+from converter.storage import Place
 
 Keep = Literal["single", "shards", "safetensors", "bin"]
 
@@ -83,7 +86,7 @@ class Mending:
 class _Goal:
     """A set that shall be there: ``source`` gives the values, ``wishes`` say how they change, None for not at all."""
 
-    source: SetView
+    source: ListedSet
     name: WeightsName
     wishes: Wishes | None = None
     is_new: bool = False  # the source stays as it is
@@ -94,15 +97,15 @@ class _Goal:
 class _Part:
     """One part on its way: the goals, and the files that go."""
 
-    view: ComponentView
+    view: Part
     goals: list[_Goal] = field(default_factory=list)
-    left: list[SetView] = field(default_factory=list)  # not to be touched, nor any file of theirs
+    left: list[ListedSet] = field(default_factory=list)  # not to be touched, nor any file of theirs
     gone: set[str] = field(default_factory=set)
     steps: list[str] = field(default_factory=list)
 
-    def let_go(self, found: SetView, why: str) -> None:
+    def let_go(self, found: ListedSet, why: str) -> None:
         self.goals = [goal for goal in self.goals if goal.source is not found or goal.is_new]
-        shared = {name for goal in self.goals if goal.source is not found for name in goal.source.files}
+        shared = {name for goal in self.goals if goal.source is not found for name in goal.source.file_names}
         self.gone.update(name for name in found.all_names if name not in shared)
         self.say(f"move {found.label} away: {why}")
 
@@ -120,18 +123,18 @@ class _Part:
         return variant in (*(goal.name.variant for goal in self.goals), *(found.name.variant for found in self.left))
 
 
-def plan_mending(view: FolderView, findings: Sequence[Finding], choices: Choices) -> Mending:
+def plan_mending(inventory: Inventory, findings: Sequence[Finding], choices: Choices) -> Mending:
     """Plan to mend what was found in a folder, in the way that removes nothing unless ``choices`` say otherwise.
 
     Reads values where it must know whether two sets are the same. Raises BadRequest for a choice that cannot be.
     """
-    listing = list_folder(view)
-    dropped = _stray_paths(view) if choices.drop_strays else set()
+    listing = list_folder(inventory)
+    dropped = _stray_paths(inventory) if choices.drop_strays else set()
     lost = next((found for found in findings if found.code in _LOST and found.path not in dropped), None)
     if lost:
         return Mending(None, (), listing, f"{lost.path}: {lost.problem}")
-    _check_choices(view, choices)
-    parts = [_Part(part) for part in view.components]
+    _check_choices(inventory, choices)
+    parts = [_Part(part) for part in inventory.parts]
     for part in parts:
         _gather(part)
         _drop_strays(part, choices)
@@ -139,28 +142,28 @@ def plan_mending(view: FolderView, findings: Sequence[Finding], choices: Choices
         _mend_tags(part)
         _convert_shards(part)
         _mend_headers(part)
-    loaded = [part for part in parts if part.view in loaded_parts(view) and part.goals]
-    if view.is_pipeline:
+    loaded = [part for part in parts if part.view in loaded_parts(inventory) and part.goals]
+    if inventory.is_pipeline:
         _convert_mixed(loaded)
-    _make_variants(view, loaded, choices)
+    _make_variants(inventory, loaded, choices)
     _choose_variants(loaded, choices)
     for part in parts:
         _merge_shards(part)
-    plan = _build_plan(view, parts)
+    plan = _build_plan(inventory, parts)
     steps = [step for part in parts for step in part.steps]
-    steps += [f"rename {name} to {Path(name).name}.txt" for name in _renamed(view)]
-    steps += [f"write dtype {dtype} into {_relative(part, 'config.json')}" for part, dtype in _new_dtypes(view)]
-    return Mending(plan, tuple(steps), _list_after(view, listing, plan) if plan else listing)
+    steps += [f"rename {name} to {Path(name).name}.txt" for name in _renamed(inventory)]
+    steps += [f"write dtype {dtype} into {_relative(part, 'config.json')}" for part, dtype in _new_dtypes(inventory)]
+    return Mending(plan, tuple(steps), _list_after(inventory, listing, plan) if plan else listing)
 
 
-def _check_choices(view: FolderView, choices: Choices) -> None:
-    tags = [*filter(None, view.variants), choices.make_variant]
+def _check_choices(inventory: Inventory, choices: Choices) -> None:
+    tags = [*filter(None, inventory.variants), choices.make_variant]
     if choices.only_variant is not None and choices.only_variant not in tags:
-        raise BadRequest(view.path, f"has no variant {choices.only_variant!r}", "--make-variant makes one.")
+        raise BadRequest(inventory.path, f"has no variant {choices.only_variant!r}", "--make-variant makes one.")
     if choices.make_variant is not None and choices.make_variant.lower() not in RECAST_TARGETS:
         raise BadRequest(repr(choices.make_variant), "names no dtype", f"Use one of {', '.join(RECAST_TARGETS)}.")
     if choices.keep_default and choices.only_variant:
-        raise BadRequest(view.path, "cannot keep the untagged weights and only a variant")
+        raise BadRequest(inventory.path, "cannot keep the untagged weights and only a variant")
 
 
 def _gather(part: _Part) -> None:
@@ -168,49 +171,49 @@ def _gather(part: _Part) -> None:
     for found in part.view.sets:
         if is_foreign(found):
             _gather_foreign(part, found)
-        elif not found.files:
+        elif not found.file_names:
             part.let_go(found, "none of the files that it names is there")
         elif part.view.is_sound(found) and not repeated_name(part.view, found):
             part.goals.append(_Goal(found, right_name(part.view, found.name)))
         else:
             part.left.append(found)
-    kept = {name for found in part.left for name in found.files}
-    part.goals = [goal for goal in part.goals if kept.isdisjoint(goal.source.files)]
+    kept = {name for found in part.left for name in found.file_names}
+    part.goals = [goal for goal in part.goals if kept.isdisjoint(goal.source.file_names)]
 
 
-def _gather_foreign(part: _Part, found: SetView) -> None:
+def _gather_foreign(part: _Part, found: ListedSet) -> None:
     """Make a goal of the files of an index that names files of others, where all of its tensors stay in one set."""
-    others = [name for name in found.files if name not in found.own_files]
+    others = [name for name in found.file_names if name not in found.own_names]
     names = {parsed.name for name in others if (parsed := parse_name(name))}
     held = held_names(part.view, found).keys()
     sets = [one for one in part.view.sets if one is not found and not is_foreign(one) and part.view.is_sound(one)]
-    whole = [one for one in sets if set(found.files) == set(one.files)]
+    whole = [one for one in sets if set(found.file_names) == set(one.file_names)]
     if whole:
         # Another set has these files and no index, or one of its own.
         rival = [one for one in sets if one.name == whole[0].name and one is not whole[0]]
         if not rival:
-            part.let_go(replace(found, files=()), f"it names the files of {spelled_variant(whole[0].name)}")
+            part.let_go(replace(found, file_names=()), f"it names the files of {spelled_variant(whole[0].name)}")
             return
-    own = SetView(found.folder, found.name, found.own_files)
-    own_parsed = [parsed for name in own.files if (parsed := parse_name(name))]
+    own = ListedSet(found.folder, found.name, found.own_names)
+    own_parsed = [parsed for name in own.file_names if (parsed := parse_name(name))]
     is_whole = bool(own_parsed) and all(one.count in (0, len(own_parsed)) for one in own_parsed)
-    others_stay = all(any(name in one.files for one in sets) for name in others)
+    others_stay = all(any(name in one.file_names for one in sets) for name in others)
     if is_whole and others_stay and held_names(part.view, own).keys() == held:
-        part.let_go(replace(found, files=()), "it names files of another variant")
+        part.let_go(replace(found, file_names=()), "it names files of another variant")
         part.goals.append(_Goal(own, right_name(part.view, own.name)))
-    elif not own.files and len(names) == 1 and not any(one.name == found.name for one in sets):
+    elif not own.file_names and len(names) == 1 and not any(one.name == found.name for one in sets):
         # The files are named for a variant that has others: they take the name of their index.
         part.goals.append(_Goal(found, right_name(part.view, found.name), respell=True))
     else:
         part.left.append(found)
 
 
-def _open(found: SetView) -> Checkpoint:
-    return open_checkpoint(found.weight_set)
+def _open(found: ListedSet) -> Checkpoint:
+    return open_checkpoint(found.without_index)
 
 
-def _stray_paths(view: FolderView) -> set[Path]:
-    return {stray.folder / name for part in view.components for stray in part.strays for name in stray.files}
+def _stray_paths(inventory: Inventory) -> set[Place]:
+    return {stray.folder / name for part in inventory.parts for stray in part.strays for name in stray.file_names}
 
 
 def _drop_strays(part: _Part, choices: Choices) -> None:
@@ -218,9 +221,9 @@ def _drop_strays(part: _Part, choices: Choices) -> None:
         kept = next((goal.source for goal in part.goals if goal.source.name == stray.name), None)
         if kept and choices.drop_strays:
             part.let_go(stray, "--drop-strays")
-        elif kept and not any(part.view.weights[name].error for name in stray.files):
-            files = [read_file(place_of(stray.folder / name), LENIENT) for name in stray.files]
-            shards = [Checkpoint(stray.weight_set, (file,), {}) for file in files]
+        elif kept and not any(part.view.headers[name].error for name in stray.file_names):
+            files = [read_file(stray.folder / name, LENIENT) for name in stray.file_names]
+            shards = [Checkpoint(stray.without_index, (file,), {}) for file in files]
             if all(holds_values(_open(kept), shard) for shard in shards):
                 part.let_go(stray, f"{kept.label} holds the same values")
 
@@ -264,7 +267,7 @@ def _mend_tags(part: _Part) -> None:
 def _convert_shards(part: _Part) -> None:
     library = library_of(part.view.component)
     for goal in list(part.goals):
-        if not library.reads_shards(goal.name.format) and len(goal.source.files) > 1:
+        if not library.reads_shards(goal.name.format) and len(goal.source.file_names) > 1:
             _convert(part, goal)
 
 
@@ -293,9 +296,9 @@ def _mend_headers(part: _Part) -> None:
             part.say(f"write the header of {goal.source.label} anew")
 
 
-def _make_variants(view: FolderView, parts: list[_Part], choices: Choices) -> None:
+def _make_variants(inventory: Inventory, parts: list[_Part], choices: Choices) -> None:
     """Cast what some parts lack, and what is asked for."""
-    wanted = {goal.name.variant for part in parts for goal in part.goals} if view.is_pipeline else set()
+    wanted = {goal.name.variant for part in parts for goal in part.goals} if inventory.is_pipeline else set()
     if choices.keep_default:
         wanted = {None}
     elif choices.only_variant:
@@ -330,9 +333,9 @@ def _choose_variants(parts: list[_Part], choices: Choices) -> None:
 def _merge_shards(part: _Part) -> None:
     """Let shards become one file, where a loader wants it: old names of tensors, or a variant that is one file."""
     library = library_of(part.view.component)
-    single = any(goal.name.variant and len(goal.source.files) == 1 and not goal.is_new for goal in part.goals)
+    single = any(goal.name.variant and len(goal.source.file_names) == 1 and not goal.is_new for goal in part.goals)
     for goal in part.goals:
-        count = len(goal.source.files)
+        count = len(goal.source.file_names)
         if count < 2 or goal.name.format != "safetensors":
             continue
         old = library.find_old_name(part.view.component, held_names(part.view, goal.source))
@@ -341,11 +344,15 @@ def _merge_shards(part: _Part) -> None:
             part.say(f"merge the {count} shards of {goal.name.single} into one file")
 
 
-def _build_plan(view: FolderView, parts: list[_Part]) -> Plan | None:
-    target = Target(view.path, is_new=False)
+def _build_plan(inventory: Inventory, parts: list[_Part]) -> Plan | None:
+    target = Target(inventory.path.spelled, is_new=False)
     components = tuple(part.view.component for part in parts)
-    folder = ModelFolder(
-        view.path, view.path, "pipeline" if view.is_pipeline else "folder", components, view.class_name
+    model = Model(
+        inventory.path,
+        inventory.path,
+        "pipeline" if inventory.is_pipeline else "folder",
+        components,
+        inventory.class_name,
     )
     sets: list[SetPlan] = []
     texts: dict[str, bytes] = {}
@@ -354,7 +361,7 @@ def _build_plan(view: FolderView, parts: list[_Part]) -> Plan | None:
         superseded += (_relative(part.view, name) for name in sorted(part.gone))
         for goal in part.goals:
             if goal.wishes is not None:
-                sets.append(_rewrite(folder, target, part.view, goal))
+                sets.append(_rewrite(model, target, part.view, goal))
             elif goal.respell or goal.name != goal.source.name or goal.source.is_legacy:
                 sets.append(_relabel(part, goal))
             else:
@@ -363,20 +370,20 @@ def _build_plan(view: FolderView, parts: list[_Part]) -> Plan | None:
             if not goal.is_new:
                 superseded += (_relative(part.view, name) for name in goal.source.all_names)
     for name in texts:
-        superseded += [name] if os.path.lexists(view.path / name) else []
-    for described, dtype in _new_dtypes(view):
+        superseded += [name] if os.path.lexists(inventory.path / name) else []
+    for described, dtype in _new_dtypes(inventory):
         path = _relative(described, "config.json")
         texts[path] = render_json(with_dtype(described.component.config, dtype))
         superseded.append(path)
-    renamed = _renamed(view)
+    renamed = _renamed(inventory)
     superseded += renamed
     if not sets and not texts and not superseded:
         return None
     plan = Plan(
-        source=folder,
+        source=model,
         target=target,
         sets=tuple(sets),
-        carried=tuple((f"{name}.txt", view.path / name) for name in renamed),
+        carried=tuple((f"{name}.txt", (inventory.path / name).spelled) for name in renamed),
         edited=tuple(texts.items()),
         superseded=tuple(dict.fromkeys(superseded)),
         wishes=Wishes(form=None, in_place=True),
@@ -385,40 +392,42 @@ def _build_plan(view: FolderView, parts: list[_Part]) -> Plan | None:
     return plan
 
 
-def _renamed(view: FolderView) -> list[str]:
-    return [name for name in view.dotless if (view.path / name).is_file()] if any(view.variants) else []
+def _renamed(inventory: Inventory) -> list[str]:
+    return [name for name in inventory.dotless if (inventory.path / name).is_file()] if any(inventory.variants) else []
 
 
-def _new_dtypes(view: FolderView) -> list[tuple[ComponentView, str]]:
-    found = [(part, config_dtype(part)) for part in (() if view.is_pipeline else view.components)]
+def _new_dtypes(inventory: Inventory) -> list[tuple[Part, str]]:
+    found = [(part, config_dtype(part)) for part in (() if inventory.is_pipeline else inventory.parts)]
     return [(part, dtypes[1].torch_name) for part, dtypes in found if dtypes]
 
 
-def _relative(part: ComponentView, name: str) -> str:
+def _relative(part: Part, name: str) -> str:
     return (Path(part.name) / name).as_posix()
 
 
-def _rewrite(folder: ModelFolder, target: Target, part: ComponentView, goal: _Goal) -> SetPlan:
+def _rewrite(model: Model, target: Target, part: Part, goal: _Goal) -> SetPlan:
     """Plan a set whose bytes change."""
     assert goal.wishes is not None
-    weight_set = replace(goal.source.weight_set, name=goal.name)
-    checkpoint = replace(open_checkpoint(goal.source.weight_set), weight_set=weight_set)
+    weight_set = replace(goal.source.without_index, name=goal.name)
+    checkpoint = replace(open_checkpoint(goal.source.without_index), weight_set=weight_set)
     metadata = goal.source.index.metadata if goal.source.index else {}
     checkpoint = replace(checkpoint, index_metadata=metadata)
-    planned = make_plan(folder, [(part.component, checkpoint)], target, goal.wishes, {}).sets[0]
-    return replace(planned, source=goal.source.weight_set)
+    planned = make_plan(model, [(part.component, checkpoint)], target, goal.wishes, {}).sets[0]
+    return replace(planned, source=goal.source.without_index)
 
 
 def _relabel(part: _Part, goal: _Goal) -> SetPlan:
     """Plan a set of which just names change, and with them the index."""
-    part.say(f"rename {goal.source.label} to {goal.name.single if len(goal.source.files) == 1 else goal.name.index}")
-    names = goal.name.files(len(goal.source.files))
-    shards = link_shards(part.view.component, goal.source.weight_set, names)
+    part.say(
+        f"rename {goal.source.label} to {goal.name.single if len(goal.source.file_names) == 1 else goal.name.index}"
+    )
+    names = goal.name.files(len(goal.source.file_names))
+    shards = link_shards(part.view.component, goal.source.without_index, names)
     index = None
     if len(names) > 1:
-        renamed = dict(zip(goal.source.files, names, strict=True))
+        renamed = dict(zip(goal.source.file_names, names, strict=True))
         index = (_relative(part.view, goal.name.index), _index_of(part.view, goal.source, renamed).render())
-    return SetPlan(part.view.name, goal.source.weight_set, goal.name, shards, index, {})
+    return SetPlan(part.view.name, goal.source.without_index, goal.name, shards, index, {})
 
 
 def _reindex(part: _Part, goal: _Goal) -> Iterator[tuple[str, bytes]]:
@@ -431,18 +440,18 @@ def _reindex(part: _Part, goal: _Goal) -> Iterator[tuple[str, bytes]]:
     part.say(f"write {goal.name.index} anew")
     yield (
         _relative(part.view, goal.name.index),
-        _index_of(part.view, found, {name: name for name in found.files}).render(),
+        _index_of(part.view, found, {name: name for name in found.file_names}).render(),
     )
 
 
-def _index_of(part: ComponentView, found: SetView, renamed: dict[str, str]) -> WeightIndex:
+def _index_of(part: Part, found: ListedSet, renamed: dict[str, str]) -> WeightIndex:
     weight_map = {name: renamed[file] for name, file in held_names(part, found).items()}
-    total = sum(view.tensor_nbytes for view in part.views_of(found))
+    total = sum(header.tensor_nbytes for header in part.headers_of(found))
     metadata = dict(found.index.metadata) if found.index else {}
     return WeightIndex(weight_map, {**metadata, "total_size": total})
 
 
-def _list_after(view: FolderView, before: FolderListing, plan: Plan) -> FolderListing:
+def _list_after(inventory: Inventory, before: FolderListing, plan: Plan) -> FolderListing:
     """Give what loaders see once a plan is carried out."""
     written = dict(plan.texts)
     names = {*(shard.path for shard in plan.shards), *written, *(name for name, _ in plan.carried)}

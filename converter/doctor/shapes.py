@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from converter.libraries.ask import LibraryMissing, ask_class
-from converter.models.folder import Component
+from converter.models.component import Component
 
 
 def expected_shapes(component: Component) -> dict[str, tuple[int, ...]]:

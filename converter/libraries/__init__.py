@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from converter.libraries.base import Library
 from converter.libraries.diffusers import DIFFUSERS
 from converter.libraries.peft import PEFT
 from converter.libraries.sentence_transformers import SENTENCE_TRANSFORMERS
 from converter.libraries.timm import TIMM
 from converter.libraries.transformers import TRANSFORMERS
-from converter.models.folder import Component, ModelFolder
-from converter.models.names import WeightsName
+from converter.models.component import Component
+from converter.models.inventory import Part
+from converter.models.model import Model
 
 # The first that owns a component loads it; the last one takes what is left.
 LIBRARIES: tuple[Library, ...] = (PEFT, DIFFUSERS, TIMM, TRANSFORMERS)
@@ -24,22 +23,22 @@ def library_of(component: Component) -> Library:
     return next(library for library in LIBRARIES if library.owns(component))
 
 
-def loader_of(folder: ModelFolder) -> Library:
+def loader_of(folder: Model) -> Library:
     """Give the library that loads a folder as a whole."""
     return _OF_FOLDERS.get(folder.kind) or library_of(folder.components[0])
 
 
-def guess_library(component: Component, package: object, names: Iterable[WeightsName]) -> Library:
-    """Give the library of a component that may have no config: by what a model_index.json says, or by its weights."""
-    if component.config:
-        return library_of(component)
-    named = next((library for library in (DIFFUSERS, TRANSFORMERS) if library.package == package), None)
-    if named is None and any(name.stem == DIFFUSERS.stem("safetensors") for name in names):
+def library_at(part: Part) -> Library:
+    """Give the library of a part that may have no config: by what model_index.json says, or by its weights' names."""
+    if part.component.config:
+        return library_of(part.component)
+    named = next((library for library in (DIFFUSERS, TRANSFORMERS) if library.package == part.package), None)
+    if named is None and any(listed.name.stem == DIFFUSERS.stem("safetensors") for listed in part.sets):
         named = DIFFUSERS
     return named or TRANSFORMERS
 
 
-def note_tag(folder: ModelFolder, variant: str | None) -> tuple[str, ...]:
+def note_tag(folder: Model, variant: str | None) -> tuple[str, ...]:
     """Say so where weights get a tag under which the folder's library does not find them."""
     library = loader_of(folder).no_variants(folder)
     if not library or variant in (None, "none"):

@@ -27,7 +27,7 @@ from converter.errors import Unsupported
 from converter.libraries import library_of
 from converter.libraries.base import Library
 from converter.libraries.keep_fp32 import MADE_FROM
-from converter.models.folder import Component
+from converter.models.component import Component
 
 # Names in the answer for the largest models take some MB.
 _ANSWER_NBYTES = 32_000_000

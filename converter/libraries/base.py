@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from converter.dtypes import DType
 from converter.libraries.written import Written, WrittenSet, from_pretrained, is_bare
-from converter.models.folder import Component, ModelFolder
+from converter.models.component import Component
+from converter.models.model import Model
 from converter.models.names import STEMS, Format, WeightsName
 from converter.models.select import Tied
+from converter.storage import Place
 
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 reads both, 4 only the second
 Keeps = Callable[[str], bool]
@@ -51,7 +52,7 @@ class Library(Protocol):
         """Say whether its loader finds the weights of a component by their name, and by the config that goes with."""
         return self.owns(component) and self.is_sought(name)
 
-    def no_variants(self, folder: ModelFolder) -> str:
+    def no_variants(self, folder: Model) -> str:
         """Name the loader that opens a folder, in a sentence, where it finds no variants; nothing where it does."""
         return ""
 
@@ -178,7 +179,7 @@ class PartListing:
     """One folder that a model is loaded from: its files by name, what its indexes name, and its other entries."""
 
     name: str
-    path: Path
+    path: Place
     library: Library
     names: frozenset[str]
     indexes: Mapping[str, IndexListing]
@@ -193,7 +194,7 @@ class FolderListing:
     names that have no dot in their names.
     """
 
-    path: Path
+    path: Place
     is_pipeline: bool
     parts: tuple[PartListing, ...]
     absent: tuple[str, ...] = ()

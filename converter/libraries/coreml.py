@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from converter.errors import BadFile, Unsupported, WconvError
-from converter.models.folder import Component
+from converter.models.component import Component
+from converter.storage import Place
 
 COREML_VARIANT = "fp16"
 
@@ -40,13 +40,13 @@ _ENCODERS = frozenset({"text_encoder", "text_encoder_2"})
 class Lack:
     """One thing that the script would miss; ``error`` is how it is refused."""
 
-    path: Path
+    path: Place
     problem: str
     advice: str
     error: type[WconvError] = BadFile
 
 
-def find_lacks(source: Path, model_index: Mapping[str, Any]) -> Iterator[Lack]:
+def find_lacks(source: Place, model_index: Mapping[str, Any]) -> Iterator[Lack]:
     """List what a pipeline folder with this model_index.json (none if it cannot be read) lacks beside its weights."""
     if not model_index:
         problem = "is no Diffusers pipeline: it has no model_index.json that can be read"

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from converter.libraries import keep_fp32
 from converter.libraries.base import Keeps, Library, PartListing, Pick, pick_shards, pick_single
 from converter.libraries.written import Written, WrittenSet, from_pretrained, must_be_torch
-from converter.models.folder import Component, ModelFolder
+from converter.models.component import Component
+from converter.models.model import Model
 from converter.models.names import Format, WeightsName
 
 # Renamed on load, but only where the checkpoint is one file (``_fix_state_dict_keys_on_load`` and its call in
@@ -33,7 +34,7 @@ class Diffusers(Library):
     def owns(self, component: Component) -> bool:
         return "_class_name" in component.config
 
-    def no_variants(self, folder: ModelFolder) -> str:
+    def no_variants(self, folder: Model) -> str:
         """See ``_identify_model_variants`` in ``diffusers/pipelines/pipeline_loading_utils.py``."""
         return "Diffusers at the root" if folder.kind == "pipeline" and not folder.components[0].name else ""
 

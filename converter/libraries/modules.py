@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from converter.errors import Unsupported
 from converter.libraries.ask import LibraryMissing, ask_class
-from converter.models.folder import Component
+from converter.models.component import Component
 from converter.tensors.base import Tensor
 
 _WEIGHT = ".weight"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from converter.libraries.transformers import Transformers
 from converter.libraries.written import Written, WrittenSet, is_bare, is_found_plain
-from converter.models.folder import Component, ModelFolder, read_json
+from converter.models.component import Component
+from converter.models.configs import read_json
+from converter.models.model import Model
 from converter.models.names import STEMS, Format, WeightsName
 from converter.models.select import Tied
 
@@ -31,7 +33,7 @@ class Peft(Transformers):
     def finds(self, component: Component, name: WeightsName) -> bool:
         return self.is_sought(name)
 
-    def no_variants(self, folder: ModelFolder) -> str:
+    def no_variants(self, folder: Model) -> str:
         """See ``load_peft_weights`` in ``peft/utils/save_and_load.py``."""
         return "PEFT"
 

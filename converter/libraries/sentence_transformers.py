@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from converter.libraries.transformers import Transformers
 from converter.libraries.written import Written, is_found_plain
-from converter.models.folder import Component, ModelFolder
+from converter.models.component import Component
+from converter.models.model import Model
 
 
 class SentenceTransformers(Transformers):
@@ -13,7 +14,7 @@ class SentenceTransformers(Transformers):
     def owns(self, component: Component) -> bool:
         return False
 
-    def no_variants(self, folder: ModelFolder) -> str:
+    def no_variants(self, folder: Model) -> str:
         """See ``Module.load_torch_weights`` in ``sentence_transformers/base/modules/module.py``."""
         return "sentence-transformers"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from converter.libraries.transformers import Transformers, names_model
-from converter.models.folder import Component, ModelFolder
+from converter.models.component import Component
+from converter.models.model import Model
 
 
 class Timm(Transformers):
@@ -12,7 +13,7 @@ class Timm(Transformers):
     def owns(self, component: Component) -> bool:
         return isinstance(component.config.get("architecture"), str) and not names_model(component)
 
-    def no_variants(self, folder: ModelFolder) -> str:
+    def no_variants(self, folder: Model) -> str:
         """See timm's ``hf_load_state_dict``."""
         return "timm"
 

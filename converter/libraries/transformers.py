@@ -23,7 +23,7 @@ from converter.libraries.base import (
     pick_shards,
     pick_single,
 )
-from converter.models.folder import Component
+from converter.models.component import Component
 from converter.models.names import WeightsName
 from converter.models.select import Tied
 

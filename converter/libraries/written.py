@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converter.dtypes import DType
-from converter.models.folder import Component, ModelFolder
+from converter.models.component import Component
+from converter.models.model import Model
 from converter.models.names import WeightsName
 
 
@@ -31,7 +32,7 @@ class Written(NamedTuple):
     ``dtype`` is the one that was asked for; ``is_variantless`` where the source's loader finds no variants.
     """
 
-    source: ModelFolder
+    source: Model
     folder: Path
     is_new: bool
     is_variantless: bool

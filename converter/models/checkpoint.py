@@ -1,47 +1,25 @@
 """One weight set, that is a file, or shards with or without an index, opened as one state dict on disk.
 
-``find_weight_sets`` goes by names (and by first bytes where a name says little), ``open_checkpoint`` reads the headers
-and holds index and shards against each other. No tensor is read.
+``open_checkpoint`` reads the headers and holds index and shards against each other. No tensor is read.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from converter.errors import BadFile, BadRequest, HostileFile
-from converter.formats import could_be_weights, read_file
+from converter.formats import read_file
 from converter.formats.torch.state_dict import PLAIN, Reading
+from converter.models.component import WeightSet
 from converter.models.index import WeightIndex, read_index
-from converter.models.names import ParsedName, WeightsName, is_other_runtime, is_training_state, parse_name
-from converter.models.paths import path_of
-from converter.storage import place_of
+from converter.models.inventory import find_weight_set
+from converter.models.names import WeightsName, parse_name
+from converter.storage import Place
 from converter.tensors.base import MAX_TENSORS, Tensor, WeightsFile
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSet:
-    """The files of one set in a folder, not yet opened. Sharded sets have an ``index_name`` or their numbers."""
-
-    folder: Path
-    name: WeightsName
-    file_names: tuple[str, ...]
-    index_name: str | None = None
-    is_legacy: bool = False
-
-    @property
-    def all_names(self) -> tuple[str, ...]:
-        """The set's weight files and its index: all that goes when the set goes."""
-        return (*self.file_names, self.index_name) if self.index_name else self.file_names
-
-    @property
-    def path(self) -> Path:
-        """What one would name to mean this set: its index, or its first file."""
-        return self.folder / (self.index_name or self.file_names[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,70 +57,13 @@ class Checkpoint:
         return {name: kept for name, kept in notes.items() if kept in names and name != "format"}
 
 
-def find_weight_sets(folder: Path) -> tuple[WeightSet, ...]:
-    """List the weight sets that lie directly in a folder, sorted by name.
-
-    Raises BadFile for an index that cannot be read.
-    """
-    parsed: dict[str, ParsedName] = {}
-    for path in sorted(folder.iterdir()):
-        found = parse_name(path.name)
-        if found and is_weight_file(path):
-            parsed[path.name] = found
-    sets = [_indexed_set(folder, name, found) for name, found in parsed.items() if found.role == "index"]
-    taken = {name for weight_set in sets for name in weight_set.file_names}
-    shards = defaultdict(list)
-    for name, found in parsed.items():
-        if name in taken:
-            continue
-        if found.role == "single":
-            sets.append(WeightSet(folder, found.name, (name,)))
-        elif found.role == "shard":
-            shards[found.name, found.count].append((found.number, name, found.is_legacy))
-    indexed = {weight_set.name for weight_set in sets if weight_set.index_name}
-    for (weights_name, _), members in shards.items():
-        if weights_name in indexed:
-            continue  # left over from another split: the index does not name them, and no loader reads them
-        names = tuple(name for _, name, _ in sorted(members))
-        sets.append(WeightSet(folder, weights_name, names, is_legacy=members[0][2]))
-    return tuple(sorted(sets, key=lambda weight_set: weight_set.path.name))
-
-
-def is_weight_file(path: Path) -> bool:
-    """Say whether a file is one of a weight set, by its name and, where that says little, by its first bytes."""
-    parsed = parse_name(path.name)
-    if not parsed or not path.is_file() or is_training_state(path.name) or is_other_runtime(path.name):
-        return False
-    return parsed.name.is_sought or parsed.role == "index" or could_be_weights(place_of(path))
-
-
-def _indexed_set(folder: Path, index_name: str, parsed: ParsedName) -> WeightSet:
-    shards = sorted(set(read_index(folder / index_name).weight_map.values()))
-    return WeightSet(folder, parsed.name, tuple(shards), index_name, parsed.is_legacy)
-
-
-def find_weight_set(path: Path) -> WeightSet:
-    """Give the set that a file belongs to: itself, or all shards where it is an index or a shard."""
-    parsed = parse_name(path.name)
-    if parsed and parsed.role == "index":
-        return _indexed_set(path.parent, path.name, parsed)
-    if parsed and parsed.role == "shard":
-        sets = [found for found in find_weight_sets(path.parent) if path.name in found.file_names]
-        if len(sets) > 1:
-            raise BadRequest(path, "is a shard of several sets", "Name the index of the one you mean.")
-        if sets:
-            return sets[0]
-    name = parsed.name if parsed else WeightsName(path.name, None, "")
-    return WeightSet(path.parent, name, (path.name,))
-
-
-def open_checkpoint(source: Path | str | WeightSet, reading: Reading = PLAIN) -> Checkpoint:
+def open_checkpoint(source: Place | Path | str | WeightSet, reading: Reading = PLAIN) -> Checkpoint:
     """Read the headers of a set and hold its index, where it has one, against them.
 
     ``reading`` says how pickled ones are read. Raises BadFile for a shard that is missing, a tensor that is in two
     shards, or in none.
     """
-    weight_set = source if isinstance(source, WeightSet) else find_weight_set(path_of(source))
+    weight_set = source if isinstance(source, WeightSet) else find_weight_set(source)
     index = read_index(weight_set.folder / weight_set.index_name) if weight_set.index_name else None
     _check_shards(weight_set)
     files = tuple(_read_files(weight_set, reading))
@@ -156,7 +77,7 @@ def open_checkpoint(source: Path | str | WeightSet, reading: Reading = PLAIN) ->
 def _read_files(weight_set: WeightSet, reading: Reading) -> Iterator[WeightsFile]:
     room = MAX_TENSORS
     for name in weight_set.file_names:
-        file = read_file(place_of(weight_set.folder / name), reading)
+        file = read_file(weight_set.folder / name, reading)
         room -= len(file.tensors)
         if room < 0:
             raise HostileFile(weight_set.path, f"describes more than {MAX_TENSORS:,} tensors, and no model has them")
@@ -214,7 +135,7 @@ def _check_names(files: Iterable[WeightsFile]) -> None:
                 )
 
 
-def _check_index(path: Path, index: WeightIndex, files: Iterable[WeightsFile]) -> tuple[str, ...]:
+def _check_index(path: Place, index: WeightIndex, files: Iterable[WeightsFile]) -> tuple[str, ...]:
     unlisted: list[str] = []
     held: dict[str, set[str]] = {}
     for file in files:

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from converter.errors import Unsupported
+from converter.errors import Unsupported, Where
 from converter.tensors.base import Tensor
 
 # How much more may be written than is held. Masks and buffers that were expanded take some MB; tied embeddings that are
@@ -27,14 +26,14 @@ def note_growth(tensors: Sequence[Tensor]) -> tuple[str, ...]:
     return (f"its expanded tensors take {sum(more):,} bytes more than in the source",)
 
 
-def refuse_growth(path: Path, tensors: Sequence[Tensor]) -> None:
+def refuse_growth(path: Where, tensors: Sequence[Tensor]) -> None:
     """Raise Unsupported for tensors that take far more when they are read in full than what holds them."""
     error = find_growth(path, tensors)
     if error:
         raise error
 
 
-def find_growth(path: Path, tensors: Sequence[Tensor]) -> Unsupported | None:
+def find_growth(path: Where, tensors: Sequence[Tensor]) -> Unsupported | None:
     """Give the error for tensors that take far more when they are read in full than what holds them."""
     nbytes = sum(tensor.nbytes for tensor in tensors)
     if nbytes <= MAX_GROWTH_NBYTES:

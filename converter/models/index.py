@@ -11,12 +11,12 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import PureWindowsPath
 from typing import Any
 
-from converter.errors import BadFile, HostileFile
+from converter.errors import BadFile, HostileFile, Where
 from converter.formats.texts import MAX_TEXT_NBYTES, Pairs, check_depth, parse_json, read_bytes
-from converter.storage import place_of
+from converter.storage import Place
 from converter.tensors.base import MAX_TENSORS
 
 MAX_SHARDS = 10_000  # real ones have up to some hundred
@@ -40,32 +40,32 @@ class WeightIndex:
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def parse_index(raw: bytes, path: Path) -> WeightIndex:
+def parse_index(raw: bytes, place: Where) -> WeightIndex:
     """Read the content of an index file; raises BadFile for all that a loader would stumble over."""
     try:
-        content = parse_json(raw, path, pairs_hook=_refuse_repeats, encoding="utf-8-sig")
+        content = parse_json(raw, place, pairs_hook=_refuse_repeats, encoding="utf-8-sig")
         check_depth(content)
     except _RepeatedKeyError as error:
-        raise BadFile(path, f"names {error.args[0]!r} twice") from None
+        raise BadFile(place, f"names {error.args[0]!r} twice") from None
     except ValueError as error:
-        raise BadFile(path, f"is not JSON ({error})", "Fetch the index again.") from None
+        raise BadFile(place, f"is not JSON ({error})", "Fetch the index again.") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     metadata = content.get("metadata") or {} if isinstance(content, dict) else {}
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
-        raise BadFile(path, "is no index of weights: it has no weight_map", "Fetch the index again.")
+        raise BadFile(place, "is no index of weights: it has no weight_map", "Fetch the index again.")
     shards = set(map(_check_type, weight_map.values()))
     if len(weight_map) > MAX_TENSORS or len(shards) > MAX_SHARDS:
         problem = f"names {len(weight_map):,} tensors in {len(shards):,} shards, which is more than any model has"
-        raise HostileFile(path, problem)
+        raise HostileFile(place, problem)
     for shard in shards:
         if not isinstance(shard, str) or not _is_bare(shard):
-            raise BadFile(path, f"points outside its folder: {shard!r}", "Shards must be bare file names beside it.")
+            raise BadFile(place, f"points outside its folder: {shard!r}", "Shards must be bare file names beside it.")
     return WeightIndex(weight_map, metadata, isinstance(content.get("metadata"), dict))
 
 
-def read_index(path: Path) -> WeightIndex:
-    """Open and parse the index at ``path``."""
-    return parse_index(read_bytes(place_of(path), MAX_TEXT_NBYTES), path)
+def read_index(place: Place) -> WeightIndex:
+    """Open and parse the index at a place."""
+    return parse_index(read_bytes(place, MAX_TEXT_NBYTES), place)
 
 
 def _check_type(value: object) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from converter.errors import BadFile, BadRequest, OutputRefused
 from converter.models.names import WEIGHT_EXTENSIONS, parse_name
+from converter.storage import Place
 
 _BLOBS = "blobs"
 _SNAPSHOTS = "snapshots"
@@ -174,11 +175,11 @@ def _repos_in(path: Path) -> list[Path]:
 # Links out of a folder.
 
 
-def lies_outside(path: Path, root: Path) -> bool:
+def lies_outside(path: Place, root: Place) -> bool:
     """Say whether a path below a folder leads out of it, other than to what the Hub's cache has for a snapshot."""
-    place = real(path)
-    is_blob = place.parent.name == _BLOBS and (place.parent.parent / _SNAPSHOTS).is_dir()
-    return not is_blob and not place.is_relative_to(real(root))
+    target = path.real()
+    is_blob = target.parent.name == _BLOBS and (target.parent.parent / _SNAPSHOTS).is_folder()
+    return not is_blob and not target.is_below(root.real())
 
 
 def refuse_linked(root: Path, name: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 
 from converter.dtypes import BY_ALIAS, RECAST_TARGETS, DType, OnOverflow
 from converter.errors import BadRequest
-from converter.models.checkpoint import WeightSet
-from converter.models.folder import Component, ModelFolder
+from converter.models.component import Component, WeightSet
+from converter.models.model import Model
 from converter.models.names import Format, WeightsName, check_variant
 
 Tied = Literal["first", "duplicate"]
@@ -136,23 +136,23 @@ def compiled(regex: str) -> re.Pattern[str]:
         raise BadRequest(repr(regex), f"is no regular expression ({error})") from None
 
 
-def choose_sets(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
+def choose_sets(model: Model, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
     """Choose the sets that a conversion reads, a component at a time.
 
     Of several forms of the same weights the safetensors one is taken, unless it is to be overwritten. Raises BadRequest
     where a wish names a component or a variant that is not there, or where it does not decide.
     """
-    known = {component.name for component in folder.components}
+    known = {component.name for component in model.components}
     for name in wishes.components:
         if name not in known:
-            raise BadRequest(folder.path, f"has no component {name!r}", f"It has: {', '.join(sorted(known))}.")
+            raise BadRequest(model.path, f"has no component {name!r}", f"It has: {', '.join(sorted(known))}.")
     if wishes.from_variant not in (None, "none"):
         check_variant(wishes.from_variant)
-    components = [c for c in folder.components if not wishes.components or c.name in wishes.components]
+    components = [c for c in model.components if not wishes.components or c.name in wishes.components]
     chosen = [(component, found) for component in components for found in _choose(component, wishes)]
     tag = None if wishes.from_variant == "none" else wishes.from_variant
     if wishes.from_variant and not any(weight_set.name.variant == tag for _, weight_set in chosen):
-        raise BadRequest(folder.path, f"has no variant {wishes.from_variant!r}", "'wconv inspect' lists what it has.")
+        raise BadRequest(model.path, f"has no variant {wishes.from_variant!r}", "'wconv inspect' lists what it has.")
     return chosen
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from converter.dtypes import DTYPES, RECAST_SOURCES, RECAST_TARGETS, DType
-from converter.errors import BadRequest, Unsupported
+from converter.errors import BadRequest, Unsupported, Where
 from converter.libraries import library_of
 from converter.models.checkpoint import Checkpoint
-from converter.models.folder import Component
+from converter.models.component import Component
 from converter.models.names import WeightsName
 from converter.models.schemes import find_belongings, quantized_in
 from converter.models.select import compiled
 from converter.tensors.base import Tensor
 
 
-def check_asked(path: Path, checkpoints: Iterable[Checkpoint], dtype: DType | None, keep_fp32: Sequence[str]) -> None:
+def check_asked(path: Where, checkpoints: Iterable[Checkpoint], dtype: DType | None, keep_fp32: Sequence[str]) -> None:
     """Raise BadRequest for a dtype that nothing is cast to, and for names to be kept in float32 that no tensor has."""
     if dtype and dtype.short_name not in RECAST_TARGETS:
         raise BadRequest(repr(dtype.short_name), "is no dtype to cast to", f"Take {', '.join(RECAST_TARGETS)}.")
@@ -39,7 +38,7 @@ def find_kept(component: Component, dtype: DType | None, keep_fp32: Iterable[str
     return lambda name: keep(name) or any(pattern.search(name) for pattern in patterns)
 
 
-def check_tag(path: Path, name: WeightsName, written: Iterable[DType], dtype: DType | None) -> None:
+def check_tag(path: Where, name: WeightsName, written: Iterable[DType], dtype: DType | None) -> None:
     """Refuse to name weights for a dtype that they do not have, by a tag that is asked for or stays in a recast."""
     named = name.tagged_dtype
     floats = sorted({held.short_name for held in written if held.is_floating})

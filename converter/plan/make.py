@@ -7,6 +7,7 @@ Printing a Plan is the dry run; pickling it sends it elsewhere.
 from __future__ import annotations
 
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converter.dtypes import DType
-from converter.errors import BadRequest, OutputRefused, Unsupported
+from converter.errors import BadRequest, OutputRefused, Unsupported, Where
 from converter.formats import FORMATS
 from converter.libraries import library_of
-from converter.models.checkpoint import Checkpoint, WeightSet
-from converter.models.folder import Component, ModelFolder, render_json
+from converter.models.checkpoint import Checkpoint
+from converter.models.component import Component, WeightSet
+from converter.models.configs import render_json
 from converter.models.growth import note_growth, refuse_growth
 from converter.models.index import WeightIndex
+from converter.models.model import Model
 from converter.models.names import Format, WeightsName
 from converter.models.paths import real
 from converter.models.select import Tied, Wishes
@@ -113,7 +116,7 @@ class Plan:
     is not followed.
     """
 
-    source: ModelFolder
+    source: Model
     target: Target
     sets: tuple[SetPlan, ...]
     carried: tuple[tuple[str, Path], ...] = ()
@@ -182,7 +185,7 @@ _NOTHING = Beside()
 
 
 def make_plan(
-    folder: ModelFolder,
+    model: Model,
     orders: Iterable[tuple[Component, Checkpoint] | tuple[Component, Checkpoint, Wishes]],
     target: Target,
     wishes: Wishes,
@@ -196,11 +199,11 @@ def make_plan(
     be done.
     """
     orders = list(orders)
-    check_asked(folder.path, (checkpoint for _, checkpoint, *_ in orders), wishes.dtype, wishes.keep_fp32)
+    check_asked(model.path, (checkpoint for _, checkpoint, *_ in orders), wishes.dtype, wishes.keep_fp32)
     sets: list[SetPlan] = []
     there_already: list[str] = []
     edited = dict(beside.edited)
-    read = {component.name: component.config for component in folder.components}
+    read = {component.name: component.config for component in model.components}
     by_name: dict[tuple[str, WeightsName], list[WeightSet]] = defaultdict(list)  # there may be thousands of variants
     for place, old in ((place, old) for place, found in existing.items() for old in found):
         by_name[place, old.name].append(old)
@@ -213,38 +216,39 @@ def make_plan(
         elif not _is_there(planned, checkpoint, there):
             sets.append(planned)
             config = beside.configs.get(component.name, component.config)
-            if folder.kind != "file":
+            if model.kind != "file":
                 config = _with_dtype(config, component, planned, target, wanted)
             if config != read.get(component.name, component.config):
                 edited[(Path(component.name) / "config.json").as_posix()] = render_json(config)
     if there_already and not sets:
         raise OutputRefused(there_already[0], "exists", "Use --overwrite to write it again, or -o for a new folder.")
-    _check_collisions(folder, sets)
+    _check_collisions(model, sets)
     superseded = () if target.is_new else tuple(_find_superseded(by_name, sets, wishes))
     outputs = {*superseded, *(shard.path for planned in sets for shard in planned.shards)}
     outputs |= {planned.index[0] for planned in sets if planned.index}
     spared = {_place(target.folder / name) for name in outputs}
     sources = (p.source.folder / name for p in sets for name in p.source.all_names) if wishes.delete_source else ()
     return Plan(
-        source=folder,
+        source=model,
         target=target,
         sets=tuple(sets),
         carried=tuple((name, path) for name, path in beside.carried if name not in edited),
         edited=tuple(edited.items()),
         superseded=superseded,
-        delete=tuple(path for path in sources if _place(path) not in spared),
+        delete=tuple(path.spelled for path in sources if _place(path) not in spared),
         notes=(*beside.notes, *(f"{path} is there already, and stays as it is" for path in there_already)),
         wishes=wishes,
     )
 
 
-def _place(path: Path) -> Path:
+def _place(given: os.PathLike[str]) -> Path:
     """Give the place of a name, however its folder is spelled: a link at the end stands for itself."""
+    path = Path(given)
     return path.parent.resolve() / path.name
 
 
 def _is_beside(component: Component, target: Target) -> bool:
-    return not target.is_new and component.path.resolve() == (target.folder / component.name).resolve()
+    return not target.is_new and component.path.real().path == (target.folder / component.name).resolve()
 
 
 def _is_there(planned: SetPlan, checkpoint: Checkpoint, existing: Sequence[WeightSet]) -> bool:
@@ -264,14 +268,14 @@ def computes(shard: Shard) -> bool:
     return any(tensor.source.computes for tensor, _ in shard.tensors)
 
 
-def _check_collisions(folder: ModelFolder, sets: Sequence[SetPlan]) -> None:
+def _check_collisions(model: Model, sets: Sequence[SetPlan]) -> None:
     seen: dict[tuple[str, WeightsName], SetPlan] = {}
     for planned in sets:
         first = seen.setdefault((planned.component, planned.name), planned)
         if first is not planned:
             names = f"{first.source.path.name} and {planned.source.path.name}"
             raise BadRequest(
-                folder.path, f"{names} would both become {planned.name.single}", "Choose one with --from-variant."
+                model.path, f"{names} would both become {planned.name.single}", "Choose one with --from-variant."
             )
 
 
@@ -352,7 +356,7 @@ def _choose_ties(component: Component, checkpoint: Checkpoint, form: Format, tie
     return ties
 
 
-def _check_growth(path: Path, tensors: Iterable[Tensor], expand: bool) -> tuple[str, ...]:
+def _check_growth(path: Where, tensors: Iterable[Tensor], expand: bool) -> tuple[str, ...]:
     """Note how much more tensors take than what holds them; refuse what would fill a disk, but where that is asked."""
     read = [tensor for tensor in tensors if not tensor.is_made]
     if not expand:
@@ -383,7 +387,7 @@ def _notes_of(group: Sequence[Tensor], checkpoint: Checkpoint) -> dict[str, str]
 
 
 def _plan_shard(
-    source: Path,
+    source: Where,
     path: str,
     form: Format,
     tensors: Sequence[Tensor],

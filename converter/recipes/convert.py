@@ -14,19 +14,23 @@ from converter.errors import BadRequest, OutputRefused
 from converter.formats.torch.state_dict import Reading
 from converter.libraries import library_of, loader_of, note_tag
 from converter.libraries.ask import ask_kept
-from converter.models.checkpoint import Checkpoint, WeightSet, find_weight_sets, open_checkpoint, strip_prefix
-from converter.models.folder import Component, ModelFolder, Rest, find_rest, is_disguised, is_linked, open_folder
+from converter.models.checkpoint import Checkpoint, open_checkpoint, strip_prefix
+from converter.models.component import Component, WeightSet
+from converter.models.inventory import find_weight_sets
+from converter.models.model import Model, open_model
 from converter.models.names import ParsedName, WeightsName, is_other_file, parse_name
 from converter.models.paths import check_places, path_of
+from converter.models.rest import Rest, find_rest, is_disguised, is_linked
 from converter.models.select import Wishes, choose_sets
 from converter.plan.make import Beside, Plan, Target, make_plan
 from converter.recipes.outputs import find_difference, open_target, refuse_links
 from converter.run.execute import Result, run_plan
 from converter.run.staging import find_strangers, recover
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress
+from converter.storage import Place, place_of
 from converter.transforms.stable_diffusion import SingleFile
 
-Choose = Callable[[ModelFolder, Wishes], list[tuple[Component, WeightSet]]]
+Choose = Callable[[Model, Wishes], list[tuple[Component, WeightSet]]]
 Adapt = Callable[[Component, Checkpoint], tuple[Component, Checkpoint]]
 
 _NO_WISHES = Wishes()
@@ -55,12 +59,12 @@ def plan_conversion(
     if wishes.in_place and output is not None:
         raise BadRequest(output, "is given, and --in-place too", "Choose one.")
     check_places(source, output, wishes.delete_source)
-    folder = open_folder(source)
-    output, renamed, wishes = _split_output(folder, output, wishes)
-    target = open_target(folder, output, wishes.overwrite)
-    elsewhere = output is not None and not (output.exists() and output.samefile(folder.root))
-    wishes = _tagged(folder, wishes, elsewhere)
-    asked = [(one, each) for each in (wishes, *others) for one in choose(folder, each)]
+    model = open_model(source)
+    output, renamed, wishes = _split_output(model, output, wishes)
+    target = open_target(model, output, wishes.overwrite)
+    elsewhere = output is not None and not (output.exists() and output.samefile(model.root))
+    wishes = _tagged(model, wishes, elsewhere)
+    asked = [(one, each) for each in (wishes, *others) for one in choose(model, each)]
     chosen = [one for one, _ in asked]
     if wishes.dtype and wishes.variant == "none" and not elsewhere:
         raise BadRequest(source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
@@ -72,20 +76,20 @@ def plan_conversion(
         (dataclasses.replace(component, more_fp32=kept[component.name][0]), _rename(checkpoint, wishes, renamed), each)
         for ((component, _), each), (_, checkpoint) in zip(asked, adapted, strict=True)
     ]
-    carried, notes = _carry(folder, chosen, target, wishes) if elsewhere and folder.kind != "file" else ([], [])
+    carried, notes = _carry(model, chosen, target, wishes) if elsewhere and model.kind != "file" else ([], [])
     beside = Beside(
-        carried=tuple((path.relative_to(folder.root).as_posix(), path) for path in carried),
+        carried=tuple((path.relative_to(model.root), path.spelled) for path in carried),
         edited=edited,
         configs={component.name: component.config for component, _ in adapted},
         notes=(
             *notes,
             *dict.fromkeys(note for _, note in kept.values() if note),
-            *note_tag(folder, wishes.variant),
-            *find_strangers(folder.root, target.folder),
+            *note_tag(model, wishes.variant),
+            *find_strangers(model.root.spelled, target.folder),
         ),
     )
     existing = _find_existing(target, [component for component, _ in chosen])
-    plan = make_plan(folder, orders, target, wishes, existing, beside)
+    plan = make_plan(model, orders, target, wishes, existing, beside)
     if renamed:
         _check_named(plan, renamed, existing.get("", ()))
     if not plan.sets:
@@ -108,13 +112,13 @@ def plan_single_file(
 ) -> Plan:
     """Plan the pipeline folder that a single file becomes; ``adapt`` and ``others`` as in ``plan_conversion``."""
     refuse_file(output)
-    target = open_target(opened.folder, output, wishes.overwrite)
+    target = open_target(opened.model, output, wishes.overwrite)
     adapted = [adapt(component, checkpoint) for component, checkpoint in opened.checkpoints]
     orders = [(component, checkpoint, each) for each in (wishes, *others) for component, checkpoint in adapted]
-    notes = (*opened.notes, *find_strangers(opened.folder.root, target.folder))
+    notes = (*opened.notes, *find_strangers(opened.model.root.spelled, target.folder))
     beside = Beside(opened.carried, dict(opened.edited), notes=notes)
-    existing = _find_existing(target, opened.folder.components)
-    plan = make_plan(opened.folder, orders, target, wishes, existing, beside)
+    existing = _find_existing(target, opened.model.components)
+    plan = make_plan(opened.model, orders, target, wishes, existing, beside)
     refuse_links(plan)
     return plan
 
@@ -222,9 +226,7 @@ def refuse_file(output: Path) -> None:
         raise BadRequest(output, "is a file name, and what is written is a folder", "Name a folder for the output.")
 
 
-def _split_output(
-    folder: ModelFolder, output: Path | None, wishes: Wishes
-) -> tuple[Path | None, WeightsName | None, Wishes]:
+def _split_output(model: Model, output: Path | None, wishes: Wishes) -> tuple[Path | None, WeightsName | None, Wishes]:
     """Tell an output folder from an output file; the latter gives a single set its name, and wishes for one file."""
     parsed = file_named(output)
     if output is None or parsed is None:
@@ -232,8 +234,8 @@ def _split_output(
             advice = "Those end in .safetensors, .bin, .pt, .pth or .ckpt; or name a folder."
             raise BadRequest(output, "has an ending of files that wconv does not write", advice)
         return output, None, wishes
-    if folder.kind != "file":
-        sets = [weight_set.path for component in folder.components for weight_set in component.weight_sets]
+    if model.kind != "file":
+        sets = [weight_set.path for component in model.components for weight_set in component.weight_sets]
         which = f"its weights as the source, {sets[0]}" if len(sets) == 1 else "one of its files as the source"
         advice = f"Name {which}, or a folder for the output."
         raise BadRequest(output, "is a file name, and the source is a folder", advice)
@@ -259,21 +261,21 @@ def _ask_kept(components: Iterable[Component], wishes: Wishes) -> dict[str, tupl
     }
 
 
-def _tagged(folder: ModelFolder, wishes: Wishes, elsewhere: bool) -> Wishes:
+def _tagged(model: Model, wishes: Wishes, elsewhere: bool) -> Wishes:
     """Give wishes with the variant of a recast where they leave it open: a tag where loaders are asked for it.
 
     Users of Diffusers ask for one; in a new folder all others find plain names with no more words.
     """
     if not wishes.tag_dtype or wishes.dtype is None or wishes.variant is not None:
         return wishes
-    loader = loader_of(folder)
-    library = loader.no_variants(folder)
+    loader = loader_of(model)
+    library = loader.no_variants(model)
     if elsewhere and (library or not loader.tags_recasts):
         return dataclasses.replace(wishes, variant="none")
     tag = wishes.dtype.short_name
-    if library and folder.kind != "file":
+    if library and model.kind != "file":
         problem = f"is loaded by {library}, which finds no variants: weights tagged {tag} would not be found"
-        raise BadRequest(folder.path, problem, f"Use -o OUT for a new folder, or --variant {tag} all the same.")
+        raise BadRequest(model.path, problem, f"Use -o OUT for a new folder, or --variant {tag} all the same.")
     return dataclasses.replace(wishes, variant=tag)
 
 
@@ -296,15 +298,15 @@ def _refuse_beside(chosen: Sequence[tuple[Component, WeightSet]], wishes: Wishes
 
 
 def _carry(
-    folder: ModelFolder, chosen: Sequence[tuple[Component, WeightSet]], target: Target, wishes: Wishes
-) -> tuple[list[Path], list[str]]:
+    model: Model, chosen: Sequence[tuple[Component, WeightSet]], target: Target, wishes: Wishes
+) -> tuple[list[Place], list[str]]:
     """List what goes along to a new folder, and note what does not."""
-    carried: list[Path] = []
-    left: list[Path] = []
-    linked: list[Path] = []
-    reasons: dict[Path, str] = {}
-    shells: dict[Path, list[Rest]] = {}
-    for one in find_rest(folder, target.folder, wishes.follow_links):
+    carried: list[Place] = []
+    left: list[Place] = []
+    linked: list[Place] = []
+    reasons: dict[Place, str] = {}
+    shells: dict[Place, list[Rest]] = {}
+    for one in find_rest(model, place_of(target.folder), wishes.follow_links):
         if one.shell is not None:
             shells.setdefault(one.shell, []).append(one)
         elif one.is_training:
@@ -313,11 +315,11 @@ def _carry(
             (left if one.is_weights else linked if one.is_linked else carried).append(one.path)
     names = {component.name for component, _ in chosen}
     taken = {weight_set for _, weight_set in chosen}
-    for component in folder.components:
+    for component in model.components:
         for weight_set in component.weight_sets:
             paths = [weight_set.folder / name for name in weight_set.all_names]
             if component.name not in names:
-                hidden = [] if wishes.follow_links else [path for path in paths if is_disguised(folder, path)]
+                hidden = [] if wishes.follow_links else [path for path in paths if is_disguised(model, path)]
                 carried.extend(path for path in paths if path not in hidden)
                 linked.extend(hidden)
             elif weight_set not in taken:
@@ -325,7 +327,7 @@ def _carry(
     why = "a link to what goes along already" if wishes.follow_links else "behind a link: --follow-links carries it"
     reasons |= {**dict.fromkeys(left, ""), **dict.fromkeys(linked, f" ({why})")}
     reasons |= {path: _why_left(rest) for path, rest in shells.items()}
-    notes = [f"not carried over: {path.relative_to(folder.root).as_posix()}{reasons[path]}" for path in sorted(reasons)]
+    notes = [f"not carried over: {path.relative_to(model.root)}{reasons[path]}" for path in sorted(reasons)]
     return sorted(carried), notes
 
 
@@ -336,7 +338,7 @@ def _why_left(shell: Sequence[Rest]) -> str:
 
 
 def _size_of(rest: Sequence[Rest]) -> int:
-    return sum(one.path.stat().st_size for one in rest if one.path.is_file())
+    return sum(info.nbytes for one in rest if (info := one.path.info()) and info.kind == "file")
 
 
 def _find_existing(target: Target, components: Sequence[Component]) -> dict[str, tuple[WeightSet, ...]]:

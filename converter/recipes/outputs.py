@@ -6,26 +6,26 @@ import os
 from pathlib import Path
 
 from converter.errors import OutputRefused
-from converter.models.folder import ModelFolder
+from converter.models.model import Model
 from converter.models.paths import is_dangling, refuse_linked
 from converter.plan.make import Plan, Target
 
 
-def open_target(folder: ModelFolder, output: Path | None, overwrite: bool) -> Target:
+def open_target(model: Model, output: Path | None, overwrite: bool) -> Target:
     """Say where a conversion's files go: beside the source, or to ``output``, which for a folder must be a new one.
 
     A single set goes into a folder that is there, too. Raises OutputRefused where the output is there, or is the input.
     """
     if output is None:
-        return Target(folder.root, is_new=False)
+        return Target(model.root.spelled, is_new=False)
     if not output.exists():
         return Target(output, is_new=True)
     if not output.is_dir():
         raise OutputRefused(output, "exists and is no folder", "Name a folder for the output.")
-    if folder.kind != "file":
-        if output.samefile(folder.root):
+    if model.kind != "file":
+        if output.samefile(model.root):
             raise OutputRefused(output, "is the source itself", "Leave -o out to add files beside it.")
-        if folder.root.resolve().is_relative_to(output.resolve()):
+        if model.root.real().path.is_relative_to(output.resolve()):
             raise OutputRefused(output, "holds the source", "Name a new folder.")
         if any(output.iterdir()) and not overwrite:
             raise OutputRefused(output, "exists and is not empty", "Name a new folder, or use --overwrite.")
@@ -53,7 +53,7 @@ def refuse_links(plan: Plan) -> None:
     for name in () if plan.target.is_new else written:
         _refuse_blocked(plan.target.folder, name)
     for path in plan.delete:
-        refuse_linked(plan.source.root, path.relative_to(plan.source.root).as_posix())
+        refuse_linked(plan.source.root.spelled, path.relative_to(plan.source.root.spelled).as_posix())
 
 
 def _is_same(path: Path, other: Path) -> bool:
@@ -75,7 +75,7 @@ def find_difference(plan: Plan) -> str:
     A source counts as old as its last change of any kind: an archive or a copy may give it an earlier time.
     """
     folder = plan.target.folder
-    read = [planned.source.folder / name for planned in plan.sets for name in planned.source.all_names]
+    read = [(planned.source.folder / name).path for planned in plan.sets for name in planned.source.all_names]
     newest = max((_changed_ns(path) for path in read), default=0)
     expected = [(shard.path, shard.nbytes, shard.header, newest) for shard in plan.shards]
     expected += [(name, path.stat().st_size, b"", _changed_ns(path)) for name, path in plan.carried]

@@ -17,9 +17,11 @@ from converter.dtypes import RECAST_SOURCES, DType
 from converter.errors import BadRequest, LossyCast, Unsupported
 from converter.libraries import library_of
 from converter.libraries.modules import Linears, find_linears
-from converter.models.checkpoint import Checkpoint, WeightSet, find_weight_sets
-from converter.models.folder import Component, ModelFolder
+from converter.models.checkpoint import Checkpoint
+from converter.models.component import Component, WeightSet
 from converter.models.growth import refuse_growth
+from converter.models.inventory import find_weight_sets
+from converter.models.model import Model
 from converter.models.paths import check_places, path_of, snapshot_of
 from converter.models.schemes import LLM_INT8, quantized_in
 from converter.models.select import Wishes, choose_sets, compiled, texts_of
@@ -105,11 +107,11 @@ def prepare_quantized(
     parts: dict[str, QuantizedPart] = {}
     chosen: set[str] = set()
 
-    def choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
-        found = _choose_parts(folder, wishes)
+    def choose(model: Model, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
+        found = _choose_parts(model, wishes)
         chosen.update(component.name for component, _ in found)
         # With a dtype the other parts are cast; without one they are carried over.
-        return choose_sets(folder, replace(wishes, components=())) if wishes.dtype else found
+        return choose_sets(model, replace(wishes, components=())) if wishes.dtype else found
 
     def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
         if component.name not in chosen:
@@ -147,19 +149,19 @@ def _is_gguf(path: Path) -> bool:
         return file.read(0, 4) == b"GGUF"
 
 
-def _choose_parts(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
-    if folder.kind == "file":
+def _choose_parts(model: Model, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
+    if model.kind == "file":
         advice = "Name the folder that has its config.json: that says which modules are linear."
-        raise BadRequest(folder.path, "is one file, and not a model's folder", advice)
+        raise BadRequest(model.path, "is one file, and not a model's folder", advice)
     names = wishes.components
-    if folder.kind == "sentence-transformers" and not names:
+    if model.kind == "sentence-transformers" and not names:
         names = ("",)
-    if folder.kind == "pipeline" and not names:
-        names = tuple(c.name for c in folder.components if not c.name or _PARTS.fullmatch(c.name))
+    if model.kind == "pipeline" and not names:
+        names = tuple(c.name for c in model.components if not c.name or _PARTS.fullmatch(c.name))
         if not names:
-            others = ", ".join(component.name for component in folder.components)
-            raise BadRequest(folder.path, f"has no transformer, unet or text encoder, but {others}", "Use --component.")
-    found = choose_sets(folder, replace(wishes, components=names))
+            others = ", ".join(component.name for component in model.components)
+            raise BadRequest(model.path, f"has no transformer, unet or text encoder, but {others}", "Use --component.")
+    found = choose_sets(model, replace(wishes, components=names))
     for component, weight_set in found:
         if "quantization_config" in component.config:
             advice = "Quantize the model that it was made from."
@@ -349,10 +351,10 @@ def prepare_dequantized(
     finished = recovering and recover(output, request)
     said: set[str] = set()
 
-    def choose(folder: ModelFolder, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
-        names = tuple(c.name for c in folder.components if "quantization_config" in c.config)
+    def choose(model: Model, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
+        names = tuple(c.name for c in model.components if "quantization_config" in c.config)
         said.update(names)
-        found = choose_sets(folder, replace(wishes, components=wishes.components or names))
+        found = choose_sets(model, replace(wishes, components=wishes.components or names))
         return [(_unquantized(component), weight_set) for component, weight_set in found]
 
     def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:

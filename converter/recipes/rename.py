@@ -8,15 +8,16 @@ from pathlib import Path
 
 from converter.errors import BadFile, BadRequest, OutputRefused
 from converter.libraries import note_tag
-from converter.models.checkpoint import WeightSet
-from converter.models.folder import Component, open_folder
+from converter.models.component import Component, WeightSet
 from converter.models.index import WeightIndex, read_index
+from converter.models.model import open_model
 from converter.models.names import WeightsName, check_variant
 from converter.models.paths import path_of, refuse_cache
 from converter.models.select import Wishes
 from converter.plan.make import Plan, SetPlan, Shard, Target
 from converter.recipes.outputs import refuse_links
 from converter.run.staging import find_strangers, recover
+from converter.storage import Place
 
 
 def prepare_rename(
@@ -40,11 +41,11 @@ def plan_rename(source: Path | str, before: str, after: str, components: tuple[s
     new = None if after == "none" else check_variant(after)
     source = path_of(source)
     refuse_cache(source)
-    folder = open_folder(source)
+    model = open_model(source)
     sets: list[SetPlan] = []
     superseded: list[str] = []
     found = False
-    for component in folder.components:
+    for component in model.components:
         for weight_set in component.weight_sets:
             if weight_set.name.variant != old or (components and component.name not in components):
                 continue
@@ -54,11 +55,11 @@ def plan_rename(source: Path | str, before: str, after: str, components: tuple[s
                 sets.append(planned)
                 superseded += ((Path(component.name) / name).as_posix() for name in weight_set.all_names)
     if not found:
-        raise BadRequest(folder.path, f"has no variant {before!r}", "'wconv inspect' lists what it has.")
+        raise BadRequest(model.path, f"has no variant {before!r}", "'wconv inspect' lists what it has.")
     wishes = Wishes(form=None, in_place=True)
-    target, notes = Target(folder.root, is_new=False), find_strangers(folder.root)
-    notes += note_tag(folder, new)
-    plan = Plan(folder, target, tuple(sets), superseded=tuple(superseded), notes=notes, wishes=wishes)
+    target, notes = Target(model.root.spelled, is_new=False), find_strangers(model.root.spelled)
+    notes += note_tag(model, new)
+    plan = Plan(model, target, tuple(sets), superseded=tuple(superseded), notes=notes, wishes=wishes)
     refuse_links(plan)
     return plan
 
@@ -86,12 +87,13 @@ def link_shards(component: Component, weight_set: WeightSet, names: Sequence[str
     """Plan a set's files under other names; their content stays."""
     base = Path(component.name)
     return tuple(
-        Shard((base / new).as_posix(), weight_set.name.format, b"", (), _size_of(path), {}, path)
+        Shard((base / new).as_posix(), weight_set.name.format, b"", (), _size_of(path), {}, path.spelled)
         for path, new in zip((weight_set.folder / old for old in weight_set.file_names), names, strict=True)
     )
 
 
-def _size_of(path: Path) -> int:
-    if not path.is_file():
+def _size_of(path: Place) -> int:
+    info = path.info()
+    if info is None or info.kind != "file":
         raise BadFile(path, "is not there, and an index names it", "Fetch the missing file.")
-    return path.stat().st_size
+    return info.nbytes

@@ -16,9 +16,10 @@ from typing import Literal, get_args
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest
 from converter.libraries.modules import find_linears
-from converter.models.checkpoint import Checkpoint, WeightSet, open_checkpoint
-from converter.models.folder import Component, open_folder
+from converter.models.checkpoint import Checkpoint, open_checkpoint
+from converter.models.component import Component, WeightSet
 from converter.models.growth import find_growth
+from converter.models.model import open_model
 from converter.models.paths import path_of
 from converter.models.select import only_set
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
@@ -170,7 +171,7 @@ def holds_values(kept: Checkpoint, gone: Checkpoint) -> bool:
 def _pair_sets(
     a: Path, b: Path, differences: list[Difference], quantized: bool
 ) -> Iterator[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]]:
-    left, right = open_folder(a).components, open_folder(b).components
+    left, right = open_model(a).components, open_model(b).components
     if len(left) == len(right) == 1:
         yield from _pair_variants(left[0], right[0], differences, quantized)
         return

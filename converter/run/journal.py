@@ -53,12 +53,12 @@ class Changes:
     def of(cls, plan: Plan, keep: bool) -> Changes:
         """Give what a plan does to its target."""
         names = (*(name for name, _ in (*plan.carried, *plan.edited)), *(shard.path for shard in plan.shards))
-        sources = [path.relative_to(plan.source.root).as_posix() for path in plan.delete]
+        sources = [path.relative_to(plan.source.root.spelled).as_posix() for path in plan.delete]
         return cls(
             tuple(dict.fromkeys((*names, *(name for name, _ in plan.indexes)))),
             tuple(dict.fromkeys(plan.superseded)),
             plan.wishes.overwrite,
-            plan.source.real,
+            plan.source.real.path,
             tuple(sorted(sources, key=is_index, reverse=True)),  # no index over shards that are gone
             "keep" if keep else "",
         )

@@ -85,6 +85,12 @@ class Store(Protocol):
     def stat(self, key: str) -> Info | None:
         """Say what lies at a key; None for nothing, or a link to nothing."""
 
+    def is_link(self, key: str) -> bool:
+        """Say whether a link lies at a key, whatever it leads to; a store without links has none."""
+
+    def real(self, key: str) -> str:
+        """Give the full key that a key leads to, behind all links."""
+
     def list(self, key: str) -> list[str]:
         """List the names of what lies directly in a folder, sorted."""
 
@@ -134,6 +140,11 @@ class Place:
 
         return path_of(self)
 
+    @property
+    def spelled(self) -> Path:
+        """The path on this machine's disk as its user spelled it, from the folder they were in."""
+        return Path(str(self)) if self.path else self.path
+
     def info(self) -> Info | None:
         """Say what lies here; None for nothing, or a link to nothing."""
         return self.store.stat(self.key)
@@ -151,6 +162,18 @@ class Place:
     def exists(self) -> bool:
         """Say whether anything lies here; a link to nothing is nothing."""
         return self.info() is not None
+
+    def is_link(self) -> bool:
+        """Say whether this is a link, whatever it leads to."""
+        return self.store.is_link(self.key)
+
+    def real(self) -> Place:
+        """Give the place that this one leads to, behind all links; links in a circle stay as they are."""
+        return Place(self.store, self.store.real(self.key))
+
+    def is_below(self, folder: Place) -> bool:
+        """Say whether this is a folder, or lies somewhere in it, by names alone."""
+        return PurePosixPath(self.key).is_relative_to(folder.key)
 
     def entries(self) -> list[Place]:
         """List what lies directly in this folder, by name."""

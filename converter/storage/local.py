@@ -73,6 +73,12 @@ class LocalStore:
                 return None
             raise SystemRefused.from_os_error(error, self.spell(key)) from None
 
+    def is_link(self, key: str) -> bool:
+        return self.path(key).is_symlink()
+
+    def real(self, key: str) -> str:
+        return Path(os.path.realpath(self.path(key))).as_posix()
+
     def list(self, key: str) -> list[str]:
         try:
             with os.scandir(self.path(key)) as entries:

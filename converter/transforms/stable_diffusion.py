@@ -18,17 +18,20 @@ from typing import Any
 from converter.errors import BadFile, BadRequest, Unsupported
 from converter.libraries.diffusers import DIFFUSERS
 from converter.libraries.transformers import TRANSFORMERS
-from converter.models.checkpoint import Checkpoint, WeightSet, open_checkpoint
-from converter.models.folder import Component, ModelFolder, read_json, render_json
+from converter.models.checkpoint import Checkpoint, open_checkpoint
+from converter.models.component import Component, WeightSet
+from converter.models.configs import read_json, render_json
+from converter.models.model import Model
 from converter.models.names import WeightsName
 from converter.models.paths import lies_outside
 from converter.models.schemes import find_quantized
+from converter.storage import Place, place_of
 from converter.tensors.base import Tensor
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 _UNET, _VAE, _EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 _CONV_IN = f"{_UNET}input_blocks.0.0.weight"
-_CARRIED = frozenset({".json", ".txt", ".model"})
+_CARRIED = (".json", ".txt", ".model")
 _ABSENT = ("safety_checker", "feature_extractor", "image_encoder")  # no single file holds them
 
 
@@ -86,7 +89,7 @@ class SingleFile:
     ``carried`` and ``edited`` are as in a Plan.
     """
 
-    folder: ModelFolder
+    model: Model
     checkpoints: tuple[tuple[Component, Checkpoint], ...]
     carried: tuple[tuple[str, Path], ...]
     edited: tuple[tuple[str, bytes], ...]
@@ -94,7 +97,7 @@ class SingleFile:
 
 
 def open_single_file(
-    source: Path, config: Path | None = None, ema: bool = False, follow_links: bool = False
+    given: Place | Path, config: Place | Path | None = None, ema: bool = False, follow_links: bool = False
 ) -> SingleFile:
     """Read a checkpoint's header and sort its tensors into parts; ``ema`` takes the UNet's averaged weights.
 
@@ -102,12 +105,13 @@ def open_single_file(
     unless ``follow_links``. Raises Unsupported for another model, BadFile or BadRequest for a part that is missing or
     does not fit its config.
     """
+    source = place_of(given)
     checkpoint = open_checkpoint(source)
     tensors = {info.name: info for info in checkpoint.tensors}
     for one in find_quantized({name: info.dtype for name, info in tensors.items()}):
         raise Unsupported(source, f"is quantized ({one}), which Core ML does not take", one.advice)
     family, channels = recognise(source, tensors)
-    root = config or CONFIGS / family.folder
+    root = place_of(config or CONFIGS / family.folder)
     index = _read(root / "model_index.json")
     notes = [f"{source.name} is a {family.name} checkpoint{' for inpainting' if channels == 9 else ''}"]
     changes: Mapping[str, Mapping[str, Any]] = {}
@@ -149,16 +153,22 @@ def open_single_file(
         parts.append((component, Checkpoint(weight_set, (file,), {})))
     notes += _notes_of_rest([name for name in tensors if not name.startswith(tuple(prefixes.values()))], ema)
     components = tuple(component for component, _ in parts)
-    folder = ModelFolder(source, source.parent, "pipeline", components, index["_class_name"])
+    model = Model(source, source.parent, "pipeline", components, index["_class_name"])
     carried = {name: path for name, path in _files_beside(root, index) if name not in edited}
     linked = [] if follow_links else [name for name, path in carried.items() if lies_outside(path, root)]
     notes += (f"not carried over: {carried.pop(name)} (behind a link: --follow-links carries it)" for name in linked)
     if config is None:
         edited.update(_tokenizer_files(index))
-    return SingleFile(folder, tuple(parts), tuple(carried.items()), tuple(edited.items()), tuple(notes))
+    return SingleFile(
+        model,
+        tuple(parts),
+        tuple((name, path.spelled) for name, path in carried.items()),
+        tuple(edited.items()),
+        tuple(notes),
+    )
 
 
-def recognise(source: Path, tensors: Mapping[str, Tensor]) -> tuple[Family, int]:
+def recognise(source: Place, tensors: Mapping[str, Tensor]) -> tuple[Family, int]:
     """Say what a checkpoint is by names and shapes: its family, and how many channels its UNet takes.
 
     Nine are an image, its mask and the masked image: inpainting. Raises Unsupported for anything else.
@@ -184,7 +194,7 @@ def recognise(source: Path, tensors: Mapping[str, Tensor]) -> tuple[Family, int]
     return family, channels
 
 
-def _averaged(source: Path, plain: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _averaged(source: Place, plain: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give the averaged weights for the plain ones: their names have no dots (``ldm/modules/ema.py``)."""
     flat = {name: _EMA + f"{_UNET}{name}".removeprefix("model.").replace(".", "") for name in plain}
     missing = [name for name in flat.values() if name not in tensors]
@@ -332,7 +342,7 @@ def _rule_of(name: str, prefix: str) -> _Rule:
 
 
 def _convert(
-    source: Path,
+    source: Place,
     family: Family,
     part: str,
     tensors: Mapping[str, Tensor],
@@ -359,7 +369,7 @@ def _convert(
     return converted, left
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+def _check_config(path: Place, config: Mapping[str, Any]) -> None:
     for key, kind in _CONFIG_TYPES.items():
         if key in config and not (type(config[key]) is kind and 0 < _count(config[key]) <= _MAX_COUNT):
             raise BadRequest(path, f"has a {key} that this cannot be: {config[key]!r}", "Give the right --config.")
@@ -369,7 +379,7 @@ def _count(value: Any) -> int:
     return len(value) if isinstance(value, list) else int(value)
 
 
-def _check_shapes(source: Path, what: str, config: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
+def _check_shapes(source: Place, what: str, config: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
     """Raise BadRequest where a part is not of the size that its config says; ``what`` names the config."""
     shapes = {info.name: info.shape for info in tensors}
     widths = config.get("block_out_channels", (0,))
@@ -404,12 +414,12 @@ def _check_shapes(source: Path, what: str, config: Mapping[str, Any], tensors: S
 # What is beside the weights.
 
 
-def _files_beside(root: Path, index: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+def _files_beside(root: Place, index: Mapping[str, Any]) -> Iterator[tuple[str, Place]]:
     """List the files of the parts that a pipeline names, by their names from its folder."""
     for name, entry in index.items():
-        if isinstance(entry, list) and entry[:1] != [None] and name.isidentifier() and (root / name).is_dir():
-            for path in sorted((root / name).iterdir()):
-                if path.suffix in _CARRIED and ".index." not in path.name and path.is_file():
+        if isinstance(entry, list) and entry[:1] != [None] and name.isidentifier() and (root / name).is_folder():
+            for path in (root / name).entries():
+                if path.name.endswith(_CARRIED) and ".index." not in path.name and path.is_file():
                     yield f"{name}/{path.name}", path
 
 
@@ -451,7 +461,7 @@ def _some(names: Sequence[str]) -> str:
     return f"{first} and {len(others)} more" if others else first
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Place) -> dict[str, Any]:
     content = read_json(path)
     if not content:
         raise BadFile(path, "is not there, or no JSON object", "Give a --config folder that has it.")

@@ -11,11 +11,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from converter.dtypes import DTYPES, DType, OnOverflow
-from converter.errors import BadFile, HostileFile, Unsupported
+from converter.errors import BadFile, HostileFile, Unsupported, Where
 from converter.models.checkpoint import Checkpoint
 from converter.tensors.base import Tensor
 from converter.tensors.derived import Constant, Derived, cast
@@ -213,7 +212,7 @@ def scales_in(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return found
 
 
-def check_scales(path: Path, weights: Iterable[Tensor]) -> None:
+def check_scales(path: Where, weights: Iterable[Tensor]) -> None:
     """Raise HostileFile where the scales of weights, one a row, are more than can be held; or they are those scales."""
     if sum(4 * weight.shape[0] for weight in weights) > _MAX_SCALES_NBYTES:
         raise HostileFile(path, f"has more than {_MAX_SCALES_NBYTES:,} bytes of scales, and no model has them")

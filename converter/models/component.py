@@ -1,0 +1,83 @@
+"""The plain values that plans carry: a component of a model, and the weight sets that lie in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from converter.errors import HostileFile
+from converter.models.names import WeightsName
+from converter.storage import Place
+
+_MAX_CLASSES = 16  # those that hear, see and speak have four or five; each asks about the name of every tensor
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSet:
+    """The files of one set in a folder, not yet opened. Sharded sets have an ``index_name`` or their numbers."""
+
+    folder: Place
+    name: WeightsName
+    file_names: tuple[str, ...]
+    index_name: str | None = None
+    is_legacy: bool = False
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """The set's weight files and its index: all that goes when the set goes."""
+        return (*self.file_names, self.index_name) if self.index_name else self.file_names
+
+    @property
+    def path(self) -> Place:
+        """What one would name to mean this set: its index, or its first file."""
+        return self.folder / (self.index_name or self.file_names[0])
+
+
+@dataclass(frozen=True)  # without slots, for what is looked for once
+class Component:
+    """One folder that holds weights: ``name`` is ``unet``, or empty for the folder itself.
+
+    ``more_fp32`` is what its installed library keeps in float32 beyond what our table says.
+    """
+
+    name: str
+    path: Place
+    weight_sets: tuple[WeightSet, ...]
+    config: dict[str, Any]
+    more_fp32: tuple[str, ...] = ()
+
+    @property
+    def class_name(self) -> str:
+        """The class that its config names: Diffusers' ``_class_name``, or transformers' first architecture."""
+        return _class_in(self.config)
+
+    @cached_property
+    def class_names(self) -> set[str]:
+        """The classes that its config and all nested ones name: a transformers model may be made of others."""
+        named = (config for config in nested(self.config) if "_class_name" in config or "architectures" in config)
+        names = {name for config in named if (name := _class_in(config))}
+        if len(names) > _MAX_CLASSES:
+            raise HostileFile(self.path / "config.json", f"names {len(names):,} classes, which no model is made of")
+        return names
+
+    @property
+    def is_diffusers(self) -> bool:
+        return "_class_name" in self.config
+
+
+def _class_in(config: dict[str, Any]) -> str:
+    architectures = config.get("architectures")
+    first = architectures[0] if architectures and isinstance(architectures, list) else ""
+    name = config.get("_class_name") or first
+    # What is no identifier is no class either, and may be made to be pasted into a shell.
+    return name if isinstance(name, str) and name.isidentifier() else ""
+
+
+def nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give a config and all that are in it."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from nested(value)
