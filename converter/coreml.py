@@ -20,7 +20,7 @@ from converter.dtypes import BY_ALIAS, OnOverflow
 from converter.errors import BadFile, BadRequest, Unsupported
 from converter.models.checkpoint import Checkpoint, WeightSet, rename_tensors
 from converter.models.folder import Component, ModelFolder, render_json
-from converter.models.paths import check_places, snapshot_of
+from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.select import Wishes, choose_sets
 from converter.plan.make import Plan
 from converter.recipes.convert import plan_conversion, plan_rest, plan_single_file, request_of

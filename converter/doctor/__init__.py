@@ -11,9 +11,10 @@ from converter.doctor.repair import Choices, Mending, plan_mending
 from converter.doctor.undo import check_left
 from converter.doctor.view import FolderView, look
 from converter.errors import LossyCast
-from converter.models.paths import path_of, refuse_cache
+from converter.models.hub_cache import refuse_cache
 from converter.run.execute import Progress, run_plan
 from converter.run.staging import recover
+from converter.storage.local import as_path
 
 __all__ = ["Choices", "Diagnosis", "Finding", "Mending", "diagnose", "finish_mending", "mend", "plan_mending"]
 
@@ -40,7 +41,7 @@ def diagnose(path: Path | str, *, deep: bool = False) -> Diagnosis:
     ``deep`` reads all values too, and holds shapes against the model's class, where its library is installed. Raises
     BadFile for a folder without weights, BadRequest for what is no folder.
     """
-    view = look(path_of(path))
+    view = look(as_path(path))
     found = run_checks(view)
     if deep:
         from converter.doctor.deep import run_deep_checks
@@ -55,7 +56,7 @@ def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None
     Gives what could not be cleared up, in words. Raises LossyCast where a variant to be made cannot hold the values,
     OutputRefused for a folder in the Hub's cache, and what ``run_plan`` raises.
     """
-    folder = path_of(path)
+    folder = as_path(path)
     refuse_cache(folder)
     if mending.plan is not None:
         try:
@@ -69,7 +70,7 @@ def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None
 
 def finish_mending(path: Path | str) -> bool:
     """Finish what a killed run of ``mend`` had begun to publish; True if there was such a thing."""
-    refuse_cache(path_of(path))
+    refuse_cache(as_path(path))
     return recover(Path(path), _request(Path(path)))
 
 

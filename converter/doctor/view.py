@@ -24,9 +24,9 @@ from converter.formats.torch.state_dict import Reading
 from converter.formats.training import find_dcp, refuse_folder
 from converter.models.checkpoint import WeightSet, is_weight_file
 from converter.models.folder import Component, absent_models, is_model, model_folders
+from converter.models.hub_cache import snapshot_of
 from converter.models.index import WeightIndex, read_index
 from converter.models.names import ParsedName, WeightsName, parse_name
-from converter.models.paths import snapshot_of
 from converter.storage import place_of
 from converter.tensors.base import MAX_TENSORS
 

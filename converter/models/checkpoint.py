@@ -18,8 +18,8 @@ from converter.formats import could_be_weights, read_file
 from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.models.index import WeightIndex, read_index
 from converter.models.names import ParsedName, WeightsName, is_other_runtime, is_training_state, parse_name
-from converter.models.paths import path_of
 from converter.storage import place_of
+from converter.storage.local import as_path
 from converter.tensors.base import MAX_TENSORS, TensorInfo, WeightsFile
 
 _STANDARD_NAMES = frozenset(
@@ -154,7 +154,7 @@ def open_checkpoint(source: Path | str | WeightSet, reading: Reading = PLAIN) ->
     ``reading`` says how pickled ones are read. Raises BadFile for a shard that is missing, a tensor that is in two
     shards, or in none.
     """
-    weight_set = source if isinstance(source, WeightSet) else find_weight_set(path_of(source))
+    weight_set = source if isinstance(source, WeightSet) else find_weight_set(as_path(source))
     index = read_index(weight_set.folder / weight_set.index_name) if weight_set.index_name else None
     _check_shards(weight_set)
     files = tuple(_read_files(weight_set, reading))

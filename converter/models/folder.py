@@ -21,9 +21,10 @@ from converter.formats import could_be_weights
 from converter.formats.texts import read_config
 from converter.formats.training import refuse_folder
 from converter.models.checkpoint import WeightSet, find_weight_set, find_weight_sets, is_weight_file
+from converter.models.hub_cache import lies_outside, snapshot_of
 from converter.models.names import is_other_runtime, is_training_state
-from converter.models.paths import lies_outside, path_of, real, snapshot_of
 from converter.storage import place_of
+from converter.storage.local import as_path, real
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
 
@@ -95,7 +96,7 @@ def open_folder(path: Path | str) -> ModelFolder:
 
     A model's name in the Hub's cache stands for its snapshot. Raises BadFile where there are no weights.
     """
-    path = snapshot_of(path_of(path))
+    path = snapshot_of(as_path(path))
     if not path.exists():
         raise BadFile(path, "is a link to nothing" if path.is_symlink() else "does not exist", "Check the path.")
     if not path.is_dir():

@@ -32,8 +32,8 @@ from converter.models.checkpoint import Checkpoint, WeightSet
 from converter.models.folder import Component, ModelFolder, render_json
 from converter.models.index import WeightIndex
 from converter.models.names import Format, WeightsName
-from converter.models.paths import real
 from converter.models.select import Wishes
+from converter.storage.local import real
 from converter.tensors.base import TensorInfo
 
 

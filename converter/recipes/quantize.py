@@ -19,7 +19,7 @@ from converter.libraries.modules import Linears, find_linears, is_skipped
 from converter.libraries.rules import compiled, default_tied, quantized_in, refuse_growth
 from converter.models.checkpoint import Checkpoint, WeightSet, find_weight_sets
 from converter.models.folder import Component, ModelFolder
-from converter.models.paths import check_places, path_of, snapshot_of
+from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.schemes import LLM_INT8
 from converter.models.select import Wishes, choose_sets, texts_of
 from converter.plan.make import Plan
@@ -27,6 +27,7 @@ from converter.recipes.convert import plan_conversion, plan_rest, refuse_file, r
 from converter.run.execute import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.run.staging import recover
 from converter.storage import place_of
+from converter.storage.local import as_path
 from converter.tensors.base import TensorInfo, find_ties, turned
 from converter.transforms.quantize.bnb_int8 import (
     check_scales,
@@ -130,7 +131,7 @@ def prepare_quantized(
 
 def _places(source: Path | str, output: Path | str) -> tuple[Path, Path]:
     """Give the paths that are read and written. Raises WconvError for those that cannot be."""
-    source, output = path_of(source), path_of(output)
+    source, output = as_path(source), as_path(output)
     check_places(source, output)
     source = snapshot_of(source)
     files = [source] if source.is_file() else sorted(filter(Path.is_file, source.glob("*.gguf")))

@@ -10,13 +10,14 @@ from converter.errors import BadFile, BadRequest, OutputRefused
 from converter.libraries.rules import note_tag
 from converter.models.checkpoint import WeightSet
 from converter.models.folder import Component, open_folder
+from converter.models.hub_cache import refuse_cache
 from converter.models.index import WeightIndex, read_index
 from converter.models.names import WeightsName, check_variant
-from converter.models.paths import path_of, refuse_cache
 from converter.models.select import Wishes
 from converter.plan.make import Plan, SetPlan, Shard, Target
 from converter.recipes.outputs import refuse_links
 from converter.run.staging import find_strangers, recover
+from converter.storage.local import as_path
 
 
 def prepare_rename(
@@ -38,7 +39,7 @@ def plan_rename(source: Path | str, before: str, after: str, components: tuple[s
     """
     old = None if before == "none" else before
     new = None if after == "none" else check_variant(after)
-    source = path_of(source)
+    source = as_path(source)
     refuse_cache(source)
     folder = open_folder(source)
     sets: list[SetPlan] = []

@@ -19,9 +19,9 @@ from converter.libraries.modules import find_linears
 from converter.libraries.rules import find_growth
 from converter.models.checkpoint import Checkpoint, WeightSet, open_checkpoint
 from converter.models.folder import Component, open_folder
-from converter.models.paths import path_of
 from converter.models.select import only_set
 from converter.run.execute import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
+from converter.storage.local import as_path
 from converter.tensors.base import TensorInfo, find_ties
 from converter.tensors.reader import GATHER_NBYTES, PIECE_NBYTES, SourceFiles, read_range
 from converter.transforms.quantize.bnb_int8 import dequantized, scales_in
@@ -118,7 +118,7 @@ def verify(
     """
     differences: list[Difference] = []
     pairs: list[_Pair] = []
-    for component, left, right in _pair_sets(path_of(a), path_of(b), differences, quantized):
+    for component, left, right in _pair_sets(as_path(a), as_path(b), differences, quantized):
         pairs.extend(_pair_tensors(component, left, right, cast or quantized, differences))
     if quantized and not any(pair.b.scales for pair in pairs):
         raise BadRequest(b, "has no 8-bit weights that A has too", "Leave out --quantized.")

@@ -18,8 +18,8 @@ from typing import Any
 from converter.errors import BadFile, BadRequest, Unsupported
 from converter.models.checkpoint import Checkpoint, WeightSet, open_checkpoint
 from converter.models.folder import Component, ModelFolder, read_json, render_json
+from converter.models.hub_cache import lies_outside
 from converter.models.names import WeightsName
-from converter.models.paths import lies_outside
 from converter.models.schemes import find_quantized
 from converter.tensors.base import TensorInfo, turned
 
