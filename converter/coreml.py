@@ -19,8 +19,8 @@ from converter.libraries.coreml import COREML_VARIANT, Lack
 from converter.models.checkpoint import Checkpoint, rename_tensors
 from converter.models.component import Component, WeightSet
 from converter.models.configs import look_into, read_json, render_json
+from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.model import Model
-from converter.models.paths import check_places, snapshot_of
 from converter.models.select import Wishes, choose_sets
 from converter.plan.make import Plan
 from converter.recipes.convert import plan_conversion, plan_rest, plan_single_file, request_of

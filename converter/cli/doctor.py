@@ -60,7 +60,7 @@ def command(
     from converter.cli.output import echo, printable, show_bytes, show_json
     from converter.doctor import diagnose, finish_mending
     from converter.doctor.repair import Choices, Keep
-    from converter.models.paths import refuse_cache
+    from converter.models.hub_cache import refuse_cache
 
     choices = Choices(keep_default, only_variant, make_variant, cast("Keep | None", keep), drop_strays)
     if sum((fix, undo, purge)) > 1:

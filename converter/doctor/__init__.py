@@ -10,12 +10,13 @@ from converter.doctor.findings import SEVERITIES, Finding
 from converter.doctor.repair import Choices, Mending, plan_mending
 from converter.doctor.undo import check_left
 from converter.errors import LossyCast
+from converter.models.hub_cache import refuse_cache
 from converter.models.inventory import Inventory
-from converter.models.paths import path_of, refuse_cache
 from converter.run.execute import run_plan
 from converter.run.staging import recover
 from converter.run.tasks import Progress
 from converter.storage import Place
+from converter.storage.local import as_path
 
 __all__ = ["Choices", "Diagnosis", "Finding", "Mending", "diagnose", "finish_mending", "mend", "plan_mending"]
 
@@ -57,7 +58,7 @@ def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None
     Gives what could not be cleared up, in words. Raises LossyCast where a variant to be made cannot hold the values,
     OutputRefused for a folder in the Hub's cache, and what ``run_plan`` raises.
     """
-    folder = path_of(path)
+    folder = as_path(path)
     refuse_cache(folder)
     if mending.plan is not None:
         try:
@@ -71,7 +72,7 @@ def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None
 
 def finish_mending(path: Path | str) -> bool:
     """Finish what a killed run of ``mend`` had begun to publish; True if there was such a thing."""
-    refuse_cache(path_of(path))
+    refuse_cache(as_path(path))
     return recover(Path(path), _request(Path(path)))
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converter.errors import BadRequest, SystemRefused
-from converter.models.paths import real
 from converter.plan.make import Target
 from converter.run.journal import Changes, is_index
 from converter.run.kept import UNDO_FOLDER, Keeper, Kept
+from converter.run.notes import Notes
 from converter.run.staging import Staging, open_staging, recover
-from converter.run.state import Notes
+from converter.storage.local import real
 from converter.storage.root import Root
 
 

@@ -19,8 +19,8 @@ from converter.formats.training import find_dcp
 from converter.models.component import Component, WeightSet
 from converter.models.configs import NO_OBJECT, look_into
 from converter.models.headers import Header, read_all
+from converter.models.hub_cache import snapshot_of
 from converter.models.names import WeightsName, is_training_state, parse_name
-from converter.models.paths import snapshot_of
 from converter.models.sets import ListedSet, group, is_weight_file, read_indexed, sets_to_read
 from converter.storage import Place, place_of
 

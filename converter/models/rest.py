@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from converter.errors import BadFile
 from converter.formats import could_be_weights
+from converter.models.hub_cache import lies_outside
 from converter.models.model import Model
 from converter.models.names import is_other_runtime, is_training_state
-from converter.models.paths import lies_outside
 from converter.models.sets import is_weight_file
 from converter.storage import Place
 

@@ -25,10 +25,10 @@ from converter.models.growth import note_growth, refuse_growth
 from converter.models.index import WeightIndex
 from converter.models.model import Model
 from converter.models.names import Format, WeightsName
-from converter.models.paths import real
 from converter.models.select import Tied, Wishes
 from converter.plan.casts import check_asked, check_quantized, check_tag, find_kept, target_dtype
 from converter.storage import Place
+from converter.storage.local import real
 from converter.tensors.base import Tensor, TensorSpec, find_ties
 from converter.tensors.derived import cast
 from converter.tensors.view import View

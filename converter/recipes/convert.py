@@ -16,10 +16,10 @@ from converter.libraries import library_of, loader_of, note_tag
 from converter.libraries.ask import ask_kept
 from converter.models.checkpoint import Checkpoint, open_checkpoint, strip_prefix
 from converter.models.component import Component, WeightSet
+from converter.models.hub_cache import check_places
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model, open_model
 from converter.models.names import ParsedName, WeightsName, is_other_file, parse_name
-from converter.models.paths import check_places, path_of
 from converter.models.rest import Rest, find_rest, is_disguised, is_linked
 from converter.models.select import Wishes, choose_sets
 from converter.plan.make import Beside, Plan, Target, make_plan
@@ -28,6 +28,7 @@ from converter.run.execute import Result, run_plan
 from converter.run.staging import find_strangers, recover
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress
 from converter.storage import Place, place_of
+from converter.storage.local import as_path
 from converter.transforms.stable_diffusion import SingleFile
 
 Choose = Callable[[Model, Wishes], list[tuple[Component, WeightSet]]]
@@ -55,7 +56,7 @@ def plan_conversion(
 
     A plan without sets means that there is nothing to do. Raises WconvError as the commands do.
     """
-    source, output = path_of(source), None if output is None else path_of(output)
+    source, output = as_path(source), None if output is None else as_path(output)
     if wishes.in_place and output is not None:
         raise BadRequest(output, "is given, and --in-place too", "Choose one.")
     check_places(source, output, wishes.delete_source)
@@ -149,7 +150,7 @@ def convert(
     All of the output is there afterwards, or nothing; the source is never changed unless ``wishes.delete_source`` says
     so, and then only after every value was compared. Raises WconvError.
     """
-    request, plan = prepare(path_of(source), path_of(output) if output is not None else None, wishes)
+    request, plan = prepare(as_path(source), as_path(output) if output is not None else None, wishes)
     if plan is None or not plan.sets:
         return Result(plan, 0.0)
     return run_plan(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from converter.errors import OutputRefused
 from converter.models.model import Model
-from converter.models.paths import is_dangling, refuse_linked
 from converter.plan.make import Plan, Target
+from converter.storage.local import is_dangling, refuse_linked
 
 
 def open_target(model: Model, output: Path | None, overwrite: bool) -> Target:

@@ -20,9 +20,9 @@ from converter.libraries.modules import Linears, find_linears
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.growth import refuse_growth
+from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model
-from converter.models.paths import check_places, path_of, snapshot_of
 from converter.models.schemes import LLM_INT8, quantized_in
 from converter.models.select import Wishes, choose_sets, compiled, texts_of
 from converter.plan.make import Plan
@@ -30,6 +30,7 @@ from converter.recipes.convert import plan_conversion, plan_rest, refuse_file, r
 from converter.run.staging import recover
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.storage import place_of
+from converter.storage.local import as_path
 from converter.tensors.base import Tensor, find_ties
 from converter.transforms.quantize.bnb_int8 import (
     check_scales,
@@ -130,7 +131,7 @@ def prepare_quantized(
 
 def _places(source: Path | str, output: Path | str) -> tuple[Path, Path]:
     """Give the paths that are read and written. Raises WconvError for those that cannot be."""
-    source, output = path_of(source), path_of(output)
+    source, output = as_path(source), as_path(output)
     check_places(source, output)
     source = snapshot_of(source)
     files = [source] if source.is_file() else sorted(filter(Path.is_file, source.glob("*.gguf")))

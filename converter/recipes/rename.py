@@ -9,15 +9,16 @@ from pathlib import Path
 from converter.errors import BadFile, BadRequest, OutputRefused
 from converter.libraries import note_tag
 from converter.models.component import Component, WeightSet
+from converter.models.hub_cache import refuse_cache
 from converter.models.index import WeightIndex, read_index
 from converter.models.model import open_model
 from converter.models.names import WeightsName, check_variant
-from converter.models.paths import path_of, refuse_cache
 from converter.models.select import Wishes
 from converter.plan.make import Plan, SetPlan, Shard, Target
 from converter.recipes.outputs import refuse_links
 from converter.run.staging import find_strangers, recover
 from converter.storage import Place
+from converter.storage.local import as_path
 
 
 def prepare_rename(
@@ -39,7 +40,7 @@ def plan_rename(source: Path | str, before: str, after: str, components: tuple[s
     """
     old = None if before == "none" else before
     new = None if after == "none" else check_variant(after)
-    source = path_of(source)
+    source = as_path(source)
     refuse_cache(source)
     model = open_model(source)
     sets: list[SetPlan] = []

@@ -20,9 +20,9 @@ from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.growth import find_growth
 from converter.models.model import open_model
-from converter.models.paths import path_of
 from converter.models.select import only_set
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
+from converter.storage.local import as_path
 from converter.tensors.base import Tensor, find_ties
 from converter.tensors.reader import PIECE_NBYTES, RangeReader
 from converter.transforms.quantize.bnb_int8 import WidenedRows, dequantized, scales_in
@@ -123,7 +123,7 @@ def verify(
     """
     differences: list[Difference] = []
     pairs: list[_Pair] = []
-    for component, left, right in _pair_sets(path_of(a), path_of(b), differences, quantized):
+    for component, left, right in _pair_sets(as_path(a), as_path(b), differences, quantized):
         pairs.extend(_pair_tensors(component, left, right, cast or quantized, differences))
     if quantized and not any(pair.is_quantized for pair in pairs):
         raise BadRequest(b, "has no 8-bit weights that A has too", "Leave out --quantized.")

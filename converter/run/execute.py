@@ -20,7 +20,6 @@ from zlib_ng.zlib_ng import crc32_combine
 
 from converter.errors import BadFile, LossyCast, OutputRefused, WconvError
 from converter.formats import FORMATS, read_file
-from converter.models.paths import real
 from converter.plan.make import Plan, Shard, computes
 from converter.run.journal import Changes
 from converter.run.parts import (
@@ -44,7 +43,7 @@ from converter.run.tasks import (
     open_tasks,
 )
 from converter.storage import place_of
-from converter.storage.local import open_unlinked
+from converter.storage.local import open_unlinked, real
 from converter.storage.root import Root
 from converter.tensors.base import Storage, TensorSpec
 from converter.tensors.reader import CrcPart, check_crc

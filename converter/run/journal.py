@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 from converter.errors import OutputRefused
 from converter.models.names import parse_name
-from converter.models.paths import real
 from converter.plan.make import Plan
 from converter.run.kept import Keeper
-from converter.run.state import Notes
+from converter.run.notes import Notes
+from converter.storage.local import is_there, real
 from converter.storage.root import Root, plain_parts
 
 SUFFIX = ".wconv"  # with a dot: Diffusers takes the second dotted part of each name in a folder for a variant
@@ -181,7 +181,7 @@ def finish(notes: Notes, run: Run) -> bool:
     assert journal is not None
     with Root(Path(run.place)) as root:
         if run.is_new and root.stat(run.staged()) is not None:
-            if os.path.lexists(notes.folder):
+            if is_there(notes.folder):
                 advice = "Move it elsewhere, and run this again to finish."
                 raise OutputRefused(notes.folder, "was made while a run published its output there", advice)
             root.replace(run.staged(), root, notes.folder.name)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from converter.errors import BadFile, OutputRefused
-from converter.run.state import Notes, make_token
+from converter.run.notes import Notes, make_token
 from converter.storage.root import Root, is_mine, plain_parts
 
 UNDO_FOLDER = ".wconv-undo"

@@ -24,13 +24,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from converter.errors import OutputRefused, SystemRefused, WconvError
-from converter.models.paths import real
 from converter.plan.make import Plan, Target
 from converter.run.journal import SUFFIX, TREE, Changes, Entry, Journal, OvertakenError, Run, finish
 from converter.run.kept import Keeper
+from converter.run.notes import Notes, make_token
 from converter.run.signals import signals_held
-from converter.run.state import Notes, make_token
-from converter.storage.root import Root, write_all
+from converter.storage.local import is_there, real
+from converter.storage.root import Root, make_folders, remove_empty, write_all
 
 _RESERVE_NBYTES = 1 << 20  # room for the journal and the folders themselves
 _LIKE_MINE = re.compile(r"\..+\.wconv(\.json)?")  # of this version, or of the first one
@@ -54,7 +54,7 @@ class Staging:
 
     def __enter__(self) -> Staging:
         """Make the folder to stage in, which nobody else may look into."""
-        self._made = _make_folders(Path(self._run.place))
+        self._made = make_folders(Path(self._run.place))
         try:
             with ExitStack() as closing:
                 self.root = closing.enter_context(Root(Path(self._run.place)))
@@ -62,8 +62,8 @@ class Staging:
                 self.root.make_folder(self._run.staged())
                 closing.pop_all()  # it stays open until this is left
         except BaseException:
-            _remove_empty([self.folder, *self._made])
-            if not os.path.lexists(self.folder):  # what a killed run has staged there is for the next one
+            remove_empty([self.folder, *self._made])
+            if not is_there(self.folder):  # what a killed run has staged there is for the next one
                 self.notes.remove("run")
             raise
         return self
@@ -172,7 +172,7 @@ class Staging:
                 raise SystemRefused(self.path_of(name), "was staged, and is gone", "Run it again.")
         taken = None
         if target is None:
-            taken = self.notes.folder if os.path.lexists(self.notes.folder) else None
+            taken = self.notes.folder if is_there(self.notes.folder) else None
         elif not changes.overwrite:
             names = (name for name in changes.move if name not in changes.superseded and target.stat(name))
             taken = next((target.path / name for name in names), None)
@@ -214,12 +214,12 @@ class Staging:
                 self._close()
         except OSError as problem:
             noted = self.notes.path_of("run")
-            left = f"{self.folder}, noted in {noted}," if os.path.lexists(self.folder) else str(noted)
+            left = f"{self.folder}, noted in {noted}," if is_there(self.folder) else str(noted)
             self.left_over = f"{left} cannot be removed ({problem.strerror or problem}): the next run here does it"
         finally:
             self.root.__exit__(None, None, None)
         if error is not None:
-            _remove_empty(self._made)
+            remove_empty(self._made)
 
     def _close(self) -> None:
         journal = self._run.journal
@@ -338,22 +338,3 @@ def check_room(staging: Staging, plan: Plan) -> None:
             f"needs {missing / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left",
             "Free some room, or write elsewhere with -o.",
         )
-
-
-def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder and its parents; give those that were not there, innermost first."""
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    if missing:
-        with Root(missing[-1].parent) as root:
-            try:
-                root.make_folder(folder.relative_to(root.path).as_posix())
-            except OSError:
-                _remove_empty(missing)
-                raise
-    return missing
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError), Root(folder.parent) as root:
-            root.remove_folder(folder.name)

@@ -21,14 +21,12 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 
 def place_of(given: Place | Path | str) -> Place:
-    """Give the place that a caller names. Raises BadRequest for the empty text that a variable holds if it is unset."""
+    """Give the place that a caller names. Raises BadRequest for one that nobody can read."""
     if isinstance(given, Place):
         return given
-    if given == "":
-        raise BadRequest("''", "is no path", "Name a file or folder; the current folder is '.'.")
     scheme = _SCHEME.match(given) if isinstance(given, str) else None
     if not scheme or not isinstance(given, str):
-        return local.place_at(Path(given))
+        return local.place_at(local.as_path(given))
     open_url = _STORES.get(scheme[1].lower())
     if open_url is None:
         raise BadRequest(given, f"is a URL, and wconv reads none of {scheme[0]}", "Fetch it, and name the folder.")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from converter.errors import BadFile, SystemRefused, Unsupported
+from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, Unsupported
 from converter.storage.base import FileRef, Info, Kind, OpenFile, Place, Tag, changed
 from converter.storage.root import Root
 
@@ -191,3 +191,36 @@ def path_of(place: Place) -> Path:
     if not isinstance(place.store, LocalStore):
         raise Unsupported(place, "is not on this machine's disk, and that is needed here")
     return place.store.path(place.key)
+
+
+def as_path(given: Path | str) -> Path:
+    """Give what a caller names as a path. Raises BadRequest for the empty text that a variable holds if it is unset."""
+    if given == "":
+        raise BadRequest("''", "is no path", "Name a file or folder; the current folder is '.'.")
+    return Path(given)
+
+
+# Links are files elsewhere: read through, never written into, and what they lead to is never renamed or removed.
+
+
+def real(path: Path) -> Path:
+    """Give where a path leads to; links in a circle, which ``resolve`` fails on, stay as they are."""
+    return Path(os.path.realpath(path))
+
+
+def is_there(path: Path) -> bool:
+    """Say whether a path names anything, be it a link to nothing."""
+    return os.path.lexists(path)
+
+
+def is_dangling(path: Path) -> bool:
+    """Say whether a path is a link that leads to nothing, or to itself."""
+    return path.is_symlink() and not path.exists()
+
+
+def refuse_linked(root: Path, name: str) -> None:
+    """Raise OutputRefused for a file to be written, renamed or removed in a folder that is a link, by its path."""
+    for parent in list(reversed(Path(name).parents))[1:]:
+        if (root / parent).is_symlink():
+            advice = "Name that folder itself, or write elsewhere: -o NEW."
+            raise OutputRefused(root / parent, "is a link to another folder, and nothing is changed there", advice)

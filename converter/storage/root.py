@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -196,7 +196,7 @@ class Root:
                 raw += chunk
             return raw
 
-    def write(self, name: str, raw: bytes) -> None:
+    def write_atomically(self, name: str, raw: bytes) -> None:
         """Let a file hold these bytes, all of them or what it held before, and bring it and its folder to the disk.
 
         For folders that nobody else writes to: what it is called until then can be foretold.
@@ -263,13 +263,33 @@ def open_staged(path: Path) -> Iterator[BinaryIO]:
         yield opened
 
 
+def make_folders(folder: Path, mode: int = 0o777) -> list[Path]:
+    """Make a folder of a mode, and those above it; give those that were not there, innermost first."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    if missing:
+        with Root(missing[-1].parent) as root:
+            try:
+                root.make_folder(folder.relative_to(root.path).as_posix(), mode)
+            except OSError:
+                remove_empty(missing)
+                raise
+    return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of some folders that are empty."""
+    for folder in folders:
+        with suppress(OSError), Root(folder.parent) as root:
+            root.remove_folder(folder.name)
+
+
 def is_mine(found: os.stat_result) -> bool:
     """Say whether an entry is of this user, as far as the system can tell."""
     return not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
 
 
 def half_written(name: str) -> str:
-    """Name the file that ``Root.write`` writes until it is whole."""
+    """Name the file that ``Root.write_atomically`` writes until it is whole."""
     return f"{name}.new"
 
 

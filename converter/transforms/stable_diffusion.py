@@ -21,9 +21,9 @@ from converter.libraries.transformers import TRANSFORMERS
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.configs import read_json, render_json
+from converter.models.hub_cache import lies_outside
 from converter.models.model import Model
 from converter.models.names import WeightsName
-from converter.models.paths import lies_outside
 from converter.models.schemes import find_quantized
 from converter.storage import Place, place_of
 from converter.tensors.base import Tensor

@@ -1,8 +1,7 @@
-"""Where paths lead, before anything there is written, removed or passed on.
+"""The cache of the Hub, where other programs look for the same files: read through, and never changed.
 
-Links are files elsewhere: read through, but never written into, and what they point to is never renamed or removed. The
-cache of the Hub, where other programs look for the same files, is not changed at all; the name of a model in it stands
-for its snapshot. What a folder holds only as a link to another place may be anybody's secret, and is not passed on.
+The name of a model in it stands for its snapshot, whose files are links to the blobs beside it. Any other link that
+leads out of a model's folder may be to anybody's secret, and what it leads to is not passed on.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from pathlib import Path
 from converter.errors import BadFile, BadRequest, OutputRefused
 from converter.models.names import WEIGHT_EXTENSIONS, parse_name
 from converter.storage import Place
+from converter.storage.local import is_dangling, real
 
 _BLOBS = "blobs"
 _SNAPSHOTS = "snapshots"
@@ -26,26 +26,6 @@ _REVISION = re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]{0,254}")
 _MAX_HOPS = 40  # as many links as Linux follows
 _MAX_CHOICES = 10
 _READ_ENDINGS = (".json", *(f".{ext}" for ext in WEIGHT_EXTENSIONS))
-
-
-def path_of(given: Path | str) -> Path:
-    """Give what a caller names as a path. Raises BadRequest for the empty text that a variable holds if it is unset."""
-    if given == "":
-        raise BadRequest("''", "is no path", "Name a file or folder; the current folder is '.'.")
-    return Path(given)
-
-
-def real(path: Path) -> Path:
-    """Give the place that a path leads to; links in a circle, which ``resolve`` fails on, stay as they are."""
-    return Path(os.path.realpath(path))
-
-
-def is_dangling(path: Path) -> bool:
-    """Say whether a path is a link that leads to nothing, or to itself."""
-    return path.is_symlink() and not path.exists()
-
-
-# The cache of the Hub.
 
 
 def check_places(source: Path, output: Path | None, removes: bool = False) -> None:
@@ -172,19 +152,8 @@ def _repos_in(path: Path) -> list[Path]:
     return repos
 
 
-# Links out of a folder.
-
-
 def lies_outside(path: Place, root: Place) -> bool:
     """Say whether a path below a folder leads out of it, other than to what the Hub's cache has for a snapshot."""
     target = path.real()
     is_blob = target.parent.name == _BLOBS and (target.parent.parent / _SNAPSHOTS).is_folder()
     return not is_blob and not target.is_below(root.real())
-
-
-def refuse_linked(root: Path, name: str) -> None:
-    """Raise OutputRefused for a file to be written, renamed or removed in a folder that is a link, by its path."""
-    for parent in list(reversed(Path(name).parents))[1:]:
-        if (root / parent).is_symlink():
-            advice = "Name that folder itself, or write elsewhere: -o NEW."
-            raise OutputRefused(root / parent, "is a link to another folder, and nothing is changed there", advice)

@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused
-from converter.storage.root import Root, half_written
+from converter.storage.local import place_at, real
+from converter.storage.root import Root, half_written, make_folders
 
 Kind = Literal["run", "undo"]
 
@@ -31,7 +32,7 @@ def state_folder() -> Path:
     if named:
         if not Path(named).is_absolute():
             raise BadRequest(repr(named), "is no full path, and WCONV_STATE says so", "Name it from the root.")
-        return Path(named).resolve()
+        return real(Path(named))
     from platformdirs import user_state_path
 
     try:
@@ -40,7 +41,7 @@ def state_folder() -> Path:
         place = Path()
     if not place.is_absolute():  # then it would be one below the current folder, which may be a download
         raise BadRequest("HOME", "does not say where your home folder is", "Set it, or let WCONV_STATE name a folder.")
-    return place.resolve()
+    return real(place)
 
 
 def make_token() -> str:
@@ -66,7 +67,7 @@ class Notes:
 
     def read(self, kind: Kind) -> dict[str, Any] | None:
         """Give a note, if there is one. Raises BadFile for one that cannot be understood."""
-        if not self.path_of(kind).exists():
+        if not place_at(self.path_of(kind)).exists():
             return None
         try:
             with Root(self.place) as root:
@@ -90,7 +91,7 @@ class Notes:
         """Note something; it is on the disk then."""
         raw = json.dumps({"format": _FORMAT, "folder": str(self.folder), **content}).encode()
         with self._open() as root:
-            root.write(self._name(kind), raw)
+            root.write_atomically(self._name(kind), raw)
 
     def remove(self, kind: Kind) -> None:
         """Forget a note."""
@@ -100,7 +101,8 @@ class Notes:
     @contextmanager
     def _open(self) -> Iterator[Root]:
         try:
-            self.place.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folders(self.place.parent)
+            make_folders(self.place, 0o700)
             with Root(self.place) as root:
                 yield root
         except OSError as error:
@@ -122,21 +124,23 @@ class Notes:
         except OSError as error:
             raise SystemRefused.from_os_error(error, self.place) from None
         try:
-            for name in (self._name("run"), self._name("undo")):
-                (self.place / half_written(name)).unlink(missing_ok=True)  # of a run that was killed
+            with Root(self.place) as root:
+                for name in (self._name("run"), self._name("undo")):
+                    root.remove(half_written(name))  # of a run that was killed
             yield
         finally:
-            _release(lock.lock_file, lock.release)
+            self._release(lock.release)
 
+    def _release(self, release: Callable[[], None]) -> None:
+        # Where an open file can be removed, it goes while it is held, so that nobody takes a lock that is about to go.
+        try:
+            if os.name != "nt":
+                self._remove_lock()
+        finally:
+            release()
+        if os.name == "nt":
+            self._remove_lock()
 
-def _release(path: str, release: Any) -> None:
-    # Where an open file can be removed, it goes while it is held, so that nobody takes a lock that is about to go.
-    try:
-        if os.name != "nt":
-            with suppress(OSError):
-                Path(path).unlink()
-    finally:
-        release()
-    if os.name == "nt":
-        with suppress(OSError):
-            Path(path).unlink()
+    def _remove_lock(self) -> None:
+        with suppress(OSError), Root(self.place) as root:
+            root.remove(self._name("lock"))
