@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from converter.doctor.checks import repeated_name
 from converter.doctor.findings import Finding
 from converter.errors import Unsupported
+from converter.libraries.ask import LibraryMissing, ask_class
 from converter.libraries.rules import refuse_growth
 from converter.models.checkpoint import open_checkpoint
+from converter.models.component import Component
 from converter.models.headers import LENIENT
 from converter.models.inventory import Inventory, Part
 from converter.models.sets import ListedSet
@@ -83,10 +85,8 @@ def _look_at(info: TensorInfo, chunk_nbytes: int) -> _Values:
 
 
 def _check_shapes(part: Part, found: ListedSet) -> Iterator[Finding]:
-    from converter.doctor.shapes import expected_shapes
-
     try:
-        expected = expected_shapes(part.component)
+        expected = _expected_shapes(part.component)
     except Unsupported as error:
         yield Finding("shapes-unknown", part.path / "config.json", part.name, error.problem)
         return
@@ -99,3 +99,16 @@ def _check_shapes(part: Part, found: ListedSet) -> Iterator[Finding]:
         shapes = f"{list(held[name])}, the config gives {list(expected[name])}"
         problem = f"holds {len(wrong):,} tensors of another shape than config.json gives, such as {name} ({shapes})"
         yield Finding("config-shape", found.path, part.name, problem)
+
+
+def _expected_shapes(component: Component) -> dict[str, tuple[int, ...]]:
+    """Give the shape of each tensor that the class in a component's config would have, none without its library.
+
+    Raises Unsupported, with the cause, where it cannot be made.
+    """
+    if not component.class_name or "quantization_config" in component.config:
+        return {}
+    try:
+        return ask_class(component).shapes
+    except LibraryMissing:
+        return {}
