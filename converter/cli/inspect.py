@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ import click
 from converter.cli.options import source_arg
 
 if TYPE_CHECKING:
+    from converter.errors import WconvError
     from converter.models.checkpoint import Checkpoint
-    from converter.models.component import Component
+    from converter.models.component import Component, WeightSet
     from converter.models.model import Model
 
 _KINDS = {
@@ -35,44 +37,69 @@ _HOW = {
 @source_arg
 @click.option("--tensors", "with_tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def command(source: Path, with_tensors: bool, as_json: bool) -> None:
-    """Show which weights SRC holds, by component and variant, and what else is there. Reads headers only."""
-    from converter.cli.output import show_json
-    from converter.formats.torch.state_dict import Reading
-    from converter.models.checkpoint import open_checkpoint
-    from converter.models.model import open_model
+def command(source: Path, with_tensors: bool, as_json: bool) -> int:
+    """Show which weights SRC holds, by component and variant, and what else is there. Reads headers only.
 
-    model = open_model(source)
-    reading = Reading(strip_code=True, skip_unreadable=True, lenient=True)
-    sets = [
-        _describe(component, open_checkpoint(weight_set, reading), with_tensors)
-        for component in model.components
-        for weight_set in component.weight_sets
-    ]
+    What cannot be read is shown with what is wrong; the exit code is then that of the worst.
+    """
+    from converter.cli.output import printable, show_json
+    from converter.models.inventory import take_inventory
+    from converter.models.model import model_of
+
+    inventory = take_inventory(source)
+    model = model_of(inventory)
+    described = [_describe(owner, one, with_tensors) for owner in model.components for one in owner.weight_sets]
+    errors = {str(error): error for _, error in described if error}
+    if len(described) == len(errors) == 1:
+        raise next(iter(errors.values()))  # there is nothing that it hides
+    rest, *more = _describe_rest(model)
+    errors |= {str(error): error for error in (*inventory.problems, *more)}
     content = {
         "path": str(model.path),
         "kind": model.kind,
         "class": model.class_name or model.components[0].class_name,
-        "weight_sets": sets,
-        **_describe_rest(model),
+        "weight_sets": [found for found, _ in described],
+        **rest,
+        **({"errors": list(errors)} if errors else {}),
     }
     if as_json:
         show_json(content)
     else:
         _show(content)
+    for text in errors:
+        click.echo(printable(text), err=True)
+    return min((error.exit_code for error in errors.values()), default=0)
 
 
-def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
+def _describe(
+    component: Component, weight_set: WeightSet, with_tensors: bool
+) -> tuple[dict[str, Any], WconvError | None]:
+    """Say what a set holds; of one that cannot be read what its names say, and why."""
+    from converter.errors import WconvError
+    from converter.formats.torch.state_dict import Reading
+    from converter.models.checkpoint import open_checkpoint
+
+    content: dict[str, Any] = {
+        "component": component.name,
+        "weights": weight_set.name.stem,
+        "format": weight_set.name.format,
+        "variant": weight_set.name.variant,
+        "files": list(weight_set.file_names),
+        "index": weight_set.index_name,
+    }
+    try:
+        checkpoint = open_checkpoint(weight_set, Reading(strip_code=True, skip_unreadable=True, lenient=True))
+    except WconvError as error:
+        return {**content, "error": str(error)}, error
+    return {**content, **_describe_tensors(checkpoint, with_tensors)}, None
+
+
+def _describe_tensors(checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
     from converter.tensors.base import find_ties
 
     tensors = checkpoint.tensors
     content: dict[str, Any] = {
-        "component": component.name,
-        "weights": checkpoint.name.stem,
         "format": checkpoint.format,
-        "variant": checkpoint.name.variant,
-        "files": list(checkpoint.weight_set.file_names),
-        "index": checkpoint.weight_set.index_name,
         "tensors": len(tensors),
         "parameters": sum(info.numel for info in tensors),
         "nbytes": sum(info.nbytes for info in tensors),
@@ -89,15 +116,20 @@ def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) 
     return content
 
 
-def _describe_rest(model: Model) -> dict[str, list[str]]:
+def _describe_rest(model: Model) -> Iterator[Any]:
+    """Give what else is in a folder, by kinds, and then what kept the rest of it from being seen."""
+    from converter.errors import WconvError
     from converter.models.rest import find_rest
 
     rest: dict[str, list[str]] = {"not_weights": [], "other_weights": [], "training_state": [], "linked": []}
-    for one in find_rest(model) if model.kind != "file" else ():
-        marks = (("training_state", one.is_training), ("other_weights", one.is_weights), ("linked", one.is_linked))
-        kind = next((name for name, is_so in marks if is_so), "not_weights")
-        rest[kind].append(one.path.relative_to(model.root))
-    return rest
+    yield rest
+    try:
+        for one in find_rest(model) if model.kind != "file" else ():
+            marks = (("training_state", one.is_training), ("other_weights", one.is_weights), ("linked", one.is_linked))
+            kind = next((name for name, is_so in marks if is_so), "not_weights")
+            rest[kind].append(one.path.relative_to(model.root))
+    except WconvError as error:
+        yield error
 
 
 def _show(content: dict[str, Any]) -> None:
@@ -109,14 +141,15 @@ def _show(content: dict[str, Any]) -> None:
     rows = []
     for found in content["weight_sets"]:
         files = str(len(found["files"])) + (" + index" if found["index"] else "")
-        rows.append(
-            (found["component"] or ".", found["weights"], found["format"], found["variant"] or "-", files,
-             f"{found['tensors']:,}", show_count(found["parameters"]), show_bytes(found["nbytes"]),
-             ", ".join(found["dtypes"]) or "-")
-        )  # fmt: skip
+        row = (found["component"] or ".", found["weights"], found["format"], found["variant"] or "-", files)
+        if "error" in found:
+            rows.append((*row, "-", "-", "-", found["error"]))
+            continue
+        counts = (f"{found['tensors']:,}", show_count(found["parameters"]), show_bytes(found["nbytes"]))
+        rows.append((*row, *counts, ", ".join(found["dtypes"]) or "-"))
     show_table(header, rows)
     echo()
-    for found in content["weight_sets"]:
+    for found in (found for found in content["weight_sets"] if "error" not in found):
         for dropped, kept in found["tied"].items():
             echo(printable(f"tied: {dropped} is {kept}"))
         for note in found["notes"]:

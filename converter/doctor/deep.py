@@ -83,10 +83,8 @@ def _look_at(info: Tensor, chunk_nbytes: int) -> _Values:
 
 
 def _check_shapes(part: Part, found: ListedSet) -> Iterator[Finding]:
-    from converter.doctor.shapes import expected_shapes
-
     try:
-        expected = expected_shapes(part.component)
+        expected = _expected_shapes(part.component)
     except Unsupported as error:
         yield Finding("shapes-unknown", part.path / "config.json", part.name, error.problem)
         return
@@ -99,3 +97,16 @@ def _check_shapes(part: Part, found: ListedSet) -> Iterator[Finding]:
         shapes = f"{list(held[name])}, the config gives {list(expected[name])}"
         problem = f"holds {len(wrong):,} tensors of another shape than config.json gives, such as {name} ({shapes})"
         yield Finding("config-shape", found.path, part.name, problem)
+
+
+def _expected_shapes(component: Component) -> dict[str, tuple[int, ...]]:
+    """Give the shape of each tensor that the class in a component's config would have, none without its library.
+
+    Raises Unsupported, with the cause, where it cannot be made.
+    """
+    if not component.class_name or "quantization_config" in component.config:
+        return {}
+    try:
+        return ask_class(component).shapes
+    except LibraryMissing:
+        return {}

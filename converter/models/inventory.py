@@ -259,7 +259,7 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
     sets, strays = group(folder, parsed)
     own = [name for name, one in parsed.items() if one.role != "index"]
     broken = {name: error for name in shown if name in known and (error := seen[name][1]) and name not in parsed}
-    piece = find_dcp(folder)
+    piece = None if only_standard else find_dcp(folder)
     return Part(
         replace(component, weight_sets=sets_to_read(sets)),
         entry[0] if isinstance(entry, list) and isinstance(entry[0], str) else "",
@@ -285,7 +285,7 @@ def _see(place: Place) -> tuple[Literal["weights", "file", "broken", "other"], W
         if is_named and place.is_link():
             return "broken", BadFile(place, "is a link to nothing", "Fetch the file again.")
         return "other", None
-    except SystemRefused as error:  # for its reader to tell of
+    except WconvError as error:  # for its reader to tell of
         return ("weights", error) if is_named else ("other", None)
 
 

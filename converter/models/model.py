@@ -42,10 +42,12 @@ def open_model(given: Place | Path | str) -> Model:
 
 
 def model_of(inventory: Inventory) -> Model:
-    """Give what can be converted of what lies in a folder. Raises BadFile where that is nothing."""
+    """Give what can be read of what lies in a folder. Raises the first problem, or BadFile, where that is nothing."""
     components = tuple(part.component for part in inventory.parts if part.component.weight_sets)
     path = inventory.path
     if not components:
+        for problem in inventory.problems:
+            raise problem
         refuse_folder(path)
         raise BadFile(path, "holds no weights", _suggest(path))
     return Model(path, inventory.root, inventory.kind, components, inventory.class_name)

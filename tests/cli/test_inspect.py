@@ -175,3 +175,69 @@ def test_names_in_json_are_whole(wconv, inspect, tmp_path, name):
     assert [one["name"] for one in found["all_tensors"]] == [name]
     said = wconv("inspect", tmp_path / "m.bin", "--tensors", "--json").stdout
     assert said.replace("\n", "").isprintable()
+
+
+# What cannot be read hides nothing else.
+
+
+@pytest.fixture
+def partly_bad(tmp_path) -> Path:
+    """Give a pipeline in which one part is a pointer, and another has an index that is none."""
+    folder = save_pipeline(tmp_path)
+    (folder / "vae" / "diffusion_pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (index,) = (folder / "unet").glob("*.index.json")
+    index.write_text("{")
+    return folder
+
+
+def test_bad_files_stand_beside_good_ones(wconv, partly_bad):
+    shown = wconv("inspect", partly_bad, exit_code=3)
+    assert re.search(r"^text_encoder +pytorch_model +torch +- +1 +6 ", shown.stdout, re.MULTILINE)
+    assert re.search(r"^unet .* 2 \+ index .*index\.json: is not JSON", shown.stdout, re.MULTILINE)
+    assert re.search(r"^vae .*: is a git-lfs pointer, not the weights", shown.stdout, re.MULTILINE)
+    assert "not weights: " in shown.stdout
+    assert [line.partition(": ")[0] for line in shown.stderr.splitlines()] == [
+        str(next((partly_bad / "unet").glob("*.index.json"))),
+        str(partly_bad / "vae" / "diffusion_pytorch_model.bin"),
+    ]
+
+
+def test_bad_files_are_in_the_json(wconv, partly_bad):
+    found = json.loads(wconv("inspect", partly_bad, "--json", exit_code=3).stdout)
+    good, *bad = found["weight_sets"]
+    assert (good["component"], good["tensors"], "error" in good) == ("text_encoder", 6, False)
+    assert [(one["component"], one["files"] != [], "tensors" in one) for one in bad] == [
+        ("unet", True, False),
+        ("vae", True, False),
+    ]
+    assert [one["error"] for one in bad] == found["errors"]
+    assert "git-lfs pointer" in bad[1]["error"]
+
+
+def test_a_bad_config_does_not_hide_the_weights(wconv, tmp_path):
+    save(STATE, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text("{")
+    shown = wconv("inspect", tmp_path, exit_code=3)
+    assert re.search(r"^\. +pytorch_model ", shown.stdout, re.MULTILINE)
+    assert shown.stderr.startswith(f"{tmp_path / 'config.json'}: is not JSON")
+
+
+def test_the_exit_code_is_that_of_the_worst(wconv, tmp_path):
+    save(STATE, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").write_bytes(b"GGUF" + bytes(60))  # of another kind
+    wconv("inspect", tmp_path, exit_code=4)
+    (tmp_path / "adapter_model.bin").write_bytes(b"")  # damaged
+    shown = wconv("inspect", tmp_path, exit_code=3)
+    assert len(shown.stderr.splitlines()) == 2
+    assert re.search(r"^\. +pytorch_model +torch ", shown.stdout, re.MULTILINE)
+
+
+def test_a_missing_shard_is_said_in_its_row(wconv, tmp_path):
+    save_bin_shards(STATE, tmp_path)
+    save(STATE, tmp_path / "model.safetensors")
+    (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
+    shown = wconv("inspect", tmp_path, exit_code=3).stdout
+    assert re.search(
+        r"^\. +pytorch_model .* - +- +- +.*names the shard pytorch_model-00002-of-00003", shown, re.MULTILINE
+    )
+    assert re.search(r"^\. +model +safetensors ", shown, re.MULTILINE)
