@@ -41,6 +41,7 @@ PASSING = re.compile(
 )
 PASSING_KEYS = ("#seconds", "#peak_memory_nbytes")
 
+FOLDER = "folder"
 Facts = dict[str, str]  # what is compared: its name -> a hash, or the text where it is JSON
 
 
@@ -78,7 +79,7 @@ def facts_of(folder: Path) -> Facts:
         if path.is_symlink():
             facts[name] = f"link to {path.readlink()}"
         elif path.is_dir():
-            facts[name] = "folder"
+            facts[name] = FOLDER
         else:
             raw = path.read_bytes()
             facts[name] = raw.decode() if path.suffix == ".json" else hashlib.sha256(raw).hexdigest()
@@ -125,15 +126,17 @@ def leaves(content: Any, name: str) -> Facts:
 
 
 def differing(old: Facts, new: Facts) -> dict[str, str]:
-    """Give what is not the same, with both values; of JSON only the values in it."""
-    found = {}
+    """Give what is not the same, with both values: files under another name by both, of JSON the values in it."""
+    left = {text: name for name, text in old.items() if name not in new}
+    moved = {left[text]: name for name, text in new.items() if name not in old and text in left and text != FOLDER}
+    found = {f"{name} is now {other}": "" for name, other in moved.items()}
     for name in {**old, **new}:
-        pair = old.get(name), new.get(name)
-        if pair[0] == pair[1]:
+        before, after = old.get(name), new.get(name)
+        if before == after or name in moved or name in moved.values():
             continue
-        is_text = name.endswith(".json") and None not in pair
-        parts = differing(*(parts_of(text or "", name) for text in pair)) if is_text else {}
-        found.update(parts or {name: " -> ".join(shorten(text or "nothing") for text in pair)})
+        is_json = name.endswith(".json") and before and after
+        parts = differing(parts_of(before or "", name), parts_of(after or "", name)) if is_json else {}
+        found.update(parts or {name: f"{shorten(before or 'nothing')} -> {shorten(after or 'nothing')}"})
     return found
 
 
@@ -143,7 +146,7 @@ def shorten(text: str) -> str:
 
 def judged(row: Row, found: Mapping[str, str], changes: tuple[Change, ...]) -> tuple[bool, list[str]]:
     """Say whether a row differs just in what was changed on purpose, and what is to be told of it."""
-    mine = [change for change in changes if fnmatchcase(str(row), change.rows)]
+    mine = [change for change in changes if re.search(change.rows, str(row))]
     patterns = [pattern for change in mine for pattern in change.facts]
     other = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in patterns)]
     unmet = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in found)]

@@ -15,7 +15,8 @@ bin_file            | to-safetensors src/pytorch_model.bin -o out.safetensors
 bin_file            | to-safetensors src -o out; to-safetensors src -o out
 bin_file            | to-safetensors src -o out --dry-run --json
 bin_file            | to-safetensors src --delete-source --verify
-bin_file            | to-safetensors src -o out --max-shard-size 70B
+bin_file            | to-safetensors src -o out --max-shard-size 0.07KB
+bin_file            | to-safetensors src -o out --variant ema
 bin_file            | to-safetensors src -o out --variant fp16
 bin_shards          | to-safetensors src
 bin_shards          | to-safetensors src -o out --verify
@@ -61,7 +62,8 @@ bin_file            | to-safetensors src -o out; to-bin out -o back; verify src 
 safetensors_file    | recast src --dtype bf16
 safetensors_file    | recast src --dtype fp16 -o out --json
 safetensors_file    | recast src --dtype fp8_e4m3fn -o out
-safetensors_file    | recast src --dtype fp8_e5m2 -o out
+odd_values          | recast src --dtype fp8_e5m2
+odd_values          | recast src --dtype fp8_e4m3fn --on-overflow inf
 safetensors_file    | recast src --dtype fp32 -o out
 safetensors_file    | recast src --dtype bf16 --keep-fp32 a -o out
 safetensors_file    | recast src --dtype bf16 -o out.safetensors
@@ -96,9 +98,9 @@ sd3                 | recast src --dtype fp16 -o out
 safetensors_file    | recast src --dtype int8 -o out
 safetensors_shards  | reshard src --max-shard-size none -o out
 safetensors_shards  | reshard src --max-shard-size none --in-place
-safetensors_file    | reshard src --max-shard-size 70B --in-place
-bin_shards          | reshard src --max-shard-size 130B -o out
-bin_shards          | reshard src --max-shard-size 70B --in-place --json
+safetensors_file    | reshard src --max-shard-size 0.07KB --in-place
+bin_shards          | reshard src --max-shard-size 0.13KB -o out
+bin_shards          | reshard src --max-shard-size 0.13KB --in-place --json
 llama_tied_bin      | reshard src --max-shard-size 30KB -o out
 sd_bin              | reshard src --max-shard-size none -o out
 pipeline_fp16       | rename-variant src --from fp16 --to none
@@ -168,16 +170,54 @@ class Row(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What differs on purpose: in which rows, in which facts (patterns, each of which must be met), and why."""
+    """What differs on purpose: in rows that a pattern is found in, which facts (each must differ), and why."""
 
     rows: str
     facts: tuple[str, ...]
     why: str
 
 
-# By the commit with which they were all made: what has it must not differ in them.
+_JSON = r"(to-safetensors|recast|reshard|quantize|prepare-coreml) [^;]*--json"
+# Recasts to a new folder with the names of transformers, or with none, that are not refused and cast all they can.
+_RECAST_OUT = (
+    r"^(?!dtypes|views|bin_shards|too_large: .*out$|sana|sd3|wan).*"
+    r": recast src --dtype (?!int8|fp8\S* -o out$)[^;]+ -o out( |;|$)"
+)
+_KEPT = ("out/model.*.safetensors", "out/model.safetensors")
+
+# By the last commit of those that made them: what has it must not differ in them.
 CHANGES: dict[str, tuple[Change, ...]] = {
-    "68e9a04": (),
+    "68e9a04": (
+        Change(_JSON, ("stdout 1#*#kept", "stdout 1#carried_nbytes", "stdout 1#up_to_date"), "JSON says more"),
+        Change(rf"^(?!.*--dry-run).*{_JSON}", ("stdout 1#too_large",), "JSON counts values that were too large"),
+        Change("inspect .*--json", ("stdout 1#training_state", "stdout 1#linked"), "JSON says more"),
+        Change(
+            _RECAST_OUT,
+            ("out/model.*.safetensors is now out/model.safetensors",),
+            "a new folder gets plain names",
+        ),
+        Change("lazy_views: recast", ("out.bf16.safetensors is now out.safetensors",), "-o names the file"),
+        Change(
+            "file: recast [^;]*--json", ("stdout 1#*variant", "stdout 1#*path", "stdout 1#load_with#1"), "plain names"
+        ),
+        Change("^dtypes.*: recast", _KEPT, "plain names; floats of 8 bits are cast like any other"),
+        Change(r": recast src --dtype fp8\S* -o out$", _KEPT, "plain names; 8 bits leave norms and biases as they are"),
+        Change("^views: .* -o out$", ("out/model.safetensors",), "ties of a lone file are written under each name"),
+        Change("^views: recast", ("out/model.fp16.safetensors",), "plain names"),
+        Change(r"^(llama_untied|t5|clip): recast .*(bf16|fp16) -o", ("out/config.json#dtype",), "as it is written"),
+        Change("^llama_tied_bin: quantize", ("back/config.json#torch_dtype",), "config.json names the dtype"),
+        Change("^gpt2_bin: quantize", ("out/config.json#torch_dtype",), "config.json names the dtype"),
+        Change("^bin_shards: reshard .* --json", ("stdout 1#load_with#*",), "lines that load every shard"),
+        Change("-o out; to-safetensors", ("exit 2",), "a finished command typed again says that all is up to date"),
+        Change(
+            "bin_file.* --variant fp16", ("exit 1", "out", "out/*"), "no tag of a dtype that the file does not hold"
+        ),
+        Change("sparse.*--skip", ("exit 1", "out", "out/model.safetensors"), "the option is new"),
+        Change("^wrong_index: doctor", ("stdout 1#findings#1#mending",), "--drop-strays is new"),
+        Change(r"^(?!wrong_|shard_).*: doctor .*--fix", (".wconv-undo/*",), "what --fix keeps lies in another layout"),
+        Change("^legacy_names: doctor|--make-variant", ("exit 2",), "exits 1 where a loader that is shown fails"),
+        Change("--fix --keep-default", ("exit 1",), "exits 1 where a loader that is shown fails"),
+    ),
 }
 
 

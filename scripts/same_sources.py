@@ -190,7 +190,8 @@ def safetensors_shards(folder: Path) -> None:
 
 @source
 def odd_values(folder: Path) -> None:
-    state = {"odd": torch.tensor(ODD_VALUES), "nan": torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0])}
+    special = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]])
+    state = {"odd": torch.tensor(ODD_VALUES).reshape(2, 4), "special": special}
     save(state, folder / "model.safetensors")
 
 
