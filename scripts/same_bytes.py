@@ -39,6 +39,8 @@ PASSING = re.compile(
     r"[\d.]+ s(?= |,|\.?$)|[\d.]+ \w?B/s|[\d.]+ \w?B(?= of memory)|(?<=peak memory )[\d.]+ \w?B|\b[0-9a-f]{32}\b",
     re.MULTILINE,
 )
+# Of a row that differs in everything.
+MOST_LINES = 20
 PASSING_KEYS = ("#seconds", "#peak_memory_nbytes")
 
 FOLDER = "folder"
@@ -186,7 +188,9 @@ def report(row: Row, outcomes: tuple[Outcome, Outcome], changes: tuple[Change, .
     if not new.keeps_source and not may_change:
         is_right, told = False, ["the source was changed", *told]
     verdict = "DIFFERENT" if not is_right else "as meant" if found else "same"
-    print(f"{verdict:9}  {new.exits:7} {len(new.facts):4}  {row}", *(f"{'':24}{line}" for line in told), sep="\n")
+    more = [f"and {len(told) - MOST_LINES} more"] if len(told) > MOST_LINES else []
+    print(f"{verdict:9}  {new.exits:7} {len(new.facts):4}  {row}")
+    print(*(f"{'':24}{line}" for line in [*told[:MOST_LINES], *more]), sep="\n", end="\n" if told else "", flush=True)
     return is_right
 
 
