@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from converter.doctor.checks import repeated_name
 from converter.doctor.findings import Finding
 from converter.errors import Unsupported
+from converter.libraries.ask import LibraryMissing, ask_class
 from converter.models.checkpoint import open_checkpoint
+from converter.models.component import Component
 from converter.models.growth import refuse_growth
 from converter.models.headers import LENIENT
 from converter.models.inventory import Inventory, Part
