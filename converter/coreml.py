@@ -6,26 +6,27 @@ What the script needs is known in ``libraries/coreml.py``; here it is held again
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from converter.doctor.checks import look, run_checks
 from converter.doctor.findings import Finding
-from converter.dtypes import BY_ALIAS, OnOverflow
 from converter.errors import BadRequest
 from converter.libraries import coreml
 from converter.libraries.coreml import COREML_VARIANT, Lack
-from converter.models.checkpoint import Checkpoint, rename_tensors
+from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.configs import look_into, read_json, render_json
-from converter.models.hub_cache import check_places, snapshot_of
+from converter.models.hub_cache import snapshot_of
 from converter.models.model import Model
-from converter.models.select import Wishes, choose_sets
-from converter.plan.make import Plan
-from converter.recipes.convert import plan_conversion, plan_rest, plan_single_file, request_of
-from converter.run.staging import recover
+from converter.models.select import select_sets
+from converter.plan.types import Plan, Rest
+from converter.recipes.request import Request
+from converter.recipes.steps import make_ready, open_job, plan_job
 from converter.storage import Place, place_of
+from converter.transforms.names import rename_tensors
 from converter.transforms.stable_diffusion import open_single_file
 
 _FATAL = ("file-damaged", "shard-missing", "component-missing", "config-unreadable", "index-unreadable")
@@ -62,82 +63,80 @@ def check_source(given: Place | Path, findings: Iterable[Finding] | None = None)
     raise first.error(first.path, first.problem, first.advice + (more if others else ""))
 
 
-def prepare_coreml(
-    source: Path,
-    output: Path,
-    keep_default: bool,
-    on_overflow: OnOverflow,
-    overwrite: bool,
-    *,
-    ema: bool = False,
-    config: Path | None = None,
-    follow_links: bool = False,
-    recovering: bool = True,
-) -> tuple[str, Plan | None]:
-    """Name a request for ``run_plan`` and plan it; None for the plan if a killed run of it needed just finishing.
+def request_coreml(source: Place | Path | str, output: Place | Path | str, **options: Any) -> Request:
+    """Give the request for a pipeline in fp16, tagged, one file a part; ``options`` are those of Request."""
+    fixed = {"every_variant": False, "dtype": COREML_VARIANT, "variant": COREML_VARIANT, "max_shard_size": math.inf}
+    return Request.of(source, output, **options, **fixed)
 
-    ``ema`` and ``config`` are as in ``open_single_file``, and for such a file only.
 
-    Raises BadFile or Unsupported for what the script would miss, before anything is written.
+def plan_coreml(request: Request, keep_default: bool = False, ema: bool = False, config: Place | None = None) -> Plan:
+    """Plan a pipeline folder that the script loads, with ``keep_default`` its untagged weights too.
+
+    ``ema`` and ``config`` are as in ``open_single_file``, and for such a file only. Raises BadFile or Unsupported for
+    what the script would miss, before anything is written.
     """
-    check_places(source, output)
-    source = snapshot_of(source)
+    request = replace(request, source=snapshot_of(request.source))
     config = config and snapshot_of(config)
-    wishes = Wishes(
-        every_variant=False,
-        dtype=BY_ALIAS[COREML_VARIANT],
-        variant=COREML_VARIANT,
-        max_shard_nbytes=math.inf,
-        on_overflow=on_overflow,
-        overwrite=overwrite,
-        follow_links=follow_links,
+    untagged = replace(
+        request,
+        casting=replace(request.casting, dtype=None),
+        writing=replace(request.writing, variant="none"),
+        selection=replace(request.selection, from_variant="none"),
     )
-    request = request_of(source, output, ("coreml", keep_default, ema, str(config), wishes))
-    finished = recovering and recover(output, request)
-
-    def make(wishes: Wishes) -> Plan:
-        return _plan(source, output, wishes, keep_default, ema, config)
-
-    return request, plan_rest(finished, wishes, make)
-
-
-def _plan(source: Path, output: Path, wishes: Wishes, keep_default: bool, ema: bool, config: Path | None) -> Plan:
-    others = [replace(wishes, dtype=None, variant="none")] if keep_default else []
-    if source.is_file():
-        if config is not None:
-            check_source(config, ())
-        opened = open_single_file(source, config, ema, wishes.follow_links)
-        return plan_single_file(opened, output, wishes, _adapt, others)
+    if request.source.is_file():
+        return _plan_single_file(request, untagged if keep_default else None, ema, config)
     if ema or config is not None:
         option = "--ema" if ema else "--config"
-        raise BadRequest(source, f"is a folder, and {option} is for a single file", "Leave it out.")
-    check_source(source)
-    return plan_conversion(source, output, wishes, _choose, _adapt, edited=_old_classes(source), others=others)
+        raise BadRequest(request.source, f"is a folder, and {option} is for a single file", "Leave it out.")
+    check_source(request.source)
+    job = open_job(request)
+    selected = _select(job.model, request)
+    orders = make_ready(job, [_longer(component, one) for component, one in _open(selected, request)])
+    if keep_default:
+        others = select_sets(job.model, untagged.selection, untagged.writing.naming, request.publishing.overwrite)
+        orders += make_ready(job, [_longer(component, one) for component, one in _open(others, request)], untagged)
+        selected += others
+    return plan_job(job, selected, orders, Rest(generated=_old_classes(request.source)))
 
 
-def _adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
+def _plan_single_file(request: Request, untagged: Request | None, ema: bool, config: Place | None) -> Plan:
+    if config is not None:
+        check_source(config, ())
+    opened = open_single_file(request.source, config, ema, request.publishing.follow_links)
+    job = open_job(request, opened.model)
+    parts = [_longer(component, checkpoint) for component, checkpoint in opened.checkpoints]
+    orders = make_ready(job, parts) + (make_ready(job, parts, untagged) if untagged else [])
+    selected = [(component, checkpoint.weight_set) for component, checkpoint in opened.checkpoints]
+    return plan_job(job, selected, orders, Rest(opened.copied, opened.generated, opened.notes))
+
+
+def _open(selected: Iterable[tuple[Component, WeightSet]], request: Request) -> Iterator[tuple[Component, Checkpoint]]:
+    for component, weight_set in selected:
+        yield component, open_checkpoint(weight_set, request.selection.reading)
+
+
+def _longer(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
     """Give a text encoder and a safety checker the names that transformers 4 knows."""
-    prefix, names = coreml.longer_names(component.class_name, (info.name for info in checkpoint.tensors))
+    prefix, names = coreml.longer_names(component.class_name, (tensor.name for tensor in checkpoint.tensors))
     if not prefix:
         return component, checkpoint
     note = f"{prefix} was put before names in {checkpoint.weight_set.path.name}, as transformers 4 needs it"
     return component, replace(rename_tensors(checkpoint, names), notes=(*checkpoint.notes, note))
 
 
-def _old_classes(source: Path) -> dict[str, bytes]:
+def _old_classes(source: Place) -> Mapping[str, bytes]:
     """Give the model_index.json that is written in place of the source's, if it must be another."""
-    content = read_json(place_of(source) / "model_index.json")
+    content = read_json(source / "model_index.json")
     edited = coreml.old_classes(content)
     return {"model_index.json": render_json(edited)} if edited != content else {}
 
 
-def _choose(model: Model, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
-    """Of each part take the fp16 weights, else the untagged ones, else what there is; for untagged ones, those."""
-    if wishes.variant == "none":
-        return choose_sets(model, replace(wishes, from_variant="none"))
-    chosen = []
+def _select(model: Model, request: Request) -> list[tuple[Component, WeightSet]]:
+    """Of each part take the fp16 weights, else the untagged ones, else what there is."""
+    selected = []
     for component in model.components:
-        has_variant = any(found.name.variant == COREML_VARIANT for found in component.weight_sets)
-        one = replace(wishes, components=(component.name,), from_variant=COREML_VARIANT if has_variant else None)
-        chosen += choose_sets(model, one)
-    return chosen
+        has_variant = any(one.name.variant == COREML_VARIANT for one in component.weight_sets)
+        from_variant = COREML_VARIANT if has_variant else None
+        selection = replace(request.selection, components=(component.name,), from_variant=from_variant)
+        selected += select_sets(model, selection, request.writing.naming, request.publishing.overwrite)
+    return selected

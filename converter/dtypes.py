@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from converter.errors import BadRequest
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DType:
@@ -92,3 +94,11 @@ BY_STORAGE_CLASS: dict[str, DType] = {dtype.storage_class: dtype for dtype in DT
 
 BY_ALIAS: dict[str, DType] = {alias: dtype for dtype in DTYPES.values() for alias in dtype.aliases}
 """By what people type: ``bf16``, ``bfloat16``."""
+
+
+def dtype_of(given: DType | str) -> DType:
+    """Give a dtype that tensors can be cast to, by itself or by what people call it; raises BadRequest for another."""
+    dtype = BY_ALIAS.get(given.lower()) if isinstance(given, str) else given
+    if not isinstance(dtype, DType) or dtype.short_name not in RECAST_TARGETS:
+        raise BadRequest(repr(given), "is no dtype to cast to", f"It is one of {', '.join(RECAST_TARGETS)}.")
+    return dtype

@@ -8,7 +8,9 @@ bug in wconv.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 Where = os.PathLike[str] | str
@@ -21,6 +23,16 @@ def shorten(text: str) -> str:
     """Leave out the middle of a text that is too long to be read."""
     half = _MAX_LENGTH // 2
     return text if len(text) <= _MAX_LENGTH else f"{text[:half]} ... {text[-half:]}"
+
+
+def name_some(things: Collection[object], limit: int) -> str:
+    """Name the first of many things, and say how many more there are.
+
+    >>> name_some(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(things) - limit} more" if len(things) > limit else ""
+    return ", ".join(map(str, itertools.islice(things, limit))) + more
 
 
 class WconvError(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,29 +10,36 @@ from typing import Any
 import psutil
 
 from converter.cli.output import open_meter, plan_as_json, show_json, show_plan, show_result
-from converter.models.select import Wishes
-from converter.plan.make import Plan
-from converter.recipes.convert import prepare
+from converter.plan.types import Plan
+from converter.recipes.convert import plan_conversion
+from converter.recipes.request import Prepared, Request, prepare
 from converter.run.execute import Result, default_workers, peak_buffer_nbytes, run_plan
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES
 
+# Options that are about the run, and not about what comes of it.
+_OF_RUNS = frozenset({"workers", "memory", "as_json", "quiet", "verbose", "verify", "dry_run"})
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def run_conversion(source: Path, options: dict[str, Any], **fixed: Any) -> None:
     """Carry out a conversion as the options ask, with what the command fixes, and print what came of it."""
-    request, plan = prepare(source, options["output"], wishes_of(options, **fixed), recovering=not options["dry_run"])
-    run_planned(plan, request, options)
+    run_prepared(prepare(request_of(source, options, **fixed), plan_conversion, recovering=is_wet(options)), options)
 
 
-def wishes_of(options: Mapping[str, Any], **fixed: Any) -> Wishes:
+def request_of(source: Path, options: Mapping[str, Any], **fixed: Any) -> Request:
     """Give what the options ask of a conversion, with what the command fixes."""
-    asked = {field.name: options[field.name] for field in fields(Wishes) if field.name in options}
-    return Wishes(**asked, **fixed)
+    asked = {name: value for name, value in options.items() if name not in _OF_RUNS}
+    return Request.of(source, **asked, **fixed)
 
 
-def run_planned(plan: Plan | None, request: str, options: dict[str, Any], more: Mapping[str, Any] = _NOTHING) -> None:
+def is_wet(options: Mapping[str, Any]) -> bool:
+    """Say whether anything is to be written."""
+    return not options["dry_run"]
+
+
+def run_prepared(prepared: Prepared, options: dict[str, Any], more: Mapping[str, Any] = _NOTHING) -> None:
     """Print a plan, or run it and print what came of it; ``more`` goes into the JSON."""
+    request, plan = prepared
     if options["dry_run"]:
         assert plan is not None
         _show_dry_run(plan, options, more)

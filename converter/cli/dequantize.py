@@ -33,8 +33,9 @@ def command(source: Path, **options: Any) -> None:
     \b
     wconv dequantize ./model-int8 -o ./model-fp16 --dtype fp16
     """
-    from converter.cli.convert import run_planned, wishes_of
-    from converter.recipes.quantize import prepare_dequantized
+    from converter.cli.convert import is_wet, request_of, run_prepared
+    from converter.recipes.quantize import plan_dequantized
+    from converter.recipes.request import prepare
 
-    done = prepare_dequantized(source, options["output"], wishes_of(options), recovering=not options["dry_run"])
-    run_planned(done.plan, done.request, options)
+    request = request_of(source, options)
+    run_prepared(prepare(request, plan_dequantized, "dequantize", is_wet(options)), options)

@@ -61,6 +61,7 @@ def command(
     from converter.doctor import diagnose, finish_mending
     from converter.doctor.repair import Choices, Keep
     from converter.models.hub_cache import refuse_cache
+    from converter.storage import place_of
 
     choices = Choices(keep_default, only_variant, make_variant, cast("Keep | None", keep), drop_strays)
     if sum((fix, undo, purge)) > 1:
@@ -68,7 +69,7 @@ def command(
     if not fix and (choices != Choices() or dry_run):
         raise click.UsageError("That goes with --fix.")
     if fix or undo or purge:
-        refuse_cache(source)
+        refuse_cache(place_of(source))
     if undo or purge:
         from converter.doctor.undo import purge as purge_kept
         from converter.doctor.undo import undo as put_back

@@ -29,7 +29,7 @@ class Size(click.ParamType[float]):
         if self.allow_none and value.lower() == "none":
             return math.inf
         from converter.errors import BadRequest
-        from converter.models.select import parse_size
+        from converter.plan.shards import parse_size
 
         try:
             return parse_size(value)
@@ -111,7 +111,7 @@ _CONVERSION_OPTIONS = {
     ),
     "max-shard-size": click.option(
         "--max-shard-size",
-        "max_shard_nbytes",
+        "max_shard_size",
         type=Size(allow_none=True),
         metavar="SIZE|none",
         help="Split into shards of this size at most; none makes one file (default: shards as they are).",

@@ -13,7 +13,7 @@ import click
 import psutil
 
 from converter.errors import shorten
-from converter.plan.make import Plan
+from converter.plan.types import Plan
 from converter.recipes.loading import loading_lines
 from converter.run.execute import Result, name_counts
 
@@ -120,7 +120,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
                 "component": planned.component,
                 "source": planned.source.path.name,
                 "variant": planned.name.variant,
-                "files": [{"path": shard.path, "nbytes": shard.nbytes} for shard in planned.shards],
+                "files": [{"path": shard.path, "nbytes": shard.nbytes} for shard in planned.files],
                 "index": planned.index[0] if planned.index else None,
                 "tensors": planned.tensor_count,
                 "tied": dict(planned.ties),
@@ -129,7 +129,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             }
             for planned in plan.sets
         ],
-        "carried": [name for name, _ in plan.carried],
+        "carried": [name for name, _ in plan.copied],
         "carried_nbytes": _carried_nbytes(plan),
         "removed": list(plan.removed),
         "notes": [*plan.notes, *(note for planned in plan.sets for note in planned.notes)],
@@ -141,12 +141,12 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 def show_plan(plan: Plan, memory_nbytes: int) -> None:
     """Print what a plan would write, and what that takes."""
-    rows = [(shard.path, str(len(shard.tensors)), show_bytes(shard.nbytes)) for shard in plan.shards]
+    rows = [(shard.path, str(len(shard.tensors)), show_bytes(shard.nbytes)) for shard in plan.files]
     rows += [(name, "", show_bytes(len(content))) for name, content in plan.texts]
     echo(f"Would write into {plan.target.folder}:\n")
     show_table(("file", "tensors", "size"), rows)
     echo()
-    if plan.carried:
+    if plan.copied:
         echo(printable(f"Would carry over {_carried(plan)}."))
     for name in plan.removed:
         echo(printable(f"Would remove {name}"))
@@ -166,23 +166,23 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
         return
     rows = []
     for planned in plan.sets:
-        output = f"{len(planned.shards)} files" if len(planned.shards) > 1 else planned.name.single
+        output = f"{len(planned.files)} files" if len(planned.files) > 1 else planned.name.single
         count = f"{planned.tensor_count:,}" if planned.tensor_count else ""
         source = planned.source.path.name
         rows.append((planned.component or ".", source, "->", output, count, show_bytes(planned.nbytes)))
     show_table(("component", "source", "", "output", "tensors", "size"), rows)
     echo()
     if verbose:
-        for name in [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]:
+        for name in [*(shard.path for shard in plan.files), *(name for name, _ in (*plan.texts, *plan.copied))]:
             echo(f"wrote {printable(name)}")
     _show_remarks(plan, verbose)
     for name in plan.removed:
         echo(printable(f"Removed {name}"))
     if result.too_large:
-        became = "infinite" if plan.wishes.on_overflow == "inf" else "the largest that there is"
+        became = "infinite" if plan.on_overflow == "inf" else "the largest that there is"
         total = sum(result.too_large.values())
         echo(printable(f"Too large, and now {became}: {total:,} values of {name_counts(result.too_large)}"))
-    if plan.carried:
+    if plan.copied:
         echo(printable(f"Carried over {_carried(plan)}."))
     if result.reused_nbytes:
         echo(f"Took up {show_bytes(result.reused_nbytes)} that an earlier run had left.")
@@ -195,7 +195,7 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
 
 
 def _carried(plan: Plan) -> str:
-    names = [name for name, _ in plan.carried]
+    names = [name for name, _ in plan.copied]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     files = f"{len(names)} other file{'s' * (len(names) != 1)}"
     return f"{files}, {show_bytes(_carried_nbytes(plan))}: {', '.join(names[:_NAMED])}{more}"
@@ -203,7 +203,7 @@ def _carried(plan: Plan) -> str:
 
 def _carried_nbytes(plan: Plan) -> int:
     # A link that is made again as it reads may lead to nothing by then.
-    return sum(path.stat().st_size for _, path in plan.carried if path.exists())
+    return sum(info.nbytes for _, file in plan.copied if (info := file.place.info()))
 
 
 def _how_it_went(result: Result, peak_nbytes: int) -> str:

@@ -11,7 +11,7 @@ import click
 from converter.cli.options import PlaceType, output_options, run_options, source_arg
 
 if TYPE_CHECKING:
-    from converter.plan.make import Plan
+    from converter.plan.types import Plan
 
 # Of the fp16 weights: the packages, and what is compiled from them.
 _DISK_SHARE = 2
@@ -57,22 +57,20 @@ def command(source: Path, keep_default: bool, on_overflow: Any, ema: bool, confi
     wconv prepare-coreml ./model -o ./model-coreml
     wconv prepare-coreml model.ckpt --ema -o ./model-coreml
     """
-    from converter.cli.convert import run_planned
-    from converter.coreml import prepare_coreml
+    from functools import partial
 
-    output = options["output"]
-    request, plan = prepare_coreml(
-        source,
-        output,
-        keep_default,
-        on_overflow,
-        options["overwrite"],
-        ema=ema,
-        config=config,
-        follow_links=options["follow_links"],
-        recovering=not options["dry_run"],
-    )
-    run_planned(plan, request, options)
+    from converter.cli.convert import _OF_RUNS, is_wet, run_prepared
+    from converter.coreml import plan_coreml, request_coreml
+    from converter.recipes.request import prepare
+    from converter.storage import place_of
+
+    asked = {name: value for name, value in options.items() if name not in _OF_RUNS}
+    request = request_coreml(source, on_overflow=on_overflow, **asked)
+    place = place_of(config) if config else None
+    make = partial(plan_coreml, keep_default=keep_default, ema=ema, config=place)
+    prepared = prepare(request, make, ("coreml", keep_default, ema, place), is_wet(options))
+    run_prepared(prepared, options)
+    plan = prepared.plan
     if plan is not None and plan.sets and not (options["quiet"] or options["as_json"]):
         _show_next(plan)
 
@@ -86,7 +84,7 @@ def _show_next(plan: Plan) -> None:
         echo("\nThe VAE of this model gives black images in float16 (its config says force_upcast).")
         echo("Take one made for it: add --custom-vae-version madebyollin/sdxl-vae-fp16-fix to these commands.")
     echo("\nNext, on a Mac with apple/ml-stable-diffusion installed, one of:")
-    for step in next_steps(plan.target.folder, class_name, components):
+    for step in next_steps(plan.target.folder.spelled, class_name, components):
         echo(f"\n    # {step.purpose}\n    {shlex.join(step.command)}")
     fp16 = [planned for planned in plan.sets if planned.name.variant == COREML_VARIANT]
     disk = _DISK_SHARE * sum(planned.nbytes for planned in fp16)

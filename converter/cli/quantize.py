@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import click
 from converter.cli.options import FULL_TARGETS, DTypeName, PlaceType, some_conversion_options, source_arg
 
 if TYPE_CHECKING:
-    from converter.recipes.quantize import Quantization
+    from converter.plan.types import Plan, QuantizedPart
 
 
 @click.command("quantize", short_help="Write a model in 8 bits, as bitsandbytes loads it.")
@@ -50,31 +51,30 @@ def command(source: Path, include: tuple[str, ...], skip: tuple[str, ...], stric
     wconv quantize ./sana -o ./sana-int8 --dtype bf16      the rest of all parts in bf16
     wconv quantize ./model -o ./model-int8 --skip 'layers\\.0\\.'
     """
-    from converter.cli.convert import run_planned, wishes_of
+    from functools import partial
+
+    from converter.cli.convert import is_wet, request_of, run_prepared
     from converter.cli.output import open_meter
-    from converter.recipes.quantize import ModuleChoice, prepare_quantized
+    from converter.recipes.quantize import Measuring, plan_quantized
+    from converter.recipes.request import prepare
+    from converter.transforms.quantize.modules import ModuleChoice
 
     del options["scheme"]  # there is one
+    choice = ModuleChoice(include, skip, strict)
     with open_meter(None, "looking", options["quiet"]) as meter:
-        done = prepare_quantized(
-            source,
-            options["output"],
-            wishes_of(options),
-            ModuleChoice(include, skip, strict),
-            recovering=not options["dry_run"],
-            workers=options["workers"],
-            memory_nbytes=int(options["memory"]),
-            progress=meter,
-        )
+        measuring = Measuring(options["workers"], int(options["memory"]), meter)
+        plan = partial(plan_quantized, choice=choice, measuring=measuring)
+        prepared = prepare(request_of(source, options), plan, ("quantize", choice), is_wet(options))
     is_shown = not (options["quiet"] or options["as_json"])
+    parts = prepared.plan.quantized if prepared.plan else ()
     if is_shown:
-        _show_parts(done, every=options["dry_run"] or options["verbose"])
-    run_planned(done.plan, done.request, options, {"quantized": _as_json(done)})
-    if is_shown and done.plan is not None and done.plan.sets and not options["dry_run"]:
-        _show_hints(done)
+        _show_parts(parts, every=options["dry_run"] or options["verbose"])
+    run_prepared(prepared, options, {"quantized": _as_json(parts)})
+    if is_shown and prepared.plan is not None and prepared.plan.sets and is_wet(options):
+        _show_hints(prepared.plan)
 
 
-def _as_json(done: Quantization) -> list[dict[str, Any]]:
+def _as_json(parts: Iterable[QuantizedPart]) -> list[dict[str, Any]]:
     return [
         {
             "component": part.component,
@@ -83,14 +83,14 @@ def _as_json(done: Quantization) -> list[dict[str, Any]]:
             ],
             "skip_modules": list(part.skipped),
         }
-        for part in done.parts
+        for part in parts
     ]
 
 
-def _show_parts(done: Quantization, every: bool) -> None:
+def _show_parts(parts: Collection[QuantizedPart], every: bool) -> None:
     from converter.cli.output import echo, printable, show_bytes, show_table
 
-    for part in done.parts:
+    for part in parts:
         if every:
             rows = [(name, show_bytes(before), show_bytes(after)) for name, before, after in part.modules]
             show_table(("module", "before", "after"), rows)
@@ -101,17 +101,16 @@ def _show_parts(done: Quantization, every: bool) -> None:
         echo(printable(f"{name}: {len(part.modules)} modules in 8 bits, {before} before and {after} after."))
         if part.skipped:
             echo(f"Its config.json lists as left alone: {', '.join(map(printable, part.skipped))}.")
-    if done.parts:
+    if parts:
         echo("Each value comes out within 0.4 % of the largest one in its row (1/254), and float16's rounding.\n")
 
 
-def _show_hints(done: Quantization) -> None:
+def _show_hints(plan: Plan) -> None:
     from converter.cli.output import echo
     from converter.libraries import library_of
 
-    assert done.plan is not None
     echo("\nDo not call .to() on it: an 8-bit model stays where device_map has put it. bitsandbytes must be installed.")
-    quantized = {part.component for part in done.parts}
-    components = (component for component in done.plan.source.components if component.name in quantized)
+    quantized = {part.component for part in plan.quantized}
+    components = (component for component in plan.source.components if component.name in quantized)
     for note in dict.fromkeys(filter(None, (library_of(component).int8_note for component in components))):
         echo(note)

@@ -25,8 +25,10 @@ def command(source: Path, before: str, after: str, components: tuple[str, ...], 
     \b
     wconv rename-variant ./model --from none --to fp16
     """
-    from converter.cli.convert import run_planned
-    from converter.recipes.rename import prepare_rename
+    from converter.cli.convert import is_wet, request_of, run_prepared
+    from converter.recipes.rename import plan_rename
+    from converter.recipes.request import prepare
 
-    request, plan = prepare_rename(source, before, after, components, recovering=not options["dry_run"])
-    run_planned(plan, request, options)
+    asked = {"from_variant": before, "variant": after, "components": components, "in_place": True}
+    request = request_of(source, {**options, **asked})
+    run_prepared(prepare(request, plan_rename, "rename", is_wet(options)), options)

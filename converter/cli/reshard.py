@@ -25,8 +25,8 @@ def command(source: Path, **options: Any) -> None:
     """
     from converter.cli.convert import run_conversion
 
-    if options["max_shard_nbytes"] is None:
+    if options["max_shard_size"] is None:
         raise click.UsageError("Say how large a shard may be: --max-shard-size 5GB, or none.")
     if options["output"] is None and not options["in_place"]:
         raise click.UsageError("Say where to write: -o OUT, or --in-place.")
-    run_conversion(source, options, form=None)
+    run_conversion(source, options, format=None)

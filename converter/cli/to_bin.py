@@ -24,4 +24,4 @@ def command(source: Path, **options: Any) -> None:
     """
     from converter.cli.convert import run_conversion
 
-    run_conversion(source, options, form="torch")
+    run_conversion(source, options, format="torch")

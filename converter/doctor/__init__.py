@@ -15,7 +15,7 @@ from converter.models.inventory import Inventory
 from converter.run.execute import run_plan
 from converter.run.staging import recover
 from converter.run.tasks import Progress
-from converter.storage import Place
+from converter.storage import Place, place_of
 from converter.storage.local import as_path
 
 __all__ = ["Choices", "Diagnosis", "Finding", "Mending", "diagnose", "finish_mending", "mend", "plan_mending"]
@@ -59,7 +59,7 @@ def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None
     OutputRefused for a folder in the Hub's cache, and what ``run_plan`` raises.
     """
     folder = as_path(path)
-    refuse_cache(folder)
+    refuse_cache(place_of(folder))
     if mending.plan is not None:
         try:
             check_left(folder)
@@ -72,7 +72,7 @@ def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None
 
 def finish_mending(path: Path | str) -> bool:
     """Finish what a killed run of ``mend`` had begun to publish; True if there was such a thing."""
-    refuse_cache(as_path(path))
+    refuse_cache(place_of(path))
     return recover(Path(path), _request(Path(path)))
 
 

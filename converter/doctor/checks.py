@@ -19,9 +19,9 @@ from converter.models.inventory import Inventory, Part, read_headers, take_inven
 from converter.models.names import WeightsName, is_other_runtime, parse_name
 from converter.models.schemes import Quantized, find_quantized
 from converter.models.sets import ListedSet
-from converter.plan.casts import find_kept, stays_wider
 from converter.storage import Place
 from converter.tensors.base import find_ties
+from converter.transforms.dtype import find_kept, stays_wider
 
 Check = Callable[[Inventory], Iterator[Finding]]
 _PartCheck = Callable[[Part], Iterator[Finding]]

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from converter.doctor.checks import (
     belies_tag,
@@ -30,7 +30,7 @@ from converter.doctor.checks import (
 )
 from converter.doctor.findings import Finding
 from converter.doctor.listing import list_folder
-from converter.dtypes import BY_ALIAS, DTYPES, RECAST_TARGETS
+from converter.dtypes import BY_ALIAS, DTYPES, RECAST_TARGETS, DType
 from converter.errors import BadRequest
 from converter.formats import read_file
 from converter.libraries import library_of
@@ -42,13 +42,15 @@ from converter.models.index import WeightIndex
 from converter.models.inventory import Inventory, Part
 from converter.models.model import Model
 from converter.models.names import WeightsName, check_variant, parse_name
-from converter.models.select import Wishes
 from converter.models.sets import ListedSet
-from converter.plan.make import Plan, SetPlan, Target, make_plan
+from converter.plan.make import join, plan_set
+from converter.plan.types import Plan, PlannedSet, Target, Writing
 from converter.recipes.outputs import refuse_links
-from converter.recipes.rename import link_shards
+from converter.recipes.rename import link_files
+from converter.recipes.steps import make_order
 from converter.recipes.verify import holds_values
 from converter.storage import Place
+from converter.transforms.dtype import Casting
 
 Keep = Literal["single", "shards", "safetensors", "bin"]
 
@@ -82,13 +84,20 @@ class Mending:
     refused: str = ""
 
 
+class _Change(NamedTuple):
+    """How a set is written anew: in a dtype, in one file; or just with another header, or in another format."""
+
+    dtype: DType | None = None
+    is_merged: bool = False
+
+
 @dataclass(slots=True)
 class _Goal:
-    """A set that shall be there: ``source`` gives the values, ``wishes`` say how they change, None for not at all."""
+    """A set that shall be there: ``source`` gives the values, ``change`` says what becomes of them, if anything."""
 
     source: ListedSet
     name: WeightsName
-    wishes: Wishes | None = None
+    change: _Change | None = None
     is_new: bool = False  # the source stays as it is
     respell: bool = False  # the files get the names that the set's name gives them
 
@@ -261,7 +270,7 @@ def _mend_tags(part: _Part) -> None:
             goal.name = untagged
         elif default and holds_values(_open(default.source), _open(goal.source)):
             part.say(f"cast {goal.source.label} to {goal.name.variant}")
-            goal.wishes = Wishes(form=None, dtype=goal.name.tagged_dtype)
+            goal.change = _Change(goal.name.tagged_dtype)
 
 
 def _convert_shards(part: _Part) -> None:
@@ -274,7 +283,7 @@ def _convert_shards(part: _Part) -> None:
 def _convert(part: _Part, goal: _Goal) -> None:
     safe = goal.name.in_format("safetensors")
     if not any(one.name == safe for one in part.goals):
-        part.goals.append(_Goal(goal.source, safe, Wishes(), is_new=True))
+        part.goals.append(_Goal(goal.source, safe, _Change(), is_new=True))
         part.say(f"convert {goal.source.label} to safetensors")
 
 
@@ -291,8 +300,8 @@ def _convert_mixed(parts: list[_Part]) -> None:
 
 def _mend_headers(part: _Part) -> None:
     for goal in part.goals:
-        if goal.wishes is None and lacks_format(part.view, goal.source):
-            goal.wishes = Wishes(form=None)
+        if goal.change is None and lacks_format(part.view, goal.source):
+            goal.change = _Change()
             part.say(f"write the header of {goal.source.label} anew")
 
 
@@ -309,14 +318,14 @@ def _make_variants(inventory: Inventory, parts: list[_Part], choices: Choices) -
             default = part.default()
             if dtype and default and not part.has(variant):
                 name = replace(default.name.in_format("safetensors"), variant=check_variant(variant))
-                part.goals.append(_Goal(default.source, name, Wishes(dtype=dtype), is_new=True))
+                part.goals.append(_Goal(default.source, name, _Change(dtype), is_new=True))
                 part.say(f"cast {default.source.label} to {variant}")
     if None in wanted:
         for part in parts:
             if part.goals and not part.has(None) and any(other.has(None) for other in parts):
                 goal = part.goals[0]
                 name = replace(goal.name.in_format("safetensors"), variant=None)
-                part.goals.append(_Goal(goal.source, name, Wishes(dtype=DTYPES["F32"]), is_new=True))
+                part.goals.append(_Goal(goal.source, name, _Change(DTYPES["F32"]), is_new=True))
                 part.say(f"write untagged weights from {goal.source.label}, in fp32")
 
 
@@ -340,12 +349,11 @@ def _merge_shards(part: _Part) -> None:
             continue
         old = library.find_old_name(part.view.component, held_names(part.view, goal.source))
         if old or (single and goal.name.variant is None):
-            goal.wishes = replace(goal.wishes or Wishes(form=None), max_shard_nbytes=math.inf)
+            goal.change = (goal.change or _Change())._replace(is_merged=True)
             part.say(f"merge the {count} shards of {goal.name.single} into one file")
 
 
 def _build_plan(inventory: Inventory, parts: list[_Part]) -> Plan | None:
-    target = Target(inventory.path.spelled, is_new=False)
     components = tuple(part.view.component for part in parts)
     model = Model(
         inventory.path,
@@ -354,39 +362,40 @@ def _build_plan(inventory: Inventory, parts: list[_Part]) -> Plan | None:
         components,
         inventory.class_name,
     )
-    sets: list[SetPlan] = []
+    sets: list[PlannedSet] = []
     texts: dict[str, bytes] = {}
-    superseded: list[str] = []
+    replaced: list[str] = []
     for part in parts:
-        superseded += (_relative(part.view, name) for name in sorted(part.gone))
+        replaced += (_relative(part.view, name) for name in sorted(part.gone))
         for goal in part.goals:
-            if goal.wishes is not None:
-                sets.append(_rewrite(model, target, part.view, goal))
+            if goal.change is not None:
+                sets.append(_rewrite(part.view, goal))
             elif goal.respell or goal.name != goal.source.name or goal.source.is_legacy:
                 sets.append(_relabel(part, goal))
             else:
                 texts.update(_reindex(part, goal))
                 continue
             if not goal.is_new:
-                superseded += (_relative(part.view, name) for name in goal.source.all_names)
+                replaced += (_relative(part.view, name) for name in goal.source.all_names)
     for name in texts:
-        superseded += [name] if os.path.lexists(inventory.path / name) else []
+        replaced += [name] if os.path.lexists(inventory.path / name) else []
     for described, dtype in _new_dtypes(inventory):
         path = _relative(described, "config.json")
         texts[path] = render_json(with_dtype(described.component.config, dtype))
-        superseded.append(path)
+        replaced.append(path)
     renamed = _renamed(inventory)
-    superseded += renamed
-    if not sets and not texts and not superseded:
+    replaced += renamed
+    if not sets and not texts and not replaced:
         return None
+    read = {join(planned.component, name) for planned in sets for name in planned.source.all_names}
     plan = Plan(
         source=model,
-        target=target,
+        target=Target.at(inventory.path),
         sets=tuple(sets),
-        carried=tuple((f"{name}.txt", (inventory.path / name).spelled) for name in renamed),
-        edited=tuple(texts.items()),
-        superseded=tuple(dict.fromkeys(superseded)),
-        wishes=Wishes(form=None, in_place=True),
+        copied=tuple((f"{name}.txt", (inventory.path / name).ref()) for name in renamed),
+        generated=tuple(texts.items()),
+        replaced=tuple(dict.fromkeys(replaced)),
+        destroys_source=not read.isdisjoint(replaced),
     )
     refuse_links(plan)
     return plan
@@ -402,32 +411,33 @@ def _new_dtypes(inventory: Inventory) -> list[tuple[Part, str]]:
 
 
 def _relative(part: Part, name: str) -> str:
-    return (Path(part.name) / name).as_posix()
+    return join(part.name, name)
 
 
-def _rewrite(model: Model, target: Target, part: Part, goal: _Goal) -> SetPlan:
+def _rewrite(part: Part, goal: _Goal) -> PlannedSet:
     """Plan a set whose bytes change."""
-    assert goal.wishes is not None
-    weight_set = replace(goal.source.without_index, name=goal.name)
-    checkpoint = replace(open_checkpoint(goal.source.without_index), weight_set=weight_set)
+    assert goal.change is not None
+    dtype, is_merged = goal.change
+    source = goal.source.without_index
     metadata = goal.source.index.metadata if goal.source.index else {}
-    checkpoint = replace(checkpoint, index_metadata=metadata)
-    planned = make_plan(model, [(part.component, checkpoint)], target, goal.wishes, {}).sets[0]
-    return replace(planned, source=goal.source.without_index)
+    checkpoint = replace(open_checkpoint(source), index_metadata=metadata)
+    writing = Writing(max_shard_size=math.inf if is_merged else None)
+    order = make_order(part.component, checkpoint, goal.name, Casting(dtype), writing, is_beside=True)
+    return plan_set(order, writing)
 
 
-def _relabel(part: _Part, goal: _Goal) -> SetPlan:
+def _relabel(part: _Part, goal: _Goal) -> PlannedSet:
     """Plan a set of which just names change, and with them the index."""
     part.say(
         f"rename {goal.source.label} to {goal.name.single if len(goal.source.file_names) == 1 else goal.name.index}"
     )
     names = goal.name.files(len(goal.source.file_names))
-    shards = link_shards(part.view.component, goal.source.without_index, names)
+    files = link_files(part.view.component, goal.source.without_index, names)
     index = None
     if len(names) > 1:
         renamed = dict(zip(goal.source.file_names, names, strict=True))
         index = (_relative(part.view, goal.name.index), _index_of(part.view, goal.source, renamed).render())
-    return SetPlan(part.view.name, goal.source.without_index, goal.name, shards, index, {})
+    return PlannedSet(part.view.name, goal.source.without_index, goal.name, files, index)
 
 
 def _reindex(part: _Part, goal: _Goal) -> Iterator[tuple[str, bytes]]:
@@ -454,11 +464,11 @@ def _index_of(part: Part, found: ListedSet, renamed: dict[str, str]) -> WeightIn
 def _list_after(inventory: Inventory, before: FolderListing, plan: Plan) -> FolderListing:
     """Give what loaders see once a plan is carried out."""
     written = dict(plan.texts)
-    names = {*(shard.path for shard in plan.shards), *written, *(name for name, _ in plan.carried)}
+    names = set(plan.names)
     parts = []
     for part in before.parts:
         prefix = f"{part.name}/" if part.name else ""
-        gone = {name.removeprefix(prefix) for name in plan.superseded if name.startswith(prefix)}
+        gone = {name.removeprefix(prefix) for name in plan.replaced if name.startswith(prefix)}
         added = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
         added = {name for name in added if "/" not in name}  # other parts' folders lie below the root
         indexes = {name: index for name, index in part.indexes.items() if name not in gone}
@@ -467,5 +477,5 @@ def _list_after(inventory: Inventory, before: FolderListing, plan: Plan) -> Fold
                 content = json.loads(written[prefix + name])
                 indexes[name] = IndexListing(tuple(sorted(set(content["weight_map"].values()))))
         parts.append(PartListing(part.name, part.path, part.library, (part.names - gone) | added, indexes))
-    dotless = tuple(name for name in before.dotless if name not in plan.superseded)
+    dotless = tuple(name for name in before.dotless if name not in plan.replaced)
     return FolderListing(before.path, before.is_pipeline, tuple(parts), before.absent, dotless)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converter.errors import BadRequest, SystemRefused
-from converter.plan.make import Target
+from converter.plan.types import Target
 from converter.run.journal import Changes, is_index
 from converter.run.kept import UNDO_FOLDER, Keeper, Kept
 from converter.run.notes import Notes
 from converter.run.staging import Staging, open_staging, recover
+from converter.storage import place_of
 from converter.storage.local import real
 from converter.storage.root import Root
 
@@ -35,7 +36,7 @@ def undo(folder: Path) -> Undone:
     request = repr(("undo", str(folder.absolute())))
     if recover(folder, request):
         return Undone(0)
-    with open_staging(Target(folder, is_new=False)) as staging:
+    with open_staging(Target.at(place_of(folder))) as staging:
         staging.drop_strangers(set())
         with Keeper(staging.notes) as keeper:
             kept = keeper.current()

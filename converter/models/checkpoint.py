@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converter.errors import BadFile, BadRequest, HostileFile
+from converter.dtypes import DType
+from converter.errors import BadFile, HostileFile
 from converter.formats import read_file
 from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.models.component import WeightSet
@@ -24,12 +25,16 @@ from converter.tensors.base import MAX_TENSORS, Tensor, WeightsFile
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A state dict on disk: the set it was opened from and what its headers say. ``notes`` are worth a user's look."""
+    """A state dict on disk: the set it was opened from and what its headers say. ``notes`` are worth a user's look.
+
+    ``kept`` are the tensors that a cast has left in another dtype than was asked for, each with that.
+    """
 
     weight_set: WeightSet
     files: tuple[WeightsFile, ...]
     index_metadata: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    kept: Mapping[str, DType] = field(default_factory=dict)
 
     @property
     def name(self) -> WeightsName:
@@ -82,32 +87,6 @@ def _read_files(weight_set: WeightSet, reading: Reading) -> Iterator[WeightsFile
         if room < 0:
             raise HostileFile(weight_set.path, f"describes more than {MAX_TENSORS:,} tensors, and no model has them")
         yield file
-
-
-def strip_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
-    """Take a prefix off the names of all tensors that have it.
-
-    Raises BadRequest where none has it, or where two tensors would come to one name.
-    """
-    path = checkpoint.weight_set.path
-    before = [info.name for info in checkpoint.tensors]
-    after = {name: name.removeprefix(prefix) for name in before}
-    if list(after.values()) == before:
-        raise BadRequest(
-            path, f"has no tensor whose name begins with {prefix!r}", "'wconv inspect --tensors' lists them."
-        )
-    if len(set(after.values())) < len(after):
-        raise BadRequest(path, f"would hold two tensors of one name without the prefix {prefix!r}")
-    return rename_tensors(checkpoint, after)
-
-
-def rename_tensors(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
-    """Give all tensors other names, which must be different from each other."""
-    files = tuple(
-        replace(file, tensors=tuple(info._replace(name=names[info.name]) for info in file.tensors))
-        for file in checkpoint.files
-    )
-    return replace(checkpoint, files=files)
 
 
 def _check_shards(weight_set: WeightSet) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from converter.errors import BadFile, BadRequest, OutputRefused
 from converter.models.names import WEIGHT_EXTENSIONS, parse_name
-from converter.storage import Place
+from converter.storage import Place, place_of
 from converter.storage.local import is_dangling, real
 
 _BLOBS = "blobs"
@@ -28,29 +28,32 @@ _MAX_CHOICES = 10
 _READ_ENDINGS = (".json", *(f".{ext}" for ext in WEIGHT_EXTENSIONS))
 
 
-def check_places(source: Path, output: Path | None, removes: bool = False) -> None:
+def check_places(source: Place, output: Place | None, removes: bool = False) -> None:
     """Raise OutputRefused where a conversion would change the Hub's cache, or write where a link leads to nothing."""
     if output is None:
         refuse_cache(source, "Write to a new folder: -o NEW.")
         return
-    for place in filter(is_dangling, (output, *output.parents)):
-        raise OutputRefused(place, "is a link to nothing", "Remove it, or name another folder.")
+    for path in filter(is_dangling, (output.spelled, *output.spelled.parents)):
+        raise OutputRefused(path, "is a link to nothing", "Remove it, or name another folder.")
     refuse_cache(output, "Name another folder: -o NEW.")
     if removes:
         refuse_cache(source, "Leave --delete-source out.")
 
 
-def refuse_cache(path: Path, advice: str = "") -> None:
+def refuse_cache(place: Place, advice: str = "") -> None:
     """Raise OutputRefused for a place in the Hub's cache, or a model whose files are links into it.
 
     Without other advice, a copy is to be worked on.
     """
+    if not place.is_local:
+        return
+    path = place.spelled
     advice = advice or f"Copy it first: cp -rL {shlex.quote(str(path))} NEW."
     spelled = path.absolute()
     if any(map(_is_of_cache, (spelled, *spelled.parents, real(path), *real(path).parents))) or _repos_in(path):
         raise OutputRefused(path, "lies in the cache of the Hub, which others use too", advice)
     for link in _links_of(path):
-        if any(_BLOBS in (place.parent.name, real(place.parent).name) for place in _hops(link)):
+        if any(_BLOBS in (step.parent.name, real(step.parent).name) for step in _hops(link)):
             raise OutputRefused(link, "is a link into the cache of the Hub, which others use too", advice)
 
 
@@ -97,11 +100,18 @@ def _hops(link: Path) -> Iterator[Path]:
         yield place
 
 
-def snapshot_of(path: Path) -> Path:
-    """Give the snapshot that the name of a model in the Hub's cache, or the cache itself, stands for; else the path.
+def snapshot_of(place: Place) -> Place:
+    """Give the snapshot that the name of a model in the Hub's cache, or the cache itself, stands for; else the place.
 
     Raises BadRequest where there are several to choose from.
     """
+    if not place.is_local:
+        return place
+    snapshot = _snapshot_of(place.spelled)
+    return place if snapshot == place.spelled else place_of(snapshot)
+
+
+def _snapshot_of(path: Path) -> Path:
     repos = _repos_in(path)
     if repos:
         return _only(path, "is the cache of the Hub, and holds several models", repos)
@@ -123,7 +133,7 @@ def snapshot_of(path: Path) -> Path:
 def _only(path: Path, problem: str, repos: list[Path]) -> Path:
     if len(repos) > 1:
         raise BadRequest(path, problem, f"Name one: {_some(repos)}.")
-    return snapshot_of(repos[0])
+    return _snapshot_of(repos[0])
 
 
 def _some(choices: list[Path]) -> str:

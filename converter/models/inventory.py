@@ -119,7 +119,7 @@ def take_inventory(given: Place | Path | str) -> Inventory:
 
     A model's name in the Hub's cache stands for its snapshot. Raises BadFile where nothing is.
     """
-    place = _snapshot_of(place_of(given))
+    place = snapshot_of(place_of(given))
     if not place.exists():
         raise BadFile(place, "is a link to nothing" if place.is_link() else "does not exist", "Check the path.")
     if place.is_folder():
@@ -129,12 +129,6 @@ def take_inventory(given: Place | Path | str) -> Inventory:
     config, error = look_into(place.parent / "config.json")
     part = Part(Component("", place.parent, (find_weight_set(place),), config), config_error=error)
     return Inventory(place, place.parent, "file", (part,), problems=tuple(_problems_of(part)))
-
-
-def _snapshot_of(place: Place) -> Place:
-    spelled = Path(str(place))
-    snapshot = snapshot_of(spelled)
-    return place if snapshot == spelled else place_of(snapshot)
 
 
 def read_headers(inventory: Inventory) -> Inventory:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from converter.dtypes import BY_ALIAS, DType
 from converter.errors import BadRequest
@@ -148,6 +148,23 @@ class WeightsName:
     @property
     def format(self) -> Format:
         return "safetensors" if self.ext == "safetensors" else "torch"
+
+
+class Naming(NamedTuple):
+    """What the sets of an output are called: in a format, and tagged with a variant, ``"none"`` for untagged.
+
+    None stands for the source's own.
+    """
+
+    format: Format | None = None
+    variant: str | None = None
+
+    def of(self, name: WeightsName) -> WeightsName:
+        """Give the name under which a set of this name is written. Raises BadRequest for a tag that is none."""
+        name = name.in_format(self.format)
+        if self.variant is None:
+            return name
+        return replace(name, variant=None if self.variant == "none" else check_variant(self.variant))
 
 
 @dataclass(frozen=True, slots=True)

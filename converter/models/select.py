@@ -1,131 +1,56 @@
-"""What the user asks of a conversion, and which of a folder's weight sets that means. Pure."""
+"""Which of a model's weight sets a conversion reads, and how. Pure."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-from converter.dtypes import BY_ALIAS, RECAST_TARGETS, DType, OnOverflow
 from converter.errors import BadRequest
+from converter.formats.torch.state_dict import Reading
 from converter.models.component import Component, WeightSet
 from converter.models.model import Model
-from converter.models.names import Format, WeightsName, check_variant
+from converter.models.names import Format, Naming, WeightsName, check_variant
 
 Tied = Literal["first", "duplicate"]
-
-_CHOICES: dict[str, tuple[object, ...]] = {
-    "form": (*get_args(Format), None),
-    "tied": (*get_args(Tied), None),
-    "on_overflow": get_args(OnOverflow),
-}
-# huggingface_hub knows the powers of ten (``parse_size_to_int``); the powers of two are ours.
-_UNITS = {"B": 1}
-_UNITS |= {f"{prefix}{unit}": base**power
-           for unit, base in (("B", 1000), ("IB", 1024)) for power, prefix in enumerate("KMGT", 1)}  # fmt: skip
-# Who types 5 means 5GB; no shard and no buffer is so small.
-_LEAST_BARE_NBYTES = 1_000_000
-
-
-def parse_size(text: str) -> int:
-    """Give the bytes that a text such as ``5GB``, ``1.5 GiB`` or ``64B`` means; raises BadRequest.
-
-    >>> parse_size("5GB"), parse_size("2 MiB"), parse_size("5000000")
-    (5000000000, 2097152, 5000000)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
-    unit = match[2].upper() if match else ""
-    number = float(match[1]) * _UNITS.get(unit or "B", math.inf) if match else 0.0
-    if not match or not 1 <= number < math.inf or (unit in ("", "B") and "." in match[1]):
-        raise BadRequest(repr(text), "is no size", "Write it as 5GB, 500MB or 2GiB.")
-    if not unit and number < _LEAST_BARE_NBYTES:
-        raise BadRequest(repr(text), f"is {match[1]} bytes", f"Write it as 5GB, 500MB or 2GiB, or as {match[1]}B.")
-    return int(number)
+"""Whether tied tensors are written once, or each by its name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What the user asks of a conversion; most fields are options of the command line.
+class Selection:
+    """Which weights are read: of these ``components`` (all, if none is named), and of a variant.
 
-    ``form`` is the output's format, None for the source's own. ``variant`` and ``from_variant`` are a tag, ``"none"``
-    for untagged, or None for the source's own; with ``tag_dtype`` it is, where None, for the dtype and for what finds
-    the weights to say. Without ``every_variant`` each component gives one set, the untagged one before others.
-    ``max_shard_nbytes`` is None for the source's own shards, ``math.inf`` for a single file. ``key``, ``strip_code``
-    and ``skip_unreadable`` are as in Reading, ``strip_prefix`` is taken off the names of tensors that have it. With
-    ``expand`` tensors are written however much more they take than what holds them. ``keep_fp32`` are regular
-    expressions, searched in tensor names. ``in_place`` lets the output replace the very set that is read.
-    ``follow_links`` takes along to a new folder what the source has as links to other places.
-
-    A dtype may be given by its name, and a size as a text: ``Wishes(dtype="bf16", max_shard_nbytes="5GB")``. Raises
-    BadRequest for what is none.
+    ``from_variant`` is a tag, or ``"none"`` for untagged. Without ``every_variant`` each component gives one set, the
+    untagged one before others. ``key``, ``strip_code`` and ``skip_unreadable`` are as in Reading.
     """
 
-    form: Format | None = "safetensors"
-    every_variant: bool = True
-    dtype: DType | None = None
-    variant: str | None = None
-    tag_dtype: bool = False
-    from_variant: str | None = None
     components: tuple[str, ...] = ()
-    max_shard_nbytes: float | None = None
-    tied: Tied | None = None
+    from_variant: str | None = None
+    every_variant: bool = True
     key: str | None = None
-    strip_prefix: str = ""
     strip_code: bool = False
     skip_unreadable: bool = False
-    expand: bool = False
-    keep_fp32: tuple[str, ...] = ()
-    on_overflow: OnOverflow = "error"
-    overwrite: bool = False
-    in_place: bool = False
-    delete_source: bool = False
-    force: bool = False
-    follow_links: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise BadRequest(repr(value), f"is no {name}", f"It is one of {', '.join(map(repr, choices))}.")
-        known = {
-            "dtype": _dtype_of(self.dtype),
-            "max_shard_nbytes": _limit_of(self.max_shard_nbytes),
-            "components": texts_of(self.components),
-            "keep_fp32": texts_of(self.keep_fp32),
-        }
-        for name, value in known.items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "components", texts_of(self.components))
 
-    def name_output(self, name: WeightsName) -> WeightsName:
-        """Give the name under which a set of this name is written. Raises BadRequest for a tag that is none."""
-        name = name.in_format(self.form)
-        if self.variant is None:
-            return name
-        return replace(name, variant=None if self.variant == "none" else check_variant(self.variant))
-
-
-def _dtype_of(given: Any) -> DType | None:
-    if given is None:
-        return None
-    dtype = BY_ALIAS.get(given.lower()) if isinstance(given, str) else given
-    if not isinstance(dtype, DType) or dtype.short_name not in BY_ALIAS:
-        raise BadRequest(repr(given), "is no dtype to cast to", f"It is one of {', '.join(RECAST_TARGETS)}.")
-    return dtype
-
-
-def _limit_of(given: Any) -> float | None:
-    if isinstance(given, str):
-        return math.inf if given.lower() == "none" else parse_size(given)
-    if given is not None and (not isinstance(given, int | float) or not given >= 1):
-        raise BadRequest(repr(given), "is no size of a shard", "Give a number of bytes, or a text such as '5GB'.")
-    return given
+    @property
+    def reading(self) -> Reading:
+        """How pickled files are read."""
+        return Reading(self.key, self.strip_code, self.strip_code or self.skip_unreadable)
 
 
 def texts_of(given: str | Iterable[str]) -> tuple[str, ...]:
     """Give texts as a tuple; a single one is one, and not its letters."""
     return (given,) if isinstance(given, str) else tuple(given)
+
+
+def check_choice(name: str, given: object, choices: object, *more: object) -> None:
+    """Raise BadRequest for what is none of the choices that a Literal has, nor one of some more."""
+    allowed = (*get_args(choices), *more)
+    if given not in allowed:
+        raise BadRequest(repr(given), f"is no {name}", f"It is one of {', '.join(map(repr, allowed))}.")
 
 
 def compiled(regex: str) -> re.Pattern[str]:
@@ -136,37 +61,43 @@ def compiled(regex: str) -> re.Pattern[str]:
         raise BadRequest(repr(regex), f"is no regular expression ({error})") from None
 
 
-def choose_sets(model: Model, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
-    """Choose the sets that a conversion reads, a component at a time.
+def select_sets(
+    model: Model, selection: Selection, naming: Naming, overwrite: bool = False
+) -> list[tuple[Component, WeightSet]]:
+    """Select the sets that a conversion reads, a component at a time, given what its output is called.
 
     Of several forms of the same weights the safetensors one is taken, unless it is to be overwritten. Raises BadRequest
-    where a wish names a component or a variant that is not there, or where it does not decide.
+    where the selection names a component or a variant that is not there, or where it does not decide.
     """
     known = {component.name for component in model.components}
-    for name in wishes.components:
+    for name in selection.components:
         if name not in known:
             raise BadRequest(model.path, f"has no component {name!r}", f"It has: {', '.join(sorted(known))}.")
-    if wishes.from_variant not in (None, "none"):
-        check_variant(wishes.from_variant)
-    components = [c for c in model.components if not wishes.components or c.name in wishes.components]
-    chosen = [(component, found) for component in components for found in _choose(component, wishes)]
-    tag = None if wishes.from_variant == "none" else wishes.from_variant
-    if wishes.from_variant and not any(weight_set.name.variant == tag for _, weight_set in chosen):
-        raise BadRequest(model.path, f"has no variant {wishes.from_variant!r}", "'wconv inspect' lists what it has.")
-    return chosen
+    if selection.from_variant not in (None, "none"):
+        check_variant(selection.from_variant)
+    components = [c for c in model.components if not selection.components or c.name in selection.components]
+    selected = []
+    for component in components:
+        last = {s for s in component.weight_sets if overwrite and naming.of(s.name) == s.name}
+        selected += [(component, weight_set) for weight_set in _select(component, selection, naming.format, last)]
+    tag = None if selection.from_variant == "none" else selection.from_variant
+    if selection.from_variant and not any(weight_set.name.variant == tag for _, weight_set in selected):
+        raise BadRequest(model.path, f"has no variant {selection.from_variant!r}", "'wconv inspect' lists what it has.")
+    return selected
 
 
-def _choose(component: Component, wishes: Wishes) -> list[WeightSet]:
+def _select(
+    component: Component, selection: Selection, form: Format | None, last: Container[WeightSet]
+) -> list[WeightSet]:
     by_output: dict[WeightsName, list[WeightSet]] = {}
     for weight_set in component.weight_sets:
         by_output.setdefault(weight_set.name.in_format("safetensors"), []).append(weight_set)
-    overwritten = {s for s in component.weight_sets if wishes.overwrite and wishes.name_output(s.name) == s.name}
-    best = [only_set(component, sets, wishes.form, overwritten) for sets in by_output.values()]
+    best = [only_set(component, sets, form, last) for sets in by_output.values()]
     untagged = [weight_set for weight_set in best if weight_set.name.variant is None]
-    if wishes.from_variant is not None:
+    if selection.from_variant is not None:
         # As Diffusers does it: a component that lacks the variant gives its untagged weights.
-        return [s for s in best if s.name.variant == wishes.from_variant] or untagged
-    if wishes.every_variant:
+        return [s for s in best if s.name.variant == selection.from_variant] or untagged
+    if selection.every_variant:
         return best
     if not untagged and len({weight_set.name.variant for weight_set in best}) > 1:
         tags = ", ".join(sorted(weight_set.name.variant or "" for weight_set in best))

@@ -1,4 +1,4 @@
-"""What will be written, byte for byte: checkpoints and wishes in, a Plan out. Nothing here touches the disk.
+"""What will be written, byte for byte: checkpoints in, a Plan out, made once. Nothing here touches a disk.
 
 Everything follows from the headers: sizes, offsets, shard boundaries, headers and index are known before a byte moves.
 Printing a Plan is the dry run; pickling it sends it elsewhere.
@@ -7,251 +7,132 @@ Printing a Plan is the dry run; pickling it sends it elsewhere.
 from __future__ import annotations
 
 import itertools
-import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
 
-from converter.dtypes import DType
-from converter.errors import BadRequest, OutputRefused, Unsupported, Where
+from converter.dtypes import OnOverflow
+from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.formats import FORMATS
 from converter.libraries import library_of
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import Component, WeightSet
+from converter.models.component import WeightSet
 from converter.models.configs import render_json
-from converter.models.growth import note_growth, refuse_growth
 from converter.models.index import WeightIndex
 from converter.models.model import Model
-from converter.models.names import Format, WeightsName
-from converter.models.select import Tied, Wishes
-from converter.plan.casts import check_asked, check_quantized, check_tag, find_kept, target_dtype
+from converter.models.names import WeightsName
+from converter.plan.shards import split_into_shards
+from converter.plan.types import (
+    Order,
+    Plan,
+    PlannedFile,
+    PlannedSet,
+    PlannedTensor,
+    Publishing,
+    Rest,
+    Target,
+    Writing,
+)
 from converter.storage import Place
-from converter.storage.local import real
-from converter.tensors.base import Tensor, TensorSpec, find_ties
-from converter.tensors.derived import cast
+from converter.tensors.base import Tensor, TensorSpec
 from converter.tensors.view import View
 
-
-class PlannedTensor(NamedTuple):
-    """A tensor as it is written, at ``offset`` of its file."""
-
-    tensor: Tensor
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One weight file to be written: ``path`` from the target folder, and the tensors in file order.
-
-    ``header`` begins the file; what else a format needs between and after the tensors is written when their bytes are
-    there. ``ties`` are names left out, each with the name in this file that it stands for. With a ``link`` the file
-    comes out as the one that is there, byte for byte.
-    """
-
-    path: str
-    format: Format
-    header: bytes
-    tensors: tuple[PlannedTensor, ...]
-    nbytes: int
-    ties: Mapping[str, str]
-    link: Path | None = None
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        """The tensors as a header describes them."""
-        return [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor, _ in self.tensors]
-
-
-@dataclass(frozen=True, slots=True)
-class SetPlan:
-    """One weight set to be written, from one that was read.
-
-    ``ties`` maps each name left out to the name that stays, ``kept`` the tensors that a recast leaves in another dtype
-    than the one that was asked for to that dtype.
-    """
-
-    component: str
-    source: WeightSet
-    name: WeightsName
-    shards: tuple[Shard, ...]
-    index: tuple[str, bytes] | None
-    ties: Mapping[str, str]
-    kept: Mapping[str, DType] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(shard.nbytes for shard in self.shards)
-
-    @property
-    def tensor_count(self) -> int:
-        return sum(len(shard.tensors) for shard in self.shards)
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a plan's files go: ``is_new`` for a folder that appears whole, else one to which files are added.
-
-    ``real`` is its real path when it was looked at: one that is swapped for a link after that is not followed.
-    """
-
-    folder: Path
-    is_new: bool
-    real: Path = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "real", real(self.folder))
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """All that a conversion writes, carries over and removes.
-
-    ``carried`` are pairs of a path from the target folder and the file it is copied from, ``edited`` such of a path and
-    its content; ``superseded`` are paths from the target folder that go once the new files are there; ``delete`` are
-    source files that go last. ``is_there`` where all of it lies there already, as far as headers, sizes and times tell.
-    ``places`` are the real paths of what is carried over when that was planned: what is swapped for a link after that
-    is not followed.
-    """
-
-    source: Model
-    target: Target
-    sets: tuple[SetPlan, ...]
-    carried: tuple[tuple[str, Path], ...] = ()
-    edited: tuple[tuple[str, bytes], ...] = ()
-    superseded: tuple[str, ...] = ()
-    delete: tuple[Path, ...] = ()
-    notes: tuple[str, ...] = ()
-    wishes: Wishes = field(default_factory=Wishes)
-    is_there: bool = False
-    places: tuple[Path, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "places", tuple(real(path) for _, path in self.carried))
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        return tuple(shard for planned in self.sets for shard in planned.shards)
-
-    @property
-    def indexes(self) -> tuple[tuple[str, bytes], ...]:
-        """The indexes, as pairs of a path from the target folder and content."""
-        return tuple(planned.index for planned in self.sets if planned.index)
-
-    @property
-    def texts(self) -> tuple[tuple[str, bytes], ...]:
-        """All files whose content is known now, as pairs of a path from the target folder and content."""
-        return (*self.edited, *self.indexes)
-
-    @property
-    def destroys_source(self) -> bool:
-        """Whether a file that is read is removed, or replaced, in the end."""
-        read = {_place(planned.source.folder / name) for planned in self.sets for name in planned.source.all_names}
-        return bool(self.delete) or any(_place(self.target.folder / name) in read for name in self.superseded)
-
-    @property
-    def removed(self) -> tuple[str, ...]:
-        """The files that are gone in the end: relative paths are from the target folder."""
-        written = {*(shard.path for shard in self.shards), *(name for name, _ in self.texts)}
-        return (*(name for name in self.superseded if name not in written), *map(str, self.delete))
-
-    @property
-    def written_nbytes(self) -> int:
-        """The bytes of weight files that are written anew; what is linked is not."""
-        return sum(shard.nbytes for shard in self.shards if shard.link is None)
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all weight files that are there in the end."""
-        return sum(planned.nbytes for planned in self.sets)
-
-
-@dataclass(frozen=True, slots=True)
-class Beside:
-    """What a plan has beside its sets.
-
-    ``carried`` and ``edited`` are as in a Plan; ``configs`` are by component, in place of their own.
-    """
-
-    carried: tuple[tuple[str, Path], ...] = ()
-    edited: Mapping[str, bytes] = field(default_factory=dict)
-    configs: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-_NOTHING = Beside()
+_Existing = Mapping[tuple[str, WeightsName], Sequence[WeightSet]]
+_NOTHING = Rest()
 
 
 def make_plan(
     model: Model,
-    orders: Iterable[tuple[Component, Checkpoint] | tuple[Component, Checkpoint, Wishes]],
+    orders: Sequence[Order],
     target: Target,
-    wishes: Wishes,
-    existing: Mapping[str, Sequence[WeightSet]],
-    beside: Beside = _NOTHING,
+    writing: Writing,
+    publishing: Publishing,
+    rest: Rest = _NOTHING,
+    on_overflow: OnOverflow = "error",
 ) -> Plan:
-    """Plan a conversion of opened checkpoints; ``existing`` are the target's own sets, by component.
+    """Plan to write sets; what would come out as it lies there is left out.
 
-    A checkpoint may come with wishes of its own, which differ from the others' in its name and dtype alone. What would
-    come out as it lies there is left out. Raises BadRequest, OutputRefused or Unsupported for what cannot or must not
-    be done.
+    Raises BadRequest, OutputRefused or Unsupported for what cannot or must not be done.
     """
-    orders = list(orders)
-    check_asked(model.path, (checkpoint for _, checkpoint, *_ in orders), wishes.dtype, wishes.keep_fp32)
-    sets: list[SetPlan] = []
-    there_already: list[str] = []
-    edited = dict(beside.edited)
-    read = {component.name: component.config for component in model.components}
-    by_name: dict[tuple[str, WeightsName], list[WeightSet]] = defaultdict(list)  # there may be thousands of variants
-    for place, old in ((place, old) for place, found in existing.items() for old in found):
-        by_name[place, old.name].append(old)
-    for component, checkpoint, *own in orders:
-        wanted = own[0] if own else wishes
-        planned = _plan_set(component, checkpoint, wanted, in_place=_is_beside(component, target))
-        there = by_name[component.name, planned.name]
-        if wanted.dtype and not wanted.overwrite and there and planned.name != checkpoint.name:
-            there_already.append(planned.shards[0].path)
-        elif not _is_there(planned, checkpoint, there):
-            sets.append(planned)
-            config = beside.configs.get(component.name, component.config)
-            if model.kind != "file":
-                config = _with_dtype(config, component, planned, target, wanted)
-            if config != read.get(component.name, component.config):
-                edited[(Path(component.name) / "config.json").as_posix()] = render_json(config)
-    if there_already and not sets:
-        raise OutputRefused(there_already[0], "exists", "Use --overwrite to write it again, or -o for a new folder.")
+    existing = _by_name(target)
+    written: list[tuple[Order, PlannedSet]] = []
+    kept: list[str] = []
+    for order in orders:
+        planned = plan_set(order, writing)
+        there = existing.get((order.component.name, planned.name), ())
+        if order.dtype and not publishing.overwrite and there and planned.name != order.checkpoint.name:
+            kept.append(planned.files[0].path)
+        elif not _is_there(planned, order.checkpoint, there):
+            written.append((order, planned))
+    if kept and not written:
+        raise OutputRefused(kept[0], "exists", "Use --overwrite to write it again, or -o for a new folder.")
+    sets = tuple(planned for _, planned in written)
     _check_collisions(model, sets)
-    superseded = () if target.is_new else tuple(_find_superseded(by_name, sets, wishes))
-    outputs = {*superseded, *(shard.path for planned in sets for shard in planned.shards)}
-    outputs |= {planned.index[0] for planned in sets if planned.index}
-    spared = {_place(target.folder / name) for name in outputs}
-    sources = (p.source.folder / name for p in sets for name in p.source.all_names) if wishes.delete_source else ()
+    replaced = () if target.is_new else tuple(_find_replaced(existing, sets, publishing))
+    generated = {**rest.generated, **dict(_configs_of(model, written, target))}
+    removed = tuple(_find_removed(written, replaced)) if publishing.delete_source else ()
     return Plan(
         source=model,
         target=target,
-        sets=tuple(sets),
-        carried=tuple((name, path) for name, path in beside.carried if name not in edited),
-        edited=tuple(edited.items()),
-        superseded=superseded,
-        delete=tuple(path.spelled for path in sources if _place(path) not in spared),
-        notes=(*beside.notes, *(f"{path} is there already, and stays as it is" for path in there_already)),
-        wishes=wishes,
+        sets=sets,
+        copied=tuple((name, file) for name, file in rest.copied if name not in generated),
+        generated=tuple(generated.items()),
+        replaced=replaced,
+        removed_sources=removed,
+        notes=(*rest.notes, *(f"{path} is there already, and stays as it is" for path in kept)),
+        dtype=next((order.dtype for order in orders if order.dtype), None),
+        on_overflow=on_overflow,
+        overwrite=publishing.overwrite,
+        quantized=rest.quantized,
+        destroys_source=bool(removed) or any(name in replaced for name, _ in _read_here(written)),
     )
 
 
-def _place(given: os.PathLike[str]) -> Path:
-    """Give the place of a name, however its folder is spelled: a link at the end stands for itself."""
-    path = Path(given)
-    return path.parent.resolve() / path.name
+def _read_here(written: Iterable[tuple[Order, PlannedSet]]) -> Iterator[tuple[str, Place]]:
+    """Give the files that are read in the very folder that is written to, by their paths from it."""
+    for order, planned in written:
+        if order.is_beside:
+            for name in planned.source.all_names:
+                yield join(planned.component, name), planned.source.folder / name
 
 
-def _is_beside(component: Component, target: Target) -> bool:
-    return not target.is_new and component.path.real().path == (target.folder / component.name).resolve()
+def _find_removed(written: Sequence[tuple[Order, PlannedSet]], replaced: Iterable[str]) -> Iterator[Place]:
+    """List the files of what is read, but for those whose names are written or replaced."""
+    outputs = {*replaced, *(file.path for _, planned in written for file in planned.files)}
+    outputs |= {planned.index[0] for _, planned in written if planned.index}
+    spared = {place for name, place in _read_here(written) if name in outputs}
+    places = (planned.source.folder / name for _, planned in written for name in planned.source.all_names)
+    return (place for place in places if place not in spared)
 
 
-def _is_there(planned: SetPlan, checkpoint: Checkpoint, existing: Sequence[WeightSet]) -> bool:
+def _configs_of(
+    model: Model, written: Iterable[tuple[Order, PlannedSet]], target: Target
+) -> Iterator[tuple[str, bytes]]:
+    """Give each config.json that is not as it was read: what a transform has changed, and the dtype of a recast."""
+    read = {component.name: component.config for component in model.components}
+    for order, planned in written:
+        component = order.component
+        config = component.config if model.kind == "file" else _with_dtype(order, planned)
+        if config != read.get(component.name, component.config):
+            yield join(component.name, "config.json"), render_json(config)
+
+
+def join(component: str, name: str) -> str:
+    """Give the path of a file from the folder above its component."""
+    return (PurePosixPath(component) / name).as_posix()
+
+
+def _by_name(target: Target) -> _Existing:
+    by_name: dict[tuple[str, WeightsName], list[WeightSet]] = defaultdict(list)  # there may be thousands of variants
+    for component, weight_sets in target.existing.items():
+        for weight_set in weight_sets:
+            by_name[component, weight_set.name].append(weight_set)
+    return by_name
+
+
+def _is_there(planned: PlannedSet, checkpoint: Checkpoint, existing: Sequence[WeightSet]) -> bool:
     """Say whether a set would come out as it lies there: in place, with the same names and the same boundaries.
 
     ``existing`` are the sets of its name.
@@ -259,116 +140,62 @@ def _is_there(planned: SetPlan, checkpoint: Checkpoint, existing: Sequence[Weigh
     if planned.source not in existing or planned.source.is_legacy:
         return False
     before = [{tensor.name for tensor in file.tensors} for file in checkpoint.files]
-    after = [{tensor.name for tensor, _ in shard.tensors} | shard.ties.keys() for shard in planned.shards]
-    return before == after and not any(map(computes, planned.shards))
+    after = [{tensor.name for tensor, _ in file.tensors} | file.ties.keys() for file in planned.files]
+    return before == after and not any(file.computes for file in planned.files)
 
 
-def computes(shard: Shard) -> bool:
-    """Say whether a tensor of a file has other numbers than those that lie in its source."""
-    return any(tensor.source.computes for tensor, _ in shard.tensors)
-
-
-def _check_collisions(model: Model, sets: Sequence[SetPlan]) -> None:
-    seen: dict[tuple[str, WeightsName], SetPlan] = {}
+def _check_collisions(model: Model, sets: Sequence[PlannedSet]) -> None:
+    seen: dict[tuple[str, WeightsName], PlannedSet] = {}
     for planned in sets:
         first = seen.setdefault((planned.component, planned.name), planned)
         if first is not planned:
             names = f"{first.source.path.name} and {planned.source.path.name}"
-            raise BadRequest(
-                model.path, f"{names} would both become {planned.name.single}", "Choose one with --from-variant."
-            )
+            problem = f"{names} would both become {planned.name.single}"
+            raise BadRequest(model.path, problem, "Choose one with --from-variant.")
 
 
-def _find_superseded(
-    existing: Mapping[tuple[str, WeightsName], Sequence[WeightSet]], sets: Sequence[SetPlan], wishes: Wishes
-) -> Iterable[str]:
+def _find_replaced(existing: _Existing, sets: Sequence[PlannedSet], publishing: Publishing) -> Iterator[str]:
     """List the files of sets that the new ones replace: same folder, stem, variant and format, all of their files."""
     for planned in sets:
         for old in existing.get((planned.component, planned.name), ()):
-            if not (wishes.overwrite or (wishes.in_place and old == planned.source)):
+            if not (publishing.overwrite or (publishing.in_place and old == planned.source)):
                 raise OutputRefused(old.path, "exists", "Use --overwrite to replace it, or -o for a new folder.")
-            yield from ((Path(planned.component) / name).as_posix() for name in old.all_names)
+            yield from (join(planned.component, name) for name in old.all_names)
 
 
-def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_place: bool) -> SetPlan:
-    name = wishes.name_output(checkpoint.name)
-    untouched = check_quantized(component, checkpoint, wishes.dtype, wishes.force)
-    ties = _choose_ties(component, checkpoint, name.format, wishes.tied)
-    keep = find_kept(component, wishes.dtype, wishes.keep_fp32)
-    # A tensor in each dtype that it is written in, by name.
-    written = {
-        tensor.name: tensor
-        if tensor.name in untouched
-        else cast(tensor, target_dtype(tensor, wishes.dtype, keep), wishes.on_overflow)
-        for tensor in checkpoint.tensors
-    }
-    read = [tensor for tensor in checkpoint.tensors if tensor.name not in ties]
-    growth = _check_growth(checkpoint.weight_set.path, read, wishes.expand)
-    groups = [[written[tensor.name] for tensor in file.tensors if tensor.name not in ties] for file in checkpoint.files]
-    if wishes.max_shard_nbytes is not None:
+def plan_set(order: Order, writing: Writing) -> PlannedSet:
+    """Plan one set: its files and its index. Raises BadRequest or Unsupported for what no loader would take."""
+    component, checkpoint, name, ties, dtype, _ = order
+    groups = [[tensor for tensor in file.tensors if tensor.name not in ties] for file in checkpoint.files]
+    if writing.max_shard_size is not None:
         units = _units(itertools.chain.from_iterable(groups))
-        parts = split_into_shards([sum(t.nbytes for t in unit) for unit in units], wishes.max_shard_nbytes)
+        parts = split_into_shards([sum(t.nbytes for t in unit) for unit in units], writing.max_shard_size)
         groups = [[tensor for place in part for tensor in units[place]] for part in parts]
     groups = [group for group in groups if group] or [[]]
-    if wishes.dtype or wishes.variant:
-        check_tag(checkpoint.weight_set.path, name, (tensor.dtype for tensor in written.values()), wishes.dtype)
+    if dtype or writing.variant:
+        _check_tag(order)
     names = [tensor.name for tensor in checkpoint.tensors]
-    refused = None if wishes.force else library_of(component).refuses(component, name, len(groups), names)
+    refused = None if writing.force else library_of(component).refuses(component, name, len(groups), names)
     if refused:
         raise Unsupported(checkpoint.weight_set.path, *refused)
-    base = Path(component.name)
-    file_names = name.files(len(groups))
-    shards = [
-        _plan_shard(
-            checkpoint.weight_set.path,
-            (base / file_name).as_posix(),
-            name.format,
-            group,
-            ties,
-            _notes_of(group, checkpoint),
-        )
-        for file_name, group in zip(file_names, groups, strict=True)
-    ]
-    if in_place:
-        shards = [_link_if_same(shard, checkpoint) for shard in shards]
-    index = None
-    if len(shards) > 1:
-        index = ((base / name.index).as_posix(), _build_index(checkpoint, shards, file_names).render())
-    kept = {
-        tensor.name: written[tensor.name].dtype
-        for tensor in checkpoint.tensors
-        if wishes.dtype and not tensor.is_made and written[tensor.name].dtype is not wishes.dtype
-    }
-    notes = (*checkpoint.notes, *growth, *_note_no_cast(checkpoint, written, wishes))
-    return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, notes)
+    paths = [join(component.name, file_name) for file_name in name.files(len(groups))]
+    files = tuple(_plan_file(order, path, group) for path, group in zip(paths, groups, strict=True))
+    index = (join(component.name, name.index), _build_index(checkpoint, files).render()) if len(files) > 1 else None
+    return PlannedSet(
+        component.name, checkpoint.weight_set, name, files, index, ties, checkpoint.kept, checkpoint.notes
+    )
 
 
-def _choose_ties(component: Component, checkpoint: Checkpoint, form: Format, tied: Tied | None) -> dict[str, str]:
-    """Map the names that are not written to those that are; in a torch file they stay, as a second name."""
-    if form == "torch":
-        names = {info.name for info in checkpoint.tensors}
-        recorded = {name: kept for name, kept in checkpoint.ties.items() if name not in names}
-        return {} if tied == "duplicate" else {**find_ties(checkpoint.tensors), **recorded}
-    tied = tied or library_of(component).ties(component, checkpoint.name.in_format(form))
-    ties = find_ties(checkpoint.tensors) if tied == "first" else {}
-    if "format" in ties:
-        raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
-    return ties
-
-
-def _check_growth(path: Where, tensors: Iterable[Tensor], expand: bool) -> tuple[str, ...]:
-    """Note how much more tensors take than what holds them; refuse what would fill a disk, but where that is asked."""
-    read = [tensor for tensor in tensors if not tensor.is_made]
-    if not expand:
-        refuse_growth(path, read)
-    return note_growth(read)
-
-
-def _note_no_cast(checkpoint: Checkpoint, written: Mapping[str, Tensor], wishes: Wishes) -> Iterable[str]:
-    """Say so where a recast changes nothing."""
-    if wishes.dtype and all(written[tensor.name] is tensor for tensor in checkpoint.tensors):
-        is_there = any(tensor.dtype is wishes.dtype for tensor in checkpoint.tensors)
-        yield f"already {wishes.dtype.short_name}: nothing to cast" if is_there else "holds nothing to cast"
+def _check_tag(order: Order) -> None:
+    """Refuse to name weights for a dtype that they do not have, by a tag that is asked for or stays in a recast."""
+    named, dtype = order.name.tagged_dtype, order.dtype
+    floats = sorted({tensor.dtype.short_name for tensor in order.checkpoint.tensors if tensor.dtype.is_floating})
+    held = [dtype.short_name] if dtype else floats
+    if named is None or not floats or named.short_name in held:
+        return
+    advice = f"Use --dtype {named.short_name}, or --variant {held[0]}."
+    problem = f"would be named {order.name.variant} and hold {' and '.join(held)}"
+    raise BadRequest(order.checkpoint.weight_set.path, problem, advice)
 
 
 def _units(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -386,40 +213,35 @@ def _notes_of(group: Sequence[Tensor], checkpoint: Checkpoint) -> dict[str, str]
     return {key: value for key, value in checkpoint.metadata.items() if key != "format" and value not in others}
 
 
-def _plan_shard(
-    source: Where,
-    path: str,
-    form: Format,
-    tensors: Sequence[Tensor],
-    ties: Mapping[str, str],
-    notes: Mapping[str, str],
-) -> Shard:
+def _plan_file(order: Order, path: str, tensors: Sequence[Tensor]) -> PlannedFile:
     names = {tensor.name for tensor in tensors}
-    mine = {dropped: kept for dropped, kept in ties.items() if kept in names}
+    ties = {dropped: kept for dropped, kept in order.ties.items() if kept in names}
     specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    lay_out = FORMATS[form].lay_out
+    lay_out = FORMATS[order.name.format].lay_out
     assert lay_out is not None
     try:
-        layout = lay_out(specs, mine, notes)
+        layout = lay_out(specs, ties, _notes_of(tensors, order.checkpoint))
     except ValueError as error:
         problem, *advice = error.args
-        raise Unsupported(source, problem, *(advice or ["Rename or recast the tensor before."])) from None
+        where = order.checkpoint.weight_set.path
+        raise Unsupported(where, problem, *(advice or ["Rename or recast the tensor before."])) from None
     planned = (PlannedTensor(tensors[place], at) for place, at in zip(layout.order, layout.offsets, strict=True))
-    return Shard(path, form, layout.header, tuple(planned), layout.nbytes, mine)
+    file = PlannedFile(path, order.name.format, layout.header, tuple(planned), layout.nbytes, ties)
+    return _link_if_same(file, order.checkpoint) if order.is_beside else file
 
 
-def _link_if_same(shard: Shard, checkpoint: Checkpoint) -> Shard:
-    """Let a shard be linked to a file of the set that it replaces, where it would be the same, byte for byte."""
+def _link_if_same(planned: PlannedFile, checkpoint: Checkpoint) -> PlannedFile:
+    """Let a file be linked to one of the set that it replaces, where it would be the same, byte for byte."""
     for file in checkpoint.files:
         same_bytes = (
-            file.format == shard.format == "safetensors"
-            and len(shard.tensors) == len(file.tensors)
-            and all(_lies_at(tensor, file.place, offset) for tensor, offset in shard.tensors)
+            file.format == planned.format == "safetensors"
+            and len(planned.tensors) == len(file.tensors)
+            and all(_lies_at(tensor, file.place, offset) for tensor, offset in planned.tensors)
             and {"format": "pt", **file.metadata} == file.metadata
         )
         if same_bytes:
-            return replace(shard, link=file.place.path)
-    return shard
+            return replace(planned, link=file.place)
+    return planned
 
 
 def _lies_at(tensor: Tensor, file: Place, offset: int) -> bool:
@@ -430,49 +252,25 @@ def _lies_at(tensor: Tensor, file: Place, offset: int) -> bool:
     return (source.storage.file.place, source.storage.offset) == (file, offset)
 
 
-def _build_index(checkpoint: Checkpoint, shards: Iterable[Shard], file_names: Iterable[str]) -> WeightIndex:
-    placed = [(shard, name) for shard, name in zip(shards, file_names, strict=True)]
-    tensors = [tensor for shard, _ in placed for tensor, _ in shard.tensors]
+def _build_index(checkpoint: Checkpoint, files: Sequence[PlannedFile]) -> WeightIndex:
+    tensors = [tensor for file in files for tensor, _ in file.tensors]
     metadata = {
         "total_parameters": sum(tensor.numel for tensor in tensors if tensor.file is not None),
         **checkpoint.index_metadata,
         "total_size": sum(tensor.nbytes for tensor in tensors),
     }
-    weight_map = {tensor.name: name for shard, name in placed for tensor, _ in shard.tensors}
-    aliases = {dropped: name for shard, name in placed if shard.format == "torch" for dropped in shard.ties}
+    placed = [(file, PurePosixPath(file.path).name) for file in files]
+    weight_map = {tensor.name: name for file, name in placed for tensor, _ in file.tensors}
+    aliases = {dropped: name for file, name in placed if file.format == "torch" for dropped in file.ties}
     return WeightIndex({**weight_map, **aliases}, metadata)
 
 
-def _with_dtype(
-    config: dict[str, Any], component: Component, planned: SetPlan, target: Target, wishes: Wishes
-) -> dict[str, Any]:
+def _with_dtype(order: Order, planned: PlannedSet) -> dict[str, Any]:
     """Give the config.json of a component that is recast, untagged, into a new folder: with its new dtype.
 
     A variant shares its config.json with the others, so that stays.
     """
-    if wishes.dtype is None or planned.name.variant is not None or _is_beside(component, target):
-        return config
-    return library_of(component).cast_config(component, config, wishes.dtype)
-
-
-def split_into_shards(sizes: Sequence[int], max_nbytes: float) -> list[list[int]]:
-    """Group places of ``sizes`` into shards by huggingface_hub's rule (``split_state_dict_into_shards_factory``).
-
-    In order and greedy; a shard may take just ``max_nbytes``; what is larger is a shard by itself, before the open one.
-
-    >>> split_into_shards([3, 12, 3], 10)
-    [[1], [0, 2]]
-    """
-    shards: list[list[int]] = []
-    current: list[int] = []
-    filled = 0
-    for place, size in enumerate(sizes):
-        if size > max_nbytes:
-            shards.append([place])
-            continue
-        if filled + size > max_nbytes:
-            shards.append(current)
-            current, filled = [], 0
-        current.append(place)
-        filled += size
-    return [*shards, current] if current else shards
+    component = order.component
+    if order.dtype is None or planned.name.variant is not None or order.is_beside:
+        return component.config
+    return library_of(component).cast_config(component, component.config, order.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from converter.libraries import LIBRARIES, loader_of
 from converter.libraries.written import Written, WrittenSet, load_files
-from converter.plan.make import Plan, SetPlan
+from converter.plan.types import Plan, PlannedSet
 
 _MOST_SETS = 8  # more lines than that nobody reads
 
@@ -14,7 +14,7 @@ def loading_lines(plan: Plan) -> list[str]:
     loader = loader_of(plan.source)
     sets = tuple(_describe(plan, planned) for planned in plan.sets)
     is_variantless = bool(loader.no_variants(plan.source))
-    written = Written(plan.source, plan.target.folder, plan.target.is_new, is_variantless, plan.wishes.dtype, sets)
+    written = Written(plan.source, plan.target.folder.spelled, plan.target.is_new, is_variantless, plan.dtype, sets)
     lines = loader.load_folder(written)
     if lines:
         return lines
@@ -24,10 +24,10 @@ def loading_lines(plan: Plan) -> list[str]:
     return [*lines, f"# and so on, for {more} more"] if more > 0 else lines
 
 
-def _describe(plan: Plan, planned: SetPlan) -> WrittenSet:
+def _describe(plan: Plan, planned: PlannedSet) -> WrittenSet:
     component = next(component for component in plan.source.components if component.name == planned.component)
-    files = tuple(plan.target.folder / shard.path for shard in planned.shards)
-    tensors = (tensor for shard in planned.shards for tensor, _ in shard.tensors)
+    files = tuple((plan.target.folder / file.path).spelled for file in planned.files)
+    tensors = (tensor for file in planned.files for tensor, _ in file.tensors)
     is_int8 = any(tensor.dtype.tag == "I8" and tensor.source.computes for tensor in tensors)
     return WrittenSet(component, planned.name, files, is_int8)
 

@@ -7,29 +7,31 @@ from pathlib import Path
 
 from converter.errors import OutputRefused
 from converter.models.model import Model
-from converter.plan.make import Plan, Target
+from converter.plan.types import Plan, Target
+from converter.storage import Place
 from converter.storage.local import is_dangling, refuse_linked
 
 
-def open_target(model: Model, output: Path | None, overwrite: bool) -> Target:
+def open_target(model: Model, output: Place | None, overwrite: bool) -> Target:
     """Say where a conversion's files go: beside the source, or to ``output``, which for a folder must be a new one.
 
     A single set goes into a folder that is there, too. Raises OutputRefused where the output is there, or is the input.
     """
     if output is None:
-        return Target(model.root.spelled, is_new=False)
+        return Target.at(model.root)
     if not output.exists():
-        return Target(output, is_new=True)
-    if not output.is_dir():
+        return Target.at(output, is_new=True)
+    if not output.is_folder():
         raise OutputRefused(output, "exists and is no folder", "Name a folder for the output.")
     if model.kind != "file":
-        if output.samefile(model.root):
+        root, real = model.root.real(), output.real()
+        if real == root:
             raise OutputRefused(output, "is the source itself", "Leave -o out to add files beside it.")
-        if model.root.real().path.is_relative_to(output.resolve()):
+        if root.is_below(real):
             raise OutputRefused(output, "holds the source", "Name a new folder.")
-        if any(output.iterdir()) and not overwrite:
+        if output.entries() and not overwrite:
             raise OutputRefused(output, "exists and is not empty", "Name a new folder, or use --overwrite.")
-    return Target(output, is_new=False)
+    return Target.at(output)
 
 
 def refuse_links(plan: Plan) -> None:
@@ -38,22 +40,22 @@ def refuse_links(plan: Plan) -> None:
     And for one that writes where a link to nothing is, which no look at what is there has seen, or a folder; or into
     what is none; or that removes what it writes, on a disk that does not tell capitals apart.
     """
-    written = [*(shard.path for shard in plan.shards), *(name for name, _ in (*plan.texts, *plan.carried))]
-    for name in (*plan.superseded, *written):
-        refuse_linked(plan.target.folder, name)
-    for name in () if plan.wishes.overwrite else written:
-        if name not in plan.superseded and is_dangling(plan.target.folder / name):
-            raise OutputRefused(plan.target.folder / name, "is a link to nothing", "Remove it, or use --overwrite.")
-    names = {name.casefold(): name for name in written}
-    for name in plan.superseded:
+    folder = plan.target.folder.spelled
+    for name in (*plan.replaced, *plan.names):
+        refuse_linked(folder, name)
+    for name in () if plan.overwrite else plan.names:
+        if name not in plan.replaced and is_dangling(folder / name):
+            raise OutputRefused(folder / name, "is a link to nothing", "Remove it, or use --overwrite.")
+    names = {name.casefold(): name for name in plan.names}
+    for name in plan.replaced:
         twin = names.get(name.casefold(), name)
-        if twin != name and _is_same(plan.target.folder / twin, plan.target.folder / name):
+        if twin != name and _is_same(folder / twin, folder / name):
             advice = "Take a tag in between that differs in more than capitals."
-            raise OutputRefused(plan.target.folder / twin, f"is the same name as {name} on this disk", advice)
-    for name in () if plan.target.is_new else written:
-        _refuse_blocked(plan.target.folder, name)
-    for path in plan.delete:
-        refuse_linked(plan.source.root.spelled, path.relative_to(plan.source.root.spelled).as_posix())
+            raise OutputRefused(folder / twin, f"is the same name as {name} on this disk", advice)
+    for name in () if plan.target.is_new else plan.names:
+        _refuse_blocked(folder, name)
+    for place in plan.removed_sources:
+        refuse_linked(plan.source.root.spelled, place.relative_to(plan.source.root))
 
 
 def _is_same(path: Path, other: Path) -> bool:
@@ -77,16 +79,17 @@ def find_difference(plan: Plan) -> str:
     folder = plan.target.folder
     read = [(planned.source.folder / name).path for planned in plan.sets for name in planned.source.all_names]
     newest = max((_changed_ns(path) for path in read), default=0)
-    expected = [(shard.path, shard.nbytes, shard.header, newest) for shard in plan.shards]
-    expected += [(name, path.stat().st_size, b"", _changed_ns(path)) for name, path in plan.carried]
+    expected = [(file.path, file.nbytes, file.header, newest) for file in plan.files]
+    copied = ((name, file.place.path) for name, file in plan.copied)
+    expected += [(name, path.stat().st_size, b"", _changed_ns(path)) for name, path in copied]
     expected += [(name, len(content), content, 0) for name, content in plan.texts]
     for name, nbytes, head, changed_ns in expected:
-        wrong = _differs(folder / name, nbytes, head, changed_ns)
+        wrong = _differs((folder / name).path, nbytes, head, changed_ns)
         if wrong:
             return f"{name} {wrong}"
     written = {name for name, *_ in expected}
-    going = [*(folder / name for name in plan.superseded if name not in written), *plan.delete]
-    return next((f"{path} would be removed" for path in going if os.path.lexists(path)), "")
+    going = [*(folder / name for name in plan.replaced if name not in written), *plan.removed_sources]
+    return next((f"{place} would be removed" for place in going if os.path.lexists(place)), "")
 
 
 def _changed_ns(path: Path) -> int:

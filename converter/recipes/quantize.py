@@ -1,37 +1,34 @@
 """Models in the 8-bit form of bitsandbytes (LLM.int8), and back, without loading them.
 
-The loader must find int8 just where it makes a ``Linear8bitLt``: so the modules are chosen by its own rule, and the
-skip list that config.json gets is held against that rule once more. Each weight is read twice: once for the largest
-magnitude of its rows, before anything is planned, because a weight beyond float16 is left as it is and that changes
-sizes and skip list; and once to be written. What stays between is four bytes a row.
+Each weight is read twice: once for the largest magnitude of its rows, before anything is planned, because a weight
+beyond float16 is left as it is and that changes sizes and skip list; and once to be written. What stays between is four
+bytes a row.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from converter.dtypes import RECAST_SOURCES, DType
-from converter.errors import BadRequest, LossyCast, Unsupported
+from converter.errors import BadRequest, LossyCast, Unsupported, name_some
 from converter.libraries import library_of
-from converter.libraries.modules import Linears, find_linears
-from converter.models.checkpoint import Checkpoint
+from converter.libraries.modules import find_linears
+from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.growth import refuse_growth
-from converter.models.hub_cache import check_places, snapshot_of
+from converter.models.hub_cache import snapshot_of
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model
 from converter.models.schemes import LLM_INT8, quantized_in
-from converter.models.select import Wishes, choose_sets, compiled, texts_of
-from converter.plan.make import Plan
-from converter.recipes.convert import plan_conversion, plan_rest, refuse_file, request_of
-from converter.run.staging import recover
+from converter.models.select import Selection, select_sets
+from converter.plan.types import Plan, QuantizedPart, Rest
+from converter.recipes.request import Request
+from converter.recipes.steps import Job, make_ready, open_job, plan_job, refuse_file
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
-from converter.storage import place_of
-from converter.storage.local import as_path
-from converter.tensors.base import Tensor, find_ties
+from converter.storage import Place
+from converter.tensors.base import Tensor
 from converter.transforms.quantize.bnb_int8 import (
     check_scales,
     cut_rows,
@@ -41,148 +38,23 @@ from converter.transforms.quantize.bnb_int8 import (
     quantized,
     scales_in,
 )
+from converter.transforms.quantize.modules import ModuleChoice, choose_modules, list_skipped
 
 # The parts of a pipeline that are quantized where none is named: never the VAE, whose decoding suffers.
 _PARTS = re.compile(r"(transformer|unet|text_encoder)(_\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
-class ModuleChoice:
-    """Which linear modules to quantize: regular expressions that are searched in their names.
+class Measuring:
+    """How weights are read before there is a plan, and who is told."""
 
-    With none, those that the loader would quantize itself. With ``include``, those alone; ``skip`` takes some away, and
-    of a class that nobody knows all others are taken for linear then.
-    With both, each module must match one of them. ``strict`` refuses a weight that float16 cannot hold.
-    """
+    workers: int | None = None
+    memory_nbytes: int = DEFAULT_MEMORY_NBYTES
+    progress: Progress | None = None
 
-    include: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "include", texts_of(self.include))
-        object.__setattr__(self, "skip", texts_of(self.skip))
-
-
-_NO_CHOICE = ModuleChoice()
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedPart:
-    """What becomes of one component: its int8 modules with their bytes before and after, and its skip list."""
-
-    component: str
-    modules: tuple[tuple[str, int, int], ...]
-    skipped: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """A request for ``run_plan``, its plan (None if a killed run of it needed just finishing), and what it does."""
-
-    request: str
-    plan: Plan | None
-    parts: tuple[QuantizedPart, ...] = ()
-
-
-def prepare_quantized(
-    source: Path | str,
-    output: Path | str,
-    wishes: Wishes,
-    choice: ModuleChoice = _NO_CHOICE,
-    *,
-    recovering: bool = True,
-    workers: int | None = None,
-    memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
-    progress: Progress | None = None,
-) -> Quantization:
-    """Plan the 8-bit form of a model folder, or of a pipeline's transformer or unet and its text encoders.
-
-    ``wishes.components`` names other parts; ``wishes.dtype`` is for all that stays unquantized, None for the source's
-    own. Reads every weight once. Raises WconvError as the commands do, LossyCast where ``choice.strict`` has it so.
-    """
-    wishes = replace(wishes, form="safetensors", every_variant=False)
-    source, output = _places(source, output)
-    request = request_of(source, output, ("quantize", choice, wishes))
-    finished = recovering and recover(output, request)
-    parts: dict[str, QuantizedPart] = {}
-    chosen: set[str] = set()
-
-    def choose(model: Model, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
-        found = _choose_parts(model, wishes)
-        chosen.update(component.name for component, _ in found)
-        # With a dtype the other parts are cast; without one they are carried over.
-        return choose_sets(model, replace(wishes, components=())) if wishes.dtype else found
-
-    def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
-        if component.name not in chosen:
-            return component, checkpoint
-        scales = _Scales(workers, memory_nbytes, progress)
-        changed, part = _quantize(component, checkpoint, choice, scales)
-        parts[component.name] = part
-        config = {**component.config, "quantization_config": quantization_config(part.skipped)}
-        return replace(component, config=config), changed
-
-    def make(wishes: Wishes) -> Plan:
-        return plan_conversion(source, output, wishes, choose, adapt)
-
-    return Quantization(request, plan_rest(finished, wishes, make), tuple(parts.values()))
-
-
-def _places(source: Path | str, output: Path | str) -> tuple[Path, Path]:
-    """Give the paths that are read and written. Raises WconvError for those that cannot be."""
-    source, output = as_path(source), as_path(output)
-    check_places(source, output)
-    source = snapshot_of(source)
-    files = [source] if source.is_file() else sorted(filter(Path.is_file, source.glob("*.gguf")))
-    if files and _is_gguf(files[0]) and not (source.is_dir() and find_weight_sets(source)):
-        advice = "Quantize the safetensors model that it was made from."
-        raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
-    refuse_file(output)
-    if output.exists() and source.exists() and output.samefile(source):
-        # Its config.json would be another one, and one folder has one for all its weights.
-        raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
-    return source, output
-
-
-def _is_gguf(path: Path) -> bool:
-    with place_of(path).open() as file:
-        return file.read(0, 4) == b"GGUF"
-
-
-def _choose_parts(model: Model, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
-    if model.kind == "file":
-        advice = "Name the folder that has its config.json: that says which modules are linear."
-        raise BadRequest(model.path, "is one file, and not a model's folder", advice)
-    names = wishes.components
-    if model.kind == "sentence-transformers" and not names:
-        names = ("",)
-    if model.kind == "pipeline" and not names:
-        names = tuple(c.name for c in model.components if not c.name or _PARTS.fullmatch(c.name))
-        if not names:
-            others = ", ".join(component.name for component in model.components)
-            raise BadRequest(model.path, f"has no transformer, unet or text encoder, but {others}", "Use --component.")
-    found = choose_sets(model, replace(wishes, components=names))
-    for component, weight_set in found:
-        if "quantization_config" in component.config:
-            advice = "Quantize the model that it was made from."
-            raise Unsupported(weight_set.path, "is quantized already, as its config.json says", advice)
-        if not component.config:
-            raise BadRequest(weight_set.path, "has no config.json beside it", "It is needed to load an 8-bit model.")
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Scales:
-    """Finds the scales of weights: how, and who is told."""
-
-    workers: int | None
-    memory_nbytes: int
-    progress: Progress | None
-
-    def find(self, weights: Iterable[Tensor]) -> tuple[dict[str, bytes], set[str]]:
+    def find_scales(self, weights: Iterable[Tensor]) -> tuple[dict[str, bytes], set[str]]:
         """Give the scales of each weight by its name, and the names of those that float16 cannot hold."""
-        calls = ((find_scales, block, block.nbytes) for info in weights for block in cut_rows(info))
+        calls = ((find_scales, block, block.nbytes) for weight in weights for block in cut_rows(weight))
         found: dict[str, bytearray] = {}
         lossy: set[str] = set()
         for block, numbers, are_finite in run_tasks(calls, None, self.workers, self.memory_nbytes, self.progress):
@@ -193,59 +65,166 @@ class _Scales:
         return {name: bytes(scales) for name, scales in found.items()}, lossy
 
 
+_NO_CHOICE = ModuleChoice()
+_ALONE = Measuring()
+
+
+def plan_quantized(request: Request, choice: ModuleChoice = _NO_CHOICE, measuring: Measuring = _ALONE) -> Plan:
+    """Plan the 8-bit form of a model folder, or of a pipeline's transformer or unet and its text encoders.
+
+    The selection names other parts; the dtype is for all that stays unquantized, None for the source's own. Reads every
+    weight once. Raises WconvError as the commands do, LossyCast where ``choice.strict`` has it so.
+    """
+    job = open_job(_checked(request))
+    parts = _select_parts(job)
+    names = {component.name for component, _ in parts}
+    # With a dtype the other parts are cast; without one they are carried over.
+    selected = _select(job, components=()) if request.casting.dtype else parts
+    ready, done = [], []
+    for component, weight_set in selected:
+        checkpoint = open_checkpoint(weight_set)
+        if component.name in names:
+            checkpoint, part = _quantize(component, checkpoint, choice, measuring)
+            config = {**component.config, "quantization_config": quantization_config(part.skipped)}
+            component = replace(component, config=config)
+            done.append(part)
+        ready.append((component, checkpoint))
+    return plan_job(job, selected, make_ready(job, ready), Rest(quantized=tuple(done)))
+
+
+def plan_dequantized(request: Request) -> Plan:
+    """Plan the way back: int8 weights as numbers in the request's dtype, and all else in it too.
+
+    In a pipeline only the parts that are quantized are written anew. Raises Unsupported for weights in another form,
+    BadFile for scales that do not fit. A class that is in no table is taken to have no Conv1D where its library is not
+    installed.
+    """
+    casting = request.casting
+    if casting.dtype is None:
+        raise BadRequest(request.source, "needs a dtype to be written in", "Say which: fp16, bf16 or fp32.")
+    job = open_job(_checked(request))
+    said = tuple(component.name for component in job.model.components if "quantization_config" in component.config)
+    selected = _select(job, components=job.request.selection.components or said)
+    ready = []
+    for component, weight_set in selected:
+        checkpoint = open_checkpoint(weight_set)
+        _refuse_others(checkpoint, component.name in said)
+        transposed = find_linears(component, checkpoint.tensors).transposed
+        plain = dequantized(checkpoint, casting.dtype, transposed, casting.on_overflow)
+        ready.append((_unquantized(component), plain))
+    return plan_job(job, selected, make_ready(job, ready))
+
+
+def _checked(request: Request) -> Request:
+    """Give a request for one safetensors set a component. Raises WconvError for places that cannot be."""
+    assert request.output is not None
+    source, output = snapshot_of(request.source), request.output
+    files = [source] if source.is_file() else [one for one in _entries(source) if one.name.endswith(".gguf")]
+    if files and _is_gguf(files[0]) and not (source.is_folder() and find_weight_sets(source)):
+        advice = "Quantize the safetensors model that it was made from."
+        raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
+    refuse_file(output)
+    if output.exists() and source.exists() and output.real() == source.real():
+        # Its config.json would be another one, and one folder has one for all its weights.
+        raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
+    selection = replace(request.selection, every_variant=False)
+    return replace(request, source=source, selection=selection, writing=replace(request.writing, format="safetensors"))
+
+
+def _entries(place: Place) -> list[Place]:
+    return [one for one in place.entries() if one.is_file()] if place.is_folder() else []
+
+
+def _is_gguf(place: Place) -> bool:
+    with place.open() as file:
+        return file.read(0, 4) == b"GGUF"
+
+
+def _select(job: Job, components: tuple[str, ...]) -> list[tuple[Component, WeightSet]]:
+    selection: Selection = replace(job.request.selection, components=components)
+    return select_sets(job.model, selection, job.request.writing.naming, job.request.publishing.overwrite)
+
+
+def _select_parts(job: Job) -> list[tuple[Component, WeightSet]]:
+    parts = _select(job, _part_names(job.model, job.request.selection.components))
+    for component, weight_set in parts:
+        if "quantization_config" in component.config:
+            advice = "Quantize the model that it was made from."
+            raise Unsupported(weight_set.path, "is quantized already, as its config.json says", advice)
+        if not component.config:
+            raise BadRequest(weight_set.path, "has no config.json beside it", "It is needed to load an 8-bit model.")
+    return parts
+
+
+def _part_names(model: Model, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """Name the parts that are quantized: those that are asked for, or those of which loaders would do it."""
+    if model.kind == "file":
+        advice = "Name the folder that has its config.json: that says which modules are linear."
+        raise BadRequest(model.path, "is one file, and not a model's folder", advice)
+    if model.kind == "sentence-transformers" and not asked:
+        return ("",)
+    if model.kind != "pipeline" or asked:
+        return asked
+    names = tuple(part.name for part in model.components if not part.name or _PARTS.fullmatch(part.name))
+    if not names:
+        others = ", ".join(part.name for part in model.components)
+        raise BadRequest(model.path, f"has no transformer, unet or text encoder, but {others}", "Use --component.")
+    return names
+
+
 def _quantize(
-    component: Component, checkpoint: Checkpoint, choice: ModuleChoice, scales: _Scales
+    component: Component, checkpoint: Checkpoint, choice: ModuleChoice, measuring: Measuring
 ) -> tuple[Checkpoint, QuantizedPart]:
     """Let the chosen weights of a checkpoint be written in 8 bits, and say what goes into its config."""
     path = checkpoint.weight_set.path
-    tensors = {info.name: info for info in checkpoint.tensors}
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     refuse_growth(path, checkpoint.tensors)  # all of it is read before there is a plan
     _refuse_quantized(checkpoint)
     linears = find_linears(component, tensors.values())
     weights = {module: name for module, name in {**linears.weights, **linears.unknown}.items() if name}
-    wanted, notes = _choose_modules(component, checkpoint, linears, choice)
-    views = {
+    wanted, notes = choose_modules(component, checkpoint, linears, choice)
+    matrices = {
         module: _transposed(tensors[weights[module]]) if module in linears.transposed else tensors[weights[module]]
         for module in wanted
     }
-    check_scales(path, views.values())
-    found, too_large = scales.find(views.values())
+    check_scales(path, matrices.values())
+    scales, too_large = measuring.find_scales(matrices.values())
     lossy = [module for module in wanted if weights[module] in too_large]
-    if lossy:
-        named = ", ".join(lossy[:5]) + (f" and {len(lossy) - 5} more" if len(lossy) > 5 else "")
-        problem = f"holds weights with values that float16 cannot hold, in {named}"
-        if choice.strict:
-            raise LossyCast(path, problem, "Without --strict these modules are left as they are.")
-        notes.append(f"{path.name} {problem}: left as they are")
+    notes += _note_lossy(checkpoint, lossy, choice.strict)
     wanted = [module for module in wanted if module not in lossy]
-    skipped = _skip_list(component, linears, weights, wanted)
+    skipped = list_skipped(component, linears, weights, wanted)
     left = [module for module in wanted if library_of(component).is_skipped(module, skipped)]
     if left:
         notes.append(f"left as they are, as a name in the skip list means them too: {', '.join(left)}")
         wanted = [module for module in wanted if module not in left]
     if not wanted:
         raise BadRequest(path, "has no module that would be quantized", "See --include, --skip and --component.")
-    chosen = {weights[module]: module for module in wanted}
-
-    def change(info: Tensor) -> tuple[Tensor, ...]:
-        module = chosen.get(info.name)
-        return (info,) if module is None else quantized(views[module], found[info.name])
-
+    made = {weights[module]: quantized(matrices[module], scales[weights[module]]) for module in wanted}
     files = tuple(
-        replace(file, tensors=tuple(made for info in file.tensors for made in change(info)))
+        replace(file, tensors=tuple(new for old in file.tensors for new in made.get(old.name, (old,))))
         for file in checkpoint.files
     )
+    sizes = tuple((module, matrices[module].nbytes, _int8_nbytes(matrices[module])) for module in sorted(wanted))
     changed = replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
-    sizes = tuple((module, views[module].nbytes, _int8_nbytes(views[module])) for module in sorted(wanted))
     return changed, QuantizedPart(component.name, sizes, skipped)
+
+
+def _note_lossy(checkpoint: Checkpoint, lossy: Collection[str], is_strict: bool) -> Iterable[str]:
+    """Note which modules float16 cannot hold. Raises LossyCast for any, if that is strict."""
+    path = checkpoint.weight_set.path
+    if lossy:
+        problem = f"holds weights with values that float16 cannot hold, in {name_some(lossy, 5)}"
+        if is_strict:
+            raise LossyCast(path, problem, "Without --strict these modules are left as they are.")
+        yield f"{path.name} {problem}: left as they are"
 
 
 def _transposed(weight: Tensor) -> Tensor:
     return weight._replace(source=weight.source.permuted((1, 0)))
 
 
-def _int8_nbytes(info: Tensor) -> int:
-    return info.numel + 4 * info.shape[0] + 1
+def _int8_nbytes(weight: Tensor) -> int:
+    return weight.numel + 4 * weight.shape[0] + 1
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -260,113 +239,6 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def _is_full(dtype: DType) -> bool:
     return dtype.tag in RECAST_SOURCES and dtype.bits >= 16
-
-
-def _choose_modules(
-    component: Component, checkpoint: Checkpoint, linears: Linears, choice: ModuleChoice
-) -> tuple[list[str], list[str]]:
-    """Give the modules to quantize, and notes."""
-    path = checkpoint.weight_set.path
-    is_included, is_excluded = _matcher(choice.include), _matcher(choice.skip)
-    tensors = {info.name: info for info in checkpoint.tensors}
-    library = library_of(component)
-    is_tied = library.ties(component, checkpoint.name.in_format("safetensors")) == "first"
-    ties = find_ties(tensors.values()) if is_tied else {}
-    tied = {*ties, *ties.values()}
-    wanted: list[str] = []
-    notes: list[str] = []
-    unnamed = [module for module in linears.unknown if not (is_included(module) or is_excluded(module))]
-    if unnamed and not choice.include and (linears.weights or not choice.skip):
-        kind = component.class_name or "model of no known class"
-        known = f"is a {kind}, and whether {unnamed[0]!r} is linear is not known"
-        names = "ame the linear modules with --include, or all others with --skip."
-        if linears.cause:
-            raise Unsupported(path, f"{known}: config.json {linears.cause}", f"N{names}")
-        raise Unsupported(path, known, f"Install torch and {library.package}, or n{names}")
-    for module, name in {**linears.weights, **linears.unknown}.items():
-        included, excluded = is_included(module), is_excluded(module)
-        if included and excluded:
-            raise BadRequest(path, f"has the module {module!r}, which --include and --skip both name", "Choose one.")
-        if choice.include and choice.skip and not (included or excluded):
-            advice = "Name it in one of them, or leave one of them out."
-            raise BadRequest(path, f"has the module {module!r}, which neither --include nor --skip names", advice)
-        by_default = not library.is_skipped(module, linears.skipped)
-        if excluded or not (included or (by_default and not choice.include)):
-            continue
-        if library.is_skipped(module, linears.kept):
-            if included:
-                notes.append(f"{module} is left as it is: its library never quantizes it")
-        elif name in tied:
-            notes.append(f"{module} is left as it is: its weight is tied to another")
-        elif not name:
-            advice = "Quantize it with its library, or name it with --skip."
-            raise Unsupported(path, f"has no weight for {module!r}, which {component.class_name} has", advice)
-        elif tensors[name].numel:
-            wanted.append(module)
-    return wanted, notes
-
-
-def _matcher(regexes: Sequence[str]) -> Callable[[str], bool]:
-    patterns = list(map(compiled, regexes))
-    return lambda name: any(pattern.search(name) for pattern in patterns)
-
-
-def _skip_list(
-    component: Component, linears: Linears, weights: Mapping[str, str], wanted: Iterable[str]
-) -> tuple[str, ...]:
-    """Give the entries that make the loader leave alone all modules but the wanted ones.
-
-    Of its own entries those that mean none of them (a tied lm_head is a module too, though no file has it); other
-    modules by their full names.
-    """
-    library = library_of(component)
-    wanted = set(wanted)
-    others = [module for module in (*linears.weights, *linears.unknown) if module not in wanted]
-
-    def is_free(entry: str) -> bool:
-        return not any(library.is_skipped(module, [entry]) for module in wanted)
-
-    entries = [entry for entry in (*linears.skipped, *linears.kept) if is_free(entry)]
-    for module in others:
-        if not library.is_skipped(module, entries):
-            entry, *others = library.spell_skipped(component, module, weights.get(module, ""))
-            entries += [entry, *filter(is_free, others)]
-    return tuple(sorted(set(entries)))
-
-
-def prepare_dequantized(
-    source: Path | str, output: Path | str, wishes: Wishes, recovering: bool = True
-) -> Quantization:
-    """Plan the way back: int8 weights as numbers in ``wishes.dtype``, and all else in it too.
-
-    In a pipeline only the parts that are quantized are written anew. Raises Unsupported for weights in another form,
-    BadFile for scales that do not fit. A class that is in no table is taken to have no Conv1D where its library is not
-    installed.
-    """
-    dtype = wishes.dtype
-    if dtype is None:
-        raise BadRequest(source, "needs a dtype to be written in", "Say which: fp16, bf16 or fp32.")
-    wishes = replace(wishes, form="safetensors", every_variant=False)
-    source, output = _places(source, output)
-    request = request_of(source, output, ("dequantize", wishes))
-    finished = recovering and recover(output, request)
-    said: set[str] = set()
-
-    def choose(model: Model, wishes: Wishes) -> list[tuple[Component, WeightSet]]:
-        names = tuple(c.name for c in model.components if "quantization_config" in c.config)
-        said.update(names)
-        found = choose_sets(model, replace(wishes, components=wishes.components or names))
-        return [(_unquantized(component), weight_set) for component, weight_set in found]
-
-    def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
-        _refuse_others(checkpoint, component.name in said)
-        transposed = find_linears(component, checkpoint.tensors).transposed
-        return component, dequantized(checkpoint, dtype, transposed, wishes.on_overflow)
-
-    def make(wishes: Wishes) -> Plan:
-        return plan_conversion(source, output, wishes, choose, adapt)
-
-    return Quantization(request, plan_rest(finished, wishes, make))
 
 
 def _refuse_others(checkpoint: Checkpoint, is_said: bool) -> None:

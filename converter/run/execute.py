@@ -12,6 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from zlib_ng.zlib_ng import crc32_combine
 
 from converter.errors import BadFile, LossyCast, OutputRefused, WconvError
 from converter.formats import FORMATS, read_file
-from converter.plan.make import Plan, Shard, computes
+from converter.plan.types import Plan, PlannedFile
 from converter.run.journal import Changes
 from converter.run.parts import (
     MismatchError,
@@ -42,8 +43,7 @@ from converter.run.tasks import (
     chunk_nbytes_for,
     open_tasks,
 )
-from converter.storage import place_of
-from converter.storage.local import open_unlinked, real
+from converter.storage import Place, place_of
 from converter.storage.root import Root
 from converter.tensors.base import Storage, TensorSpec
 from converter.tensors.reader import CrcPart, check_crc
@@ -72,12 +72,12 @@ def default_workers(plan: Plan) -> int:
 
     Casts hold the interpreter's lock, and take a tenth longer with more threads than there are cores.
     """
-    return min(DEFAULT_WORKERS, os.cpu_count() or 1) if any(map(computes, plan.shards)) else DEFAULT_WORKERS
+    return min(DEFAULT_WORKERS, os.cpu_count() or 1) if any(file.computes for file in plan.files) else DEFAULT_WORKERS
 
 
 def peak_buffer_nbytes(plan: Plan, memory_nbytes: int, workers: int) -> int:
     """Say how much the buffers of a run take at most."""
-    window = max((tensor.source.window for shard in plan.shards for tensor, _ in shard.tensors), default=1)
+    window = max((tensor.source.window for shard in plan.files for tensor, _ in shard.tensors), default=1)
     return workers * 2 * max(window, chunk_nbytes_for(memory_nbytes, workers))
 
 
@@ -106,11 +106,10 @@ def run_plan(
             _check_output(plan, tasks)
         return Result(plan, time.perf_counter() - begun, verified=True)
     with open_staging(plan.target) as staging, open_tasks(executor, workers, memory_nbytes, progress) as tasks:
-        names = [shard.path for shard in plan.shards] + [name for name, _ in (*plan.carried, *plan.texts)]
-        staging.drop_strangers(set(names))
+        staging.drop_strangers(set(plan.names))
         check_room(staging, plan)
         reused, too_large = _write_shards(plan, staging, tasks)
-        for shard in plan.shards:
+        for shard in plan.files:
             if shard.link is None:
                 check_staged(shard, staging)
         if verify:
@@ -118,7 +117,7 @@ def run_plan(
         _write_others(plan, staging)
         _check_sources(plan)
         for name, source in _second_names(plan):  # only now: they change what a file's stamp says
-            with Root(real(source.parent)) as root:
+            with Root(source.parent.real().path) as root:
                 staging.link(name, root, source.name)
         staging.commit(Changes.of(plan, keep), request)
     return Result(plan, time.perf_counter() - begun, reused, verify, staging.left_over, too_large)
@@ -126,7 +125,7 @@ def run_plan(
 
 def _write_shards(plan: Plan, staging: Staging, tasks: Tasks) -> tuple[int, Counter[str]]:
     """Stage all shards; give the bytes of those that an earlier run had left, and what was too large for a cast."""
-    shards = [shard for shard in plan.shards if shard.link is None]
+    shards = [shard for shard in plan.files if shard.link is None]
     writers: dict[Path, Callable[[Piece, int], Report]] = {}
     reused = 0
     for shard in shards:
@@ -145,7 +144,7 @@ def _write_shards(plan: Plan, staging: Staging, tasks: Tasks) -> tuple[int, Coun
         parts += report.read.parts
         for part in report.written:
             written[part.path, part.offset].append(part)
-    if too_large and plan.wishes.on_overflow == "error":
+    if too_large and plan.on_overflow == "error":
         raise _too_large(plan, too_large)
     _check_records(shards, checked, parts, tasks)
     for shard in shards:
@@ -157,7 +156,9 @@ def _write_shards(plan: Plan, staging: Staging, tasks: Tasks) -> tuple[int, Coun
     return reused, too_large
 
 
-def _check_records(shards: Sequence[Shard], checked: set[Storage], parts: Iterable[CrcPart], tasks: Tasks) -> None:
+def _check_records(
+    shards: Sequence[PlannedFile], checked: set[Storage], parts: Iterable[CrcPart], tasks: Tasks
+) -> None:
     """Raise BadFile for a record that is damaged: put the parts of those together that were read in parts.
 
     What was not read as a whole is read once more.
@@ -183,7 +184,7 @@ def name_counts(counts: Mapping[str, int]) -> str:
 
 
 def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
-    tensors = (tensor for shard in plan.shards for tensor, _ in shard.tensors)
+    tensors = (tensor for shard in plan.files for tensor, _ in shard.tensors)
     dtypes = {tensor.dtype.tag for tensor in tensors if tensor.name in counts and tensor.source.computes}
     return LossyCast(
         plan.source.path,
@@ -194,7 +195,7 @@ def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
 
 def _pieces(plan: Plan, folder: Path) -> Iterator[Piece]:
     """Take a piece of each shard in turn, as it lies in a folder."""
-    rows = [cut_pieces(shard, folder / shard.path) for shard in plan.shards if shard.link is None]
+    rows = [cut_pieces(shard, folder / shard.path) for shard in plan.files if shard.link is None]
     while rows:
         for row in list(rows):
             piece = next(row, None)
@@ -221,42 +222,43 @@ def _check_output(plan: Plan, tasks: Tasks) -> None:
     problem = "exists, and is not what would be written"
     advice = "Use --overwrite to write it again, or -o for a new folder."
     try:
-        tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, folder))
+        tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, folder.path))
     except MismatchError as error:
         raise OutputRefused(error.where, f"{problem}: other values near tensor {error.tensor!r}", advice) from None
-    for name, path in plan.carried:
-        if not filecmp.cmp(path, folder / name, shallow=False):
+    for name, file in plan.copied:
+        if not filecmp.cmp(file.place, folder / name, shallow=False):
             raise OutputRefused(folder / name, problem, advice)
 
 
 def _check_sources(plan: Plan) -> None:
     """Look a last time whether a source was changed while it was read."""
-    sources = (tensor.source for shard in plan.shards for tensor, _ in shard.tensors)
+    sources = (tensor.source for shard in plan.files for tensor, _ in shard.tensors)
     for file in {storage.file for source in sources for storage in source.inputs()}:
         file.open().close()
 
 
 def _write_others(plan: Plan, staging: Staging) -> None:
     renamed = {name for name, _ in _second_names(plan)}
-    for (name, source), place in zip(plan.carried, plan.places, strict=True):
+    for name, source in plan.copied:
         if name not in renamed:
-            with open_unlinked(place_of(source), place) as file:
-                staging.copy(name, file.handle)
+            with closing(source.open()) as file:
+                staging.copy(name, file)
                 file.check()
     for name, content in plan.texts:
         staging.put(name, content)
 
 
-def _second_names(plan: Plan) -> list[tuple[str, Path]]:
+def _second_names(plan: Plan) -> list[tuple[str, Place]]:
     """Give the files that keep their content and get another name, or the same, in the folder that they are in.
 
     A link among them is made again as it reads.
     """
-    names = [(shard.path, shard.link) for shard in plan.shards if shard.link is not None]
-    return names + [one for one in plan.carried if one[1].parent == (plan.target.folder / one[0]).parent]
+    names = [(file.path, file.link) for file in plan.files if file.link is not None]
+    copied = ((name, file.place) for name, file in plan.copied)
+    return names + [(name, place) for name, place in copied if place.parent == (plan.target.folder / name).parent]
 
 
-def check_staged(shard: Shard, staging: Staging) -> None:
+def check_staged(shard: PlannedFile, staging: Staging) -> None:
     """Open a staged file again and hold it against the plan; raises WconvError for a bug of ours.
 
     safetensors has a reader of its own, which goes through the whole header: where that is the planned one, and taken,
@@ -271,14 +273,14 @@ def check_staged(shard: Shard, staging: Staging) -> None:
         raise WconvError(path, "does not hold what was planned", "This is a bug in wconv: please report it.")
 
 
-def _is_header(path: Path, shard: Shard) -> bool:
+def _is_header(path: Path, shard: PlannedFile) -> bool:
     with safe_open(path, framework="np"):  # which asks for no framework that may be missing
         pass  # no tensor is read
     with path.open("rb") as file:
         return file.read(len(shard.header)) == shard.header
 
 
-def _is_archive(path: Path, shard: Shard) -> bool:
+def _is_archive(path: Path, shard: PlannedFile) -> bool:
     tensors = read_file(place_of(path)).tensors
     found = [TensorSpec(one.name, one.dtype, one.shape) for one in tensors if one.name not in shard.ties]
     return found == shard.specs

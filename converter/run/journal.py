@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from converter.errors import OutputRefused
 from converter.models.names import parse_name
-from converter.plan.make import Plan
+from converter.plan.types import Plan
 from converter.run.kept import Keeper
 from converter.run.notes import Notes
 from converter.storage.local import is_there, real
@@ -52,12 +52,11 @@ class Changes:
     @classmethod
     def of(cls, plan: Plan, keep: bool) -> Changes:
         """Give what a plan does to its target."""
-        names = (*(name for name, _ in (*plan.carried, *plan.edited)), *(shard.path for shard in plan.shards))
-        sources = [path.relative_to(plan.source.root.spelled).as_posix() for path in plan.delete]
+        sources = [place.relative_to(plan.source.root) for place in plan.removed_sources]
         return cls(
-            tuple(dict.fromkeys((*names, *(name for name, _ in plan.indexes)))),
-            tuple(dict.fromkeys(plan.superseded)),
-            plan.wishes.overwrite,
+            plan.names,
+            tuple(dict.fromkeys(plan.replaced)),
+            plan.overwrite,
             plan.source.real.path,
             tuple(sorted(sources, key=is_index, reverse=True)),  # no index over shards that are gone
             "keep" if keep else "",

@@ -23,7 +23,7 @@ from converter.tensors.base import Storage, Tensor
 from converter.tensors.reader import ITEM_MULTIPLE, PIECE_NBYTES, RangeReader, Sums
 
 if TYPE_CHECKING:
-    from converter.plan.make import Shard
+    from converter.plan.types import PlannedFile
 
 CHUNK_NBYTES = 1 << 19  # 128 KiB to 1 MiB take the least processor time: it stays in the cache
 
@@ -69,7 +69,7 @@ class Report:
     too_large: Counter[str] = field(default_factory=Counter)
 
 
-def cut_pieces(shard: Shard, path: Path, piece_nbytes: int = PIECE_NBYTES) -> Iterator[Piece]:
+def cut_pieces(shard: PlannedFile, path: Path, piece_nbytes: int = PIECE_NBYTES) -> Iterator[Piece]:
     """Cut the data of a file, to be written at ``path``, into pieces of about ``piece_nbytes`` bytes."""
     with_crcs = shard.format == "torch"
     steps: list[Step] = []

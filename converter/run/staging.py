@@ -24,12 +24,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from converter.errors import OutputRefused, SystemRefused, WconvError
-from converter.plan.make import Plan, Target
+from converter.plan.types import Plan, Target
 from converter.run.journal import SUFFIX, TREE, Changes, Entry, Journal, OvertakenError, Run, finish
 from converter.run.kept import Keeper
 from converter.run.notes import Notes, make_token
 from converter.run.signals import signals_held
-from converter.storage.local import is_there, real
+from converter.storage import place_of
+from converter.storage.local import LocalFile, is_there, real
 from converter.storage.root import Root, make_folders, remove_empty, write_all
 
 _RESERVE_NBYTES = 1 << 20  # room for the journal and the folders themselves
@@ -112,9 +113,9 @@ class Staging:
         """Stage a small file."""
         self.root.put(self._make_way(name), content)
 
-    def copy(self, name: str, source: int) -> None:
-        """Stage a copy of an open file, by its descriptor."""
-        self.root.take(source, self._make_way(name))
+    def copy(self, name: str, source: LocalFile) -> None:
+        """Stage a copy of an open file."""
+        self.root.take(source.handle, self._make_way(name))
 
     def link(self, name: str, root: Root, source: str) -> None:
         """Stage a second name of a file, or a second link where it is a link."""
@@ -283,7 +284,7 @@ def open_staging(target: Target) -> Iterator[Staging]:
     """
     staging = None
     try:
-        notes = Notes(target.real)
+        notes = Notes(target.real.path)
         with notes.locked():
             staging = Staging(target, notes)
             with staging:
@@ -307,7 +308,7 @@ def recover(folder: Path, request: str) -> bool:
     run = Run.read(Notes(real(folder)))
     if run is None:
         return False
-    with open_staging(Target(folder, run.is_new)) as staging:
+    with open_staging(Target.at(place_of(folder), run.is_new)) as staging:
         if run.journal is None and not run.finished:
             staging.drop_second_names()
             return False
@@ -320,16 +321,16 @@ def recover(folder: Path, request: str) -> bool:
 def check_room(staging: Staging, plan: Plan) -> None:
     """Raise SystemRefused where a folder cannot be written, or the disk has less room than the plan still takes."""
     effective = os.access in os.supports_effective_ids
-    written = {(plan.target.folder / shard.path).parent for shard in plan.shards}
-    for folder in sorted(written | {path.parent for path in plan.delete}):
+    written = {(plan.target.folder / file.path).parent for file in plan.files}
+    for folder in sorted(written | {place.parent for place in plan.removed_sources}):
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK, effective_ids=effective):
             raise SystemRefused(folder, "cannot be written", "Change its permissions, or write elsewhere with -o.")
     missing = sum(
         shard.nbytes
-        for shard in plan.shards
+        for shard in plan.files
         if shard.link is None and not staging.has_left_over(shard.path, shard.nbytes)
     )
-    missing += sum(path.stat().st_size for _, path in plan.carried)
+    missing += sum(info.nbytes for _, file in plan.copied if (info := file.place.info()))
     missing += sum(len(content) for _, content in plan.texts) + _RESERVE_NBYTES
     free = shutil.disk_usage(staging.folder).free
     if missing > free:

@@ -25,7 +25,7 @@ from converter.models.hub_cache import lies_outside
 from converter.models.model import Model
 from converter.models.names import WeightsName
 from converter.models.schemes import find_quantized
-from converter.storage import Place, place_of
+from converter.storage import FileRef, Place, place_of
 from converter.tensors.base import Tensor
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -86,13 +86,13 @@ _OTHERS = {
 class SingleFile:
     """A checkpoint as a pipeline: what it is, its parts, the files beside them and the text of some.
 
-    ``carried`` and ``edited`` are as in a Plan.
+    ``copied`` and ``generated`` are as in a Plan.
     """
 
     model: Model
     checkpoints: tuple[tuple[Component, Checkpoint], ...]
-    carried: tuple[tuple[str, Path], ...]
-    edited: tuple[tuple[str, bytes], ...]
+    copied: tuple[tuple[str, FileRef], ...]
+    generated: Mapping[str, bytes]
     notes: tuple[str, ...]
 
 
@@ -162,8 +162,8 @@ def open_single_file(
     return SingleFile(
         model,
         tuple(parts),
-        tuple((name, path.spelled) for name, path in carried.items()),
-        tuple(edited.items()),
+        tuple((name, place.ref()) for name, place in carried.items()),
+        edited,
         tuple(notes),
     )
 

@@ -1,0 +1,54 @@
+"""What goes along to a new folder beside the weights that are converted, and what stays behind and is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from converter.models.component import Component, WeightSet
+from converter.models.model import Model
+from converter.models.rest import Rest, find_rest, is_disguised
+from converter.storage import FileRef, Place
+
+
+def find_copied(
+    model: Model, selected: Sequence[tuple[Component, WeightSet]], target: Place, follow_links: bool
+) -> tuple[list[tuple[str, FileRef]], list[str]]:
+    """List what goes along to a new folder, by its path there, and note what does not."""
+    copied: list[Place] = []
+    left: list[Place] = []
+    linked: list[Place] = []
+    reasons: dict[Place, str] = {}
+    shells: dict[Place, list[Rest]] = {}
+    for one in find_rest(model, target, follow_links):
+        if one.shell is not None:
+            shells.setdefault(one.shell, []).append(one)
+        elif one.is_training:
+            reasons[one.path] = f" (training state, {_size_of([one]):,} bytes)"
+        else:
+            (left if one.is_weights else linked if one.is_linked else copied).append(one.path)
+    names = {component.name for component, _ in selected}
+    taken = {weight_set for _, weight_set in selected}
+    for component in model.components:
+        for weight_set in component.weight_sets:
+            paths = [weight_set.folder / name for name in weight_set.all_names]
+            if component.name not in names:
+                hidden = [] if follow_links else [path for path in paths if is_disguised(model, path)]
+                copied.extend(path for path in paths if path not in hidden)
+                linked.extend(hidden)
+            elif weight_set not in taken:
+                left.extend(paths)
+    why = "a link to what goes along already" if follow_links else "behind a link: --follow-links carries it"
+    reasons |= {**dict.fromkeys(left, ""), **dict.fromkeys(linked, f" ({why})")}
+    reasons |= {path: _why_left(rest) for path, rest in shells.items()}
+    notes = [f"not carried over: {path.relative_to(model.root)}{reasons[path]}" for path in sorted(reasons)]
+    return [(path.relative_to(model.root), path.ref()) for path in sorted(copied)], notes
+
+
+def _why_left(shell: Sequence[Rest]) -> str:
+    """Say why a folder stays behind as a whole, and how much that is."""
+    what = "a training checkpoint" if any(one.is_training for one in shell) else "weights that are no part of the model"
+    return f"/ ({what}: {len(shell):,} file{'s' * (len(shell) != 1)}, {_size_of(shell):,} bytes)"
+
+
+def _size_of(rest: Sequence[Rest]) -> int:
+    return sum(info.nbytes for one in rest if (info := one.path.info()) and info.kind == "file")

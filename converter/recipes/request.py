@@ -1,0 +1,108 @@
+"""What a user asks of a conversion, and what all recipes do with it: name it, finish what was begun, plan the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from converter.errors import OutputRefused
+from converter.models.names import parse_name
+from converter.models.select import Selection
+from converter.plan.types import Plan, Publishing, Writing
+from converter.recipes.outputs import find_difference
+from converter.run.staging import recover
+from converter.storage import Place, place_of
+from converter.transforms.dtype import Casting
+
+_GROUPS = {"selection": Selection, "casting": Casting, "writing": Writing, "publishing": Publishing}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A source, an output (None for beside it), and what is asked of each step from the one to the other.
+
+    ``strip_prefix`` is taken off the names of tensors that have it.
+    """
+
+    source: Place
+    output: Place | None = None
+    selection: Selection = field(default_factory=Selection)
+    casting: Casting = field(default_factory=Casting)
+    writing: Writing = field(default_factory=Writing)
+    publishing: Publishing = field(default_factory=Publishing)
+    strip_prefix: str = ""
+
+    @classmethod
+    def of(cls, source: Place | Path | str, output: Place | Path | str | None = None, **options: Any) -> Request:
+        """Make a request of options by their names, each of the group that has it (``force``: of each that has it).
+
+        Raises TypeError for an option that no group has, BadRequest for a value that is none.
+        """
+        mine = {"strip_prefix": options.pop("strip_prefix")} if "strip_prefix" in options else {}
+        known = {name: {one.name for one in fields(group)} for name, group in _GROUPS.items()}
+        unknown = options.keys() - set().union(*known.values())
+        if unknown:
+            raise TypeError(f"there is no option {sorted(unknown)[0]!r}")
+        groups = {
+            name: group(**{key: options[key] for key in known[name] & options.keys()})
+            for name, group in _GROUPS.items()
+        }
+        return cls(place_of(source), None if output is None else place_of(output), **groups, **mine)
+
+    @property
+    def folder(self) -> Place:
+        """The folder that is written to: for a file, the one that it is to lie in."""
+        if self.output is None:
+            return self.source if self.source.is_folder() else self.source.parent
+        return self.output.parent if names_file(self.output) else self.output
+
+
+class Prepared(NamedTuple):
+    """What ``run_plan`` is to be given; the plan is None where a killed run of the request needed just finishing."""
+
+    request: str
+    plan: Plan | None
+
+
+def prepare(request: Request, make: Callable[[Request], Plan], more: object = "", recovering: bool = True) -> Prepared:
+    """Finish what a killed run of a request had begun to publish, and plan what is left to do.
+
+    ``more`` is what else tells the request from others. Without ``recovering`` (for a dry run), what such a run left is
+    not touched.
+    """
+    places = (str(place.path) if place else "" for place in (request.source, request.output))
+    asked = (request.selection, request.casting, request.writing, request.publishing, request.strip_prefix)
+    name = repr((*places, more, *asked))
+    finished = recovering and recover(request.folder.path, name)
+    publishing = request.publishing
+    # What was to be removed or replaced is gone by then, and not looked for.
+    if finished and (publishing.delete_source or publishing.in_place):
+        return Prepared(name, None)
+    plan = _unless_done(request, make)
+    is_done = finished and (not plan.sets or plan.is_there or not find_difference(plan))
+    return Prepared(name, None if is_done else plan)
+
+
+def _unless_done(request: Request, make: Callable[[Request], Plan]) -> Plan:
+    """Plan a request; where its output is refused since it is there, and seems right, say so in the plan.
+
+    Raises OutputRefused where what is there is not what would be written.
+    """
+    try:
+        return make(request)
+    except OutputRefused as refused:
+        if request.publishing.overwrite:
+            raise
+        plan = make(replace(request, publishing=replace(request.publishing, overwrite=True)))
+        difference = find_difference(plan)
+        if difference:
+            refused.problem = f"{refused.problem}, and is not what would be written: {difference}"
+            raise
+        return replace(plan, is_there=True)
+
+
+def names_file(output: Place) -> bool:
+    """Say whether an output is that of a weight file by its name, and not of a folder that is there."""
+    return parse_name(output.name) is not None and not output.is_folder()

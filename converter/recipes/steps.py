@@ -1,0 +1,253 @@
+"""The steps that conversions have in common: where the output goes, each set made ready, the plan held once more."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from converter.errors import BadRequest, OutputRefused, Unsupported
+from converter.libraries import library_of, loader_of, note_tag
+from converter.libraries.ask import ask_kept
+from converter.models.checkpoint import Checkpoint
+from converter.models.component import Component, WeightSet
+from converter.models.growth import note_growth, refuse_growth
+from converter.models.hub_cache import check_places
+from converter.models.inventory import find_weight_sets
+from converter.models.model import Model, open_model
+from converter.models.names import WeightsName, is_other_file, parse_name
+from converter.models.rest import is_linked
+from converter.models.select import Tied
+from converter.plan.make import make_plan
+from converter.plan.types import Order, Plan, Rest, Target, Writing
+from converter.recipes.carry import find_copied
+from converter.recipes.outputs import open_target, refuse_links
+from converter.recipes.request import Request, names_file
+from converter.run.staging import find_strangers
+from converter.storage import Place
+from converter.tensors.base import Tensor, find_ties
+from converter.transforms.dtype import Casting, check_names, recast
+from converter.transforms.names import strip_prefix
+
+_Selected = Sequence[tuple[Component, WeightSet]]
+_Opened = Sequence[tuple[Component, Checkpoint]]
+
+
+class Job(NamedTuple):
+    """A model that is to be converted, and where to; the request says by now what sets are called.
+
+    ``named`` is the name of the one file that is written, if the output is one. ``carries`` where the output is another
+    folder, and what else there is in the source goes along.
+    """
+
+    request: Request
+    model: Model
+    target: Target
+    named: WeightsName | None
+    carries: bool
+
+
+def open_job(request: Request, model: Model | None = None) -> Job:
+    """See what the source is, and where its conversion goes; of a source that a model is made of nothing goes along.
+
+    Raises BadRequest or OutputRefused for an output that cannot be.
+    """
+    output, publishing = request.output, request.publishing
+    if publishing.in_place and output is not None:
+        raise BadRequest(output, "is given, and --in-place too", "Choose one.")
+    check_places(request.source, output, publishing.delete_source)
+    if model is not None:
+        assert output is not None
+        refuse_file(output)
+        return Job(request, model, open_target(model, output, publishing.overwrite), None, carries=False)
+    model = open_model(request.source)
+    output, named, request = _split_output(model, request)
+    target = open_target(model, output, publishing.overwrite)
+    is_elsewhere = output is not None and output.real() != model.root.real()
+    request = _tagged(model, request, is_elsewhere)
+    if request.casting.dtype and request.writing.variant == "none" and not is_elsewhere:
+        raise BadRequest(request.source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
+    return Job(request, model, target, named, carries=is_elsewhere and model.kind != "file")
+
+
+def refuse_file(output: Place) -> None:
+    """Raise BadRequest for an output that is a file by its name, where a whole folder is written."""
+    if names_file(output) or (is_other_file(output.name) and not output.is_folder()):
+        raise BadRequest(output, "is a file name, and what is written is a folder", "Name a folder for the output.")
+
+
+def _split_output(model: Model, request: Request) -> tuple[Place | None, WeightsName | None, Request]:
+    """Tell an output folder from an output file; the latter gives a single set its name, and asks for one file."""
+    output, writing = request.output, request.writing
+    parsed = parse_name(output.name) if output is not None and names_file(output) else None
+    if output is None or parsed is None:
+        if output and is_other_file(output.name) and not output.is_folder():
+            advice = "Those end in .safetensors, .bin, .pt, .pth or .ckpt; or name a folder."
+            raise BadRequest(output, "has an ending of files that wconv does not write", advice)
+        return output, None, request
+    if model.kind != "file":
+        sets = [weight_set.path for component in model.components for weight_set in component.weight_sets]
+        which = f"its weights as the source, {sets[0]}" if len(sets) == 1 else "one of its files as the source"
+        advice = f"Name {which}, or a folder for the output."
+        raise BadRequest(output, "is a file name, and the source is a folder", advice)
+    if parsed.role != "single":
+        advice = "Name a folder, in which shards and index get their names, or one file."
+        raise BadRequest(output, f"is the name of {'a shard' if parsed.role == 'shard' else 'an index'}", advice)
+    if writing.format and parsed.name.format != writing.format:
+        problem = f"is no name for a {writing.format} file"
+        raise BadRequest(output, problem, "Name a folder, or give it the right ending.")
+    if writing.variant is not None and writing.variant != (parsed.name.variant or "none"):
+        problem = f"is the whole name of a file, and --variant {writing.variant} would change it"
+        raise BadRequest(output, problem, "Leave --variant out, or name a folder.")
+    limit = math.inf if writing.max_shard_size is None else writing.max_shard_size
+    single = replace(writing, variant=None, tag_dtype=False, max_shard_size=limit)
+    return output.parent, parsed.name, replace(request, writing=single)
+
+
+def _tagged(model: Model, request: Request, is_elsewhere: bool) -> Request:
+    """Give a request with the variant of a recast where it leaves that open: a tag where loaders are asked for it.
+
+    Users of Diffusers ask for one; in a new folder all others find plain names with no more words.
+    """
+    writing, dtype = request.writing, request.casting.dtype
+    if not writing.tag_dtype or dtype is None or writing.variant is not None:
+        return request
+    loader = loader_of(model)
+    library = loader.no_variants(model)
+    if is_elsewhere and (library or not loader.tags_recasts):
+        return replace(request, writing=replace(writing, variant="none"))
+    tag = dtype.short_name
+    if library and model.kind != "file":
+        problem = f"is loaded by {library}, which finds no variants: weights tagged {tag} would not be found"
+        raise BadRequest(model.path, problem, f"Use -o OUT for a new folder, or --variant {tag} all the same.")
+    return replace(request, writing=replace(writing, variant=tag))
+
+
+def make_ready(job: Job, opened: _Opened, request: Request | None = None) -> list[Order]:
+    """Make opened sets ready to be written as the job's request asks, or another: their names, ties and dtypes.
+
+    Raises BadRequest or Unsupported for what cannot be.
+    """
+    request = request or job.request
+    if request.strip_prefix:
+        opened = [(component, strip_prefix(checkpoint, request.strip_prefix)) for component, checkpoint in opened]
+    check_names(job.model.path, (checkpoint for _, checkpoint in opened), request.casting)
+    return [_make_ready(job, component, checkpoint, request) for component, checkpoint in opened]
+
+
+def _make_ready(job: Job, component: Component, checkpoint: Checkpoint, request: Request) -> Order:
+    component = replace(component, more_fp32=_more_fp32(component, request)[0])
+    name = job.named or request.writing.naming.of(checkpoint.name)
+    if job.named:
+        checkpoint = replace(checkpoint, weight_set=replace(checkpoint.weight_set, name=job.named))
+    is_beside = not job.target.is_new and component.path.real() == (job.target.folder / component.name).real()
+    return make_order(component, checkpoint, name, request.casting, request.writing, is_beside)
+
+
+def make_order(
+    component: Component,
+    checkpoint: Checkpoint,
+    name: WeightsName,
+    casting: Casting,
+    writing: Writing,
+    is_beside: bool,
+) -> Order:
+    """Give a set as it is to be written under a name: cast, and with what is left out as tied."""
+    ties = _find_ties(component, checkpoint, name, writing.tied)
+    growth = _check_growth(checkpoint, ties, writing.expand)
+    cast = recast(component, checkpoint, casting)
+    notes = (*checkpoint.notes, *growth, *cast.notes[len(checkpoint.notes) :])
+    return Order(component, replace(cast, notes=notes), name, ties, casting.dtype, is_beside)
+
+
+def _more_fp32(component: Component, request: Request) -> tuple[tuple[str, ...], str]:
+    """Give what a component's library keeps in float32 in a cast and the table lacks, and a note on that."""
+    dtype = request.casting.dtype
+    if dtype is None or dtype.bits >= 32 or not component.class_names:
+        return (), ""
+    return ask_kept(library_of(component), component.class_names, dtype)
+
+
+def _find_ties(component: Component, checkpoint: Checkpoint, name: WeightsName, tied: Tied | None) -> dict[str, str]:
+    """Map the names that are not written to those that are; in a torch file they stay, as a second name."""
+    if name.format == "torch":
+        names = {tensor.name for tensor in checkpoint.tensors}
+        recorded = {dropped: kept for dropped, kept in checkpoint.ties.items() if dropped not in names}
+        return {} if tied == "duplicate" else {**find_ties(checkpoint.tensors), **recorded}
+    tied = tied or library_of(component).ties(component, name)
+    ties = find_ties(checkpoint.tensors) if tied == "first" else {}
+    if "format" in ties:
+        raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
+    return ties
+
+
+def _check_growth(checkpoint: Checkpoint, ties: Mapping[str, str], expand: bool) -> tuple[str, ...]:
+    """Note how much more tensors take than what holds them; refuse what would fill a disk, but where that is asked."""
+    read: list[Tensor] = [t for t in checkpoint.tensors if t.name not in ties and not t.is_made]
+    if not expand:
+        refuse_growth(checkpoint.weight_set.path, read)
+    return note_growth(read)
+
+
+def plan_job(job: Job, selected: _Selected, orders: Sequence[Order], rest: Rest | None = None) -> Plan:
+    """Plan what a job comes to: its sets, what goes along with the ``rest``, and whether anything is in the way.
+
+    Raises BadRequest, OutputRefused or Unsupported for what cannot or must not be done.
+    """
+    request, model, target, named, carries = job
+    rest = rest or Rest()
+    copied, notes = list(rest.copied), list(rest.notes)
+    if carries:
+        along, left = find_copied(model, selected, target.folder, request.publishing.follow_links)
+        copied, notes = copied + along, notes + left
+    notes += dict.fromkeys(note for component, _ in selected if (note := _more_fp32(component, request)[1]))
+    notes += note_tag(model, request.writing.variant)
+    notes += find_strangers(model.root.spelled, target.folder.spelled)
+    target = replace(target, existing=_find_existing(target, (component for component, _ in selected)))
+    rest = replace(rest, copied=copied, notes=tuple(notes))
+    plan = make_plan(model, orders, target, request.writing, request.publishing, rest, request.casting.on_overflow)
+    if named:
+        _check_named(plan, named, request)
+    if not plan.sets:
+        _refuse_beside(selected, request)
+    refuse_links(plan)
+    if carries and not request.publishing.follow_links:
+        _refuse_linked_configs(plan)
+    return plan
+
+
+def _find_existing(target: Target, components: Iterable[Component]) -> dict[str, tuple[WeightSet, ...]]:
+    folders = {component.name: target.folder / component.name for component in components}
+    return {name: find_weight_sets(folder) for name, folder in folders.items() if folder.is_folder()}
+
+
+def _check_named(plan: Plan, name: WeightsName, request: Request) -> None:
+    """Hold a plan for one named file against the name, and against what bears it and is no weight file."""
+    place = plan.target.folder / name.single
+    if len(plan.files) > 1:
+        problem = (
+            f"is one file, and shards of at most {request.writing.max_shard_size:,.0f} bytes are {len(plan.files)}"
+        )
+        raise BadRequest(place, problem, "Use --max-shard-size none, or name a folder.")
+    is_known = any(old.name == name for old in plan.target.existing.get("", ()))
+    if plan.sets and os.path.lexists(place) and not (is_known or plan.overwrite):
+        raise OutputRefused(place, "exists", "Use --overwrite to replace it, or another -o.")
+
+
+def _refuse_beside(selected: _Selected, request: Request) -> None:
+    """Refuse, where nothing is left to write, to pass over another form of weights whose output is there."""
+    naming = request.writing.naming
+    for component, read in selected:
+        if any(other is not read and naming.of(other.name) == read.name for other in component.weight_sets):
+            raise OutputRefused(read.path, "exists", "Use --overwrite to write it again, or -o for a new folder.")
+
+
+def _refuse_linked_configs(plan: Plan) -> None:
+    """Raise OutputRefused where a config that is written anew lies elsewhere, by a link."""
+    for name, _ in plan.generated:
+        place = plan.source.root / name
+        if place.is_file() and is_linked(plan.source, place):
+            advice = "--follow-links takes what is in it along, with what changes."
+            raise OutputRefused(place, "is a link out of the folder, and would be written anew", advice)

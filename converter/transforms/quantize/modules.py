@@ -1,0 +1,108 @@
+"""Which linear modules are quantized: as the loader would choose them, or as the user does; and how a config says so.
+
+The loader must find 8 bits just where it makes a module for them: so modules are chosen by its own rule, and the skip
+list that config.json gets is held against that rule once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from converter.errors import BadRequest, Unsupported
+from converter.libraries import library_of
+from converter.libraries.modules import Linears
+from converter.models.checkpoint import Checkpoint
+from converter.models.component import Component
+from converter.models.select import compiled, texts_of
+from converter.tensors.base import find_ties
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleChoice:
+    """Which linear modules to quantize: regular expressions that are searched in their names.
+
+    With none, those that the loader would quantize itself. With ``include``, those alone; ``skip`` takes some away, and
+    of a class that nobody knows all others are taken for linear then.
+    With both, each module must match one of them. ``strict`` refuses a weight that float16 cannot hold.
+    """
+
+    include: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "include", texts_of(self.include))
+        object.__setattr__(self, "skip", texts_of(self.skip))
+
+
+def choose_modules(
+    component: Component, checkpoint: Checkpoint, linears: Linears, choice: ModuleChoice
+) -> tuple[list[str], list[str]]:
+    """Give the modules to quantize, and notes."""
+    path = checkpoint.weight_set.path
+    is_included, is_excluded = _matcher(choice.include), _matcher(choice.skip)
+    tensors = {info.name: info for info in checkpoint.tensors}
+    library = library_of(component)
+    is_tied = library.ties(component, checkpoint.name.in_format("safetensors")) == "first"
+    ties = find_ties(tensors.values()) if is_tied else {}
+    tied = {*ties, *ties.values()}
+    wanted: list[str] = []
+    notes: list[str] = []
+    unnamed = [module for module in linears.unknown if not (is_included(module) or is_excluded(module))]
+    if unnamed and not choice.include and (linears.weights or not choice.skip):
+        kind = component.class_name or "model of no known class"
+        known = f"is a {kind}, and whether {unnamed[0]!r} is linear is not known"
+        names = "ame the linear modules with --include, or all others with --skip."
+        if linears.cause:
+            raise Unsupported(path, f"{known}: config.json {linears.cause}", f"N{names}")
+        raise Unsupported(path, known, f"Install torch and {library.package}, or n{names}")
+    for module, name in {**linears.weights, **linears.unknown}.items():
+        included, excluded = is_included(module), is_excluded(module)
+        if included and excluded:
+            raise BadRequest(path, f"has the module {module!r}, which --include and --skip both name", "Choose one.")
+        if choice.include and choice.skip and not (included or excluded):
+            advice = "Name it in one of them, or leave one of them out."
+            raise BadRequest(path, f"has the module {module!r}, which neither --include nor --skip names", advice)
+        by_default = not library.is_skipped(module, linears.skipped)
+        if excluded or not (included or (by_default and not choice.include)):
+            continue
+        if library.is_skipped(module, linears.kept):
+            if included:
+                notes.append(f"{module} is left as it is: its library never quantizes it")
+        elif name in tied:
+            notes.append(f"{module} is left as it is: its weight is tied to another")
+        elif not name:
+            advice = "Quantize it with its library, or name it with --skip."
+            raise Unsupported(path, f"has no weight for {module!r}, which {component.class_name} has", advice)
+        elif tensors[name].numel:
+            wanted.append(module)
+    return wanted, notes
+
+
+def _matcher(regexes: Sequence[str]) -> Callable[[str], bool]:
+    patterns = list(map(compiled, regexes))
+    return lambda name: any(pattern.search(name) for pattern in patterns)
+
+
+def list_skipped(
+    component: Component, linears: Linears, weights: Mapping[str, str], wanted: Iterable[str]
+) -> tuple[str, ...]:
+    """Give the entries that make the loader leave alone all modules but the wanted ones.
+
+    Of its own entries those that mean none of them (a tied lm_head is a module too, though no file has it); other
+    modules by their full names.
+    """
+    library = library_of(component)
+    wanted = set(wanted)
+    others = [module for module in (*linears.weights, *linears.unknown) if module not in wanted]
+
+    def is_free(entry: str) -> bool:
+        return not any(library.is_skipped(module, [entry]) for module in wanted)
+
+    entries = [entry for entry in (*linears.skipped, *linears.kept) if is_free(entry)]
+    for module in others:
+        if not library.is_skipped(module, entries):
+            entry, *others = library.spell_skipped(component, module, weights.get(module, ""))
+            entries += [entry, *filter(is_free, others)]
+    return tuple(sorted(set(entries)))
