@@ -41,6 +41,7 @@ from converter import Wishes, convert, plan_conversion, run_plan
 from converter.errors import BadFile, OutputRefused, SystemRefused
 from converter.plan.make import Target
 from converter.run.staging import open_staging
+from converter.storage.local import StagedFile
 
 STATE = make_state()
 MEMORY_CEILING_NBYTES = 48_000_000  # as promised; the interpreter and its imports take most of it
@@ -214,10 +215,10 @@ def test_a_staged_file_that_changes_is_caught(tmp_path, monkeypatch):
     before = snapshot(tmp_path)
     check = converter.run.execute.check_staged
 
-    def check_and_change(shard, staging):
-        check(shard, staging)
+    def check_and_change(shard, staged):
+        check(shard, staged)
         if shard.path.startswith("model-00002"):
-            flip_byte(staging.path_of(shard.path), raw_bytes(STATE["d"]))
+            flip_byte(staged.path, raw_bytes(STATE["d"]))
 
     monkeypatch.setattr(converter.run.execute, "check_staged", check_and_change)
     for wishes, output in ((Wishes(), tmp_path / "out"), (Wishes(delete_source=True), None)):
@@ -235,11 +236,11 @@ def test_a_staged_file_that_is_wrong_is_a_bug(damage, tmp_path, monkeypatch, wco
     def write_wrongly(piece, chunk_nbytes):
         parts = write(piece, chunk_nbytes)
         if damage == "short":
-            os.truncate(piece.path, piece.path.stat().st_size - 1)
+            os.truncate(piece.place.path, piece.place.path.stat().st_size - 1)
         elif damage == "garbage":
-            piece.path.write_bytes(b"\0" * piece.path.stat().st_size)
+            piece.place.path.write_bytes(b"\0" * piece.place.path.stat().st_size)
         else:
-            save_file({"a": STATE["a"]}, piece.path)
+            save_file({"a": STATE["a"]}, piece.place.path)
         return parts
 
     monkeypatch.setattr(converter.run.execute, "write_piece", write_wrongly)
@@ -287,11 +288,13 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, wconv):
     source = save_bin_shards(STATE, tmp_path / "m").parent
     before = snapshot(tmp_path)
 
-    def refuse(file, data):
-        file.write(data[:5])
+    write = StagedFile.write
+
+    def refuse(file, offset, data):
+        write(file, offset, data[:5])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(converter.run.parts, "_write_all", refuse)
+    monkeypatch.setattr(StagedFile, "write", refuse)
     for output in ([], ["-o", tmp_path / "out"]):
         outcome = wconv("to-safetensors", source, *output, exit_code=7)
         assert "no space left" in outcome.stderr.lower()

@@ -39,6 +39,8 @@ from converter.run.parts import (
     rewrite_piece,
     write_piece,
 )
+from converter.storage import place_of
+from converter.storage.local import StagedFile, open_staged
 from converter.tensors import reader as sources
 from converter.tensors.base import ByteRange, TensorInfo
 from converter.tensors.reader import SourceFiles, read_chunks, read_range
@@ -204,7 +206,7 @@ CHUNKS = st.sampled_from([16, 48, 100, 1 << 18])
 
 
 def cut(shard: Shard, path: Path, piece_nbytes: int) -> list[Piece]:
-    return list(cut_pieces(shard, path, piece_nbytes=piece_nbytes))
+    return list(cut_pieces(shard, place_of(path), piece_nbytes=piece_nbytes))
 
 
 @given(state_dicts(), PIECES)
@@ -252,7 +254,11 @@ def test_pieces_in_any_order_make_a_file_that_torch_reads(
         write_piece(piece, chunk_nbytes)
     right = described_by_safetensors(state)
     tensors = [(copy.source.name, copy.dtype, copy.source.shape) for copy in shard.copies]
-    FORMATS["torch"].finish_file(path, tensors, {}, [zlib.crc32(content) for _, _, content in right.values()])
+    frame = FORMATS["torch"].frame
+    assert frame
+    with open_staged(place_of(path)) as file:
+        for offset, raw in frame(tensors, {}, [zlib.crc32(content) for _, _, content in right.values()]):
+            file.write(offset, memoryview(raw))
     assert path.stat().st_size == shard.nbytes
     assert described_by_torch(path) == right
     with zipfile.ZipFile(path) as archive:
@@ -325,7 +331,7 @@ def test_the_checksum_of_a_whole_record_is_checked_at_once(tmp_path: Path) -> No
     _, path, _ = stage(tmp_path, {"x": FULL})
     source = tmp_path / "model.bin"
     source.write_bytes(flip(source.read_bytes(), 9))
-    [piece] = cut_pieces(shard_of(read_file(source).tensors), path)
+    [piece] = cut_pieces(shard_of(read_file(source).tensors), place_of(path))
     for deal_with in (write_piece, rewrite_piece):
         with pytest.raises(BadFile, match="CRC32"):
             deal_with(piece)
@@ -337,9 +343,9 @@ def test_only_what_differs_is_written_again(tmp_path: Path, monkeypatch: pytest.
     left[len(shard.header) + 40] ^= 1
     path.write_bytes(left)
     written: list[bytes] = []
-    write_all = stream._write_all
-    monkeypatch.setattr(stream, "_write_all", lambda out, data: (written.append(bytes(data)), write_all(out, data)))
-    for piece in cut_pieces(shard, path):
+    write = StagedFile.write
+    monkeypatch.setattr(StagedFile, "write", lambda out, at, data: (written.append(bytes(data)), write(out, at, data)))
+    for piece in cut_pieces(shard, place_of(path)):
         rewrite_piece(piece, 16)
     assert path.read_bytes() == expected
     assert written == [expected[len(shard.header) + 32 :][:16]]
@@ -348,7 +354,7 @@ def test_only_what_differs_is_written_again(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("state", [{"x": torch.arange(4.0)}, {"x": torch.arange(8.0)[::2]}], ids=["plain", "strided"])
 def test_every_wrong_byte_of_a_written_file_is_found(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     shard, path, expected = stage(tmp_path, state)
-    [piece] = cut_pieces(shard, path)
+    [piece] = cut_pieces(shard, place_of(path))
     for place in range(len(shard.header), shard.nbytes):
         changed = bytearray(expected)
         changed[place] ^= 1
@@ -362,7 +368,7 @@ def test_every_wrong_byte_of_a_written_file_is_found(tmp_path: Path, state: dict
 
 def test_a_piece_is_picklable(tmp_path: Path) -> None:
     shard, path, _ = stage(tmp_path, {"x": torch.arange(4.0)})
-    [piece] = cut_pieces(shard, path)
+    [piece] = cut_pieces(shard, place_of(path))
     assert isinstance(pickle.loads(pickle.dumps(piece)), Piece)
 
 

@@ -7,7 +7,6 @@ memory stays at the buffers and Ctrl-C is heard within a piece.
 
 from __future__ import annotations
 
-import filecmp
 import itertools
 import os
 import time
@@ -41,10 +40,9 @@ from converter.run.parts import (
     write_piece,
 )
 from converter.run.signals import signals_held
-from converter.run.staging import Staging, check_room, open_staging
-from converter.storage import FileRef, place_of
-from converter.storage.local import open_unlinked, real
-from converter.storage.root import Root
+from converter.run.transaction import Transaction, begin
+from converter.storage import FileRef, Place, hold_same, place_of
+from converter.storage.local import open_staged, open_unlinked
 from converter.tensors.base import ByteRange, Described
 from converter.tensors.reader import GATHER_NBYTES
 
@@ -121,23 +119,20 @@ def run_plan(
         with _open_tasks(executor, workers, memory_nbytes, progress) as tasks:
             _check_output(plan, tasks)
         return Result(plan, time.perf_counter() - begun, verified=True)
-    with open_staging(plan.target) as staging, _open_tasks(executor, workers, memory_nbytes, progress) as tasks:
-        names = [shard.path for shard in plan.shards] + [name for name, _ in (*plan.carried, *plan.texts)]
-        staging.drop_strangers(set(names))
-        check_room(staging, plan)
-        reused, too_large = _write_shards(plan, staging, tasks)
+    with begin(plan.target) as output, _open_tasks(executor, workers, memory_nbytes, progress) as tasks:
+        output.expect(*_expected(plan), plan.delete)
+        reused, too_large = _write_shards(plan, output, tasks)
         for shard in plan.shards:
             if shard.link is None:
-                check_staged(shard, staging)
+                check_staged(shard, output.staged(shard.path))
         if verify:
-            tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, staging.tree))
-        _write_others(plan, staging)
+            tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, output.staged))
+        _write_others(plan, output)
         _check_sources(plan)
         for name, source in _second_names(plan):  # only now: they change what a file's stamp says
-            with Root(real(source.parent)) as root:
-                staging.link(name, root, source.name)
-        staging.commit(Changes.of(plan, keep), request)
-    return Result(plan, time.perf_counter() - begun, reused, verify, staging.left_over, too_large)
+            output.link(name, source)
+        output.commit(Changes.of(plan, keep), request)
+    return Result(plan, time.perf_counter() - begun, reused, verify, output.left_over, too_large)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,22 +195,28 @@ def run_tasks(
         yield from tasks.run(calls)
 
 
-def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> tuple[int, Counter[str]]:
+def _expected(plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
+    """Give the bytes of files that are written in parts, and of all others; second names take none."""
+    parts = {shard.path: shard.nbytes for shard in plan.shards if shard.link is None}
+    others = {shard.path: 0 for shard in plan.shards if shard.link is not None}
+    others |= {name: info.nbytes if (info := place_of(path).info()) else 0 for name, path in plan.carried}
+    return parts, others | {name: len(content) for name, content in plan.texts}
+
+
+def _write_shards(plan: Plan, output: Transaction, tasks: _Tasks) -> tuple[int, Counter[str]]:
     """Stage all shards; give the bytes of those that an earlier run had left, and what was too large for a cast."""
     shards = [shard for shard in plan.shards if shard.link is None]
-    writers: dict[str, Callable[[Piece, int], Report]] = {}
+    writers: dict[Place, Callable[[Piece, int], Report]] = {}
     reused = 0
     for shard in shards:
-        taken_up = staging.has_left_over(shard.path, shard.nbytes)
-        writers[shard.path] = rewrite_piece if taken_up else write_piece
+        taken_up = output.prepare(shard.path, shard.header, shard.nbytes)
+        writers[output.staged(shard.path)] = rewrite_piece if taken_up else write_piece
         reused += shard.nbytes if taken_up else 0
-        staging.prepare(shard.path, shard.header, shard.nbytes)
-    by_path = {staging.path_of(path): writer for path, writer in writers.items()}
     read: dict[ByteRange, list[CrcPart]] = defaultdict(list)
     written: dict[tuple[FileRef, int], list[CrcPart]] = defaultdict(list)
     too_large: Counter[str] = Counter()
-    pieces = _pieces(plan, staging.tree)
-    for report in tasks.run((by_path[piece.path], piece, piece.nbytes) for piece in pieces):
+    pieces = _pieces(plan, output.staged)
+    for report in tasks.run((writers[piece.place], piece, piece.nbytes) for piece in pieces):
         too_large += report.too_large
         for part in report.read:
             read[part.of].append(part)
@@ -228,12 +229,13 @@ def _write_shards(plan: Plan, staging: Staging, tasks: _Tasks) -> tuple[int, Cou
     uncovered = records_to_check([copy.source for shard in shards for copy in shard.copies])
     tasks.finish((check_record, record, 0) for record in sorted(uncovered, key=lambda record: record.offset))
     for shard in shards:
-        finish_file = FORMATS[shard.format].finish_file
-        if finish_file is not None:
-            path = staging.path_of(shard.path)
-            file = FileRef(place_of(path))
-            crcs = [_combine(written[file, copy.offset]) for copy in shard.copies]
-            finish_file(path, _described(shard), shard.ties, crcs)
+        frame = FORMATS[shard.format].frame
+        if frame is not None:
+            staged = output.staged(shard.path)
+            crcs = [_combine(written[FileRef(staged), copy.offset]) for copy in shard.copies]
+            with open_staged(staged) as file:
+                for offset, raw in frame(_described(shard), shard.ties, crcs):
+                    file.write(offset, memoryview(raw))
     return reused, too_large
 
 
@@ -257,10 +259,10 @@ def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
     )
 
 
-def _pieces(plan: Plan, folder: Path) -> Iterator[Piece]:
-    """Take a piece of each shard in turn, as it lies in a folder."""
+def _pieces(plan: Plan, place_for: Callable[[str], Place]) -> Iterator[Piece]:
+    """Take a piece of each shard in turn, as it lies at a place."""
     how = plan.wishes.on_overflow
-    rows = [cut_pieces(shard, folder / shard.path, how) for shard in plan.shards if shard.link is None]
+    rows = [cut_pieces(shard, place_for(shard.path), how) for shard in plan.shards if shard.link is None]
     while rows:
         for row in list(rows):
             piece = next(row, None)
@@ -282,15 +284,15 @@ def _combine(parts: Iterable[CrcPart]) -> int:
 
 def _check_output(plan: Plan, tasks: _Tasks) -> None:
     """Raise OutputRefused where what is there holds something else than what would be written."""
-    folder = plan.target.folder
+    folder = place_of(plan.target.folder)
     problem = "exists, and is not what would be written"
     advice = "Use --overwrite to write it again, or -o for a new folder."
     try:
-        tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, folder))
+        tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, folder.__truediv__))
     except MismatchError as error:
         raise OutputRefused(error.where, f"{problem}: other values near tensor {error.tensor!r}", advice) from None
     for name, path in plan.carried:
-        if not filecmp.cmp(path, folder / name, shallow=False):
+        if not hold_same(place_of(path), folder / name):
             raise OutputRefused(folder / name, problem, advice)
 
 
@@ -301,15 +303,15 @@ def _check_sources(plan: Plan) -> None:
         file.open().close()
 
 
-def _write_others(plan: Plan, staging: Staging) -> None:
+def _write_others(plan: Plan, output: Transaction) -> None:
     renamed = {name for name, _ in _second_names(plan)}
     for (name, source), place in zip(plan.carried, plan.places, strict=True):
         if name not in renamed:
             with open_unlinked(place_of(source), place) as file:
-                staging.copy(name, file.handle)
+                output.copy(name, file)
                 file.check()
     for name, content in plan.texts:
-        staging.put(name, content)
+        output.put(name, content)
 
 
 def _second_names(plan: Plan) -> list[tuple[str, Path]]:
@@ -321,29 +323,30 @@ def _second_names(plan: Plan) -> list[tuple[str, Path]]:
     return names + [one for one in plan.carried if one[1].parent == (plan.target.folder / one[0]).parent]
 
 
-def check_staged(shard: Shard, staging: Staging) -> None:
+def check_staged(shard: Shard, staged: Place) -> None:
     """Open a staged file again and hold it against the plan; raises WconvError for a bug of ours.
 
     safetensors has a reader of its own, which goes through the whole header: where that is the planned one, and taken,
     names, dtypes, shapes and places are right. An archive is read by our reader.
     """
-    path = staging.path_of(shard.path)
     try:
-        is_planned = _is_header(path, shard) if shard.format == "safetensors" else _is_archive(path, shard)
+        is_planned = _is_header(staged, shard) if shard.format == "safetensors" else _is_archive(staged, shard)
     except (SafetensorError, BadFile) as error:
-        raise WconvError(path, f"was written wrongly ({error})", "This is a bug in wconv: please report it.") from error
+        raise WconvError(
+            staged, f"was written wrongly ({error})", "This is a bug in wconv: please report it."
+        ) from error
     if not is_planned:
-        raise WconvError(path, "does not hold what was planned", "This is a bug in wconv: please report it.")
+        raise WconvError(staged, "does not hold what was planned", "This is a bug in wconv: please report it.")
 
 
-def _is_header(path: Path, shard: Shard) -> bool:
-    with safe_open(path, framework="np"):  # which asks for no framework that may be missing
+def _is_header(staged: Place, shard: Shard) -> bool:
+    with safe_open(staged.path, framework="np"):  # which asks for no framework that may be missing
         pass  # no tensor is read
-    with path.open("rb") as file:
-        return file.read(len(shard.header)) == shard.header
+    with staged.open() as file:
+        return file.read(0, len(shard.header)) == shard.header
 
 
-def _is_archive(path: Path, shard: Shard) -> bool:
-    tensors = read_file(place_of(path)).tensors
+def _is_archive(staged: Place, shard: Shard) -> bool:
+    tensors = read_file(staged).tensors
     found = [(info.name, info.dtype, info.shape) for info in tensors if info.name not in shard.ties]
     return found == _described(shard)

@@ -12,17 +12,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
 from converter.dtypes import OnOverflow
-from converter.errors import BadFile
-from converter.storage import FileRef, place_of
-from converter.storage.root import open_staged
+from converter.errors import BadFile, Where
+from converter.storage import FileRef, OpenFile, Place
+from converter.storage.local import open_staged
 from converter.tensors.base import ByteRange, TensorInfo
-from converter.tensors.reader import GATHER_NBYTES, ITEM_MULTIPLE, PIECE_NBYTES, SourceFiles, read_range, read_some
+from converter.tensors.reader import GATHER_NBYTES, ITEM_MULTIPLE, PIECE_NBYTES, SourceFiles, read_range
 
 if TYPE_CHECKING:
     from converter.plan.make import Copy, Shard
@@ -42,7 +41,7 @@ class Step(NamedTuple):
 class Piece:
     """A part of one output file: steps in the order of their places. ``with_crcs`` asks for CRC32s of the output."""
 
-    path: Path
+    place: Place
     steps: tuple[Step, ...]
     with_crcs: bool = False
     on_overflow: OnOverflow = "error"
@@ -72,9 +71,9 @@ class Report:
 
 
 def cut_pieces(
-    shard: Shard, path: Path, on_overflow: OnOverflow = "error", piece_nbytes: int = PIECE_NBYTES
+    shard: Shard, place: Place, on_overflow: OnOverflow = "error", piece_nbytes: int = PIECE_NBYTES
 ) -> Iterator[Piece]:
-    """Cut the data of a shard, to be written at ``path``, into pieces of about ``piece_nbytes`` bytes."""
+    """Cut the data of a shard, to be written at ``place``, into pieces of about ``piece_nbytes`` bytes."""
     with_crcs = shard.format == "torch"
     steps: list[Step] = []
     room = piece_nbytes
@@ -89,10 +88,10 @@ def cut_pieces(
             room -= end - begin
             begin = end
             if room < ITEM_MULTIPLE:
-                yield Piece(path, tuple(steps), with_crcs, on_overflow)
+                yield Piece(place, tuple(steps), with_crcs, on_overflow)
                 steps, room = [], piece_nbytes
     if steps:
-        yield Piece(path, tuple(steps), with_crcs, on_overflow)
+        yield Piece(place, tuple(steps), with_crcs, on_overflow)
 
 
 def covers_record(info: TensorInfo) -> bool:
@@ -102,30 +101,28 @@ def covers_record(info: TensorInfo) -> bool:
 
 def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Write a piece into its file, which is there. Raises BadFile for a record that is damaged."""
-    with SourceFiles() as sources, open_staged(piece.path) as out:
+    with SourceFiles() as sources, open_staged(piece.place) as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
-        for place, chunk in source.chunks():
-            out.seek(place)
-            _write_all(out, chunk)
+        for offset, chunk in source.chunks():
+            out.write(offset, chunk)
         return source.report
 
 
 def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Like ``write_piece``, for a file that an earlier run left: only chunks that differ are written."""
-    with SourceFiles() as sources, open_staged(piece.path) as out:
+    with SourceFiles() as sources, open_staged(piece.place) as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
         there = bytearray(len(source.buffer))
-        for place, chunk in source.chunks():
-            if not _is_at(out, place, chunk, there):
-                out.seek(place)
-                _write_all(out, chunk)
+        for offset, chunk in source.chunks():
+            if not _is_at(out, offset, chunk, there):
+                out.write(offset, chunk)
         return source.report
 
 
 class MismatchError(BadFile):
     """A file that was written is read back otherwise."""
 
-    def __init__(self, where: Path, tensor: str) -> None:
+    def __init__(self, where: Where, tensor: str) -> None:
         super().__init__(where, f"was written, and then read back otherwise near tensor {tensor!r}", "Check the disk.")
         self.args = where, tensor  # so that it can be pickled
         self.tensor = tensor
@@ -133,18 +130,17 @@ class MismatchError(BadFile):
 
 def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Hold a written piece against its source; raises MismatchError where they differ."""
-    with SourceFiles() as sources, piece.path.open("rb", buffering=0) as out:
+    with SourceFiles() as sources, piece.place.open() as out:
         source = _PieceReader(piece, sources, chunk_nbytes)
         there = bytearray(len(source.buffer))
-        for place, chunk in source.chunks():
-            if not _is_at(out, place, chunk, there):
-                raise MismatchError(piece.path, source.step.copy.source.name)
+        for offset, chunk in source.chunks():
+            if not _is_at(out, offset, chunk, there):
+                raise MismatchError(piece.place, source.step.copy.source.name)
 
 
-def _is_at(file: BinaryIO, place: int, chunk: memoryview, scratch: bytearray) -> bool:
-    file.seek(place)
+def _is_at(file: OpenFile, offset: int, chunk: memoryview, scratch: bytearray) -> bool:
     # startswith compares as memcmp does; memoryviews compare item by item.
-    count = read_some(file, memoryview(scratch)[: len(chunk)])
+    count = file.read_into(offset, memoryview(scratch)[: len(chunk)])
     return count == len(chunk) and scratch.startswith(chunk)
 
 
@@ -258,7 +254,7 @@ class _PieceReader:
             self.report.read.append(CrcPart(storage, begin, end - begin, crc))
 
     def _note_written(self, step: Step, crc: int) -> None:
-        of = ByteRange(FileRef(place_of(self.piece.path)), step.copy.offset, step.copy.nbytes)
+        of = ByteRange(FileRef(self.piece.place), step.copy.offset, step.copy.nbytes)
         self.report.written.append(CrcPart(of, step.begin, step.end - step.begin, crc))
 
 
@@ -270,12 +266,6 @@ def check_crc(record: ByteRange, crc: int) -> None:
             f"its bytes {record.offset:,} to {record.offset + record.nbytes:,} do not give the CRC32 that it notes",
             "The file is damaged: fetch it again.",
         )
-
-
-def _write_all(file: BinaryIO, data: memoryview) -> None:
-    done = 0
-    while done < len(data):
-        done += file.write(data[done:])
 
 
 def records_to_check(infos: Collection[TensorInfo]) -> set[ByteRange]:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadFile
 from converter.storage import FileRef, OpenFile
@@ -173,17 +173,6 @@ class _Inflated:
                 return part
             if not packed:
                 raise BadFile(storage.file.place, "holds a compressed record that is damaged", "Fetch the file again.")
-
-
-def read_some(file: BinaryIO, out: memoryview) -> int:
-    """Fill ``out`` as far as the file goes, whatever a single read gives; give the number of bytes."""
-    done: int = file.readinto(out)  # type: ignore[attr-defined]
-    while 0 < done < len(out):
-        count = file.readinto(out[done:])  # type: ignore[attr-defined]
-        if not count:
-            break
-        done += count
-    return done
 
 
 def _gather(info: TensorInfo, sources: SourceFiles, first: int, out: memoryview) -> None:
