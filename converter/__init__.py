@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from converter.models.index import WeightIndex
     from converter.models.names import WeightsName
     from converter.models.select import Wishes
-    from converter.plan.make import Copy, Plan, Shard, make_plan
+    from converter.plan.make import Plan, PlannedTensor, Shard, make_plan
     from converter.recipes.convert import convert, plan_conversion
     from converter.recipes.quantize import ModuleChoice, Quantization, prepare_dequantized, prepare_quantized
     from converter.recipes.rename import plan_rename
     from converter.recipes.verify import verify
     from converter.run.execute import Result, run_plan
-    from converter.tensors.base import ByteRange, TensorInfo
+    from converter.tensors.base import ByteRange, Tensor
 
 _HOMES = {
     "models.checkpoint": ("Checkpoint", "WeightSet", "open_checkpoint"),
@@ -57,11 +57,11 @@ _HOMES = {
     "models.index": ("WeightIndex",),
     "models.names": ("WeightsName",),
     "models.select": ("Wishes",),
-    "plan.make": ("Copy", "Plan", "Shard", "make_plan"),
+    "plan.make": ("Plan", "PlannedTensor", "Shard", "make_plan"),
     "recipes.quantize": ("ModuleChoice", "Quantization", "prepare_dequantized", "prepare_quantized"),
     "recipes.rename": ("plan_rename",),
     "run.execute": ("Result", "run_plan"),
-    "tensors.base": ("ByteRange", "TensorInfo"),
+    "tensors.base": ("ByteRange", "Tensor"),
     "recipes.verify": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -73,7 +73,6 @@ __all__ = [
     "Checkpoint",
     "Choices",
     "Component",
-    "Copy",
     "DType",
     "Diagnosis",
     "HostileFile",
@@ -82,11 +81,12 @@ __all__ = [
     "ModuleChoice",
     "OutputRefused",
     "Plan",
+    "PlannedTensor",
     "Quantization",
     "Result",
     "Shard",
     "SystemRefused",
-    "TensorInfo",
+    "Tensor",
     "Unsupported",
     "WconvError",
     "WeightIndex",

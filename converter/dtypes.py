@@ -6,11 +6,12 @@ The order of the rows is the order in which safetensors lays tensors out in a fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class DType:
     """One dtype: its safetensors tag, its width, and its names in torch and on the command line."""
 
@@ -38,6 +39,13 @@ class DType:
 
     def __str__(self) -> str:
         return self.tag
+
+    def __reduce__(self) -> tuple[Callable[[str], DType], tuple[str]]:
+        return _by_tag, (self.tag,)  # there is one of each, in every process
+
+
+def _by_tag(tag: str) -> DType:
+    return DTYPES[tag]
 
 
 _ROWS: tuple[tuple[str, int, str, str, tuple[str, ...], bool], ...] = (

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from converter.dtypes import DTYPES, DType
 from converter.formats import FORMATS
+from converter.tensors.base import TensorSpec
 
 State = dict[str, tuple[DType, tuple[int, ...], bytes]]
 """Dtype, shape and bytes in row-major order, by name."""
@@ -46,7 +47,7 @@ def build(state: State, form: str) -> bytes:
     """Give the file, ``safetensors`` or ``torch``, that holds a state dict."""
     row = FORMATS[form]
     assert row.lay_out is not None
-    described = [(name, dtype, shape) for name, (dtype, shape, _) in state.items()]
+    described = [TensorSpec(name, dtype, shape) for name, (dtype, shape, _) in state.items()]
     layout = row.lay_out(described, {}, {})
     raw = bytearray(layout.nbytes)
     raw[: len(layout.header)] = layout.header

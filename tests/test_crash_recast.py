@@ -135,11 +135,11 @@ def test_a_disk_that_fills_up_on_the_way(scenario, wconv, tmp_path, monkeypatch)
     monkeypatch.chdir(scenario.make(tmp_path))
     before = snapshot(tmp_path)
 
-    def refuse(file, data):
+    def refuse(file, offset, data):
         file.write(data[:5])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(converter.run.parts, "_write_all", refuse)
+    monkeypatch.setattr(converter.run.parts, "_write_at", refuse)
     outcome = wconv(*scenario.command, exit_code=7)
     assert "no space left" in outcome.stderr.lower()
     assert snapshot(tmp_path) == before

@@ -22,7 +22,8 @@ from converter.dtypes import BY_TORCH_NAME, DTYPES, DType
 from converter.errors import BadFile, Unsupported
 from converter.formats.safetensors import build_header, lay_out, parse_header
 from converter.storage import place_of
-from converter.tensors.base import ByteRange, TensorInfo, WeightsFile, contiguous_strides
+from converter.tensors.base import ByteRange, Tensor, WeightsFile
+from converter.tensors.view import whole_view
 
 PATH = Path("model.safetensors")
 PT = {"format": "pt"}
@@ -43,15 +44,13 @@ CASES = [
 ]  # fmt: skip
 
 
-def infos(tensors: list[tuple[str, str, tuple[int, ...]]], header_nbytes: int) -> tuple[TensorInfo, ...]:
+def infos(tensors: list[tuple[str, str, tuple[int, ...]]], header_nbytes: int) -> tuple[Tensor, ...]:
     """Describe tensors that lie one after the other behind a header."""
     found = []
     place = header_nbytes
     for name, tag, shape in tensors:
         nbytes = DTYPES[tag].nbytes(torch.Size(shape).numel())
-        found.append(
-            TensorInfo(name, DTYPES[tag], shape, ByteRange(ref_to(PATH), place, nbytes), 0, contiguous_strides(shape))
-        )
+        found.append(Tensor(name, whole_view(DTYPES[tag], shape, ByteRange(ref_to(PATH), place, nbytes))))
         place += nbytes
     return tuple(found)
 

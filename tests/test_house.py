@@ -41,9 +41,9 @@ HOMES = {
     "psutil": ("cli/",),
     "filelock": ("run/notes.py",),
     "platformdirs": ("run/notes.py",),
-    "numpy": ("tensors/reader.py", "tensors/kernels.py"),
+    "numpy": ("tensors/view.py", "tensors/derived.py", "tensors/kernels.py", "transforms/quantize/row_kernels.py"),
     "ml_dtypes": ("tensors/kernels.py",),
-    "numkong": ("tensors/kernels.py",),
+    "numkong": ("tensors/kernels.py", "transforms/quantize/row_kernels.py"),
     "torch": ("libraries/asked.py",),
     "transformers": ("libraries/asked.py",),
     "diffusers": ("libraries/asked.py",),
@@ -97,11 +97,13 @@ def test_libraries_stay_where_they_belong(path):
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["tensors/reader.py", "run/parts.py"])
+@pytest.mark.parametrize("name", ["tensors/view.py", "tensors/derived.py", "transforms/quantize/bnb_int8.py"])
 def test_numpy_is_loaded_only_when_numbers_are_needed(name):
     tree = parse(ROOT / name)
     tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not {"numpy", "converter.tensors.kernels"} & set(imports_of(tree))
+    assert not {"numpy", "converter.tensors.kernels", "converter.transforms.quantize.row_kernels"} & set(
+        imports_of(tree)
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_of)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny import raw_bytes, ref_to
+from support.tiny import raw_bytes
 
 from converter.dtypes import DTYPES
 from converter.errors import BadFile, Unsupported
 from converter.models.checkpoint import Checkpoint, find_weight_set, open_checkpoint
-from converter.tensors.base import TensorInfo, turned
-from converter.tensors.kernels import are_finite, dequantize_chunk, int8_errors, quantize_chunk, row_maxima
-from converter.transforms.quantize.bnb_int8 import cut_rows, dequantized, find_scales, quantized, scales_in
+from converter.tensors.base import Tensor, TensorSource
+from converter.tensors.derived import Constant, cast
+from converter.tensors.reader import RangeReader
+from converter.transforms.quantize.bnb_int8 import (
+    WidenedRows,
+    cut_rows,
+    dequantized,
+    find_scales,
+    quantized,
+    scales_in,
+)
+from converter.transforms.quantize.row_kernels import RowScales, are_finite, int8_errors, quantize_chunk, row_maxima
 
 DTYPES_OF_WEIGHTS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -44,8 +54,8 @@ def quantize_in_parts(weight: torch.Tensor, tag: str, cut: int) -> tuple[bytes, 
     scales = row_maxima(raw, DTYPES[tag], columns)
     out = bytearray(weight.numel())
     place = cut * weight.element_size()
-    quantize_chunk(raw[:place], DTYPES[tag], memoryview(out)[:cut], scales, 0, columns)
-    quantize_chunk(raw[place:], DTYPES[tag], memoryview(out)[cut:], scales, cut, columns)
+    quantize_chunk(raw[:place], DTYPES[tag], memoryview(out)[:cut], RowScales(scales, columns), 0)
+    quantize_chunk(raw[place:], DTYPES[tag], memoryview(out)[cut:], RowScales(scales, columns), cut)
     return bytes(out), scales
 
 
@@ -84,32 +94,42 @@ def test_the_way_back_is_that_of_bitsandbytes(tag):
     # What float16 cannot hold is not for this test: the largest row is below.
     expected = bitsandbytes.functional.int8_vectorwise_dequant(values, scales)[:-4].to(DTYPES_OF_WEIGHTS[tag])
     values, scales = values[:-4].contiguous(), scales[:-4]
-    path = Path("unread")
-    info = TensorInfo("w", DTYPES["I8"], tuple(values.shape), _range(path), 0, (33, 1), scales=raw_bytes(scales))
+    widened = WidenedRows(int8(values), raw_bytes(scales))
+    source = cast(Tensor("w", widened), DTYPES[tag]).source
     for first in (0, 5, 33, 70):
-        out = bytearray((values.numel() - first) * expected.element_size())
-        dequantize_chunk(info, memoryview(raw_bytes(values))[first:], first, memoryview(out), DTYPES[tag], "error")
-        assert bytes(out) == raw_bytes(expected)[first * expected.element_size() :]
+        for part in (source, source.part(first * expected.element_size(), expected.nbytes)):
+            assert read(part, first * expected.element_size()) == raw_bytes(expected)[first * expected.element_size() :]
 
 
-def _range(path: Path):
-    from converter.tensors.base import ByteRange
-
-    return ByteRange(ref_to(path), 0, 0)
+def int8(values: torch.Tensor) -> Constant:
+    return Constant(DTYPES["I8"], tuple(values.shape), raw_bytes(values))
 
 
-def test_a_turned_matrix_has_a_scale_for_each_column():
-    weight = wide_range((6, 40)).float()
-    values, scales = judged(weight)
-    info = TensorInfo("w", DTYPES["I8"], (6, 40), _range(Path("unread")), 0, (40, 1), scales=raw_bytes(scales))
-    info = turned(info)._replace(scaled_axis=1)
-    flat = values.T.contiguous()
-    expected = raw_bytes((values * scales[:, None] / 127).T.contiguous())
+def read(source: TensorSource, begin: int = 0) -> bytes:
+    """Read a tensor from a place of its bytes to the end."""
+    out = bytearray(source.dtype.nbytes(math.prod(source.shape)) - begin)
+    with RangeReader() as reader:
+        source.read(begin, memoryview(out), reader)
+    return bytes(out)
+
+
+def test_a_transposed_matrix_has_a_scale_for_each_column():
+    values, scales = judged(wide_range((6, 40)).float())
+    transposed = WidenedRows(int8(values), raw_bytes(scales)).permuted((1, 0))
+    expected = (values * scales[:, None] / 127).T.contiguous()
     for first in (0, 1, 6, 14):
-        out = memoryview(bytearray(4 * (flat.numel() - first)))
-        dequantize_chunk(info, memoryview(raw_bytes(flat))[first:], first, out, DTYPES["F32"], "error")
-        found = torch.frombuffer(bytearray(out), dtype=torch.float32)
-        torch.testing.assert_close(found, torch.frombuffer(bytearray(expected), dtype=torch.float32)[first:])
+        for part in (transposed, transposed.part(4 * first, expected.nbytes)):
+            found = torch.frombuffer(bytearray(read(part, 4 * first)), dtype=torch.float32)
+            torch.testing.assert_close(found, expected.flatten()[first:])
+
+
+def test_a_box_of_a_matrix_has_the_scales_of_its_rows():
+    values, scales = judged(wide_range((6, 40)).float())
+    matrix = WidenedRows(int8(values), raw_bytes(scales))
+    whole = torch.frombuffer(bytearray(read(matrix)), dtype=torch.float32).reshape(6, 40)
+    box = whole[2:5, 7:20].contiguous()
+    assert read(matrix.box((2, 7), (3, 13))) == raw_bytes(box)
+    assert read(matrix.permuted((1, 0)).box((7, 2), (13, 3))) == raw_bytes(box.T.contiguous())
 
 
 @given(st.data())
@@ -119,15 +139,15 @@ def test_each_value_comes_back_within_half_a_step(data):
     weight = torch.tensor(data.draw(st.lists(numbers, min_size=rows * columns, max_size=rows * columns)))
     weight = weight.reshape(rows, columns)
     values, scales = quantize_in_parts(weight, "F32", data.draw(st.integers(0, rows * columns)))
-    info = TensorInfo("w", DTYPES["I8"], (rows, columns), _range(Path("unread")), 0, (columns, 1), scales=scales)
-    out = bytearray(4 * weight.numel())
-    dequantize_chunk(info, memoryview(values), 0, memoryview(out), DTYPES["F32"], "error")
-    found = torch.frombuffer(out, dtype=torch.float32).reshape(rows, columns).double()
+    matrix = WidenedRows(Constant(DTYPES["I8"], (rows, columns), values), scales)
+    found = torch.frombuffer(bytearray(read(matrix)), dtype=torch.float32).reshape(rows, columns).double()
     half = torch.frombuffer(bytearray(scales), dtype=torch.float32).double()[:, None] / 254
     rounded = weight.half().double()
     # The product of two float32 numbers is rounded; so is the step.
     assert ((found - rounded).abs() <= half * 1.0001).all()
-    beyond, share, _, _ = int8_errors(info, memoryview(values), 0, memoryview(raw_bytes(weight)), DTYPES["F32"])
+    beyond, share, _, _ = int8_errors(
+        RowScales(scales, columns), memoryview(values), 0, memoryview(raw_bytes(weight)), DTYPES["F32"]
+    )
     assert beyond == 0
     # Of float16, an eleventh binary place is rounded off, or what is below half the smallest number of all.
     smallest = min((2 * 127 * one for one in half.flatten().tolist() if one), default=1.0)
@@ -137,10 +157,9 @@ def test_each_value_comes_back_within_half_a_step(data):
 def test_a_value_beyond_half_a_step_is_counted():
     weight = torch.tensor([[127.0, 3.0, 0.0]])
     values, scales = quantize_in_parts(weight, "F32", 0)
-    info = TensorInfo("w", DTYPES["I8"], (1, 3), _range(Path("unread")), 0, (3, 1), scales=scales)
     off = bytes([values[0], values[1] + 1, values[2]])
     beyond, share, errors, magnitudes = int8_errors(
-        info, memoryview(off), 0, memoryview(raw_bytes(weight)), DTYPES["F32"]
+        RowScales(scales, 3), memoryview(off), 0, memoryview(raw_bytes(weight)), DTYPES["F32"]
     )
     assert (beyond, round(share * 127, 3), round(errors, 3), magnitudes) == (1, 1.0, 1.0, 130.0)
 
@@ -168,7 +187,7 @@ def test_the_three_tensors_of_a_module(tmp_path):
     weight = wide_range((4, 3)).float()
     [info] = save_matrix(tmp_path, weight).tensors
     made = quantized(info, raw_bytes(judged(weight)[1]))
-    assert [(one.name, one.target.tag, one.shape) for one in made] == [
+    assert [(one.name, one.dtype.tag, one.shape) for one in made] == [
         ("m.weight", "I8", (4, 3)),
         ("m.SCB", "F32", (4,)),
         ("m.weight_format", "U8", ()),
@@ -187,7 +206,7 @@ def test_the_three_tensors_of_a_module(tmp_path):
 def test_scales_that_do_not_fit_are_refused(tmp_path, others, error, problem):
     checkpoint = save_matrix(tmp_path, torch.ones(4, 3, dtype=torch.int8), **others)
     with pytest.raises(error, match=problem):
-        dequantized(checkpoint, DTYPES["F32"], ())
+        dequantized(checkpoint, DTYPES["F32"], (), "error")
 
 
 def test_what_has_no_int8_weights_has_no_scales(tmp_path):

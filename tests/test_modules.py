@@ -13,7 +13,8 @@ from converter.dtypes import DTYPES
 from converter.libraries import asked, modules
 from converter.libraries.modules import find_linears, is_skipped
 from converter.models.folder import Component
-from converter.tensors.base import ByteRange, TensorInfo, contiguous_strides
+from converter.tensors.base import ByteRange, Tensor
+from converter.tensors.view import whole_view
 
 pytestmark = pytest.mark.usefixtures("asked_here")
 
@@ -99,20 +100,13 @@ def component_of(config: dict) -> Component:
     return Component("", Path(), (), config)
 
 
-def tensors_of(config: dict) -> list[TensorInfo]:
+def tensors_of(config: dict) -> list[Tensor]:
     """Describe what a file of such a model holds: tied tensors once."""
     component = component_of(config)
     model = asked.make_on_meta(component.class_name, component.is_diffusers, copy.deepcopy(config))
     tied = getattr(model, "all_tied_weights_keys", {})
     return [
-        TensorInfo(
-            name,
-            DTYPES["F32"],
-            tuple(tensor.shape),
-            ByteRange(ref_to(Path()), 0, 0),
-            0,
-            contiguous_strides(tensor.shape),
-        )
+        Tensor(name, whole_view(DTYPES["F32"], tuple(tensor.shape), ByteRange(ref_to(Path()), 0, 0)))
         for name, tensor in model.state_dict().items()
         if name not in tied
     ]

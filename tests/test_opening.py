@@ -24,7 +24,7 @@ from converter import Wishes, convert, plan_conversion, run_plan
 from converter.errors import BadFile
 from converter.storage import FileRef, place_of
 from converter.storage.local import LocalFile
-from converter.tensors.reader import SourceFiles
+from converter.tensors.reader import RangeReader
 from converter.transforms.quantize.bnb_int8 import cut_rows, find_scales
 
 OLD, NEW = make_state(), make_state(seed=1)
@@ -93,7 +93,7 @@ def test_a_source_that_changes_while_it_is_read(form, how, when, tmp_path, monke
     path, raw, command = source_of(form, tmp_path)
     owner, name, after = {
         "before the data": (converter.run.execute, "write_piece", 0),
-        "within the data": (SourceFiles, "read_into", 2),
+        "within the data": (RangeReader, "read_into", 2),
         "after the data": (converter.run.execute, "check_staged", 0),
     }[when]
     monkeypatch.setattr(owner, name, once(lambda: change(path, raw, how), getattr(owner, name), after))
@@ -105,9 +105,9 @@ def test_a_source_that_changes_while_it_is_read(form, how, when, tmp_path, monke
 STOPPING = """
 import os, signal, sys, time
 from converter.cli import main
-from converter.tensors.reader import SourceFiles
+from converter.tensors.reader import RangeReader
 
-read_into, left, go = SourceFiles.read_into, [3], sys.argv[1]
+read_into, left, go = RangeReader.read_into, [3], sys.argv[1]
 
 def stopping(*args):
     read_into(*args)
@@ -117,7 +117,7 @@ def stopping(*args):
         while not os.path.exists(go):  # whichever thread took the signal, this one goes no further
             time.sleep(0.01)
 
-SourceFiles.read_into = stopping
+RangeReader.read_into = stopping
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -144,8 +144,8 @@ def test_commands_that_only_read_notice_it_too(command, how, tmp_path, monkeypat
     path, raw, _ = source_of("safetensors", tmp_path)
     save(OLD, tmp_path / "m2" / path.name)
     write_json(path.with_name("config.json"), CONFIG)
-    action = once(lambda: change(tmp_path / path, raw, how), SourceFiles.read_into, after=2)
-    monkeypatch.setattr(SourceFiles, "read_into", action)
+    action = once(lambda: change(tmp_path / path, raw, how), RangeReader.read_into, after=2)
+    monkeypatch.setattr(RangeReader, "read_into", action)
     monkeypatch.chdir(tmp_path)
     assert wconv(*command, exit_code=3).stderr.endswith(f"{Path('m', path.name)}: {CHANGED}")
 
@@ -183,16 +183,16 @@ def test_one_file_of_two_states_is_not_compared_with_itself(tmp_path):
     change(path, save(NEW, tmp_path / "new.safetensors").read_bytes(), "swapped")
     [after, *_] = read_file(path).tensors
     buffer = memoryview(bytearray(before.nbytes))
-    with SourceFiles() as files:
-        files.read_into(after.storage, 0, buffer)
+    with RangeReader() as files:
+        files.read_into(after.source.storage, 0, buffer)
         with pytest.raises(BadFile, match="changed while"):
-            files.read_into(before.storage, 0, buffer)
+            files.read_into(before.source.storage, 0, buffer)
 
 
 def test_what_is_damaged_and_was_not_changed_is_called_damaged(tmp_path, wconv):
     path, _, command = source_of("deflated", tmp_path)
     raw = bytearray(path.read_bytes())
-    raw[read_file(path).tensors[0].storage.offset] ^= 0xFF
+    raw[read_file(path).tensors[0].source.storage.offset] ^= 0xFF
     path.write_bytes(raw)
     assert "damaged" in wconv(*command, exit_code=3).stderr
 
@@ -344,20 +344,20 @@ def test_a_task_keeps_few_files_open(form, tmp_path, opened):
     suffix = ".safetensors" if form == "safetensors" else ".bin"
     paths = [save_as(form, make_state(seed=seed), tmp_path / f"{seed}{suffix}") for seed in range(7)]
     tensors = [read_file(path).tensors for path in paths]
-    with SourceFiles() as files:
+    with RangeReader() as files:
         for turn in zip(*tensors, strict=True):
             for info, path in zip(turn, paths, strict=True):
                 buffer = bytearray(info.nbytes)
-                files.read_into(info.storage, 0, memoryview(buffer))
+                files.read_into(info.source.storage, 0, memoryview(buffer))
                 assert buffer == described_by_wconv(path)[info.name][2]
                 assert len(opened.left) <= 4
 
 
 def test_what_changes_is_noticed_when_its_file_is_closed_for_another(tmp_path):
     paths = [save(OLD, tmp_path / f"{number}.safetensors") for number in range(5)]
-    storages = [read_file(path).tensors[0].storage for path in paths]
+    storages = [read_file(path).tensors[0].source.storage for path in paths]
     buffer = memoryview(bytearray(storages[0].nbytes))
-    with SourceFiles() as files:
+    with RangeReader() as files:
         for storage in storages[:4]:
             files.read_into(storage, 0, buffer)
         change(paths[0], paths[0].read_bytes(), "overwritten")
@@ -367,10 +367,10 @@ def test_what_changes_is_noticed_when_its_file_is_closed_for_another(tmp_path):
 
 def test_two_files_read_by_turns_stay_open(tmp_path, opened):
     paths = [save(make_state(seed=seed), tmp_path / f"{seed}.safetensors") for seed in range(2)]
-    with SourceFiles() as files:
+    with RangeReader() as files:
         for infos in zip(*(read_file(path).tensors for path in paths), strict=True):
             for info in infos:
-                files.read_into(info.storage, 0, memoryview(bytearray(info.nbytes)))
+                files.read_into(info.source.storage, 0, memoryview(bytearray(info.nbytes)))
     assert opened.count == 2
 
 

@@ -28,7 +28,8 @@ from converter.models.names import WeightsName, parse_name
 from converter.models.select import Wishes, choose_sets
 from converter.plan.make import Plan, Target, make_plan, split_into_shards
 from converter.storage import place_of
-from converter.tensors.base import ByteRange, TensorInfo, WeightsFile, contiguous_strides
+from converter.tensors.base import ByteRange, PackedRange, Tensor, WeightsFile
+from converter.tensors.view import View, whole_view
 
 HERE = Path("model")
 F32 = DTYPES["F32"]
@@ -36,10 +37,10 @@ NUMEL = 8
 NBYTES = 4 * NUMEL
 
 
-def tensor(name: str, file: str = "pytorch_model.bin", place: int = 0, numel: int = NUMEL) -> TensorInfo:
+def tensor(name: str, file: str = "pytorch_model.bin", place: int = 0, numel: int = NUMEL) -> Tensor:
     """Describe a float32 tensor that is all of the storage at ``place``."""
     storage = ByteRange(ref_to(HERE / file), place, 4 * numel)
-    return TensorInfo(name, F32, (numel,), storage, 0, contiguous_strides((numel,)))
+    return Tensor(name, whole_view(F32, (numel,), storage))
 
 
 def weight_set(*files: str, index: str | None = None, folder: Path = HERE) -> WeightSet:
@@ -77,7 +78,7 @@ def plan(*checkpoints: Checkpoint, config: dict[str, Any] | None = None, **wishe
 
 def layout(planned: Plan) -> dict[str, str]:
     """Give the tensors of each file."""
-    return {shard.path: "".join(copy.source.name for copy in shard.copies) for shard in planned.shards}
+    return {shard.path: "".join(tensor.name for tensor, _ in shard.tensors) for shard in planned.shards}
 
 
 # What takes more than the source holds.
@@ -85,9 +86,10 @@ def layout(planned: Plan) -> dict[str, str]:
 
 def expanded(nbytes: int, held: int, packed: int | None = None) -> Checkpoint:
     """Describe a checkpoint of one tensor of bytes, expanded from fewer."""
-    storage = ByteRange(ref_to(HERE / "pytorch_model.bin"), 0, held, None, packed)
-    info = TensorInfo("mask", DTYPES["U8"], (nbytes // held, held), storage, 0, (0, 1))
-    return Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(storage.file.place, "torch", (info,), {}),), {})
+    file = ref_to(HERE / "pytorch_model.bin")
+    storage = PackedRange(file, 0, held, None, packed) if packed else ByteRange(file, 0, held)
+    mask = Tensor("mask", View(DTYPES["U8"], (nbytes // held, held), storage, 0, (0, 1)))
+    return Checkpoint(weight_set("pytorch_model.bin"), (WeightsFile(file.place, "torch", (mask,), {}),), {})
 
 
 def test_a_tensor_that_would_fill_the_disk_is_refused_unless_it_is_asked_for():
@@ -300,7 +302,7 @@ def test_index_counts_parameters_where_the_source_does_not():
 
 
 def test_index_names_exactly_what_is_stored():
-    shared = tensor("tied")._replace(storage=tensor("a").storage)
+    shared = tensor("tied")._replace(source=tensor("a").source)
     source = checkpoint({"pytorch_model.bin": "abc"})
     source = replace(source, files=(replace(source.files[0], tensors=(*source.files[0].tensors, shared)),))
     planned = plan(source, tied="first", max_shard_nbytes=NBYTES)
@@ -376,7 +378,7 @@ def test_the_same_weights_twice_in_one_format_are_refused():
 def with_tie() -> Checkpoint:
     """Give a checkpoint whose tensor ``t`` is its tensor ``a``."""
     source = checkpoint({"pytorch_model.bin": "ab"})
-    tied = tensor("t")._replace(storage=tensor("a").storage)
+    tied = tensor("t")._replace(source=tensor("a").source)
     return replace(source, files=(replace(source.files[0], tensors=(*source.files[0].tensors, tied)),))
 
 
@@ -461,7 +463,7 @@ def test_old_attention_names_in_shards_are_refused(class_name, part):
 
 def test_old_attention_names_are_kept_in_one_file():
     planned = plan(old_attention(), config={"_class_name": "AutoencoderKL"}, max_shard_nbytes=math.inf)
-    assert OLD_NAME in {copy.source.name for copy in planned.shards[0].copies}
+    assert OLD_NAME in {tensor.name for tensor, _ in planned.shards[0].tensors}
 
 
 @pytest.mark.parametrize(
@@ -523,7 +525,7 @@ def test_a_plan_survives_pickling():
 
 def test_offsets_and_sizes_follow_from_the_header():
     (shard,) = plan(checkpoint({"pytorch_model.bin": "abc"})).shards
-    assert [copy.offset for copy in shard.copies] == [len(shard.header) + place * NBYTES for place in range(3)]
+    assert [offset for _, offset in shard.tensors] == [len(shard.header) + place * NBYTES for place in range(3)]
     assert shard.nbytes == len(shard.header) + 3 * NBYTES
     assert int.from_bytes(shard.header[:8], "little") == len(shard.header) - 8
 

@@ -101,7 +101,7 @@ def test_any_executor_gives_the_same_bytes(executor, tmp_path):
     result = run_plan(plan, executor, verify=True, progress=seen.append)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
     assert result.verified
-    assert sum(seen) == 2 * sum(copy.nbytes for shard in plan.shards for copy in shard.copies)
+    assert sum(seen) == 2 * sum(tensor.nbytes for shard in plan.shards for tensor, _ in shard.tensors)
 
 
 def test_an_executor_that_is_given_stays_open(tmp_path):
@@ -254,7 +254,7 @@ def test_a_source_cut_short_while_it_is_read(suffix, tmp_path, monkeypatch):
     write = converter.run.execute.write_piece
 
     def cut_and_write(piece, chunk_nbytes):
-        os.truncate(source, piece.steps[-1].copy.source.storage.offset + 3)
+        os.truncate(source, piece.steps[-1].tensor.source.storage.offset + 3)
         return write(piece, chunk_nbytes)
 
     monkeypatch.setattr(converter.run.execute, "write_piece", cut_and_write)

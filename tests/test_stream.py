@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import pickle
 import random
 import tracemalloc
@@ -27,23 +28,22 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
 from converter.formats import FORMATS
 from converter.models.names import Format
-from converter.plan.make import Copy, Shard
+from converter.plan.make import PlannedTensor, Shard
 from converter.run import parts as stream
 from converter.run.parts import (
     Piece,
     check_record,
     compare_piece,
-    covers_record,
     cut_pieces,
-    records_to_check,
     rewrite_piece,
     write_piece,
 )
 from converter.storage import place_of
 from converter.storage.local import StagedFile, open_staged
-from converter.tensors import reader as sources
-from converter.tensors.base import ByteRange, TensorInfo
-from converter.tensors.reader import SourceFiles, read_chunks, read_range
+from converter.tensors import view as views_module
+from converter.tensors.base import ByteRange, Tensor, TensorSpec
+from converter.tensors.reader import CrcPart, RangeReader, read_chunks
+from converter.tensors.view import View
 
 PT = {"format": "pt"}
 GATHERED = [dtype for dtype in DTYPES.values() if dtype.torch_name]
@@ -54,7 +54,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def small_buffers() -> Iterator[None]:
     """Gather with small buffers: thousands of pieces are read here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "GATHER_NBYTES", 1 << 12)
+        patch.setattr(views_module, "GATHER_NBYTES", 1 << 12)
         yield
 
 
@@ -88,21 +88,20 @@ def rearranged(draw: st.DrawFn) -> tuple[DType, torch.Tensor, torch.Tensor]:
     return dtype, base, view.expand(draw(st.integers(1, 3)), *view.shape)
 
 
-def describe(path: Path, dtype: DType, base: torch.Tensor, view: torch.Tensor) -> TensorInfo:
+def describe(path: Path, dtype: DType, base: torch.Tensor, view: torch.Tensor) -> View:
     """Write a storage with something before it, and describe a view of it."""
     path.write_bytes(b"before" + base.numpy().tobytes())
-    return TensorInfo(
-        "x", dtype, tuple(view.shape), ByteRange(ref_to(path), 6, base.nbytes), view.storage_offset(), view.stride()
-    )
+    record = ByteRange(ref_to(path), 6, base.nbytes)
+    return View(dtype, tuple(view.shape), record, view.storage_offset(), view.stride())
 
 
 def bytes_of(view: torch.Tensor) -> bytes:
     return view.contiguous().numpy().tobytes()
 
 
-def read_all(info: TensorInfo, buffer_nbytes: int) -> bytes:
-    with SourceFiles() as files:
-        return b"".join(map(bytes, read_chunks(info, files, bytearray(buffer_nbytes))))
+def read_all(view: View, buffer_nbytes: int) -> bytes:
+    with RangeReader() as reader:
+        return b"".join(map(bytes, read_chunks(view, reader, bytearray(buffer_nbytes))))
 
 
 @pytest.fixture(scope="class", params=[None, 64, 1])
@@ -110,7 +109,7 @@ def slab_nbytes(request: pytest.FixtureRequest) -> Iterator[None]:
     """Cut blocks of any size: what a slab takes decides between one read and many."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param:
-            patch.setattr(sources, "_SLAB_NBYTES", request.param)
+            patch.setattr(views_module, "_SLAB_NBYTES", request.param)
         yield
 
 
@@ -128,11 +127,12 @@ class TestGather:
         self, scratch: Path, drawn: tuple[DType, torch.Tensor, torch.Tensor], data: st.DataObject
     ) -> None:
         info = describe(scratch / "storage", *drawn)
-        begin = data.draw(st.integers(0, info.numel)) * info.dtype.itemsize
-        end = data.draw(st.integers(begin // info.dtype.itemsize, info.numel)) * info.dtype.itemsize
+        size, numel = info.dtype.itemsize, drawn[2].numel()
+        begin = data.draw(st.integers(0, numel)) * size
+        end = data.draw(st.integers(begin // size, numel)) * size
         part = bytearray(end - begin)
-        with SourceFiles() as files:
-            read_range(info, files, begin, memoryview(part))
+        with RangeReader() as reader:
+            info.read(begin, memoryview(part), reader)
         assert part == bytes_of(drawn[2])[begin:end]
 
 
@@ -170,12 +170,12 @@ def test_a_source_that_becomes_shorter(tmp_path: Path, view: torch.Tensor) -> No
 # Pieces
 
 
-def shard_of(tensors: Sequence[TensorInfo], form: Format = "safetensors") -> Shard:
+def shard_of(tensors: Sequence[Tensor], form: Format = "safetensors") -> Shard:
     """Plan one file."""
-    layout = FORMATS[form].lay_out([(info.name, info.dtype, info.shape) for info in tensors], {}, {})
+    layout = FORMATS[form].lay_out([TensorSpec(one.name, one.dtype, one.shape) for one in tensors], {}, {})
     ordered = [tensors[place] for place in layout.order]
-    copies = tuple(Copy(info, info.dtype, offset) for info, offset in zip(ordered, layout.offsets, strict=True))
-    return Shard("model", form, layout.header, copies, layout.nbytes, {})
+    planned = tuple(PlannedTensor(one, offset) for one, offset in zip(ordered, layout.offsets, strict=True))
+    return Shard("model", form, layout.header, planned, layout.nbytes, {})
 
 
 @st.composite
@@ -217,8 +217,8 @@ def test_pieces_cover_each_byte_once(scratch: Path, state: dict[str, torch.Tenso
     for piece in pieces:
         assert 0 < piece.nbytes <= piece_nbytes
         for step in piece.steps:
-            assert step.copy.offset + step.begin == place
-            assert step.begin % step.copy.dtype.itemsize == step.end % step.copy.dtype.itemsize == 0
+            assert step.offset + step.begin == place
+            assert step.begin % step.tensor.dtype.itemsize == step.end % step.tensor.dtype.itemsize == 0
             place += step.end - step.begin
     assert place == shard.nbytes
 
@@ -250,15 +250,14 @@ def test_pieces_in_any_order_make_a_file_that_torch_reads(
     order.shuffle(pieces)
     for piece in pieces:
         for step in piece.steps:
-            assert step.begin % step.copy.dtype.itemsize == step.end % step.copy.dtype.itemsize == 0
+            assert step.begin % step.tensor.dtype.itemsize == step.end % step.tensor.dtype.itemsize == 0
         write_piece(piece, chunk_nbytes)
     right = described_by_safetensors(state)
-    tensors = [(copy.source.name, copy.dtype, copy.source.shape) for copy in shard.copies]
     frame = FORMATS["torch"].frame
     assert frame
     with open_staged(place_of(path)) as file:
-        for offset, raw in frame(tensors, {}, [zlib.crc32(content) for _, _, content in right.values()]):
-            file.write(offset, memoryview(raw))
+        for offset, piece in frame(shard.specs, {}, [zlib.crc32(content) for _, _, content in right.values()]):
+            file.write(offset, memoryview(piece))
     assert path.stat().st_size == shard.nbytes
     assert described_by_torch(path) == right
     with zipfile.ZipFile(path) as archive:
@@ -271,20 +270,27 @@ def test_every_record_is_checked_whole_or_in_parts_that_make_a_whole(
 ) -> None:
     shard, path, _ = stage(scratch, state)
     raw = (scratch / "model.bin").read_bytes()
-    read_again = records_to_check([copy.source for copy in shard.copies])
-    pieces = cut(shard, path, piece_nbytes)
-    parts = [part for piece in pieces for part in write_piece(piece, chunk_nbytes).read]
+    sums = [write_piece(piece, chunk_nbytes).read for piece in cut(shard, path, piece_nbytes)]
+    parts = [part for one in sums for part in one.parts]
     for part in parts:
         begin = part.of.offset + part.begin
         assert part.crc32 == zlib.crc32(raw[begin : begin + part.nbytes])
-    for record in {copy.source.storage for copy in shard.copies if copy.source.storage.nbytes}:
-        covering = [
-            copy.source for copy in shard.copies if copy.source.storage == record and covers_record(copy.source)
-        ]
-        assert (record in read_again) == (not covering)
-        steps = [step for piece in pieces for step in piece.steps if step.copy.source in covering]
-        of_record = {(part.begin, part.nbytes) for part in parts if part.of == record}
-        assert of_record == {(step.begin, step.end - step.begin) for step in steps} - {(0, record.nbytes)}
+    checked = {record for one in sums for record in one.checked} | {
+        record for record in {part.of for part in parts} if joined(record, parts) == record.nbytes
+    }
+    views = [tensor.source for tensor, _ in shard.tensors]
+    for record in {view.storage for view in views if view.storage.nbytes}:
+        # Views that read it from its begin to its end.
+        whole = [view for view in views if view.storage == record and view.is_contiguous and not view.start]
+        assert not any(view.dtype.nbytes(math.prod(view.shape)) == record.nbytes for view in whole) or record in checked
+
+
+def joined(record: ByteRange, parts: Sequence[CrcPart]) -> int:
+    """Give how many bytes of a record its parts cover from its begin on."""
+    nbytes = 0
+    for part in sorted((part for part in parts if part.of == record), key=lambda part: part.begin):
+        nbytes += part.nbytes if part.begin == nbytes else 0
+    return nbytes
 
 
 @given(state_dicts(), PIECES, CHUNKS)
@@ -295,21 +301,22 @@ def test_checksums_of_what_is_written_are_of_the_file(
     pieces = cut(dataclasses.replace(shard, format="torch"), path, piece_nbytes)
     parts = [part for piece in pieces for part in write_piece(piece, chunk_nbytes).written]
     for part in parts:
-        begin = part.of.offset + part.begin
+        begin = part.offset + part.begin
         assert part.crc32 == zlib.crc32(expected[begin : begin + part.nbytes])
-    steps = [(step.copy.offset, step.begin, step.end - step.begin) for piece in pieces for step in piece.steps]
-    assert [(part.of.offset, part.begin, part.nbytes) for part in parts] == steps
+    steps = [(step.offset, step.begin, step.end - step.begin) for piece in pieces for step in piece.steps]
+    assert [(part.offset, part.begin, part.nbytes) for part in parts] == steps
 
 
 @pytest.mark.parametrize("chunk_nbytes", [16, 48, 1 << 18])
 def test_a_record_is_checked_by_reading_it(tmp_path: Path, chunk_nbytes: int) -> None:
     path = tmp_path / "record"
     path.write_bytes(b"before" + bytes(range(100)) + b"after")
-    check_record(ByteRange(ref_to(path), 6, 100, zlib.crc32(bytes(range(100)))), chunk_nbytes)
+    file = ref_to(path)
+    check_record(ByteRange(file, 6, 100, zlib.crc32(bytes(range(100)))), chunk_nbytes)
     with pytest.raises(BadFile, match="CRC32"):
-        check_record(ByteRange(ref_to(path), 7, 100, zlib.crc32(bytes(range(100)))), chunk_nbytes)
+        check_record(ByteRange(file, 7, 100, zlib.crc32(bytes(range(100)))), chunk_nbytes)
     with pytest.raises(BadFile, match="shorter"):
-        check_record(ByteRange(ref_to(path), 50, 100, 1), chunk_nbytes)
+        check_record(ByteRange(file, 50, 100, 1), chunk_nbytes)
 
 
 @given(state_dicts(), PIECES, CHUNKS, st.integers(0, 2**64))
@@ -322,9 +329,9 @@ def test_what_an_earlier_run_left_is_put_right(
         left[place] ^= 0x55
     path.write_bytes(left)
     pieces = cut(shard, path, piece_nbytes)
-    parts = [part for piece in pieces for part in rewrite_piece(piece, chunk_nbytes).read]
+    parts = [rewrite_piece(piece, chunk_nbytes).read for piece in pieces]
     assert path.read_bytes() == expected
-    assert parts == [part for piece in pieces for part in write_piece(piece, chunk_nbytes).read]
+    assert parts == [write_piece(piece, chunk_nbytes).read for piece in pieces]
 
 
 def test_the_checksum_of_a_whole_record_is_checked_at_once(tmp_path: Path) -> None:
@@ -448,10 +455,10 @@ def test_many_deflated_records_take_the_memory_of_one(tmp_path: Path) -> None:
     rezip(path, compression=zipfile.ZIP_DEFLATED)
     tensors = read_file(path).tensors
     buffer = bytearray(4096)
-    with SourceFiles() as files:
+    with RangeReader() as reader:
         tracemalloc.start()
         for info in tensors:
-            for _ in read_chunks(info, files, buffer):
+            for _ in read_chunks(info.source, reader, buffer):
                 pass
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -466,7 +473,7 @@ def test_two_deflated_archives_are_read_side_by_side(tmp_path: Path) -> None:
         torch.save(state, path)
         infos += read_file(rezip(path, compression=zipfile.ZIP_DEFLATED)).tensors
     expected = state["w"].numpy().tobytes()
-    with SourceFiles() as files:
-        views = [read_chunks(info, files, bytearray(8192)) for info in infos]
+    with RangeReader() as reader:
+        views = [read_chunks(info.source, reader, bytearray(8192)) for info in infos]
         parts = [(bytes(a), bytes(b)) for a, b in zip(*views, strict=True)]
     assert b"".join(a for a, _ in parts) == b"".join(b for _, b in parts) == expected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +11,12 @@ from hypothesis import strategies as st
 from support.tiny import ref_to
 
 from converter.dtypes import DTYPES
-from converter.tensors.base import ByteRange, TensorInfo, contiguous_strides, find_ties
+from converter.tensors.base import ByteRange, Tensor, find_ties
+from converter.tensors.view import View, contiguous_strides
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
-RECORD = ByteRange(ref_to(Path("model.bin")), 64, 4096)
+FILE = ref_to("model.bin")
+RECORD = ByteRange(FILE, 64, 4096)
 
 
 def info(
@@ -25,10 +26,18 @@ def info(
     name: str = "x",
     tag: str = "F32",
     storage: ByteRange = RECORD,
-) -> TensorInfo:
-    return TensorInfo(
-        name, DTYPES[tag], shape, storage, start, contiguous_strides(shape) if strides is None else strides
-    )
+) -> Tensor:
+    return Tensor(name, view(shape, strides, start, tag, storage))
+
+
+def view(
+    shape: tuple[int, ...] = (2, 3),
+    strides: tuple[int, ...] | None = None,
+    start: int = 0,
+    tag: str = "F32",
+    storage: ByteRange = RECORD,
+) -> View:
+    return View(DTYPES[tag], shape, storage, start, contiguous_strides(shape) if strides is None else strides)
 
 
 @st.composite
@@ -46,17 +55,17 @@ def test_contiguous_strides_are_torchs(shape: tuple[int, ...]) -> None:
 
 
 @given(views())
-def test_contiguous_means_what_it_means_in_torch(view: torch.Tensor) -> None:
-    assert info(tuple(view.shape), view.stride()).is_contiguous == view.is_contiguous()
+def test_contiguous_means_what_it_means_in_torch(drawn: torch.Tensor) -> None:
+    assert view(tuple(drawn.shape), drawn.stride()).is_contiguous == drawn.is_contiguous()
 
 
 @given(views())
-def test_the_span_reaches_from_the_first_to_the_last_element(view: torch.Tensor) -> None:
+def test_the_span_reaches_from_the_first_to_the_last_element(drawn: torch.Tensor) -> None:
     places = [
-        sum(place * stride for place, stride in zip(index, view.stride(), strict=True))
-        for index in itertools.product(*map(range, view.shape))
+        sum(place * stride for place, stride in zip(index, drawn.stride(), strict=True))
+        for index in itertools.product(*map(range, drawn.shape))
     ]
-    assert info(tuple(view.shape), view.stride()).span == (max(places) + 1 if places else 0)
+    assert view(tuple(drawn.shape), drawn.stride()).span == (max(places) + 1 if places else 0)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +95,7 @@ def test_the_very_same_view_is_a_tie_to_the_first_name() -> None:
     ],
     ids=["start", "shape", "dims", "strides", "dtype", "record", "file"],
 )
-def test_what_differs_in_anything_is_no_tie(other: TensorInfo) -> None:
+def test_what_differs_in_anything_is_no_tie(other: Tensor) -> None:
     assert find_ties([info(name="x"), other._replace(name="y")]) == {}
 
 
@@ -101,9 +110,7 @@ def test_ties_are_found_where_torch_says_they_are() -> None:
         "g": base.view(3, 4).t(), "h": base.clone(), "i": base.expand(2, 12), "j": base.expand(2, 12),
     }  # fmt: skip
     seen = {
-        name: info(
-            tuple(t.shape), t.stride(), t.storage_offset(), name, storage=ByteRange(ref_to(Path()), address_of(t), 48)
-        )
+        name: info(tuple(t.shape), t.stride(), t.storage_offset(), name, storage=ByteRange(FILE, address_of(t), 48))
         for name, t in state.items()
     }
     assert find_ties(seen.values()) == {"b": "a", "d": "c", "g": "f", "j": "i"}
@@ -113,7 +120,7 @@ def address_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize(("value", "field"), [(info(), "start"), (RECORD, "offset")])
+@pytest.mark.parametrize(("value", "field"), [(info(), "name"), (view(), "start"), (RECORD, "offset")])
 def test_what_exists_does_not_change(value: object, field: str) -> None:
     with pytest.raises(AttributeError):
         setattr(value, field, 1)

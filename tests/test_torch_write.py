@@ -20,7 +20,7 @@ from converter.dtypes import DTYPES as DTYPES_BY_TAG
 from converter.errors import HostileFile
 from converter.formats.torch.rebuild import parse_pickle
 from converter.formats.torch.writer import build_pickle, frame, lay_out
-from converter.tensors.base import Described
+from converter.tensors.base import TensorSpec
 
 State = dict[str, torch.Tensor]
 
@@ -113,7 +113,7 @@ def test_ties_across_shards_stay_in_the_shard_of_what_they_name(wconv, tmp_path)
 # The archive.
 
 
-def described(count: int, *shapes: tuple[int, ...], name: str = "layers.%d.weight") -> list[Described]:
+def described(count: int, *shapes: tuple[int, ...], name: str = "layers.%d.weight") -> list[TensorSpec]:
     dtypes = [DTYPES_BY_TAG["F32"], DTYPES_BY_TAG["U16"], DTYPES_BY_TAG["F32"]]
     return [(name % place, dtypes[place % 3], (shapes or ((2, 2), (3,)))[place % (len(shapes) or 2)])
             for place in range(count)]  # fmt: skip

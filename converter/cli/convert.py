@@ -14,7 +14,8 @@ from converter.cli.output import open_meter, plan_as_json, show_json, show_plan,
 from converter.models.select import Wishes
 from converter.plan.make import Plan
 from converter.recipes.convert import prepare
-from converter.run.execute import DEFAULT_MEMORY_NBYTES, Result, default_workers, peak_buffer_nbytes, run_plan
+from converter.run.execute import Result, default_workers, peak_buffer_nbytes, run_plan
+from converter.run.tasks import DEFAULT_MEMORY_NBYTES
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 

@@ -82,7 +82,7 @@ def _describe(component: Component, checkpoint: Checkpoint, with_tensors: bool) 
     }
     if with_tensors:
         content["all_tensors"] = [
-            {"name": i.name, "dtype": i.dtype.tag, "shape": list(i.shape), "file": i.storage.file.place.name}
+            {"name": i.name, "dtype": i.dtype.tag, "shape": list(i.shape), "file": i.file.name if i.file else ""}
             for i in tensors
         ]
     return content

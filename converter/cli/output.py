@@ -140,7 +140,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 def show_plan(plan: Plan, memory_nbytes: int) -> None:
     """Print what a plan would write, and what that takes."""
-    rows = [(shard.path, str(len(shard.copies)), show_bytes(shard.nbytes)) for shard in plan.shards]
+    rows = [(shard.path, str(len(shard.tensors)), show_bytes(shard.nbytes)) for shard in plan.shards]
     rows += [(name, "", show_bytes(len(content))) for name, content in plan.texts]
     echo(f"Would write into {plan.target.folder}:\n")
     show_table(("file", "tensors", "size"), rows)

@@ -12,8 +12,9 @@ from converter.doctor.undo import check_left
 from converter.doctor.view import FolderView, look
 from converter.errors import LossyCast
 from converter.models.hub_cache import refuse_cache
-from converter.run.execute import Progress, run_plan
+from converter.run.execute import run_plan
 from converter.run.staging import recover
+from converter.run.tasks import Progress
 from converter.storage.local import as_path
 
 __all__ = ["Choices", "Diagnosis", "Finding", "Mending", "diagnose", "finish_mending", "mend", "plan_mending"]

@@ -16,16 +16,16 @@ from converter.doctor.view import LENIENT, ComponentView, FolderView, SetView
 from converter.errors import Unsupported
 from converter.libraries.rules import refuse_growth
 from converter.models.checkpoint import open_checkpoint
-from converter.run.execute import run_tasks
-from converter.tensors.base import TensorInfo, find_ties
-from converter.tensors.reader import SourceFiles, read_chunks
+from converter.run.tasks import run_tasks
+from converter.tensors.base import Tensor, find_ties
+from converter.tensors.reader import RangeReader, read_chunks
 
 
 @dataclass(frozen=True, slots=True)
 class _Values:
     """What the values of one tensor are like. ``digest`` is of its bytes."""
 
-    info: TensorInfo
+    info: Tensor
     nans: int
     infinite: int
     is_zero: bool
@@ -66,14 +66,14 @@ def _check_values(part: ComponentView, found: SetView) -> Iterator[Finding]:
             yield Finding(code, found.folder / found.label, part.name, problem)
 
 
-def _look_at(info: TensorInfo, chunk_nbytes: int) -> _Values:
+def _look_at(info: Tensor, chunk_nbytes: int) -> _Values:
     from converter.tensors.kernels import count_odd
 
     nans = infinite = 0
     is_zero = True
     digest = hashlib.blake2b(digest_size=16)
-    with SourceFiles() as sources:
-        for chunk in read_chunks(info, sources, bytearray(chunk_nbytes)):
+    with RangeReader() as reader:
+        for chunk in read_chunks(info.source, reader, bytearray(chunk_nbytes)):
             odd = count_odd(chunk, info.dtype)
             nans, infinite, is_zero = nans + odd[0], infinite + odd[1], is_zero and not odd[2]
             digest.update(chunk)

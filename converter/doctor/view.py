@@ -321,7 +321,7 @@ def _read(path: Path) -> FileView:
         return FileView(path.name, nbytes, error=error)
     except OSError as error:
         return FileView(path.name, nbytes, error=BadFile(path, f"cannot be read ({error.strerror})"))
-    storages = {info.storage for info in file.tensors}
+    storages = {storage for info in file.tensors for storage in info.source.inputs()}
     return FileView(
         path.name,
         nbytes,

@@ -10,7 +10,7 @@ from converter.formats import safetensors, training
 from converter.formats.torch import archive, legacy, writer
 from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.storage import OpenFile, Place
-from converter.tensors.base import Described, Layout, WeightsFile
+from converter.tensors.base import Layout, TensorSpec, WeightsFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class FormatRow:
     name: str
     matches: Callable[[bytes], bool]
     read_file: Callable[[OpenFile, Reading], WeightsFile]
-    lay_out: Callable[[Sequence[Described], Mapping[str, str], Mapping[str, str]], Layout] | None = None
-    frame: Callable[[Sequence[Described], Mapping[str, str], Sequence[int]], Iterable[tuple[int, bytes]]] | None = None
+    lay_out: Callable[[Sequence[TensorSpec], Mapping[str, str], Mapping[str, str]], Layout] | None = None
+    frame: Callable[[Sequence[TensorSpec], Mapping[str, str], Sequence[int]], Iterable[tuple[int, bytes]]] | None = None
 
 
 _HEAD_NBYTES = 512

@@ -1,4 +1,4 @@
-"""The safetensors format: header bytes to TensorInfos and back.
+"""The safetensors format: header bytes to Tensors and back.
 
 The file is an 8-byte little-endian length, that much JSON, and the data. Reading is as strict as the reference reader
 (``Metadata::validate`` in its ``safetensors/src/tensor.rs``) and stricter where two readers could disagree: a name
@@ -24,12 +24,12 @@ from converter.tensors.base import (
     MAX_NAME,
     MAX_TENSORS,
     ByteRange,
-    Described,
     Layout,
-    TensorInfo,
+    Tensor,
+    TensorSpec,
     WeightsFile,
-    contiguous_strides,
 )
+from converter.tensors.view import View, contiguous_strides
 
 MAX_HEADER_NBYTES = 100_000_000  # same cap as the reference reader
 METADATA_KEY = "__metadata__"
@@ -83,7 +83,7 @@ def _check_sizes(header: Collection[str], metadata: Mapping[str, str], place: Pl
         raise HostileFile(place, f"the __metadata__ of its header is longer than {_MAX_METADATA:,} characters")
 
 
-def _parse_tensor(name: str, entry: Any, data_offset: int, file: FileRef) -> TensorInfo:
+def _parse_tensor(name: str, entry: Any, data_offset: int, file: FileRef) -> Tensor:
     try:
         tag, sizes, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         shape = tuple(sizes)
@@ -106,7 +106,7 @@ def _parse_tensor(name: str, entry: Any, data_offset: int, file: FileRef) -> Ten
         problem = f"tensor {name!r} has {end - begin:,} bytes, its shape {list(shape)} takes {bits // 8:,}"
         raise BadFile(file.place, problem)
     storage = ByteRange(file, data_offset + begin, end - begin)
-    return TensorInfo(name, dtype, shape, storage, 0, strides)
+    return Tensor(name, View(dtype, shape, storage, 0, strides))
 
 
 @lru_cache(1024)  # most tensors have one of a few shapes
@@ -115,9 +115,9 @@ def _measure(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
     return math.prod(shape), math.prod(length or 1 for length in shape), contiguous_strides(shape)
 
 
-def _check_layout(tensors: Iterable[TensorInfo], data_offset: int, file_nbytes: int, place: Place) -> None:
+def _check_layout(tensors: Iterable[Tensor], data_offset: int, file_nbytes: int, place: Place) -> None:
     end = data_offset
-    for offset, nbytes, name in sorted([(info.storage.offset, info.storage.nbytes, info.name) for info in tensors]):
+    for offset, nbytes, name in sorted(_places_of(tensors)):
         if offset != end:
             raise BadFile(place, f"tensor {name!r} leaves a gap, or overlaps another")
         end += nbytes
@@ -125,7 +125,11 @@ def _check_layout(tensors: Iterable[TensorInfo], data_offset: int, file_nbytes: 
         raise BadFile(place, f"its tensors end at byte {end:,}, the file has {file_nbytes:,}", _INCOMPLETE)
 
 
-def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mapping[str, str]) -> Layout:
+def _places_of(tensors: Iterable[Tensor]) -> list[tuple[int, int, str]]:
+    return [(storage.offset, storage.nbytes, name) for name, source, _ in tensors for storage in source.inputs()]
+
+
+def lay_out(tensors: Sequence[TensorSpec], ties: Mapping[str, str], notes: Mapping[str, str]) -> Layout:
     """Lay tensors out as the reference writer does (``prepare`` in its ``tensor.rs``); ties are noted in the header.
 
     Raises ValueError for a name that it cannot hold.
@@ -139,7 +143,7 @@ def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mappin
     return Layout(header, tuple(order), tuple(offsets), nbytes)
 
 
-def build_header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> bytes:
+def build_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """Spell the header, length included, of a file that holds these tensors in this order; raises ValueError."""
     if not all(map(_is_text, itertools.chain(metadata, metadata.values()))):
         raise ValueError("has ties or notes with a name of half a character, which no safetensors file can hold")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from converter.errors import SystemRefused, TrainingPiece, Where
 from converter.formats.torch.rebuild import TensorRef
 from converter.storage import Place
-from converter.tensors.base import TensorInfo, WeightsFile
+from converter.tensors.base import Tensor, WeightsFile
 
 _TO_FP32 = "'python zero_to_fp32.py CHECKPOINT OUT', a script that DeepSpeed puts beside it, makes weights of it."
 _DCP = (
@@ -111,7 +111,7 @@ def check_content(file: WeightsFile) -> None:
         raise TrainingPiece(file.place, f"{problem}, such as {emptied[0]!r}", f"Of the checkpoint {_TO_FP32}")
 
 
-def find_emptied(tensors: Iterable[TensorInfo]) -> list[str]:
+def find_emptied(tensors: Iterable[Tensor]) -> list[str]:
     """Name weights of the one shape ``[0]``, which ZeRO-3 leaves of what it has moved away; none if it is but one."""
     found = [info.name for info in tensors if info.shape == (0,) and info.name.endswith("weight")]
     return found if len(found) > 1 else []

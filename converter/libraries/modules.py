@@ -15,7 +15,7 @@ from typing import NamedTuple
 from converter.errors import Unsupported
 from converter.libraries.ask import LibraryMissing, ask_class
 from converter.models.folder import Component
-from converter.tensors.base import TensorInfo
+from converter.tensors.base import Tensor
 
 _WEIGHT = ".weight"
 
@@ -95,7 +95,7 @@ _TABLE = (
 )
 
 
-def find_linears(component: Component, tensors: Iterable[TensorInfo]) -> Linears:
+def find_linears(component: Component, tensors: Iterable[Tensor]) -> Linears:
     """Say which of a component's modules are linear; all are ``unknown`` where neither table nor library knows."""
     matrices = [info.name for info in tensors if len(info.shape) == 2 and info.name.endswith(_WEIGHT)]
     found = _by_table(component.class_name, matrices)

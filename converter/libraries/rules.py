@@ -18,7 +18,7 @@ from converter.models.folder import Component, ModelFolder
 from converter.models.names import Format, WeightsName
 from converter.models.schemes import Quantized, find_belongings, find_quantized
 from converter.models.select import Tied, Wishes
-from converter.tensors.base import TensorInfo
+from converter.tensors.base import Tensor
 from converter.tensors.base import find_ties as find_equal_views
 
 # Renamed on load, but only where the checkpoint is one file (``_fix_state_dict_keys_on_load`` and its call in
@@ -132,7 +132,7 @@ def check_asked(path: Path, checkpoints: Iterable[Checkpoint], wishes: Wishes) -
     if wishes.keep_fp32 and wishes.dtype is None:
         raise BadRequest(path, "is not cast, and --keep-fp32 is for casts", "Leave it out, or say which --dtype.")
     infos = (info for checkpoint in checkpoints for info in checkpoint.tensors) if wishes.keep_fp32 else ()
-    names = [info.name for info in infos if info.target is None and info.dtype.tag in RECAST_SOURCES]
+    names = [info.name for info in infos if not info.is_made and info.dtype.tag in RECAST_SOURCES]
     for regex in wishes.keep_fp32:
         if not any(map(compiled(regex).search, names)):
             problem = f"has no tensor to be cast whose name holds {regex!r}, as --keep-fp32 has it"
@@ -163,11 +163,9 @@ def check_tag(path: Path, name: WeightsName, written: Iterable[DType], wishes: W
     raise BadRequest(path, f"would be named {name.variant} and hold {held}", advice)
 
 
-def target_dtype(info: TensorInfo, wishes: Wishes, keep: Callable[[str], bool]) -> DType:
+def target_dtype(info: Tensor, wishes: Wishes, keep: Callable[[str], bool]) -> DType:
     """Give the dtype in which a tensor is written; integers, booleans and packed floats stay as they are."""
-    if info.target is not None:
-        return info.target
-    if wishes.dtype is None or info.dtype.tag not in RECAST_SOURCES:
+    if wishes.dtype is None or info.is_made or info.dtype.tag not in RECAST_SOURCES:
         return info.dtype
     if keep(info.name):
         return DTYPES["F32"]
@@ -196,46 +194,50 @@ def check_quantized(component: Component, checkpoint: Checkpoint, wishes: Wishes
 
 def quantized_in(checkpoint: Checkpoint) -> list[Quantized]:
     """List the weights of a checkpoint that other tensors scale, but for those that are written as numbers again."""
-    return find_quantized({info.name: info.dtype for info in checkpoint.tensors if info.target is None})
+    return find_quantized({info.name: info.dtype for info in checkpoint.tensors if not info.is_made})
 
 
-def check_growth(checkpoint: Checkpoint, written: Sequence[TensorInfo], wishes: Wishes) -> tuple[str, ...]:
+def check_growth(checkpoint: Checkpoint, written: Sequence[Tensor], wishes: Wishes) -> tuple[str, ...]:
     """Note how much more the tensors that are written take than what holds them; refuse what would fill a disk.
 
     A tensor that ``torch.Tensor.expand`` made holds its elements many times over, and each is written.
     """
-    views = [info for info in written if info.storage.content is None]
+    read = [tensor for tensor in written if not tensor.is_made]
     if not wishes.expand:
-        refuse_growth(checkpoint.weight_set.path, views)
-    more = [info.nbytes - info.storage.nbytes for info in views if info.nbytes > info.storage.nbytes]
+        refuse_growth(checkpoint.weight_set.path, read)
+    more = [tensor.nbytes - held for tensor in read if tensor.nbytes > (held := _held_nbytes(tensor))]
     if sum(more) < _NOTED_GROWTH_NBYTES:
         return ()
     return (f"its expanded tensors take {sum(more):,} bytes more than in the source",)
 
 
-def refuse_growth(path: Path, views: Sequence[TensorInfo]) -> None:
+def refuse_growth(path: Path, tensors: Sequence[Tensor]) -> None:
     """Raise Unsupported for tensors that take far more when they are read in full than what holds them."""
-    error = find_growth(path, views)
+    error = find_growth(path, tensors)
     if error:
         raise error
 
 
-def find_growth(path: Path, views: Sequence[TensorInfo]) -> Unsupported | None:
+def find_growth(path: Path, tensors: Sequence[Tensor]) -> Unsupported | None:
     """Give the error for tensors that take far more when they are read in full than what holds them."""
-    nbytes = sum(info.nbytes for info in views)
+    nbytes = sum(tensor.nbytes for tensor in tensors)
     if nbytes <= MAX_GROWTH_NBYTES:
         return None
-    held = {info.storage: info.storage.packed_nbytes or info.storage.nbytes for info in views}
+    held = {storage: storage.stored_nbytes for tensor in tensors for storage in tensor.source.inputs()}
     source_nbytes = sum(held.values())
     if nbytes - source_nbytes > max(MAX_GROWTH_NBYTES, MAX_GROWTH * source_nbytes):
-        largest = max(views, key=lambda info: info.nbytes - held[info.storage])
+        largest = max(tensors, key=lambda tensor: tensor.nbytes - _held_nbytes(tensor, stored=True))
         return Unsupported(
             path,
             f"holds {source_nbytes:,} bytes of tensors, which would come out as {nbytes:,}: the largest is "
-            f"{largest.name!r}, of {largest.nbytes:,} bytes in {held[largest.storage]:,}",
+            f"{largest.name!r}, of {largest.nbytes:,} bytes in {_held_nbytes(largest, stored=True):,}",
             "'wconv to-safetensors --expand' writes them in full.",
         )
     return None
+
+
+def _held_nbytes(tensor: Tensor, stored: bool = False) -> int:
+    return sum(storage.stored_nbytes if stored else storage.nbytes for storage in tensor.source.inputs())
 
 
 def check_shard_count(

@@ -20,7 +20,7 @@ from converter.models.index import WeightIndex, read_index
 from converter.models.names import ParsedName, WeightsName, is_other_runtime, is_training_state, parse_name
 from converter.storage import place_of
 from converter.storage.local import as_path
-from converter.tensors.base import MAX_TENSORS, TensorInfo, WeightsFile
+from converter.tensors.base import MAX_TENSORS, Tensor, WeightsFile
 
 _STANDARD_NAMES = frozenset(
     {
@@ -73,7 +73,7 @@ class Checkpoint:
         return self.files[0].format
 
     @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, in file order."""
         return tuple(itertools.chain.from_iterable(file.tensors for file in self.files))
 

@@ -7,7 +7,6 @@ Printing a Plan is the dry run; pickling it sends it elsewhere.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,20 +32,18 @@ from converter.models.folder import Component, ModelFolder, render_json
 from converter.models.index import WeightIndex
 from converter.models.names import Format, WeightsName
 from converter.models.select import Wishes
+from converter.storage import Place
 from converter.storage.local import real
-from converter.tensors.base import TensorInfo
+from converter.tensors.base import Tensor, TensorSpec
+from converter.tensors.derived import cast
+from converter.tensors.view import View
 
 
-class Copy(NamedTuple):
-    """One tensor's way: from its source to ``offset`` of the file it goes to, as ``dtype``."""
+class PlannedTensor(NamedTuple):
+    """A tensor as it is written, at ``offset`` of its file."""
 
-    source: TensorInfo
-    dtype: DType
+    tensor: Tensor
     offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.nbytes(math.prod(self.source.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +58,15 @@ class Shard:
     path: str
     format: Format
     header: bytes
-    copies: tuple[Copy, ...]
+    tensors: tuple[PlannedTensor, ...]
     nbytes: int
     ties: Mapping[str, str]
     link: Path | None = None
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The tensors as a header describes them."""
+        return [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor, _ in self.tensors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class SetPlan:
 
     @property
     def tensor_count(self) -> int:
-        return sum(len(shard.copies) for shard in self.shards)
+        return sum(len(shard.tensors) for shard in self.shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,14 +262,14 @@ def _is_there(planned: SetPlan, checkpoint: Checkpoint, existing: Sequence[Weigh
     """
     if planned.source not in existing or planned.source.is_legacy:
         return False
-    before = [{info.name for info in file.tensors} for file in checkpoint.files]
-    after = [{copy.source.name for copy in shard.copies} | shard.ties.keys() for shard in planned.shards]
-    return before == after and not any(casts(shard) for shard in planned.shards)
+    before = [{tensor.name for tensor in file.tensors} for file in checkpoint.files]
+    after = [{tensor.name for tensor, _ in shard.tensors} | shard.ties.keys() for shard in planned.shards]
+    return before == after and not any(map(computes, planned.shards))
 
 
-def casts(shard: Shard) -> bool:
-    """Say whether a tensor of a shard changes its dtype."""
-    return any(copy.dtype is not copy.source.dtype for copy in shard.copies)
+def computes(shard: Shard) -> bool:
+    """Say whether a tensor of a file has other numbers than those that lie in its source."""
+    return any(tensor.source.computes for tensor, _ in shard.tensors)
 
 
 def _check_collisions(folder: ModelFolder, sets: Sequence[SetPlan]) -> None:
@@ -297,19 +299,22 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     untouched = check_quantized(component, checkpoint, wishes)
     ties = choose_ties(component, checkpoint, name.format, wishes)
     keep = find_kept(component, wishes)
-    casts = {info.name: target_dtype(info, wishes, keep) for info in checkpoint.tensors}
-    casts |= {info.name: info.dtype for info in checkpoint.tensors if info.name in untouched}
-    groups = [[info for info in file.tensors if info.name not in ties] for file in checkpoint.files]
-    growth = check_growth(checkpoint, list(itertools.chain.from_iterable(groups)), wishes)
+    # A tensor in each dtype that it is written in, by name.
+    written = {
+        tensor.name: tensor
+        if tensor.name in untouched
+        else cast(tensor, target_dtype(tensor, wishes, keep), wishes.on_overflow)
+        for tensor in checkpoint.tensors
+    }
+    growth = check_growth(checkpoint, [t for t in checkpoint.tensors if t.name not in ties], wishes)
+    groups = [[written[tensor.name] for tensor in file.tensors if tensor.name not in ties] for file in checkpoint.files]
     if wishes.max_shard_nbytes is not None:
-        tensors = list(itertools.chain.from_iterable(groups))
-        units = _units(tensors)
-        sizes = [sum(casts[info.name].nbytes(info.numel) for info in unit) for unit in units]
-        parts = split_into_shards(sizes, wishes.max_shard_nbytes)
-        groups = [[info for place in part for info in units[place]] for part in parts]
+        units = _units(itertools.chain.from_iterable(groups))
+        parts = split_into_shards([sum(t.nbytes for t in unit) for unit in units], wishes.max_shard_nbytes)
+        groups = [[tensor for place in part for tensor in units[place]] for part in parts]
     groups = [group for group in groups if group] or [[]]
     if wishes.dtype or wishes.variant:
-        check_tag(checkpoint.weight_set.path, name, casts.values(), wishes)
+        check_tag(checkpoint.weight_set.path, name, (t.dtype for t in written.values()), wishes)
     check_shard_count(component, checkpoint, name, len(groups), wishes)
     base = Path(component.name)
     file_names = name.files(len(groups))
@@ -319,7 +324,6 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
             (base / file_name).as_posix(),
             name.format,
             group,
-            casts,
             ties,
             _notes_of(group, checkpoint),
         )
@@ -331,35 +335,33 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     if len(shards) > 1:
         index = ((base / name.index).as_posix(), _build_index(checkpoint, shards, file_names).render())
     kept = {
-        info.name: casts[info.name]
-        for info in checkpoint.tensors
-        if wishes.dtype and info.target is None and casts[info.name] is not wishes.dtype
+        tensor.name: written[tensor.name].dtype
+        for tensor in checkpoint.tensors
+        if wishes.dtype and not tensor.is_made and written[tensor.name].dtype is not wishes.dtype
     }
-    notes = (*checkpoint.notes, *growth, *_note_no_cast(checkpoint, casts, wishes))
+    notes = (*checkpoint.notes, *growth, *_note_no_cast(checkpoint, written, wishes))
     return SetPlan(component.name, checkpoint.weight_set, name, tuple(shards), index, ties, kept, notes)
 
 
-def _note_no_cast(checkpoint: Checkpoint, casts: Mapping[str, DType], wishes: Wishes) -> Iterable[str]:
+def _note_no_cast(checkpoint: Checkpoint, written: Mapping[str, Tensor], wishes: Wishes) -> Iterable[str]:
     """Say so where a recast changes nothing."""
-    if wishes.dtype and all(casts[info.name] is info.dtype for info in checkpoint.tensors):
-        is_there = any(info.dtype is wishes.dtype for info in checkpoint.tensors)
+    if wishes.dtype and all(written[tensor.name] is tensor for tensor in checkpoint.tensors):
+        is_there = any(tensor.dtype is wishes.dtype for tensor in checkpoint.tensors)
         yield f"already {wishes.dtype.short_name}: nothing to cast" if is_there else "holds nothing to cast"
 
 
-def _units(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
-    """Group tensors that must come into one shard: one that stands in no file belongs to the one before it."""
-    units: list[list[TensorInfo]] = []
-    for info in tensors:
-        if info.storage.content is None:
-            units.append([])
-        units[-1].append(info)
-    return units
+def _units(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Group tensors that must come into one file."""
+    units: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        units.setdefault(tensor.beside or tensor.name, []).append(tensor)
+    return list(units.values())
 
 
-def _notes_of(group: Sequence[TensorInfo], checkpoint: Checkpoint) -> dict[str, str]:
+def _notes_of(group: Sequence[Tensor], checkpoint: Checkpoint) -> dict[str, str]:
     """Give the notes of the source's header that go with these tensors: a tie goes with the tensor it names."""
-    mine = {info.name for info in group}
-    others = {info.name for info in checkpoint.tensors} - mine
+    mine = {tensor.name for tensor in group}
+    others = {tensor.name for tensor in checkpoint.tensors} - mine
     return {key: value for key, value in checkpoint.metadata.items() if key != "format" and value not in others}
 
 
@@ -367,53 +369,55 @@ def _plan_shard(
     source: Path,
     path: str,
     form: Format,
-    tensors: Sequence[TensorInfo],
-    casts: Mapping[str, DType],
+    tensors: Sequence[Tensor],
     ties: Mapping[str, str],
     notes: Mapping[str, str],
 ) -> Shard:
-    names = {info.name for info in tensors}
+    names = {tensor.name for tensor in tensors}
     mine = {dropped: kept for dropped, kept in ties.items() if kept in names}
-    described = [(info.name, casts[info.name], info.shape) for info in tensors]
+    specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
     lay_out = FORMATS[form].lay_out
     assert lay_out is not None
     try:
-        layout = lay_out(described, mine, notes)
+        layout = lay_out(specs, mine, notes)
     except ValueError as error:
         problem, *advice = error.args
         raise Unsupported(source, problem, *(advice or ["Rename or recast the tensor before."])) from None
-    copies = (
-        Copy(tensors[place], casts[tensors[place].name], offset)
-        for place, offset in zip(layout.order, layout.offsets, strict=True)
-    )
-    return Shard(path, form, layout.header, tuple(copies), layout.nbytes, mine)
+    planned = (PlannedTensor(tensors[place], at) for place, at in zip(layout.order, layout.offsets, strict=True))
+    return Shard(path, form, layout.header, tuple(planned), layout.nbytes, mine)
 
 
 def _link_if_same(shard: Shard, checkpoint: Checkpoint) -> Shard:
     """Let a shard be linked to a file of the set that it replaces, where it would be the same, byte for byte."""
     for file in checkpoint.files:
-        places = [(copy.source.storage.file.place, copy.source.storage.offset) for copy in shard.copies]
         same_bytes = (
             file.format == shard.format == "safetensors"
-            and places == [(file.place, copy.offset) for copy in shard.copies]
-            and len(places) == len(file.tensors)
+            and len(shard.tensors) == len(file.tensors)
+            and all(_lies_at(tensor, file.place, offset) for tensor, offset in shard.tensors)
             and {"format": "pt", **file.metadata} == file.metadata
-            and not casts(shard)
         )
         if same_bytes:
             return replace(shard, link=file.place.path)
     return shard
 
 
+def _lies_at(tensor: Tensor, file: Place, offset: int) -> bool:
+    """Say whether a tensor of a safetensors file is written where it lies, as it is."""
+    source = tensor.source
+    if not isinstance(source, View) or not source.is_contiguous or source.start:
+        return False
+    return (source.storage.file.place, source.storage.offset) == (file, offset)
+
+
 def _build_index(checkpoint: Checkpoint, shards: Iterable[Shard], file_names: Iterable[str]) -> WeightIndex:
     placed = [(shard, name) for shard, name in zip(shards, file_names, strict=True)]
-    copies = [copy for shard, _ in placed for copy in shard.copies]
+    tensors = [tensor for shard, _ in placed for tensor, _ in shard.tensors]
     metadata = {
-        "total_parameters": sum(copy.source.numel for copy in copies if copy.source.storage.content is None),
+        "total_parameters": sum(tensor.numel for tensor in tensors if tensor.file is not None),
         **checkpoint.index_metadata,
-        "total_size": sum(copy.nbytes for copy in copies),
+        "total_size": sum(tensor.nbytes for tensor in tensors),
     }
-    weight_map = {copy.source.name: name for shard, name in placed for copy in shard.copies}
+    weight_map = {tensor.name: name for shard, name in placed for tensor, _ in shard.tensors}
     aliases = {dropped: name for shard, name in placed if shard.format == "torch" for dropped in shard.ties}
     return WeightIndex({**weight_map, **aliases}, metadata)
 

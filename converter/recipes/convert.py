@@ -21,8 +21,9 @@ from converter.models.names import ParsedName, WeightsName, is_other_file, parse
 from converter.models.select import Wishes, choose_sets
 from converter.plan.make import Beside, Plan, Target, make_plan
 from converter.recipes.outputs import find_difference, open_target, refuse_links
-from converter.run.execute import DEFAULT_MEMORY_NBYTES, Progress, Result, run_plan
+from converter.run.execute import Result, run_plan
 from converter.run.staging import find_strangers, recover
+from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress
 from converter.storage.local import as_path
 from converter.transforms.stable_diffusion import SingleFile
 

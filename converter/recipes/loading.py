@@ -92,8 +92,8 @@ def _lines_of(plan: Plan, planned: SetPlan) -> list[str]:
 
 def _from_pretrained(plan: Plan, sets: Sequence[SetPlan], library: str, name: str, folder: str) -> list[str]:
     variants = sorted(planned.name.variant or "" for planned in sets)
-    copies = (copy for planned in sets for shard in planned.shards for copy in shard.copies)
-    is_int8 = any(copy.dtype.tag == "I8" and copy.source.scales for copy in copies)
+    tensors = (tensor for planned in sets for shard in planned.shards for tensor, _ in shard.tensors)
+    is_int8 = any(tensor.dtype.tag == "I8" and tensor.source.computes for tensor in tensors)
     dtype = plan.wishes.dtype
     arguments = [repr(folder)]
     if variants and variants[0]:

@@ -24,11 +24,11 @@ from converter.models.schemes import LLM_INT8
 from converter.models.select import Wishes, choose_sets, texts_of
 from converter.plan.make import Plan
 from converter.recipes.convert import plan_conversion, plan_rest, refuse_file, request_of
-from converter.run.execute import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.run.staging import recover
+from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.storage import place_of
 from converter.storage.local import as_path
-from converter.tensors.base import TensorInfo, find_ties, turned
+from converter.tensors.base import Tensor, find_ties
 from converter.transforms.quantize.bnb_int8 import (
     check_scales,
     cut_rows,
@@ -180,16 +180,16 @@ class _Scales:
     memory_nbytes: int
     progress: Progress | None
 
-    def find(self, weights: Iterable[TensorInfo]) -> tuple[dict[str, bytes], set[str]]:
+    def find(self, weights: Iterable[Tensor]) -> tuple[dict[str, bytes], set[str]]:
         """Give the scales of each weight by its name, and the names of those that float16 cannot hold."""
         calls = ((find_scales, block, block.nbytes) for info in weights for block in cut_rows(info))
         found: dict[str, bytearray] = {}
         lossy: set[str] = set()
         for block, numbers, are_finite in run_tasks(calls, None, self.workers, self.memory_nbytes, self.progress):
-            scales = found.setdefault(block.info.name, bytearray(4 * block.info.shape[0]))
+            scales = found.setdefault(block.weight.name, bytearray(4 * block.weight.shape[0]))
             scales[4 * block.begin : 4 * block.end] = numbers
             if not are_finite:
-                lossy.add(block.info.name)
+                lossy.add(block.weight.name)
         return {name: bytes(scales) for name, scales in found.items()}, lossy
 
 
@@ -205,7 +205,7 @@ def _quantize(
     weights = {module: name for module, name in {**linears.weights, **linears.unknown}.items() if name}
     wanted, notes = _choose_modules(component, checkpoint, linears, choice)
     views = {
-        module: turned(tensors[weights[module]]) if module in linears.transposed else tensors[weights[module]]
+        module: _transposed(tensors[weights[module]]) if module in linears.transposed else tensors[weights[module]]
         for module in wanted
     }
     check_scales(path, views.values())
@@ -227,7 +227,7 @@ def _quantize(
         raise BadRequest(path, "has no module that would be quantized", "See --include, --skip and --component.")
     chosen = {weights[module]: module for module in wanted}
 
-    def change(info: TensorInfo) -> tuple[TensorInfo, ...]:
+    def change(info: Tensor) -> tuple[Tensor, ...]:
         module = chosen.get(info.name)
         return (info,) if module is None else quantized(views[module], found[info.name])
 
@@ -240,7 +240,11 @@ def _quantize(
     return changed, QuantizedPart(component.name, sizes, skipped)
 
 
-def _int8_nbytes(info: TensorInfo) -> int:
+def _transposed(weight: Tensor) -> Tensor:
+    return weight._replace(source=weight.source.permuted((1, 0)))
+
+
+def _int8_nbytes(info: Tensor) -> int:
     return info.numel + 4 * info.shape[0] + 1
 
 
@@ -366,7 +370,7 @@ def prepare_dequantized(
     def adapt(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
         _refuse_others(checkpoint, component.name in said)
         transposed = find_linears(component, checkpoint.tensors).transposed
-        return component, dequantized(checkpoint, dtype, transposed)
+        return component, dequantized(checkpoint, dtype, transposed, wishes.on_overflow)
 
     def make(wishes: Wishes) -> Plan:
         return plan_conversion(source, output, wishes, choose, adapt)

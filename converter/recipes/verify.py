@@ -20,11 +20,11 @@ from converter.libraries.rules import find_growth
 from converter.models.checkpoint import Checkpoint, WeightSet, open_checkpoint
 from converter.models.folder import Component, open_folder
 from converter.models.select import only_set
-from converter.run.execute import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
+from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.storage.local import as_path
-from converter.tensors.base import TensorInfo, find_ties
-from converter.tensors.reader import GATHER_NBYTES, PIECE_NBYTES, SourceFiles, read_range
-from converter.transforms.quantize.bnb_int8 import dequantized, scales_in
+from converter.tensors.base import Tensor, find_ties
+from converter.tensors.reader import PIECE_NBYTES, RangeReader
+from converter.transforms.quantize.bnb_int8 import WidenedRows, dequantized, scales_in
 
 Kind = Literal["missing", "extra", "shape", "dtype", "values"]
 _KINDS = get_args(Kind)  # in the order of what matters
@@ -87,8 +87,12 @@ class Comparison:
 @dataclass(frozen=True, slots=True)
 class _Pair:
     component: str
-    a: TensorInfo
-    b: TensorInfo
+    a: Tensor
+    b: Tensor
+
+    @property
+    def is_quantized(self) -> bool:
+        return isinstance(self.b.source, WidenedRows)
 
 
 @dataclass(slots=True)
@@ -120,10 +124,10 @@ def verify(
     pairs: list[_Pair] = []
     for component, left, right in _pair_sets(as_path(a), as_path(b), differences, quantized):
         pairs.extend(_pair_tensors(component, left, right, cast or quantized, differences))
-    if quantized and not any(pair.b.scales for pair in pairs):
+    if quantized and not any(pair.is_quantized for pair in pairs):
         raise BadRequest(b, "has no 8-bit weights that A has too", "Leave out --quantized.")
     found: dict[tuple[str, str], list[ValueErrors]] = {}
-    calls = ((_compare_batch, batch, batch.nbytes) for batch in _cut_batches([p for p in pairs if not p.b.scales]))
+    calls = ((_compare_batch, batch, batch.nbytes) for batch in _cut_batches([p for p in pairs if not p.is_quantized]))
     for errors in run_tasks(calls, executor, workers, memory_nbytes, progress):
         for error in errors:
             found.setdefault((error.component, error.name), []).append(error)
@@ -133,7 +137,7 @@ def verify(
         if value.differing:
             detail = f"{value.differing:,} of its values, by up to {value.max_absolute:.3g}"
             differences.append(Difference("values", value.component, value.name, detail))
-    calls_8 = ((_measure_batch, batch, batch.nbytes) for batch in _cut_batches([p for p in pairs if p.b.scales]))
+    calls_8 = ((_measure_batch, batch, batch.nbytes) for batch in _cut_batches([p for p in pairs if p.is_quantized]))
     rounded = _merge_rounding(run_tasks(calls_8, executor, workers, memory_nbytes, progress))
     for one in rounded:
         if one.beyond:
@@ -165,7 +169,7 @@ def holds_values(kept: Checkpoint, gone: Checkpoint) -> bool:
 
 def _pair_sets(
     a: Path, b: Path, differences: list[Difference], quantized: bool
-) -> Iterator[tuple[str, Mapping[str, TensorInfo], Mapping[str, TensorInfo]]]:
+) -> Iterator[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]]:
     left, right = open_folder(a).components, open_folder(b).components
     if len(left) == len(right) == 1:
         yield from _pair_variants(left[0], right[0], differences, quantized)
@@ -182,7 +186,7 @@ def _pair_sets(
 
 def _pair_variants(
     a: Component, b: Component, differences: list[Difference], quantized: bool
-) -> Iterator[tuple[str, Mapping[str, TensorInfo], Mapping[str, TensorInfo]]]:
+) -> Iterator[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]]:
     left, right = _by_variant(a), _by_variant(b)
     if not left.keys() & right.keys() and 1 in (len(left), len(right)):
         # One set under another name: it is meant for the other side's untagged one, or its only one.
@@ -192,7 +196,7 @@ def _pair_variants(
         before, after = open_checkpoint(left[variant]), open_checkpoint(right[variant])
         _refuse_bombs(before, after)
         if quantized and scales_in(after):
-            after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed)
+            after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed, "inf")
         yield label, _by_name(before), _by_name(after)
     for kind, variants in (("missing", left.keys() - right.keys()), ("extra", right.keys() - left.keys())):
         for variant in sorted(variants):
@@ -218,7 +222,7 @@ def _by_variant(component: Component) -> dict[str, WeightSet]:
     return {variant: only_set(component, sets) for variant, sets in variants.items()}
 
 
-def _by_name(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+def _by_name(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     tensors = {info.name: info for info in checkpoint.tensors}
     ties = {dropped: tensors[kept] for dropped, kept in checkpoint.ties.items()}
     return {**ties, **tensors}
@@ -226,8 +230,8 @@ def _by_name(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
 
 def _pair_tensors(
     component: str,
-    a: Mapping[str, TensorInfo],
-    b: Mapping[str, TensorInfo],
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
     cast: bool,
     differences: list[Difference],
 ) -> Iterator[_Pair]:
@@ -238,9 +242,7 @@ def _pair_tensors(
         if left.shape != right.shape:
             detail = f"{list(left.shape)} became {list(right.shape)}"
             differences.append(Difference("shape", component, name, detail))
-        elif left.dtype is not right.dtype and not (
-            cast and left.dtype.is_floating and (right.dtype.is_floating or right.scales)
-        ):
+        elif left.dtype is not right.dtype and not (cast and left.dtype.is_floating and right.dtype.is_floating):
             differences.append(Difference("dtype", component, name, f"{left.dtype} became {right.dtype}"))
         else:
             yield _Pair(component, left, right)
@@ -266,7 +268,7 @@ def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[ValueErrors]:
     """Compare the pairs of a batch; give errors for those that differ, and for all that were recast."""
     found: list[ValueErrors] = []
     left, right = bytearray(chunk_nbytes), bytearray(chunk_nbytes)
-    with SourceFiles() as sources:
+    with RangeReader() as reader:
         for pair, begin, end in batch.parts:
             a, b = pair.a, pair.b
             parts = []
@@ -275,8 +277,8 @@ def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[ValueErrors]:
                 count = min(step, end - first)
                 view_a = memoryview(left)[: a.dtype.nbytes(count)]
                 view_b = memoryview(right)[: b.dtype.nbytes(count)]
-                read_range(a, sources, a.dtype.nbytes(first), view_a)
-                read_range(b, sources, b.dtype.nbytes(first), view_b)
+                a.source.read(a.dtype.nbytes(first), view_a, reader)
+                b.source.read(b.dtype.nbytes(first), view_b, reader)
                 # startswith compares as memcmp does.
                 if a.dtype is not b.dtype or not left.startswith(view_b):
                     parts.append(_value_errors(pair, view_a, view_b))
@@ -290,22 +292,22 @@ _Rounding = tuple[_Pair, tuple[int, float, float, float]]
 
 def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[_Rounding]:
     """Measure how far the 8-bit values in a batch are from their source."""
-    from converter.tensors.kernels import int8_errors
+    from converter.transforms.quantize.row_kernels import int8_errors
 
     found: list[_Rounding] = []
-    strided = not all(pair.b.is_contiguous for pair, _, _ in batch.parts)
-    room = max(chunk_nbytes, GATHER_NBYTES) if strided else chunk_nbytes
+    room = max(chunk_nbytes, *(pair.b.source.window for pair, _, _ in batch.parts))
     left, right = memoryview(bytearray(room)), memoryview(bytearray(room))
-    with SourceFiles() as sources:
+    with RangeReader() as reader:
         for pair, begin, end in batch.parts:
-            a, b = pair.a, pair.b
+            a, rows = pair.a, pair.b.source
+            assert isinstance(rows, WidenedRows)
             step = room // a.dtype.itemsize
             for first in range(begin, end, step):
                 count = min(step, end - first)
-                view_a, view_b = left[: a.dtype.nbytes(count)], right[:count]
-                read_range(a, sources, a.dtype.nbytes(first), view_a)
-                read_range(b, sources, first, view_b)
-                found.append((pair, int8_errors(b, view_b, first, view_a, a.dtype)))
+                view_a, steps = left[: a.dtype.nbytes(count)], right[:count]
+                a.source.read(a.dtype.nbytes(first), view_a, reader)
+                rows.source.read(first, steps, reader)
+                found.append((pair, int8_errors(rows.row_scales(), steps, first, view_a, a.dtype)))
     return found
 
 

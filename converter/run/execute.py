@@ -1,62 +1,52 @@
 """Carries out a Plan: pieces of shards as tasks of any ``concurrent.futures.Executor``, then checks, then publishes.
 
 The tasks are plain functions of picklable values, so threads, processes and the executors of other engines will do.
-Only a few tasks are under way at once, in turn over the shards (threads that write one file wait for each other), so
-memory stays at the buffers and Ctrl-C is heard within a piece.
+They go in turn over the files: threads that write one file wait for each other.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 from zlib_ng.zlib_ng import crc32_combine
 
 from converter.errors import BadFile, LossyCast, OutputRefused, WconvError
 from converter.formats import FORMATS, read_file
-from converter.plan.make import Plan, Shard, casts
+from converter.plan.make import Plan, Shard, computes
 from converter.run.journal import Changes
 from converter.run.parts import (
-    CHUNK_NBYTES,
-    CrcPart,
     MismatchError,
     Piece,
     Report,
-    check_crc,
+    WrittenCrc,
     check_record,
     compare_piece,
     cut_pieces,
-    records_to_check,
     rewrite_piece,
     write_piece,
 )
-from converter.run.signals import signals_held
+from converter.run.tasks import (
+    DEFAULT_MEMORY_NBYTES,
+    DEFAULT_WORKERS,
+    Progress,
+    Tasks,
+    chunk_nbytes_for,
+    open_tasks,
+)
 from converter.run.transaction import Transaction, begin
-from converter.storage import FileRef, Place, hold_same, place_of
+from converter.storage import Place, hold_same, place_of
 from converter.storage.local import open_staged, open_unlinked
-from converter.tensors.base import ByteRange, Described
-from converter.tensors.reader import GATHER_NBYTES
+from converter.tensors.base import Storage, TensorSpec
+from converter.tensors.reader import CrcPart, check_crc
 
-DEFAULT_MEMORY_NBYTES = 1 << 26
-DEFAULT_WORKERS = 4
-_MIN_CHUNK_NBYTES = 1 << 16
 _NAMED = 5  # tensors, in a message
-_LISTEN_SECONDS = 0.2  # a signal is heard so soon, however long a task takes
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes that were dealt with since the last call."""
-
-_T = TypeVar("_T")
-_A = TypeVar("_A")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +70,13 @@ def default_workers(plan: Plan) -> int:
 
     Casts hold the interpreter's lock, and take a tenth longer with more threads than there are cores.
     """
-    return min(DEFAULT_WORKERS, os.cpu_count() or 1) if any(map(casts, plan.shards)) else DEFAULT_WORKERS
-
-
-def chunk_nbytes_for(memory_nbytes: int, workers: int) -> int:
-    """Share a memory budget among workers as buffers, each of two at most, up to the size that is fastest."""
-    share = memory_nbytes // (2 * workers)
-    return max(_MIN_CHUNK_NBYTES, min(CHUNK_NBYTES, share // _MIN_CHUNK_NBYTES * _MIN_CHUNK_NBYTES))
+    return min(DEFAULT_WORKERS, os.cpu_count() or 1) if any(map(computes, plan.shards)) else DEFAULT_WORKERS
 
 
 def peak_buffer_nbytes(plan: Plan, memory_nbytes: int, workers: int) -> int:
     """Say how much the buffers of a run take at most."""
-    strided = any(not copy.source.is_contiguous for shard in plan.shards for copy in shard.copies)
-    return workers * 2 * (GATHER_NBYTES if strided else chunk_nbytes_for(memory_nbytes, workers))
+    window = max((tensor.source.window for shard in plan.shards for tensor, _ in shard.tensors), default=1)
+    return workers * 2 * max(window, chunk_nbytes_for(memory_nbytes, workers))
 
 
 def run_plan(
@@ -116,10 +100,10 @@ def run_plan(
     verify = verify or plan.destroys_source
     workers = workers or default_workers(plan)
     if plan.is_there:
-        with _open_tasks(executor, workers, memory_nbytes, progress) as tasks:
+        with open_tasks(executor, workers, memory_nbytes, progress) as tasks:
             _check_output(plan, tasks)
         return Result(plan, time.perf_counter() - begun, verified=True)
-    with begin(plan.target) as output, _open_tasks(executor, workers, memory_nbytes, progress) as tasks:
+    with begin(plan.target) as output, open_tasks(executor, workers, memory_nbytes, progress) as tasks:
         output.expect(*_expected(plan), plan.delete)
         reused, too_large = _write_shards(plan, output, tasks)
         for shard in plan.shards:
@@ -135,66 +119,6 @@ def run_plan(
     return Result(plan, time.perf_counter() - begun, reused, verify, output.left_over, too_large)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tasks:
-    """How tasks are run: where, how many at once, with what buffers, and who is told."""
-
-    pool: Executor
-    limit: int
-    chunk_nbytes: int
-    progress: Progress
-
-    def run(self, calls: Iterable[tuple[Callable[[_A, int], _T], _A, int]]) -> Iterator[_T]:
-        """Run calls of (function, argument, bytes it deals with), a few at once; yield results as they come."""
-        queue = iter(calls)
-        waiting: dict[Future[_T], int] = {}
-        with signals_held() as let_through:
-            try:
-                while True:
-                    for function, argument, nbytes in itertools.islice(queue, self.limit - len(waiting)):
-                        waiting[self.pool.submit(function, argument, self.chunk_nbytes)] = nbytes
-                    if not waiting:
-                        return
-                    for future in wait(waiting, _LISTEN_SECONDS, FIRST_COMPLETED).done:
-                        nbytes = waiting.pop(future)
-                        yield future.result()
-                        self.progress(nbytes)
-                    let_through()
-            finally:
-                # What is cancelled is not waited for: some executors never say that they know.
-                wait([future for future in waiting if not future.cancel()])
-
-    def finish(self, calls: Iterable[tuple[Callable[[_A, int], None], _A, int]]) -> None:
-        """Run calls that give nothing but an error."""
-        for _ in self.run(calls):
-            pass
-
-
-@contextmanager
-def _open_tasks(
-    executor: Executor | None, workers: int | None, memory_nbytes: int, progress: Progress | None
-) -> Iterator[_Tasks]:
-    count = workers or DEFAULT_WORKERS
-    pool = executor or ThreadPoolExecutor(count, "wconv")
-    try:
-        yield _Tasks(pool, 2 * count, chunk_nbytes_for(memory_nbytes, count), progress or (lambda _: None))
-    finally:
-        if executor is None:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def run_tasks(
-    calls: Iterable[tuple[Callable[[_A, int], _T], _A, int]],
-    executor: Executor | None = None,
-    workers: int | None = None,
-    memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
-    progress: Progress | None = None,
-) -> Iterator[_T]:
-    """Run calls of (function, argument, bytes it deals with) on an executor; each is given a chunk size as well."""
-    with _open_tasks(executor, workers, memory_nbytes, progress) as tasks:
-        yield from tasks.run(calls)
-
-
 def _expected(plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
     """Give the bytes of files that are written in parts, and of all others; second names take none."""
     parts = {shard.path: shard.nbytes for shard in plan.shards if shard.link is None}
@@ -203,7 +127,7 @@ def _expected(plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
     return parts, others | {name: len(content) for name, content in plan.texts}
 
 
-def _write_shards(plan: Plan, output: Transaction, tasks: _Tasks) -> tuple[int, Counter[str]]:
+def _write_shards(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Counter[str]]:
     """Stage all shards; give the bytes of those that an earlier run had left, and what was too large for a cast."""
     shards = [shard for shard in plan.shards if shard.link is None]
     writers: dict[Place, Callable[[Piece, int], Report]] = {}
@@ -212,35 +136,48 @@ def _write_shards(plan: Plan, output: Transaction, tasks: _Tasks) -> tuple[int, 
         taken_up = output.prepare(shard.path, shard.header, shard.nbytes)
         writers[output.staged(shard.path)] = rewrite_piece if taken_up else write_piece
         reused += shard.nbytes if taken_up else 0
-    read: dict[ByteRange, list[CrcPart]] = defaultdict(list)
-    written: dict[tuple[FileRef, int], list[CrcPart]] = defaultdict(list)
+    checked: set[Storage] = set()
+    parts: list[CrcPart] = []
+    written: dict[tuple[Place, int], list[WrittenCrc]] = defaultdict(list)
     too_large: Counter[str] = Counter()
     pieces = _pieces(plan, output.staged)
     for report in tasks.run((writers[piece.place], piece, piece.nbytes) for piece in pieces):
         too_large += report.too_large
-        for part in report.read:
-            read[part.of].append(part)
+        checked.update(report.read.checked)
+        parts += report.read.parts
         for part in report.written:
-            written[part.of.file, part.of.offset].append(part)
+            written[part.place, part.offset].append(part)
     if too_large and plan.wishes.on_overflow == "error":
         raise _too_large(plan, too_large)
-    for record, parts in read.items():
-        check_crc(record, _combine(parts))
-    uncovered = records_to_check([copy.source for shard in shards for copy in shard.copies])
-    tasks.finish((check_record, record, 0) for record in sorted(uncovered, key=lambda record: record.offset))
+    _check_records(shards, checked, parts, tasks)
     for shard in shards:
         frame = FORMATS[shard.format].frame
         if frame is not None:
             staged = output.staged(shard.path)
-            crcs = [_combine(written[FileRef(staged), copy.offset]) for copy in shard.copies]
+            crcs = [_combine(written[staged, offset])[0] for _, offset in shard.tensors]
             with open_staged(staged) as file:
-                for offset, raw in frame(_described(shard), shard.ties, crcs):
+                for offset, raw in frame(shard.specs, shard.ties, crcs):
                     file.write(offset, memoryview(raw))
     return reused, too_large
 
 
-def _described(shard: Shard) -> list[Described]:
-    return [(copy.source.name, copy.dtype, copy.source.shape) for copy in shard.copies]
+def _check_records(shards: Sequence[Shard], checked: set[Storage], parts: Iterable[CrcPart], tasks: Tasks) -> None:
+    """Raise BadFile for a record that is damaged: put the parts of those together that were read in parts.
+
+    What was not read as a whole is read once more.
+    """
+    by_record: dict[Storage, list[CrcPart]] = defaultdict(list)
+    for part in parts:
+        by_record[part.of].append(part)
+    for record, found in by_record.items():
+        crc, nbytes = _combine(found)
+        if nbytes == record.nbytes:
+            check_crc(record, crc)
+            checked.add(record)
+    sources = (tensor.source for shard in shards for tensor, _ in shard.tensors)
+    records = {record for source in sources for record in source.inputs() if record.crc32 is not None}
+    unread = sorted(records - checked, key=lambda record: record.offset)
+    tasks.finish((check_record, record, 0) for record in unread)
 
 
 def name_counts(counts: Mapping[str, int]) -> str:
@@ -250,8 +187,8 @@ def name_counts(counts: Mapping[str, int]) -> str:
 
 
 def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
-    copies = (copy for shard in plan.shards for copy in shard.copies)
-    dtypes = {copy.dtype.tag for copy in copies if copy.source.name in counts and copy.dtype is not copy.source.dtype}
+    tensors = (tensor for shard in plan.shards for tensor, _ in shard.tensors)
+    dtypes = {tensor.dtype.tag for tensor in tensors if tensor.name in counts and tensor.source.computes}
     return LossyCast(
         plan.source.path,
         f"holds values that are too large for {' and '.join(sorted(dtypes))}: {name_counts(counts)}",
@@ -261,8 +198,7 @@ def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
 
 def _pieces(plan: Plan, place_for: Callable[[str], Place]) -> Iterator[Piece]:
     """Take a piece of each shard in turn, as it lies at a place."""
-    how = plan.wishes.on_overflow
-    rows = [cut_pieces(shard, place_for(shard.path), how) for shard in plan.shards if shard.link is None]
+    rows = [cut_pieces(shard, place_for(shard.path)) for shard in plan.shards if shard.link is None]
     while rows:
         for row in list(rows):
             piece = next(row, None)
@@ -272,17 +208,18 @@ def _pieces(plan: Plan, place_for: Callable[[str], Place]) -> Iterator[Piece]:
                 yield piece
 
 
-def _combine(parts: Iterable[CrcPart]) -> int:
-    crc, place = 0, 0
+def _combine(parts: Iterable[CrcPart | WrittenCrc]) -> tuple[int, int]:
+    """Give the CRC32 of parts that follow each other from 0 on, and how many bytes that are."""
+    crc, nbytes = 0, 0
     for part in sorted(parts, key=lambda part: part.begin):
         # A record that is written twice under two names comes twice, perhaps cut elsewhere.
-        if part.begin == place:
+        if part.begin == nbytes:
             crc = crc32_combine(crc, part.crc32, part.nbytes)
-            place += part.nbytes
-    return crc
+            nbytes += part.nbytes
+    return crc, nbytes
 
 
-def _check_output(plan: Plan, tasks: _Tasks) -> None:
+def _check_output(plan: Plan, tasks: Tasks) -> None:
     """Raise OutputRefused where what is there holds something else than what would be written."""
     folder = place_of(plan.target.folder)
     problem = "exists, and is not what would be written"
@@ -298,8 +235,8 @@ def _check_output(plan: Plan, tasks: _Tasks) -> None:
 
 def _check_sources(plan: Plan) -> None:
     """Look a last time whether a source was changed while it was read."""
-    storages = (copy.source.storage for shard in plan.shards for copy in shard.copies)
-    for file in {id(storage.file): storage.file for storage in storages if storage.file.tag}.values():
+    sources = (tensor.source for shard in plan.shards for tensor, _ in shard.tensors)
+    for file in {storage.file for source in sources for storage in source.inputs()}:
         file.open().close()
 
 
@@ -348,5 +285,5 @@ def _is_header(staged: Place, shard: Shard) -> bool:
 
 def _is_archive(staged: Place, shard: Shard) -> bool:
     tensors = read_file(staged).tensors
-    found = [(info.name, info.dtype, info.shape) for info in tensors if info.name not in shard.ties]
-    return found == _described(shard)
+    found = [TensorSpec(one.name, one.dtype, one.shape) for one in tensors if one.name not in shard.ties]
+    return found == shard.specs

@@ -1,61 +1,60 @@
-"""Bytes on their way: from byte ranges of source files, through one small buffer, to a place in an output file.
+"""Bytes on their way: from where tensors come from, through one small buffer, to a place in an output file.
 
-A shard is cut into pieces of some MB; each is a task of its own, for any executor, in this process or another. A piece
-fills its buffer tensor after tensor, so that many small ones make one write; a tensor that changes its dtype passes
-through a second buffer.
+A file is cut into pieces of some MB; each is a task of its own, for any executor, in this process or another. A piece
+fills its buffer tensor after tensor, so that many small ones make one write. It does not know what tensors are made of.
 
-CRC32s are computed as the bytes go by, where a tensor covers its whole record; other records are read once more.
+CRC32s of what is written are computed as the bytes go by.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
-from converter.dtypes import OnOverflow
 from converter.errors import BadFile, Where
-from converter.storage import FileRef, OpenFile, Place
+from converter.storage import OpenFile, Place
 from converter.storage.local import open_staged
-from converter.tensors.base import ByteRange, TensorInfo
-from converter.tensors.reader import GATHER_NBYTES, ITEM_MULTIPLE, PIECE_NBYTES, SourceFiles, read_range
+from converter.tensors.base import Storage, Tensor
+from converter.tensors.reader import ITEM_MULTIPLE, PIECE_NBYTES, RangeReader, Sums
 
 if TYPE_CHECKING:
-    from converter.plan.make import Copy, Shard
+    from converter.plan.make import Shard
 
 CHUNK_NBYTES = 1 << 19  # 128 KiB to 1 MiB take the least processor time: it stays in the cache
 
 
 class Step(NamedTuple):
-    """Bytes ``begin`` to ``end`` of one tensor as it is written."""
+    """Bytes ``begin`` to ``end`` of one tensor, which begins at ``offset`` of the file that it is written to."""
 
-    copy: Copy
+    tensor: Tensor
+    offset: int
     begin: int
     end: int
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of one output file: steps in the order of their places. ``with_crcs`` asks for CRC32s of the output."""
+    """A part of one output file: steps in the order of their offsets. ``with_crcs`` asks for CRC32s of the output."""
 
     place: Place
     steps: tuple[Step, ...]
     with_crcs: bool = False
-    on_overflow: OnOverflow = "error"
 
     @property
     def nbytes(self) -> int:
         return sum(step.end - step.begin for step in self.steps)
 
 
-@dataclass(frozen=True, slots=True)
-class CrcPart:
-    """The CRC32 of ``nbytes`` bytes at ``begin`` of a record, or of a tensor as it is written into a file."""
+class WrittenCrc(NamedTuple):
+    """The CRC32 of a part of a tensor as it is written, which begins at ``offset`` of its file."""
 
-    of: ByteRange
+    place: Place
+    offset: int
     begin: int
     nbytes: int
     crc32: int
@@ -63,60 +62,54 @@ class CrcPart:
 
 @dataclass(slots=True)
 class Report:
-    """What a piece tells: CRC32s of records read in part and of what was written; how many values were too large."""
+    """What a piece tells: what CRC32s came to, and how many values of which tensors were too large for a cast."""
 
-    read: list[CrcPart] = field(default_factory=list)
-    written: list[CrcPart] = field(default_factory=list)
+    read: Sums = field(default_factory=Sums)
+    written: list[WrittenCrc] = field(default_factory=list)
     too_large: Counter[str] = field(default_factory=Counter)
 
 
-def cut_pieces(
-    shard: Shard, place: Place, on_overflow: OnOverflow = "error", piece_nbytes: int = PIECE_NBYTES
-) -> Iterator[Piece]:
-    """Cut the data of a shard, to be written at ``place``, into pieces of about ``piece_nbytes`` bytes."""
+def cut_pieces(shard: Shard, place: Place, piece_nbytes: int = PIECE_NBYTES) -> Iterator[Piece]:
+    """Cut the data of a file, to be written at ``place``, into pieces of about ``piece_nbytes`` bytes."""
     with_crcs = shard.format == "torch"
     steps: list[Step] = []
     room = piece_nbytes
-    for copy in shard.copies:
-        begin = 0
-        nbytes = copy.nbytes
+    for tensor, offset in shard.tensors:
+        begin, nbytes = 0, tensor.nbytes
+        cut = math.lcm(ITEM_MULTIPLE, tensor.source.grain)  # no element is cut
         while begin < nbytes:
-            end = min(nbytes, begin + room // ITEM_MULTIPLE * ITEM_MULTIPLE)  # no element is cut
-            if copy.source.storage.packed_nbytes is not None:
-                end = nbytes  # each piece would inflate it from its start
-            steps.append(Step(copy, begin, end))
+            end = min(nbytes, begin + max(room // cut, 1) * cut)
+            steps.append(Step(_part(tensor, begin, end), offset, begin, end))
             room -= end - begin
             begin = end
             if room < ITEM_MULTIPLE:
-                yield Piece(place, tuple(steps), with_crcs, on_overflow)
+                yield Piece(place, tuple(steps), with_crcs)
                 steps, room = [], piece_nbytes
     if steps:
-        yield Piece(place, tuple(steps), with_crcs, on_overflow)
+        yield Piece(place, tuple(steps), with_crcs)
 
 
-def covers_record(info: TensorInfo) -> bool:
-    """Say whether a tensor is its whole record, byte for byte, so that its CRC32 is the record's."""
-    return info.start == 0 and info.nbytes == info.storage.nbytes and info.is_contiguous
+def _part(tensor: Tensor, begin: int, end: int) -> Tensor:
+    source = tensor.source.part(begin, end)
+    return tensor if source is tensor.source else tensor._replace(source=source)
 
 
 def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Write a piece into its file, which is there. Raises BadFile for a record that is damaged."""
-    with SourceFiles() as sources, open_staged(piece.place) as out:
-        source = _PieceReader(piece, sources, chunk_nbytes)
-        for offset, chunk in source.chunks():
-            out.write(offset, chunk)
-        return source.report
+    with open_staged(piece.place) as out:
+        return _carry(piece, chunk_nbytes, lambda offset, chunk, _: out.write(offset, chunk))
 
 
 def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Like ``write_piece``, for a file that an earlier run left: only chunks that differ are written."""
-    with SourceFiles() as sources, open_staged(piece.place) as out:
-        source = _PieceReader(piece, sources, chunk_nbytes)
-        there = bytearray(len(source.buffer))
-        for offset, chunk in source.chunks():
+    there = bytearray(_buffer_nbytes(piece, chunk_nbytes))
+    with open_staged(piece.place) as out:
+
+        def rewrite(offset: int, chunk: memoryview, _: str) -> None:
             if not _is_at(out, offset, chunk, there):
                 out.write(offset, chunk)
-        return source.report
+
+        return _carry(piece, chunk_nbytes, rewrite)
 
 
 class MismatchError(BadFile):
@@ -130,12 +123,14 @@ class MismatchError(BadFile):
 
 def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Hold a written piece against its source; raises MismatchError where they differ."""
-    with SourceFiles() as sources, piece.place.open() as out:
-        source = _PieceReader(piece, sources, chunk_nbytes)
-        there = bytearray(len(source.buffer))
-        for offset, chunk in source.chunks():
+    there = bytearray(_buffer_nbytes(piece, chunk_nbytes))
+    with piece.place.open() as out:
+
+        def compare(offset: int, chunk: memoryview, name: str) -> None:
             if not _is_at(out, offset, chunk, there):
-                raise MismatchError(piece.place, source.step.copy.source.name)
+                raise MismatchError(piece.place, name)
+
+        _carry(piece, chunk_nbytes, compare)
 
 
 def _is_at(file: OpenFile, offset: int, chunk: memoryview, scratch: bytearray) -> bool:
@@ -144,131 +139,79 @@ def _is_at(file: OpenFile, offset: int, chunk: memoryview, scratch: bytearray) -
     return count == len(chunk) and scratch.startswith(chunk)
 
 
-def check_record(record: ByteRange, chunk_nbytes: int = CHUNK_NBYTES) -> None:
+def check_record(record: Storage, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Read a record for its CRC32 alone; raises BadFile where that is wrong."""
     buffer = memoryview(bytearray(chunk_nbytes))
-    crc = 0
-    with SourceFiles() as sources:
+    with RangeReader() as reader:
         for begin in range(0, record.nbytes, chunk_nbytes):
-            view = buffer[: min(chunk_nbytes, record.nbytes - begin)]
-            sources.read_into(record, begin, view)
-            crc = crc32(view, crc)
-    check_crc(record, crc)
+            reader.read_into(record, begin, buffer[: min(chunk_nbytes, record.nbytes - begin)])
 
 
-class _PieceReader:
-    """Yields a piece's bytes in chunks, each with its place in the file; afterwards ``report`` is complete."""
-
-    def __init__(self, piece: Piece, sources: SourceFiles, chunk_nbytes: int) -> None:
-        strided = [step.copy for step in piece.steps if not step.copy.source.is_contiguous]
-        # What is gathered is wider than what comes out of it, in most casts.
-        widths = [max(1, copy.source.dtype.bits // copy.dtype.bits) for copy in strided]
-        self.buffer = bytearray(max(chunk_nbytes, GATHER_NBYTES // max(widths)) if strided else chunk_nbytes)
-        self.piece = piece
-        self.sources = sources
-        self.report = Report()
-        self.step = piece.steps[0]
-        self._scratch = bytearray()
-
-    def chunks(self) -> Iterator[tuple[int, memoryview]]:
-        view = memoryview(self.buffer)
-        filled = 0
-        start = self.step.copy.offset + self.step.begin
-        room = self._room_at(start)
-        for step in self.piece.steps:
-            self.step = step
-            copy, begin, end = step
-            info = copy.source
-            place = copy.offset + begin
-            if place != start + filled:
-                yield start, view[:filled]
-                start, filled = place, 0
-                room = self._room_at(start)
-            read_crc = written_crc = 0
-            checked = info.storage.crc32 is not None and covers_record(info)
-            itemsize = copy.dtype.itemsize or 1  # elements stay whole; packed ones are neither cast nor gathered
-            while begin < end:
-                count = min(end - begin, (room - filled) // itemsize * itemsize)
-                if not count:
-                    yield start, view[:filled]
-                    start, filled = start + filled, 0
-                    room = self._room_at(start)
-                    continue
-                out = view[filled : filled + count]
-                if copy.dtype is info.dtype:
-                    source = out
-                    read_range(info, self.sources, begin, out)
-                else:
-                    source = self._fill_cast(copy, begin, out)
-                if checked:
-                    read_crc = crc32(source, read_crc)
-                if self.piece.with_crcs:
-                    written_crc = crc32(out, written_crc)
-                begin += count
-                filled += count
-            if checked:
-                self._note_read(step, read_crc)
-            if self.piece.with_crcs:
-                self._note_written(step, written_crc)
-        if filled:
-            yield start, view[:filled]
-
-    def _room_at(self, place: int) -> int:
-        """Give the bytes up to the next multiple of a chunk's size: so writes fill whole pages of the file."""
-        size = len(self.buffer)
-        room = size - place % size
-        return room if room >= ITEM_MULTIPLE else size
-
-    def _fill_cast(self, copy: Copy, begin: int, out: memoryview) -> memoryview:
-        """Fill ``out`` with the tensor's bytes, cast; give what was read for it."""
-        from converter.tensors.kernels import cast_chunk, dequantize_chunk, quantize_chunk
-
-        info = copy.source
-        first = begin // copy.dtype.itemsize
-        source = self._borrow(len(out) // copy.dtype.itemsize * info.dtype.itemsize)
-        read_range(info, self.sources, first * info.dtype.itemsize, source)
-        how = self.piece.on_overflow
-        too_large = 0
-        if not info.scales:
-            too_large = cast_chunk(source, info.dtype, out, copy.dtype, how)
-        elif copy.dtype.tag == "I8":
-            quantize_chunk(source, info.dtype, out, info.scales, first, info.shape[1])
-        else:
-            too_large = dequantize_chunk(info, source, first, out, copy.dtype, how)
-        if too_large:
-            self.report.too_large[info.name] += too_large
-        return source
-
-    def _borrow(self, nbytes: int) -> memoryview:
-        if len(self._scratch) < nbytes:
-            self._scratch = bytearray(nbytes)
-        return memoryview(self._scratch)[:nbytes]
-
-    def _note_read(self, step: Step, crc: int) -> None:
-        copy, begin, end = step
-        storage = copy.source.storage
-        if end - begin == copy.nbytes:
-            check_crc(storage, crc)
-        else:
-            begin, end = (place * storage.nbytes // copy.nbytes for place in (begin, end))
-            self.report.read.append(CrcPart(storage, begin, end - begin, crc))
-
-    def _note_written(self, step: Step, crc: int) -> None:
-        of = ByteRange(FileRef(self.piece.place), step.copy.offset, step.copy.nbytes)
-        self.report.written.append(CrcPart(of, step.begin, step.end - step.begin, crc))
+def _carry(piece: Piece, chunk_nbytes: int, deal_with: Callable[[int, memoryview, str], None]) -> Report:
+    """Read a piece in chunks, and hand over each with its offset in the file and the name of its last tensor."""
+    report = Report()
+    buffer = _Buffer(_buffer_nbytes(piece, chunk_nbytes), deal_with)
+    with RangeReader() as reader:
+        for tensor, offset, begin, end in piece.steps:
+            buffer.turn_to(offset + begin, tensor.name)
+            crc = 0
+            size = tensor.dtype.itemsize or 1  # elements stay whole; packed ones are neither cast nor gathered
+            at = begin
+            while at < end:
+                out = buffer.room_for(end - at, size)
+                tensor.source.read(at, out, reader)
+                if piece.with_crcs:
+                    crc = crc32(out, crc)
+                at += len(out)
+            if reader.too_large:
+                report.too_large[tensor.name] += reader.too_large
+                reader.too_large = 0
+            if piece.with_crcs:
+                report.written.append(WrittenCrc(piece.place, offset, begin, end - begin, crc))
+        buffer.flush()
+    report.read = reader.sums
+    return report
 
 
-def check_crc(record: ByteRange, crc: int) -> None:
-    """Raise BadFile where a record's bytes do not give the CRC32 that is noted for it."""
-    if crc != record.crc32:
-        raise BadFile(
-            record.file.place,
-            f"its bytes {record.offset:,} to {record.offset + record.nbytes:,} do not give the CRC32 that it notes",
-            "The file is damaged: fetch it again.",
-        )
+def _buffer_nbytes(piece: Piece, chunk_nbytes: int) -> int:
+    return max(chunk_nbytes, *(step.tensor.source.window for step in piece.steps))
 
 
-def records_to_check(infos: Collection[TensorInfo]) -> set[ByteRange]:
-    """Give the records with a CRC32 that no tensor covers, and that must be read once more to check it."""
-    touched = {info.storage for info in infos if info.storage.crc32 is not None and not covers_record(info)}
-    return touched - {info.storage for info in infos if covers_record(info)} if touched else touched
+class _Buffer:
+    """Gathers what goes to one place of a file, and hands it over when it is full, or the place another."""
+
+    def __init__(self, nbytes: int, deal_with: Callable[[int, memoryview, str], None]) -> None:
+        self._view = memoryview(bytearray(nbytes))
+        self._deal_with = deal_with
+        self._name = ""
+        self._offset = self._filled = 0
+        self._room = nbytes
+
+    def turn_to(self, offset: int, name: str) -> None:
+        """Let what comes next be of a tensor, at an offset of the file."""
+        if offset != self._offset + self._filled:
+            self.flush()
+            self._start_at(offset)
+        self._name = name
+
+    def room_for(self, nbytes: int, itemsize: int) -> memoryview:
+        """Give room for the next bytes, as far as there is any for whole elements."""
+        count = min(nbytes, (self._room - self._filled) // itemsize * itemsize)
+        if not count:
+            self.flush()
+            count = min(nbytes, self._room // itemsize * itemsize)
+        self._filled += count
+        return self._view[self._filled - count : self._filled]
+
+    def flush(self) -> None:
+        """Hand over what there is."""
+        if self._filled:
+            self._deal_with(self._offset, self._view[: self._filled], self._name)
+            self._start_at(self._offset + self._filled)
+
+    def _start_at(self, offset: int) -> None:
+        """Fill up to the next multiple of the buffer's size: so writes fill whole pages of the file."""
+        size = len(self._view)
+        room = size - offset % size
+        self._offset, self._filled = offset, 0
+        self._room = room if room >= ITEM_MULTIPLE else size

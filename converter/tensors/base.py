@@ -1,7 +1,8 @@
-"""What there is to know about a tensor but its values, and where its bytes lie.
+"""What a tensor is: a name and a source of bytes; and where those bytes lie.
 
-Every format ends here: a torch storage and the data range of a safetensors file are both a ``ByteRange``, and a
-tensor is a view of one. Offsets are in bytes, ``start`` and ``strides`` in elements, as in torch.
+A source is a small frozen value that can be pickled: a view of a file (``view``), or made of others (``derived``). It
+is read by ranges of its own bytes, which are its elements in row-major order; whoever reads need not know what it is.
+Every format ends here: a torch storage and the data range of a safetensors file are both a ``ByteRange``.
 
 What exists once a tensor is a NamedTuple here and elsewhere: a frozen dataclass takes three times as long to make.
 """
@@ -11,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from converter.dtypes import DType
 from converter.storage import FileRef, Place
+
+if TYPE_CHECKING:
+    from converter.tensors.reader import RangeReader
 
 # Of one file, and of one set: the largest models have 208,000. Each takes 2 kB and 40 µs until it is written.
 MAX_TENSORS = 220_000
@@ -24,116 +27,120 @@ MAX_NAME = 1_000  # real ones have up to 200 characters; patterns that are searc
 
 
 class ByteRange(NamedTuple):
-    """``nbytes`` bytes at ``offset`` of a file, all of whose ranges share one FileRef.
-
-    ``crc32`` is what they should give, if that is known. With ``packed_nbytes`` they are deflated, and take so many
-    bytes of the file. With a ``swap`` of more than 1 each so many bytes are to be turned around: the numbers are
-    big-endian. ``content`` is what stands in no file: then ``file`` only says whose it is.
-    """
+    """``nbytes`` bytes at ``offset`` of a file; ``crc32`` is what they should give, if that is known."""
 
     file: FileRef
     offset: int
     nbytes: int
     crc32: int | None = None
-    packed_nbytes: int | None = None
-    swap: int = 1
-    content: bytes | None = None
+
+    @property
+    def stored_nbytes(self) -> int:
+        """The bytes that it takes of its file."""
+        return self.nbytes
 
 
-class TensorInfo(NamedTuple):
-    """A tensor named ``name``: a strided view of a storage. Tensors with the same storage may share memory.
+class PackedRange(NamedTuple):
+    """``nbytes`` bytes that lie deflated in ``stored_nbytes`` bytes at ``offset`` of a file; ``crc32`` is theirs."""
 
-    ``negated`` says whose sign is to be turned (the bits of torch's lazy views): 1 the real part's, 2 the imaginary
-    part's, 3 both.
+    file: FileRef
+    offset: int
+    nbytes: int
+    crc32: int | None
+    stored_nbytes: int
 
-    ``target`` is the dtype in which the tensor is written whatever dtype is asked for. ``scales`` are float32 numbers,
-    one for each row of a matrix that goes to int8 or comes from it: the largest magnitude of the row, which is 127;
-    with ``scaled_axis`` 1, for a matrix that is turned, one for each column.
+
+Storage = ByteRange | PackedRange
+
+
+class TensorSource(Protocol):
+    """A tensor's bytes, wherever they come from. Positions are in bytes of its own, in row-major order.
+
+    ``grain`` is how many bytes one task should read, if not any number; ``window`` how many at a time, at least, or it
+    takes far longer. ``computes`` says that its numbers are others than those that lie in a file.
     """
 
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def grain(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def computes(self) -> bool: ...
+
+    def inputs(self) -> Iterable[Storage]:
+        """Give the ranges of files that it reads; none for what stands in no file."""
+
+    def part(self, begin: int, end: int) -> TensorSource:
+        """Give what reads the same from ``begin`` to ``end``, without what only the rest needs."""
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> TensorSource:
+        """Give the box of a shape that begins at ``start``, in elements along each axis."""
+
+    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
+        """Give the same with its axes in this order; one of length 1 may be left out."""
+
+    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+        """Fill ``out``, some whole elements, with the bytes from ``begin`` on."""
+
+
+class Tensor(NamedTuple):
+    """A tensor: its name, and where its bytes come from; ``beside`` names the one whose file it must lie in."""
+
     name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    storage: ByteRange
-    start: int
-    strides: tuple[int, ...]
-    negated: int = 0
-    target: DType | None = None
-    scales: bytes = b""
-    scaled_axis: int = 0
+    source: TensorSource
+    beside: str = ""
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
 
     @property
     def numel(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.source.shape)
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the tensor's own elements, as they are written out."""
-        return self.dtype.nbytes(math.prod(self.shape))
+        """The bytes of its elements, as they are written."""
+        return self.source.dtype.nbytes(math.prod(self.source.shape))
 
     @property
-    def is_contiguous(self) -> bool:
-        """Whether the elements lie in row-major order with no gaps (torch's ``is_contiguous``)."""
-        return _is_contiguous(self.shape, self.strides)
+    def is_made(self) -> bool:
+        """Whether it is the work of a transform, and in its right dtype for that: computed, or in no file at all."""
+        return self.source.computes or not any(True for _ in self.source.inputs())
 
     @property
-    def span(self) -> int:
-        """The number of elements from the first to the last that the tensor touches, both included."""
-        if self.is_contiguous:
-            return self.numel
-        return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
+    def file(self) -> Place | None:
+        """The first file that it is read from, if any."""
+        return next((storage.file.place for storage in self.source.inputs()), None)
+
+    @property
+    def where(self) -> Place | str:
+        """What to name in a message about it: its file, or itself."""
+        return self.file or repr(self.name)
 
 
-def turned(info: TensorInfo) -> TensorInfo:
-    """Give a matrix transposed: the same bytes, seen the other way."""
-    return info._replace(shape=info.shape[::-1], strides=info.strides[::-1])
-
-
-@lru_cache(1024)  # most tensors have one of a few shapes
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Give the row-major strides of a shape, in elements.
-
-    >>> contiguous_strides((2, 3, 4))
-    (12, 4, 1)
-    """
-    strides = []
-    step = 1
-    for length in reversed(shape):
-        strides.append(step)
-        step *= max(length, 1)
-    return tuple(reversed(strides))
-
-
-@lru_cache(1024)
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    # Axes of length 1 may carry any stride, and an empty tensor any strides at all.
-    if 0 in shape:
-        return True
-    step = 1
-    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if length != 1:
-            if stride != step:
-                return False
-            step *= length
-    return True
-
-
-def find_ties(tensors: Iterable[TensorInfo]) -> dict[str, str]:
-    """Map each name whose tensor is the very same view as an earlier one to that earlier name.
+def find_ties(tensors: Iterable[Tensor]) -> dict[str, str]:
+    """Map each name whose tensor is the very same source as an earlier one's to that earlier name.
 
     Only an equal storage, start, dtype, shape and strides make a tie: a view that merely overlaps another is a
     tensor of its own. Empty tensors are never tied, and neither are those that stand in no file.
     """
-    first: dict[tuple[object, ...], str] = {}
+    first: dict[TensorSource, str] = {}
     ties: dict[str, str] = {}
-    for info in tensors:
-        storage = info.storage
-        if 0 in info.shape or storage.content is not None:
+    for tensor in tensors:
+        if 0 in tensor.shape or not any(True for _ in tensor.source.inputs()):
             continue
-        key = (storage.file, storage.offset, info.start, info.dtype.rank, info.shape, info.strides, info.negated)
-        kept = first.setdefault(key, info.name)
-        if kept != info.name:
-            ties[info.name] = kept
+        kept = first.setdefault(tensor.source, tensor.name)
+        if kept != tensor.name:
+            ties[tensor.name] = kept
     return ties
 
 
@@ -147,10 +154,18 @@ class WeightsFile:
 
     place: Place
     format: str
-    tensors: tuple[TensorInfo, ...]
+    tensors: tuple[Tensor, ...]
     metadata: Mapping[str, str]
     notes: tuple[str, ...] = ()
     foreign: Mapping[str, str] = field(default_factory=dict)
+
+
+class TensorSpec(NamedTuple):
+    """A tensor to be written, as a header describes it."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +179,3 @@ class Layout:
     order: tuple[int, ...]
     offsets: tuple[int, ...]
     nbytes: int
-
-
-Described = tuple[str, DType, tuple[int, ...]]
-"""Name, dtype and shape of a tensor to be written."""

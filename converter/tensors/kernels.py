@@ -1,4 +1,4 @@
-"""Numbers: one chunk from dtype to dtype, counting what overflows. The only module that looks at values.
+"""Numbers: one chunk from dtype to dtype, counting what overflows.
 
 One kernel casts to all targets: numkong's, which rounds to nearest even. Compared with torch's ``.to()`` over all 2**32
 float32 patterns it agrees bit for bit in every value that is not NaN, for float16, bfloat16 and both 8-bit floats;
@@ -10,9 +10,8 @@ a closer one; for bfloat16, where some NaNs become zeros, a second look does, at
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 # Before ml_dtypes, which prints a traceback of its own where numpy cannot be loaded.
 import numpy as np
@@ -22,10 +21,7 @@ import ml_dtypes
 import numkong
 import numpy.typing as npt
 
-from converter.dtypes import DTYPES, DType, OnOverflow
-
-if TYPE_CHECKING:
-    from converter.tensors.base import TensorInfo
+from converter.dtypes import DType, OnOverflow
 
 Array = npt.NDArray[Any]
 
@@ -120,110 +116,8 @@ def _mend(values: Array, narrow: Array, bits: Array, sign: int, target: _Target,
     return int(too_large.sum())
 
 
-# So many numbers at a time stay in the cache through all steps; more rows than that are taken in turn.
-_BLOCK_NUMEL = 1 << 16
-_INT8_STEPS = np.float32(127)
-
-
-def row_maxima(chunk: memoryview, dtype: DType, columns: int) -> bytes:
-    """Give the largest magnitude of each row as float32, rounded to float16: the ``SCB`` of bitsandbytes.
-
-    ``chunk`` is whole rows of so many columns. A row with NaN gives NaN, one with values beyond float16 infinity.
-    ``int8_vectorwise_quant`` in ``bitsandbytes/backends/default/ops.py`` takes the largest of the rounded values,
-    which is the same number.
-    """
-    rows = _widened(as_array(chunk, dtype)).reshape(-1, columns)
-    with np.errstate(invalid="ignore"):
-        largest = np.abs(np.maximum(rows.max(axis=1), -rows.min(axis=1)))
-    return _widened(_as_float16(largest)).tobytes()
-
-
-def are_finite(numbers: bytes) -> bool:
-    """Say whether float32 numbers are all finite."""
-    return bool(np.isfinite(np.frombuffer(numbers, "<f4")).all())
-
-
-def quantize_chunk(chunk: memoryview, before: DType, out: memoryview, scales: bytes, first: int, columns: int) -> None:
-    """Write the elements of a matrix from the ``first`` on into ``out`` as int8, in steps of their row's scale / 127.
-
-    Values are rounded to float16 before and to the nearest step then, halves to even, as ``Int8Params._quantize`` does
-    (``bitsandbytes/nn/modules.py``) on the CPU. A row of zeros gives zeros.
-    """
-    values, quantized = as_array(chunk, before), np.frombuffer(out, "i1")
-    largest = np.frombuffer(scales, "<f4")
-    # New memory for each block would cost more than the numbers do.
-    room = min(len(values), max(_BLOCK_NUMEL, columns))
-    halves, numbers = np.empty(room, "<f2"), np.empty(room, "<f4")
-    for begin, end, rows in _row_blocks(first, len(values), columns):
-        half, flat = halves[: end - begin], numbers[: end - begin]
-        part = values[begin:end]
-        numkong.astype(_widened(part) if part.dtype == np.float64 else part, "float16", out=half)
-        numkong.astype(half, "float32", out=flat)
-        wide = flat.reshape(rows.stop - rows.start, -1)
-        # torch takes 127 / scale as 127 times the reciprocal, rounded twice (``Tensor.__rtruediv__``).
-        steps = np.divide(np.float32(1), largest[rows], out=np.zeros(len(wide), "f4"), where=largest[rows] != 0)
-        wide *= (steps * _INT8_STEPS)[:, np.newaxis]
-        quantized[begin:end] = np.rint(flat, out=flat)
-
-
-def dequantize_chunk(
-    info: TensorInfo, chunk: memoryview, first: int, out: memoryview, after: DType, on_overflow: OnOverflow
-) -> int:
-    """Write the int8 elements of a matrix from the ``first`` on into ``out`` as numbers; give how many are too large.
-
-    The product is of float32 numbers, as in ``int8_vectorwise_dequant`` of bitsandbytes, and then cast.
-    """
-    quantized = np.frombuffer(chunk, "i1")
-    wide = np.empty(len(quantized), "<f4")
-    for begin, end, factors in _scale_blocks(info, first, len(quantized)):
-        block = wide[begin:end].reshape(len(factors), -1)
-        np.multiply(quantized[begin:end].reshape(block.shape), factors, out=block)
-        block *= 1 / _INT8_STEPS
-    if after.tag == "F32":
-        out[:] = wide.data.cast("B")
-        return 0
-    return cast_chunk(wide.data.cast("B"), DTYPES["F32"], out, after, on_overflow)
-
-
-def int8_errors(
-    info: TensorInfo, chunk: memoryview, first: int, source: memoryview, dtype: DType
-) -> tuple[int, float, float, float]:
-    """Hold int8 elements of a matrix, from the ``first`` on, against the values of ``source`` that they stand for.
-
-    Gives how many are off by more than half a step, not counting the rounding to float16; the largest error as a share
-    of its scale; and the sums of all errors and of all magnitudes.
-    """
-    quantized, values = np.frombuffer(chunk, "i1"), as_array(source, dtype)
-    beyond, share, error_sum, magnitude_sum = 0, 0.0, 0.0, 0.0
-    for begin, end, factors in _scale_blocks(info, first, len(quantized)):
-        found = quantized[begin:end].reshape(len(factors), -1) * (factors / _INT8_STEPS)
-        half = _widened(_as_float16(values[begin:end])).reshape(found.shape)
-        # What float32 rounds off is less than a thousandth of half a step.
-        beyond += int((~(np.abs(found - half) <= factors * np.float32(1.001 / 254))).sum())
-        wide = _widened(values[begin:end]).reshape(found.shape)
-        errors = np.abs(found - wide)
-        shares = np.divide(errors, factors, out=np.zeros_like(errors), where=factors != 0)
-        share = max(share, float(shares.max(initial=0.0)))
-        error_sum += float(errors.sum(dtype=np.float64))
-        magnitude_sum += float(np.abs(wide).sum(dtype=np.float64))
-    return beyond, share, error_sum, magnitude_sum
-
-
-def _scale_blocks(info: TensorInfo, first: int, count: int) -> Iterator[tuple[int, int, Array]]:
-    """Cut elements of a matrix as ``_row_blocks`` does; each comes with its scales, an array of all its rows."""
-    largest = np.frombuffer(info.scales, "<f4")
-    columns = info.shape[1]
-    for begin, end, rows in _row_blocks(first, count, columns):
-        if not info.scaled_axis:
-            yield begin, end, largest[rows, np.newaxis]
-            continue
-        inside = (first + begin) % columns
-        height = rows.stop - rows.start
-        part = largest[inside : inside + (end - begin) // height]
-        yield begin, end, np.broadcast_to(part, (height, len(part)))
-
-
-def _widened(values: Array) -> Array:
+def widen(values: Array) -> Array:
+    """Give real numbers as float32."""
     if values.dtype == np.float32:
         return values
     if values.dtype == np.float64:
@@ -232,25 +126,12 @@ def _widened(values: Array) -> Array:
     return np.asarray(numkong.astype(values, "float32"))
 
 
-def _as_float16(values: Array) -> Array:
+def as_float16(values: Array) -> Array:
+    """Give real numbers as float16, rounded to nearest even."""
     if values.dtype == np.float16:
         return values
     # float64 goes by way of float32, as in torch.
-    return np.asarray(numkong.astype(_widened(values) if values.dtype == np.float64 else values, "float16"))
-
-
-def _row_blocks(first: int, count: int, columns: int) -> Iterator[tuple[int, int, slice]]:
-    """Cut ``count`` elements of a matrix from the ``first`` on: parts of a row at both ends, whole rows between.
-
-    Each comes as where it begins and ends among these elements, and its rows.
-    """
-    begin = 0
-    while begin < count:
-        row, inside = divmod(first + begin, columns)
-        rows = 1 if inside else max(1, min(_BLOCK_NUMEL, count - begin) // columns)
-        end = min(count, begin + rows * columns - inside)
-        yield begin, end, slice(row, row + rows)
-        begin = end
+    return np.asarray(numkong.astype(widen(values) if values.dtype == np.float64 else values, "float16"))
 
 
 def count_odd(chunk: memoryview, dtype: DType) -> tuple[int, int, bool]:

@@ -21,7 +21,7 @@ from converter.models.folder import Component, ModelFolder, read_json, render_js
 from converter.models.hub_cache import lies_outside
 from converter.models.names import WeightsName
 from converter.models.schemes import find_quantized
-from converter.tensors.base import TensorInfo, turned
+from converter.tensors.base import Tensor
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 _UNET, _VAE, _EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
@@ -155,7 +155,7 @@ def open_single_file(
     return SingleFile(folder, tuple(parts), tuple(carried.items()), tuple(edited.items()), tuple(notes))
 
 
-def recognise(source: Path, tensors: Mapping[str, TensorInfo]) -> tuple[Family, int]:
+def recognise(source: Path, tensors: Mapping[str, Tensor]) -> tuple[Family, int]:
     """Say what a checkpoint is by names and shapes: its family, and how many channels its UNet takes.
 
     Nine are an image, its mask and the masked image: inpainting. Raises Unsupported for anything else.
@@ -181,9 +181,7 @@ def recognise(source: Path, tensors: Mapping[str, TensorInfo]) -> tuple[Family, 
     return family, channels
 
 
-def _averaged(
-    source: Path, plain: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo]
-) -> dict[str, TensorInfo]:
+def _averaged(source: Path, plain: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give the averaged weights for the plain ones: their names have no dots (``ldm/modules/ema.py``)."""
     flat = {name: _EMA + f"{_UNET}{name}".removeprefix("model.").replace(".", "") for name in plain}
     missing = [name for name in flat.values() if name not in tensors]
@@ -195,8 +193,8 @@ def _averaged(
 
 # Names. Each rule gives the new names of a tensor, each with its view; none for what no Diffusers model has.
 
-_Views = Iterator[TensorInfo]
-_Rule = Callable[[str, TensorInfo, Mapping[str, Any]], _Views]
+_Views = Iterator[Tensor]
+_Rule = Callable[[str, Tensor, Mapping[str, Any]], _Views]
 
 _UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
@@ -219,7 +217,7 @@ _UNET_BLOCK = re.compile(r"(input|middle|output)_blocks?\.(\d{1,9})\.(?:(\d+)\.)
 _UNET_MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
 
 
-def _unet(name: str, info: TensorInfo, config: Mapping[str, Any]) -> _Views:
+def _unet(name: str, info: Tensor, config: Mapping[str, Any]) -> _Views:
     stem, _, leaf = name.rpartition(".")
     if stem in _UNET_ENDS:
         yield info._replace(name=f"{_UNET_ENDS[stem]}.{leaf}")
@@ -256,7 +254,7 @@ _VAE_BLOCK = re.compile(r"(encoder\.down|decoder\.up)\.(\d{1,9})\.(?:block\.(\d+
 _VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(?:block_([12])|attn_1)\.(.+)")
 
 
-def _vae(name: str, info: TensorInfo, config: Mapping[str, Any]) -> _Views:
+def _vae(name: str, info: Tensor, config: Mapping[str, Any]) -> _Views:
     stem, _, leaf = name.rpartition(".")
     if stem in _VAE_ENDS:
         yield info._replace(name=f"{_VAE_ENDS[stem]}.{leaf}")
@@ -276,14 +274,14 @@ def _vae(name: str, info: TensorInfo, config: Mapping[str, Any]) -> _Views:
         if stem in _VAE_ATTENTION:
             # A convolution of one pixel is a matrix.
             is_matrix = len(info.shape) > 2 and set(info.shape[2:]) == {1}
-            view = info._replace(shape=info.shape[:2], strides=info.strides[:2]) if is_matrix else info
+            view = info._replace(source=info.source.permuted((0, 1))) if is_matrix else info
             yield view._replace(name=f"{side}.mid_block.attentions.0.{_VAE_ATTENTION[stem]}.{leaf}")
 
 
 _CLIP_NAME = re.compile(r"(text_model\.)?(embeddings|encoder|final_layer_norm)\.")
 
 
-def _clip(name: str, info: TensorInfo, config: Mapping[str, Any]) -> _Views:
+def _clip(name: str, info: Tensor, config: Mapping[str, Any]) -> _Views:
     if _CLIP_NAME.match(name) and not name.endswith("position_ids"):
         yield info._replace(name=name)
 
@@ -304,11 +302,11 @@ _OPEN_CLIP_LAYER = {
 _OPEN_CLIP_BLOCK = re.compile(r"transformer\.resblocks\.(\d{1,9})\.(?:attn\.in_proj_(weight|bias)|(.+)\.(weight|bias))")
 
 
-def _open_clip(name: str, info: TensorInfo, config: Mapping[str, Any]) -> _Views:
+def _open_clip(name: str, info: Tensor, config: Mapping[str, Any]) -> _Views:
     if name in _OPEN_CLIP_ENDS:
         yield info._replace(name=_OPEN_CLIP_ENDS[name])
     elif name == "text_projection" and "CLIPTextModelWithProjection" in config.get("architectures", ()):
-        yield turned(info)._replace(name=f"{name}.weight")
+        yield Tensor(f"{name}.weight", info.source.permuted(tuple(reversed(range(len(info.shape))))))
     elif found := _OPEN_CLIP_BLOCK.fullmatch(name):
         number, joint, stem, leaf = found.groups()
         where = f"text_model.encoder.layers.{number}"
@@ -317,9 +315,9 @@ def _open_clip(name: str, info: TensorInfo, config: Mapping[str, Any]) -> _Views
         if joint and info.shape:
             rows = info.shape[0] // 3
             for place, which in enumerate(("q_proj", "k_proj", "v_proj")):
-                start = info.start + place * rows * info.strides[0]
-                view = info._replace(shape=(rows, *info.shape[1:]), start=start)
-                yield view._replace(name=f"{where}.self_attn.{which}.{joint}")
+                start = (place * rows, *(0 for _ in info.shape[1:]))
+                third = info.source.box(start, (rows, *info.shape[1:]))
+                yield Tensor(f"{where}.self_attn.{which}.{joint}", third)
         elif stem and stem in _OPEN_CLIP_LAYER:
             yield info._replace(name=f"{where}.{_OPEN_CLIP_LAYER[stem]}.{leaf}")
 
@@ -334,15 +332,15 @@ def _convert(
     source: Path,
     family: Family,
     part: str,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
     rule: _Rule,
-) -> tuple[list[TensorInfo], list[str]]:
+) -> tuple[list[Tensor], list[str]]:
     """Give the tensors of a part under their new names, and the old names of those that it has no use for.
 
     Raises Unsupported for two that come to one name, and for any that a UNet does not have.
     """
-    converted: list[TensorInfo] = []
+    converted: list[Tensor] = []
     left: list[str] = []
     for name, info in tensors.items():
         views = list(rule(name, info, config))
@@ -368,7 +366,7 @@ def _count(value: Any) -> int:
     return len(value) if isinstance(value, list) else int(value)
 
 
-def _check_shapes(source: Path, what: str, config: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
+def _check_shapes(source: Path, what: str, config: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
     """Raise BadRequest where a part is not of the size that its config says; ``what`` names the config."""
     shapes = {info.name: info.shape for info in tensors}
     widths = config.get("block_out_channels", (0,))

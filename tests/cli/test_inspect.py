@@ -124,7 +124,7 @@ def test_tensors_that_the_index_lacks_are_noted(inspect, wconv, tmp_path):
 
 def test_only_headers_are_read(wconv, tmp_path, monkeypatch):
     save_pipeline(tmp_path)
-    monkeypatch.setattr(converter.run.parts.SourceFiles, "read_into", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(converter.run.parts.RangeReader, "read_into", lambda *_: pytest.fail("a tensor was read"))
     before = snapshot(tmp_path)
     shown = wconv("inspect", tmp_path).stdout
     assert snapshot(tmp_path) == before

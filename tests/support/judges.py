@@ -17,7 +17,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from converter.tensors.reader import SourceFiles, read_chunks
+from converter.tensors.reader import RangeReader, read_chunks
 from support.tiny import read_file
 
 Description = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -46,9 +46,9 @@ def described_by_torch(path: Path) -> Description:
 def described_by_wconv(path: Path, buffer_nbytes: int = 4096) -> Description:
     """Describe a file by what wconv reads of it."""
     buffer = bytearray(buffer_nbytes)
-    with SourceFiles() as sources:
+    with RangeReader() as reader:
         return {
-            info.name: (info.dtype.tag, info.shape, b"".join(map(bytes, read_chunks(info, sources, buffer))))
+            info.name: (info.dtype.tag, info.shape, b"".join(map(bytes, read_chunks(info.source, reader, buffer))))
             for info in read_file(path).tensors
         }
 

@@ -10,17 +10,20 @@ as garbage), so all of it is checked here; CRC32s are held against the bytes whe
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.torch.rebuild import StorageRef, TensorRef, parse_pickle
-from converter.formats.torch.state_dict import Reading, choose_state_dict, resolve
+from converter.formats.torch.state_dict import Reading, choose_state_dict, negated, resolve
 from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES
 from converter.formats.zip_records import DEFLATED, STORED, Record, read_records, spell
 from converter.storage import FileRef, OpenFile, Place
-from converter.tensors.base import ByteRange, TensorInfo, WeightsFile
+from converter.tensors.base import ByteRange, PackedRange, Storage, Tensor, TensorSource, WeightsFile
+from converter.tensors.derived import Swapped
+from converter.tensors.view import View
 
 _DAMAGED = "The file is damaged: fetch it again."
 
@@ -47,24 +50,26 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
 
     folder = root + b"data/"
 
-    def find(storage: StorageRef) -> ByteRange | None:
+    def find(storage: StorageRef) -> Storage | None:
         record = records.get(folder + storage.key.encode("utf-8", "surrogatepass"))
-        if record is None:
-            return None
-        stored = _range_of(record, file.ref)
-        return stored if byteorder == b"little" else _swapped(stored, storage)
+        return None if record is None else _range_of(record, file.ref)
 
-    tensors = tuple(resolve(state_dict, find, place))
-    _check_inflating(tensors, place)
-    if byteorder == b"big":
+    views = dict(resolve(state_dict, find, place))
+    _check_inflating(views.values(), place)
+    is_big = byteorder == b"big"
+    tensors = tuple(
+        Tensor(name, negated(_swapped(view, ref.storage) if is_big else view, ref))
+        for (name, ref), view in zip(state_dict.items(), views.values(), strict=True)
+    )
+    if is_big:
         notes += tuple(_note_unswapped(state_dict))
     return WeightsFile(place, "torch", tensors, {}, notes, pickled.foreign)
 
 
-def _range_of(record: Record, file: FileRef) -> ByteRange:
+def _range_of(record: Record, file: FileRef) -> Storage:
     crc = record.crc32 or None  # 0 means that none was computed (``torch.serialization.set_crc32_options``)
     if record.method == DEFLATED:
-        return ByteRange(file, record.offset, record.nbytes, crc, record.packed_nbytes)
+        return PackedRange(file, record.offset, record.nbytes, crc, record.packed_nbytes)
     if record.method != STORED:
         raise Unsupported(
             file.place, f"its record {spell(record.name)} is compressed", "Save it again with torch.save."
@@ -74,12 +79,11 @@ def _range_of(record: Record, file: FileRef) -> ByteRange:
     return ByteRange(file, record.offset, record.nbytes, crc)
 
 
-def _swapped(stored: ByteRange, storage: StorageRef) -> ByteRange:
+def _swapped(view: View, storage: StorageRef) -> TensorSource:
     if storage.dtype is None:
-        return stored  # as torch does (``load_tensor`` in ``torch/serialization.py``): bytes have no order
-    # The CRC32 is that of the bytes before they are turned around, and is not checked.
-    swap = storage.dtype.itemsize // (2 if storage.dtype.tag == "C64" else 1)
-    return stored._replace(swap=swap, crc32=None)
+        return view  # as torch does (``load_tensor`` in ``torch/serialization.py``): bytes have no order
+    width = storage.dtype.itemsize // (2 if storage.dtype.tag == "C64" else 1)
+    return Swapped(view, width) if width > 1 else view
 
 
 def _note_unswapped(state_dict: Mapping[str, TensorRef]) -> Iterator[str]:
@@ -88,16 +92,16 @@ def _note_unswapped(state_dict: Mapping[str, TensorRef]) -> Iterator[str]:
         yield f"its {' and '.join(sorted(untyped))} tensors are taken as torch takes them: not turned from big-endian"
 
 
-def _check_inflating(tensors: Sequence[TensorInfo], place: Place) -> None:
+def _check_inflating(views: Iterable[View], place: Place) -> None:
     """Refuse tensors that lie in deflated records so that those must be inflated again and again.
 
     Each tensor is read from its record's start, and so is each part that is gathered of one that is not contiguous.
     """
-    packed = [info for info in tensors if info.storage.packed_nbytes is not None]
+    packed = [view for view in views if type(view.storage) is PackedRange]
     if not packed:
         return
     inflated = sum(map(_inflated_nbytes, packed))
-    once = sum(record.nbytes for record in {info.storage for info in packed})
+    once = sum(record.nbytes for record in {view.storage for view in packed})
     if inflated > _MAX_INFLATED * once + _SMALL_NBYTES:
         raise Unsupported(
             place,
@@ -106,15 +110,16 @@ def _check_inflating(tensors: Sequence[TensorInfo], place: Place) -> None:
         )
 
 
-def _inflated_nbytes(info: TensorInfo) -> int:
-    if not info.numel:
+def _inflated_nbytes(view: View) -> int:
+    numel = math.prod(view.shape)
+    if not numel:
         return 0
-    end = (info.start + info.span) * info.dtype.itemsize
-    if info.is_contiguous:
+    end = (view.start + view.span) * view.dtype.itemsize
+    if view.is_contiguous:
         return end
     # What leaves nothing out and holds nothing twice is gathered in the order of its bytes, a buffer at a time.
-    part = _GATHERED_NBYTES if info.span == info.numel else _SCATTERED_NBYTES
-    return end * (1 + info.nbytes // part)
+    part = _GATHERED_NBYTES if view.span == numel else _SCATTERED_NBYTES
+    return end * (1 + view.dtype.nbytes(numel) // part)
 
 
 def _find_root(names: Mapping[bytes, Any], place: Place) -> bytes:
@@ -133,12 +138,11 @@ def _find_root(names: Mapping[bytes, Any], place: Place) -> bytes:
 
 def _read_small(file: OpenFile, record: Record, max_nbytes: int) -> bytes:
     stored, place = _range_of(record, file.ref), file.ref.place
-    packed_nbytes = stored.packed_nbytes
-    nbytes = max(stored.nbytes, packed_nbytes or 0)
+    nbytes = max(stored.nbytes, stored.stored_nbytes)
     if nbytes > max_nbytes:
         raise HostileFile(place, f"a record that describes tensors claims {nbytes:,} bytes")
-    raw = file.read(stored.offset, stored.nbytes if packed_nbytes is None else packed_nbytes)
-    if packed_nbytes is not None:
+    raw = file.read(stored.offset, stored.stored_nbytes)
+    if type(stored) is PackedRange:
         try:
             raw = zlib.decompressobj(-zlib.MAX_WBITS).decompress(raw, stored.nbytes + 1)
         except zlib.error:

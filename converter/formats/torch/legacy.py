@@ -14,10 +14,10 @@ from typing import Any
 
 from converter.errors import BadFile, HostileFile
 from converter.formats.torch.rebuild import MAX_STORAGES, StorageRef, parse_pickle
-from converter.formats.torch.state_dict import Reading, choose_state_dict, resolve
+from converter.formats.torch.state_dict import Reading, choose_state_dict, negated, resolve
 from converter.formats.torch.unpickler import FREE_NBYTES, MAX_PICKLE_NBYTES, Pickled, allow_steps
 from converter.storage import OpenFile
-from converter.tensors.base import ByteRange, WeightsFile
+from converter.tensors.base import ByteRange, Tensor, WeightsFile
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _LONG = b"\x8a\x0a" + MAGIC.to_bytes(10, "little")
@@ -48,7 +48,8 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
         raise HostileFile(place, f"lists more than {MAX_STORAGES:,} storages")
     ranges = dict(_find_storages(file, pickles.offset, keys, storages))
     state_dict, notes = choose_state_dict(pickled, place, reading)
-    tensors = tuple(resolve(state_dict, lambda storage: ranges.get(storage.key), place))
+    views = resolve(state_dict, lambda storage: ranges.get(storage.key), place)
+    tensors = tuple(Tensor(name, negated(view, state_dict[name])) for name, view in views)
     return WeightsFile(place, "torch", tensors, {}, notes, pickled.foreign)
 
 

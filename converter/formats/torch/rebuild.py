@@ -48,7 +48,7 @@ class TensorRef(NamedTuple):
     start: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    negated: int = 0  # as in TensorInfo
+    negated: int = 0  # as in Negated
 
 
 class Unreadable(NamedTuple):

@@ -15,7 +15,9 @@ from converter.formats.torch.globals import is_array, is_tensor
 from converter.formats.torch.rebuild import StorageRef, TensorRef, Unreadable
 from converter.formats.torch.unpickler import Inert, Pickled
 from converter.formats.training import check_pickled
-from converter.tensors.base import ByteRange, TensorInfo
+from converter.tensors.base import Storage, TensorSource
+from converter.tensors.derived import Negated
+from converter.tensors.view import View
 
 _MAX_DEPTH = 16  # trainers nest two or three
 _MAX_CONTAINERS = 200_000  # an optimizer keeps one or two for each tensor, and three tensors more
@@ -123,9 +125,12 @@ def _refuse_unreadable(chosen: _Found, where: Where) -> None:
 
 
 def resolve(
-    state_dict: Mapping[str, TensorRef], find: Callable[[StorageRef], ByteRange | None], where: Where
-) -> Iterator[TensorInfo]:
-    """Yield the tensors, given where each storage lies; raises BadFile where one is not there, or not long enough."""
+    state_dict: Mapping[str, TensorRef], find: Callable[[StorageRef], Storage | None], where: Where
+) -> Iterator[tuple[str, View]]:
+    """Yield the views that tensors are, given where each storage lies.
+
+    Raises BadFile where a storage is not there, or not long enough.
+    """
     dtypes: dict[str, DType] = {}
     for name, ref in state_dict.items():
         storage = ref.storage
@@ -141,18 +146,20 @@ def resolve(
                 f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims {storage.nbytes:,}"
             )
             raise BadFile(where, problem, _INCOMPLETE)
-        if ref.negated:
-            # The CRC32 is that of the bytes before they change, and is not checked.
-            record = record._replace(crc32=None)
-        info = TensorInfo(name, ref.dtype, ref.shape, record, ref.start, ref.strides, ref.negated)
+        view = View(ref.dtype, ref.shape, record, ref.start, ref.strides)
         numel = prod(ref.shape)
         if not numel and prod(length or 1 for length in ref.shape) >= 1 << 63:
             raise BadFile(where, f"tensor {name!r} is empty, but its shape has numbers beyond torch's")
-        span = numel if info.is_contiguous else info.span
+        span = numel if view.is_contiguous else view.span
         end = (ref.start + span) * ref.dtype.bits if numel else 0
         if end > record.nbytes * 8 or numel >= 1 << 63:
             raise BadFile(where, f"tensor {name!r} reaches past the end of its record")
-        yield info
+        yield name, view
+
+
+def negated(source: TensorSource, ref: TensorRef) -> TensorSource:
+    """Give what a tensor reads with the signs that its bits of lazy views ask for."""
+    return Negated(source, ref.negated) if ref.negated else source
 
 
 def _find(value: Any, where: Where) -> Iterator[_Found]:

@@ -17,7 +17,8 @@ from converter.dtypes import DType
 from converter.formats.torch.rebuild import AXES_A_STEP, MAX_DIMS
 from converter.formats.torch.state_dict import MAX_NAME_LENGTH, MAX_NAMES_LENGTH, MAX_TENSORS
 from converter.formats.torch.unpickler import FREE_NBYTES, GLOBAL_STEPS, MAX_OPCODES, count_text_steps
-from converter.tensors.base import Described, Layout, contiguous_strides
+from converter.tensors.base import Layout, TensorSpec
+from converter.tensors.view import contiguous_strides
 
 _ALIGNMENT = 64
 _ROOT = "archive"
@@ -45,7 +46,7 @@ class _Record:
         return self.data_offset + self.nbytes
 
 
-def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mapping[str, str]) -> Layout:
+def lay_out(tensors: Sequence[TensorSpec], ties: Mapping[str, str], notes: Mapping[str, str]) -> Layout:
     """Lay out an archive with a storage for each tensor; a tie is a second name for one.
 
     ``notes`` have no place in it. Raises ValueError for a dtype that torch does not have, and for what wconv would not
@@ -65,7 +66,7 @@ def lay_out(tensors: Sequence[Described], ties: Mapping[str, str], notes: Mappin
     )
 
 
-def _check_tensors(tensors: Sequence[Described], ties: Mapping[str, str]) -> None:
+def _check_tensors(tensors: Sequence[TensorSpec], ties: Mapping[str, str]) -> None:
     if len(tensors) + len(ties) > MAX_TENSORS:
         raise ValueError(f"has more than {MAX_TENSORS:,} tensors, too many for one torch file", _RESHARD)
     lengths = [len(name) for name in (*ties, *(name for name, _, _ in tensors))]
@@ -80,7 +81,7 @@ def _check_tensors(tensors: Sequence[Described], ties: Mapping[str, str]) -> Non
             raise ValueError(f"holds tensor {name!r}, whose shape has numbers beyond torch's")
 
 
-def frame(tensors: Sequence[Described], ties: Mapping[str, str], crcs: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+def frame(tensors: Sequence[TensorSpec], ties: Mapping[str, str], crcs: Sequence[int]) -> Iterator[tuple[int, bytes]]:
     """Give all that surrounds the storages, whose bytes have these CRC32s: offsets in the file, and bytes."""
     records = _place_records(tensors, ties)
     storages = iter(crcs)
@@ -93,7 +94,7 @@ def frame(tensors: Sequence[Described], ties: Mapping[str, str], crcs: Sequence[
 _FIRST_STORAGE = 4  # the records before the storages
 
 
-def _place_records(tensors: Sequence[Described], ties: Mapping[str, str]) -> list[_Record]:
+def _place_records(tensors: Sequence[TensorSpec], ties: Mapping[str, str]) -> list[_Record]:
     sizes = [dtype.nbytes(math.prod(shape)) for _, dtype, shape in tensors]
     contents: list[tuple[str, int, bytes | None]] = [
         _note("data.pkl", build_pickle(tensors, ties)),
@@ -160,7 +161,7 @@ def _entry(record: _Record, crc: int) -> bytes:
     )  # fmt: skip
 
 
-def build_pickle(tensors: Sequence[Described], ties: Mapping[str, str]) -> bytes:
+def build_pickle(tensors: Sequence[TensorSpec], ties: Mapping[str, str]) -> bytes:
     """Spell the pickle of a state dict, protocol 2: storage ``n`` is that of tensor ``n``, ties come last."""
     writer = _Pickler()
     numbers = {name: number for number, (name, _, _) in enumerate(tensors)}

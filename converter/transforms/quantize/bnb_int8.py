@@ -12,14 +12,19 @@ import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from converter.dtypes import DTYPES, DType
+from converter.dtypes import DTYPES, DType, OnOverflow
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.models.checkpoint import Checkpoint
-from converter.storage import FileRef
-from converter.tensors.base import ByteRange, TensorInfo, contiguous_strides, turned
-from converter.tensors.reader import GATHER_NBYTES, PIECE_NBYTES, SourceFiles, read_range
+from converter.tensors.base import Tensor
+from converter.tensors.derived import Constant, Derived, cast
+from converter.tensors.reader import PIECE_NBYTES, RangeReader
+
+if TYPE_CHECKING:
+    from converter.transforms.quantize.row_kernels import RowScales
+
+_R = TypeVar("_R", bound="_Scaled")
 
 _MAX_SCALES_NBYTES = 128_000_000  # 4 a row: of a model of 400 billion weights 100 MB
 _WEIGHT, _SCALES, _FORMAT = ".weight", ".SCB", ".weight_format"
@@ -45,23 +50,93 @@ def quantization_config(skipped: Iterable[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Scaled(Derived):
+    """A matrix by way of ``scales``: float32, one a row from the row ``first`` on; with ``axis`` 1, one a column."""
+
+    scales: bytes
+    first: int = 0
+    axis: int = 0
+
+    @property
+    def computes(self) -> bool:
+        return True
+
+    def part(self: _R, begin: int, end: int) -> _R:
+        part = Derived.part(self, begin, end)
+        if self.axis:
+            return part
+        row = self.shape[1] * self.dtype.itemsize
+        first, last = begin // row, -(-end // row)
+        return replace(part, scales=part.scales[4 * (first - self.first) : 4 * (last - self.first)], first=first)
+
+    def box(self: _R, start: tuple[int, ...], shape: tuple[int, ...]) -> _R:
+        first = start[self.axis] - self.first
+        scales = self.scales[4 * first : 4 * (first + shape[self.axis])]
+        return replace(self, source=self.source.box(start, shape), scales=scales, first=0)
+
+    def permuted(self: _R, axes: tuple[int, ...]) -> _R:
+        return replace(self, source=self.source.permuted(axes), axis=axes.index(self.axis))
+
+    def row_scales(self) -> RowScales:
+        """Give the scales as the kernels want them."""
+        from converter.transforms.quantize.row_kernels import RowScales
+
+        return RowScales(self.scales, self.shape[1], self.axis)
+
+
+class QuantizedRows(_Scaled):
+    """A matrix [out, in] in 8 bits."""
+
+    __slots__ = ()
+
+    @property
+    def dtype(self) -> DType:
+        return DTYPES["I8"]
+
+    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+        from converter.transforms.quantize.row_kernels import quantize_chunk
+
+        before = self.source.dtype
+        with reader.scratch(len(out) * before.itemsize) as values:
+            self.source.read(begin * before.itemsize, values, reader)
+            quantize_chunk(values, before, out, self.row_scales(), begin - self.first * self.shape[1])
+
+
+class WidenedRows(_Scaled):
+    """The numbers that an int8 matrix stands for, in float32."""
+
+    __slots__ = ()
+
+    @property
+    def dtype(self) -> DType:
+        return DTYPES["F32"]
+
+    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+        from converter.transforms.quantize.row_kernels import widen_chunk
+
+        with reader.scratch(len(out) // 4) as steps:
+            self.source.read(begin // 4, steps, reader)
+            widen_chunk(steps, out, self.row_scales(), begin // 4 - self.first * self.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
 class RowBlock:
     """Rows ``begin`` to ``end`` of a matrix."""
 
-    info: TensorInfo
+    weight: Tensor
     begin: int
     end: int
 
     @property
     def nbytes(self) -> int:
-        return self.info.dtype.nbytes((self.end - self.begin) * self.info.shape[1])
+        return self.weight.dtype.nbytes((self.end - self.begin) * self.weight.shape[1])
 
 
-def cut_rows(info: TensorInfo) -> Iterator[RowBlock]:
+def cut_rows(weight: Tensor) -> Iterator[RowBlock]:
     """Cut a matrix into blocks of rows, each of some MB, for one task each."""
-    step = max(1, PIECE_NBYTES // info.dtype.nbytes(info.shape[1]))
-    for begin in range(0, info.shape[0], step):
-        yield RowBlock(info, begin, min(info.shape[0], begin + step))
+    step = max(1, PIECE_NBYTES // weight.dtype.nbytes(weight.shape[1]))
+    for begin in range(0, weight.shape[0], step):
+        yield RowBlock(weight, begin, min(weight.shape[0], begin + step))
 
 
 class Scales(NamedTuple):
@@ -74,30 +149,30 @@ class Scales(NamedTuple):
 
 def find_scales(block: RowBlock, chunk_nbytes: int) -> Scales:
     """Find the largest magnitude of each row of a block. Raises BadFile for a file that became shorter."""
-    from converter.tensors.kernels import are_finite, row_maxima
+    from converter.transforms.quantize.row_kernels import are_finite, row_maxima
 
-    info = block.info
-    columns = info.shape[1]
-    buffer = memoryview(bytearray(chunk_nbytes if info.is_contiguous else max(chunk_nbytes, GATHER_NBYTES)))
-    room = len(buffer) // info.dtype.itemsize
+    weight = block.weight
+    dtype, columns = weight.dtype, weight.shape[1]
+    buffer = memoryview(bytearray(max(chunk_nbytes, weight.source.window)))
+    room = len(buffer) // dtype.itemsize
     found = []
-    with SourceFiles() as sources:
+    with RangeReader() as reader:
 
         def read(first: int, count: int) -> memoryview:
-            view = buffer[: info.dtype.nbytes(count)]
-            read_range(info, sources, info.dtype.nbytes(first), view)
+            view = buffer[: dtype.nbytes(count)]
+            weight.source.read(dtype.nbytes(first), view, reader)
             return view
 
         step = max(1, room // columns)
         for row in range(block.begin, block.end, step):
             numel = (min(block.end, row + step) - row) * columns
             if numel <= room:
-                found.append(row_maxima(read(row * columns, numel), info.dtype, columns))
+                found.append(row_maxima(read(row * columns, numel), dtype, columns))
                 continue
             # A row that the buffer does not hold: the largest of its parts' largest.
             cuts = [*range(0, columns, room), columns]
             parts = [
-                row_maxima(read(row * columns + begin, end - begin), info.dtype, end - begin)
+                row_maxima(read(row * columns + begin, end - begin), dtype, end - begin)
                 for begin, end in itertools.pairwise(cuts)
             ]
             found.append(row_maxima(memoryview(b"".join(parts)), DTYPES["F32"], len(parts)))
@@ -105,58 +180,54 @@ def find_scales(block: RowBlock, chunk_nbytes: int) -> Scales:
     return Scales(block, numbers, are_finite(numbers))
 
 
-def quantized(weight: TensorInfo, scales: bytes) -> tuple[TensorInfo, TensorInfo, TensorInfo]:
-    """Give the three tensors that stand for a weight [out, in], the first of them still to be computed."""
+def quantized(weight: Tensor, scales: bytes) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the three tensors that stand for a weight [out, in]; they must come into one file."""
     module = weight.name.removesuffix(_WEIGHT)
+    numbers = Constant(DTYPES["F32"], (weight.shape[0],), scales)
     return (
-        weight._replace(target=DTYPES["I8"], scales=scales),
-        _made(weight, module + _SCALES, DTYPES["F32"], (weight.shape[0],), scales),
-        _made(weight, module + _FORMAT, DTYPES["U8"], (), b"\0"),
+        weight._replace(source=QuantizedRows(weight.source, scales)),
+        Tensor(module + _SCALES, numbers, beside=weight.name),
+        Tensor(module + _FORMAT, Constant(DTYPES["U8"], (), b"\0"), beside=weight.name),
     )
 
 
-def _made(weight: TensorInfo, name: str, dtype: DType, shape: tuple[int, ...], content: bytes) -> TensorInfo:
-    storage = ByteRange(FileRef(weight.storage.file.place), 0, len(content), content=content)
-    return TensorInfo(name, dtype, shape, storage, 0, contiguous_strides(shape), target=dtype)
-
-
-def scales_in(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+def scales_in(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Map the name of each int8 weight to the tensor of its scales.
 
     Raises Unsupported where an int8 weight has none, BadFile where they do not fit it.
     """
-    tensors = {info.name: info for info in checkpoint.tensors}
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     found = {}
-    for name, info in tensors.items():
-        if info.dtype.tag != "I8" or not name.endswith(_WEIGHT):
+    for name, tensor in tensors.items():
+        if tensor.dtype.tag != "I8" or not name.endswith(_WEIGHT):
             continue
         module = name.removesuffix(_WEIGHT)
         scales = tensors.get(module + _SCALES)
-        path = info.storage.file.place
         if scales is None:
             advice = "It is in another 8-bit form than that of bitsandbytes, or incomplete."
-            raise Unsupported(path, f"has no {module + _SCALES!r} for its int8 weight", advice)
-        if len(info.shape) != 2 or scales.dtype.tag != "F32" or scales.shape != info.shape[:1]:
-            raise BadFile(path, f"has a {module + _SCALES!r} that does not fit its weight", "Quantize the model again.")
+            raise Unsupported(tensor.where, f"has no {module + _SCALES!r} for its int8 weight", advice)
+        if len(tensor.shape) != 2 or scales.dtype.tag != "F32" or scales.shape != tensor.shape[:1]:
+            problem = f"has a {module + _SCALES!r} that does not fit its weight"
+            raise BadFile(tensor.where, problem, "Quantize the model again.")
         found[name] = scales
     return found
 
 
-def check_scales(path: Path, weights: Iterable[TensorInfo]) -> None:
+def check_scales(path: Path, weights: Iterable[Tensor]) -> None:
     """Raise HostileFile where the scales of weights, one a row, are more than can be held; or they are those scales."""
-    if sum(4 * info.shape[0] for info in weights) > _MAX_SCALES_NBYTES:
+    if sum(4 * weight.shape[0] for weight in weights) > _MAX_SCALES_NBYTES:
         raise HostileFile(path, f"has more than {_MAX_SCALES_NBYTES:,} bytes of scales, and no model has them")
 
 
-def _check_sizes(checkpoint: Checkpoint, scales: Mapping[str, TensorInfo]) -> None:
+def _check_sizes(checkpoint: Checkpoint, scales: Mapping[str, Tensor]) -> None:
     """Raise BadFile for what is read whole here, and is larger than it can be."""
     check_scales(checkpoint.weight_set.path, scales.values())
-    for info in checkpoint.tensors:
-        if info.name.endswith(_FORMAT) and info.numel > 1:
-            raise BadFile(info.storage.file.place, f"has a {info.name!r} that is no single number")
+    for tensor in checkpoint.tensors:
+        if tensor.name.endswith(_FORMAT) and tensor.numel > 1:
+            raise BadFile(tensor.where, f"has a {tensor.name!r} that is no single number")
 
 
-def dequantized(checkpoint: Checkpoint, target: DType, transposed: Container[str]) -> Checkpoint:
+def dequantized(checkpoint: Checkpoint, target: DType, transposed: Container[str], how: OnOverflow) -> Checkpoint:
     """Let int8 weights be written as numbers in ``target`` again, without what belonged to them.
 
     Weights of modules in ``transposed`` become [in, out]. Raises as ``scales_in`` does, and Unsupported for a layout
@@ -164,29 +235,30 @@ def dequantized(checkpoint: Checkpoint, target: DType, transposed: Container[str
     """
     scales = scales_in(checkpoint)
     _check_sizes(checkpoint, scales)
-    with SourceFiles() as sources:
+    with RangeReader() as reader:
 
-        def read(info: TensorInfo) -> bytes:
-            raw = bytearray(info.nbytes)
-            read_range(info, sources, 0, memoryview(raw))
+        def read(tensor: Tensor) -> bytes:
+            raw = bytearray(tensor.nbytes)
+            tensor.source.read(0, memoryview(raw), reader)
             return bytes(raw)
 
-        contents = {name: read(info) for name, info in scales.items()}
-        for info in checkpoint.tensors:
-            if info.name.endswith(_FORMAT) and any(read(info)):
-                problem = f"has weights that are not laid out row by row, as {info.name!r} says"
-                raise Unsupported(info.storage.file.place, problem, "Load it with the bitsandbytes that wrote it.")
+        contents = {name: read(tensor) for name, tensor in scales.items()}
+        for tensor in checkpoint.tensors:
+            if tensor.name.endswith(_FORMAT) and any(read(tensor)):
+                problem = f"has weights that are not laid out row by row, as {tensor.name!r} says"
+                raise Unsupported(tensor.where, problem, "Load it with the bitsandbytes that wrote it.")
     modules = {name.removesuffix(_WEIGHT) for name in scales}
     gone = {module + end for module in modules for end in (_SCALES, _FORMAT)}
 
-    def restore(info: TensorInfo) -> TensorInfo:
-        if info.name not in contents:
-            return info
-        info = info._replace(scales=contents[info.name], target=target)
-        return turned(info)._replace(scaled_axis=1) if info.name.removesuffix(_WEIGHT) in transposed else info
+    def restore(tensor: Tensor) -> Tensor:
+        if tensor.name not in contents:
+            return tensor
+        rows = WidenedRows(tensor.source, contents[tensor.name])
+        is_transposed = tensor.name.removesuffix(_WEIGHT) in transposed
+        return cast(tensor._replace(source=rows.permuted((1, 0)) if is_transposed else rows), target, how)
 
     files = tuple(
-        replace(file, tensors=tuple(restore(info) for info in file.tensors if info.name not in gone))
+        replace(file, tensors=tuple(restore(tensor) for tensor in file.tensors if tensor.name not in gone))
         for file in checkpoint.files
     )
     return replace(checkpoint, files=files)

@@ -1,0 +1,322 @@
+"""Tensors that are made of others, or of nothing: each reads its own inputs, so they nest in any order.
+
+A box of one, or one with other axes, is made of a box of its input, down to the views, which need just other numbers.
+What changes only bits is done here; what rounds or computes is in ``kernels``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from converter.dtypes import DType, OnOverflow
+from converter.tensors.base import Storage, Tensor, TensorSource
+
+if TYPE_CHECKING:
+    from converter.tensors.reader import RangeReader
+
+_D = TypeVar("_D", bound="Derived")
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A tensor that stands in no file: its bytes are known."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    content: bytes
+    grain = 1
+    window = 1
+    computes = False
+
+    def inputs(self) -> Iterable[Storage]:
+        return ()
+
+    def part(self, begin: int, end: int) -> Constant:
+        return self
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Constant:
+        import numpy as np
+
+        values = np.frombuffer(self.content, f"u{self.dtype.itemsize}").reshape(self.shape)
+        cut = values[tuple(slice(at, at + length) for at, length in zip(start, shape, strict=True))]
+        return Constant(self.dtype, shape, cut.tobytes())
+
+    def permuted(self, axes: tuple[int, ...]) -> Constant:
+        import numpy as np
+
+        values = np.frombuffer(self.content, f"u{self.dtype.itemsize}").reshape(self.shape)
+        left_out = [axis for axis in range(len(self.shape)) if axis not in axes]
+        turned = values.transpose(*axes, *left_out)
+        return Constant(self.dtype, turned.shape[: len(axes)], turned.tobytes())
+
+    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+        out[:] = self.content[begin : begin + len(out)]
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """A tensor that is made of another of its shape, element by element; by itself it is that one."""
+
+    source: TensorSource
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def grain(self) -> int:
+        return self._scaled(self.source.grain)
+
+    @property
+    def window(self) -> int:
+        # What a wider one takes more is not worth the room.
+        return min(self.source.window, self._scaled(self.source.window))
+
+    @property
+    def computes(self) -> bool:
+        return self.source.computes
+
+    def _scaled(self, nbytes: int) -> int:
+        """Give the bytes that so many of the source's are here."""
+        same = self.dtype is self.source.dtype
+        return nbytes if same else max(1, nbytes * self.dtype.itemsize // self.source.dtype.itemsize)
+
+    def inputs(self) -> Iterable[Storage]:
+        return self.source.inputs()
+
+    def part(self: _D, begin: int, end: int) -> _D:
+        before, after = self.source.dtype, self.dtype
+        if before is not after:
+            begin, end = (at // after.itemsize * before.itemsize for at in (begin, end))
+        source = self.source.part(begin, end)
+        return self if source is self.source else replace(self, source=source)
+
+    def box(self: _D, start: tuple[int, ...], shape: tuple[int, ...]) -> _D:
+        return replace(self, source=self.source.box(start, shape))
+
+    def permuted(self: _D, axes: tuple[int, ...]) -> _D:
+        return replace(self, source=self.source.permuted(axes))
+
+    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+        self.source.read(begin, out, reader)
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped(Derived):
+    """A tensor whose numbers lie the other way round, ``width`` bytes each: big-endian ones."""
+
+    width: int
+
+    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+        import numpy as np
+
+        self.source.read(begin, out, reader)
+        np.frombuffer(out, f"u{self.width}").byteswap(inplace=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Negated(Derived):
+    """A tensor with other signs (the bits of torch's lazy views): 1 the real part's, 2 the imaginary part's, 3 both."""
+
+    parts: int
+
+    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+        import numpy as np
+
+        self.source.read(begin, out, reader)
+        # Elements are whole here, so the first number is a real part.
+        is_complex = self.dtype.tag == "C64"
+        width = self.dtype.itemsize // (2 if is_complex else 1)
+        values = np.frombuffer(out, f"u{width}")
+        sign = values.dtype.type(1 << (8 * width - 1))
+        if self.parts & 1:
+            values[:: 2 if is_complex else 1] ^= sign
+        if self.parts & 2 and is_complex:
+            values[1::2] ^= sign
+
+
+@dataclass(frozen=True, slots=True)
+class Cast(Derived):
+    """A tensor in another dtype, rounded to nearest even; the reader counts what is too large for it."""
+
+    to: DType
+    on_overflow: OnOverflow = "error"
+
+    @property
+    def dtype(self) -> DType:
+        return self.to
+
+    @property
+    def computes(self) -> bool:
+        return True
+
+    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+        from converter.tensors.kernels import cast_chunk
+
+        before = self.source.dtype
+        with reader.scratch(len(out) // self.to.itemsize * before.itemsize) as values:
+            self.source.read(begin // self.to.itemsize * before.itemsize, values, reader)
+            reader.too_large += cast_chunk(values, before, out, self.to, self.on_overflow)
+
+
+def cast(tensor: Tensor, dtype: DType, on_overflow: OnOverflow = "error") -> Tensor:
+    """Give a tensor in a dtype; one that is in it already as it is."""
+    return tensor if tensor.dtype is dtype else tensor._replace(source=Cast(tensor.source, dtype, on_overflow))
+
+
+class Box(NamedTuple):
+    """A part of a whole: ``start`` is where it begins, in elements along each axis, or in the flattened whole."""
+
+    start: tuple[int, ...]
+    source: TensorSource
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """A tensor that is put together from boxes, as checkpoints of many processes and fused weights are.
+
+    Raises ValueError for boxes that reach out of it, overlap, or leave something out.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+
+    def __post_init__(self) -> None:
+        known = sorted((box for box in self.boxes if 0 not in box.source.shape), key=lambda box: box.start)
+        object.__setattr__(self, "boxes", tuple(known))
+        if self.dtype.bits % 8 or any(box.source.dtype is not self.dtype for box in known):
+            raise ValueError("boxes of other elements than the whole")
+        whole = self._whole
+        for box in known:
+            if not _fits(whole, box):
+                raise ValueError(f"a box at {box.start} of shape {box.source.shape} reaches out of {whole}")
+        if sum(math.prod(box.source.shape) for box in known) != math.prod(whole):
+            raise ValueError(f"boxes that do not fill {whole}")
+        for place, box in enumerate(known):
+            if any(_overlap(box, other) for other in _reached(box, known[place + 1 :])):
+                raise ValueError(f"two boxes that overlap at {box.start}")
+
+    @property
+    def _whole(self) -> tuple[int, ...]:
+        is_flat = len(self.shape) != 1 and any(len(box.start) == 1 for box in self.boxes)
+        return (math.prod(self.shape),) if is_flat else self.shape
+
+    @property
+    def grain(self) -> int:
+        return 1
+
+    @property
+    def window(self) -> int:
+        return max((box.source.window for box in self.boxes), default=1)
+
+    @property
+    def computes(self) -> bool:
+        return any(box.source.computes for box in self.boxes)
+
+    def inputs(self) -> Iterable[Storage]:
+        return (storage for box in self.boxes for storage in box.source.inputs())
+
+    def part(self, begin: int, end: int) -> Boxes:
+        return self
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Boxes:
+        whole = self._whole
+        if whole != self.shape:
+            row = math.prod(self.shape[1:])
+            if shape[1:] != self.shape[1:]:
+                raise ValueError("boxes of a flattened whole have no columns")
+            start, whole = (start[0] * row,), (shape[0] * row,)
+        else:
+            whole = shape
+        cut = tuple(Box(tuple(at - base for at, base in zip(where, start, strict=True)), source)
+                    for where, source in self._cut(start, whole))  # fmt: skip
+        return Boxes(self.dtype, shape, cut)
+
+    def permuted(self, axes: tuple[int, ...]) -> Boxes:
+        if self._whole != self.shape:
+            raise ValueError("boxes of a flattened whole have no axes")
+        boxes = (Box(tuple(start[axis] for axis in axes), source.permuted(axes)) for start, source in self.boxes)
+        return Boxes(self.dtype, tuple(self.shape[axis] for axis in axes), tuple(boxes))
+
+    def _cut(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Box]:
+        """Give what of each box lies in a box of the whole; starts are in the whole."""
+        for box in self.boxes:
+            sides = zip(box.start, box.source.shape, start, shape, strict=True)
+            spans = [(max(at, base), min(at + length, base + size)) for at, length, base, size in sides]
+            if all(begin < end for begin, end in spans):
+                begins = tuple(begin for begin, _ in spans)
+                inner = tuple(begin - at for begin, at in zip(begins, box.start, strict=True))
+                yield Box(begins, box.source.box(inner, tuple(end - begin for begin, end in spans)))
+
+    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+        size = self.dtype.itemsize
+        done = 0
+        for start, shape in _blocks(self._whole, begin // size, len(out) // size):
+            nbytes = math.prod(shape) * size
+            self._read_block(start, shape, out[done : done + nbytes], reader)
+            done += nbytes
+
+    def _read_block(self, start: tuple[int, ...], shape: tuple[int, ...], out: memoryview, reader: RangeReader) -> None:
+        import numpy as np
+
+        block = np.frombuffer(out, f"u{self.dtype.itemsize}").reshape(shape)
+        for where, source in self._cut(start, shape):
+            at = tuple(slice(begin - base, begin - base + length)
+                       for begin, base, length in zip(where, start, source.shape, strict=True))  # fmt: skip
+            target = block[at]
+            if target.flags.c_contiguous:
+                source.read(0, target.reshape(-1).data.cast("B"), reader)
+                continue
+            with reader.scratch(target.nbytes) as values:
+                source.read(0, values, reader)
+                target[...] = np.frombuffer(values, block.dtype).reshape(source.shape)
+
+
+def _fits(whole: tuple[int, ...], box: Box) -> bool:
+    if not len(whole) == len(box.start) == len(box.source.shape):
+        return False
+    ends = zip(whole, box.start, box.source.shape, strict=True)
+    return all(at >= 0 and at + length <= size for size, at, length in ends)
+
+
+def _reached(box: Box, others: Iterable[Box]) -> Iterator[Box]:
+    """Give those of boxes in order that begin before a box ends, along the first axis."""
+    end = box.start[0] + box.source.shape[0]
+    return itertools.takewhile(lambda other: other.start[0] < end, others)
+
+
+def _overlap(box: Box, other: Box) -> bool:
+    spans = zip(box.start, box.source.shape, other.start, other.source.shape, strict=True)
+    return all(at < base + size and base < at + length for at, length, base, size in spans)
+
+
+def _blocks(shape: tuple[int, ...], first: int, count: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cut a run of elements of a flattened whole into boxes, in order: where each begins, and its shape.
+
+    >>> list(_blocks((3, 4), 2, 7))
+    [((0, 2), (1, 2)), ((1, 0), (1, 4)), ((2, 0), (1, 1))]
+    """
+    if not shape:
+        yield (), ()
+        return
+    row = math.prod(shape[1:])
+    while count:
+        index, inside = divmod(first, row)
+        rows = count // row
+        if inside or not rows:
+            taken = min(row - inside, count)
+            for start, inner in _blocks(shape[1:], inside, taken):
+                yield (index, *start), (1, *inner)
+        else:
+            taken = rows * row
+            yield (index, *(0 for _ in shape[1:])), (rows, *shape[1:])
+        first, count = first + taken, count - taken

@@ -1,0 +1,175 @@
+"""A tensor as it lies in a file: a strided view of a byte range, as torch has it.
+
+A contiguous view is read straight into the caller's buffer. A strided one is gathered from short reads: nothing is
+mapped, because mapped pages count as memory and a file cut short would kill the process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from converter.dtypes import DType
+from converter.tensors.base import PackedRange, Storage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from converter.tensors.reader import RangeReader
+
+GATHER_NBYTES = 1 << 23  # a transposed matrix needs many rows at once, or it is read in single elements
+_SLAB_NBYTES = 1 << 20
+_SPARSE = 16  # a slab of which less than this share is wanted is read in parts
+
+
+class View(NamedTuple):
+    """A strided view of a storage: ``start`` and ``strides`` in elements. Views of one storage may share memory."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    storage: Storage
+    start: int
+    strides: tuple[int, ...]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in row-major order with no gaps (torch's ``is_contiguous``)."""
+        return _is_contiguous(self.shape, self.strides)
+
+    @property
+    def span(self) -> int:
+        """The number of elements from the first to the last that the view touches, both included."""
+        if self.is_contiguous:
+            return math.prod(self.shape)
+        return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
+
+    @property
+    def grain(self) -> int:
+        """All of what is packed: each task would unpack it from its start."""
+        return self.dtype.nbytes(math.prod(self.shape)) if type(self.storage) is PackedRange else 1
+
+    @property
+    def window(self) -> int:
+        return 1 if self.is_contiguous else GATHER_NBYTES
+
+    @property
+    def computes(self) -> bool:
+        return False
+
+    def inputs(self) -> Iterable[Storage]:
+        return (self.storage,)
+
+    def part(self, begin: int, end: int) -> View:
+        return self
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> View:
+        offset = sum(at * stride for at, stride in zip(start, self.strides, strict=True))
+        return self._replace(shape=shape, start=self.start + offset)
+
+    def permuted(self, axes: tuple[int, ...]) -> View:
+        shape, strides = tuple(self.shape[axis] for axis in axes), tuple(self.strides[axis] for axis in axes)
+        return self._replace(shape=shape, strides=strides)
+
+    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+        if self.is_contiguous:
+            reader.read_into(self.storage, self.dtype.nbytes(self.start) + begin, out)
+        else:
+            _gather(self, begin // self.dtype.itemsize, out, reader)
+
+
+def whole_view(dtype: DType, shape: tuple[int, ...], storage: Storage) -> View:
+    """Give the view that is all of a storage, in row-major order."""
+    return View(dtype, shape, storage, 0, contiguous_strides(shape))
+
+
+@lru_cache(1024)  # most tensors have one of a few shapes
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Give the row-major strides of a shape, in elements.
+
+    >>> contiguous_strides((2, 3, 4))
+    (12, 4, 1)
+    """
+    strides = []
+    step = 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= max(length, 1)
+    return tuple(reversed(strides))
+
+
+@lru_cache(1024)
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    # Axes of length 1 may carry any stride, and an empty tensor any strides at all.
+    if 0 in shape:
+        return True
+    step = 1
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length != 1:
+            if stride != step:
+                return False
+            step *= length
+    return True
+
+
+def _gather(view: View, first: int, out: memoryview, reader: RangeReader) -> None:
+    import numpy as np
+
+    # Only bits move, so any type of the right width will do.
+    values = np.frombuffer(out, dtype=f"u{view.dtype.itemsize}")
+    # Axes of length 1 say nothing, and numpy has a limit on how many there are.
+    axes = [(length, stride) for length, stride in zip(view.shape, view.strides, strict=True) if length != 1]
+    shape, strides = tuple(length for length, _ in axes), tuple(stride for _, stride in axes)
+    _Gather(view, reader).fill(shape, strides, view.start, first, values)
+
+
+class _Gather:
+    """Reads parts of a strided view. Shapes, strides and starts are in elements, as in View."""
+
+    def __init__(self, view: View, reader: RangeReader) -> None:
+        # What is read out of order has no sum of its own: such a record is read once more for it.
+        self.storage = view.storage._replace(crc32=None)
+        self.itemsize = view.dtype.itemsize
+        self.reader = reader
+
+    def fill(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], start: int, first: int, out: np.ndarray[Any, Any]
+    ) -> None:
+        """Fill the flat ``out`` with as many elements as it takes, from the ``first`` in row-major order on."""
+        if not shape:
+            self.read_block((), (), start, out.reshape(()))
+            return
+        row = math.prod(shape[1:])
+        done = 0
+        while done < len(out):
+            index, offset = divmod(first + done, row)
+            rows = (len(out) - done) // row
+            begin = start + index * strides[0]
+            if offset or not rows:
+                count = min(row - offset, len(out) - done)
+                self.fill(shape[1:], strides[1:], begin, offset, out[done : done + count])
+            else:
+                count = rows * row
+                self.read_block((rows, *shape[1:]), strides, begin, out[done : done + count].reshape(rows, *shape[1:]))
+            done += count
+
+    def read_block(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], start: int, out: np.ndarray[Any, Any]
+    ) -> None:
+        """Fill ``out``, an array of ``shape``; cut the block until what it spans is small, or mostly wanted."""
+        import numpy as np
+
+        extents = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
+        span = 1 + sum(extents)
+        if span == 1 or (span * self.itemsize <= _SLAB_NBYTES and span <= _SPARSE * out.size):
+            slab = np.empty(span, dtype=out.dtype)
+            self.reader.read_into(self.storage, start * self.itemsize, slab.data.cast("B"))
+            out[...] = np.lib.stride_tricks.as_strided(slab, shape, [stride * self.itemsize for stride in strides])
+            return
+        axis = extents.index(max(extents))
+        half = shape[axis] // 2
+        for begin, end in ((0, half), (half, shape[axis])):
+            part = tuple(end - begin if at == axis else length for at, length in enumerate(shape))
+            where = (slice(None),) * axis + (slice(begin, end),)
+            self.read_block(part, strides, start + begin * strides[axis], out[where])

@@ -1,0 +1,131 @@
+"""The numbers of LLM.int8: rows of a matrix in steps of 1/127 of their largest magnitude, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numkong
+import numpy as np
+
+from converter.dtypes import DType
+from converter.tensors.kernels import Array, as_array, as_float16, widen
+
+# So many numbers at a time stay in the cache through all steps; more rows than that are taken in turn.
+_BLOCK_NUMEL = 1 << 16
+_INT8_STEPS = np.float32(127)
+
+
+class RowScales(NamedTuple):
+    """What the rows of a matrix of so many columns are scaled by: float32 ``numbers``, the largest magnitude of each.
+
+    With ``axis`` 1 they are those of the columns: of a matrix that is transposed.
+    """
+
+    numbers: bytes
+    columns: int
+    axis: int = 0
+
+
+def row_maxima(chunk: memoryview, dtype: DType, columns: int) -> bytes:
+    """Give the largest magnitude of each row as float32, rounded to float16: the ``SCB`` of bitsandbytes.
+
+    ``chunk`` is whole rows of so many columns. A row with NaN gives NaN, one with values beyond float16 infinity.
+    ``int8_vectorwise_quant`` in ``bitsandbytes/backends/default/ops.py`` takes the largest of the rounded values,
+    which is the same number.
+    """
+    rows = widen(as_array(chunk, dtype)).reshape(-1, columns)
+    with np.errstate(invalid="ignore"):
+        largest = np.abs(np.maximum(rows.max(axis=1), -rows.min(axis=1)))
+    return widen(as_float16(largest)).tobytes()
+
+
+def are_finite(numbers: bytes) -> bool:
+    """Say whether float32 numbers are all finite."""
+    return bool(np.isfinite(np.frombuffer(numbers, "<f4")).all())
+
+
+def quantize_chunk(chunk: memoryview, before: DType, out: memoryview, rows: RowScales, first: int) -> None:
+    """Write the elements of a matrix from the ``first`` on into ``out`` as int8, in steps of their row's scale / 127.
+
+    Values are rounded to float16 before and to the nearest step then, halves to even, as ``Int8Params._quantize`` does
+    (``bitsandbytes/nn/modules.py``) on the CPU. A row of zeros gives zeros.
+    """
+    values, quantized = as_array(chunk, before), np.frombuffer(out, "i1")
+    largest = np.frombuffer(rows.numbers, "<f4")
+    # New memory for each block would cost more than the numbers do.
+    room = min(len(values), max(_BLOCK_NUMEL, rows.columns))
+    halves, numbers = np.empty(room, "<f2"), np.empty(room, "<f4")
+    for begin, end, block in _row_blocks(first, len(values), rows.columns):
+        half, flat = halves[: end - begin], numbers[: end - begin]
+        part = values[begin:end]
+        numkong.astype(widen(part) if part.dtype == np.float64 else part, "float16", out=half)
+        numkong.astype(half, "float32", out=flat)
+        wide = flat.reshape(block.stop - block.start, -1)
+        # torch takes 127 / scale as 127 times the reciprocal, rounded twice (``Tensor.__rtruediv__``).
+        steps = np.divide(np.float32(1), largest[block], out=np.zeros(len(wide), "f4"), where=largest[block] != 0)
+        wide *= (steps * _INT8_STEPS)[:, np.newaxis]
+        quantized[begin:end] = np.rint(flat, out=flat)
+
+
+def widen_chunk(chunk: memoryview, out: memoryview, rows: RowScales, first: int) -> None:
+    """Write the int8 elements of a matrix from the ``first`` on into ``out`` as float32.
+
+    The product is of float32 numbers, as in ``int8_vectorwise_dequant`` of bitsandbytes.
+    """
+    quantized, wide = np.frombuffer(chunk, "i1"), np.frombuffer(out, "<f4")
+    for begin, end, factors in _scale_blocks(rows, first, len(quantized)):
+        block = wide[begin:end].reshape(len(factors), -1)
+        np.multiply(quantized[begin:end].reshape(block.shape), factors, out=block)
+        block *= 1 / _INT8_STEPS
+
+
+def int8_errors(
+    rows: RowScales, chunk: memoryview, first: int, source: memoryview, dtype: DType
+) -> tuple[int, float, float, float]:
+    """Hold int8 elements of a matrix, from the ``first`` on, against the values of ``source`` that they stand for.
+
+    Gives how many are off by more than half a step, not counting the rounding to float16; the largest error as a share
+    of its scale; and the sums of all errors and of all magnitudes.
+    """
+    quantized, values = np.frombuffer(chunk, "i1"), as_array(source, dtype)
+    beyond, share, error_sum, magnitude_sum = 0, 0.0, 0.0, 0.0
+    for begin, end, factors in _scale_blocks(rows, first, len(quantized)):
+        found = quantized[begin:end].reshape(len(factors), -1) * (factors / _INT8_STEPS)
+        half = widen(as_float16(values[begin:end])).reshape(found.shape)
+        # What float32 rounds off is less than a thousandth of half a step.
+        beyond += int((~(np.abs(found - half) <= factors * np.float32(1.001 / 254))).sum())
+        wide = widen(values[begin:end]).reshape(found.shape)
+        errors = np.abs(found - wide)
+        shares = np.divide(errors, factors, out=np.zeros_like(errors), where=factors != 0)
+        share = max(share, float(shares.max(initial=0.0)))
+        error_sum += float(errors.sum(dtype=np.float64))
+        magnitude_sum += float(np.abs(wide).sum(dtype=np.float64))
+    return beyond, share, error_sum, magnitude_sum
+
+
+def _scale_blocks(scales: RowScales, first: int, count: int) -> Iterator[tuple[int, int, Array]]:
+    """Cut elements of a matrix as ``_row_blocks`` does; each comes with its scales, an array of all its rows."""
+    largest = np.frombuffer(scales.numbers, "<f4")
+    for begin, end, rows in _row_blocks(first, count, scales.columns):
+        if not scales.axis:
+            yield begin, end, largest[rows, np.newaxis]
+            continue
+        inside = (first + begin) % scales.columns
+        height = rows.stop - rows.start
+        part = largest[inside : inside + (end - begin) // height]
+        yield begin, end, np.broadcast_to(part, (height, len(part)))
+
+
+def _row_blocks(first: int, count: int, columns: int) -> Iterator[tuple[int, int, slice]]:
+    """Cut ``count`` elements of a matrix from the ``first`` on: parts of a row at both ends, whole rows between.
+
+    Each comes as where it begins and ends among these elements, and its rows.
+    """
+    begin = 0
+    while begin < count:
+        row, inside = divmod(first + begin, columns)
+        rows = 1 if inside else max(1, min(_BLOCK_NUMEL, count - begin) // columns)
+        end = min(count, begin + rows * columns - inside)
+        yield begin, end, slice(row, row + rows)
+        begin = end

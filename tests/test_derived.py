@@ -1,0 +1,192 @@
+"""Tensors that are made of others, held against what torch and numpy make of the same."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny import raw_bytes, ref_to
+
+from converter.dtypes import DTYPES
+from converter.tensors.base import ByteRange, Tensor, TensorSource
+from converter.tensors.derived import Box, Boxes, Cast, Constant, Negated, Swapped, cast
+from converter.tensors.reader import RangeReader
+from converter.tensors.view import whole_view
+
+I32 = DTYPES["I32"]
+
+
+def constant(values: torch.Tensor) -> Constant:
+    return Constant(I32, tuple(values.shape), raw_bytes(values))
+
+
+def read(source: TensorSource, chunk_nbytes: int = 1 << 20) -> bytes:
+    """Read a whole tensor in chunks, each by what its part knows."""
+    nbytes = source.dtype.nbytes(math.prod(source.shape))
+    out = bytearray(nbytes)
+    with RangeReader() as reader:
+        for begin in range(0, nbytes, chunk_nbytes):
+            end = min(nbytes, begin + chunk_nbytes)
+            source.part(begin, end).read(begin, memoryview(out)[begin:end], reader)
+    return bytes(out)
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> tuple[torch.Tensor, Boxes]:
+    """Draw a whole, cut along each axis, and the boxes that it falls into."""
+    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    whole = torch.arange(math.prod(shape), dtype=torch.int32).reshape(shape)
+    marks = [sorted({0, length, *draw(st.lists(st.integers(0, length), max_size=2))}) for length in shape]
+    boxes = [((), whole)]
+    for axis, ends in enumerate(marks):
+        boxes = [
+            ((*start, begin), part.narrow(axis, begin, end - begin))
+            for start, part in boxes
+            for begin, end in itertools.pairwise(ends)
+        ]
+    drawn = draw(st.permutations(boxes))
+    return whole, Boxes(I32, shape, tuple(Box(start, constant(part.contiguous())) for start, part in drawn))
+
+
+@given(cuts(), st.sampled_from([4, 12, 20, 1 << 20]))
+def test_boxes_make_the_whole(drawn: tuple[torch.Tensor, Boxes], chunk_nbytes: int) -> None:
+    whole, boxes = drawn
+    assert read(boxes, chunk_nbytes) == raw_bytes(whole)
+
+
+@given(cuts(), st.data())
+def test_a_box_of_boxes_with_other_axes(drawn: tuple[torch.Tensor, Boxes], data: st.DataObject) -> None:
+    whole, boxes = drawn
+    axes = tuple(data.draw(st.permutations(range(whole.ndim))))
+    spans = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in whole.permute(axes).shape]
+    expected = whole.permute(axes)[tuple(slice(begin, end) for begin, end in spans)]
+    cut = boxes.permuted(axes).box(tuple(begin for begin, _ in spans), tuple(expected.shape))
+    assert cut.shape == expected.shape
+    assert read(cut, 12) == expected.numpy().tobytes()
+
+
+@given(st.lists(st.integers(0, 24), max_size=4), st.sampled_from([4, 20, 96]))
+def test_boxes_of_a_flattened_whole(ends: list[int], chunk_nbytes: int) -> None:
+    # As ZeRO cuts what it deals out: with no heed of rows.
+    whole = torch.arange(24, dtype=torch.int32)
+    marks = sorted({0, 24, *ends})
+    boxes = [Box((begin,), constant(whole[begin:end])) for begin, end in itertools.pairwise(marks)]
+    source = Boxes(I32, (4, 6), tuple(boxes))
+    assert read(source, chunk_nbytes) == raw_bytes(whole)
+    assert read(source.box((1, 0), (2, 6)), chunk_nbytes) == raw_bytes(whole[6:18])
+    with pytest.raises(ValueError, match="no columns"):
+        source.box((0, 1), (4, 2))
+    with pytest.raises(ValueError, match="no axes"):
+        source.permuted((1, 0))
+
+
+@pytest.mark.parametrize(
+    ("starts", "problem"),
+    [
+        ([(0, 0)], "do not fill"),
+        ([(0, 0), (0, 1)], "overlap"),
+        ([(0, 0), (1, 1)], "reaches out"),
+        ([(0,), (2,)], "reaches out"),
+    ],
+)
+def test_boxes_that_are_no_whole_are_refused(starts: list[tuple[int, ...]], problem: str) -> None:
+    part = constant(torch.zeros(2, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=problem):
+        Boxes(I32, (2, 4), tuple(Box(start, part) for start in starts))
+
+
+def test_a_box_without_elements_may_begin_at_the_end() -> None:
+    part, nothing = torch.arange(6, dtype=torch.int32).reshape(2, 3), torch.zeros(0, 3, dtype=torch.int32)
+    source = Boxes(I32, (2, 3), (Box((0, 0), constant(part)), Box((2, 0), constant(nothing))))
+    assert read(source) == raw_bytes(part)
+
+
+def test_boxes_of_other_elements_are_refused() -> None:
+    with pytest.raises(ValueError, match="other elements"):
+        Boxes(DTYPES["F32"], (4,), (Box((0,), constant(torch.zeros(4, dtype=torch.int32))),))
+
+
+VALUES = torch.linspace(-3, 3, 40).reshape(5, 8)
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> TensorSource:
+    """Give a float32 matrix that lies in a file."""
+    (tmp_path / "values").write_bytes(b"before" + raw_bytes(VALUES))
+    return whole_view(DTYPES["F32"], (5, 8), ByteRange(ref_to(tmp_path / "values"), 6, VALUES.nbytes))
+
+
+MADE: dict[str, tuple[Callable[[TensorSource], TensorSource], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "cast": (lambda source: Cast(source, DTYPES["BF16"]), lambda values: values.bfloat16()),
+    "negated": (lambda source: Negated(source, 1), lambda values: -values),
+    "swapped twice": (lambda source: Swapped(Swapped(source, 4), 4), lambda values: values),
+    "cast of a transposed one": (
+        lambda source: Cast(source.permuted((1, 0)), DTYPES["F16"]),
+        lambda values: values.T.contiguous().half(),
+    ),
+    "negated cast of a cast": (
+        lambda source: Negated(Cast(Cast(source, DTYPES["F16"]), DTYPES["F32"]), 1),
+        lambda values: -values.half().float(),
+    ),
+    "joined": (
+        lambda source: Boxes(
+            DTYPES["F16"], (10, 8), (Box((0, 0), Cast(source, DTYPES["F16"])), Box((5, 0), Cast(source, DTYPES["F16"])))
+        ),
+        lambda values: torch.cat([values, values]).half(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("chunk_nbytes", [4, 20, 1 << 20])
+def test_what_is_made_of_others(stored: TensorSource, name: str, chunk_nbytes: int) -> None:
+    make, judge = MADE[name]
+    assert read(make(stored), chunk_nbytes) == raw_bytes(judge(VALUES))
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_boxes_and_other_axes_of_what_is_made(stored: TensorSource, name: str) -> None:
+    make, judge = MADE[name]
+    source, whole = make(stored), judge(VALUES)
+    assert read(source.box((1, 2), (3, 3))) == raw_bytes(whole[1:4, 2:5].contiguous())
+    assert read(source.permuted((1, 0))) == raw_bytes(whole.T.contiguous())
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_made_can_be_sent_elsewhere(stored: TensorSource, name: str) -> None:
+    source = MADE[name][0](stored)
+    sent = pickle.loads(pickle.dumps(source))
+    assert sent == source
+    assert sent.dtype is source.dtype
+    assert read(sent) == read(source)
+
+
+def test_an_axis_of_one_may_be_left_out(stored: TensorSource) -> None:
+    column = stored.box((0, 3), (5, 1))
+    assert column.permuted((0,)).shape == (5,)
+    assert read(column.permuted((0,))) == raw_bytes(VALUES[:, 3].contiguous())
+    known = Constant(DTYPES["F32"], (5, 1), read(column)).permuted((0,))
+    assert (known.shape, read(known)) == ((5,), raw_bytes(VALUES[:, 3].contiguous()))
+
+
+def test_a_cast_to_its_own_dtype_is_none(stored: TensorSource) -> None:
+    tensor = Tensor("x", stored)
+    assert cast(tensor, DTYPES["F32"]) is tensor
+    assert cast(tensor, DTYPES["F16"]).dtype is DTYPES["F16"]
+
+
+def test_what_a_cast_cannot_hold_is_counted(tmp_path: Path) -> None:
+    source = Cast(Constant(DTYPES["F32"], (3,), np.array([1e5, -1e6, 1], "<f4").tobytes()), DTYPES["F16"], "saturate")
+    out = bytearray(6)
+    with RangeReader() as reader:
+        source.read(0, memoryview(out), reader)
+    assert reader.too_large == 2
+    assert np.frombuffer(out, "<f2").tolist() == [65504, -65504, 1]
