@@ -12,7 +12,7 @@ from converter.run.journal import Changes, is_index
 from converter.run.kept import UNDO_FOLDER, Keeper, Kept
 from converter.run.notes import Notes
 from converter.run.staging import Staging, open_staging, recover
-from converter.storage.local import real
+from converter.storage.local import place_at, real
 from converter.storage.root import Root
 
 
@@ -30,7 +30,7 @@ def undo(folder: Path) -> Undone:
     Raises BadRequest where nothing is kept, OutputRefused where a file has changed since, BadFile where what is kept
     has suffered.
     """
-    if not folder.is_dir():
+    if not place_at(folder).is_folder():
         raise BadRequest(folder, "is no folder")
     request = repr(("undo", str(folder.absolute())))
     if recover(folder, request):
