@@ -53,62 +53,15 @@ HOMES = {
 # What only storage does to a disk; all others ask a Place, or a Root. A ``stat`` without arguments, or an ``open`` of a
 # mode, is a Path's.
 DISK_MODULES = {"filecmp", "glob", "shutil", "tempfile"}
-DISK_FUNCTIONS = set(
-    [
-        "access",
-        "fsync",
-        "link",
-        "listdir",
-        "lstat",
-        "makedirs",
-        "mkdir",
-        "open",
-        "readlink",
-        "remove",
-        "rename",
-        "replace",
-        "rmdir",
-        "scandir",
-        "stat",
-        "symlink",
-        "truncate",
-        "unlink",
-        "utime",
-        "walk",
-        "exists",
-        "getsize",
-        "isdir",
-        "isfile",
-        "islink",
-        "lexists",
-        "realpath",
-        "samefile",
-        "samestat",
-    ]
-)
-PATH_METHODS = set(
-    [
-        "glob",
-        "hardlink_to",
-        "is_dir",
-        "is_symlink",
-        "iterdir",
-        "lstat",
-        "mkdir",
-        "read_bytes",
-        "read_text",
-        "readlink",
-        "resolve",
-        "rglob",
-        "rmdir",
-        "samefile",
-        "symlink_to",
-        "touch",
-        "unlink",
-        "write_bytes",
-        "write_text",
-    ]
-)
+DISK_FUNCTIONS = {
+    "access", "exists", "fsync", "getsize", "isdir", "isfile", "islink", "lexists", "link", "listdir", "lstat",
+    "makedirs", "mkdir", "open", "readlink", "realpath", "remove", "rename", "replace", "rmdir", "samefile",
+    "samestat", "scandir", "stat", "symlink", "truncate", "unlink", "utime", "walk",
+}  # fmt: skip
+PATH_METHODS = {
+    "glob", "hardlink_to", "is_dir", "is_symlink", "iterdir", "lstat", "mkdir", "read_bytes", "read_text", "readlink",
+    "resolve", "rglob", "rmdir", "samefile", "symlink_to", "touch", "unlink", "write_bytes", "write_text",
+}  # fmt: skip
 # The null device in place of a closed stream, and a folder of their own for programs that are asked.
 ON_DISK = {"cli/__init__.py", "cli/output.py", "libraries/ask.py"}
 # What still looks at paths of its own.
