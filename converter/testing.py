@@ -6,9 +6,7 @@ read it; ``damaged`` changes a file as disks, downloads and malice do.
 
 from __future__ import annotations
 
-import tempfile
 from math import prod
-from pathlib import Path
 from zlib import crc32
 
 from hypothesis import strategies as st
@@ -56,13 +54,10 @@ def build(state: State, form: str) -> bytes:
     contents = [state[described[place][0]][2] for place in layout.order]
     for offset, content in zip(layout.offsets, contents, strict=True):
         raw[offset : offset + len(content)] = content
-    if row.finish_file is None:
-        return bytes(raw)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model"
-        path.write_bytes(raw)
-        row.finish_file(path, [described[place] for place in layout.order], {}, [crc32(one) for one in contents])
-        return path.read_bytes()
+    if row.frame is not None:
+        for offset, piece in row.frame([described[place] for place in layout.order], {}, [*map(crc32, contents)]):
+            raw[offset : offset + len(piece)] = piece
+    return bytes(raw)
 
 
 def files(form: str) -> st.SearchStrategy[tuple[bytes, State]]:

@@ -51,6 +51,34 @@ HOMES = {
     "pickle": (),
     "hypothesis": ("testing.py",),
 }
+# What only storage does to a disk; all others ask a Place, or a Root. A ``stat`` without arguments, or an ``open`` of a
+# mode, is a Path's.
+DISK_MODULES = {"filecmp", "glob", "shutil", "tempfile"}
+DISK_FUNCTIONS = {
+    "access", "exists", "fsync", "getsize", "isdir", "isfile", "islink", "lexists", "link", "listdir", "lstat",
+    "makedirs", "mkdir", "open", "readlink", "realpath", "remove", "rename", "replace", "rmdir", "samefile",
+    "samestat", "scandir", "stat", "symlink", "truncate", "unlink", "utime", "walk",
+}  # fmt: skip
+PATH_METHODS = {
+    "glob", "hardlink_to", "is_dir", "is_symlink", "iterdir", "lstat", "mkdir", "read_bytes", "read_text", "readlink",
+    "resolve", "rglob", "rmdir", "samefile", "symlink_to", "touch", "unlink", "write_bytes", "write_text",
+}  # fmt: skip
+# The null device in place of a closed stream, and a folder of their own for programs that are asked.
+ON_DISK = {"cli/__init__.py", "cli/output.py", "libraries/ask.py"}
+# What still looks at paths of its own.
+STILL_ON_DISK = {
+    "doctor/repair.py",
+    "doctor/view.py",
+    "models/checkpoint.py",
+    "models/folder.py",
+    "models/hub_cache.py",
+    "plan/make.py",
+    "recipes/convert.py",
+    "recipes/outputs.py",
+    "recipes/quantize.py",
+    "recipes/rename.py",
+    "transforms/stable_diffusion.py",
+}
 # So many modules more than click itself does the command load to show its help; they were 17.
 MOST_MODULES = 30
 
@@ -96,6 +124,31 @@ def test_libraries_stay_where_they_belong(path):
     imported = {name.partition(".")[0] for name in imports_of(parse(path))}
     wrong = {name for name in imported & HOMES.keys() if not module_of(path).startswith(HOMES[name])}
     assert not wrong
+
+
+def touches_disk(node: ast.AST) -> bool:
+    """Say whether a call is one that only storage makes."""
+    if not isinstance(node, ast.Call):
+        return False
+    called = node.func
+    if isinstance(called, ast.Name):
+        return called.id == "open"
+    if not isinstance(called, ast.Attribute):
+        return False
+    if ast.unparse(called.value) in ("os", "os.path"):
+        return called.attr in DISK_FUNCTIONS
+    has_mode = bool(node.args) and isinstance(node.args[0], ast.Constant)
+    is_open = called.attr == "open" and has_mode
+    return is_open or called.attr in PATH_METHODS or (called.attr == "stat" and not node.args)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_of)
+def test_only_storage_touches_a_disk(path):
+    tree = parse(path)
+    touching = [ast.unparse(node) for node in ast.walk(tree) if touches_disk(node)]
+    touching += DISK_MODULES & set(imports_of(tree))
+    if layer_of(path) != "storage":
+        assert bool(touching) == (module_of(path) in ON_DISK | STILL_ON_DISK), touching
 
 
 @pytest.mark.parametrize("name", ["tensors/view.py", "tensors/derived.py", "transforms/quantize/bnb_int8.py"])

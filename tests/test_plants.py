@@ -310,9 +310,10 @@ def test_a_staging_folder_that_is_swapped_leads_nowhere(how, command, tmp_path, 
     source = save(STATE, tmp_path / "m" / ("model.safetensors" if command == "to-bin" else "model.bin")).parent
     cut_pieces = run.cut_pieces
 
-    def swap(shard, path, *more):
+    def swap(shard, staged, *more):
+        path = staged.path
         if path.parent.is_symlink() or path.stat().st_nlink != 1:
-            return cut_pieces(shard, path, *more)
+            return cut_pieces(shard, staged, *more)
         path.parent.rename(tmp_path / "aside")
         evil = tmp_path / "evil" if how == "link" else path.parent
         evil.mkdir()
@@ -321,7 +322,7 @@ def test_a_staging_folder_that_is_swapped_leads_nowhere(how, command, tmp_path, 
             path.parent.symlink_to(evil)
         else:
             (evil / path.name).hardlink_to(home / ".bashrc")
-        return cut_pieces(shard, path, *more)
+        return cut_pieces(shard, staged, *more)
 
     monkeypatch.setattr(run, "cut_pieces", swap)
     assert run_main([command, str(source), "-o", str(tmp_path / "out")]) == 7

@@ -39,8 +39,12 @@ import converter.run.execute
 import converter.run.parts
 from converter import Wishes, convert, plan_conversion, run_plan
 from converter.errors import BadFile, OutputRefused, SystemRefused
+from converter.models.checkpoint import open_checkpoint
 from converter.plan.make import Target
+from converter.recipes.verify import holds_values
+from converter.run.signals import signals_held
 from converter.run.staging import open_staging
+from converter.storage.local import LocalFile, StagedFile
 
 STATE = make_state()
 MEMORY_CEILING_NBYTES = 48_000_000  # as promised; the interpreter and its imports take most of it
@@ -214,10 +218,10 @@ def test_a_staged_file_that_changes_is_caught(tmp_path, monkeypatch):
     before = snapshot(tmp_path)
     check = converter.run.execute.check_staged
 
-    def check_and_change(shard, staging):
-        check(shard, staging)
+    def check_and_change(shard, staged):
+        check(shard, staged)
         if shard.path.startswith("model-00002"):
-            flip_byte(staging.path_of(shard.path), raw_bytes(STATE["d"]))
+            flip_byte(staged.path, raw_bytes(STATE["d"]))
 
     monkeypatch.setattr(converter.run.execute, "check_staged", check_and_change)
     for wishes, output in ((Wishes(), tmp_path / "out"), (Wishes(delete_source=True), None)):
@@ -235,11 +239,11 @@ def test_a_staged_file_that_is_wrong_is_a_bug(damage, tmp_path, monkeypatch, wco
     def write_wrongly(piece, chunk_nbytes):
         parts = write(piece, chunk_nbytes)
         if damage == "short":
-            os.truncate(piece.path, piece.path.stat().st_size - 1)
+            os.truncate(piece.place.path, piece.place.path.stat().st_size - 1)
         elif damage == "garbage":
-            piece.path.write_bytes(b"\0" * piece.path.stat().st_size)
+            piece.place.path.write_bytes(b"\0" * piece.place.path.stat().st_size)
         else:
-            save_file({"a": STATE["a"]}, piece.path)
+            save_file({"a": STATE["a"]}, piece.place.path)
         return parts
 
     monkeypatch.setattr(converter.run.execute, "write_piece", write_wrongly)
@@ -287,11 +291,13 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, wconv):
     source = save_bin_shards(STATE, tmp_path / "m").parent
     before = snapshot(tmp_path)
 
+    write = StagedFile.write
+
     def refuse(file, offset, data):
-        file.write(data[:5])
+        write(file, offset, data[:5])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(converter.run.parts, "_write_at", refuse)
+    monkeypatch.setattr(StagedFile, "write", refuse)
     for output in ([], ["-o", tmp_path / "out"]):
         outcome = wconv("to-safetensors", source, *output, exit_code=7)
         assert "no space left" in outcome.stderr.lower()
@@ -581,6 +587,57 @@ def test_replacing_the_source_is_verified_however_it_is_spelled(number, tmp_path
     output = spellings(source.parent, tmp_path / "link")[number]
     assert convert(source, output, Wishes(overwrite=True, max_shard_nbytes=64)).verified
     assert_same(load_set(source.parent), STATE)
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_heard_where_a_comparison_ends_early(which, tmp_path, monkeypatch):
+    # What it raised while the generator of results went was lost.
+    sets = [open_checkpoint(save(make_state(seed=seed), tmp_path / f"{seed}.bin")) for seed in range(2)]
+    read_into = LocalFile.read_into
+
+    def signal_and_read(*args):
+        os.kill(os.getpid(), which)
+        return read_into(*args)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalFile, "read_into", signal_and_read)
+    before = signal.signal(which, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            holds_values(*sets)
+        assert signal.getsignal(which) is interrupt
+    finally:
+        signal.signal(which, before)
+
+
+@pytest.mark.parametrize("number", range(2), ids=["first", "second"])
+def test_each_signal_has_its_handler_back_though_another_raises(number, monkeypatch):
+    both = (signal.SIGINT, signal.SIGTERM)
+    set_handler, sent = signal.signal, []
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def set_and_send(which, handler):
+        result = set_handler(which, handler)
+        if handler is interrupt and len(sent) == number:  # as if it came the moment that it can be heard
+            sent.append(which)
+            signal.raise_signal(which)
+        elif handler is interrupt:
+            sent.append(which)
+        return result
+
+    before = [set_handler(which, interrupt) for which in both]
+    monkeypatch.setattr(signal, "signal", set_and_send)
+    try:
+        with pytest.raises(KeyboardInterrupt), signals_held():
+            pass
+        assert [signal.getsignal(which) for which in both] == [interrupt, interrupt]
+    finally:
+        for which, handler in zip(both, before, strict=True):
+            set_handler(which, handler)
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])

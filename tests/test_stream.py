@@ -38,6 +38,8 @@ from converter.run.parts import (
     rewrite_piece,
     write_piece,
 )
+from converter.storage import place_of
+from converter.storage.local import StagedFile, open_staged
 from converter.tensors import view as views_module
 from converter.tensors.base import ByteRange, Tensor, TensorSpec
 from converter.tensors.reader import CrcPart, RangeReader, read_chunks
@@ -204,7 +206,7 @@ CHUNKS = st.sampled_from([16, 48, 100, 1 << 18])
 
 
 def cut(shard: Shard, path: Path, piece_nbytes: int) -> list[Piece]:
-    return list(cut_pieces(shard, path, piece_nbytes=piece_nbytes))
+    return list(cut_pieces(shard, place_of(path), piece_nbytes=piece_nbytes))
 
 
 @given(state_dicts(), PIECES)
@@ -251,7 +253,11 @@ def test_pieces_in_any_order_make_a_file_that_torch_reads(
             assert step.begin % step.tensor.dtype.itemsize == step.end % step.tensor.dtype.itemsize == 0
         write_piece(piece, chunk_nbytes)
     right = described_by_safetensors(state)
-    FORMATS["torch"].finish_file(path, shard.specs, {}, [zlib.crc32(content) for _, _, content in right.values()])
+    frame = FORMATS["torch"].frame
+    assert frame
+    with open_staged(place_of(path)) as file:
+        for offset, piece in frame(shard.specs, {}, [zlib.crc32(content) for _, _, content in right.values()]):
+            file.write(offset, memoryview(piece))
     assert path.stat().st_size == shard.nbytes
     assert described_by_torch(path) == right
     with zipfile.ZipFile(path) as archive:
@@ -332,7 +338,7 @@ def test_the_checksum_of_a_whole_record_is_checked_at_once(tmp_path: Path) -> No
     _, path, _ = stage(tmp_path, {"x": FULL})
     source = tmp_path / "model.bin"
     source.write_bytes(flip(source.read_bytes(), 9))
-    [piece] = cut_pieces(shard_of(read_file(source).tensors), path)
+    [piece] = cut_pieces(shard_of(read_file(source).tensors), place_of(path))
     for deal_with in (write_piece, rewrite_piece):
         with pytest.raises(BadFile, match="CRC32"):
             deal_with(piece)
@@ -344,11 +350,9 @@ def test_only_what_differs_is_written_again(tmp_path: Path, monkeypatch: pytest.
     left[len(shard.header) + 40] ^= 1
     path.write_bytes(left)
     written: list[bytes] = []
-    write_at = stream._write_at
-    monkeypatch.setattr(
-        stream, "_write_at", lambda out, at, data: (written.append(bytes(data)), write_at(out, at, data))
-    )
-    for piece in cut_pieces(shard, path):
+    write = StagedFile.write
+    monkeypatch.setattr(StagedFile, "write", lambda out, at, data: (written.append(bytes(data)), write(out, at, data)))
+    for piece in cut_pieces(shard, place_of(path)):
         rewrite_piece(piece, 16)
     assert path.read_bytes() == expected
     assert written == [expected[len(shard.header) + 32 :][:16]]
@@ -357,7 +361,7 @@ def test_only_what_differs_is_written_again(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("state", [{"x": torch.arange(4.0)}, {"x": torch.arange(8.0)[::2]}], ids=["plain", "strided"])
 def test_every_wrong_byte_of_a_written_file_is_found(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     shard, path, expected = stage(tmp_path, state)
-    [piece] = cut_pieces(shard, path)
+    [piece] = cut_pieces(shard, place_of(path))
     for place in range(len(shard.header), shard.nbytes):
         changed = bytearray(expected)
         changed[place] ^= 1
@@ -371,7 +375,7 @@ def test_every_wrong_byte_of_a_written_file_is_found(tmp_path: Path, state: dict
 
 def test_a_piece_is_picklable(tmp_path: Path) -> None:
     shard, path, _ = stage(tmp_path, {"x": torch.arange(4.0)})
-    [piece] = cut_pieces(shard, path)
+    [piece] = cut_pieces(shard, place_of(path))
     assert isinstance(pickle.loads(pickle.dumps(piece)), Piece)
 
 

@@ -19,8 +19,8 @@ from support.tiny import assert_same, make_state, save
 from converter.dtypes import DTYPES as DTYPES_BY_TAG
 from converter.errors import HostileFile
 from converter.formats.torch.rebuild import parse_pickle
-from converter.formats.torch.writer import build_pickle, finish_file, lay_out
-from converter.tensors.base import Described
+from converter.formats.torch.writer import build_pickle, frame, lay_out
+from converter.tensors.base import TensorSpec
 
 State = dict[str, torch.Tensor]
 
@@ -113,7 +113,7 @@ def test_ties_across_shards_stay_in_the_shard_of_what_they_name(wconv, tmp_path)
 # The archive.
 
 
-def described(count: int, *shapes: tuple[int, ...], name: str = "layers.%d.weight") -> list[Described]:
+def described(count: int, *shapes: tuple[int, ...], name: str = "layers.%d.weight") -> list[TensorSpec]:
     dtypes = [DTYPES_BY_TAG["F32"], DTYPES_BY_TAG["U16"], DTYPES_BY_TAG["F32"]]
     return [(name % place, dtypes[place % 3], (shapes or ((2, 2), (3,)))[place % (len(shapes) or 2)])
             for place in range(count)]  # fmt: skip
@@ -208,7 +208,9 @@ def test_more_records_than_an_old_zip_counts(count, tmp_path):
     with path.open("wb") as file:
         file.write(layout.header)
         file.truncate(layout.nbytes)
-    finish_file(path, tensors, {}, [0] * count)
+        for offset, raw in frame(tensors, {}, [0] * count):
+            file.seek(offset)
+            file.write(raw)
     assert path.stat().st_size == layout.nbytes
     with zipfile.ZipFile(path) as archive:
         assert len(archive.namelist()) == count + 5

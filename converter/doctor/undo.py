@@ -54,7 +54,7 @@ def _stage(keeper: Keeper, kept: Kept, staging: Staging) -> Changes:
         (name for name in kept.saved if not keeper.is_back(kept, name)), key=lambda name: (is_index(name), name)
     )
     for name in names:
-        staging.link(name, keeper.beside, keeper.place(kept, name))
+        staging.link_from(keeper.beside, keeper.place(kept, name), name)
     made = [name for name in kept.made if keeper.root.stat(name) is not None]
     return Changes(tuple(names), (*made, *names), after="forget")
 

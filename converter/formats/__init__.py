@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from converter.errors import BadFile, Unsupported
 from converter.formats import safetensors, training
@@ -19,15 +18,15 @@ class FormatRow:
     """One format: how it is recognised, what reads a file's header, and what writes one.
 
     ``lay_out`` says where tensors go, given the ties and the notes of a header (None for a format that is only read);
-    ``finish_file`` writes, into a file that has the header and all bytes of tensors, what else the format wants, given
-    their CRC32s.
+    ``frame`` gives, once the bytes of all tensors are there, what else the format wants in the file: offsets and bytes,
+    given the CRC32s of tensors.
     """
 
     name: str
     matches: Callable[[bytes], bool]
     read_file: Callable[[OpenFile, Reading], WeightsFile]
     lay_out: Callable[[Sequence[TensorSpec], Mapping[str, str], Mapping[str, str]], Layout] | None = None
-    finish_file: Callable[[Path, Sequence[TensorSpec], Mapping[str, str], Sequence[int]], None] | None = None
+    frame: Callable[[Sequence[TensorSpec], Mapping[str, str], Sequence[int]], Iterable[tuple[int, bytes]]] | None = None
 
 
 _HEAD_NBYTES = 512
@@ -54,7 +53,7 @@ FORMATS: dict[str, FormatRow] = {
     row.name: row
     for row in (
         FormatRow("safetensors", _is_safetensors, lambda file, _: safetensors.read_file(file), safetensors.lay_out),
-        FormatRow("torch", _is_zip, archive.read_file, writer.lay_out, writer.finish_file),
+        FormatRow("torch", _is_zip, archive.read_file, writer.lay_out, writer.frame),
         FormatRow("torch before 1.6", _is_stream, legacy.read_file),
     )
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -165,7 +166,8 @@ def holds_values(kept: Checkpoint, gone: Checkpoint) -> bool:
     if any(one.kind != "extra" for one in differences):
         return False
     calls = ((_compare_batch, batch, batch.nbytes) for batch in _cut_batches(pairs))
-    return not any(error.differing for errors in run_tasks(calls) for error in errors)
+    with closing(run_tasks(calls)) as compared:
+        return not any(error.differing for errors in compared for error in errors)
 
 
 def _pair_sets(

@@ -6,7 +6,6 @@ They go in turn over the files: threads that write one file wait for each other.
 
 from __future__ import annotations
 
-import filecmp
 import os
 import time
 from collections import Counter, defaultdict
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from zlib_ng.zlib_ng import crc32_combine
@@ -34,7 +32,6 @@ from converter.run.parts import (
     rewrite_piece,
     write_piece,
 )
-from converter.run.staging import Staging, check_room, open_staging
 from converter.run.tasks import (
     DEFAULT_MEMORY_NBYTES,
     DEFAULT_WORKERS,
@@ -43,8 +40,9 @@ from converter.run.tasks import (
     chunk_nbytes_for,
     open_tasks,
 )
-from converter.storage import Place, place_of
-from converter.storage.root import Root
+from converter.run.transaction import Transaction, begin
+from converter.storage import Place, hold_same
+from converter.storage.local import open_staged
 from converter.tensors.base import Storage, TensorSpec
 from converter.tensors.reader import CrcPart, check_crc
 
@@ -105,54 +103,61 @@ def run_plan(
         with open_tasks(executor, workers, memory_nbytes, progress) as tasks:
             _check_output(plan, tasks)
         return Result(plan, time.perf_counter() - begun, verified=True)
-    with open_staging(plan.target) as staging, open_tasks(executor, workers, memory_nbytes, progress) as tasks:
-        staging.drop_strangers(set(plan.names))
-        check_room(staging, plan)
-        reused, too_large = _write_shards(plan, staging, tasks)
+    with begin(plan.target) as output, open_tasks(executor, workers, memory_nbytes, progress) as tasks:
+        output.expect(*_expected(plan), plan.removed_sources)
+        reused, too_large = _write_shards(plan, output, tasks)
         for shard in plan.files:
             if shard.link is None:
-                check_staged(shard, staging)
+                check_staged(shard, output.staged(shard.path))
         if verify:
-            tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, staging.tree))
-        _write_others(plan, staging)
+            tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, output.staged))
+        _write_others(plan, output)
         _check_sources(plan)
         for name, source in _second_names(plan):  # only now: they change what a file's stamp says
-            with Root(source.parent.real().path) as root:
-                staging.link(name, root, source.name)
-        staging.commit(Changes.of(plan, keep), request)
-    return Result(plan, time.perf_counter() - begun, reused, verify, staging.left_over, too_large)
+            output.link(name, source)
+        output.commit(Changes.of(plan, keep), request)
+    return Result(plan, time.perf_counter() - begun, reused, verify, output.left_over, too_large)
 
 
-def _write_shards(plan: Plan, staging: Staging, tasks: Tasks) -> tuple[int, Counter[str]]:
+def _expected(plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
+    """Give the bytes of files that are written in parts, and of all others; second names take none."""
+    parts = {shard.path: shard.nbytes for shard in plan.files if shard.link is None}
+    others = {shard.path: 0 for shard in plan.files if shard.link is not None}
+    others |= {name: info.nbytes if (info := file.place.info()) else 0 for name, file in plan.copied}
+    return parts, others | {name: len(content) for name, content in plan.texts}
+
+
+def _write_shards(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Counter[str]]:
     """Stage all shards; give the bytes of those that an earlier run had left, and what was too large for a cast."""
     shards = [shard for shard in plan.files if shard.link is None]
-    writers: dict[Path, Callable[[Piece, int], Report]] = {}
+    writers: dict[Place, Callable[[Piece, int], Report]] = {}
     reused = 0
     for shard in shards:
-        taken_up = staging.has_left_over(shard.path, shard.nbytes)
-        writers[staging.path_of(shard.path)] = rewrite_piece if taken_up else write_piece
+        taken_up = output.prepare(shard.path, shard.header, shard.nbytes)
+        writers[output.staged(shard.path)] = rewrite_piece if taken_up else write_piece
         reused += shard.nbytes if taken_up else 0
-        staging.prepare(shard.path, shard.header, shard.nbytes)
     checked: set[Storage] = set()
     parts: list[CrcPart] = []
-    written: dict[tuple[Path, int], list[WrittenCrc]] = defaultdict(list)
+    written: dict[tuple[Place, int], list[WrittenCrc]] = defaultdict(list)
     too_large: Counter[str] = Counter()
-    pieces = _pieces(plan, staging.tree)
-    for report in tasks.run((writers[piece.path], piece, piece.nbytes) for piece in pieces):
+    pieces = _pieces(plan, output.staged)
+    for report in tasks.run((writers[piece.place], piece, piece.nbytes) for piece in pieces):
         too_large += report.too_large
         checked.update(report.read.checked)
         parts += report.read.parts
         for part in report.written:
-            written[part.path, part.offset].append(part)
+            written[part.place, part.offset].append(part)
     if too_large and plan.on_overflow == "error":
         raise _too_large(plan, too_large)
     _check_records(shards, checked, parts, tasks)
     for shard in shards:
-        finish_file = FORMATS[shard.format].finish_file
-        if finish_file is not None:
-            path = staging.path_of(shard.path)
-            crcs = [_combine(written[path, offset])[0] for _, offset in shard.tensors]
-            finish_file(path, shard.specs, shard.ties, crcs)
+        frame = FORMATS[shard.format].frame
+        if frame is not None:
+            staged = output.staged(shard.path)
+            crcs = [_combine(written[staged, offset])[0] for _, offset in shard.tensors]
+            with open_staged(staged) as file:
+                for offset, raw in frame(shard.specs, shard.ties, crcs):
+                    file.write(offset, memoryview(raw))
     return reused, too_large
 
 
@@ -193,9 +198,9 @@ def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
     )
 
 
-def _pieces(plan: Plan, folder: Path) -> Iterator[Piece]:
-    """Take a piece of each shard in turn, as it lies in a folder."""
-    rows = [cut_pieces(shard, folder / shard.path) for shard in plan.files if shard.link is None]
+def _pieces(plan: Plan, place_for: Callable[[str], Place]) -> Iterator[Piece]:
+    """Take a piece of each shard in turn, as it lies at a place."""
+    rows = [cut_pieces(shard, place_for(shard.path)) for shard in plan.files if shard.link is None]
     while rows:
         for row in list(rows):
             piece = next(row, None)
@@ -222,11 +227,11 @@ def _check_output(plan: Plan, tasks: Tasks) -> None:
     problem = "exists, and is not what would be written"
     advice = "Use --overwrite to write it again, or -o for a new folder."
     try:
-        tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, folder.path))
+        tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, folder.__truediv__))
     except MismatchError as error:
         raise OutputRefused(error.where, f"{problem}: other values near tensor {error.tensor!r}", advice) from None
     for name, file in plan.copied:
-        if not filecmp.cmp(file.place, folder / name, shallow=False):
+        if not hold_same(file.place, folder / name):
             raise OutputRefused(folder / name, problem, advice)
 
 
@@ -237,15 +242,15 @@ def _check_sources(plan: Plan) -> None:
         file.open().close()
 
 
-def _write_others(plan: Plan, staging: Staging) -> None:
+def _write_others(plan: Plan, output: Transaction) -> None:
     renamed = {name for name, _ in _second_names(plan)}
     for name, source in plan.copied:
         if name not in renamed:
             with closing(source.open()) as file:
-                staging.copy(name, file)
+                output.copy(name, file)
                 file.check()
     for name, content in plan.texts:
-        staging.put(name, content)
+        output.put(name, content)
 
 
 def _second_names(plan: Plan) -> list[tuple[str, Place]]:
@@ -258,29 +263,30 @@ def _second_names(plan: Plan) -> list[tuple[str, Place]]:
     return names + [(name, place) for name, place in copied if place.parent == (plan.target.folder / name).parent]
 
 
-def check_staged(shard: PlannedFile, staging: Staging) -> None:
+def check_staged(shard: PlannedFile, staged: Place) -> None:
     """Open a staged file again and hold it against the plan; raises WconvError for a bug of ours.
 
     safetensors has a reader of its own, which goes through the whole header: where that is the planned one, and taken,
     names, dtypes, shapes and places are right. An archive is read by our reader.
     """
-    path = staging.path_of(shard.path)
     try:
-        is_planned = _is_header(path, shard) if shard.format == "safetensors" else _is_archive(path, shard)
+        is_planned = _is_header(staged, shard) if shard.format == "safetensors" else _is_archive(staged, shard)
     except (SafetensorError, BadFile) as error:
-        raise WconvError(path, f"was written wrongly ({error})", "This is a bug in wconv: please report it.") from error
+        raise WconvError(
+            staged, f"was written wrongly ({error})", "This is a bug in wconv: please report it."
+        ) from error
     if not is_planned:
-        raise WconvError(path, "does not hold what was planned", "This is a bug in wconv: please report it.")
+        raise WconvError(staged, "does not hold what was planned", "This is a bug in wconv: please report it.")
 
 
-def _is_header(path: Path, shard: PlannedFile) -> bool:
-    with safe_open(path, framework="np"):  # which asks for no framework that may be missing
+def _is_header(staged: Place, shard: PlannedFile) -> bool:
+    with safe_open(staged.path, framework="np"):  # which asks for no framework that may be missing
         pass  # no tensor is read
-    with path.open("rb") as file:
-        return file.read(len(shard.header)) == shard.header
+    with staged.open() as file:
+        return file.read(0, len(shard.header)) == shard.header
 
 
-def _is_archive(path: Path, shard: PlannedFile) -> bool:
-    tensors = read_file(place_of(path)).tensors
+def _is_archive(staged: Place, shard: PlannedFile) -> bool:
+    tensors = read_file(staged).tensors
     found = [TensorSpec(one.name, one.dtype, one.shape) for one in tensors if one.name not in shard.ties]
     return found == shard.specs

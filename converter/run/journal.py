@@ -20,7 +20,7 @@ from converter.models.names import parse_name
 from converter.plan.types import Plan
 from converter.run.kept import Keeper
 from converter.run.notes import Notes
-from converter.storage.local import is_there, real
+from converter.storage.local import is_there, place_at, real
 from converter.storage.root import Root, plain_parts
 
 SUFFIX = ".wconv"  # with a dot: Diffusers takes the second dotted part of each name in a folder for a variant
@@ -185,7 +185,7 @@ def finish(notes: Notes, run: Run) -> bool:
                 raise OutputRefused(notes.folder, "was made while a run published its output there", advice)
             root.replace(run.staged(), root, notes.folder.name)
             root.sync()
-        if not notes.folder.is_dir():
+        if not place_at(notes.folder).is_folder():
             return False  # then nothing that it replaces may go
         with Root(notes.folder) as target:
             if not run.is_new:
@@ -207,7 +207,7 @@ def finish(notes: Notes, run: Run) -> bool:
 
 def _is_where_it_was(folder: Path) -> bool:
     """Say whether a folder is there by its real path; one that was moved or removed holds nothing that is to go."""
-    return folder.is_dir() and real(folder) == folder
+    return place_at(folder).is_folder() and real(folder) == folder
 
 
 def _move_in(root: Root, run: Run, target: Root, entries: Iterable[Entry]) -> None:

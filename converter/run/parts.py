@@ -12,13 +12,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
-from converter.errors import BadFile
-from converter.storage.root import open_staged
+from converter.errors import BadFile, Where
+from converter.storage import OpenFile, Place
+from converter.storage.local import open_staged
 from converter.tensors.base import Storage, Tensor
 from converter.tensors.reader import ITEM_MULTIPLE, PIECE_NBYTES, RangeReader, Sums
 
@@ -41,7 +41,7 @@ class Step(NamedTuple):
 class Piece:
     """A part of one output file: steps in the order of their offsets. ``with_crcs`` asks for CRC32s of the output."""
 
-    path: Path
+    place: Place
     steps: tuple[Step, ...]
     with_crcs: bool = False
 
@@ -53,7 +53,7 @@ class Piece:
 class WrittenCrc(NamedTuple):
     """The CRC32 of a part of a tensor as it is written, which begins at ``offset`` of its file."""
 
-    path: Path
+    place: Place
     offset: int
     begin: int
     nbytes: int
@@ -69,8 +69,8 @@ class Report:
     too_large: Counter[str] = field(default_factory=Counter)
 
 
-def cut_pieces(shard: PlannedFile, path: Path, piece_nbytes: int = PIECE_NBYTES) -> Iterator[Piece]:
-    """Cut the data of a file, to be written at ``path``, into pieces of about ``piece_nbytes`` bytes."""
+def cut_pieces(shard: PlannedFile, place: Place, piece_nbytes: int = PIECE_NBYTES) -> Iterator[Piece]:
+    """Cut the data of a file, to be written at ``place``, into pieces of about ``piece_nbytes`` bytes."""
     with_crcs = shard.format == "torch"
     steps: list[Step] = []
     room = piece_nbytes
@@ -83,10 +83,10 @@ def cut_pieces(shard: PlannedFile, path: Path, piece_nbytes: int = PIECE_NBYTES)
             room -= end - begin
             begin = end
             if room < ITEM_MULTIPLE:
-                yield Piece(path, tuple(steps), with_crcs)
+                yield Piece(place, tuple(steps), with_crcs)
                 steps, room = [], piece_nbytes
     if steps:
-        yield Piece(path, tuple(steps), with_crcs)
+        yield Piece(place, tuple(steps), with_crcs)
 
 
 def _part(tensor: Tensor, begin: int, end: int) -> Tensor:
@@ -96,18 +96,18 @@ def _part(tensor: Tensor, begin: int, end: int) -> Tensor:
 
 def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Write a piece into its file, which is there. Raises BadFile for a record that is damaged."""
-    with open_staged(piece.path) as out:
-        return _carry(piece, chunk_nbytes, lambda offset, chunk, _: _write_at(out, offset, chunk))
+    with open_staged(piece.place) as out:
+        return _carry(piece, chunk_nbytes, lambda offset, chunk, _: out.write(offset, chunk))
 
 
 def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Like ``write_piece``, for a file that an earlier run left: only chunks that differ are written."""
     there = bytearray(_buffer_nbytes(piece, chunk_nbytes))
-    with open_staged(piece.path) as out:
+    with open_staged(piece.place) as out:
 
         def rewrite(offset: int, chunk: memoryview, _: str) -> None:
             if not _is_at(out, offset, chunk, there):
-                _write_at(out, offset, chunk)
+                out.write(offset, chunk)
 
         return _carry(piece, chunk_nbytes, rewrite)
 
@@ -115,7 +115,7 @@ def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
 class MismatchError(BadFile):
     """A file that was written is read back otherwise."""
 
-    def __init__(self, where: Path, tensor: str) -> None:
+    def __init__(self, where: Where, tensor: str) -> None:
         super().__init__(where, f"was written, and then read back otherwise near tensor {tensor!r}", "Check the disk.")
         self.args = where, tensor  # so that it can be pickled
         self.tensor = tensor
@@ -124,30 +124,19 @@ class MismatchError(BadFile):
 def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Hold a written piece against its source; raises MismatchError where they differ."""
     there = bytearray(_buffer_nbytes(piece, chunk_nbytes))
-    with piece.path.open("rb", buffering=0) as out:
+    with piece.place.open() as out:
 
         def compare(offset: int, chunk: memoryview, name: str) -> None:
             if not _is_at(out, offset, chunk, there):
-                raise MismatchError(piece.path, name)
+                raise MismatchError(piece.place, name)
 
         _carry(piece, chunk_nbytes, compare)
 
 
-def _is_at(file: BinaryIO, offset: int, chunk: memoryview, scratch: bytearray) -> bool:
-    view = memoryview(scratch)[: len(chunk)]
-    file.seek(offset)
-    done = 0
-    while done < len(view) and (count := file.readinto(view[done:])):  # type: ignore[attr-defined]
-        done += count
+def _is_at(file: OpenFile, offset: int, chunk: memoryview, scratch: bytearray) -> bool:
     # startswith compares as memcmp does; memoryviews compare item by item.
-    return done == len(chunk) and scratch.startswith(chunk)
-
-
-def _write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
-    file.seek(offset)
-    done = 0
-    while done < len(data):
-        done += file.write(data[done:])
+    count = file.read_into(offset, memoryview(scratch)[: len(chunk)])
+    return count == len(chunk) and scratch.startswith(chunk)
 
 
 def check_record(record: Storage, chunk_nbytes: int = CHUNK_NBYTES) -> None:
@@ -178,7 +167,7 @@ def _carry(piece: Piece, chunk_nbytes: int, deal_with: Callable[[int, memoryview
                 report.too_large[tensor.name] += reader.too_large
                 reader.too_large = 0
             if piece.with_crcs:
-                report.written.append(WrittenCrc(piece.path, offset, begin, end - begin, crc))
+                report.written.append(WrittenCrc(piece.place, offset, begin, end - begin, crc))
         buffer.flush()
     report.read = reader.sums
     return report

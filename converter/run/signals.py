@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 
 @contextmanager
 def signals_held() -> Iterator[Callable[[], None]]:
     """Hold back signals that raise; give what lets those through that have come. They are let through at the end."""
     came: list[int] = []
-    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
-    before = {which: handler for which, handler in before.items() if callable(handler)}
-    with suppress(ValueError):  # not in the main thread: none is raised here
-        for which in before:
-            signal.signal(which, lambda number, _: came.append(number))
+    before: dict[int, Callable[..., object]] = {}
 
     def let_through() -> None:
         while came:
             number = came.pop()
-            handler = before[signal.Signals(number)]
-            if callable(handler):
-                handler(number, None)
+            before[number](number, None)
 
     try:
-        yield let_through
+        with ExitStack() as restoring:  # each handler, though another raises as soon as it is back
+            with suppress(ValueError):  # not in the main thread: none is raised here
+                for which in (signal.SIGINT, signal.SIGTERM):
+                    handler = signal.getsignal(which)
+                    if callable(handler):
+                        before[which] = handler
+                        signal.signal(which, lambda number, _: came.append(number))
+                        restoring.callback(signal.signal, which, handler)
+            yield let_through
     finally:
-        with suppress(ValueError):
-            for which, handler in before.items():
-                signal.signal(which, handler)
         let_through()

@@ -16,21 +16,20 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from converter.errors import OutputRefused, SystemRefused, WconvError
-from converter.plan.types import Plan, Target
+from converter.plan.types import Target
 from converter.run.journal import SUFFIX, TREE, Changes, Entry, Journal, OvertakenError, Run, finish
 from converter.run.kept import Keeper
 from converter.run.notes import Notes, make_token
 from converter.run.signals import signals_held
-from converter.storage import place_of
-from converter.storage.local import LocalFile, is_there, real
+from converter.storage import OpenFile, Place, place_of
+from converter.storage.local import LocalFile, can_write, free_nbytes, is_there, place_at, real
 from converter.storage.root import Root, make_folders, remove_empty, write_all
 
 _RESERVE_NBYTES = 1 << 20  # room for the journal and the folders themselves
@@ -76,6 +75,26 @@ class Staging:
     def path_of(self, name: str) -> Path:
         return self.tree / name
 
+    def staged(self, name: str) -> Place:
+        return place_at(self.path_of(name))
+
+    def expect(self, parts: Mapping[str, int], others: Mapping[str, int], removed: Iterable[Place]) -> None:
+        """Remove what an earlier run left and this one does not write, and see whether there is room for the rest.
+
+        Raises SystemRefused where there is not, or a folder cannot be written.
+        """
+        self.drop_strangers({*parts, *others})
+        folders = {(self.target.folder / name).parent for name in (*parts, *others)}
+        for folder in sorted(folders.union(place.parent for place in removed)):
+            if folder.exists() and not can_write(folder.path):
+                raise SystemRefused(folder, "cannot be written", "Change its permissions, or write elsewhere with -o.")
+        missing = sum(nbytes for name, nbytes in parts.items() if not self.has_left_over(name, nbytes))
+        missing += sum(others.values()) + _RESERVE_NBYTES
+        free = free_nbytes(self.folder)
+        if missing > free:
+            problem = f"needs {missing / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left"
+            raise SystemRefused(self.target.folder, problem, "Free some room, or write elsewhere with -o.")
+
     def has_left_over(self, name: str, nbytes: int) -> bool:
         """Say whether an earlier run left a file of this size, which is no second name of another."""
         found = self.root.stat(self._run.staged(name))
@@ -100,25 +119,35 @@ class Staging:
         if len(second) == len(files):
             self.remove()
 
-    def prepare(self, name: str, header: bytes, nbytes: int) -> None:
+    def prepare(self, name: str, header: bytes, nbytes: int) -> bool:
         """Make a file of its final size that begins with a header; what an earlier run left of it stays in it."""
         staged = self._make_way(name)
-        if not self.has_left_over(name, nbytes):
+        is_left_over = self.has_left_over(name, nbytes)
+        if not is_left_over:
             self.root.remove(staged)  # perhaps a second name of a source
         with self.root.open(staged, os.O_RDWR | os.O_CREAT) as file:
             write_all(file, header)
             os.ftruncate(file, nbytes)
+        return is_left_over
 
     def put(self, name: str, content: bytes) -> None:
         """Stage a small file."""
         self.root.put(self._make_way(name), content)
 
-    def copy(self, name: str, source: LocalFile) -> None:
+    def copy(self, name: str, source: OpenFile) -> None:
         """Stage a copy of an open file."""
-        self.root.take(source.handle, self._make_way(name))
+        if isinstance(source, LocalFile):
+            self.root.take(source.handle, self._make_way(name))
+        else:
+            self.root.fill(self._make_way(name), source.chunks())
 
-    def link(self, name: str, root: Root, source: str) -> None:
+    def link(self, name: str, source: Place) -> None:
         """Stage a second name of a file, or a second link where it is a link."""
+        with Root(source.parent.real().path) as root:
+            self.link_from(root, source.name, name)
+
+    def link_from(self, root: Root, source: str, name: str) -> None:
+        """Stage a second name of a file below a folder that is open."""
         staged = self._make_way(name)
         self.root.remove(staged)
         root.link(source, self.root, staged)
@@ -245,7 +274,7 @@ def _take_up(target: Target, notes: Notes) -> tuple[Run, str | None]:
     """Find out where a run stages, and note it; finish what a killed run had begun to publish, and give its request."""
     place = notes.folder.parent if target.is_new else notes.folder
     run = Run.read(notes)
-    if run is not None and not Path(run.place).is_dir():
+    if run is not None and not place_at(Path(run.place)).is_folder():
         run = None  # the folder is gone, and what was staged with it
     finished = run.finished or None if run is not None else None
     if run is not None and run.journal is not None:
@@ -267,13 +296,14 @@ def _take_up(target: Target, notes: Notes) -> tuple[Run, str | None]:
 
 def find_strangers(*folders: Path) -> tuple[str, ...]:
     """Say of each entry that looks like one of a run's, and is of no run of this user, that it is ignored."""
-    found: dict[Path, None] = {}
-    for folder in filter(Path.is_dir, folders):
-        run = Run.read(Notes(real(folder)))
+    found: dict[Place, None] = {}
+    for folder in filter(Place.is_folder, map(place_at, folders)):
+        run = Run.read(Notes(real(folder.path)))
         own = run.name if run else ""
-        found |= dict.fromkeys(sorted(p for p in folder.iterdir() if _LIKE_MINE.fullmatch(p.name) and p.name != own))
+        entries = (entry for entry in folder.entries() if _LIKE_MINE.fullmatch(entry.name) and entry.name != own)
+        found |= dict.fromkeys(entries)
     what = "is of no run that is noted here, and is ignored: look whether it holds weights that you miss, and remove it"
-    return tuple(f"{path} {what}" for path in found)
+    return tuple(f"{entry} {what}" for entry in found)
 
 
 @contextmanager
@@ -316,26 +346,3 @@ def recover(folder: Path, request: str) -> bool:
     if staging.left_over:
         raise SystemRefused(folder, f"is finished, but {staging.left_over}")
     return staging.finished_request == request
-
-
-def check_room(staging: Staging, plan: Plan) -> None:
-    """Raise SystemRefused where a folder cannot be written, or the disk has less room than the plan still takes."""
-    effective = os.access in os.supports_effective_ids
-    written = {(plan.target.folder / file.path).parent for file in plan.files}
-    for folder in sorted(written | {place.parent for place in plan.removed_sources}):
-        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK, effective_ids=effective):
-            raise SystemRefused(folder, "cannot be written", "Change its permissions, or write elsewhere with -o.")
-    missing = sum(
-        shard.nbytes
-        for shard in plan.files
-        if shard.link is None and not staging.has_left_over(shard.path, shard.nbytes)
-    )
-    missing += sum(info.nbytes for _, file in plan.copied if (info := file.place.info()))
-    missing += sum(len(content) for _, content in plan.texts) + _RESERVE_NBYTES
-    free = shutil.disk_usage(staging.folder).free
-    if missing > free:
-        raise SystemRefused(
-            plan.target.folder,
-            f"needs {missing / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left",
-            "Free some room, or write elsewhere with -o.",
-        )

@@ -6,7 +6,7 @@ Only a few tasks are under way at once, so memory stays at their buffers and Ctr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Tasks:
     chunk_nbytes: int
     progress: Progress
 
-    def run(self, calls: Iterable[tuple[Callable[[_A, int], _T], _A, int]]) -> Iterator[_T]:
+    def run(self, calls: Iterable[tuple[Callable[[_A, int], _T], _A, int]]) -> Generator[_T, None, None]:
         """Run calls of (function, argument, bytes it deals with), a few at once; yield results as they come."""
         queue = iter(calls)
         waiting: dict[Future[_T], int] = {}
@@ -88,7 +88,10 @@ def run_tasks(
     workers: int | None = None,
     memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
     progress: Progress | None = None,
-) -> Iterator[_T]:
-    """Run calls of (function, argument, bytes it deals with) on an executor; each is given a chunk size as well."""
+) -> Generator[_T, None, None]:
+    """Run calls of (function, argument, bytes it deals with) on an executor; each is given a chunk size as well.
+
+    Who may leave before the last result closes this: what a signal raises while an object goes is lost.
+    """
     with open_tasks(executor, workers, memory_nbytes, progress) as tasks:
         yield from tasks.run(calls)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from converter.errors import BadRequest
 from converter.storage import local
-from converter.storage.base import FileRef, Info, OpenFile, Place, Store
+from converter.storage.base import FileRef, Info, OpenFile, Place, Store, hold_same
 
-__all__ = ["FileRef", "Info", "OpenFile", "Place", "Store", "place_of"]
+__all__ = ["FileRef", "Info", "OpenFile", "Place", "Store", "hold_same", "place_of"]
 
 _STORES: Mapping[str, Callable[[str], Place]] = {"file": local.open_url}
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)

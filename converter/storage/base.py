@@ -14,9 +14,13 @@ from typing import Literal, NamedTuple, Protocol
 
 from converter.errors import BadFile
 
+_CHUNK_NBYTES = 1 << 20
+
 Kind = Literal["file", "folder", "other"]
 Tag = tuple[int, ...] | str
 """What changes when a file does, such as an ETag; two files with the same bytes may have two."""
+
+_COMPARED_NBYTES = 1 << 20
 
 
 class Info(NamedTuple):
@@ -67,6 +71,11 @@ class OpenFile:
     def read_many(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         """Read small parts, each an offset and so many bytes; a store may ask for all of them at once."""
         return (self.read(offset, nbytes) for offset, nbytes in ranges)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Read all of it, from its begin to its end."""
+        for offset in range(0, self.nbytes, _CHUNK_NBYTES):
+            yield self.read(offset, _CHUNK_NBYTES)
 
 
 class Store(Protocol):
@@ -208,6 +217,15 @@ class FileRef(NamedTuple):
     def open(self) -> OpenFile:
         """Open the file again; raises BadFile where it has changed since."""
         return self.place.store.open(self.place, self.tag)
+
+
+def hold_same(a: Place, b: Place) -> bool:
+    """Say whether two files hold the same bytes."""
+    with a.open() as one, b.open() as other:
+        sizes = range(0, one.nbytes, _COMPARED_NBYTES)
+        return one.nbytes == other.nbytes and all(
+            one.read(begin, _COMPARED_NBYTES) == other.read(begin, _COMPARED_NBYTES) for begin in sizes
+        )
 
 
 def changed(place: Place) -> BadFile:

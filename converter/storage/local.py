@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,12 +109,34 @@ def open_unlinked(place: Place, path: Path) -> Iterator[LocalFile]:
 
     Raises OSError for one that has, BadFile for what is no regular file.
     """
-    with Root(path.parent) as root, root.open(path.name, os.O_RDONLY | _WITHOUT_WAITING) as handle:
-        file = _open(os.dup(handle), place, None)
+    file = _open(_reach(path, os.O_RDONLY | _WITHOUT_WAITING), place, None)
     try:
         yield file
     finally:
         file.close()
+
+
+@contextmanager
+def open_staged(place: Place) -> Iterator[StagedFile]:
+    """Open a file that a transaction has prepared, to be written; raises OSError where it is no longer the one.
+
+    Who may rename its folder could have put a link there, or one of theirs with another name of a file of the user's.
+    """
+    path = path_of(place)
+    handle = _reach(path, os.O_RDWR)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise OSError(errno.EPERM, "somebody has put another file there", str(path))
+        yield StagedFile(FileRef(place), handle, found.st_size)
+    finally:
+        os.close(handle)
+
+
+def _reach(path: Path, flags: int) -> int:
+    """Open a file by its real path, through no link, and give its descriptor."""
+    with Root(path.parent) as root, root.open(path.name, flags) as handle:
+        return os.dup(handle)
 
 
 def _kind_of(found: os.stat_result) -> Kind:
@@ -164,6 +187,23 @@ class LocalFile(OpenFile):
         os.close(self.handle)
 
 
+class StagedFile(LocalFile):
+    """A file of a transaction, to be written at any offset and in any order."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write bytes at an offset. Raises OSError."""
+        while data:
+            count = _write_at(self.handle, offset, data)
+            offset, data = offset + count, data[count:]
+
+
+def _write_at(handle: int, offset: int, data: memoryview) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(handle, data, offset)
+    os.lseek(handle, offset, os.SEEK_SET)
+    return os.write(handle, data)
+
+
 def _read_at(handle: int, offset: int, out: memoryview) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(handle, [out], offset)
@@ -198,6 +238,16 @@ def as_path(given: Path | str) -> Path:
     if given == "":
         raise BadRequest("''", "is no path", "Name a file or folder; the current folder is '.'.")
     return Path(given)
+
+
+def can_write(folder: Path) -> bool:
+    """Say whether this user may make and rename files in a folder, as far as the system tells."""
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def free_nbytes(folder: Path) -> int:
+    """Say how much room there is on the disk of a folder."""
+    return shutil.disk_usage(folder).free
 
 
 # Links are files elsewhere: read through, never written into, and what they lead to is never renamed or removed.

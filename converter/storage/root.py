@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import BinaryIO
 
 _HAS_HANDLES = {os.open, os.rename, os.unlink, os.mkdir, os.rmdir, os.link, os.symlink, os.stat} <= os.supports_dir_fd
 _FOLDER = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -181,9 +180,14 @@ class Root:
 
     def put(self, name: str, raw: bytes) -> None:
         """Write a small file; one that has the name goes."""
+        self.fill(name, (raw,))
+
+    def fill(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Write a file, piece after piece; one that has the name goes."""
         self.remove(name)
         with self.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
-            write_all(file, raw)
+            for chunk in chunks:
+                write_all(file, chunk)
 
     def read(self, name: str, max_nbytes: int) -> bytes:
         """Give what a file of this user holds. Raises OSError for one that is no plain file of theirs, or too long."""
@@ -246,21 +250,6 @@ class Root:
                 yield handle
             finally:
                 os.close(handle)
-
-
-@contextmanager
-def open_staged(path: Path) -> Iterator[BinaryIO]:
-    """Open a staged file by its real path, to change what it holds; raises OSError where it is no longer the one.
-
-    Who may rename its folder could have put a link there, or one of theirs with another name of a file of the user's.
-    """
-    with Root(path.parent) as root, root.open(path.name, os.O_RDWR) as file:
-        opened = os.fdopen(os.dup(file), "r+b", buffering=0)
-    with opened:
-        found = os.fstat(opened.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            raise OSError(errno.EPERM, "somebody has put another file there", str(path))
-        yield opened
 
 
 def make_folders(folder: Path, mode: int = 0o777) -> list[Path]:

@@ -17,6 +17,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from converter.storage import Place
 from converter.tensors.reader import RangeReader, read_chunks
 from support.tiny import read_file
 
@@ -43,7 +44,7 @@ def described_by_torch(path: Path) -> Description:
     return described_by_safetensors(torch_load(path))
 
 
-def described_by_wconv(path: Path, buffer_nbytes: int = 4096) -> Description:
+def described_by_wconv(path: Path | Place, buffer_nbytes: int = 4096) -> Description:
     """Describe a file by what wconv reads of it."""
     buffer = bytearray(buffer_nbytes)
     with RangeReader() as reader:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from converter.formats import read_file as read_placed
 from converter.formats.torch.state_dict import PLAIN, Reading
-from converter.storage import FileRef, place_of
+from converter.storage import FileRef, Place, place_of
 from converter.tensors.base import WeightsFile
 
 State = dict[str, torch.Tensor]
@@ -39,8 +39,8 @@ def ref_to(path: Path | str) -> FileRef:
     return FileRef(place_of(path))
 
 
-def read_file(path: Path, reading: Reading = PLAIN) -> WeightsFile:
-    """Read the header of a file by its path."""
+def read_file(path: Place | Path, reading: Reading = PLAIN) -> WeightsFile:
+    """Read the header of a file by its path, or place."""
     return read_placed(place_of(path), reading)
 
 

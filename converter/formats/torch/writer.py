@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from zlib import crc32
 
 from converter.dtypes import DType
 from converter.formats.torch.rebuild import AXES_A_STEP, MAX_DIMS
 from converter.formats.torch.state_dict import MAX_NAME_LENGTH, MAX_NAMES_LENGTH, MAX_TENSORS
 from converter.formats.torch.unpickler import FREE_NBYTES, GLOBAL_STEPS, MAX_OPCODES, count_text_steps
-from converter.storage.root import open_staged
 from converter.tensors.base import Layout, TensorSpec
 from converter.tensors.view import contiguous_strides
 
@@ -83,17 +81,14 @@ def _check_tensors(tensors: Sequence[TensorSpec], ties: Mapping[str, str]) -> No
             raise ValueError(f"holds tensor {name!r}, whose shape has numbers beyond torch's")
 
 
-def finish_file(path: Path, tensors: Sequence[TensorSpec], ties: Mapping[str, str], crcs: Sequence[int]) -> None:
-    """Write all that surrounds the storages, whose bytes are there and have these CRC32s."""
+def frame(tensors: Sequence[TensorSpec], ties: Mapping[str, str], crcs: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """Give all that surrounds the storages, whose bytes have these CRC32s: offsets in the file, and bytes."""
     records = _place_records(tensors, ties)
     storages = iter(crcs)
     all_crcs = [next(storages) if record.content is None else crc32(record.content) for record in records]
-    with open_staged(path) as file:
-        for record, crc in zip(records, all_crcs, strict=True):
-            file.seek(record.offset)
-            file.write(_local_header(record, crc) + (record.content or b""))
-        file.seek(records[-1].end)
-        file.write(_directory(records, all_crcs))
+    for record, crc in zip(records, all_crcs, strict=True):
+        yield record.offset, _local_header(record, crc) + (record.content or b"")
+    yield records[-1].end, _directory(records, all_crcs)
 
 
 _FIRST_STORAGE = 4  # the records before the storages
