@@ -14,7 +14,7 @@ from converter.models.folder import Component, ModelFolder
 from converter.models.names import WeightsName
 
 # The first that owns a component loads it; the last one takes what is left.
-LIBRARIES: tuple[Library, ...] = (PEFT, DIFFUSERS, TIMM, TRANSFORMERS)
+LIBRARIES: tuple[Library, ...] = (DIFFUSERS, PEFT, TIMM, TRANSFORMERS)
 # Of folders that have parts, what loads all of them at once.
 _OF_FOLDERS: dict[str, Library] = {"pipeline": DIFFUSERS, "sentence-transformers": SENTENCE_TRANSFORMERS}
 
@@ -25,8 +25,9 @@ def library_of(component: Component) -> Library:
 
 
 def loader_of(folder: ModelFolder) -> Library:
-    """Give the library that loads a folder as a whole."""
-    return _OF_FOLDERS.get(folder.kind) or library_of(folder.components[0])
+    """Give the library that opens a folder: PEFT for an adapter, whatever model's config lies beside it."""
+    root = folder.components[0]
+    return _OF_FOLDERS.get(folder.kind) or (PEFT if PEFT.owns(root) else library_of(root))
 
 
 def guess_library(component: Component, package: object, names: Iterable[WeightsName]) -> Library:
