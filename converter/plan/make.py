@@ -302,7 +302,7 @@ def _plan_set(component: Component, checkpoint: Checkpoint, wishes: Wishes, in_p
     groups = [group for group in groups if group] or [[]]
     if wishes.dtype or wishes.variant:
         check_tag(checkpoint.weight_set.path, name, casts.values(), wishes.dtype)
-    names = [info.name for info in checkpoint.tensors]
+    names = (info.name for info in checkpoint.tensors)
     refused = None if wishes.force else library_of(component).refuses(component, name, len(groups), names)
     if refused:
         raise Unsupported(checkpoint.weight_set.path, *refused)
