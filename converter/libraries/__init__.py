@@ -13,7 +13,7 @@ from converter.models.inventory import Part
 from converter.models.model import Model
 
 # The first that owns a component loads it; the last one takes what is left.
-LIBRARIES: tuple[Library, ...] = (PEFT, DIFFUSERS, TIMM, TRANSFORMERS)
+LIBRARIES: tuple[Library, ...] = (DIFFUSERS, PEFT, TIMM, TRANSFORMERS)
 # Of folders that have parts, what loads all of them at once.
 _OF_FOLDERS: dict[str, Library] = {"pipeline": DIFFUSERS, "sentence-transformers": SENTENCE_TRANSFORMERS}
 
@@ -23,9 +23,10 @@ def library_of(component: Component) -> Library:
     return next(library for library in LIBRARIES if library.owns(component))
 
 
-def loader_of(folder: Model) -> Library:
-    """Give the library that loads a folder as a whole."""
-    return _OF_FOLDERS.get(folder.kind) or library_of(folder.components[0])
+def loader_of(model: Model) -> Library:
+    """Give the library that opens a folder: PEFT for an adapter, whatever model's config lies beside it."""
+    root = model.components[0]
+    return _OF_FOLDERS.get(model.kind) or (PEFT if PEFT.owns(root) else library_of(root))
 
 
 def library_at(part: Part) -> Library:

@@ -174,7 +174,7 @@ def plan_set(order: Order, writing: Writing) -> PlannedSet:
     groups = [group for group in groups if group] or [[]]
     if dtype or writing.variant:
         _check_tag(order)
-    names = [tensor.name for tensor in checkpoint.tensors]
+    names = (tensor.name for tensor in checkpoint.tensors)
     refused = None if writing.force else library_of(component).refuses(component, name, len(groups), names)
     if refused:
         raise Unsupported(checkpoint.weight_set.path, *refused)

@@ -34,4 +34,5 @@ def _describe(plan: Plan, planned: PlannedSet) -> WrittenSet:
 
 def _lines_of(written: Written, one: WrittenSet) -> list[str]:
     """Give the lines of the first library that finds a set by itself, else those that load its files."""
-    return next(filter(None, (library.load_set(written, one) for library in LIBRARIES)), load_files(one))
+    found = filter(None, (library.load_set(written, one) for library in LIBRARIES))
+    return next(found, None) or load_files(one)
