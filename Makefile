@@ -4,6 +4,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?=
+SAME_ARGS ?=
 
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PACKAGE := setup.cfg pyproject.toml $(wildcard converter/*.py converter/*/*.py converter/*/*/*.py)
@@ -15,7 +16,7 @@ SIZES = find $(1) -type f | sort | xargs ls -lh | awk '{ printf "%8s  %s\n", $$5
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench clean
+.PHONY: help demo test test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench same clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F '|' '{ printf "make %-14s%s\n", $$1, $$2 }'
@@ -80,6 +81,9 @@ format: .venv-lint/installed  ## format everything and mend what the linter can
 
 bench: .venv/installed  ## time wconv against cp and others (BENCH_ARGS=... for options)
 	.venv/$(BIN)/python scripts/bench.py $(BENCH_ARGS)
+
+same: .venv/installed  ## hold what is written against what the last release writes (SAME_ARGS=... for a commit)
+	.venv/$(BIN)/python scripts/same_bytes.py $(SAME_ARGS)
 
 fuzz: .venv-fuzz/installed  ## feed the readers made-up files, a minute each (FUZZ_ARGS=... for options)
 	.venv-fuzz/$(BIN)/python scripts/fuzz.py $(FUZZ_ARGS)
