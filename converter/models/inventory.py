@@ -253,7 +253,7 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
     sets, strays = group(folder, parsed)
     own = [name for name, one in parsed.items() if one.role != "index"]
     broken = {name: error for name in shown if name in known and (error := seen[name][1]) and name not in parsed}
-    piece = None if only_standard else find_dcp(folder)
+    piece = find_dcp(folder) if not only_standard and any(name.endswith(".distcp") for name in seen) else None
     return Part(
         replace(component, weight_sets=sets_to_read(sets)),
         entry[0] if isinstance(entry, list) and isinstance(entry[0], str) else "",

@@ -115,7 +115,9 @@ class Place:
     key: str
 
     def __truediv__(self, name: str) -> Place:
-        return Place(self.store, (PurePosixPath(self.key) / name).as_posix())
+        if name in ("", ".") or "/" in name or self.key in (".", "/"):
+            return Place(self.store, (PurePosixPath(self.key) / name).as_posix())
+        return Place(self.store, f"{self.key}/{name}")  # much faster, and there are folders of thousands
 
     def __str__(self) -> str:
         return self.store.spell(self.key)
@@ -128,7 +130,7 @@ class Place:
 
     @property
     def name(self) -> str:
-        return PurePosixPath(self.key).name
+        return "" if self.key == "." else self.key.rpartition("/")[2]
 
     @property
     def parent(self) -> Place:
