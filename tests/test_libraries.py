@@ -15,8 +15,10 @@ from converter.libraries.peft import PEFT
 from converter.libraries.sentence_transformers import SENTENCE_TRANSFORMERS
 from converter.libraries.timm import TIMM
 from converter.libraries.transformers import TRANSFORMERS
-from converter.models.folder import Component, open_folder
+from converter.models.component import Component
+from converter.models.model import open_model
 from converter.models.names import WeightsName
+from converter.storage import place_of
 
 UNET = {"_class_name": "UNet2DConditionModel"}
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
@@ -41,7 +43,7 @@ def test_the_library_of_a_folder(
 ) -> None:
     save(make_state(), tmp_path / name)
     write_json(tmp_path / "config.json", config)
-    folder = open_folder(tmp_path)
+    folder = open_model(tmp_path)
     assert library_of(folder.components[0]) is part
     assert loader_of(folder) is whole
 
@@ -53,7 +55,7 @@ def test_a_folder_of_parts_is_loaded_as_a_whole(name: str, expected: Library, tm
     save(make_state(), tmp_path / "text_encoder" / "model.safetensors")
     write_json(tmp_path / "text_encoder" / "config.json", LLAMA)
     write_json(tmp_path / name, {})
-    folder = open_folder(tmp_path)
+    folder = open_model(tmp_path)
     assert loader_of(folder) is expected
     assert library_of(folder.components[-1]) is TRANSFORMERS
 
@@ -71,5 +73,5 @@ def test_a_folder_of_parts_is_loaded_as_a_whole(name: str, expected: Library, tm
 def test_without_a_config_others_tell(
     config: dict[str, Any], package: str | None, stem: str, expected: Library
 ) -> None:
-    component = Component("", Path(), (), config)
+    component = Component("", place_of("."), (), config)
     assert guess_library(component, package, [WeightsName(stem, None, "bin")]) is expected
