@@ -39,11 +39,19 @@ def look(given: Place | Path | str) -> Inventory:
     for part in inventory.parts:
         if part.error and part.is_named:
             raise part.error
-    inventory = replace(inventory, parts=tuple(part for part in inventory.parts if not part.error))
+    parts = (part for part in inventory.parts if not part.error and _is_of_model(inventory, part))
+    inventory = replace(inventory, parts=tuple(parts))
     if not any(part.has_weights for part in inventory.parts) and not inventory.absent and not inventory.index_error:
         refuse_folder(path)
         raise BadFile(path, "holds no weights", "Name a folder that does.")
     return read_headers(inventory)
+
+
+def _is_of_model(inventory: Inventory, part: Part) -> bool:
+    """Say whether a folder is to be judged: what holds weights, or is said to hold a model; a tokenizer is none."""
+    if not part.name:
+        return bool(part.sets) or not inventory.is_pipeline
+    return part.has_weights or (part.entry is not None and "tokenizer_config.json" not in part.files)
 
 
 def run_checks(inventory: Inventory) -> list[Finding]:

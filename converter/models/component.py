@@ -62,10 +62,6 @@ class Component:
             raise HostileFile(self.path / "config.json", f"names {len(names):,} classes, which no model is made of")
         return names
 
-    @property
-    def is_diffusers(self) -> bool:
-        return "_class_name" in self.config
-
 
 def _class_in(config: dict[str, Any]) -> str:
     architectures = config.get("architectures")

@@ -36,14 +36,15 @@ _PARTIAL = re.compile(r".*\.(incomplete|part|partial|crdownload|aria2|download|t
 class Part:
     """A folder that may hold a component: its entries by name, the weight files among them, and how they go together.
 
+    ``entry`` is what model_index.json says of a model, ``is_named`` whether it names the folder at all.
     ``others`` are entries that are no files: folders, and links to nothing. ``weights`` are the files whose headers are
-    of interest, ``broken`` what has the name of one and is none, ``strays`` shards that go with no set. ``package`` is
-    what model_index.json names for it. ``unreadable`` says of which files the first bytes could not be looked
-    at, and ``error`` why the folder cannot be listed. ``headers`` are there once they were read, of ``broken`` too.
+    of interest, ``broken`` what has the name of one and is none, ``strays`` shards that go with no set. ``unreadable``
+    says of which files the first bytes could not be looked at, and ``error`` why the folder cannot be listed.
+    ``headers`` are there once they were read, of ``broken`` too.
     """
 
     component: Component
-    package: str = ""
+    entry: tuple[object, str] | None = None
     is_named: bool = True
     files: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
@@ -71,6 +72,13 @@ class Part:
         return bool(self.weights or self.broken or self.sets or self.partial)
 
     @property
+    def problems(self) -> Iterator[WconvError]:
+        """What keeps the part from being opened: no file that is not there, which a conversion may not ask for."""
+        yield from [self.error] if self.error else self.unreadable
+        yield from (one.index_error for one in self.sets if one.index_error)
+        yield from _unless_no_object(self.config_error)
+
+    @property
     def is_flat(self) -> bool:
         """Whether it lies at the root of a pipeline, where Diffusers never asks for a variant."""
         return not self.name and "model_index.json" in self.files
@@ -88,9 +96,9 @@ class Part:
 class Inventory:
     """A folder of weights, or one set in it (``kind`` is then ``file`` and ``path`` what was named).
 
-    ``absent`` are parts that model_index.json names and that are not there, ``dotless`` the entries of the folders it
-    names that have no dot in their names. ``problems`` are what keeps a model from being opened, in order;
-    ``index_error`` is what is wrong with model_index.json.
+    ``parts`` are all folders in which there may be weights. ``absent`` are those that model_index.json names and that
+    are not there, ``dotless`` the entries of the folders it names that have no dot in their names, and ``index_error``
+    is what is wrong with it.
     """
 
     path: Place
@@ -100,8 +108,12 @@ class Inventory:
     class_name: str = ""
     absent: tuple[str, ...] = ()
     dotless: tuple[str, ...] = ()
-    problems: tuple[WconvError, ...] = ()
     index_error: WconvError | None = None
+
+    @property
+    def problems(self) -> list[WconvError]:
+        """What keeps a model from being opened, in order."""
+        return [*_unless_no_object(self.index_error), *(problem for part in self.parts for problem in part.problems)]
 
     @property
     def is_pipeline(self) -> bool:
@@ -128,7 +140,11 @@ def take_inventory(given: Place | Path | str) -> Inventory:
         raise BadFile(place, "is no regular file", "Name a weight file or a folder.")
     config, error = look_into(place.parent / "config.json")
     part = Part(Component("", place.parent, (find_weight_set(place),), config), config_error=error)
-    return Inventory(place, place.parent, "file", (part,), problems=tuple(_problems_of(part)))
+    return Inventory(place, place.parent, "file", (part,))
+
+
+def _unless_no_object(error: WconvError | None) -> list[WconvError]:
+    return [error] if error and error.problem != NO_OBJECT else []
 
 
 def read_headers(inventory: Inventory) -> Inventory:
@@ -142,45 +158,28 @@ def _headers_of(part: Part) -> dict[str, Header]:
     return read_all(part.path, part.weights) | broken
 
 
-def _problems_of(part: Part) -> Iterator[WconvError]:
-    """Yield what keeps a part from being opened: no file that is not there, which a conversion may not ask for."""
-    yield from [part.error] if part.error else part.unreadable
-    yield from (one.index_error for one in part.sets if one.index_error)
-    if part.config_error and part.config_error.problem != NO_OBJECT:
-        yield part.config_error
-
-
 def _look_at_pipeline(place: Place) -> Inventory:
     content, error = look_into(place / "model_index.json")
-    named = {name: entry for name, entry in content.items() if is_model(name, entry)}
-    absent = tuple(sorted(name for name in named if not _is_folder(place / name)))
+    models = {name: entry for name, entry in content.items() if is_model(name, entry)}
+    absent = tuple(sorted(name for name in models if not _is_folder(place / name)))
     # Diffusers loads these from the root (``load_sub_model`` in ``diffusers/pipelines/pipeline_loading_utils.py``).
-    parts = [_look_at(place, "", named[name], only_standard=True) for name in absent[:1]]
+    parts = [_look_at(place, "", models[name], only_standard=True) for name in absent[:1]]
     is_flat = any(part.sets for part in parts)
     parts += [
-        _look_at(folder, folder.name, named.get(folder.name), folder.name in content or error is not None)
+        _look_at(folder, folder.name, models.get(folder.name), folder.name in content or error is not None)
         for folder in _model_folders(place, content)
     ]
     class_name = content.get("_class_name")
-    dotless = [f"{part.name}/{name}" for part in parts if part.name in content for name in _dotless_in(part)]
-    first = [error] if error and error.problem != NO_OBJECT else []
     return Inventory(
         place,
         place,
         "pipeline",
-        tuple(part for part in parts if part.error or _is_model_part(part, named)),
+        tuple(parts),
         class_name if isinstance(class_name, str) else "",
         () if is_flat else absent,
-        tuple(dotless),
-        (*first, *(problem for part in parts for problem in _problems_of(part))),
+        tuple(f"{part.name}/{name}" for part in parts if part.name in content for name in _dotless_in(part)),
         error,
     )
-
-
-def _is_model_part(part: Part, named: Collection[str]) -> bool:
-    if not part.name:
-        return bool(part.sets)
-    return part.has_weights or (part.name in named and "tokenizer_config.json" not in part.files)
 
 
 def _dotless_in(part: Part) -> list[str]:
@@ -193,12 +192,9 @@ def _look_at_model(place: Place) -> Inventory:
     if (place / "modules.json").is_file():
         kind = "sentence-transformers"
     elif root.component.config:
-        kind = "component" if root.component.is_diffusers else "transformers"
+        kind = "component" if "_class_name" in root.component.config else "transformers"
     inner = _model_folders(place) if kind == "sentence-transformers" else []
-    parts = [root, *(_look_at(folder, folder.name) for folder in inner)]
-    problems = tuple(problem for part in parts for problem in _problems_of(part))
-    kept = tuple(part for part in parts if part is root or part.weights or part.broken or part.error)
-    return Inventory(place, place, kind, kept, problems=problems)
+    return Inventory(place, place, kind, (root, *(_look_at(folder, folder.name) for folder in inner)))
 
 
 def is_model(name: str, entry: object) -> bool:
@@ -246,7 +242,7 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
     try:
         seen = {place.name: _see(place) for place in folder.entries()}
     except SystemRefused as refused:
-        return Part(component, is_named=is_named, error=refused)
+        return Part(component, entry, is_named, error=refused)
     shown = [name for name in seen if not name.startswith(".")]
     known = {name: one for name in seen if (one := parse_name(name)) and (one.name.is_standard or not only_standard)}
     parsed = {name: one for name, one in known.items() if seen[name][0] == "weights"}
@@ -256,7 +252,7 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
     piece = find_dcp(folder) if not only_standard and any(name.endswith(".distcp") for name in seen) else None
     return Part(
         replace(component, weight_sets=sets_to_read(sets)),
-        entry[0] if isinstance(entry, list) and isinstance(entry[0], str) else "",
+        entry,
         is_named,
         files=tuple(name for name in shown if seen[name][0] in ("weights", "file")),
         others=tuple(name for name in shown if seen[name][0] in ("broken", "other")),
@@ -292,7 +288,7 @@ def find_weight_sets(folder: Place | Path | str) -> tuple[WeightSet, ...]:
     Raises BadFile for an index that cannot be read.
     """
     part = _look_at(place_of(folder), "")
-    for problem in _problems_of(replace(part, config_error=None)):
+    for problem in replace(part, config_error=None).problems:
         raise problem
     return part.component.weight_sets
 
