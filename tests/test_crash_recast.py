@@ -7,7 +7,6 @@ as if nothing had happened.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -21,11 +20,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from support.steps import fill_disk
 from support.tiny import is_same, make_state, put_behind, save, save_safetensors_shards, save_shards, snapshot
 from test_crash import how_it_ends, kill_at_every_step
 from test_run import PEAK_OF
-
-import converter.run.parts
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -134,12 +132,7 @@ def test_killed_at_any_step(scenario, wconv, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_on_the_way(scenario, wconv, tmp_path, monkeypatch):
     monkeypatch.chdir(scenario.make(tmp_path))
     before = snapshot(tmp_path)
-
-    def refuse(file, offset, data):
-        file.write(data[:5])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(converter.run.parts, "_write_at", refuse)
+    fill_disk(monkeypatch)
     outcome = wconv(*scenario.command, exit_code=7)
     assert "no space left" in outcome.stderr.lower()
     assert snapshot(tmp_path) == before

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.steps import fill_disk
 from support.tiny import (
     assert_same,
     flip_byte,
@@ -45,7 +46,7 @@ from converter.recipes.verify import holds_values
 from converter.run.signals import signals_held
 from converter.run.staging import open_staging
 from converter.storage import place_of
-from converter.storage.local import LocalFile, StagedFile
+from converter.storage.local import LocalFile
 
 STATE = make_state()
 MEMORY_CEILING_NBYTES = 48_000_000  # as promised; the interpreter and its imports take most of it
@@ -291,14 +292,7 @@ def test_a_disk_that_is_full_before_the_first_byte(tmp_path, monkeypatch, wconv)
 def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, wconv):
     source = save_bin_shards(STATE, tmp_path / "m").parent
     before = snapshot(tmp_path)
-
-    write = StagedFile.write
-
-    def refuse(file, offset, data):
-        write(file, offset, data[:5])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(StagedFile, "write", refuse)
+    fill_disk(monkeypatch)
     for output in ([], ["-o", tmp_path / "out"]):
         outcome = wconv("to-safetensors", source, *output, exit_code=7)
         assert "no space left" in outcome.stderr.lower()
