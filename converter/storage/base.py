@@ -58,6 +58,10 @@ class OpenFile:
         for begin, raw in self._kept:
             if begin <= offset and offset + nbytes <= begin + len(raw):
                 return raw[offset - begin : offset - begin + nbytes]
+        return self.fetch(offset, nbytes)
+
+    def fetch(self, offset: int, nbytes: int) -> bytes:
+        """Give bytes that are not kept, none of them beyond the file's end."""
         out = bytearray(nbytes)
         count = self.read_into(offset, memoryview(out))
         return bytes(memoryview(out)[:count])

@@ -179,6 +179,14 @@ class LocalFile(OpenFile):
             raise SystemRefused.from_os_error(error, self.ref.place) from None
         return done
 
+    def fetch(self, offset: int, nbytes: int) -> bytes:
+        try:
+            # A fifth of the time, and an archive has a header for each tensor.
+            raw = os.pread(self.handle, nbytes, offset) if hasattr(os, "pread") else b""
+        except OSError as error:
+            raise SystemRefused.from_os_error(error, self.ref.place) from None
+        return raw if len(raw) == nbytes else super().fetch(offset, nbytes)
+
     def check(self) -> None:
         if Stamp.of(os.fstat(self.handle)) != self.ref.tag:
             raise changed(self.ref.place)
