@@ -74,8 +74,16 @@ class LocalStore:
                 return None
             raise SystemRefused.from_os_error(error, self.spell(key)) from None
 
-    def is_link(self, key: str) -> bool:
-        return self.path(key).is_symlink()
+    def target(self, key: str) -> str | None:
+        """Give the key that a link names. Raises SystemRefused where that cannot be seen."""
+        try:
+            return Path(key).parent.joinpath(self.path(key).readlink()).as_posix()
+        except ValueError:  # a NUL in a name
+            return None
+        except OSError as error:
+            if error.errno in (errno.EINVAL, *_NOTHING):
+                return None
+            raise SystemRefused.from_os_error(error, self.spell(key)) from None
 
     def real(self, key: str) -> str:
         return Path(os.path.realpath(self.path(key))).as_posix()
