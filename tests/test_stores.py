@@ -55,8 +55,8 @@ class StoreInMemory:
     reads: list[tuple[int, int]] = field(default_factory=list)
     url = "memory://"
 
-    def absolute(self, key: str) -> str:
-        return key
+    def absolute(self, key: str) -> Place:
+        return Place(self, key)
 
     def spell(self, key: str) -> str:
         return f"memory://{key}"

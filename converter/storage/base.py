@@ -90,8 +90,8 @@ class Store(Protocol):
     def url(self) -> str:
         """What tells this store from others."""
 
-    def absolute(self, key: str) -> str:
-        """Give a key that says the same wherever one is."""
+    def absolute(self, key: str) -> Place:
+        """Give what lies at a key as a place that says the same wherever one is."""
 
     def spell(self, key: str) -> str:
         """Name a place to people."""
@@ -102,8 +102,8 @@ class Store(Protocol):
     def target(self, key: str) -> str | None:
         """Give the key that a link names; None for what is no link, and in a store that has none."""
 
-    def real(self, key: str) -> str:
-        """Give the full key that a key leads to, behind all links."""
+    def real(self, key: str) -> Place:
+        """Give the absolute place that a key leads to, behind all links."""
 
     def list(self, key: str) -> list[str]:
         """List the names of what lies directly in a folder, sorted."""
@@ -143,7 +143,7 @@ class Place:
 
     def absolute(self) -> Place:
         """Give this place by its full key, so that all folders above have their names."""
-        return Place(self.store, self.store.absolute(self.key))
+        return self.store.absolute(self.key)
 
     @property
     def parents(self) -> Iterator[Place]:
@@ -214,7 +214,7 @@ class Place:
 
     def real(self) -> Place:
         """Give the place that this one leads to, behind all links; links in a circle stay as they are."""
-        return Place(self.store, self.store.real(self.key))
+        return self.store.real(self.key)
 
     def is_below(self, folder: Place) -> bool:
         """Say whether this is a folder, or lies somewhere in it, by names alone."""

@@ -55,8 +55,8 @@ class LocalStore:
     def path(self, key: str) -> Path:
         return Path(self.base, key)
 
-    def absolute(self, key: str) -> str:
-        return self.path(key).as_posix()
+    def absolute(self, key: str) -> Place:
+        return place_at(self.path(key))
 
     def spell(self, key: str) -> str:
         return str(Path(key))
@@ -85,8 +85,8 @@ class LocalStore:
                 return None
             raise SystemRefused.from_os_error(error, self.spell(key)) from None
 
-    def real(self, key: str) -> str:
-        return Path(os.path.realpath(self.path(key))).as_posix()
+    def real(self, key: str) -> Place:
+        return place_at(real(self.path(key)))
 
     def list(self, key: str) -> list[str]:
         try:
