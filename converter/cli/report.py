@@ -1,0 +1,138 @@
+"""What is said of plans and results: for people, in tables and sentences, and for programs, as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converter.cli.terminal import echo, printable, show_bytes, show_table
+from converter.plan.types import Plan
+from converter.recipes.loading import loading_lines
+from converter.run.execute import Result, name_counts
+
+_NAMED = 5  # of what is carried over; -v lists all
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """Give the machine-readable form of a plan."""
+    return {
+        "source": str(plan.source.path),
+        "target": str(plan.target.folder),
+        "weight_sets": [
+            {
+                "component": planned.component,
+                "source": planned.source.path.name,
+                "variant": planned.name.variant,
+                "files": [{"path": shard.path, "nbytes": shard.nbytes} for shard in planned.files],
+                "index": planned.index[0] if planned.index else None,
+                "tensors": planned.tensor_count,
+                "tied": dict(planned.ties),
+                "kept_fp32": [name for name, dtype in planned.kept.items() if dtype.tag == "F32"],
+                "kept": {name: dtype.short_name for name, dtype in planned.kept.items()},
+            }
+            for planned in plan.sets
+        ],
+        "carried": [name for name, _ in plan.copied],
+        "carried_nbytes": _carried_nbytes(plan),
+        "removed": list(plan.removed),
+        "notes": [*plan.notes, *(note for planned in plan.sets for note in planned.notes)],
+        "nbytes": plan.nbytes,
+        "up_to_date": plan.is_there or not plan.sets,
+        "load_with": loading_lines(plan),
+    }
+
+
+def show_plan(plan: Plan, memory_nbytes: int) -> None:
+    """Print what a plan would write, and what that takes."""
+    rows = [(shard.path, str(len(shard.tensors)), show_bytes(shard.nbytes)) for shard in plan.files]
+    rows += [(name, "", show_bytes(len(content))) for name, content in plan.texts]
+    echo(f"Would write into {plan.target.folder}:\n")
+    show_table(("file", "tensors", "size"), rows)
+    echo()
+    if plan.copied:
+        echo(printable(f"Would carry over {_carried(plan)}."))
+    for name in plan.removed:
+        echo(printable(f"Would remove {name}"))
+    _show_remarks(plan, every=True)
+    nbytes = plan.nbytes + _carried_nbytes(plan)
+    echo(f"Takes {show_bytes(nbytes)} of disk and about {show_bytes(memory_nbytes)} of memory.")
+
+
+def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
+    """Print what was written, how fast, and how to load it."""
+    plan = result.plan
+    if plan is None:
+        echo("An earlier run had been stopped while it published its files; that is finished now.")
+        return
+    if not plan.sets or plan.is_there:
+        echo(printable(f"Up to date: {plan.target.folder} is as it would be."))
+        return
+    rows = []
+    for planned in plan.sets:
+        output = f"{len(planned.files)} files" if len(planned.files) > 1 else planned.name.single
+        count = f"{planned.tensor_count:,}" if planned.tensor_count else ""
+        source = planned.source.path.name
+        rows.append((planned.component or ".", source, "->", output, count, show_bytes(planned.nbytes)))
+    show_table(("component", "source", "", "output", "tensors", "size"), rows)
+    echo()
+    if verbose:
+        for name in [*(shard.path for shard in plan.files), *(name for name, _ in (*plan.texts, *plan.copied))]:
+            echo(f"wrote {printable(name)}")
+    _show_remarks(plan, verbose)
+    for name in plan.removed:
+        echo(printable(f"Removed {name}"))
+    if result.too_large:
+        became = "infinite" if plan.on_overflow == "inf" else "the largest that there is"
+        total = sum(result.too_large.values())
+        echo(printable(f"Too large, and now {became}: {total:,} values of {name_counts(result.too_large)}"))
+    if plan.copied:
+        echo(printable(f"Carried over {_carried(plan)}."))
+    if result.reused_nbytes:
+        echo(f"Took up {show_bytes(result.reused_nbytes)} that an earlier run had left.")
+    echo(_how_it_went(result, peak_nbytes))
+    if result.left_over:
+        echo(printable(f"Left over: {result.left_over}."))
+    echo("\nLoad it with:\n")
+    for line in loading_lines(plan):
+        echo(f"    {line}")
+
+
+def _carried(plan: Plan) -> str:
+    names = [name for name, _ in plan.copied]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    files = f"{len(names)} other file{'s' * (len(names) != 1)}"
+    return f"{files}, {show_bytes(_carried_nbytes(plan))}: {', '.join(names[:_NAMED])}{more}"
+
+
+def _carried_nbytes(plan: Plan) -> int:
+    # A link that is made again as it reads may lead to nothing by then.
+    return sum(info.nbytes for _, file in plan.copied if (info := file.place.info()))
+
+
+def _how_it_went(result: Result, peak_nbytes: int) -> str:
+    assert result.plan is not None
+    written = result.plan.written_nbytes
+    linked = result.plan.nbytes - written
+    if not written:
+        return f"Renamed {show_bytes(linked)} of weights in {result.plan.target.folder}; none were written."
+    rate = show_bytes(written / max(result.seconds, 1e-3))
+    kept = f", kept {show_bytes(linked)} as they were" if linked else ""
+    checked = ", every value compared with the source" if result.verified else ""
+    return (
+        f"Wrote {show_bytes(written)} to {result.plan.target.folder}{kept} in {result.seconds:.1f} s ({rate}/s) "
+        f"with {show_bytes(peak_nbytes)} of memory{checked}."
+    )
+
+
+def _show_remarks(plan: Plan, every: bool) -> None:
+    for planned in plan.sets:
+        for dropped, kept in planned.ties.items():
+            echo(printable(f"Tied: {dropped} is {kept}, written once and noted in the header"))
+        for dtype in dict.fromkeys(planned.kept.values()):
+            names = [name for name, other in planned.kept.items() if other is dtype]
+            listed = ", ".join(map(printable, names if every else names[:3]))
+            more = "" if every or len(names) <= 3 else ", ... (-v lists them)"
+            echo(f"Kept in {dtype.short_name} in {printable(planned.source.path.name)}: {len(names)} ({listed}{more})")
+        for note in planned.notes:
+            echo(printable(f"Note: {note}"))
+    for note in plan.notes:
+        echo(printable(f"Note: {note}"))
