@@ -25,12 +25,17 @@ _MAX_HOPS = 40  # as many links as Linux follows
 
 
 class Info(NamedTuple):
-    """What lies at a place, behind links if it ``is_link`` itself."""
+    """What lies at a place, behind links if it ``is_link`` itself.
+
+    Its content is as old as ``modified_ns``, all of it as ``changed_ns``: 0 where a store does not tell.
+    """
 
     kind: Kind
     nbytes: int
     tag: Tag
     is_link: bool = False
+    modified_ns: int = 0
+    changed_ns: int = 0
 
 
 class OpenFile:

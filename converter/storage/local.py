@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, Unsupported
+from converter.errors import BadFile, BadRequest, SystemRefused, Unsupported
 from converter.storage.base import FileRef, Info, Kind, OpenFile, Place, Tag, changed
 from converter.storage.root import Root
 
@@ -66,7 +66,10 @@ class LocalStore:
         try:
             path = self.path(key)
             found = path.stat()
-            return Info(_kind_of(found), found.st_size, Stamp.of(found), path.is_symlink())
+            changed_ns = max(found.st_mtime_ns, found.st_ctime_ns)
+            return Info(
+                _kind_of(found), found.st_size, Stamp.of(found), path.is_symlink(), found.st_mtime_ns, changed_ns
+            )
         except ValueError:  # a NUL in a name
             return None
         except OSError as error:
@@ -277,16 +280,3 @@ def real(path: Path) -> Path:
 def is_there(path: Path) -> bool:
     """Say whether a path names anything, be it a link to nothing."""
     return os.path.lexists(path)
-
-
-def is_dangling(path: Path) -> bool:
-    """Say whether a path is a link that leads to nothing, or to itself."""
-    return path.is_symlink() and not path.exists()
-
-
-def refuse_linked(root: Path, name: str) -> None:
-    """Raise OutputRefused for a file to be written, renamed or removed in a folder that is a link, by its path."""
-    for parent in list(reversed(Path(name).parents))[1:]:
-        if (root / parent).is_symlink():
-            advice = "Name that folder itself, or write elsewhere: -o NEW."
-            raise OutputRefused(root / parent, "is a link to another folder, and nothing is changed there", advice)
