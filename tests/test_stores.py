@@ -64,6 +64,12 @@ class StoreInMemory:
     def stat(self, key: str) -> Info | None:
         return Info("file", len(self.files[key]), self.tag) if key in self.files else None
 
+    def target(self, key: str) -> str | None:
+        return None
+
+    def real(self, key: str) -> str:
+        return key
+
     def list(self, key: str) -> list[str]:
         return [name.removeprefix(f"{key}/") for name in sorted(self.files) if name.startswith(f"{key}/")]
 

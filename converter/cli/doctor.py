@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import click
 
 from converter.cli.options import output_options, source_arg
+from converter.cli.terminal import echo, open_meter, printable, show_bytes, show_json, show_table
 
 if TYPE_CHECKING:
     from converter.doctor import Diagnosis
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from converter.storage import Place
 
 
-@click.command("doctor", short_help="Say what is wrong with a folder of weights, and mend it.")
+@click.command("doctor")
 @source_arg
 @click.option(
     "--loader",
@@ -57,7 +58,6 @@ def command(
     wconv doctor ./model --loader diffusers --variant fp16     which files would be opened?
     wconv doctor ./model --fix --dry-run                       how can it be mended?
     """
-    from converter.cli.output import echo, printable, show_bytes, show_json
     from converter.doctor import diagnose, finish_mending
     from converter.doctor.repair import Choices, Keep
     from converter.models.hub_cache import refuse_cache
@@ -114,7 +114,6 @@ def _lacks(source: Place, found: Diagnosis) -> list[Lack]:
 
 
 def _fix(source: Path, found: Diagnosis, choices: Choices, dry_run: bool, quiet: bool) -> Mending:
-    from converter.cli.output import echo, open_meter, printable, show_bytes
     from converter.doctor import mend
     from converter.doctor.repair import plan_mending
 
@@ -145,7 +144,6 @@ def _ask(found: Diagnosis, choices: Choices) -> Choices:
     """Ask on a terminal where there are several ways, and none was chosen."""
     from dataclasses import replace
 
-    from converter.cli.output import printable
     from converter.doctor.repair import Keep
 
     codes = {finding.code for finding in found.findings}
@@ -189,8 +187,6 @@ def _predictions(
 
 
 def _show(found: Diagnosis, verbose: bool) -> None:
-    from converter.cli.output import echo, printable, show_bytes, show_table
-
     rows = []
     for part in found.inventory.parts:
         for one in part.sets:
@@ -221,8 +217,6 @@ def _show(found: Diagnosis, verbose: bool) -> None:
 
 
 def _show_predictions(predictions: list[Prediction], later: bool) -> None:
-    from converter.cli.output import echo, printable
-
     for one in predictions:
         asked = f"variant={one.variant!r}" if one.variant else "no variant"
         what = f"fails: {one.failure}" if one.failure else "would then open:" if later else "opens:"
