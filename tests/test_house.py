@@ -65,20 +65,6 @@ PATH_METHODS = {
 }  # fmt: skip
 # The null device in place of a closed stream, and a folder of their own for programs that are asked.
 ON_DISK = {"cli/__init__.py", "cli/terminal.py", "libraries/ask.py"}
-# What still looks at paths of its own.
-STILL_ON_DISK = {
-    "doctor/repair.py",
-    "doctor/view.py",
-    "models/checkpoint.py",
-    "models/folder.py",
-    "models/hub_cache.py",
-    "plan/make.py",
-    "recipes/convert.py",
-    "recipes/outputs.py",
-    "recipes/quantize.py",
-    "recipes/rename.py",
-    "transforms/stable_diffusion.py",
-}
 # So many modules more than click itself does the command load to show its help; they were 17.
 MOST_MODULES = 30
 
@@ -148,7 +134,7 @@ def test_only_storage_touches_a_disk(path):
     touching = [ast.unparse(node) for node in ast.walk(tree) if touches_disk(node)]
     touching += DISK_MODULES & set(imports_of(tree))
     if layer_of(path) != "storage":
-        assert bool(touching) == (module_of(path) in ON_DISK | STILL_ON_DISK), touching
+        assert bool(touching) == (module_of(path) in ON_DISK), touching
 
 
 @pytest.mark.parametrize("name", ["tensors/view.py", "tensors/derived.py", "transforms/quantize/bnb_int8.py"])

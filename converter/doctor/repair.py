@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -378,7 +377,7 @@ def _build_plan(inventory: Inventory, parts: list[_Part]) -> Plan | None:
             if not goal.is_new:
                 replaced += (_relative(part.view, name) for name in goal.source.all_names)
     for name in texts:
-        replaced += [name] if os.path.lexists(inventory.path / name) else []
+        replaced += [name] if (inventory.path / name).is_taken() else []
     for described, dtype in _new_dtypes(inventory):
         path = _relative(described, "config.json")
         texts[path] = render_json(with_dtype(described.component.config, dtype))

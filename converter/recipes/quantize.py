@@ -18,7 +18,7 @@ from converter.libraries.modules import find_linears
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.growth import refuse_growth
-from converter.models.hub_cache import snapshot_of
+from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model
 from converter.models.schemes import LLM_INT8, quantized_in
@@ -124,6 +124,7 @@ def plan_dequantized(request: Request) -> Plan:
 def _checked(request: Request) -> Request:
     """Give a request for one safetensors set a component. Raises WconvError for places that cannot be."""
     assert request.output is not None
+    check_places(request.source, request.output)
     source, output = snapshot_of(request.source), request.output
     files = [source] if source.is_file() else [one for one in _entries(source) if one.name.endswith(".gguf")]
     if files and _is_gguf(files[0]) and not (source.is_folder() and find_weight_sets(source)):
