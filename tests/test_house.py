@@ -29,7 +29,6 @@ LAYERS = (
     ("run",),
     ("recipes",),
     ("doctor",),
-    ("coreml",),
     ("cli", "testing"),
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -67,8 +66,6 @@ PATH_METHODS = {
 ON_DISK = {"cli/__init__.py", "cli/output.py", "libraries/ask.py"}
 # What still looks at paths of its own.
 STILL_ON_DISK = {
-    "doctor/repair.py",
-    "doctor/view.py",
     "models/checkpoint.py",
     "models/folder.py",
     "models/hub_cache.py",

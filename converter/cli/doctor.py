@@ -12,7 +12,8 @@ from converter.cli.options import output_options, source_arg
 
 if TYPE_CHECKING:
     from converter.doctor import Diagnosis
-    from converter.doctor.repair import Choices, Mending
+    from converter.doctor.goals import Choices
+    from converter.doctor.repair import Mending
     from converter.libraries.base import FolderListing
     from converter.libraries.coreml import Lack
     from converter.libraries.predict import Prediction
@@ -59,7 +60,7 @@ def command(
     """
     from converter.cli.output import echo, printable, show_bytes, show_json
     from converter.doctor import diagnose, finish_mending
-    from converter.doctor.repair import Choices, Keep
+    from converter.doctor.goals import Choices, Keep
     from converter.models.hub_cache import refuse_cache
     from converter.storage import place_of
 
@@ -108,9 +109,9 @@ def command(
 
 
 def _lacks(source: Place, found: Diagnosis) -> list[Lack]:
-    from converter.coreml import find_lacks
+    from converter.recipes.prepare_coreml import find_lacks
 
-    return list(find_lacks(source, found.findings))
+    return list(find_lacks(source, found.inventory))
 
 
 def _fix(source: Path, found: Diagnosis, choices: Choices, dry_run: bool, quiet: bool) -> Mending:
@@ -146,7 +147,7 @@ def _ask(found: Diagnosis, choices: Choices) -> Choices:
     from dataclasses import replace
 
     from converter.cli.output import printable
-    from converter.doctor.repair import Keep
+    from converter.doctor.goals import Keep
 
     codes = {finding.code for finding in found.findings}
     if choices.keep is None and codes & {"sets-twice", "forms-differ"}:
@@ -169,9 +170,8 @@ def _ask(found: Diagnosis, choices: Choices) -> Choices:
 def _predictions(
     listing: FolderListing | None, found: Diagnosis, loader: str | None, variant: str | None, always: bool = False
 ) -> list[Prediction]:
-    from converter.doctor.listing import list_folder
     from converter.libraries.coreml import COREML_VARIANT
-    from converter.libraries.predict import Loader, likely_loaders, predict, variants_in
+    from converter.libraries.predict import Loader, likely_loaders, list_folder, predict, variants_in
 
     if loader is None and variant is None and not always:
         return []

@@ -60,7 +60,7 @@ def command(source: Path, keep_default: bool, on_overflow: Any, ema: bool, confi
     from functools import partial
 
     from converter.cli.convert import _OF_RUNS, is_wet, run_prepared
-    from converter.coreml import plan_coreml, request_coreml
+    from converter.recipes.prepare_coreml import plan_coreml, request_coreml
     from converter.recipes.request import prepare
     from converter.storage import place_of
 

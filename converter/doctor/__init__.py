@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.doctor.checks import look, run_checks
+from converter.doctor.checks import run_checks
 from converter.doctor.findings import SEVERITIES, Finding
-from converter.doctor.repair import Choices, Mending, plan_mending
+from converter.doctor.goals import Choices
+from converter.doctor.repair import Mending, plan_mending
 from converter.doctor.undo import check_left
 from converter.errors import LossyCast
+from converter.models.faults import look
 from converter.models.hub_cache import refuse_cache
 from converter.models.inventory import Inventory
 from converter.run.execute import run_plan

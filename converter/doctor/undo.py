@@ -31,7 +31,7 @@ def undo(folder: Path) -> Undone:
     Raises BadRequest where nothing is kept, OutputRefused where a file has changed since, BadFile where what is kept
     has suffered.
     """
-    if not folder.is_dir():
+    if not place_of(folder).is_folder():
         raise BadRequest(folder, "is no folder")
     request = repr(("undo", str(folder.absolute())))
     if recover(folder, request):

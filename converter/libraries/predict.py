@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from converter.libraries.base import FolderListing, PartListing, Pick
+from converter.libraries import library_at
+from converter.libraries.base import FolderListing, IndexListing, PartListing, Pick
+from converter.models.inventory import Inventory, Part
 from converter.models.names import parse_name
 
 Loader = Literal["diffusers", "diffusers-hub", "transformers", "coreml"]
@@ -49,6 +51,24 @@ class Prediction:
     @property
     def works(self) -> bool:
         return not self.failure and not any(pick.failure for pick in self.picks)
+
+
+def list_folder(inventory: Inventory) -> FolderListing:
+    """Give what a loader sees of a folder."""
+    parts = tuple(_list_part(part) for part in inventory.parts if part.is_named or not inventory.is_pipeline)
+    return FolderListing(inventory.path, inventory.is_pipeline, parts, inventory.absent, inventory.dotless)
+
+
+def _list_part(part: Part) -> PartListing:
+    indexes = {}
+    for listed in part.sets:
+        if listed.index_name:
+            problem = f"cannot read {listed.index_name}" if listed.index is None else ""
+            if listed.index and not listed.index.has_metadata:
+                problem = "KeyError: 'metadata'"
+            indexes[listed.index_name] = IndexListing(listed.listed_names, problem)
+    files, others = frozenset(part.files), frozenset(part.others)
+    return PartListing(part.name, part.path, library_at(part), files, indexes, others)
 
 
 def variants_in(listing: FolderListing) -> tuple[str | None, ...]:

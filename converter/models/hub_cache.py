@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from converter.errors import BadFile, BadRequest, OutputRefused
+from converter.errors import BadFile, BadRequest, OutputRefused, name_some
 from converter.models.names import WEIGHT_EXTENSIONS, parse_name
 from converter.storage import Place, place_of
 from converter.storage.local import is_dangling, real
@@ -127,18 +127,13 @@ def _snapshot_of(path: Path) -> Path:
         raise BadFile(path, "holds no snapshot", "Fetch the model again.")
     if revision is None and len(snapshots) == 1:
         return snapshots[0]
-    raise BadRequest(path, "has no snapshot that refs/main names", f"Name one: {_some(snapshots)}.")
+    raise BadRequest(path, "has no snapshot that refs/main names", f"Name one: {name_some(snapshots, _MAX_CHOICES)}.")
 
 
 def _only(path: Path, problem: str, repos: list[Path]) -> Path:
     if len(repos) > 1:
-        raise BadRequest(path, problem, f"Name one: {_some(repos)}.")
+        raise BadRequest(path, problem, f"Name one: {name_some(repos, _MAX_CHOICES)}.")
     return _snapshot_of(repos[0])
-
-
-def _some(choices: list[Path]) -> str:
-    more = f" and {len(choices) - _MAX_CHOICES} more" if len(choices) > _MAX_CHOICES else ""
-    return ", ".join(map(str, choices[:_MAX_CHOICES])) + more
 
 
 def _main_of(repo: Path) -> str | None:
