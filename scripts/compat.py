@@ -119,9 +119,9 @@ KINDS: list[tuple[str, Callable[[], bytes], dict[str, torch.Tensor] | None]] = [
 
 LOADERS = {
     "wconv": """
-from converter import Wishes, convert
+from converter import convert
 from safetensors.torch import load_file
-convert(path, "out.safetensors", Wishes(tied="duplicate"))
+convert(path, "out.safetensors", tied="duplicate")
 state = load_file("out.safetensors")
 """,
     "torch.load": "state = torch.load(path, weights_only=True)",

@@ -212,7 +212,7 @@ def how_it_ends(command: tuple[object, ...], folder: Path, expected: dict[str, s
 
 
 @pytest.mark.parametrize("name", ["new-folder", "sharded-to-sharded"])
-def test_killed_a_run_with_other_wishes_ends_right_too(name, tmp_path, monkeypatch):
+def test_killed_a_run_with_other_options_ends_right_too(name, tmp_path, monkeypatch):
     scenario = SCENARIOS[IDS.index(name)]
     command = ("to-safetensors", *scenario.args, "--overwrite", "--max-shard-size", f"{TENSOR_NBYTES}B", "-q")
     peaceful = scenario.make(tmp_path / "peaceful")

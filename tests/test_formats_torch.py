@@ -27,7 +27,7 @@ from converter.dtypes import BY_TORCH_NAME
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
 from converter.formats import zip_records
 from converter.formats.torch import archive as torch_archive
-from converter.plan.make import PlannedTensor, Shard
+from converter.plan.types import PlannedFile, PlannedTensor
 from converter.run.parts import cut_pieces
 from converter.storage import place_of
 
@@ -460,7 +460,7 @@ def test_a_deflated_record_that_is_gathered_from_everywhere(tmp_path: Path, monk
 def test_a_deflated_record_is_inflated_once(tmp_path: Path) -> None:
     path = write_deflated(tmp_path, saved_by_torch({"a": torch.zeros(1000), "b": torch.zeros(1000)}))
     planned = [PlannedTensor(tensor, 4000 * place) for place, tensor in enumerate(read_file(path).tensors)]
-    shard = Shard("x", "safetensors", b"", tuple(planned), 8000, {})
+    shard = PlannedFile("x", "safetensors", b"", tuple(planned), 8000, {})
     pieces = list(cut_pieces(shard, place_of(path), piece_nbytes=1024))
     assert [[(step.begin, step.end) for step in piece.steps] for piece in pieces] == [[(0, 4000)], [(0, 4000)]]
 

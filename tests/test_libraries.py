@@ -8,17 +8,15 @@ from typing import Any
 import pytest
 from support.tiny import make_state, save, write_json
 
-from converter.libraries import guess_library, library_of, loader_of
+from converter.libraries import library_at, library_of, loader_of
 from converter.libraries.base import Library
 from converter.libraries.diffusers import DIFFUSERS
 from converter.libraries.peft import PEFT
 from converter.libraries.sentence_transformers import SENTENCE_TRANSFORMERS
 from converter.libraries.timm import TIMM
 from converter.libraries.transformers import TRANSFORMERS
-from converter.models.component import Component
+from converter.models.inventory import take_inventory
 from converter.models.model import open_model
-from converter.models.names import WeightsName
-from converter.storage import place_of
 
 UNET = {"_class_name": "UNet2DConditionModel"}
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
@@ -71,7 +69,11 @@ def test_a_folder_of_parts_is_loaded_as_a_whole(name: str, expected: Library, tm
     ],
 )
 def test_without_a_config_others_tell(
-    config: dict[str, Any], package: str | None, stem: str, expected: Library
+    config: dict[str, Any], package: str | None, stem: str, expected: Library, tmp_path: Path
 ) -> None:
-    component = Component("", place_of("."), (), config)
-    assert guess_library(component, package, [WeightsName(stem, None, "bin")]) is expected
+    save(make_state(), tmp_path / "unet" / f"{stem}.safetensors")
+    if config:
+        write_json(tmp_path / "unet" / "config.json", config)
+    write_json(tmp_path / "model_index.json", {"unet": [package, "X"]} if package else {})
+    [part] = take_inventory(tmp_path).parts
+    assert library_at(part) is expected

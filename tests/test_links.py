@@ -30,7 +30,7 @@ from support.tiny import (
 )
 
 import converter.models.rest
-from converter import Choices, Wishes, convert, diagnose, mend, open_model, plan_mending, plan_rename, verify
+from converter import Choices, Request, convert, diagnose, mend, open_model, plan_mending, plan_rename, verify
 from converter.errors import BadRequest, OutputRefused, SystemRefused
 
 STATE = make_state()
@@ -139,8 +139,8 @@ def test_the_library_refuses_the_cache_as_well(tmp_path):
     for call in (
         lambda: convert(place),
         lambda: convert(tmp_path / "model", place / "out"),
-        lambda: convert(place, tmp_path / "out", Wishes(delete_source=True)),
-        lambda: plan_rename(place, "none", "fp16"),
+        lambda: convert(place, tmp_path / "out", delete_source=True),
+        lambda: plan_rename(Request.of(place, from_variant="none", variant="fp16")),
         lambda: mend(place, plan_mending(diagnose(place).inventory, (), Choices())),
     ):
         with pytest.raises(OutputRefused, match="cache of the Hub"):
@@ -589,7 +589,7 @@ def test_an_empty_text_is_no_path_for_the_library(tmp_path, monkeypatch):
     save(STATE, tmp_path / "pytorch_model.bin")
     monkeypatch.chdir(tmp_path)
     for call in (
-        lambda: convert("", wishes=Wishes(delete_source=True)),
+        lambda: convert("", delete_source=True),
         lambda: convert(".", ""),
         lambda: verify("", "."),
         lambda: verify(".", ""),

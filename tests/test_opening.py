@@ -20,7 +20,7 @@ from support.judges import described_by_wconv, saved_by_torch
 from support.tiny import make_state, read_file, rezip, save, save_pipeline, snapshot, write_json
 
 import converter.run.execute
-from converter import Wishes, convert, plan_conversion, run_plan
+from converter import Request, convert, plan_conversion, run_plan
 from converter.errors import BadFile
 from converter.storage import FileRef, place_of
 from converter.storage.local import LocalFile
@@ -432,7 +432,7 @@ def test_futures_that_an_executor_forgets_are_not_waited_for(tmp_path):
         write_json(tmp_path / "m" / name / "config.json", {"_class_name": "X"})
     write_json(tmp_path / "m" / "model_index.json", {"_class_name": "P"})
     pool = Forgetful()
-    plan = plan_conversion(tmp_path / "m", tmp_path / "out", Wishes())
+    plan = plan_conversion(Request.of(tmp_path / "m", tmp_path / "out"))
     assert in_time(lambda: run_plan(plan, pool)) is error
     assert [future.cancelled() for future in pool.futures] == [False, True]
     assert list(tmp_path.iterdir()) == [tmp_path / "m"]

@@ -26,8 +26,12 @@ from converter.models.component import Component, WeightSet
 from converter.models.index import parse_index
 from converter.models.model import Model
 from converter.models.names import WeightsName, parse_name
-from converter.models.select import Wishes, choose_sets
-from converter.plan.make import Plan, Target, make_plan, split_into_shards
+from converter.models.select import select_sets
+from converter.plan.make import make_plan
+from converter.plan.shards import split_into_shards
+from converter.plan.types import Plan, Target
+from converter.recipes.request import Request
+from converter.recipes.steps import make_order
 from converter.storage import place_of
 from converter.tensors.base import ByteRange, PackedRange, Tensor, WeightsFile
 from converter.tensors.view import View, whole_view
@@ -70,16 +74,36 @@ def folder(*components: Component) -> Model:
     return Model(place_of(HERE), place_of(HERE), "folder", components)
 
 
-def plan(*checkpoints: Checkpoint, config: dict[str, Any] | None = None, **wishes: Any) -> Plan:
+def plan(*checkpoints: Checkpoint, config: dict[str, Any] | None = None, **options: Any) -> Plan:
     """Plan the sets of one component into a new folder."""
-    owner = component(*(found.weight_set for found in checkpoints), **(config or {}))
-    pairs = [(owner, found) for found in checkpoints]
-    return make_plan(folder(owner), pairs, Target(Path("out"), is_new=True), Wishes(**wishes), {})
+    owner = component(*(opened.weight_set for opened in checkpoints), **(config or {}))
+    return plan_into(Target.at(place_of("out"), is_new=True), owner, *checkpoints, **options)
+
+
+def plan_into(target: Target, owner: Component, *checkpoints: Checkpoint, **options: Any) -> Plan:
+    """Plan sets of one component into a folder: the one they are in, unless it is new."""
+    request = Request.of(HERE, target.folder, **options)
+    naming, casting, writing = request.writing.naming, request.casting, request.writing
+    orders = [
+        make_order(owner, opened, naming.of(opened.name), casting, writing, not target.is_new) for opened in checkpoints
+    ]
+    return make_plan(folder(owner), orders, target, writing, request.publishing)
+
+
+def into_source(*existing: WeightSet) -> Target:
+    """Give the folder of the source as a target, with sets that lie there."""
+    return replace(Target.at(place_of(HERE)), existing={"": existing})
+
+
+def select(model: Model, overwrite: bool = False, **options: Any) -> list[tuple[Component, WeightSet]]:
+    """Select the sets that are read for safetensors."""
+    request = Request.of(HERE, **options)
+    return select_sets(model, request.selection, request.writing.naming, overwrite)
 
 
 def layout(planned: Plan) -> dict[str, str]:
     """Give the tensors of each file."""
-    return {shard.path: "".join(tensor.name for tensor, _ in shard.tensors) for shard in planned.shards}
+    return {shard.path: "".join(tensor.name for tensor, _ in shard.tensors) for shard in planned.files}
 
 
 # What takes more than the source holds.
@@ -166,7 +190,7 @@ def test_no_limit_is_one_shard():
 
 
 def test_the_names_of_shards_are_those_of_huggingface_hub():
-    planned = plan(checkpoint({"pytorch_model.bin": "abcde"}), max_shard_nbytes=2 * NBYTES)
+    planned = plan(checkpoint({"pytorch_model.bin": "abcde"}), max_shard_size=2 * NBYTES)
     judged = split_state_dict_into_shards_factory(
         dict.fromkeys("abcde", NBYTES),
         get_storage_size=lambda size: size,
@@ -188,7 +212,7 @@ def test_a_tensor_over_the_limit_has_a_shard_to_itself():
     big = tensor("z", place=9, numel=10 * NUMEL)
     source = checkpoint({"pytorch_model.bin": "ab"})
     source = replace(source, files=(replace(source.files[0], tensors=(*source.files[0].tensors, big)),))
-    assert list(layout(plan(source, max_shard_nbytes=2 * NBYTES)).values()) == ["z", "ab"]
+    assert list(layout(plan(source, max_shard_size=2 * NBYTES)).values()) == ["z", "ab"]
 
 
 # Names.
@@ -226,10 +250,10 @@ def test_a_tensor_over_the_limit_has_a_shard_to_itself():
 )
 def test_what_a_set_becomes(source, single, shard, index):
     whole = plan(checkpoint({source: "ab"}))
-    split = plan(checkpoint({source: "ab"}), max_shard_nbytes=NBYTES)
-    assert [shard.path for shard in whole.shards] == [single]
+    split = plan(checkpoint({source: "ab"}), max_shard_size=NBYTES)
+    assert [file.path for file in whole.files] == [single]
     assert whole.texts == ()
-    assert split.shards[0].path == shard
+    assert split.files[0].path == shard
     assert split.texts[0][0] == index
 
 
@@ -251,7 +275,7 @@ def test_legacy_spellings_become_current_ones(shard, index):
 
 
 @pytest.mark.parametrize(
-    ("source", "wish", "expected"),
+    ("source", "variant", "expected"),
     [
         ("pytorch_model.bin", "fp32", "model.fp32.safetensors"),
         ("pytorch_model.fp16.bin", "ema", "model.ema.safetensors"),
@@ -259,8 +283,8 @@ def test_legacy_spellings_become_current_ones(shard, index):
         ("pytorch_model.bin", "none", "model.safetensors"),
     ],
 )
-def test_the_wished_variant_replaces_the_tag(source, wish, expected):
-    assert list(layout(plan(checkpoint({source: "a"}), variant=wish))) == [expected]
+def test_the_variant_that_is_asked_for_replaces_the_tag(source, variant, expected):
+    assert list(layout(plan(checkpoint({source: "a"}), variant=variant))) == [expected]
 
 
 @pytest.mark.parametrize("tag", ["fp16.ema", "a/b", "..", "../x", "a b", "", "x-00001-of-00002", "é", "a\n"])
@@ -272,10 +296,8 @@ def test_a_tag_that_no_loader_finds_is_refused(tag):
 def test_a_component_has_its_files_in_its_folder():
     source = checkpoint({"diffusion_pytorch_model.bin": "ab"})
     owner = component(source.weight_set, name="unet")
-    planned = make_plan(
-        folder(owner), [(owner, source)], Target(Path("out"), True), Wishes(max_shard_nbytes=NBYTES), {}
-    )
-    assert {shard.path.partition("/")[0] for shard in planned.shards} == {"unet"}
+    planned = plan_into(Target.at(place_of("out"), is_new=True), owner, source, max_shard_size=NBYTES)
+    assert {shard.path.partition("/")[0] for shard in planned.files} == {"unet"}
     assert planned.texts[0][0] == "unet/diffusion_pytorch_model.safetensors.index.json"
 
 
@@ -298,7 +320,7 @@ def test_index_content():
 
 
 def test_index_counts_parameters_where_the_source_does_not():
-    ((_, raw),) = plan(checkpoint({"pytorch_model.bin": "abc"}), max_shard_nbytes=NBYTES).texts
+    ((_, raw),) = plan(checkpoint({"pytorch_model.bin": "abc"}), max_shard_size=NBYTES).texts
     assert parse_index(raw, HERE).metadata == {"total_parameters": 3 * NUMEL, "total_size": 3 * NBYTES}
 
 
@@ -306,7 +328,7 @@ def test_index_names_exactly_what_is_stored():
     shared = tensor("tied")._replace(source=tensor("a").source)
     source = checkpoint({"pytorch_model.bin": "abc"})
     source = replace(source, files=(replace(source.files[0], tensors=(*source.files[0].tensors, shared)),))
-    planned = plan(source, tied="first", max_shard_nbytes=NBYTES)
+    planned = plan(source, tied="first", max_shard_size=NBYTES)
     index = parse_index(planned.texts[0][1], HERE)
     assert set(index.weight_map) == set("abc") == set("".join(layout(planned).values()))
     assert index.metadata["total_size"] == 3 * NBYTES
@@ -314,7 +336,7 @@ def test_index_names_exactly_what_is_stored():
 
 def test_one_file_has_no_index_though_the_source_had_one():
     names = {"pytorch_model-00001-of-00002.bin": "ab", "pytorch_model-00002-of-00002.bin": "c"}
-    planned = plan(checkpoint(names, "pytorch_model.bin.index.json"), max_shard_nbytes=math.inf)
+    planned = plan(checkpoint(names, "pytorch_model.bin.index.json"), max_shard_size=math.inf)
     assert layout(planned) == {"model.safetensors": "abc"}
     assert planned.texts == ()
 
@@ -327,7 +349,7 @@ BIN_FP16, SAFE_FP16 = weight_set("pytorch_model.fp16.bin"), weight_set("model.fp
 
 
 @pytest.mark.parametrize(
-    ("held", "wishes", "expected"),
+    ("held", "options", "expected"),
     [
         ([BIN], {}, [BIN]),
         ([BIN, BIN_FP16], {}, [BIN, BIN_FP16]),
@@ -340,37 +362,37 @@ BIN_FP16, SAFE_FP16 = weight_set("pytorch_model.fp16.bin"), weight_set("model.fp
         ([BIN_FP16], {}, [BIN_FP16]),
     ],
 )
-def test_choose_sets(held, wishes, expected):
-    chosen = choose_sets(folder(component(*held)), Wishes(**wishes))
+def test_which_sets_are_read(held, options, expected):
+    chosen = select(folder(component(*held)), **options)
     assert [found for _, found in chosen] == expected
 
 
 def test_a_component_without_the_variant_gives_its_untagged_weights():
     both = folder(component(BIN, BIN_FP16, name="unet"), component(BIN, name="vae"))
-    chosen = choose_sets(both, Wishes(from_variant="fp16"))
+    chosen = select(both, from_variant="fp16")
     assert [(owner.name, found) for owner, found in chosen] == [("unet", BIN_FP16), ("vae", BIN)]
 
 
 @pytest.mark.parametrize("held", [[BIN], [BIN, SAFE]])
 def test_a_variant_that_is_nowhere_is_refused(held):
     with pytest.raises(BadRequest, match="fp16"):
-        choose_sets(folder(component(*held)), Wishes(from_variant="fp16"))
+        select(folder(component(*held)), from_variant="fp16")
 
 
 def test_components_are_chosen_by_name():
     pipeline = folder(component(BIN, name="unet"), component(BIN, name="vae"), component(BIN, name="text_encoder"))
-    chosen = choose_sets(pipeline, Wishes(components=("vae", "unet")))
+    chosen = select(pipeline, components=("vae", "unet"))
     assert [owner.name for owner, _ in chosen] == ["unet", "vae"]
     with pytest.raises(BadRequest, match=r"'vea'.*text_encoder, unet, vae"):
-        choose_sets(pipeline, Wishes(components=("vea",)))
+        select(pipeline, components=("vea",))
 
 
 def test_the_same_weights_twice_in_one_format_are_refused():
     single, sharded = SAFE, weight_set("model-00001-of-00001.safetensors", index="model.safetensors.index.json")
     with pytest.raises(BadRequest, match=r"model\.safetensors and model\.safetensors\.index\.json"):
-        choose_sets(folder(component(single, sharded)), Wishes())
+        select(folder(component(single, sharded)))
     with pytest.raises(BadRequest, match=r"pytorch_model\.bin and model\.pt"):
-        choose_sets(folder(component(BIN, weight_set("model.pt"))), Wishes())
+        select(folder(component(BIN, weight_set("model.pt"))))
 
 
 # Ties.
@@ -423,7 +445,7 @@ def test_tied_tensors_are_written_under_each_name():
 
 
 def test_a_tie_is_noted_where_the_kept_tensor_is():
-    planned = plan(with_tie(), tied="first", max_shard_nbytes=NBYTES)
+    planned = plan(with_tie(), tied="first", max_shard_size=NBYTES)
     assert [header_of(planned, place)["__metadata__"] for place in (0, 1)] == [
         {"format": "pt", "t": "a"},
         {"format": "pt"},
@@ -441,7 +463,7 @@ def test_a_tied_tensor_named_format_is_refused():
 
 def header_of(planned: Plan, number: int) -> dict[str, Any]:
     """Read the JSON of a planned header."""
-    return dict(json.loads(planned.shards[number].header[8:]))
+    return dict(json.loads(planned.files[number].header[8:]))
 
 
 # What is refused.
@@ -461,12 +483,12 @@ def old_attention(name: str = OLD_NAME) -> Checkpoint:
 def test_old_attention_names_in_shards_are_refused(class_name, part):
     source = old_attention(f"encoder.mid_block.attentions.12.{part}")
     with pytest.raises(Unsupported, match="--max-shard-size none"):
-        plan(source, config={"_class_name": class_name}, max_shard_nbytes=NBYTES)
+        plan(source, config={"_class_name": class_name}, max_shard_size=NBYTES)
 
 
 def test_old_attention_names_are_kept_in_one_file():
-    planned = plan(old_attention(), config={"_class_name": "AutoencoderKL"}, max_shard_nbytes=math.inf)
-    assert OLD_NAME in {tensor.name for tensor, _ in planned.shards[0].tensors}
+    planned = plan(old_attention(), config={"_class_name": "AutoencoderKL"}, max_shard_size=math.inf)
+    assert OLD_NAME in {tensor.name for tensor, _ in planned.files[0].tensors}
 
 
 @pytest.mark.parametrize(
@@ -474,8 +496,8 @@ def test_old_attention_names_are_kept_in_one_file():
     [("UNet2DConditionModel", OLD_NAME), ("AutoencoderKL", "decoder.mid_block.attentions.0.to_q.weight")],
 )
 def test_other_classes_and_current_names_may_be_split(class_name, name):
-    planned = plan(old_attention(name), config={"_class_name": class_name}, max_shard_nbytes=NBYTES)
-    assert len(planned.shards) == 2
+    planned = plan(old_attention(name), config={"_class_name": class_name}, max_shard_size=NBYTES)
+    assert len(planned.files) == 2
 
 
 def test_two_sets_of_one_output_are_refused():
@@ -495,26 +517,25 @@ def test_two_sets_of_one_output_are_refused():
 def test_output_that_is_there_is_refused_or_replaced_whole(old):
     source = checkpoint({"pytorch_model.bin": "a"})
     owner = component(source.weight_set, old)
-    target = Target(HERE, is_new=False)
     with pytest.raises(OutputRefused, match="--overwrite"):
-        make_plan(folder(owner), [(owner, source)], target, Wishes(), {"": [old]})
-    planned = make_plan(folder(owner), [(owner, source)], target, Wishes(overwrite=True), {"": [old]})
-    assert planned.superseded == old.all_names
+        plan_into(into_source(old), owner, source)
+    planned = plan_into(into_source(old), owner, source, overwrite=True)
+    assert planned.replaced == old.all_names
 
 
-def test_another_variant_or_format_is_never_superseded():
+def test_another_variant_or_format_is_never_replaced():
     source = checkpoint({"pytorch_model.bin": "a"})
     owner = component(source.weight_set)
     others = [weight_set("model.fp16.safetensors"), weight_set("pytorch_model.bin"), weight_set("other.safetensors")]
-    planned = make_plan(folder(owner), [(owner, source)], Target(HERE, False), Wishes(overwrite=True), {"": others})
-    assert planned.superseded == ()
+    planned = plan_into(into_source(*others), owner, source, overwrite=True)
+    assert planned.replaced == ()
 
 
 def test_deleting_the_source_names_all_of_its_files():
     names = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
     source = checkpoint(dict(zip(names, "ab", strict=True)), index="pytorch_model.bin.index.json")
     planned = plan(source, delete_source=True)
-    assert planned.delete == tuple(HERE / name for name in (*names, "pytorch_model.bin.index.json"))
+    assert planned.removed_sources == tuple(place_of(HERE / name) for name in (*names, "pytorch_model.bin.index.json"))
     assert planned.destroys_source
 
 
@@ -522,23 +543,23 @@ def test_deleting_the_source_names_all_of_its_files():
 
 
 def test_a_plan_survives_pickling():
-    planned = plan(with_tie(), checkpoint({"pytorch_model.fp16.bin": "ab"}), max_shard_nbytes=NBYTES)
+    planned = plan(with_tie(), checkpoint({"pytorch_model.fp16.bin": "ab"}), max_shard_size=NBYTES)
     assert pickle.loads(pickle.dumps(planned)) == planned
 
 
 def test_offsets_and_sizes_follow_from_the_header():
-    (shard,) = plan(checkpoint({"pytorch_model.bin": "abc"})).shards
+    (shard,) = plan(checkpoint({"pytorch_model.bin": "abc"})).files
     assert [offset for _, offset in shard.tensors] == [len(shard.header) + place * NBYTES for place in range(3)]
     assert shard.nbytes == len(shard.header) + 3 * NBYTES
     assert int.from_bytes(shard.header[:8], "little") == len(shard.header) - 8
 
 
 def test_an_empty_state_dict_is_a_file_without_tensors():
-    (shard,) = plan(checkpoint({"pytorch_model.bin": ""}), max_shard_nbytes=NBYTES).shards
+    (shard,) = plan(checkpoint({"pytorch_model.bin": ""}), max_shard_size=NBYTES).files
     assert shard.path == "model.safetensors"
     assert shard.nbytes == len(shard.header)
 
 
 def test_names_of_files_come_from_one_place():
-    planned = plan(checkpoint({"pytorch_model.bin": "abc"}), max_shard_nbytes=NBYTES)
-    assert tuple(shard.path for shard in planned.shards) == WeightsName("model", None, "safetensors").files(3)
+    planned = plan(checkpoint({"pytorch_model.bin": "abc"}), max_shard_size=NBYTES)
+    assert tuple(shard.path for shard in planned.files) == WeightsName("model", None, "safetensors").files(3)

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from support.judges import assert_close_outputs
 from support.tiny import assert_same, left_behind, load_set, make_state, names_in, save, snapshot, write_json
 
-from converter.dtypes import BY_ALIAS
 from converter.errors import BadRequest, LossyCast, Unsupported, WconvError
 from converter.libraries import ask
-from converter.models.select import Wishes
+from converter.plan.types import Plan
 from converter.recipes import quantize
-from converter.recipes.quantize import ModuleChoice, Quantization, prepare_dequantized, prepare_quantized
+from converter.recipes.quantize import Measuring, ModuleChoice, plan_dequantized, plan_quantized
+from converter.recipes.request import Request, prepare
 from converter.recipes.verify import verify
 from converter.run.execute import run_plan
 
@@ -90,26 +90,29 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def quantized_to(source: Path, output: Path, choice: ModuleChoice = NO_CHOICE, **wishes: Any) -> Quantization:
-    """Quantize a folder; every byte is read back."""
-    done = prepare_quantized(source, output, Wishes(**wishes), choice)
-    assert done.plan is not None
-    run_plan(done.plan, verify=True, request=done.request)
+def plan_8_bits(source: Path, output: Path, choice: ModuleChoice = NO_CHOICE, **options: Any) -> Plan:
+    """Plan to quantize a folder."""
+    return plan_quantized(Request.of(source, output, **options), choice)
+
+
+def quantized_to(source: Path, output: Path, choice: ModuleChoice = NO_CHOICE, **options: Any) -> Plan:
+    """Quantize a folder as a command does; every byte is read back."""
+    prepared = prepare(Request.of(source, output, **options), lambda request: plan_quantized(request, choice), choice)
+    assert prepared.plan is not None
+    run_plan(prepared.plan, verify=True, request=prepared.request)
     assert left_behind(output.parent) == []
-    return done
+    return prepared.plan
 
 
 def dequantized_to(source: Path, output: Path, dtype: str) -> None:
-    done = prepare_dequantized(source, output, Wishes(dtype=BY_ALIAS[dtype]))
-    assert done.plan is not None
-    run_plan(done.plan, verify=True, request=done.request)
+    run_plan(plan_dequantized(Request.of(source, output, dtype=dtype)), verify=True)
 
 
-def load_8bit(cls: Any, folder: Path, **wishes: Any) -> Any:
+def load_8bit(cls: Any, folder: Path, **options: Any) -> Any:
     """Load a model on the CPU; every tensor in the folder has its place, and every place a tensor."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, told = cls.from_pretrained(folder, device_map="cpu", output_loading_info=True, **wishes)
+        model, told = cls.from_pretrained(folder, device_map="cpu", output_loading_info=True, **options)
     assert not any(told.values()), told
     return model
 
@@ -192,18 +195,18 @@ def test_published_bin_shards_give_the_same(builders, tmp_path, name):
 def test_modules_that_are_skipped_load_as_they_are(builders, tmp_path, name, skip):
     model = make_model(builders, name)
     builders.save_bin(model, tmp_path / "model")
-    done = quantized_to(tmp_path / "model", tmp_path / "ours", ModuleChoice(skip=(skip,)))
+    plan = quantized_to(tmp_path / "model", tmp_path / "ours", ModuleChoice(skip=(skip,)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours = type(model).from_pretrained(tmp_path / "ours", device_map="cpu")
-    wanted = {module.removeprefix("text_model.") for module, _, _ in done.parts[0].modules}
+    wanted = {module.removeprefix("text_model.") for module, _, _ in plan.quantized[0].modules}
     assert modules_in_8_bits(ours) == wanted
     assert builders.forward(ours).isfinite().all()
 
 
 def test_a_class_that_the_table_lacks_is_asked_itself(builders, tmp_path, monkeypatch):
     make_model(builders, "opt").save_pretrained(tmp_path / "model")
-    assert len(quantized_to(tmp_path / "model", tmp_path / "ours").parts[0].modules) == 14
+    assert len(quantized_to(tmp_path / "model", tmp_path / "ours").quantized[0].modules) == 14
     monkeypatch.setattr(ask, "_ask", lambda _: "")
     with pytest.raises(Unsupported, match=r"is a OPTForCausalLM, and whether .* is linear is not known. Install torch"):
         quantized_to(tmp_path / "model", tmp_path / "again")
@@ -217,7 +220,7 @@ def test_a_class_that_the_table_lacks_is_asked_itself(builders, tmp_path, monkey
 
 def test_a_rest_in_another_dtype(builders, tmp_path):
     make_model(builders, "t5").save_pretrained(tmp_path / "model")
-    quantized_to(tmp_path / "model", tmp_path / "ours", dtype=BY_ALIAS["fp16"])
+    quantized_to(tmp_path / "model", tmp_path / "ours", dtype="fp16")
     dtypes = {name: tensor.dtype for name, tensor in load_set(tmp_path / "ours").items()}
     assert {dtype for name, dtype in dtypes.items() if name.endswith(".SCB")} == {torch.float32}
     assert {dtype for name, dtype in dtypes.items() if name.endswith(".wo.weight")} == {torch.float32}
@@ -230,7 +233,7 @@ def test_a_rest_in_another_dtype(builders, tmp_path):
 def test_the_tensors_of_a_module_are_in_one_shard(builders, tmp_path, limit):
     model = make_model(builders, "llama")
     model.save_pretrained(tmp_path / "model")
-    quantized_to(tmp_path / "model", tmp_path / "ours", max_shard_nbytes=limit)
+    quantized_to(tmp_path / "model", tmp_path / "ours", max_shard_size=limit)
     index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text("utf-8"))
     shards = index["weight_map"]
     for name in shards:
@@ -251,17 +254,14 @@ def test_chunks_that_end_within_a_row(tmp_path, transposed, columns):
     name = "GPT2Model" if transposed else "NoSuchModel"
     write_json(tmp_path / "model" / "config.json", {"architectures": [name]})
     choice = ModuleChoice(include=("c_fc",))
-    done = prepare_quantized(tmp_path / "model", tmp_path / "ours", Wishes(), choice, memory_nbytes=1)
-    assert done.plan is not None
-    run_plan(done.plan, memory_nbytes=1, verify=True, request=done.request)
+    plan = plan_quantized(Request.of(tmp_path / "model", tmp_path / "ours"), choice, Measuring(memory_nbytes=1))
+    run_plan(plan, memory_nbytes=1, verify=True)
     judge = bitsandbytes.nn.Int8Params(weight, requires_grad=False).to("cpu")
     found = load_set(tmp_path / "ours")
     assert torch.equal(found["h.0.c_fc.weight"], judge.data)
     assert torch.equal(found["h.0.c_fc.SCB"], judge.SCB)
     assert found["h.0.c_fc.weight_format"].item() == 0
-    back = prepare_dequantized(tmp_path / "ours", tmp_path / "back", Wishes(dtype=BY_ALIAS["fp32"]))
-    assert back.plan is not None
-    run_plan(back.plan, memory_nbytes=1, request=back.request)
+    run_plan(plan_dequantized(Request.of(tmp_path / "ours", tmp_path / "back", dtype="fp32")), memory_nbytes=1)
     numbers = bitsandbytes.functional.int8_vectorwise_dequant(judge.data, judge.SCB)
     assert torch.equal(load_set(tmp_path / "back")["h.0.c_fc.weight"], numbers.T if transposed else numbers)
     assert verify(tmp_path / "model", tmp_path / "ours", quantized=True, memory_nbytes=1).is_equal
@@ -276,21 +276,20 @@ def test_a_module_beyond_float16_is_left_and_named(builders, tmp_path, value):
     with torch.no_grad():
         model.encoder.layers[1].mlp.fc1.weight[3, 4] = value
     builders.save_bin(model, tmp_path / "model")
-    done = quantized_to(tmp_path / "model", tmp_path / "ours")
-    assert done.plan is not None
-    [note] = done.plan.sets[0].notes
+    plan = quantized_to(tmp_path / "model", tmp_path / "ours")
+    [note] = plan.sets[0].notes
     assert "float16 cannot hold, in text_model.encoder.layers.1.mlp.fc1: left as they are" in note
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours = type(model).from_pretrained(tmp_path / "ours", device_map="cpu")
-    assert modules_in_8_bits(ours) == {module.removeprefix("text_model.") for module, _, _ in done.parts[0].modules}
+    assert modules_in_8_bits(ours) == {module.removeprefix("text_model.") for module, _, _ in plan.quantized[0].modules}
     assert type(ours.encoder.layers[1].mlp.fc1) is torch.nn.Linear
     torch.testing.assert_close(
         ours.encoder.layers[1].mlp.fc1.weight, model.encoder.layers[1].mlp.fc1.weight, equal_nan=True
     )
     before = snapshot(tmp_path)
     with pytest.raises(LossyCast, match=r"layers\.1\.mlp\.fc1\. Without --strict") as raised:
-        prepare_quantized(tmp_path / "model", tmp_path / "strict", Wishes(), ModuleChoice(strict=True))
+        plan_8_bits(tmp_path / "model", tmp_path / "strict", ModuleChoice(strict=True))
     assert raised.value.exit_code == 6
     assert snapshot(tmp_path) == before
 
@@ -323,14 +322,14 @@ def llama_folder(folder: Path, **config: Any) -> Path:
 def test_a_choice_that_does_not_decide_is_refused(tmp_path, choice, error, problem):
     source = llama_folder(tmp_path / "model")
     with pytest.raises(error, match=problem):
-        prepare_quantized(source, tmp_path / "ours", Wishes(), choice)
+        plan_8_bits(source, tmp_path / "ours", choice)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_only_what_is_included_is_quantized(tmp_path):
     source = llama_folder(tmp_path / "model")
-    done = quantized_to(source, tmp_path / "ours", ModuleChoice(include=("q_proj", "k_proj")))
-    assert [module for module, _, _ in done.parts[0].modules] == [
+    plan = quantized_to(source, tmp_path / "ours", ModuleChoice(include=("q_proj", "k_proj")))
+    assert [module for module, _, _ in plan.quantized[0].modules] == [
         f"model.layers.0.mlp.{x}" for x in ("k_proj", "q_proj")
     ]
     left = [f"{base}layers.0.mlp.{leaf}" for base in ("", "model.") for leaf in ("o_proj", "v_proj")]
@@ -345,9 +344,9 @@ def test_a_module_that_the_table_does_not_have_must_be_named(tmp_path, monkeypat
     save(state, source / "model.safetensors")
     for skip in ((), ("q_proj",)):
         with pytest.raises(Unsupported, match="is a LlamaForCausalLM, and whether 'score' is linear is not known"):
-            prepare_quantized(source, tmp_path / "ours", Wishes(), ModuleChoice(skip=skip))
-    done = quantized_to(source, tmp_path / "ours", ModuleChoice(skip=("score",)))
-    assert len(done.parts[0].modules) == 4
+            plan_8_bits(source, tmp_path / "ours", ModuleChoice(skip=skip))
+    plan = quantized_to(source, tmp_path / "ours", ModuleChoice(skip=("score",)))
+    assert len(plan.quantized[0].modules) == 4
     assert skip_list(tmp_path / "ours") == ["lm_head", "score"]
 
 
@@ -356,10 +355,9 @@ def test_a_name_that_means_others_too_leaves_them_all(tmp_path):
     state = {name: torch.randn(4, 8) for name in ("proj_out.weight", "a.0.proj_out.weight", "a.0.attn.to_q.weight")}
     save(state, tmp_path / "model" / "diffusion_pytorch_model.safetensors")
     write_json(tmp_path / "model" / "config.json", {"_class_name": "SanaTransformer2DModel"})
-    done = quantized_to(tmp_path / "model", tmp_path / "ours", ModuleChoice(skip=("^proj_out",)))
-    assert [module for module, _, _ in done.parts[0].modules] == ["a.0.attn.to_q"]
-    assert done.plan is not None
-    assert done.plan.sets[0].notes == ("left as they are, as a name in the skip list means them too: a.0.proj_out",)
+    plan = quantized_to(tmp_path / "model", tmp_path / "ours", ModuleChoice(skip=("^proj_out",)))
+    assert [module for module, _, _ in plan.quantized[0].modules] == ["a.0.attn.to_q"]
+    assert plan.sets[0].notes == ("left as they are, as a name in the skip list means them too: a.0.proj_out",)
 
 
 @pytest.mark.parametrize("what", ["config", "int8", "float8"])
@@ -369,7 +367,7 @@ def test_what_is_quantized_is_refused(tmp_path, what):
         dtype = torch.int8 if what == "int8" else torch.float8_e4m3fn
         save({"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4).to(dtype)}, source / "model.safetensors")
     with pytest.raises(Unsupported, match="is quantized already") as raised:
-        prepare_quantized(source, tmp_path / "ours", Wishes())
+        plan_8_bits(source, tmp_path / "ours")
     assert "Quantize the model" in raised.value.advice
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -377,7 +375,7 @@ def test_what_is_quantized_is_refused(tmp_path, what):
 def test_its_own_output_is_refused(tmp_path):
     quantized_to(llama_folder(tmp_path / "model"), tmp_path / "ours")
     with pytest.raises(Unsupported, match=r"is quantized already, as its config\.json says"):
-        prepare_quantized(tmp_path / "ours", tmp_path / "again", Wishes())
+        plan_8_bits(tmp_path / "ours", tmp_path / "again")
 
 
 @pytest.mark.parametrize(
@@ -395,21 +393,21 @@ def test_a_file_is_refused(tmp_path, name, content, problem):
     else:
         path.write_bytes(content)
     with pytest.raises(WconvError, match=problem):
-        prepare_quantized(path, tmp_path / "ours", Wishes())
+        plan_8_bits(path, tmp_path / "ours")
 
 
 def test_a_folder_of_gguf_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model-q8_0.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(Unsupported, match=r"model-q8_0\.gguf: is a GGUF file, whose weights are quantized"):
-        prepare_quantized(tmp_path / "model", tmp_path / "ours", Wishes())
+        plan_8_bits(tmp_path / "model", tmp_path / "ours")
 
 
 def test_the_source_is_no_output(tmp_path):
     source = llama_folder(tmp_path / "model")
     before = snapshot(source)
     with pytest.raises(BadRequest, match="is the source itself"):
-        prepare_quantized(source, source, Wishes(overwrite=True))
+        plan_8_bits(source, source, overwrite=True)
     assert snapshot(source) == before
 
 
@@ -422,7 +420,7 @@ def test_a_module_without_a_weight_is_refused(builders, tmp_path):
     with pytest.raises(
         Unsupported, match=r"has no weight for 'model\.decoder\.layers\.0\.fc1', which OPTForCausalLM has"
     ):
-        prepare_quantized(tmp_path / "model", tmp_path / "ours", Wishes())
+        plan_8_bits(tmp_path / "model", tmp_path / "ours")
 
 
 def test_a_tied_weight_stays(tmp_path):
@@ -430,8 +428,8 @@ def test_a_tied_weight_stays(tmp_path):
     state = {"layers.0.q_proj.weight": weight, "layers.1.q_proj.weight": weight, "layers.2.q_proj.weight": weight + 1}
     save(state, tmp_path / "model" / "pytorch_model.bin")
     write_json(tmp_path / "model" / "config.json", {"architectures": ["LlamaModel"], "model_type": "llama"})
-    done = quantized_to(tmp_path / "model", tmp_path / "ours")
-    assert [module for module, _, _ in done.parts[0].modules] == ["layers.2.q_proj"]
+    plan = quantized_to(tmp_path / "model", tmp_path / "ours")
+    assert [module for module, _, _ in plan.quantized[0].modules] == ["layers.2.q_proj"]
     assert {"layers.0.q_proj", "layers.1.q_proj"} <= set(skip_list(tmp_path / "ours"))
 
 
@@ -459,8 +457,8 @@ def test_a_sana_pipeline(builders, sana, tmp_path, no_gpu_needed):
     import diffusers
     import transformers
 
-    done = quantized_to(sana, tmp_path / "ours")
-    assert [part.component for part in done.parts] == ["text_encoder", "transformer"]
+    plan = quantized_to(sana, tmp_path / "ours")
+    assert [part.component for part in plan.quantized] == ["text_encoder", "transformer"]
     assert sorted(names_in(sana)) == sorted(names_in(tmp_path / "ours"))
     before, after = snapshot(sana), snapshot(tmp_path / "ours")
     changed = {name for name in before if before[name] != after[name]}
@@ -531,13 +529,13 @@ def test_other_pipelines(builders, tmp_path, no_gpu_needed, name):
     from diffusers import DiffusionPipeline
 
     builders.save_bin(builders.shake(builders.MODELS[name]()), tmp_path / "model")
-    done = quantized_to(tmp_path / "model", tmp_path / "ours")
+    plan = quantized_to(tmp_path / "model", tmp_path / "ours")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wishes = {"use_safetensors": None, "torch_dtype": torch.float32}
-        pipeline = DiffusionPipeline.from_pretrained(tmp_path / "ours", **wishes)
+        options = {"use_safetensors": None, "torch_dtype": torch.float32}
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path / "ours", **options)
     expected = {name for name in pipeline.components if name.startswith(("text_encoder", "unet", "transformer"))}
-    parts = {part.component: part for part in done.parts}
+    parts = {part.component: part for part in plan.quantized}
     assert parts.keys() == {name for name in expected if getattr(pipeline, name) is not None}
     for component, part in parts.items():
         model = getattr(pipeline, component)
@@ -547,8 +545,8 @@ def test_other_pipelines(builders, tmp_path, no_gpu_needed, name):
 
 
 def test_one_component(sana, tmp_path):
-    done = quantized_to(sana, tmp_path / "ours", components=("transformer",))
-    assert [part.component for part in done.parts] == ["transformer"]
+    plan = quantized_to(sana, tmp_path / "ours", components=("transformer",))
+    assert [part.component for part in plan.quantized] == ["transformer"]
     assert "quantization_config" not in config_of(tmp_path / "ours" / "text_encoder")
     before, after = snapshot(sana), snapshot(tmp_path / "ours")
     assert {name for name in before if before[name] != after[name]} == {
@@ -558,7 +556,7 @@ def test_one_component(sana, tmp_path):
 
 
 def test_the_other_parts_in_another_dtype(sana, tmp_path):
-    quantized_to(sana, tmp_path / "ours", dtype=BY_ALIAS["bf16"])
+    quantized_to(sana, tmp_path / "ours", dtype="bf16")
     state = load_file(tmp_path / "ours" / "vae" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
     transformer = load_file(tmp_path / "ours" / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -602,7 +600,7 @@ def test_the_way_back(builders, tmp_path, name, dtype):
 def test_verify_measures_the_errors(builders, tmp_path, name):
     model = make_model(builders, name)
     model.save_pretrained(tmp_path / "model")
-    quantized_to(tmp_path / "model", tmp_path / "ours", dtype=BY_ALIAS["bf16"])
+    quantized_to(tmp_path / "model", tmp_path / "ours", dtype="bf16")
     found = verify(tmp_path / "model", tmp_path / "ours", quantized=True)
     assert found.is_equal
     worst = [one.max_relative for one in found.quantized]
@@ -640,12 +638,11 @@ def test_what_has_no_8_bit_weights_does_not_go_back(tmp_path):
 def test_a_run_that_was_stopped_is_taken_up(tmp_path, monkeypatch):
     source = llama_folder(tmp_path / "model")
     quantized_to(source, tmp_path / "whole")
-    done = prepare_quantized(source, tmp_path / "ours", Wishes())
-    assert done.plan is not None
+    plan = plan_8_bits(source, tmp_path / "ours")
     with monkeypatch.context() as patch:
         patch.setattr("converter.run.execute.check_staged", _stop)
         with pytest.raises(KeyboardInterrupt):
-            run_plan(done.plan, request=done.request)
+            run_plan(plan)
     assert not (tmp_path / "ours").exists()
     quantized_to(source, tmp_path / "ours")
     assert snapshot(tmp_path / "ours") == snapshot(tmp_path / "whole")
@@ -657,11 +654,10 @@ def _stop(*_: object) -> None:
 
 def test_a_source_that_is_cut_between_its_two_readings_is_refused(tmp_path):
     source = llama_folder(tmp_path / "model")
-    done = prepare_quantized(source, tmp_path / "ours", Wishes())
+    plan = plan_8_bits(source, tmp_path / "ours")
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-8])
-    assert done.plan is not None
     with pytest.raises(WconvError, match="changed while it was read"):
-        run_plan(done.plan, request=done.request)
+        run_plan(plan)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -37,13 +37,14 @@ from support.tiny import (
 
 import converter.run.execute
 import converter.run.parts
-from converter import Wishes, convert, plan_conversion, run_plan
+from converter import Request, convert, plan_conversion, run_plan
 from converter.errors import BadFile, OutputRefused, SystemRefused
 from converter.models.checkpoint import open_checkpoint
-from converter.plan.make import Target
+from converter.plan.types import Target
 from converter.recipes.verify import holds_values
 from converter.run.signals import signals_held
 from converter.run.staging import open_staging
+from converter.storage import place_of
 from converter.storage.local import LocalFile, StagedFile
 
 STATE = make_state()
@@ -99,12 +100,12 @@ def executor(request, process_pool) -> Iterator[Executor | None]:
 def test_any_executor_gives_the_same_bytes(executor, tmp_path):
     source = make_varied(tmp_path / "m")
     convert(source, tmp_path / "expected", workers=1)
-    plan = plan_conversion(source, tmp_path / "out", Wishes())
+    plan = plan_conversion(Request.of(source, tmp_path / "out"))
     seen: list[int] = []
     result = run_plan(plan, executor, verify=True, progress=seen.append)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
     assert result.verified
-    assert sum(seen) == 2 * sum(tensor.nbytes for shard in plan.shards for tensor, _ in shard.tensors)
+    assert sum(seen) == 2 * sum(tensor.nbytes for shard in plan.files for tensor, _ in shard.tensors)
 
 
 def test_an_executor_that_is_given_stays_open(tmp_path):
@@ -120,7 +121,7 @@ def test_errors_come_through_processes(process_pool, tmp_path):
     before = snapshot(tmp_path)
     with pytest.raises(BadFile, match="CRC32"):
         convert(tmp_path / "m", tmp_path / "out", executor=process_pool)
-    plan = plan_conversion(save(STATE, tmp_path / "x.bin"), tmp_path / "out", Wishes())
+    plan = plan_conversion(Request.of(save(STATE, tmp_path / "x.bin"), tmp_path / "out"))
     (tmp_path / "x.bin").unlink()
     with pytest.raises(SystemRefused, match=r"x\.bin: no such file"):
         run_plan(plan, process_pool)
@@ -135,15 +136,15 @@ def test_errors_come_through_processes(process_pool, tmp_path):
 )
 def test_workers_and_memory_change_nothing(workers, memory_nbytes, verify, tmp_path):
     source = make_varied(tmp_path / "m")
-    wishes = Wishes(tied="duplicate", max_shard_nbytes=500_000)
-    convert(source, tmp_path / "expected", wishes)
-    convert(source, tmp_path / "out", wishes, workers=workers, memory_nbytes=memory_nbytes, verify=verify)
+    options = {"tied": "duplicate", "max_shard_size": 500_000}
+    convert(source, tmp_path / "expected", **options)
+    convert(source, tmp_path / "out", **options, workers=workers, memory_nbytes=memory_nbytes, verify=verify)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
 
 
 def test_values_and_bytes_are_those_of_save_file(tmp_path):
     source = make_varied(tmp_path / "m")
-    convert(source, tmp_path / "out", Wishes(tied="duplicate"))
+    convert(source, tmp_path / "out", tied="duplicate")
     for number in (1, 2):
         state = torch.load(source / f"pytorch_model-0000{number}-of-00002.bin", weights_only=True)
         copied = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
@@ -163,9 +164,9 @@ def test_the_hash_seed_changes_nothing(tmp_path):
 
 def test_what_is_converted_twice_is_as_if_once(tmp_path):
     source = make_varied(tmp_path / "m")
-    convert(source, tmp_path / "sharded", Wishes(max_shard_nbytes=300_000))
-    convert(tmp_path / "sharded", tmp_path / "again", Wishes(max_shard_nbytes=float("inf")))
-    convert(source, tmp_path / "once", Wishes(max_shard_nbytes=float("inf")))
+    convert(source, tmp_path / "sharded", max_shard_size=300_000)
+    convert(tmp_path / "sharded", tmp_path / "again", max_shard_size=float("inf"))
+    convert(source, tmp_path / "once", max_shard_size=float("inf"))
     assert_same(load_file(tmp_path / "again" / "model.safetensors"), load_file(tmp_path / "once" / "model.safetensors"))
 
 
@@ -224,9 +225,9 @@ def test_a_staged_file_that_changes_is_caught(tmp_path, monkeypatch):
             flip_byte(staged.path, raw_bytes(STATE["d"]))
 
     monkeypatch.setattr(converter.run.execute, "check_staged", check_and_change)
-    for wishes, output in ((Wishes(), tmp_path / "out"), (Wishes(delete_source=True), None)):
+    for output in (tmp_path / "out", None):
         with pytest.raises(BadFile, match=r"model-00002-of-00003\.safetensors.*'d'"):
-            convert(source, output, wishes, verify=output is not None)
+            convert(source, output, delete_source=output is None, verify=output is not None)
         assert snapshot(tmp_path) == before
 
 
@@ -269,7 +270,7 @@ def test_a_source_cut_short_while_it_is_read(suffix, tmp_path, monkeypatch):
 
 def test_a_source_that_goes_away_while_it_is_read(tmp_path, monkeypatch):
     source = save(STATE, tmp_path / "m" / "model.bin")
-    plan = plan_conversion(source, tmp_path / "out", Wishes())
+    plan = plan_conversion(Request.of(source, tmp_path / "out"))
     source.unlink()
     with pytest.raises(SystemRefused, match=r"model\.bin"):
         run_plan(plan)
@@ -443,7 +444,7 @@ def test_a_source_that_may_not_be_read(as_somebody, wconv):
 def test_read_only_files_that_a_killed_run_left_are_taken_up(as_somebody, wconv):
     source = save_bin_shards(STATE, as_somebody / "m").parent
     write_json(source / "config.json", {}).chmod(0o444)
-    with open_staging(Target(as_somebody / "out", is_new=True)) as staging:
+    with open_staging(Target.at(place_of(as_somebody / "out"), is_new=True)) as staging:
         shutil.copy(source / "config.json", staging.path_of("config.json"))
     wconv("to-safetensors", source, "-o", as_somebody / "out")
     assert_same(load_set(as_somebody / "out"), STATE)
@@ -454,7 +455,7 @@ def test_read_only_files_that_a_killed_run_left_are_taken_up(as_somebody, wconv)
 
 def leave_behind(source: Path, output: Path, damage: Callable[[Path], object]) -> None:
     """Leave a staging folder as a killed run does, its files damaged."""
-    plan = plan_conversion(source, output, Wishes())
+    plan = plan_conversion(Request.of(source, output))
     convert(source, output)
     with open_staging(plan.target) as staging:
         shutil.copytree(output, staging.tree, dirs_exist_ok=True)
@@ -496,12 +497,12 @@ def test_what_a_killed_run_left_of_another_source_is_not_mixed_in(tmp_path):
 def test_a_second_name_of_a_source_that_a_killed_run_left_is_not_written_into(tmp_path):
     folder = save_safetensors_shards(STATE, tmp_path / "m", ("a", "bc", "def")).parent
     name = "model-00001-of-00003.safetensors"
-    with open_staging(Target(folder, is_new=False)) as staging:
+    with open_staging(Target.at(place_of(folder))) as staging:
         os.link(folder / name, staging.path_of(name))
-    wishes = Wishes(form=None, in_place=True, max_shard_nbytes=64)
+    options = {"format": None, "in_place": True, "max_shard_size": 64}
     with contextlib.suppress(BadFile):  # it has a name less than when its header was read: that is a change too
-        convert(folder, None, wishes)
-    convert(folder, None, wishes)
+        convert(folder, **options)
+    convert(folder, **options)
     assert_same(load_set(folder), STATE)
 
 
@@ -525,7 +526,7 @@ def test_two_runs_into_one_output(tmp_path, wconv):
 
 def test_two_processes_into_one_output(tmp_path):
     source = save_bin_shards(STATE, tmp_path / "m").parent
-    with open_staging(Target(tmp_path / "out", is_new=True)) as staging:
+    with open_staging(Target.at(place_of(tmp_path / "out"), is_new=True)) as staging:
         command = [sys.executable, "-m", "converter", "to-safetensors", source, "-o", tmp_path / "out"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         staging.remove()
@@ -576,7 +577,7 @@ def test_deleting_the_source_spares_the_output_however_it_is_spelled(number, tmp
     source = save_safetensors_shards(STATE, tmp_path / "m")
     monkeypatch.chdir(tmp_path)
     output = spellings(source.parent, tmp_path / "link")[number]
-    convert(source, output, Wishes(overwrite=True, delete_source=True, max_shard_nbytes=64))
+    convert(source, output, overwrite=True, delete_source=True, max_shard_size=64)
     assert_same(load_set(source.parent), STATE)
 
 
@@ -585,7 +586,7 @@ def test_replacing_the_source_is_verified_however_it_is_spelled(number, tmp_path
     source = save(STATE, tmp_path / "m" / "model.safetensors")
     monkeypatch.chdir(tmp_path)
     output = spellings(source.parent, tmp_path / "link")[number]
-    assert convert(source, output, Wishes(overwrite=True, max_shard_nbytes=64)).verified
+    assert convert(source, output, overwrite=True, max_shard_size=64).verified
     assert_same(load_set(source.parent), STATE)
 
 

@@ -27,11 +27,12 @@ from support.tiny import (
     write_json,
 )
 
-from converter import Wishes, convert
+from converter import convert
 from converter.errors import SystemRefused, WconvError
-from converter.plan.make import Target
+from converter.plan.types import Target
 from converter.run.journal import Changes
 from converter.run.staging import open_staging
+from converter.storage import place_of
 from converter.storage.root import Root
 
 STATE = make_state()
@@ -91,7 +92,7 @@ def test_the_staging_folder_is_private_and_what_comes_out_is_not(notes, tmp_path
 def test_names_of_staging_folders_are_never_the_same(notes, tmp_path):
     names = set()
     for number in range(3):
-        with open_staging(Target(tmp_path / str(number), is_new=True)) as staging:
+        with open_staging(Target.at(place_of(tmp_path / str(number)), is_new=True)) as staging:
             names.add(staging.folder.name)
             staging.remove()
     assert len(names) == 3
@@ -363,7 +364,7 @@ def test_what_cannot_be_renamed_into_place_is_refused_before_anything_is(blocked
 
 def test_a_staged_file_that_is_gone_is_an_error(notes, tmp_path):
     (tmp_path / "m").mkdir()
-    with open_staging(Target(tmp_path / "m", False)) as staging:
+    with open_staging(Target.at(place_of(tmp_path / "m"))) as staging:
         staging.put("a", b"x")
         with pytest.raises(SystemRefused, match="was staged, and is gone"):
             staging.commit(Changes(("a", "b")), "")
@@ -374,7 +375,7 @@ def test_a_staged_file_that_is_gone_is_an_error(notes, tmp_path):
 @pytest.mark.parametrize("name", ["../a", "/a", "a//b", "./a", "a/..", "a\0", ""])
 def test_names_that_are_not_plain_are_not_used(name, notes, tmp_path):
     (tmp_path / "m").mkdir()
-    with pytest.raises(WconvError), open_staging(Target(tmp_path / "m", False)) as staging:
+    with pytest.raises(WconvError), open_staging(Target.at(place_of(tmp_path / "m"))) as staging:
         staging.put(name, b"x")
     assert [path.name for path in tmp_path.iterdir() if path != notes] == ["m"]
 
@@ -468,7 +469,7 @@ def test_what_was_changed_since_is_not_up_to_date(change, models, wconv):
     )
 
 
-def test_other_wishes_are_not_up_to_date(models, wconv):
+def test_other_options_are_not_up_to_date(models, wconv):
     wconv("to-safetensors", "m", "-o", "out")
     wconv("to-safetensors", "m", "-o", "out", "--max-shard-size", "none", exit_code=5)
     wconv("recast", "m", "--dtype", "fp16", "-o", "out", exit_code=5)
@@ -507,4 +508,4 @@ def test_in_python(models):
     assert again.plan is not None
     assert again.plan.is_there
     assert again.verified
-    assert not convert("m", "out", Wishes(overwrite=True)).plan.is_there  # type: ignore[union-attr]
+    assert not convert("m", "out", overwrite=True).plan.is_there  # type: ignore[union-attr]

@@ -55,14 +55,20 @@ class StoreInMemory:
     reads: list[tuple[int, int]] = field(default_factory=list)
     url = "memory://"
 
-    def absolute(self, key: str) -> str:
-        return key
+    def absolute(self, key: str) -> Place:
+        return Place(self, key)
 
     def spell(self, key: str) -> str:
         return f"memory://{key}"
 
     def stat(self, key: str) -> Info | None:
         return Info("file", len(self.files[key]), self.tag) if key in self.files else None
+
+    def target(self, key: str) -> str | None:
+        return None
+
+    def real(self, key: str) -> str:
+        return key
 
     def list(self, key: str) -> list[str]:
         return [name.removeprefix(f"{key}/") for name in sorted(self.files) if name.startswith(f"{key}/")]

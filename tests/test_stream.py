@@ -28,7 +28,7 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
 from converter.formats import FORMATS
 from converter.models.names import Format
-from converter.plan.make import PlannedTensor, Shard
+from converter.plan.types import PlannedFile, PlannedTensor
 from converter.run import parts as stream
 from converter.run.parts import (
     Piece,
@@ -170,12 +170,12 @@ def test_a_source_that_becomes_shorter(tmp_path: Path, view: torch.Tensor) -> No
 # Pieces
 
 
-def shard_of(tensors: Sequence[Tensor], form: Format = "safetensors") -> Shard:
+def shard_of(tensors: Sequence[Tensor], form: Format = "safetensors") -> PlannedFile:
     """Plan one file."""
     layout = FORMATS[form].lay_out([TensorSpec(one.name, one.dtype, one.shape) for one in tensors], {}, {})
     ordered = [tensors[place] for place in layout.order]
     planned = tuple(PlannedTensor(one, offset) for one, offset in zip(ordered, layout.offsets, strict=True))
-    return Shard("model", form, layout.header, planned, layout.nbytes, {})
+    return PlannedFile("model", form, layout.header, planned, layout.nbytes, {})
 
 
 @st.composite
@@ -192,7 +192,7 @@ def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     return state
 
 
-def stage(folder: Path, state: Mapping[str, torch.Tensor]) -> tuple[Shard, Path, bytes]:
+def stage(folder: Path, state: Mapping[str, torch.Tensor]) -> tuple[PlannedFile, Path, bytes]:
     """Save a state dict with torch; give the shard to write, an empty file for it, and what it should become."""
     source, path = folder / "model.bin", folder / "model.safetensors"
     source.write_bytes(saved_by_torch(dict(state)))
@@ -205,7 +205,7 @@ PIECES = st.sampled_from([16, 32, 64, 176, 1 << 20])
 CHUNKS = st.sampled_from([16, 48, 100, 1 << 18])
 
 
-def cut(shard: Shard, path: Path, piece_nbytes: int) -> list[Piece]:
+def cut(shard: PlannedFile, path: Path, piece_nbytes: int) -> list[Piece]:
     return list(cut_pieces(shard, place_of(path), piece_nbytes=piece_nbytes))
 
 

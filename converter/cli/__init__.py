@@ -18,7 +18,7 @@ import click
 from converter import __version__
 from converter.errors import SystemRefused, WconvError
 
-# Name, module and summary of each command; the summary stands here too, so that the list of commands imports none.
+# Each command, whose module has its name, and its summary: here, so that the list of commands imports none.
 COMMANDS = {
     "to-safetensors": "Write every weight set of a model in safetensors.",
     "recast": "Write a variant of a model in another dtype, such as bf16.",
@@ -46,6 +46,7 @@ class _Commands(click.Group):
             return None
         command = import_module(f"converter.cli.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
+        command.short_help = COMMANDS[cmd_name]  # what a shell shows when it completes a name
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -138,7 +139,7 @@ def _report(error: Exception) -> int:
 
 
 def _complain(message: str) -> None:
-    from converter.cli.output import printable
+    from converter.cli.terminal import printable
 
     click.echo(printable(message), err=True)
 

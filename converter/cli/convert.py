@@ -9,7 +9,8 @@ from typing import Any
 
 import psutil
 
-from converter.cli.output import open_meter, plan_as_json, show_json, show_plan, show_result
+from converter.cli.report import plan_as_json, show_plan, show_result
+from converter.cli.terminal import open_meter, show_json
 from converter.plan.types import Plan
 from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare

@@ -10,7 +10,7 @@ import click
 from converter.cli.options import FULL_TARGETS, DTypeName, PlaceType, some_conversion_options, source_arg
 
 
-@click.command("dequantize", short_help="Write an 8-bit model in fp16, bf16 or fp32 again.")
+@click.command("dequantize")
 @source_arg
 @click.option("-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder.")
 @click.option("--dtype", type=DTypeName(FULL_TARGETS), metavar="DTYPE", required=True, help="fp32, bf16 or fp16.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converter.cli.options import source_arg
+from converter.cli.terminal import echo, printable, show_bytes, show_count, show_json, show_table
 
 if TYPE_CHECKING:
     from converter.errors import WconvError
@@ -33,7 +34,7 @@ _HOW = {
 }
 
 
-@click.command("inspect", short_help="Show which weights a file or folder holds; reads headers only.")
+@click.command("inspect")
 @source_arg
 @click.option("--tensors", "with_tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
@@ -42,7 +43,6 @@ def command(source: Path, with_tensors: bool, as_json: bool) -> int:
 
     What cannot be read is shown with what is wrong; the exit code is then that of the worst.
     """
-    from converter.cli.output import printable, show_json
     from converter.models.inventory import take_inventory
     from converter.models.model import model_of
 
@@ -133,8 +133,6 @@ def _describe_rest(model: Model) -> Iterator[Any]:
 
 
 def _show(content: dict[str, Any]) -> None:
-    from converter.cli.output import echo, printable, show_bytes, show_count, show_table
-
     suffix = f" ({content['class']})" if content["class"] else ""
     echo(printable(f"{content['path']}: {_KINDS[content['kind']]}{suffix}") + "\n")
     header = ("component", "weights", "format", "variant", "files", "tensors", "parameters", "size", "dtypes")

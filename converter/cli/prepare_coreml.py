@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converter.cli.options import PlaceType, output_options, run_options, source_arg
+from converter.cli.terminal import echo, show_bytes
 
 if TYPE_CHECKING:
     from converter.plan.types import Plan
@@ -21,7 +22,7 @@ _MEMORY_NBYTES = 1_000_000_000
 _MEMORY_SHARE = 4
 
 
-@click.command("prepare-coreml", short_help="Make a pipeline ready for conversion to Core ML.")
+@click.command("prepare-coreml")
 @source_arg
 @click.option("-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder.")
 @click.option("--ema", is_flag=True, help="Of a single file, take the UNet's averaged weights.")
@@ -76,7 +77,6 @@ def command(source: Path, keep_default: bool, on_overflow: Any, ema: bool, confi
 
 
 def _show_next(plan: Plan) -> None:
-    from converter.cli.output import echo, show_bytes
     from converter.libraries.coreml import COREML_VARIANT, next_steps, overflows_in_fp16
 
     class_name, components = plan.source.class_name, plan.source.components

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converter.cli.options import FULL_TARGETS, DTypeName, PlaceType, some_conversion_options, source_arg
+from converter.cli.terminal import echo, open_meter, printable, show_bytes, show_table
 
 if TYPE_CHECKING:
     from converter.plan.types import Plan, QuantizedPart
 
 
-@click.command("quantize", short_help="Write a model in 8 bits, as bitsandbytes loads it.")
+@click.command("quantize")
 @source_arg
 @click.option("-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder.")
 @click.option("--scheme", type=click.Choice(["int8"]), default="int8", show_default=True, help="LLM.int8.")
@@ -54,7 +55,6 @@ def command(source: Path, include: tuple[str, ...], skip: tuple[str, ...], stric
     from functools import partial
 
     from converter.cli.convert import is_wet, request_of, run_prepared
-    from converter.cli.output import open_meter
     from converter.recipes.quantize import Measuring, plan_quantized
     from converter.recipes.request import prepare
     from converter.transforms.quantize.modules import ModuleChoice
@@ -88,8 +88,6 @@ def _as_json(parts: Iterable[QuantizedPart]) -> list[dict[str, Any]]:
 
 
 def _show_parts(parts: Collection[QuantizedPart], every: bool) -> None:
-    from converter.cli.output import echo, printable, show_bytes, show_table
-
     for part in parts:
         if every:
             rows = [(name, show_bytes(before), show_bytes(after)) for name, before, after in part.modules]
@@ -106,7 +104,6 @@ def _show_parts(parts: Collection[QuantizedPart], every: bool) -> None:
 
 
 def _show_hints(plan: Plan) -> None:
-    from converter.cli.output import echo
     from converter.libraries import library_of
 
     echo("\nDo not call .to() on it: an 8-bit model stays where device_map has put it. bitsandbytes must be installed.")

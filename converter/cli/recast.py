@@ -10,7 +10,7 @@ import click
 from converter.cli.options import conversion_options, source_arg
 
 
-@click.command("recast", short_help="Write a variant of a model in another dtype, such as bf16.")
+@click.command("recast")
 @source_arg
 @conversion_options
 def command(source: Path, **options: Any) -> None:

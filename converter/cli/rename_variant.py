@@ -10,7 +10,7 @@ import click
 from converter.cli.options import output_options, source_arg
 
 
-@click.command("rename-variant", short_help="Give a variant another tag; no weights are moved.")
+@click.command("rename-variant")
 @source_arg
 @click.option("--from", "before", required=True, metavar="TAG|none", help="The variant to rename.")
 @click.option("--to", "after", required=True, metavar="TAG|none", help="Its new tag; none takes the tag away.")

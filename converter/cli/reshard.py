@@ -10,7 +10,7 @@ import click
 from converter.cli.options import conversion_options, in_place_option, source_arg
 
 
-@click.command("reshard", short_help="Write a model in shards of another size, or in one file.")
+@click.command("reshard")
 @source_arg
 @in_place_option
 @conversion_options

@@ -10,7 +10,7 @@ import click
 from converter.cli.options import conversion_options, source_arg
 
 
-@click.command("to-bin", short_help="Write weight sets as torch .bin, the way back.")
+@click.command("to-bin")
 @source_arg
 @conversion_options
 def command(source: Path, **options: Any) -> None:

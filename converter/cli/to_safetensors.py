@@ -10,7 +10,7 @@ import click
 from converter.cli.options import conversion_options, source_arg
 
 
-@click.command("to-safetensors", short_help="Write every weight set of a model in safetensors.")
+@click.command("to-safetensors")
 @source_arg
 @conversion_options
 def command(source: Path, **options: Any) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converter.cli.options import PlaceType, output_options, run_options
+from converter.cli.terminal import echo, open_meter, show_bytes, show_json, show_table
 
 if TYPE_CHECKING:
     from converter.recipes.verify import Comparison
@@ -24,7 +25,7 @@ _WHAT = {
 }
 
 
-@click.command("verify", short_help="Compare two files or folders of weights, value by value.")
+@click.command("verify")
 @click.argument("a", type=PlaceType())
 @click.argument("b", type=PlaceType())
 @click.option("--cast", is_flag=True, help="Allow another dtype in B, if its values are those of A, rounded.")
@@ -48,7 +49,6 @@ def command(
 
     A and B are files, indexes or folders, in any of the formats that wconv reads.
     """
-    from converter.cli.output import open_meter, show_json
     from converter.recipes.verify import verify
 
     with open_meter(None, "comparing", quiet) as meter:
@@ -66,8 +66,6 @@ def _finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _show(found: Comparison, verbose: bool) -> None:
-    from converter.cli.output import echo, show_bytes, show_table
-
     if found.recast:
         rows = sorted(found.recast, key=lambda error: -error.max_relative)
         show_table(
@@ -103,7 +101,5 @@ def _show(found: Comparison, verbose: bool) -> None:
 
 
 def _show_more(count: int, verbose: bool) -> None:
-    from converter.cli.output import echo
-
     if not verbose and count > _SHOWN:
         echo(f"... and {count - _SHOWN:,} more (-v shows all)")

@@ -17,7 +17,7 @@ from converter.models.inventory import Inventory
 from converter.run.execute import run_plan
 from converter.run.staging import recover
 from converter.run.tasks import Progress
-from converter.storage import Place, place_of
+from converter.storage import Given, place_of
 from converter.storage.local import as_path
 
 __all__ = ["Choices", "Diagnosis", "Finding", "Mending", "diagnose", "finish_mending", "mend", "plan_mending"]
@@ -39,7 +39,7 @@ class Diagnosis:
         return self.is_healthy and choices == Choices()
 
 
-def diagnose(path: Place | Path | str, *, deep: bool = False) -> Diagnosis:
+def diagnose(path: Given, *, deep: bool = False) -> Diagnosis:
     """Look at a folder of weights; reads names, indexes and headers, and changes nothing.
 
     ``deep`` reads all values too, and holds shapes against the model's class, where its library is installed. Raises

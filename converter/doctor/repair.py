@@ -77,7 +77,7 @@ def _make_plan(folder: FolderGoals) -> Plan | None:
     inventory = folder.inventory
     sets = [planned for goals in folder.parts for goal in goals.sets if (planned := _plan_goal(goals.part, goal))]
     texts = dict(_texts(folder))
-    replaced = [*_replaced(folder), *(name for name in texts if _lies_there(inventory, name)), *folder.renamed]
+    replaced = [*_replaced(folder), *(name for name in texts if (inventory.path / name).is_taken()), *folder.renamed]
     if not sets and not texts and not replaced:
         return None
     read = {join(planned.component, name) for planned in sets for name in planned.source.all_names}
@@ -97,11 +97,6 @@ def _make_plan(folder: FolderGoals) -> Plan | None:
 def _model_of(inventory: Inventory) -> Model:
     path, components = inventory.path, tuple(part.component for part in inventory.parts)
     return Model(path, path, "pipeline" if inventory.is_pipeline else "folder", components, inventory.class_name)
-
-
-def _lies_there(inventory: Inventory, name: str) -> bool:
-    place = inventory.path / name
-    return place.exists() or place.is_link()
 
 
 def _replaced(folder: FolderGoals) -> Iterator[str]:

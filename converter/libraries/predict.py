@@ -13,6 +13,7 @@ from typing import Literal
 
 from converter.libraries import library_at
 from converter.libraries.base import FolderListing, IndexListing, PartListing, Pick
+from converter.libraries.coreml import COREML_VARIANT
 from converter.models.inventory import Inventory, Part
 from converter.models.names import parse_name
 
@@ -76,6 +77,23 @@ def variants_in(listing: FolderListing) -> tuple[str | None, ...]:
     parsed = (parse_name(name) for part in listing.parts for name in part.names)
     tags = {one.name.variant for one in parsed if one and one.role != "index"}
     return tuple(sorted(tags, key=lambda tag: tag or ""))
+
+
+def predict_all(
+    listing: FolderListing,
+    there: Iterable[str | None],
+    loader: Loader | None = None,
+    asked: Iterable[str | None] | None = None,
+) -> list[Prediction]:
+    """Say what a loader opens, or those that a folder is for, asked for some variants.
+
+    Else for each that is ``there``, and torch2coreml for the one that it always asks for.
+    """
+    return [
+        predict(listing, one, tag)
+        for one in ((loader,) if loader else likely_loaders(listing))
+        for tag in (asked or ((COREML_VARIANT,) if one == "coreml" else there))
+    ]
 
 
 def likely_loaders(listing: FolderListing) -> tuple[Loader, ...]:

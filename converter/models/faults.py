@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from converter.errors import BadFile, BadRequest, TrainingPiece, Unsupported, WconvError
@@ -16,7 +15,7 @@ from converter.formats.training import refuse_folder
 from converter.models.inventory import Inventory, Part, read_headers, take_inventory
 from converter.models.names import WeightsName, is_other_runtime, parse_name
 from converter.models.sets import ListedSet
-from converter.storage import Place
+from converter.storage import Given, Place
 
 _FETCH = "Fetch the missing or damaged files again; --fix touches nothing while data are missing."
 ADVICE = {
@@ -38,7 +37,7 @@ class Fault(NamedTuple):
     problem: str
 
 
-def look(given: Place | Path | str) -> Inventory:
+def look(given: Given) -> Inventory:
     """See what is in a folder. Raises BadRequest for what is no folder, BadFile for one that holds no weights.
 
     A folder that cannot be read is an error if it is a part of the model.

@@ -6,16 +6,13 @@ leads out of a model's folder may be to anybody's secret, and what it leads to i
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 
-from converter.errors import BadFile, BadRequest, OutputRefused, name_some
+from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, name_some
 from converter.models.names import WEIGHT_EXTENSIONS, parse_name
-from converter.storage import Place, place_of
-from converter.storage.local import is_dangling, real
+from converter.storage import Given, Place, place_of
 
 _BLOBS = "blobs"
 _SNAPSHOTS = "snapshots"
@@ -23,81 +20,70 @@ _SNAPSHOTS = "snapshots"
 _REPO = re.compile(r"(model|dataset|space)s--.+")
 _CACHE_FILES = frozenset({"CACHEDIR.TAG", "version.txt", "version_diffusers_cache.txt"})
 _REVISION = re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]{0,254}")
-_MAX_HOPS = 40  # as many links as Linux follows
 _MAX_CHOICES = 10
 _READ_ENDINGS = (".json", *(f".{ext}" for ext in WEIGHT_EXTENSIONS))
 
 
-def check_places(source: Place, output: Place | None, removes: bool = False) -> None:
+def check_places(source: Given, output: Given | None, removes: bool = False) -> None:
     """Raise OutputRefused where a conversion would change the Hub's cache, or write where a link leads to nothing."""
     if output is None:
         refuse_cache(source, "Write to a new folder: -o NEW.")
         return
-    for path in filter(is_dangling, (output.spelled, *output.spelled.parents)):
-        raise OutputRefused(path, "is a link to nothing", "Remove it, or name another folder.")
-    refuse_cache(output, "Name another folder: -o NEW.")
+    place = place_of(output)
+    for dangling in (one for one in (place, *place.parents) if one.is_link() and not one.exists()):
+        raise OutputRefused(dangling, "is a link to nothing", "Remove it, or name another folder.")
+    refuse_cache(place, "Name another folder: -o NEW.")
     if removes:
         refuse_cache(source, "Leave --delete-source out.")
 
 
-def refuse_cache(place: Place, advice: str = "") -> None:
+def refuse_cache(given: Given, advice: str = "") -> None:
     """Raise OutputRefused for a place in the Hub's cache, or a model whose files are links into it.
 
     Without other advice, a copy is to be worked on.
     """
-    if not place.is_local:
-        return
-    path = place.spelled
-    advice = advice or f"Copy it first: cp -rL {shlex.quote(str(path))} NEW."
-    spelled = path.absolute()
-    if any(map(_is_of_cache, (spelled, *spelled.parents, real(path), *real(path).parents))) or _repos_in(path):
-        raise OutputRefused(path, "lies in the cache of the Hub, which others use too", advice)
-    for link in _links_of(path):
-        if any(_BLOBS in (step.parent.name, real(step.parent).name) for step in _hops(link)):
+    place = place_of(given)
+    advice = advice or f"Copy it first: cp -rL {shlex.quote(str(place))} NEW."
+    spelled, real = place.absolute(), place.real()
+    if any(map(_is_of_cache, (spelled, *spelled.parents, real, *real.parents))) or _repos_in(place):
+        raise OutputRefused(place, "lies in the cache of the Hub, which others use too", advice)
+    for link in _links_of(place):
+        if any(_BLOBS in (hop.parent.name, hop.parent.real().name) for hop in link.hops()):
             raise OutputRefused(link, "is a link into the cache of the Hub, which others use too", advice)
 
 
-def _is_of_cache(folder: Path) -> bool:
+def _is_of_cache(folder: Place) -> bool:
     if _REPO.fullmatch(folder.name):
-        return (folder / _SNAPSHOTS).is_dir() or (folder / _BLOBS).is_dir()
-    return folder.name in (_SNAPSHOTS, _BLOBS) and all((folder.parent / one).is_dir() for one in (_SNAPSHOTS, _BLOBS))
+        return (folder / _SNAPSHOTS).is_folder() or (folder / _BLOBS).is_folder()
+    both = (_SNAPSHOTS, _BLOBS)
+    return folder.name in both and all((folder.parent / name).is_folder() for name in both)
 
 
-def _links_of(path: Path) -> Iterator[Path]:
+def _links_of(place: Place) -> Iterator[Place]:
     """List the links among a model's weights, indexes and configs; of a shard or index, those beside it."""
-    if not path.is_dir():
-        parsed = parse_name(path.name)
+    if not place.is_folder():
+        parsed = parse_name(place.name)
         is_alone = parsed is None or parsed.role == "single"
-        yield from _links_in(path.parent, path.name if is_alone else None)
+        yield from _links_in(place.parent, place.name if is_alone else None)
         return
-    yield from _links_in(path)
-    if any(os.path.lexists(path / name) for name in ("model_index.json", "modules.json")):
-        for folder in filter(Path.is_dir, _entries(path)):
+    yield from _links_in(place)
+    if any((place / name).is_taken() for name in ("model_index.json", "modules.json")):
+        for folder in filter(Place.is_folder, _entries(place)):
             yield from _links_in(folder)
 
 
-def _links_in(folder: Path, only: str | None = None) -> Iterator[Path]:
+def _links_in(folder: Place, only: str | None = None) -> Iterator[Place]:
     for entry in _entries(folder):
-        if entry.is_symlink() and (entry.name == only if only else entry.name.endswith(_READ_ENDINGS)):
+        if (entry.name == only if only else entry.name.endswith(_READ_ENDINGS)) and entry.is_link():
             yield entry
 
 
-def _entries(folder: Path) -> list[Path]:
+def _entries(folder: Place) -> list[Place]:
     """List a folder; one that cannot be read is for its reader to tell of."""
     try:
-        return sorted(folder.iterdir())
-    except OSError:
+        return folder.entries()
+    except SystemRefused:
         return []
-
-
-def _hops(link: Path) -> Iterator[Path]:
-    """Give the places that a link leads to, one after another."""
-    place = link
-    for _ in range(_MAX_HOPS):
-        if not place.is_symlink():
-            return
-        place = place.parent / place.readlink()
-        yield place
 
 
 def snapshot_of(place: Place) -> Place:
@@ -105,54 +91,44 @@ def snapshot_of(place: Place) -> Place:
 
     Raises BadRequest where there are several to choose from.
     """
-    if not place.is_local:
-        return place
-    snapshot = _snapshot_of(place.spelled)
-    return place if snapshot == place.spelled else place_of(snapshot)
-
-
-def _snapshot_of(path: Path) -> Path:
-    repos = _repos_in(path)
+    repos = _repos_in(place)
+    if len(repos) > 1:
+        problem = "is the cache of the Hub, and holds several models"
+        raise BadRequest(place, problem, f"Name one: {name_some(repos, _MAX_CHOICES)}.")
     if repos:
-        return _only(path, "is the cache of the Hub, and holds several models", repos)
-    folder = path.absolute()
-    folder = path.parent if folder.name == _SNAPSHOTS and _REPO.fullmatch(folder.parent.name) else path
-    if not _REPO.fullmatch(folder.absolute().name) or not (folder / _SNAPSHOTS).is_dir():
-        return path
+        return snapshot_of(repos[0])
+    spelled = place.absolute()
+    folder = place.parent if spelled.name == _SNAPSHOTS and _REPO.fullmatch(spelled.parent.name) else place
+    if not _REPO.fullmatch(folder.absolute().name) or not (folder / _SNAPSHOTS).is_folder():
+        return place
     revision = _main_of(folder)
-    if revision is not None and (folder / _SNAPSHOTS / revision).is_dir():
+    if revision is not None and (folder / _SNAPSHOTS / revision).is_folder():
         return folder / _SNAPSHOTS / revision
-    snapshots = sorted(entry for entry in (folder / _SNAPSHOTS).iterdir() if entry.is_dir())
+    snapshots = [entry for entry in (folder / _SNAPSHOTS).entries() if entry.is_folder()]
     if not snapshots:
-        raise BadFile(path, "holds no snapshot", "Fetch the model again.")
+        raise BadFile(place, "holds no snapshot", "Fetch the model again.")
     if revision is None and len(snapshots) == 1:
         return snapshots[0]
-    raise BadRequest(path, "has no snapshot that refs/main names", f"Name one: {name_some(snapshots, _MAX_CHOICES)}.")
+    raise BadRequest(place, "has no snapshot that refs/main names", f"Name one: {name_some(snapshots, _MAX_CHOICES)}.")
 
 
-def _only(path: Path, problem: str, repos: list[Path]) -> Path:
-    if len(repos) > 1:
-        raise BadRequest(path, problem, f"Name one: {name_some(repos, _MAX_CHOICES)}.")
-    return _snapshot_of(repos[0])
-
-
-def _main_of(repo: Path) -> str | None:
+def _main_of(repo: Place) -> str | None:
     """Give the revision that a model's ``refs/main`` names, if it is a plain name."""
-    path = repo / "refs" / "main"
-    if not path.is_file():
+    place = repo / "refs" / "main"
+    if not place.is_file():
         return None
-    with path.open("rb") as file:
-        text = file.read(1 << 10).decode("utf-8", "replace").strip()
+    with place.open() as file:
+        text = file.read(0, 1 << 10).decode("utf-8", "replace").strip()
     return text if _REVISION.fullmatch(text) else None
 
 
-def _repos_in(path: Path) -> list[Path]:
+def _repos_in(place: Place) -> list[Place]:
     """List the models in a folder that is a cache of the Hub: one that holds nothing else."""
     repos = []
-    for entry in _entries(path):
+    for entry in _entries(place):
         if _REPO.fullmatch(entry.name):
-            repos += [entry] if (entry / _SNAPSHOTS).is_dir() else []
-        elif entry.name not in _CACHE_FILES and not entry.name.startswith(".") and not entry.is_dir():
+            repos += [entry] if (entry / _SNAPSHOTS).is_folder() else []
+        elif entry.name not in _CACHE_FILES and not entry.name.startswith(".") and not entry.is_folder():
             return []
     return repos
 

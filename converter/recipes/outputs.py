@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from pathlib import PurePosixPath
 
-from converter.errors import OutputRefused
+from converter.errors import BadFile, OutputRefused
 from converter.models.model import Model
 from converter.plan.types import Plan, Target
-from converter.storage import Place
-from converter.storage.local import is_dangling, refuse_linked
+from converter.storage import Info, Place
 
 
 def open_target(model: Model, output: Place | None, overwrite: bool) -> Target:
@@ -40,35 +38,44 @@ def refuse_links(plan: Plan) -> None:
     And for one that writes where a link to nothing is, which no look at what is there has seen, or a folder; or into
     what is none; or that removes what it writes, on a disk that does not tell capitals apart.
     """
-    folder = plan.target.folder.spelled
+    folder = plan.target.folder
     for name in (*plan.replaced, *plan.names):
-        refuse_linked(folder, name)
+        _refuse_linked(folder, name)
     for name in () if plan.overwrite else plan.names:
-        if name not in plan.replaced and is_dangling(folder / name):
+        if name not in plan.replaced and (folder / name).is_link() and not (folder / name).exists():
             raise OutputRefused(folder / name, "is a link to nothing", "Remove it, or use --overwrite.")
     names = {name.casefold(): name for name in plan.names}
     for name in plan.replaced:
         twin = names.get(name.casefold(), name)
-        if twin != name and _is_same(folder / twin, folder / name):
+        if twin != name and (found := (folder / twin).info()) and found == (folder / name).info():
             advice = "Take a tag in between that differs in more than capitals."
             raise OutputRefused(folder / twin, f"is the same name as {name} on this disk", advice)
     for name in () if plan.target.is_new else plan.names:
         _refuse_blocked(folder, name)
     for place in plan.removed_sources:
-        refuse_linked(plan.source.root.spelled, place.relative_to(plan.source.root))
+        _refuse_linked(plan.source.root, place.relative_to(plan.source.root))
 
 
-def _is_same(path: Path, other: Path) -> bool:
-    return os.path.lexists(path) and os.path.lexists(other) and os.path.samestat(os.lstat(path), os.lstat(other))
+def _refuse_linked(root: Place, name: str) -> None:
+    """Raise OutputRefused for a file to be written, renamed or removed in a folder that is a link, by its path."""
+    for parent in _folders_of(root, name):
+        if parent.is_link():
+            advice = "Name that folder itself, or write elsewhere: -o NEW."
+            raise OutputRefused(parent, "is a link to another folder, and nothing is changed there", advice)
 
 
-def _refuse_blocked(folder: Path, name: str) -> None:
+def _folders_of(root: Place, name: str) -> list[Place]:
+    """List the folders that a name leads through, below the one that it begins in."""
+    return [root / parent.as_posix() for parent in list(reversed(PurePosixPath(name).parents))[1:]]
+
+
+def _refuse_blocked(folder: Place, name: str) -> None:
     """Raise OutputRefused for a file that cannot be renamed into place, which would stop a commit halfway."""
-    if (folder / name).is_dir() and not (folder / name).is_symlink():
+    if (folder / name).is_folder() and not (folder / name).is_link():
         raise OutputRefused(folder / name, "is a folder, and a file is to go there", "Move it elsewhere.")
-    for parent in list(Path(name).parents)[:-1]:
-        if (folder / parent).exists() and not (folder / parent).is_dir():
-            raise OutputRefused(folder / parent, "is no folder, and files are to go into it", "Move it elsewhere.")
+    for parent in _folders_of(folder, name):
+        if parent.exists() and not parent.is_folder():
+            raise OutputRefused(parent, "is no folder, and files are to go into it", "Move it elsewhere.")
 
 
 def find_difference(plan: Plan) -> str:
@@ -77,33 +84,34 @@ def find_difference(plan: Plan) -> str:
     A source counts as old as its last change of any kind: an archive or a copy may give it an earlier time.
     """
     folder = plan.target.folder
-    read = [(planned.source.folder / name).path for planned in plan.sets for name in planned.source.all_names]
-    newest = max((_changed_ns(path) for path in read), default=0)
+    read = [planned.source.folder / name for planned in plan.sets for name in planned.source.all_names]
+    newest = max((_look_at(place).changed_ns for place in read), default=0)
     expected = [(file.path, file.nbytes, file.header, newest) for file in plan.files]
-    copied = ((name, file.place.path) for name, file in plan.copied)
-    expected += [(name, path.stat().st_size, b"", _changed_ns(path)) for name, path in copied]
+    copied = ((name, _look_at(file.place)) for name, file in plan.copied)
+    expected += [(name, found.nbytes, b"", found.changed_ns) for name, found in copied]
     expected += [(name, len(content), content, 0) for name, content in plan.texts]
     for name, nbytes, head, changed_ns in expected:
-        wrong = _differs((folder / name).path, nbytes, head, changed_ns)
+        wrong = _differs(folder / name, nbytes, head, changed_ns)
         if wrong:
             return f"{name} {wrong}"
-    written = {name for name, *_ in expected}
-    going = [*(folder / name for name in plan.replaced if name not in written), *plan.removed_sources]
-    return next((f"{place} would be removed" for place in going if os.path.lexists(place)), "")
+    going = [*(folder / name for name in plan.replaced if name not in plan.names), *plan.removed_sources]
+    return next((f"{place} would be removed" for place in going if place.is_taken()), "")
 
 
-def _changed_ns(path: Path) -> int:
-    found = path.stat()
-    return max(found.st_mtime_ns, found.st_ctime_ns)
+def _look_at(place: Place) -> Info:
+    found = place.info()
+    if found is None:
+        raise BadFile(place, "is gone", "Run this again when nobody writes to it.")
+    return found
 
 
-def _differs(path: Path, nbytes: int, head: bytes, changed_ns: int) -> str:
-    if path.is_symlink() or not path.is_file():
+def _differs(place: Place, nbytes: int, head: bytes, changed_ns: int) -> str:
+    found = place.info()
+    if found is None or found.kind != "file" or found.is_link:
         return "is not there"
-    found = path.stat()
-    if found.st_size != nbytes:
-        return f"has {found.st_size:,} bytes and not {nbytes:,}"
-    if found.st_mtime_ns < changed_ns:
+    if found.nbytes != nbytes:
+        return f"has {found.nbytes:,} bytes and not {nbytes:,}"
+    if found.modified_ns < changed_ns:
         return "is older than its source"
-    with path.open("rb") as file:
-        return "" if file.read(len(head)) == head else "begins otherwise"
+    with place.open() as file:
+        return "" if file.read(0, len(head)) == head else "begins otherwise"

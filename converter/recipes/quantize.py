@@ -18,12 +18,12 @@ from converter.libraries.modules import find_linears
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.growth import refuse_growth
-from converter.models.hub_cache import snapshot_of
+from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model
 from converter.models.schemes import LLM_INT8, quantized_in
 from converter.models.select import Selection, select_sets
-from converter.plan.types import Plan, QuantizedPart, Rest
+from converter.plan.types import Order, Plan, QuantizedPart, Rest
 from converter.recipes.request import Request
 from converter.recipes.steps import Job, make_ready, open_job, plan_job, refuse_file
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
@@ -80,16 +80,22 @@ def plan_quantized(request: Request, choice: ModuleChoice = _NO_CHOICE, measurin
     names = {component.name for component, _ in parts}
     # With a dtype the other parts are cast; without one they are carried over.
     selected = _select(job, components=()) if request.casting.dtype else parts
-    ready, done = [], []
+    ready, done = [], {}
     for component, weight_set in selected:
         checkpoint = open_checkpoint(weight_set)
         if component.name in names:
-            checkpoint, part = _quantize(component, checkpoint, choice, measuring)
-            config = {**component.config, "quantization_config": quantization_config(part.skipped)}
-            component = replace(component, config=config)
-            done.append(part)
+            checkpoint, done[component.name] = _quantize(component, checkpoint, choice, measuring)
         ready.append((component, checkpoint))
-    return plan_job(job, selected, make_ready(job, ready), Rest(quantized=tuple(done)))
+    orders = [_with_config(order, done.get(order.component.name)) for order in make_ready(job, ready)]
+    return plan_job(job, selected, orders, Rest(quantized=tuple(done.values())))
+
+
+def _with_config(order: Order, part: QuantizedPart | None) -> Order:
+    """Let the config of a part say what of it is quantized."""
+    if part is None:
+        return order
+    config = {**order.component.config, "quantization_config": quantization_config(part.skipped)}
+    return order._replace(component=replace(order.component, config=config))
 
 
 def plan_dequantized(request: Request) -> Plan:
@@ -118,6 +124,7 @@ def plan_dequantized(request: Request) -> Plan:
 def _checked(request: Request) -> Request:
     """Give a request for one safetensors set a component. Raises WconvError for places that cannot be."""
     assert request.output is not None
+    check_places(request.source, request.output)
     source, output = snapshot_of(request.source), request.output
     files = [source] if source.is_file() else [one for one in _entries(source) if one.name.endswith(".gguf")]
     if files and _is_gguf(files[0]) and not (source.is_folder() and find_weight_sets(source)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -232,7 +231,7 @@ def _check_named(plan: Plan, name: WeightsName, request: Request) -> None:
         )
         raise BadRequest(place, problem, "Use --max-shard-size none, or name a folder.")
     is_known = any(old.name == name for old in plan.target.existing.get("", ()))
-    if plan.sets and os.path.lexists(place) and not (is_known or plan.overwrite):
+    if plan.sets and place.is_taken() and not (is_known or plan.overwrite):
         raise OutputRefused(place, "exists", "Use --overwrite to replace it, or another -o.")
 
 

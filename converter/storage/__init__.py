@@ -14,13 +14,16 @@ from converter.errors import BadRequest
 from converter.storage import local
 from converter.storage.base import FileRef, Info, OpenFile, Place, Store, hold_same
 
-__all__ = ["FileRef", "Info", "OpenFile", "Place", "Store", "hold_same", "place_of"]
+__all__ = ["FileRef", "Given", "Info", "OpenFile", "Place", "Store", "hold_same", "place_of"]
+
+Given = Place | Path | str
+"""What a caller names a file or folder by."""
 
 _STORES: Mapping[str, Callable[[str], Place]] = {"file": local.open_url}
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 
-def place_of(given: Place | Path | str) -> Place:
+def place_of(given: Given) -> Place:
     """Give the place that a caller names. Raises BadRequest for one that nobody can read."""
     if isinstance(given, Place):
         return given

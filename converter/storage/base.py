@@ -21,15 +21,21 @@ Tag = tuple[int, ...] | str
 """What changes when a file does, such as an ETag; two files with the same bytes may have two."""
 
 _COMPARED_NBYTES = 1 << 20
+_MAX_HOPS = 40  # as many links as Linux follows
 
 
 class Info(NamedTuple):
-    """What lies at a place, behind links if it ``is_link`` itself."""
+    """What lies at a place, behind links if it ``is_link`` itself.
+
+    Its content is as old as ``modified_ns``, all of it as ``changed_ns``: 0 where a store does not tell.
+    """
 
     kind: Kind
     nbytes: int
     tag: Tag
     is_link: bool = False
+    modified_ns: int = 0
+    changed_ns: int = 0
 
 
 class OpenFile:
@@ -58,6 +64,10 @@ class OpenFile:
         for begin, raw in self._kept:
             if begin <= offset and offset + nbytes <= begin + len(raw):
                 return raw[offset - begin : offset - begin + nbytes]
+        return self.fetch(offset, nbytes)
+
+    def fetch(self, offset: int, nbytes: int) -> bytes:
+        """Give bytes that are not kept, none of them beyond the file's end."""
         out = bytearray(nbytes)
         count = self.read_into(offset, memoryview(out))
         return bytes(memoryview(out)[:count])
@@ -85,8 +95,8 @@ class Store(Protocol):
     def url(self) -> str:
         """What tells this store from others."""
 
-    def absolute(self, key: str) -> str:
-        """Give a key that says the same wherever one is."""
+    def absolute(self, key: str) -> Place:
+        """Give what lies at a key as a place that says the same wherever one is."""
 
     def spell(self, key: str) -> str:
         """Name a place to people."""
@@ -94,11 +104,11 @@ class Store(Protocol):
     def stat(self, key: str) -> Info | None:
         """Say what lies at a key; None for nothing, or a link to nothing."""
 
-    def is_link(self, key: str) -> bool:
-        """Say whether a link lies at a key, whatever it leads to; a store without links has none."""
+    def target(self, key: str) -> str | None:
+        """Give the key that a link names; None for what is no link, and in a store that has none."""
 
-    def real(self, key: str) -> str:
-        """Give the full key that a key leads to, behind all links."""
+    def real(self, key: str) -> Place:
+        """Give the absolute place that a key leads to, behind all links."""
 
     def list(self, key: str) -> list[str]:
         """List the names of what lies directly in a folder, sorted."""
@@ -138,7 +148,12 @@ class Place:
 
     def absolute(self) -> Place:
         """Give this place by its full key, so that all folders above have their names."""
-        return Place(self.store, self.store.absolute(self.key))
+        return self.store.absolute(self.key)
+
+    @property
+    def parents(self) -> Iterator[Place]:
+        """The folders above this place, the nearest first."""
+        return (Place(self.store, parent.as_posix()) for parent in PurePosixPath(self.key).parents)
 
     def relative_to(self, folder: Place) -> str:
         """Give the path from a folder to this place below it; raises ValueError for another."""
@@ -186,11 +201,25 @@ class Place:
 
     def is_link(self) -> bool:
         """Say whether this is a link, whatever it leads to."""
-        return self.store.is_link(self.key)
+        return self.store.target(self.key) is not None
+
+    def is_taken(self) -> bool:
+        """Say whether anything lies here, be it a link to nothing."""
+        return self.exists() or self.is_link()
+
+    def hops(self) -> Iterator[Place]:
+        """Give the places that a link leads to, one after another."""
+        place = self
+        for _ in range(_MAX_HOPS):
+            key = self.store.target(place.key)
+            if key is None:
+                return
+            place = Place(self.store, key)
+            yield place
 
     def real(self) -> Place:
         """Give the place that this one leads to, behind all links; links in a circle stay as they are."""
-        return Place(self.store, self.store.real(self.key))
+        return self.store.real(self.key)
 
     def is_below(self, folder: Place) -> bool:
         """Say whether this is a folder, or lies somewhere in it, by names alone."""

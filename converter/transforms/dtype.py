@@ -69,7 +69,7 @@ def recast(component: Component, checkpoint: Checkpoint, casting: Casting) -> Ch
         if not tensor.is_made and written[tensor.name].dtype is not dtype
     }
     notes = checkpoint.notes
-    if all(written[tensor.name] is tensor for tensor in checkpoint.tensors):
+    if all(written[tensor.name] is tensor and not tensor.source.computes for tensor in checkpoint.tensors):
         is_there = any(tensor.dtype is dtype for tensor in checkpoint.tensors)
         notes += (f"already {dtype.short_name}: nothing to cast" if is_there else "holds nothing to cast",)
     files = tuple(

@@ -425,7 +425,8 @@ def _files_beside(root: Place, index: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 def _tokenizer_files(index: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Give CLIP's vocabulary for each tokenizer: all of them share it."""
-    merges = gzip.decompress((CONFIGS / "clip_merges.txt.gz").read_bytes())
+    with place_of(CONFIGS / "clip_merges.txt.gz").open() as file:
+        merges = gzip.decompress(b"".join(file.chunks()))
     vocabulary = json.dumps(_vocabulary(merges.decode().splitlines()[1:]), ensure_ascii=False).encode()
     for name in index:
         if name.startswith("tokenizer"):

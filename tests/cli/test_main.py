@@ -77,7 +77,7 @@ def test_the_help_of_a_command_matches_the_list(name, wconv):
 
 def test_every_command_has_its_module_and_nothing_else():
     folder = Path(converter.cli.convert.__file__).parent
-    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "convert", "options", "output"}
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "convert", "options", "report", "terminal"}
     assert modules == {name.replace("-", "_") for name in COMMANDS}
 
 

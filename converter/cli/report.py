@@ -1,113 +1,16 @@
-"""What the terminal shows: tables, sizes, the progress bar and summaries."""
+"""What is said of plans and results: for people, in tables and sentences, and for programs, as JSON."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import click
-import psutil
-
-from converter.errors import shorten
+from converter.cli.terminal import echo, printable, show_bytes, show_table
+from converter.errors import name_some
 from converter.plan.types import Plan
 from converter.recipes.loading import loading_lines
 from converter.run.execute import Result, name_counts
 
-_WIDEST = 120  # a longer cell pushes its own line aside, and no other
 _NAMED = 5  # of what is carried over; -v lists all
-
-
-def echo(text: str = "") -> None:
-    """Print lines, without control characters; a reader that has gone (as ``head`` does) is nobody's exit code."""
-    _print("\n".join(map(printable, text.split("\n"))))
-
-
-def _print(text: str) -> None:
-    try:
-        click.echo(text)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
-
-
-def printable(text: str) -> str:
-    """Spell out control characters, so that a name in a file cannot steer the terminal, and cut what nobody reads."""
-    text = shorten(text)
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def show_bytes(nbytes: float) -> str:
-    """Spell a number of bytes for people, in powers of ten as disks and hubs do.
-
-    >>> show_bytes(3_438_000_000), show_bytes(999)
-    ('3.44 GB', '999 B')
-    """
-    return _scale(nbytes, ("B", "kB", "MB", "GB", "TB"))
-
-
-def show_count(count: int) -> str:
-    """Spell a count for people.
-
-    >>> show_count(859_520_964), show_count(12)
-    ('859.52 M', '12')
-    """
-    return _scale(count, ("", "k", "M", "G", "T")).rstrip()
-
-
-def _scale(value: float, units: Sequence[str]) -> str:
-    power = 0
-    while value >= 999.5 and power < len(units) - 1:
-        value /= 1000
-        power += 1
-    return f"{value:.0f} {units[power]}" if power == 0 else f"{value:.2f} {units[power]}"
-
-
-def show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows in columns; a column whose cells begin with digits, or are empty, is set to the right."""
-    cells = [[printable(cell) for cell in row] for row in rows]
-    lines = [header, *cells]
-    widths = [min(_WIDEST, max(len(line[place]) for line in lines)) for place in range(len(header))]
-    starts = [{row[place][:1].isdigit() or row[place] for row in cells} - {"-"} for place in range(len(header))]
-    right = [found == {True} for found in starts]
-    for line in lines:
-        columns = zip(line, widths, right, strict=True)
-        text = "  ".join(cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in columns)
-        echo(text.rstrip())
-
-
-def show_json(content: Any) -> None:
-    """Print the machine-readable form of a result, of which nothing is cut."""
-    _print(json.dumps(content, indent=2))  # in ASCII, and control characters are spelled
-
-
-class Meter:
-    """Takes the library's progress: moves the bar, where there is one, and looks at the memory in use."""
-
-    def __init__(self, update: Callable[[int], object]) -> None:
-        self._update = update
-        self._process = psutil.Process()
-        self.peak_nbytes = self._process.memory_info().rss
-
-    def __call__(self, nbytes: int) -> None:
-        self.peak_nbytes = max(self.peak_nbytes, self._process.memory_info().rss)
-        self._update(nbytes)
-
-
-@contextmanager
-def open_meter(total_nbytes: int | None, label: str, quiet: bool) -> Iterator[Meter]:
-    """Draw a bar by bytes on a terminal, and none elsewhere."""
-    if quiet or not sys.stderr.isatty():
-        yield Meter(lambda _: None)
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total_nbytes, desc=label, unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
-        yield Meter(bar.update)
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
@@ -196,9 +99,8 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
 
 def _carried(plan: Plan) -> str:
     names = [name for name, _ in plan.copied]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     files = f"{len(names)} other file{'s' * (len(names) != 1)}"
-    return f"{files}, {show_bytes(_carried_nbytes(plan))}: {', '.join(names[:_NAMED])}{more}"
+    return f"{files}, {show_bytes(_carried_nbytes(plan))}: {name_some(names, _NAMED)}"
 
 
 def _carried_nbytes(plan: Plan) -> int:

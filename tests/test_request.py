@@ -16,16 +16,22 @@ from support.tiny import assert_same, is_same, make_state, save, snapshot, write
 
 from converter import (
     BadRequest,
+    Casting,
     ModuleChoice,
-    Wishes,
+    Publishing,
+    Request,
+    Selection,
+    Writing,
     convert,
     diagnose,
     open_checkpoint,
     open_model,
+    place_of,
     plan_conversion,
+    plan_dequantized,
+    plan_quantized,
     plan_rename,
-    prepare_dequantized,
-    prepare_quantized,
+    prepare,
     run_plan,
     verify,
 )
@@ -36,35 +42,58 @@ HALF = {name: tensor.half() for name, tensor in STATE.items()}
 
 
 @pytest.mark.parametrize(
-    ("wishes", "said"),
+    ("options", "said"),
     [
         ({"on_overflow": "clip"}, "'clip': is no on_overflow. It is one of 'error', 'saturate', 'inf'."),
-        ({"form": "gguf"}, "'gguf': is no form. It is one of 'safetensors', 'torch', None."),
+        ({"format": "gguf"}, "'gguf': is no format. It is one of 'safetensors', 'torch', None."),
         ({"tied": "both"}, "'both': is no tied. It is one of 'first', 'duplicate', None."),
         ({"dtype": "bf17"}, "'bf17': is no dtype to cast to. It is one of fp32, bf16, fp16, fp8_e4m3fn, fp8_e5m2."),
         ({"dtype": DTYPES["I64"]}, "is no dtype to cast to. "),
         ({"dtype": torch.float16}, "torch.float16: is no dtype to cast to. "),
-        ({"max_shard_nbytes": -1}, "-1: is no size of a shard. "),
-        ({"max_shard_nbytes": 0}, "0: is no size of a shard. "),
-        ({"max_shard_nbytes": math.nan}, "nan: is no size of a shard. "),
-        ({"max_shard_nbytes": "5XB"}, "'5XB': is no size. Write it as 5GB, 500MB or 2GiB."),
-        ({"max_shard_nbytes": "-5GB"}, "'-5GB': is no size. "),
-        ({"max_shard_nbytes": "5"}, "'5': is 5 bytes. Write it as 5GB, 500MB or 2GiB, or as 5B."),
+        ({"max_shard_size": -1}, "-1: is no size of a shard. "),
+        ({"max_shard_size": 0}, "0: is no size of a shard. "),
+        ({"max_shard_size": math.nan}, "nan: is no size of a shard. "),
+        ({"max_shard_size": "5XB"}, "'5XB': is no size. Write it as 5GB, 500MB or 2GiB."),
+        ({"max_shard_size": "-5GB"}, "'-5GB': is no size. "),
+        ({"max_shard_size": "5"}, "'5': is 5 bytes. Write it as 5GB, 500MB or 2GiB, or as 5B."),
     ],
     ids=str,
 )
-def test_wishes_that_are_none_are_refused(wishes: dict[str, Any], said: str) -> None:
+def test_options_that_are_none_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(BadRequest) as caught:
-        Wishes(**wishes)
+        Request.of("m", **options)
     assert said in str(caught.value)
 
 
-def test_texts_are_taken_for_what_they_name() -> None:
-    wishes = Wishes(dtype="BF16", max_shard_nbytes="5GB", components="unet", keep_fp32="norm")  # type: ignore[arg-type]
-    assert wishes == Wishes(
-        dtype=DTYPES["BF16"], max_shard_nbytes=5_000_000_000, components=("unet",), keep_fp32=("norm",)
+def test_an_option_that_there_is_not_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="there is no option 'max_shard_nbytes'"):
+        Request.of("m", max_shard_nbytes=1)
+    with pytest.raises(TypeError, match="there is no option 'wishes'"):
+        convert("m", wishes=None)
+
+
+def test_each_option_goes_to_the_group_that_has_it() -> None:
+    asked = Request.of("m", "out", components="unet", dtype="bf16", variant="x", overwrite=True, strip_prefix="a.")
+    assert asked == Request(
+        place_of("m"),
+        place_of("out"),
+        Selection(components=("unet",)),
+        Casting(DTYPES["BF16"]),
+        Writing(variant="x"),
+        Publishing(overwrite=True),
+        "a.",
     )
-    assert Wishes(max_shard_nbytes="none").max_shard_nbytes == math.inf  # type: ignore[arg-type]
+    forced = Request.of("m", force=True)
+    assert (forced.casting.force, forced.writing.force) == (True, True)
+    assert Request.of("m") == Request(place_of("m"))
+
+
+def test_texts_are_taken_for_what_they_name() -> None:
+    given = Request.of("m", dtype="BF16", max_shard_size="5GB", components="unet", keep_fp32="norm")
+    assert given == Request.of(
+        "m", dtype=DTYPES["BF16"], max_shard_size=5_000_000_000, components=("unet",), keep_fp32=("norm",)
+    )
+    assert Request.of("m", max_shard_size="none").writing.max_shard_size == math.inf
     assert ModuleChoice(include="q_proj", skip=["lm_head"]) == ModuleChoice(("q_proj",), ("lm_head",))  # type: ignore[arg-type]
 
 
@@ -73,11 +102,11 @@ def test_paths_may_be_texts_everywhere(tmp_path: Path, monkeypatch: pytest.Monke
     save(STATE, Path("m/model.safetensors"))
     assert open_model("m").components[0].weight_sets
     assert len(open_checkpoint("m/model.safetensors").tensors) == 6
-    assert plan_rename("m", "none", "ema").sets
+    assert plan_rename(Request.of("m", from_variant="none", variant="ema")).sets
     assert diagnose("m").is_healthy
-    run_plan(plan_conversion("m", "planned", Wishes(dtype="bf16", variant="none")))  # type: ignore[arg-type]
+    run_plan(plan_conversion(Request.of("m", "planned", dtype="bf16", variant="none")))
     assert_same(load_file("planned/model.safetensors"), {name: tensor.bfloat16() for name, tensor in STATE.items()})
-    convert("m", "converted", Wishes(max_shard_nbytes="5GB"))  # type: ignore[arg-type]
+    convert("m", "converted", max_shard_size="5GB")
     assert verify("m", "converted").is_equal
 
 
@@ -85,15 +114,16 @@ def test_8_bits_take_texts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     save({"fc.weight": torch.randn(8, 8), "fc.bias": torch.randn(8)}, Path("m/model.safetensors"))
     write_json(Path("m/config.json"), {"architectures": ["Unheard"]})
-    done = prepare_quantized("m", "small", Wishes(), ModuleChoice(include="fc"))
-    assert done.plan is not None
-    run_plan(done.plan)
-    done = prepare_dequantized("small", "back", Wishes(dtype="fp32"))  # type: ignore[arg-type]
-    assert done.plan is not None
-    run_plan(done.plan)
+    choice = ModuleChoice(include="fc")  # type: ignore[arg-type]
+    prepared = prepare(Request.of("m", "small"), lambda request: plan_quantized(request, choice), choice)
+    assert prepared.plan is not None
+    run_plan(prepared.plan, request=prepared.request)
+    prepared = prepare(Request.of("small", "back", dtype="fp32"), plan_dequantized)
+    assert prepared.plan is not None
+    run_plan(prepared.plan, request=prepared.request)
     assert load_file("back/model.safetensors")["fc.weight"].dtype is torch.float32
     with pytest.raises(BadRequest, match="needs a dtype to be written in"):
-        prepare_dequantized("small", "again", Wishes())
+        plan_dequantized(Request.of("small", "again"))
 
 
 # Names that belie the dtype.
