@@ -65,7 +65,7 @@ def command(
     from functools import partial
 
     from converter.cli.convert import RunOptions, run_prepared
-    from converter.coreml import plan_coreml, request_coreml
+    from converter.recipes.prepare_coreml import plan_coreml, request_coreml
     from converter.recipes.request import prepare
     from converter.storage import place_of
 
