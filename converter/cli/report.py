@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from converter.cli.terminal import echo, printable, show_bytes, show_table
+from converter.errors import name_some
 from converter.plan.types import Plan
 from converter.recipes.loading import loading_lines
 from converter.run.execute import Result, name_counts
@@ -98,9 +99,8 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
 
 def _carried(plan: Plan) -> str:
     names = [name for name, _ in plan.copied]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     files = f"{len(names)} other file{'s' * (len(names) != 1)}"
-    return f"{files}, {show_bytes(_carried_nbytes(plan))}: {', '.join(names[:_NAMED])}{more}"
+    return f"{files}, {show_bytes(_carried_nbytes(plan))}: {name_some(names, _NAMED)}"
 
 
 def _carried_nbytes(plan: Plan) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from safetensors import SafetensorError, safe_open
 from zlib_ng.zlib_ng import crc32_combine
 
-from converter.errors import BadFile, LossyCast, OutputRefused, WconvError
+from converter.errors import BadFile, LossyCast, OutputRefused, WconvError, name_some
 from converter.formats import FORMATS, read_file
 from converter.plan.types import Plan, PlannedFile
 from converter.run.journal import Changes
@@ -184,8 +184,8 @@ def _check_records(
 
 def name_counts(counts: Mapping[str, int]) -> str:
     """Name the tensors with the largest counts."""
-    named = ", ".join(f"{name} ({count:,})" for name, count in Counter(counts).most_common(_NAMED))
-    return named + (f" and {len(counts) - _NAMED} more tensors" if len(counts) > _NAMED else "")
+    largest = [f"{name} ({count:,})" for name, count in Counter(counts).most_common()]
+    return name_some(largest, _NAMED) + (" tensors" if len(counts) > _NAMED else "")
 
 
 def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:

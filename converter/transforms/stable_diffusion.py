@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converter.errors import BadFile, BadRequest, Unsupported
+from converter.errors import BadFile, BadRequest, Unsupported, name_some
 from converter.libraries.diffusers import DIFFUSERS
 from converter.libraries.transformers import TRANSFORMERS
 from converter.models.checkpoint import Checkpoint, open_checkpoint
@@ -142,7 +142,7 @@ def open_single_file(
             mine = _averaged(source, mine, tensors)
         converted, left = _convert(source, family, name, mine, content, _rule_of(name, prefix))
         if left:
-            notes.append(f"left out, for no {name} has them: {_some([prefix + short for short in left])}")
+            notes.append(f"left out, for no {name} has them: {name_some([prefix + short for short in left], 1)}")
         _check_shapes(source, str(path) if config else f"the {name} of {family.name}", content, converted)
         # The name is the one that a part's weights have in a pipeline.
         library = DIFFUSERS if name in ("unet", "vae") else TRANSFORMERS
@@ -364,7 +364,7 @@ def _convert(
     if len({info.name for info in converted}) < len(converted):
         raise Unsupported(source, f"holds two tensors that come to one name in the {part}", advice)
     if left and part == "unet":
-        problem = f"holds tensors that no UNet of {family.name} has: {_some([_UNET + name for name in left])}"
+        problem = f"holds tensors that no UNet of {family.name} has: {name_some([_UNET + name for name in left], 1)}"
         raise Unsupported(source, problem, advice)
     return converted, left
 
@@ -454,12 +454,7 @@ def _notes_of_rest(names: Sequence[str], ema: bool) -> Iterator[str]:
     if ema:
         yield "the UNet's EMA weights are taken, and its plain ones left out"
     if others:
-        yield f"left out, for no part of a pipeline has them: {_some(others)}"
-
-
-def _some(names: Sequence[str]) -> str:
-    first, *others = names
-    return f"{first} and {len(others)} more" if others else first
+        yield f"left out, for no part of a pipeline has them: {name_some(others, 1)}"
 
 
 def _read(path: Place) -> dict[str, Any]:

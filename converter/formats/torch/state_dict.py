@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from converter.dtypes import DType
-from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, Where
+from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, Where, name_some
 from converter.formats.torch.globals import is_array, is_tensor
 from converter.formats.torch.rebuild import StorageRef, TensorRef, Unreadable
 from converter.formats.torch.unpickler import Inert, Pickled
@@ -279,8 +279,7 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
 
 
 def _list(things: list[Any]) -> str:
-    more = f" and {len(things) - _MAX_NAMED} more" if len(things) > _MAX_NAMED else ""
-    return ", ".join(map(_spell, things[:_MAX_NAMED])) + more
+    return name_some([*map(_spell, things[:_MAX_NAMED]), *things[_MAX_NAMED:]], _MAX_NAMED)
 
 
 def _describe(value: Any) -> str:
