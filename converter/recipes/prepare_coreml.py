@@ -20,3 +20,118 @@ from converter.models.configs import look_into, read_json, render_json
 from converter.models.faults import ADVICE, find_lost, look
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import Inventory
+from converter.models.model import Model
+from converter.models.select import select_sets
+from converter.plan.types import Plan, Rest
+from converter.recipes.request import Request
+from converter.recipes.steps import make_ready, open_job, plan_job
+from converter.storage import Place
+from converter.transforms.names import rename_tensors
+from converter.transforms.stable_diffusion import open_single_file
+
+
+def find_lacks(source: Place, inventory: Inventory | None = None) -> Iterator[Lack]:
+    """List what a pipeline folder lacks that no conversion of weights can give it. Raises BadFile for no folder.
+
+    ``inventory`` is what ``look`` gives of it, for who has it already.
+    """
+    model_index = _model_index(source)
+    yield from coreml.find_lacks(source, model_index)
+    if coreml.is_convertible(model_index):
+        for fault in find_lost(inventory or look(source)):
+            if coreml.has_weights(fault.component):
+                yield Lack(fault.path, fault.problem, ADVICE[fault.code])
+
+
+def _model_index(source: Place) -> Mapping[str, Any]:
+    content, error = look_into(source / "model_index.json")
+    return {} if error else content
+
+
+def _refuse(source: Place, lacks: Iterable[Lack]) -> None:
+    """Raise BadFile or Unsupported for the first thing that a source lacks, with all others named."""
+    first, *others = lacks
+    names = [lack.path.relative_to(source) if lack.path != source else str(source) for lack in others]
+    more = f" Besides: {', '.join(f'{name} {lack.problem}' for name, lack in zip(names, others, strict=True))}."
+    raise first.error(first.path, first.problem, first.advice + (more if others else ""))
+
+
+def request_coreml(source: Place | Path | str, output: Place | Path | str, **options: Any) -> Request:
+    """Give the request for a pipeline in fp16, tagged, one file a part; ``options`` are those of Request."""
+    fixed = {"every_variant": False, "dtype": COREML_VARIANT, "variant": COREML_VARIANT, "max_shard_size": math.inf}
+    return Request.of(source, output, **options, **fixed)
+
+
+def plan_coreml(request: Request, keep_default: bool = False, ema: bool = False, config: Place | None = None) -> Plan:
+    """Plan a pipeline folder that the script loads, with ``keep_default`` its untagged weights too.
+
+    ``ema`` and ``config`` are as in ``open_single_file``, and for such a file only. Raises BadFile or Unsupported for
+    what the script would miss, before anything is written.
+    """
+    check_places(request.source, request.output)
+    request = replace(request, source=snapshot_of(request.source))
+    config = config and snapshot_of(config)
+    untagged = replace(
+        request,
+        casting=replace(request.casting, dtype=None),
+        writing=replace(request.writing, variant="none"),
+        selection=replace(request.selection, from_variant="none"),
+    )
+    if request.source.is_file():
+        return _plan_single_file(request, untagged if keep_default else None, ema, config)
+    if ema or config is not None:
+        option = "--ema" if ema else "--config"
+        raise BadRequest(request.source, f"is a folder, and {option} is for a single file", "Leave it out.")
+    if lacks := list(find_lacks(request.source)):
+        _refuse(request.source, lacks)
+    job = open_job(request)
+    selected = _select(job.model, request)
+    orders = make_ready(job, [_longer(component, one) for component, one in _open(selected, request)])
+    if keep_default:
+        others = select_sets(job.model, untagged.selection, untagged.writing.naming, request.publishing.overwrite)
+        orders += make_ready(job, [_longer(component, one) for component, one in _open(others, request)], untagged)
+        selected += others
+    return plan_job(job, selected, orders, Rest(generated=_old_classes(request.source)))
+
+
+def _plan_single_file(request: Request, untagged: Request | None, ema: bool, config: Place | None) -> Plan:
+    if config is not None and (lacks := list(coreml.find_lacks(config, _model_index(config)))):
+        _refuse(config, lacks)
+    opened = open_single_file(request.source, config, ema, request.publishing.follow_links)
+    job = open_job(request, opened.model)
+    parts = [_longer(component, checkpoint) for component, checkpoint in opened.checkpoints]
+    orders = make_ready(job, parts) + (make_ready(job, parts, untagged) if untagged else [])
+    selected = [(component, checkpoint.weight_set) for component, checkpoint in opened.checkpoints]
+    return plan_job(job, selected, orders, Rest(opened.copied, opened.generated, opened.notes))
+
+
+def _open(selected: Iterable[tuple[Component, WeightSet]], request: Request) -> Iterator[tuple[Component, Checkpoint]]:
+    for component, weight_set in selected:
+        yield component, open_checkpoint(weight_set, request.selection.reading)
+
+
+def _longer(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
+    """Give a text encoder and a safety checker the names that transformers 4 knows."""
+    prefix, names = coreml.longer_names(component.class_name, (tensor.name for tensor in checkpoint.tensors))
+    if not prefix:
+        return component, checkpoint
+    note = f"{prefix} was put before names in {checkpoint.weight_set.path.name}, as transformers 4 needs it"
+    return component, replace(rename_tensors(checkpoint, names), notes=(*checkpoint.notes, note))
+
+
+def _old_classes(source: Place) -> Mapping[str, bytes]:
+    """Give the model_index.json that is written in place of the source's, if it must be another."""
+    content = read_json(source / "model_index.json")
+    edited = coreml.old_classes(content)
+    return {"model_index.json": render_json(edited)} if edited != content else {}
+
+
+def _select(model: Model, request: Request) -> list[tuple[Component, WeightSet]]:
+    """Of each part take the fp16 weights, else the untagged ones, else what there is."""
+    selected = []
+    for component in model.components:
+        has_variant = any(one.name.variant == COREML_VARIANT for one in component.weight_sets)
+        from_variant = COREML_VARIANT if has_variant else None
+        selection = replace(request.selection, components=(component.name,), from_variant=from_variant)
+        selected += select_sets(model, selection, request.writing.naming, request.publishing.overwrite)
+    return selected
