@@ -58,8 +58,8 @@ format-check: .venv-lint/installed  ## is everything formatted?
 ruff-check: .venv-lint/installed  ## lint
 	.venv-lint/$(BIN)/ruff check
 
-type-check: .venv-lint/installed  ## check the types of the package
-	.venv-lint/$(BIN)/mypy converter
+type-check: .venv-lint/installed  ## check the types
+	.venv-lint/$(BIN)/mypy converter tests scripts
 
 readme-check: .venv-lint/installed  ## are the .rst files valid?
 	@mkdir -p build

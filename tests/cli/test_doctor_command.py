@@ -206,7 +206,7 @@ def test_on_a_terminal_it_asks(twins: Path, answer: str, gone: str) -> None:
     import pty
 
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "converter", "doctor", twins, "--fix"]
+    command = [sys.executable, "-m", "converter", "doctor", str(twins), "--fix"]
     with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         os.write(master, f"{answer}\n".encode())
         out, err = process.communicate()
@@ -226,7 +226,7 @@ def test_what_it_asks_has_no_control_characters(tmp_path: Path) -> None:
     for part in ("unet", "vae"):
         save(STATE, tmp_path / "m" / part / f"diffusion_pytorch_model.{tag}.bin")
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "converter", "doctor", tmp_path / "m", "--fix"]
+    command = [sys.executable, "-m", "converter", "doctor", str(tmp_path / "m"), "--fix"]
     with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         os.write(master, b"x\\x1b[31m\n")
         out, err = process.communicate()

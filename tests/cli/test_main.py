@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from support.tiny import make_state, names_in, save, save_bin_shards, save_pipeline, snapshot
 
@@ -68,12 +69,14 @@ def test_the_list_of_commands(wconv: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_a_command_matches_the_list(name: Any, wconv: Callable[..., Any]) -> None:
-    command = cli.get_command(None, name)
+    command = cli.get_command(click.Context(cli), name)
+    assert command
     assert (command.name, command.short_help) == (name, COMMANDS[name])
     shown = wconv(name, "--help").stdout
     assert f"wconv {name}" in shown
     assert command.help
     assert all(option.help for option in command.params if option.param_type_name == "option")
+    assert command.callback
     assert command.callback.__doc__
 
 
