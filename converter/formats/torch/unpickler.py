@@ -176,7 +176,7 @@ class _Machine:
         self.strip_code = strip_code
         self.foreign: dict[str, str] = {}
 
-    def run(self) -> Any:
+    def run(self) -> Any:  # noqa: C901, PLR0912, PLR0915
         raw, where, find_persistent = self.raw, self.where, self.find_persistent
         memo, far, marks = self.memo, self.far, self.marks
         place, stack = self.place, self.stack
