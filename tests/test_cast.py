@@ -157,7 +157,7 @@ SAMPLES = {
 
 @pytest.mark.parametrize("on_overflow", POLICIES)
 @pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_a_sample_is_cast_as_torch_casts_it(before, after, on_overflow):
+def test_a_sample_is_cast_as_torch_casts_it(before: Any, after: Any, on_overflow: str) -> None:
     assert_cast_as_torch(SAMPLES[before](), before, after, on_overflow)
 
 
@@ -168,7 +168,7 @@ FLOAT8 = ["F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
 @pytest.mark.parametrize(
     ("before", "after"), [pair for pair in itertools.product(FLOAT8, ["F32", *TARGETS]) if pair[0] != pair[1]]
 )
-def test_every_8_bit_float_is_cast_as_torch_casts_it(before, after, on_overflow):
+def test_every_8_bit_float_is_cast_as_torch_casts_it(before: Any, after: Any, on_overflow: str) -> None:
     every = np.arange(1 << 8, dtype=np.uint8)
     for bits in (every, np.random.default_rng(0).permutation(np.tile(every, 9))[:2001]):
         assert_cast_as_torch(bits, before, after, on_overflow)
@@ -179,14 +179,14 @@ def test_every_8_bit_float_is_cast_as_torch_casts_it(before, after, on_overflow)
     ("after", "on_overflow"),
     [("BF16", "inf"), ("F16", "inf"), ("F8_E5M2", "inf"), ("F8_E4M3", "saturate"), ("F8_E4M3", "inf")],
 )
-def test_all_of_float32_is_cast_as_torch_casts_it(after, on_overflow):
+def test_all_of_float32_is_cast_as_torch_casts_it(after: str, on_overflow: str) -> None:
     step = 1 << 20  # stays in the processor's cache
     for begin in range(0, 1 << 32, step):
         assert_cast_as_torch(np.arange(begin, begin + step, dtype=np.uint32), "F32", after, on_overflow)
 
 
 @pytest.mark.parametrize(("before", "after"), [(b, a) for b, a in PAIRS if a in LIMITS])
-def test_neighbours_of_the_limit(before, after):
+def test_neighbours_of_the_limit(before: Any, after: Any) -> None:
     exact = torch.tensor(LIMITS[after], dtype=torch.float64).to(TORCH[before])
     around = to_bits(exact.reshape(1)).astype(np.int64) + np.arange(-40, 41)
     bits = around.astype(unsigned(before))
@@ -196,7 +196,7 @@ def test_neighbours_of_the_limit(before, after):
 
 
 @pytest.mark.parametrize("after", ["F32", "F16", "F8_E5M2", "F8_E4M3", "BF16"])
-def test_what_float32_rounds_to_a_limit(after):
+def test_what_float32_rounds_to_a_limit(after: str) -> None:
     # torch goes by way of float32: what that rounds across the limit is on the other side of it.
     limit = {**LIMITS, "F32": 2.0**128 - 2.0**103}[after]
     bits = np.array([limit], np.float64).view(np.int64) + np.arange(-3, 4)
@@ -206,7 +206,7 @@ def test_what_float32_rounds_to_a_limit(after):
 
 @pytest.mark.parametrize("after", TARGETS)
 @pytest.mark.parametrize("odd", [0x7F800001, 0xFF800001, 0x7FFFFFFF, 0x7FC00000, 0x7F80FFFF, 0x7F800000, 0x7F7FFFFF])
-def test_one_odd_value_is_seen_wherever_it_lies(after, odd):
+def test_one_odd_value_is_seen_wherever_it_lies(after: str, odd: int) -> None:
     # Kernels work in blocks with a tail: one NaN, infinity or too large value at each place of each length.
     for length in [1, 2, 3, 7, 16, 33, 71]:
         for place in range(length):
@@ -216,7 +216,7 @@ def test_one_odd_value_is_seen_wherever_it_lies(after, odd):
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_neither_buffer_need_be_aligned(before, after):
+def test_neither_buffer_need_be_aligned(before: Any, after: Any) -> None:
     bits = SAMPLES[before]()[-1001:]
     expected, _ = cast(bits, before, after)
     for read_at, write_at in [(1, 0), (0, 1), (1, 1), (3, 5)]:
@@ -232,13 +232,13 @@ def test_neither_buffer_need_be_aligned(before, after):
 
 @pytest.mark.parametrize("after", TARGETS)
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 15, 17, 31, 63, 65, 127, 1023])
-def test_any_length_is_cast_to_its_end(after, length):
+def test_any_length_is_cast_to_its_end(after: str, length: int) -> None:
     sample = sample_of_float32()[-length:]
     assert_cast_as_torch(sample, "F32", after)
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_nan_stays_nan_with_its_sign(before, after):
+def test_nan_stays_nan_with_its_sign(before: Any, after: Any) -> None:
     bits = SAMPLES[before]()
     numbers = as_torch(bits, before)
     nans = bits[numbers.isnan().numpy()]

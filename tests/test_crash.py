@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import run_main
@@ -120,7 +121,7 @@ IDS = [scenario.name for scenario in SCENARIOS]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(wconv, tmp_path_factory) -> Callable[[Scenario], Path]:
+def undisturbed(wconv: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Scenario], Path]:
     """Give the folder in which a scenario's command ran in peace."""
     done: dict[str, Path] = {}
 
@@ -188,7 +189,13 @@ def kill_at_every_step(command: Sequence[object], template: Path, work: Path) ->
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=IDS)
-def test_killed_at_any_step(scenario, undisturbed, wconv, tmp_path, monkeypatch):
+def test_killed_at_any_step(
+    scenario: Any,
+    undisturbed: Callable[[Scenario], Path],
+    wconv: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     template, finished = scenario.make(tmp_path / "template"), undisturbed(scenario)
     expected = snapshot(finished)
     ends: dict[str, str] = {}
@@ -212,7 +219,9 @@ def how_it_ends(command: tuple[object, ...], folder: Path, expected: dict[str, s
 
 
 @pytest.mark.parametrize("name", ["new-folder", "sharded-to-sharded"])
-def test_killed_a_run_with_other_options_ends_right_too(name, tmp_path, monkeypatch):
+def test_killed_a_run_with_other_options_ends_right_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scenario = SCENARIOS[IDS.index(name)]
     command = ("to-safetensors", *scenario.args, "--overwrite", "--max-shard-size", f"{TENSOR_NBYTES}B", "-q")
     peaceful = scenario.make(tmp_path / "peaceful")
@@ -227,7 +236,7 @@ def test_killed_a_run_with_other_options_ends_right_too(name, tmp_path, monkeypa
     assert not {step: end for step, end in ends.items() if end}
 
 
-def test_killed_what_came_back_since_is_not_deleted(tmp_path, monkeypatch):
+def test_killed_what_came_back_since_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The user fetches the deleted source again, and then asks for something that deletes nothing.
     scenario = SCENARIOS[IDS.index("delete-source")]
     template = scenario.make(tmp_path / "template")
@@ -246,7 +255,15 @@ def test_killed_what_came_back_since_is_not_deleted(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "exit_code"), [(KeyboardInterrupt(), 130), (PermissionError(errno.EACCES, "permission denied"), 7)]
 )
-def test_stopped_at_any_step(name, error, exit_code, undisturbed, tmp_path, monkeypatch, capsys):
+def test_stopped_at_any_step(
+    name: str,
+    error: Any,
+    exit_code: int,
+    undisturbed: Callable[[Scenario], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     scenario = SCENARIOS[IDS.index(name)]
     template, finished = scenario.make(tmp_path / "template"), undisturbed(scenario)
     command = ("to-safetensors", *scenario.args, "-q")
@@ -280,7 +297,9 @@ def assert_told_rightly(complaint: str, is_untouched: bool) -> None:
 
 @pytest.mark.parametrize("where", ["beside", "new"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space left")], ids=["ctrl-c", "full"])
-def test_stopped_at_any_piece_nothing_is_left(where, error, tmp_path, monkeypatch, capsys):
+def test_stopped_at_any_piece_nothing_is_left(
+    where: str, error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = save_pipeline(tmp_path / "m")
     args = ["to-safetensors", str(folder), *(["-o", str(tmp_path / "deep" / "out")] if where == "new" else [])]
     before = snapshot(tmp_path)
@@ -288,7 +307,7 @@ def test_stopped_at_any_piece_nothing_is_left(where, error, tmp_path, monkeypatc
     for stop in range(1, 6):
         written: list[object] = []
 
-        def write_or_fail(piece, chunk_nbytes, written=written, stop=stop):
+        def write_or_fail(piece: Any, chunk_nbytes: Any, written: Any = written, stop: Any = stop) -> Any:
             written.append(piece)
             if len(written) == stop:
                 raise error

@@ -7,7 +7,9 @@ import errno
 import io
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,14 +57,21 @@ def broken(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def mended(tmp_path: Path, wconv, monkeypatch: pytest.MonkeyPatch) -> Path:
+def mended(tmp_path: Path, wconv: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Path:
     root = make_broken(tmp_path / "mended")
     monkeypatch.chdir(root)
     wconv(*FIX)
     return root
 
 
-def test_mending_killed_at_any_step(broken, mended, wconv, tmp_path, state_folder, monkeypatch):
+def test_mending_killed_at_any_step(
+    broken: Path,
+    mended: Path,
+    wconv: Callable[..., Any],
+    tmp_path: Path,
+    state_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     expected = snapshot(mended / "m")
     assert expected != snapshot(broken / "m")
     ends: dict[str, str] = {}
@@ -89,7 +98,7 @@ def test_mending_killed_at_any_step(broken, mended, wconv, tmp_path, state_folde
     assert not ends
 
 
-def test_undo_killed_at_any_step(broken, tmp_path, monkeypatch):
+def test_undo_killed_at_any_step(broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = snapshot(broken)
     ends: dict[str, str] = {}
     for copy in kill_at_every_step((*FIX, "--", *UNDO[:-1]), broken, tmp_path / "killed"):
@@ -99,7 +108,7 @@ def test_undo_killed_at_any_step(broken, tmp_path, monkeypatch):
     assert not {step: end for step, end in ends.items() if end}
 
 
-def test_what_was_changed_since_is_not_overwritten(mended, wconv):
+def test_what_was_changed_since_is_not_overwritten(mended: Path, wconv: Callable[..., Any]) -> None:
     save(make_state(seed=2), mended / "m" / "model.safetensors")
     save(make_state(seed=3), mended / "m" / "model.fp16-00001-of-00002.safetensors")
     before = snapshot(mended)
@@ -107,7 +116,9 @@ def test_what_was_changed_since_is_not_overwritten(mended, wconv):
     assert snapshot(mended) == before
 
 
-def test_two_mendings_are_undone_together(broken, wconv, monkeypatch):
+def test_two_mendings_are_undone_together(
+    broken: Path, wconv: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = snapshot(broken)
     monkeypatch.chdir(broken)
     wconv(*FIX)
@@ -119,7 +130,9 @@ def test_two_mendings_are_undone_together(broken, wconv, monkeypatch):
 
 
 @pytest.mark.parametrize("has_links", [True, False], ids=["links", "no-links"])
-def test_mending_refused_at_any_step_can_be_undone(has_links, tmp_path, monkeypatch):
+def test_mending_refused_at_any_step_can_be_undone(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not has_links:
 
         def refuse(*_: object, **__: object) -> None:

@@ -7,7 +7,6 @@ as if nothing had happened.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -16,16 +15,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from support.steps import fill_disk
 from support.tiny import is_same, make_state, put_behind, save, save_safetensors_shards, save_shards, snapshot
 from test_crash import how_it_ends, kill_at_every_step
 from test_run import PEAK_OF
-
-import converter.run.parts
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -113,7 +112,9 @@ def assert_nothing_is_lost(root: Path, scenario: Scenario, template: Path) -> No
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=IDS)
-def test_killed_at_any_step(scenario, wconv, tmp_path, monkeypatch):
+def test_killed_at_any_step(
+    scenario: Any, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     template = scenario.make(tmp_path / "template")
     finished = scenario.make(tmp_path / "finished")
     monkeypatch.chdir(finished)
@@ -131,15 +132,12 @@ def test_killed_at_any_step(scenario, wconv, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS[:4], ids=IDS[:4])
-def test_a_disk_that_fills_up_on_the_way(scenario, wconv, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_on_the_way(
+    scenario: Any, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(scenario.make(tmp_path))
     before = snapshot(tmp_path)
-
-    def refuse(file, offset, data):
-        file.write(data[:5])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(converter.run.parts, "_write_at", refuse)
+    fill_disk(monkeypatch)
     outcome = wconv(*scenario.command, exit_code=7)
     assert "no space left" in outcome.stderr.lower()
     assert snapshot(tmp_path) == before
@@ -147,7 +145,9 @@ def test_a_disk_that_fills_up_on_the_way(scenario, wconv, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("command", [scenario.command for scenario in SCENARIOS[:5]], ids=IDS[:5])
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs users")
-def test_a_folder_that_may_not_be_written_to(command, wconv, tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_written_to(
+    command: Any, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     monkeypatch.chdir(SCENARIOS[0].make(tmp_path))
@@ -172,7 +172,7 @@ def sparse_tensor(path: Path, nbytes: int) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8_e4m3fn"])
 @pytest.mark.parametrize("nbytes", [1 << 27, pytest.param(1 << 30, marks=pytest.mark.slow)], ids=["128MB", "1GB"])
-def test_a_recast_takes_little_memory(nbytes, dtype, tmp_path):
+def test_a_recast_takes_little_memory(nbytes: int, dtype: str, tmp_path: Path) -> None:
     sparse_tensor(tmp_path / "big.safetensors", nbytes)
     command = [sys.executable, "-c", PEAK_OF, "recast", "big.safetensors", "--dtype", dtype, "-o", "out", "-q"]
     done = subprocess.run([*command, "--memory", "64MB"], check=True, cwd=tmp_path, capture_output=True, text=True)

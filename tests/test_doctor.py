@@ -879,7 +879,7 @@ def test_a_folder_of_thousands_of_shards(tmp_path: Path) -> None:
         assert diagnose(tmp_path).findings == ()
 
 
-def test_why_shapes_were_not_looked_at_is_said(tmp_path):
+def test_why_shapes_were_not_looked_at_is_said(tmp_path: Path) -> None:
     save(make_state(), tmp_path / "model.safetensors")
     write_json(tmp_path / "config.json", {"architectures": ["NoSuchModel"], "model_type": "llama"})
     found = {finding.code: finding for finding in diagnose(tmp_path, deep=True).findings}

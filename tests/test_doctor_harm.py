@@ -55,7 +55,7 @@ def as_links(folder: Path, blobs: Path) -> None:
         path.symlink_to(os.path.relpath(blobs / path.name, folder))
 
 
-def test_links_come_back_as_links(folder, fix, wconv):
+def test_links_come_back_as_links(folder: Path, fix: Callable[..., Any], wconv: Callable[..., Any]) -> None:
     as_links(folder, folder.parent.parent / "elsewhere")
     links = {path.name: path.readlink() for path in folder.iterdir()}
     fix()
@@ -65,7 +65,7 @@ def test_links_come_back_as_links(folder, fix, wconv):
     assert load_file(folder / "model-00001-of-00003.safetensors").keys() == {"a", "b"}
 
 
-def test_the_cache_of_the_hub_is_not_touched(tmp_path, wconv):
+def test_the_cache_of_the_hub_is_not_touched(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     folder = tmp_path / "models--x--y" / "snapshots" / "0123"
     save_safetensors_shards(STATE, folder)
     save(STATE, folder / "model.safetensors")
@@ -76,7 +76,7 @@ def test_the_cache_of_the_hub_is_not_touched(tmp_path, wconv):
     assert snapshot(tmp_path) == before
 
 
-def test_a_link_to_nothing_is_found_and_not_counted_on(tmp_path, wconv):
+def test_a_link_to_nothing_is_found_and_not_counted_on(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     write_json(tmp_path / "config.json", CONFIG)
     (tmp_path / "model.safetensors").symlink_to("nowhere")
@@ -87,7 +87,7 @@ def test_a_link_to_nothing_is_found_and_not_counted_on(tmp_path, wconv):
     assert (tmp_path / "model.safetensors").is_symlink()
 
 
-def test_a_folder_by_the_name_of_a_file(tmp_path):
+def test_a_folder_by_the_name_of_a_file(tmp_path: Path) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     write_json(tmp_path / "config.json", CONFIG)
     (tmp_path / "model.safetensors").mkdir()
@@ -99,7 +99,9 @@ def test_a_folder_by_the_name_of_a_file(tmp_path):
 # A folder that is not as it was left.
 
 
-def test_a_second_mending_keeps_off_what_was_changed(folder, fix, wconv):
+def test_a_second_mending_keeps_off_what_was_changed(
+    folder: Path, fix: Callable[..., Any], wconv: Callable[..., Any]
+) -> None:
     fix("--make-variant", "bf16")
     save(OTHER, folder / "model.bf16.safetensors")
     before = snapshot(folder.parent)
@@ -112,7 +114,9 @@ def test_a_second_mending_keeps_off_what_was_changed(folder, fix, wconv):
     assert load_file(folder / "model.bf16.safetensors").keys() == OTHER.keys()
 
 
-def test_undo_keeps_off_a_new_file_by_an_old_name(folder, fix, wconv):
+def test_undo_keeps_off_a_new_file_by_an_old_name(
+    folder: Path, fix: Callable[..., Any], wconv: Callable[..., Any]
+) -> None:
     fix()
     save(OTHER, folder / "model-00001-of-00003.safetensors")
     before = snapshot(folder.parent)
@@ -120,7 +124,9 @@ def test_undo_keeps_off_a_new_file_by_an_old_name(folder, fix, wconv):
     assert snapshot(folder.parent) == before
 
 
-def test_undo_keeps_off_a_new_folder_by_an_old_name(folder, fix, wconv):
+def test_undo_keeps_off_a_new_folder_by_an_old_name(
+    folder: Path, fix: Callable[..., Any], wconv: Callable[..., Any]
+) -> None:
     fix("--make-variant", "bf16")
     shutil.rmtree(folder)
     save(OTHER, folder / "model.safetensors")
@@ -129,7 +135,7 @@ def test_undo_keeps_off_a_new_folder_by_an_old_name(folder, fix, wconv):
     assert snapshot(folder.parent) == before
 
 
-def test_files_without_a_record_are_no_backup(folder, fix, wconv):
+def test_files_without_a_record_are_no_backup(folder: Path, fix: Callable[..., Any], wconv: Callable[..., Any]) -> None:
     stale = folder.parent / ".wconv-undo" / "m" / "files" / INDEX
     stale.parent.mkdir(parents=True)
     stale.write_text("stale")
@@ -139,7 +145,7 @@ def test_files_without_a_record_are_no_backup(folder, fix, wconv):
     assert snapshot(folder) == before
 
 
-def test_a_kept_file_that_was_changed_through_its_other_name(tmp_path, wconv):
+def test_a_kept_file_that_was_changed_through_its_other_name(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     folder = tmp_path / "m"
     save(STATE, folder / "pytorch_model.safetensors")
     write_json(folder / "config.json", CONFIG)
@@ -151,7 +157,9 @@ def test_a_kept_file_that_was_changed_through_its_other_name(tmp_path, wconv):
     assert (folder / "mine").exists()
 
 
-def test_undo_of_a_folder_within_one_that_was_mended_too(folder, fix, wconv):
+def test_undo_of_a_folder_within_one_that_was_mended_too(
+    folder: Path, fix: Callable[..., Any], wconv: Callable[..., Any]
+) -> None:
     fix("--make-variant", "bf16")
     shutil.move(folder, folder.parent / "outer" / "m")
     outer = folder.parent / "outer"
@@ -163,7 +171,7 @@ def test_undo_of_a_folder_within_one_that_was_mended_too(folder, fix, wconv):
     assert snapshot(outer) == before
 
 
-def test_undo_of_nothing_makes_no_folder(tmp_path, wconv):
+def test_undo_of_nothing_makes_no_folder(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     wconv("doctor", tmp_path / "typo", "--undo", exit_code=2)
     assert not list(tmp_path.iterdir())
 
@@ -177,7 +185,9 @@ def save_vae(builders: Any, folder: Path, dtype: torch.dtype = torch.float32, **
     return model
 
 
-def test_no_weights_are_made_for_a_set_that_is_undecided(builders, tmp_path, wconv):
+def test_no_weights_are_made_for_a_set_that_is_undecided(
+    builders: Any, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     folder = tmp_path / "m"
     builders.save_safetensors(builders.shake(builders.make_sana()), folder)
     for name, part in builders.models_in(builders.shake(builders.make_sana())).items():
@@ -192,7 +202,9 @@ def test_no_weights_are_made_for_a_set_that_is_undecided(builders, tmp_path, wco
     assert snapshot(tmp_path) == before
 
 
-def test_an_index_over_files_of_any_name_is_left_alone(builders, tmp_path, wconv):
+def test_an_index_over_files_of_any_name_is_left_alone(
+    builders: Any, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     expected = save_vae(builders, tmp_path / "m").state_dict()
     folder = tmp_path / "m"
     state = load_file(folder / "diffusion_pytorch_model.safetensors")
@@ -211,7 +223,7 @@ def test_an_index_over_files_of_any_name_is_left_alone(builders, tmp_path, wconv
     assert all(loaded[name].equal(tensor) for name, tensor in expected.items())
 
 
-def test_shards_take_the_tag_of_their_index(builders, tmp_path, wconv):
+def test_shards_take_the_tag_of_their_index(builders: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     from diffusers import AutoencoderKL
 
     folder = tmp_path / "m"
@@ -231,7 +243,7 @@ def test_shards_take_the_tag_of_their_index(builders, tmp_path, wconv):
         assert all(loaded[name].equal(tensor) for name, tensor in expected.items())
 
 
-def test_a_tensor_in_two_shards_is_not_mended(tmp_path, wconv):
+def test_a_tensor_in_two_shards_is_not_mended(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     folder = save_safetensors_shards(STATE, tmp_path / "m")
     save(
         {**{name: STATE[name] for name in "cd"}, "a": STATE["a"] + 1},
@@ -243,7 +255,7 @@ def test_a_tensor_in_two_shards_is_not_mended(tmp_path, wconv):
     assert snapshot(tmp_path) == before
 
 
-def test_one_shard_of_one_gets_an_index(tmp_path, wconv):
+def test_one_shard_of_one_gets_an_index(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     save(STATE, tmp_path / "m" / "model-00001-of-00001.safetensors")
     write_json(tmp_path / "m" / "config.json", CONFIG)
     assert [finding.code for finding in diagnose(tmp_path / "m").findings] == ["index-missing"]
@@ -256,7 +268,7 @@ def test_one_shard_of_one_gets_an_index(tmp_path, wconv):
 
 
 @pytest.mark.parametrize("size", ["123", [1], {}, 10**400, -1, 1.5, True])
-def test_a_total_size_of_any_kind(size, folder):
+def test_a_total_size_of_any_kind(size: Any, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     content = json.loads((folder / INDEX).read_text())
     write_json(folder / INDEX, {**content, "metadata": {"total_size": size}})
@@ -264,14 +276,14 @@ def test_a_total_size_of_any_kind(size, folder):
 
 
 @pytest.mark.parametrize("name", ["/nonexistent", "../m", "", ".", "a/b", "x" * 300])
-def test_a_model_index_with_odd_names(name, tmp_path, wconv):
+def test_a_model_index_with_odd_names(name: str, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     save(STATE, tmp_path / "m" / "unet" / "model.safetensors")
     model_index = {"_class_name": "X", "unet": ["transformers", "LlamaForCausalLM"], name: ["diffusers", "X"]}
     write_json(tmp_path / "m" / "model_index.json", model_index)
     wconv("doctor", tmp_path / "m", "--loader", "diffusers", exit_code=1 if name == "x" * 300 else 0)
 
 
-def test_a_variant_that_is_no_regular_expression(tmp_path):
+def test_a_variant_that_is_no_regular_expression(tmp_path: Path) -> None:
     from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 
     save(STATE, tmp_path / "unet" / "model.safetensors")
@@ -281,7 +293,7 @@ def test_a_variant_that_is_no_regular_expression(tmp_path):
     assert "re.error" in predict(list_folder(diagnose(tmp_path).inventory), "diffusers-hub", "(").failure
 
 
-def test_a_shard_with_too_long_a_name(folder):
+def test_a_shard_with_too_long_a_name(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     content = json.loads((folder / INDEX).read_text())
     content["weight_map"]["z"] = "x" * 300 + ".safetensors"
@@ -293,19 +305,19 @@ def test_a_shard_with_too_long_a_name(folder):
 
 
 @pytest.mark.parametrize("metadata", [None, {"ss_network_module": "networks.lora"}])
-def test_weights_that_no_library_loads_need_no_format(metadata, tmp_path):
+def test_weights_that_no_library_loads_need_no_format(metadata: dict[str, Any] | None, tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "my_lora.safetensors", metadata=metadata)
     save_file(STATE, tmp_path / "consolidated.safetensors", metadata=metadata)
     assert diagnose(tmp_path).findings == ()
 
 
-def test_a_format_of_another_framework(tmp_path):
+def test_a_format_of_another_framework(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "model.safetensors", metadata={"format": "mlx"})
     write_json(tmp_path / "config.json", CONFIG)
     assert diagnose(tmp_path).findings == ()
 
 
-def test_parts_that_are_no_torch_models(tmp_path):
+def test_parts_that_are_no_torch_models(tmp_path: Path) -> None:
     named = {
         "unet": ["transformers", "LlamaForCausalLM"],
         "tokenizer": ["transformers", "TokenizersBackend"],

@@ -91,7 +91,9 @@ def values_of(pipeline: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_it_is_read_and_written(name, flat, wconv, tmp_path):
+def test_it_is_read_and_written(
+    name: str, flat: Callable[[str], Path], wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     source, out = flat(name), tmp_path / "out"
     told = json.loads(wconv("inspect", source, "--json").stdout)
     assert (told["kind"], told["weight_sets"][0]["component"]) == ("pipeline", "")
@@ -103,7 +105,7 @@ def test_it_is_read_and_written(name, flat, wconv, tmp_path):
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_diffusers_opens_what_is_predicted(name, flat, hub):
+def test_diffusers_opens_what_is_predicted(name: str, flat: Callable[[str], Path], hub: Any) -> None:
     for variant in (None, "fp16"):
         for loader in ("diffusers", "diffusers-hub"):
             assert_predicted(flat(name), loader, variant, hub)
@@ -124,7 +126,9 @@ def assert_predicted(folder: Path, loader: Any, variant: str | None, hub: Callab
 
 @pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["ddpm", "llada", "half"])
-def test_a_recast_takes_names_that_are_found(name, flat, wconv, copy_of, tmp_path):
+def test_a_recast_takes_names_that_are_found(
+    name: str, flat: Callable[[str], Path], wconv: Callable[..., Any], copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
     folder, out = copy_of(flat(name)), tmp_path / "out"
     before = snapshot(folder)
     assert "finds no variants" in wconv("recast", folder, "--dtype", "bf16", exit_code=2).stderr
@@ -142,7 +146,9 @@ def run_lines(said: str) -> Any:
     return eval(compile(ast.Expression(last.value), "<said>", "eval"), scope)
 
 
-def test_a_variant_is_never_asked_for_at_the_root(flat, hub, copy_of, wconv):
+def test_a_variant_is_never_asked_for_at_the_root(
+    flat: Callable[[str], Path], hub: Any, copy_of: Callable[[Path], Path], wconv: Callable[..., Any]
+) -> None:
     folder = copy_of(flat("half"))
     shown = wconv("recast", folder, "--dtype", "fp16", "--variant", "fp16").stdout
     assert "Note: Diffusers at the root finds no variants" in shown
@@ -156,7 +162,9 @@ def test_a_variant_is_never_asked_for_at_the_root(flat, hub, copy_of, wconv):
 
 
 @pytest.mark.parametrize("name", ["ddpm", "llada"])
-def test_a_tag_at_the_root_is_found_and_taken_off(name, flat, hub, copy_of, wconv):
+def test_a_tag_at_the_root_is_found_and_taken_off(
+    name: str, flat: Callable[[str], Path], hub: Any, copy_of: Callable[[Path], Path], wconv: Callable[..., Any]
+) -> None:
     folder = copy_of(flat(name))
     before = load(folder)
     wconv("rename-variant", folder, "--from", "none", "--to", "bf16")
@@ -170,7 +178,7 @@ def test_a_tag_at_the_root_is_found_and_taken_off(name, flat, hub, copy_of, wcon
     assert_predicted(folder, "diffusers", None, hub)
 
 
-def test_only_what_loaders_look_for_is_a_part(tmp_path):
+def test_only_what_loaders_look_for_is_a_part(tmp_path: Path) -> None:
     write_json(tmp_path / "model_index.json", {"_class_name": "P", "unet": ["diffusers", "UNet2DModel"]})
     write_json(tmp_path / "config.json", {"_class_name": "UNet2DModel"})
     for name in ("diffusion_pytorch_model.safetensors", "v1-5.ckpt"):
@@ -181,7 +189,7 @@ def test_only_what_loaders_look_for_is_a_part(tmp_path):
     assert [found.code for found in diagnose(tmp_path).findings] == ["component-missing"]
 
 
-def test_the_class_of_a_custom_pipeline_is_no_part(builders, wconv, tmp_path):
+def test_the_class_of_a_custom_pipeline_is_no_part(builders: Any, wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_half_flat(builders, tmp_path / "m")
     (folder / "unet").mkdir()
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):

@@ -6,6 +6,7 @@ import pickle
 import struct
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_a_lie_in_a_stream(tmp_path: Path, raw: bytes, error: type[WconvError]) 
         read_file(write(tmp_path, raw))
 
 
-def test_a_stream_converts_as_the_archive_does(wconv, tmp_path: Path) -> None:
+def test_a_stream_converts_as_the_archive_does(wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {"views.a": BASE, "views.t": BASE.t(), "b": BASE.half()}
     for name, modern in (("old", False), ("new", True)):
         torch.save(state, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=modern)

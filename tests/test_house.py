@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.tiny import make_state, save
@@ -93,7 +94,7 @@ def parse(path: Path) -> ast.Module:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_of)
-def test_imports_go_one_way(path):
+def test_imports_go_one_way(path: Any) -> None:
     mine = layer_of(path)
     if mine in ANYWHERE:
         return
@@ -105,7 +106,7 @@ def test_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_of)
-def test_libraries_stay_where_they_belong(path):
+def test_libraries_stay_where_they_belong(path: Any) -> None:
     imported = {name.partition(".")[0] for name in imports_of(parse(path))}
     wrong = {name for name in imported & HOMES.keys() if not module_of(path).startswith(HOMES[name])}
     assert not wrong
@@ -128,7 +129,7 @@ def touches_disk(node: ast.AST) -> bool:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_of)
-def test_only_storage_touches_a_disk(path):
+def test_only_storage_touches_a_disk(path: Any) -> None:
     tree = parse(path)
     touching = [ast.unparse(node) for node in ast.walk(tree) if touches_disk(node)]
     touching += DISK_MODULES & set(imports_of(tree))
@@ -137,7 +138,7 @@ def test_only_storage_touches_a_disk(path):
 
 
 @pytest.mark.parametrize("name", ["tensors/view.py", "tensors/derived.py", "transforms/quantize/bnb_int8.py"])
-def test_numpy_is_loaded_only_when_numbers_are_needed(name):
+def test_numpy_is_loaded_only_when_numbers_are_needed(name: str) -> None:
     tree = parse(ROOT / name)
     tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not {"numpy", "converter.tensors.kernels", "converter.transforms.quantize.row_kernels"} & set(
@@ -146,7 +147,7 @@ def test_numpy_is_loaded_only_when_numbers_are_needed(name):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_of)
-def test_what_is_public_has_a_docstring(path):
+def test_what_is_public_has_a_docstring(path: Any) -> None:
     tree = parse(path)
     assert ast.get_docstring(tree), "the module"
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -154,9 +155,22 @@ def test_what_is_public_has_a_docstring(path):
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
-def test_all_that_is_promised_is_there():
+def test_all_that_is_promised_is_there() -> None:
     assert sorted(converter.__all__) == converter.__all__
     assert all(getattr(converter, name) for name in converter.__all__)
+    assert set(converter.__all__) <= set(dir(converter))
+
+
+def test_what_type_checkers_see_is_what_is_there() -> None:
+    [guarded] = [node for node in parse(ROOT / "__init__.py").body if isinstance(node, ast.If)]
+    assert ast.unparse(guarded.test) == "TYPE_CHECKING"
+    homes: dict[str, list[str]] = {}
+    for node in guarded.body:
+        assert isinstance(node, ast.ImportFrom)
+        [alias] = node.names
+        assert alias.name == alias.asname
+        homes.setdefault(str(node.module), []).append(alias.name)
+    assert homes == {f"converter.{home}": names.split() for home, names in converter._HOMES.items()}
 
 
 # What a start takes.
@@ -174,22 +188,22 @@ def loaded_by(code: str) -> set[str]:
     return {name.partition(".")[0] for name in modules_after(code)}
 
 
-def test_the_command_line_starts_with_little():
+def test_the_command_line_starts_with_little() -> None:
     loaded = loaded_by("import converter.cli")
     assert "click" in loaded
     assert not loaded & {"torch", "numpy", "ml_dtypes", "safetensors", "tqdm", "psutil", "zlib_ng", "concurrent"}
 
 
-def test_help_loads_no_command():
+def test_help_loads_no_command() -> None:
     loaded = loaded_by("import converter.cli as c; c.main(['--help'])")
     assert not loaded & {"torch", "numpy", "safetensors", "tqdm", "psutil", "filelock", "zlib_ng"}
 
 
-def test_the_library_starts_with_nothing():
+def test_the_library_starts_with_nothing() -> None:
     assert not loaded_by("import converter") & {"torch", "numpy", "click", "safetensors"}
 
 
-def test_a_conversion_imports_no_torch(tmp_path):
+def test_a_conversion_imports_no_torch(tmp_path: Path) -> None:
     save(make_state(), tmp_path / "pytorch_model.bin")
     command = (sys.executable, "-X", "importtime", "-m", "converter", "to-safetensors", tmp_path)
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stderr
@@ -199,7 +213,7 @@ def test_a_conversion_imports_no_torch(tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_help_loads_little():
+def test_help_loads_little() -> None:
     # That is what makes it fast: by the clock, 1.2 times as long as importing click.
     loaded = modules_after("import converter.cli as c; c.main(['--help'])") - modules_after("import click")
     assert {name for name in loaded if name.startswith("converter")} == {
@@ -213,7 +227,7 @@ def test_help_loads_little():
     assert len(loaded) < MOST_MODULES
 
 
-def test_the_help_of_commands_loads_none_of_their_work():
+def test_the_help_of_commands_loads_none_of_their_work() -> None:
     code = "import converter.cli as c; [c.main([name, '--help']) for name in c.COMMANDS]"
     loaded = modules_after(code) - modules_after("import click")
     mine = {name for name in loaded if name.startswith("converter.")}

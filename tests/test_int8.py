@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def quantize_in_parts(weight: torch.Tensor, tag: str, cut: int) -> tuple[bytes, 
 
 @pytest.mark.parametrize("tag", DTYPES_OF_WEIGHTS)
 @pytest.mark.parametrize("shape", [(7, 13), (64, 2048), (3, 100_000), (500, 5), (9, 1)], ids=str)
-def test_numbers_are_those_of_bitsandbytes(tag, shape):
+def test_numbers_are_those_of_bitsandbytes(tag: str, shape: tuple[int, ...]) -> None:
     weight = wide_range(shape).to(DTYPES_OF_WEIGHTS[tag])
     values, scales = judged(weight)
     for cut in (0, 1, shape[1] + 2):
@@ -71,7 +72,7 @@ def test_numbers_are_those_of_bitsandbytes(tag, shape):
         assert found[0] == raw_bytes(values)
 
 
-def test_ties_go_to_the_even_step():
+def test_ties_go_to_the_even_step() -> None:
     # torch takes 127 / scale as a product with the reciprocal, rounded twice, so that few ties stay ties.
     weight = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5], [254.0, 1.0, 3.0, 5.0, -1.0, -3.0, -253.0]])
     values, scales = judged(weight)
@@ -82,13 +83,13 @@ def test_ties_go_to_the_even_step():
 @pytest.mark.parametrize(
     ("value", "finite"), [(65519.0, True), (65520.0, False), (float("inf"), False), (float("nan"), False)]
 )
-def test_what_float16_cannot_hold_shows_in_the_scales(value, finite):
+def test_what_float16_cannot_hold_shows_in_the_scales(value: float, finite: bool) -> None:
     weight = torch.tensor([[1.0, value, -2.0], [3.0, 4.0, 5.0]])
     assert are_finite(row_maxima(memoryview(raw_bytes(weight)), DTYPES["F32"], 3)) is finite
 
 
 @pytest.mark.parametrize("tag", ["F32", "BF16", "F16"])
-def test_the_way_back_is_that_of_bitsandbytes(tag):
+def test_the_way_back_is_that_of_bitsandbytes(tag: str) -> None:
     import bitsandbytes
 
     values, scales = judged(wide_range((40, 33)))
@@ -114,7 +115,7 @@ def read(source: TensorSource, begin: int = 0) -> bytes:
     return bytes(out)
 
 
-def test_a_transposed_matrix_has_a_scale_for_each_column():
+def test_a_transposed_matrix_has_a_scale_for_each_column() -> None:
     values, scales = judged(wide_range((6, 40)).float())
     transposed = WidenedRows(int8(values), raw_bytes(scales)).permuted((1, 0))
     expected = (values * scales[:, None] / 127).T.contiguous()
@@ -124,7 +125,7 @@ def test_a_transposed_matrix_has_a_scale_for_each_column():
             torch.testing.assert_close(found, expected.flatten()[first:])
 
 
-def test_a_box_of_a_matrix_has_the_scales_of_its_rows():
+def test_a_box_of_a_matrix_has_the_scales_of_its_rows() -> None:
     values, scales = judged(wide_range((6, 40)).float())
     matrix = WidenedRows(int8(values), raw_bytes(scales))
     whole = torch.frombuffer(bytearray(read(matrix)), dtype=torch.float32).reshape(6, 40)
@@ -134,7 +135,7 @@ def test_a_box_of_a_matrix_has_the_scales_of_its_rows():
 
 
 @given(st.data())
-def test_each_value_comes_back_within_half_a_step(data):
+def test_each_value_comes_back_within_half_a_step(data: Any) -> None:
     rows, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
     numbers = st.floats(-65504, 65504, width=32)
     weight = torch.tensor(data.draw(st.lists(numbers, min_size=rows * columns, max_size=rows * columns)))
@@ -155,7 +156,7 @@ def test_each_value_comes_back_within_half_a_step(data):
     assert share <= 1.0001 / 254 + 2**-11 + 2**-25 / smallest
 
 
-def test_a_value_beyond_half_a_step_is_counted():
+def test_a_value_beyond_half_a_step_is_counted() -> None:
     weight = torch.tensor([[127.0, 3.0, 0.0]])
     values, scales = quantize_in_parts(weight, "F32", 0)
     off = bytes([values[0], values[1] + 1, values[2]])
@@ -176,7 +177,7 @@ def save_matrix(folder: Path, weight: torch.Tensor, **others: torch.Tensor) -> C
 
 
 @pytest.mark.parametrize("chunk_nbytes", [64, 1000, 1 << 16])
-def test_scales_are_found_in_small_chunks(tmp_path, chunk_nbytes):
+def test_scales_are_found_in_small_chunks(tmp_path: Path, chunk_nbytes: int) -> None:
     # With 64 bytes no row fits the buffer.
     weight = wide_range((30, 37)).float()
     [info] = save_matrix(tmp_path, weight).tensors
@@ -184,7 +185,7 @@ def test_scales_are_found_in_small_chunks(tmp_path, chunk_nbytes):
     assert b"".join(scales.numbers for scales in found) == raw_bytes(judged(weight)[1])
 
 
-def test_the_three_tensors_of_a_module(tmp_path):
+def test_the_three_tensors_of_a_module(tmp_path: Path) -> None:
     weight = wide_range((4, 3)).float()
     [info] = save_matrix(tmp_path, weight).tensors
     made = quantized(info, raw_bytes(judged(weight)[1]))
@@ -204,11 +205,13 @@ def test_the_three_tensors_of_a_module(tmp_path):
         ({"m.SCB": torch.ones(4), "m.weight_format": torch.tensor(2, dtype=torch.uint8)}, Unsupported, "row by row"),
     ],
 )
-def test_scales_that_do_not_fit_are_refused(tmp_path, others, error, problem):
+def test_scales_that_do_not_fit_are_refused(
+    tmp_path: Path, others: dict[str, Any], error: type[Exception], problem: str
+) -> None:
     checkpoint = save_matrix(tmp_path, torch.ones(4, 3, dtype=torch.int8), **others)
     with pytest.raises(error, match=problem):
         dequantized(checkpoint, DTYPES["F32"], (), "error")
 
 
-def test_what_has_no_int8_weights_has_no_scales(tmp_path):
+def test_what_has_no_int8_weights_has_no_scales(tmp_path: Path) -> None:
     assert scales_in(save_matrix(tmp_path, torch.ones(4, 3))) == {}

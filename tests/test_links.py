@@ -102,7 +102,7 @@ def refused(wconv: Callable[..., Any], *args: object) -> str:
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
-def test_the_cache_of_the_hub_is_never_changed(how, tmp_path, wconv):
+def test_the_cache_of_the_hub_is_never_changed(how: str, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     place = cache_of(save_pipeline(tmp_path / "model"), how)
     before = snapshot(tmp_path)
     spelled = tmp_path / "by-link"
@@ -126,14 +126,14 @@ def test_the_cache_of_the_hub_is_never_changed(how, tmp_path, wconv):
     assert snapshot(tmp_path) == before
 
 
-def test_a_cache_is_known_before_it_is_read(tmp_path, wconv):
+def test_a_cache_is_known_before_it_is_read(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     place = cache_of(save_bin_shards(STATE, tmp_path / "model").parent, "relative")
     (place / "pytorch_model.bin.index.json").resolve().write_text("{")
     refused(wconv, "recast", place, "--dtype", "bf16", "--dry-run")
     refused(wconv, "doctor", place, "--fix", "--dry-run")
 
 
-def test_the_library_refuses_the_cache_as_well(tmp_path):
+def test_the_library_refuses_the_cache_as_well(tmp_path: Path) -> None:
     place = cache_of(save_bin_shards(STATE, tmp_path / "model").parent, "relative")
     before = snapshot(tmp_path)
     for call in (
@@ -149,7 +149,7 @@ def test_the_library_refuses_the_cache_as_well(tmp_path):
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
-def test_a_cache_is_read_into_a_new_folder_without_links(how, tmp_path, wconv):
+def test_a_cache_is_read_into_a_new_folder_without_links(how: str, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     model = save_pipeline(tmp_path / "model")
     place = cache_of(model, how)
     before = snapshot(tmp_path / "hub")
@@ -171,7 +171,7 @@ def test_a_cache_is_read_into_a_new_folder_without_links(how, tmp_path, wconv):
 
 
 @pytest.mark.parametrize("how", ["relative", "absolute", "chained"])
-def test_a_folder_of_links_into_the_cache_is_of_the_cache(how, tmp_path, wconv):
+def test_a_folder_of_links_into_the_cache_is_of_the_cache(how: str, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     blob = tmp_path / "hub" / "models--org--name" / "blobs" / "0123"
     save(STATE, tmp_path / "pytorch_model.bin")
     blob.parent.mkdir(parents=True)
@@ -191,7 +191,7 @@ def test_a_folder_of_links_into_the_cache_is_of_the_cache(how, tmp_path, wconv):
 # The names of models in the cache.
 
 
-def test_a_model_of_the_cache_means_its_snapshot(tmp_path, wconv):
+def test_a_model_of_the_cache_means_its_snapshot(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     place = cache_of(save_pipeline(tmp_path / "model"), "relative")
     (place.parent / "older").mkdir()
     for name in (tmp_path / "hub", tmp_path / "hub" / "models--org--name", place.parent):
@@ -204,7 +204,7 @@ def test_a_model_of_the_cache_means_its_snapshot(tmp_path, wconv):
 
 
 @pytest.mark.parametrize("main", [None, "gone", "../../../elsewhere", "..", "x" * 5_000, ""])
-def test_several_snapshots_are_listed(main, tmp_path, wconv):
+def test_several_snapshots_are_listed(main: str | None, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     place = cache_of(save_bin_shards(STATE, tmp_path / "model").parent, "relative")
     (place.parent.parent / "refs" / "main").unlink()
     assert open_model(tmp_path / "hub").root.path == place  # the only one
@@ -215,7 +215,7 @@ def test_several_snapshots_are_listed(main, tmp_path, wconv):
     assert f"Name one: {place}, {place.parent / 'older'}." in said
 
 
-def test_several_models_are_listed(tmp_path, wconv):
+def test_several_models_are_listed(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     place = cache_of(save_bin_shards(STATE, tmp_path / "model").parent, "relative")
     shutil.copytree(place.parent.parent, tmp_path / "hub" / "models--org--other", symlinks=True)
     (tmp_path / "hub" / "CACHEDIR.TAG").write_text("x")
@@ -229,7 +229,7 @@ def test_several_models_are_listed(tmp_path, wconv):
     wconv("to-safetensors", tmp_path / "hub")
 
 
-def test_a_model_without_snapshots_says_so(tmp_path, wconv):
+def test_a_model_without_snapshots_says_so(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     (tmp_path / "models--a--b" / "snapshots").mkdir(parents=True)
     assert "holds no snapshot" in wconv("inspect", tmp_path / "models--a--b", exit_code=3).stderr
 
@@ -238,14 +238,14 @@ def test_a_model_without_snapshots_says_so(tmp_path, wconv):
 
 
 @pytest.fixture(params=LAYOUTS)
-def linked(request, tmp_path) -> Path:
+def linked(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Give a folder of links to shards in a store, with an index and a config."""
     folder = save_safetensors_shards(STATE, tmp_path / "model").parent
     write_json(folder / "config.json", CONFIG)
     return put_behind(folder, tmp_path / "store", request.param)
 
 
-def test_renaming_links_moves_the_links_alone(linked, tmp_path, wconv):
+def test_renaming_links_moves_the_links_alone(linked: Path, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     before = snapshot(tmp_path / "store")
     was_link = (linked / "model-00001-of-00003.safetensors").is_symlink()
     wconv("rename-variant", linked, "--from", "none", "--to", "fp16")
@@ -259,7 +259,9 @@ def test_renaming_links_moves_the_links_alone(linked, tmp_path, wconv):
 
 
 @pytest.mark.parametrize("nbytes", ["none", "64B", "96B"])
-def test_resharding_links_in_place_leaves_the_store(nbytes, linked, tmp_path, wconv):
+def test_resharding_links_in_place_leaves_the_store(
+    nbytes: str, linked: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     before = snapshot(tmp_path / "store")
     wconv("reshard", linked, "--max-shard-size", nbytes, "--in-place")
     assert_same(load_set(linked), STATE)
@@ -267,7 +269,7 @@ def test_resharding_links_in_place_leaves_the_store(nbytes, linked, tmp_path, wc
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
-def test_a_shard_that_stays_stays_a_link(how, tmp_path, wconv):
+def test_a_shard_that_stays_stays_a_link(how: str, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     folder = save_safetensors_shards(STATE, tmp_path / "model", ("ab", "cd", "e", "f")).parent
     put_behind(folder, tmp_path / "store", how)
     before = snapshot(tmp_path / "store")
@@ -277,7 +279,7 @@ def test_a_shard_that_stays_stays_a_link(how, tmp_path, wconv):
     assert snapshot(tmp_path / "store") == before
 
 
-def test_mending_links_keeps_them_and_puts_them_back(linked, tmp_path, wconv):
+def test_mending_links_keeps_them_and_puts_them_back(linked: Path, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     for path in sorted(linked.glob("*-of-*")):
         path.rename(linked / path.name.replace(".safetensors", ".fp16.safetensors"))
     (linked / "model.safetensors.index.json").unlink()
@@ -295,7 +297,9 @@ def test_mending_links_keeps_them_and_puts_them_back(linked, tmp_path, wconv):
 
 @pytest.mark.parametrize("output", [[], ["-o", "new"]])
 @pytest.mark.parametrize("how", LAYOUTS)
-def test_deleting_a_source_of_links_leaves_the_store(how, output, tmp_path, wconv, monkeypatch):
+def test_deleting_a_source_of_links_leaves_the_store(
+    how: str, output: list[Any], tmp_path: Path, wconv: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     folder = put_behind(save_bin_shards(STATE, tmp_path / "model").parent, tmp_path / "store", how)
     before = snapshot(tmp_path / "store")
@@ -306,7 +310,7 @@ def test_deleting_a_source_of_links_leaves_the_store(how, output, tmp_path, wcon
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
-def test_output_in_the_place_of_a_link_replaces_the_link(how, tmp_path, wconv):
+def test_output_in_the_place_of_a_link_replaces_the_link(how: str, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     save(STATE, tmp_path / "model" / "pytorch_model.bin")
     save(make_state(seed=1), tmp_path / "store" / "x" / "model.safetensors")
     link(tmp_path / "model" / "model.safetensors", tmp_path / "store" / "x" / "model.safetensors", how)
@@ -320,7 +324,7 @@ def test_output_in_the_place_of_a_link_replaces_the_link(how, tmp_path, wconv):
 
 
 @pytest.fixture
-def pipeline(tmp_path) -> Path:
+def pipeline(tmp_path: Path) -> Path:
     """Give a pipeline whose unet is a link to a folder elsewhere."""
     folder = save_pipeline(tmp_path / "model")
     (tmp_path / "elsewhere").mkdir()
@@ -334,7 +338,9 @@ def pipeline(tmp_path) -> Path:
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 @pytest.mark.parametrize("asked", [*BESIDE, ["to-safetensors", "-o", "OUT", "--delete-source"]], ids=" ".join)
-def test_nothing_is_changed_in_a_component_that_is_a_link(asked, dry, pipeline, tmp_path, wconv):
+def test_nothing_is_changed_in_a_component_that_is_a_link(
+    asked: list[str], dry: list[Any], pipeline: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     before = snapshot(tmp_path)
     words = [tmp_path / "out" if word == "OUT" else word for word in asked[1:]]
     done = wconv(asked[0], pipeline, *words, *dry, exit_code=5)
@@ -344,7 +350,7 @@ def test_nothing_is_changed_in_a_component_that_is_a_link(asked, dry, pipeline, 
 
 
 @pytest.mark.parametrize("where", ["elsewhere", "within"])
-def test_a_link_in_the_output_is_not_written_through(where, tmp_path, wconv):
+def test_a_link_in_the_output_is_not_written_through(where: str, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     save_pipeline(tmp_path / "model")
     (tmp_path / "out").mkdir()
     place = tmp_path / "elsewhere" if where == "elsewhere" else tmp_path / "out" / "vae"
@@ -355,7 +361,7 @@ def test_a_link_in_the_output_is_not_written_through(where, tmp_path, wconv):
     assert snapshot(tmp_path) == before
 
 
-def test_a_component_that_is_a_link_is_read(pipeline, tmp_path, wconv):
+def test_a_component_that_is_a_link_is_read(pipeline: Path, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     told = wconv("to-safetensors", pipeline, "-o", tmp_path / "out").stdout
     assert_same(weights_of(tmp_path / "out"), weights_of(pipeline) | weights_of_unet(tmp_path))
     assert (tmp_path / "out" / "unet" / "config.json").is_file()
@@ -367,7 +373,7 @@ def test_a_component_that_is_a_link_is_read(pipeline, tmp_path, wconv):
     assert {"unet/notes.txt", "unet/more/deep.txt"} <= set(names_in(tmp_path / "all"))
 
 
-def test_what_lies_behind_links_is_shown(pipeline, wconv):
+def test_what_lies_behind_links_is_shown(pipeline: Path, wconv: Callable[..., Any]) -> None:
     (pipeline / "docs").symlink_to(pipeline.parent, target_is_directory=True)
     found = json.loads(wconv("inspect", pipeline, "--json").stdout)
     assert found["linked"] == ["docs", "unet/more", "unet/notes.txt"]
@@ -379,7 +385,9 @@ def weights_of_unet(tmp_path: Path) -> dict[str, torch.Tensor]:
     return {f"unet/{name.partition('/')[2]}": v for name, v in weights_of(tmp_path / "elsewhere" / "unet").items()}
 
 
-def test_other_weights_of_a_component_that_is_a_link_come_along(pipeline, tmp_path, wconv):
+def test_other_weights_of_a_component_that_is_a_link_come_along(
+    pipeline: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     wconv("to-safetensors", pipeline, "--component", "vae", "-o", tmp_path / "out")
     assert len(list((tmp_path / "out" / "unet").glob("*.bin*"))) == 3
 
@@ -388,7 +396,7 @@ def test_other_weights_of_a_component_that_is_a_link_come_along(pipeline, tmp_pa
 
 
 @pytest.fixture
-def with_secrets(tmp_path) -> Path:
+def with_secrets(tmp_path: Path) -> Path:
     """Give a pipeline that has links out: to a file, to a folder, and to what it calls weights."""
     folder = save_pipeline(tmp_path / "model")
     (tmp_path / "home" / "docs").mkdir(parents=True)
@@ -403,7 +411,9 @@ def with_secrets(tmp_path) -> Path:
     return folder
 
 
-def test_links_out_are_named_and_not_carried_over(with_secrets, tmp_path, wconv):
+def test_links_out_are_named_and_not_carried_over(
+    with_secrets: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     told = wconv("to-safetensors", with_secrets, "--component", "unet", "-o", tmp_path / "out").stdout
     assert not any("secret" in path.read_text("latin-1") for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert (tmp_path / "out" / "here.json").read_bytes() == (with_secrets / "model_index.json").read_bytes()
@@ -412,7 +422,9 @@ def test_links_out_are_named_and_not_carried_over(with_secrets, tmp_path, wconv)
         assert not (tmp_path / "out" / name).exists()
 
 
-def test_links_out_are_carried_over_when_that_is_asked_for(with_secrets, tmp_path, wconv):
+def test_links_out_are_carried_over_when_that_is_asked_for(
+    with_secrets: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     wconv("to-safetensors", with_secrets, "--component", "unet", "-o", tmp_path / "out", "--follow-links")
     for name in ("tokenizer/tokenizer.json", "scheduler/way.json", "docs/letter.txt"):
         assert (tmp_path / "out" / name).read_text() == "secret"
@@ -422,7 +434,9 @@ def test_links_out_are_carried_over_when_that_is_asked_for(with_secrets, tmp_pat
 @pytest.mark.parametrize(
     "asked", [["recast", "--dtype", "bf16", "--variant", "none"], ["dequantize", "--dtype", "fp16"]]
 )
-def test_a_config_elsewhere_is_not_written_anew_into_the_output(asked, tmp_path, wconv):
+def test_a_config_elsewhere_is_not_written_anew_into_the_output(
+    asked: list[str], tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     state: dict[str, torch.Tensor] = dict(STATE)
     if asked[0] == "dequantize":
         state = {"a.weight": torch.ones(2, 2, dtype=torch.int8), "a.SCB": torch.ones(2)}
@@ -439,7 +453,7 @@ def test_a_config_elsewhere_is_not_written_anew_into_the_output(asked, tmp_path,
     assert "secret" in (out / "config.json").read_text()
 
 
-def test_what_runs_leave_is_not_carried_over(tmp_path, wconv):
+def test_what_runs_leave_is_not_carried_over(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     save(STATE, tmp_path / "model" / "pytorch_model.bin")
     left = (".staging.wconv.json", ".staging.wconv-0f3a.json", ".out.wconv", ".out.wconv.json", ".wconv-undo", ".notes")
     for name in left:
@@ -451,7 +465,7 @@ def test_what_runs_leave_is_not_carried_over(tmp_path, wconv):
 
 
 @pytest.mark.parametrize("follow", [[], ["--follow-links"]])
-def test_links_in_circles_end(follow, tmp_path, wconv):
+def test_links_in_circles_end(follow: list[Any], tmp_path: Path, wconv: Callable[..., Any]) -> None:
     folder = save(STATE, tmp_path / "model" / "pytorch_model.bin").parent
     for number in range(24):  # 2 to the power of 24 paths
         (folder / f"d{number}").mkdir()
@@ -465,7 +479,9 @@ def test_links_in_circles_end(follow, tmp_path, wconv):
     assert 2 <= len(names_in(tmp_path / "out")) <= 3
 
 
-def test_too_much_behind_links_is_refused(tmp_path, wconv, monkeypatch):
+def test_too_much_behind_links_is_refused(
+    tmp_path: Path, wconv: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(converter.models.rest, "_MAX_BEHIND_LINKS", 10)
     folder = save(STATE, tmp_path / "model" / "pytorch_model.bin").parent
     (tmp_path / "many").mkdir()
@@ -478,7 +494,7 @@ def test_too_much_behind_links_is_refused(tmp_path, wconv, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
-def test_a_link_to_a_process_ends(tmp_path, wconv, monkeypatch):
+def test_a_link_to_a_process_ends(tmp_path: Path, wconv: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(converter.models.rest, "_MAX_BEHIND_LINKS", 1_000)
     folder = save(STATE, tmp_path / "model" / "pytorch_model.bin").parent
     (folder / "docs").symlink_to("/proc/self", target_is_directory=True)
@@ -491,7 +507,7 @@ def test_a_link_to_a_process_ends(tmp_path, wconv, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sub", "sub/deep"])
-def test_a_folder_that_cannot_be_read_is_no_silence(name, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_no_silence(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(STATE, tmp_path / "model" / "pytorch_model.bin").parent
     (folder / "sub" / "deep").mkdir(parents=True)
 
@@ -517,7 +533,7 @@ def test_a_folder_that_cannot_be_read_is_no_silence(name, tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def pipes(tmp_path) -> Path:
+def pipes(tmp_path: Path) -> Path:
     """Give a pipeline with FIFOs, a socket and a device by names that would be read."""
     folder = save_pipeline(tmp_path / "model")
     for name in ("a.bin", "model.safetensors", "x.gguf", "notes.txt", "vae/model.fp16.safetensors", "vae/dotless",
@@ -543,7 +559,7 @@ def pipes(tmp_path) -> Path:
      ["reshard", "--in-place", "--max-shard-size", "none"]],
     ids=" ".join,
 )  # fmt: skip
-def test_no_command_opens_a_pipe(asked, pipes, tmp_path, wconv):
+def test_no_command_opens_a_pipe(asked: list[str], pipes: Path, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     named = {"SRC": pipes, "OUT": tmp_path / "out"}
     wconv(asked[0], pipes, *(named.get(word, word) for word in asked[1:]), exit_code=None)
     if (tmp_path / "out").exists():
@@ -554,7 +570,7 @@ def test_no_command_opens_a_pipe(asked, pipes, tmp_path, wconv):
 @pytest.mark.parametrize(
     "name", ["a.bin", "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.bin"]
 )
-def test_a_pipe_is_refused_in_one_line(name, tmp_path, wconv):
+def test_a_pipe_is_refused_in_one_line(name: str, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     pipe = tmp_path / name
     os.mkfifo(pipe)
     out = ["-o", tmp_path / "out"]
@@ -577,7 +593,9 @@ def test_a_pipe_is_refused_in_one_line(name, tmp_path, wconv):
      ["prepare-coreml", ".", "-o", "x", "--config", ""], ["rename-variant", "", "--from", "none", "--to", "x"]],
     ids=" ".join,
 )  # fmt: skip
-def test_an_empty_text_is_no_path(words, tmp_path, wconv, monkeypatch):
+def test_an_empty_text_is_no_path(
+    words: list[str], tmp_path: Path, wconv: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path)
@@ -585,7 +603,7 @@ def test_an_empty_text_is_no_path(words, tmp_path, wconv, monkeypatch):
     assert snapshot(tmp_path) == before
 
 
-def test_an_empty_text_is_no_path_for_the_library(tmp_path, monkeypatch):
+def test_an_empty_text_is_no_path_for_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     monkeypatch.chdir(tmp_path)
     for call in (
@@ -602,7 +620,7 @@ def test_an_empty_text_is_no_path_for_the_library(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("to", ["nowhere", "link"])
 @pytest.mark.parametrize("below", ["", "new", "new.safetensors"])
-def test_output_on_a_link_to_nothing_is_refused(below, to, tmp_path, wconv):
+def test_output_on_a_link_to_nothing_is_refused(below: str, to: str, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     save(STATE, tmp_path / "model" / "pytorch_model.bin")
     (tmp_path / "link").symlink_to(to)
     before = snapshot(tmp_path)
@@ -614,14 +632,14 @@ def test_output_on_a_link_to_nothing_is_refused(below, to, tmp_path, wconv):
 
 
 @pytest.mark.parametrize("to", ["nowhere", "model"])
-def test_a_source_that_is_a_link_to_nothing_is_said(to, tmp_path, wconv):
+def test_a_source_that_is_a_link_to_nothing_is_said(to: str, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     (tmp_path / "model").symlink_to(to)
     for command, *options in (["inspect"], ["doctor"], ["doctor", "--fix"], *BESIDE):
         assert "is a link to nothing" in wconv(command, tmp_path / "model", *options, exit_code=3).stderr
         wconv(command, tmp_path / "model" / "below", *options, exit_code=3)
 
 
-def test_mending_makes_no_file_of_a_link(tmp_path, wconv):
+def test_mending_makes_no_file_of_a_link(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     folder = save_pipeline(tmp_path / "model", "fp16")
     (tmp_path / "key").write_text("secret")
     (folder / "vae" / "LICENSE").symlink_to(Path("..", "..", "key"))
@@ -635,13 +653,13 @@ def test_mending_makes_no_file_of_a_link(tmp_path, wconv):
     assert snapshot(tmp_path) == before
 
 
-def test_the_doctor_looks_past_a_link_to_itself(tmp_path, wconv):
+def test_the_doctor_looks_past_a_link_to_itself(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").symlink_to("model.safetensors")
     assert "is a link to nothing" in wconv("doctor", tmp_path, exit_code=1).stdout
 
 
-def test_output_in_the_place_of_a_link_to_nothing_is_refused(tmp_path, wconv):
+def test_output_in_the_place_of_a_link_to_nothing_is_refused(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").symlink_to("nowhere")
     before = snapshot(tmp_path)
@@ -654,7 +672,7 @@ def test_output_in_the_place_of_a_link_to_nothing_is_refused(tmp_path, wconv):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_folders_in_folders_without_end_are_refused(tmp_path, wconv):
+def test_folders_in_folders_without_end_are_refused(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     source = save_bin_shards(make_state(), tmp_path / "m").parent
     (source / "/".join("d" * 200)).mkdir(parents=True)
     assert "has folders in folders" in wconv("to-safetensors", source, "-o", tmp_path / "out", exit_code=3).stderr

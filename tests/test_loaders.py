@@ -16,7 +16,7 @@ import logging
 import shutil
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,12 @@ def case_id(case: tuple[str, int, str]) -> str:
 
 
 @pytest.fixture(scope="module", params=CASES, ids=case_id)
-def conversion(request, wconv, saved_model, tmp_path_factory) -> Conversion:
+def conversion(
+    request: pytest.FixtureRequest,
+    wconv: Callable[..., Any],
+    saved_model: Callable[..., tuple[Any, Path]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Conversion:
     name, shards, place = request.param
     model, source = saved_model(name, shards)
     folder = tmp_path_factory.mktemp("converted") / "model"
@@ -78,20 +83,20 @@ def conversion(request, wconv, saved_model, tmp_path_factory) -> Conversion:
     return Conversion(name, shards, model, source, folder, outcome.stdout)
 
 
-def test_loads_silently_with_the_same_bits_and_numbers(conversion, builders):
+def test_loads_silently_with_the_same_bits_and_numbers(conversion: Conversion, builders: Any) -> None:
     loaded = load_silently(conversion.model, conversion.folder)
     assert_same_weights(builders, loaded, conversion.model)
     assert_close_outputs(builders.forward(loaded), builders.forward(conversion.model))
 
 
 @pytest.mark.parametrize("conversion", BESIDE, ids=case_id, indirect=True)
-def test_beside_the_source_it_is_not_the_bin_that_loads(conversion, builders):
+def test_beside_the_source_it_is_not_the_bin_that_loads(conversion: Any, builders: Any) -> None:
     loaded = load_silently(conversion.model, conversion.folder, use_safetensors=True)
     assert_same_weights(builders, loaded, conversion.model)
 
 
 @pytest.mark.parametrize("conversion", SHARDED_BESIDE, ids=case_id, indirect=True)
-def test_the_printed_line_loads_it(conversion, builders):
+def test_the_printed_line_loads_it(conversion: Any, builders: Any) -> None:
     *setup, load = ast.parse(textwrap.dedent(conversion.said.split("Load it with:\n")[1])).body
     scope: dict[str, Any] = {}
     exec(compile(ast.Module(setup, []), "<said>", "exec"), scope)
@@ -100,19 +105,19 @@ def test_the_printed_line_loads_it(conversion, builders):
     assert_same_weights(builders, loaded, conversion.model)
 
 
-def test_no_key_is_missing_or_left_over(conversion, builders):
+def test_no_key_is_missing_or_left_over(conversion: Conversion, builders: Any) -> None:
     for name, part in builders.models_in(conversion.model).items():
         _, report = type(part).from_pretrained(conversion.folder / name, output_loading_info=True)
         assert not any(report.values()), report
 
 
-def test_every_component_has_as_many_files_as_before(conversion, builders):
+def test_every_component_has_as_many_files_as_before(conversion: Conversion, builders: Any) -> None:
     for name in builders.models_in(conversion.model):
         files = sorted((conversion.folder / name).glob("*.safetensors"))
         assert len(files) == conversion.shards
 
 
-def test_each_file_has_the_bytes_that_save_file_writes(conversion, tmp_path):
+def test_each_file_has_the_bytes_that_save_file_writes(conversion: Conversion, tmp_path: Path) -> None:
     state_dicts = {folder.parent: {} for folder in conversion.source.rglob("*.bin")}
     for folder, state in state_dicts.items():
         state.update(read_bins(folder.glob("*.bin")))
@@ -122,7 +127,7 @@ def test_each_file_has_the_bytes_that_save_file_writes(conversion, tmp_path):
             assert_as_save_file_writes(path, state, tmp_path / "reference.safetensors")
 
 
-def test_index_is_complete(conversion, builders):
+def test_index_is_complete(conversion: Conversion, builders: Any) -> None:
     for name in builders.models_in(conversion.model):
         indexes = list((conversion.folder / name).glob("*.safetensors.index.json"))
         assert len(indexes) == (conversion.shards > 1)
@@ -130,7 +135,7 @@ def test_index_is_complete(conversion, builders):
             assert_complete_index(path)
 
 
-def test_ties_are_recorded_where_the_kept_name_is(conversion):
+def test_ties_are_recorded_where_the_kept_name_is(conversion: Conversion) -> None:
     recorded = {}
     for path in conversion.folder.rglob("*.safetensors"):
         names, metadata = read_header(path)
@@ -141,7 +146,7 @@ def test_ties_are_recorded_where_the_kept_name_is(conversion):
     assert recorded == TIES.get(conversion.name, {})
 
 
-def test_source_stays_as_it_was(conversion):
+def test_source_stays_as_it_was(conversion: Conversion) -> None:
     before = digests(conversion.source)
     assert not [path for path in before if path.endswith(".safetensors")]
     here = conversion.folder if (conversion.folder / "config.json").exists() else conversion.folder / "unet"
@@ -154,7 +159,15 @@ def test_source_stays_as_it_was(conversion):
 @pytest.mark.parametrize("place", ["beside", "new"])
 @pytest.mark.parametrize("name", ["sd_bin_sharded", "sd_bin_sharded_today"])
 @pytest.mark.parametrize("options", [(), ("--max-shard-size", "none")], ids=["shards", "merged"])
-def test_founding_folders_load(name, options, place, founding_folders, builders, copy_of, wconv):
+def test_founding_folders_load(
+    name: str,
+    options: tuple[Any, ...],
+    place: str,
+    founding_folders: dict[str, Path],
+    builders: Any,
+    copy_of: Callable[[Path], Path],
+    wconv: Callable[..., Any],
+) -> None:
     folder = copy_of(founding_folders[name])
     pipeline_class = builders.StableDiffusionPipeline
     with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model\.bin found in directory .*unet"):
@@ -175,7 +188,7 @@ def test_founding_folders_load(name, options, place, founding_folders, builders,
 SPELLINGS = ["single", "current", "legacy", "legacy_index"]
 
 
-def add_variant(builders, model, folder: Path, spelling: str) -> None:
+def add_variant(builders: Any, model: Any, folder: Path, spelling: str) -> None:
     """Add the model in fp16 to a folder, tagged, under one of the spellings that were ever written."""
     builders.save_bin(model, folder, 1 if spelling == "single" else 3, "fp16")
     for path in [folder, *folder.iterdir()] if spelling.startswith("legacy") else []:
@@ -185,7 +198,14 @@ def add_variant(builders, model, folder: Path, spelling: str) -> None:
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("name", ["sd", "clip", "llama_tied"])
-def test_both_sets_load_beside_their_source(name, spelling, builders, saved_model, copy_of, wconv):
+def test_both_sets_load_beside_their_source(
+    name: str,
+    spelling: str,
+    builders: Any,
+    saved_model: Callable[..., tuple[Any, Path]],
+    copy_of: Callable[[Path], Path],
+    wconv: Callable[..., Any],
+) -> None:
     full, source = saved_model(name, 3)
     half = builders.MODELS[name]().to(dtype=torch.float16)
     folder = copy_of(source)
@@ -201,7 +221,9 @@ def test_both_sets_load_beside_their_source(name, spelling, builders, saved_mode
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("name", ["sd", "clip"])
-def test_a_folder_with_only_a_variant_loads(name, spelling, builders, tmp_path, wconv):
+def test_a_folder_with_only_a_variant_loads(
+    name: str, spelling: str, builders: Any, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     half = builders.MODELS[name]().to(dtype=torch.float16)
     add_variant(builders, half, tmp_path / "source", spelling)
     folder = tmp_path / "out"
@@ -210,7 +232,12 @@ def test_a_folder_with_only_a_variant_loads(name, spelling, builders, tmp_path, 
     assert_same_weights(builders, loaded, half)
 
 
-def test_one_variant_of_two_into_a_new_folder(builders, saved_model, copy_of, wconv):
+def test_one_variant_of_two_into_a_new_folder(
+    builders: Any,
+    saved_model: Callable[..., tuple[Any, Path]],
+    copy_of: Callable[[Path], Path],
+    wconv: Callable[..., Any],
+) -> None:
     half = builders.MODELS["sd"]().to(dtype=torch.float16)
     source = copy_of(saved_model("sd", 1)[1])
     add_variant(builders, half, source, "current")
@@ -222,7 +249,9 @@ def test_one_variant_of_two_into_a_new_folder(builders, saved_model, copy_of, wc
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_aliases_of_a_model_that_is_not_tied_are_all_written(shards, builders, tmp_path, wconv):
+def test_aliases_of_a_model_that_is_not_tied_are_all_written(
+    shards: int, builders: Any, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     model = builders.make_llama(tied=False)
     model.lm_head.weight = model.model.embed_tokens.weight
     builders.save_bin(model, tmp_path / "source", shards)
@@ -233,7 +262,7 @@ def test_aliases_of_a_model_that_is_not_tied_are_all_written(shards, builders, t
     assert_same_weights(builders, load_silently(model, folder), model)
 
 
-def test_a_lone_file_has_every_name_that_load_state_dict_wants(tmp_path, wconv):
+def test_a_lone_file_has_every_name_that_load_state_dict_wants(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 4), "head": torch.nn.Linear(4, 5, bias=False)})
     model["head"].weight = model["embed"].weight
     torch.save(model.state_dict(), tmp_path / "plain.pt")
@@ -242,7 +271,9 @@ def test_a_lone_file_has_every_name_that_load_state_dict_wants(tmp_path, wconv):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_aliases_in_a_diffusers_component_are_all_written(shards, builders, tmp_path, wconv):
+def test_aliases_in_a_diffusers_component_are_all_written(
+    shards: int, builders: Any, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     model = builders.make_unet()
     model.mid_block.resnets[1].norm1.weight = model.mid_block.resnets[0].norm1.weight
     state = model.state_dict()
@@ -255,7 +286,9 @@ def test_aliases_in_a_diffusers_component_are_all_written(shards, builders, tmp_
     assert_same_weights(builders, load_silently(model, folder), model)
 
 
-def test_tied_duplicate_writes_every_name(builders, saved_model, tmp_path, wconv):
+def test_tied_duplicate_writes_every_name(
+    builders: Any, saved_model: Callable[..., tuple[Any, Path]], tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     model, source = saved_model("t5", 3)
     folder = tmp_path / "out"
     wconv("to-safetensors", source, "-o", folder, "--tied", "duplicate")
@@ -264,7 +297,9 @@ def test_tied_duplicate_writes_every_name(builders, saved_model, tmp_path, wconv
 
 
 @pytest.mark.parametrize("limit", ["50KB", "300KB", "10GB"])
-def test_shards_are_cut_where_huggingface_hub_cuts_them(limit, saved_model, tmp_path, wconv):
+def test_shards_are_cut_where_huggingface_hub_cuts_them(
+    limit: str, saved_model: Callable[..., tuple[Any, Path]], tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     _, source = saved_model("sd", 1)
     wconv("to-safetensors", source / "unet", "-o", tmp_path / "out", "--max-shard-size", limit)
     state = torch.load(source / "unet/diffusion_pytorch_model.bin", weights_only=True)

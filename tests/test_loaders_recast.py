@@ -66,7 +66,7 @@ class Recast:
 
 
 @pytest.fixture(scope="module")
-def shaken(builders, tmp_path_factory) -> Callable[[str, str], tuple[Any, Path]]:
+def shaken(builders: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Any, Path]]:
     """Give a model of random weights and its folder, of single `.bin` files or of safetensors shards."""
 
     @cache
@@ -89,7 +89,13 @@ UNTAGGED = [case for case in CASES if case[2] == "untagged"]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
-def recast(request, wconv, builders, shaken, tmp_path_factory) -> Recast:
+def recast(
+    request: pytest.FixtureRequest,
+    wconv: Callable[..., Any],
+    builders: Any,
+    shaken: Callable[[str, str], tuple[Any, Path]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Recast:
     name, dtype, place = request.param
     model, source = shaken(name, source_form(place, dtype))
     folder = tmp_path_factory.mktemp("recast") / "model"
@@ -103,13 +109,13 @@ def recast(request, wconv, builders, shaken, tmp_path_factory) -> Recast:
     return Recast(dtype, place, model, source, folder)
 
 
-def test_it_loads_silently_as_the_source_does_in_that_dtype(recast, builders):
+def test_it_loads_silently_as_the_source_does_in_that_dtype(recast: Recast, builders: Any) -> None:
     loaded = load_silently(recast.model, recast.folder, **recast.wishes)
     expected = type(recast.model).from_pretrained(recast.source, dtype=TORCH_DTYPES[recast.dtype])
     assert_same_weights(builders, loaded, expected)
 
 
-def test_every_tensor_is_torchs_cast(recast, builders):
+def test_every_tensor_is_torchs_cast(recast: Recast, builders: Any) -> None:
     for name, part in builders.models_in(recast.model).items():
         stored, ties = read_written(recast.files(name))
         expected = cast_as_the_library_keeps(part, read_source(recast.source / name), recast.dtype)
@@ -120,13 +126,13 @@ def test_every_tensor_is_torchs_cast(recast, builders):
 
 
 @pytest.mark.parametrize("recast", TAGGED_ALONE, ids="-".join, indirect=True)
-def test_no_key_is_missing_or_left_over(recast, builders):
+def test_no_key_is_missing_or_left_over(recast: Any, builders: Any) -> None:
     for name, part in builders.models_in(recast.model).items():
         _, report = type(part).from_pretrained(recast.folder / name, output_loading_info=True, **recast.wishes)
         assert not any(report.values()), report
 
 
-def test_each_set_has_an_index_if_it_has_shards(recast, builders):
+def test_each_set_has_an_index_if_it_has_shards(recast: Recast, builders: Any) -> None:
     for name in builders.models_in(recast.model):
         indexes = [path for path in (recast.folder / name).glob("*.index*.json") if is_of(path.name, recast)]
         assert len(indexes) == (len(recast.files(name)) > 1)
@@ -145,7 +151,7 @@ def assert_complete_indexes(recast: Recast, component: str) -> None:
         assert_complete_index(path)
 
 
-def test_what_was_there_stays_as_it_was(recast):
+def test_what_was_there_stays_as_it_was(recast: Recast) -> None:
     before, after = digests(recast.source), digests(recast.folder)
     carried = {name for name in before if not is_weights(name)}
     if recast.place == "beside":
@@ -163,7 +169,7 @@ def is_weights(name: str) -> bool:
 
 
 @pytest.mark.parametrize("recast", UNTAGGED, ids="-".join, indirect=True)
-def test_an_untagged_set_says_its_dtype(recast, builders):
+def test_an_untagged_set_says_its_dtype(recast: Any, builders: Any) -> None:
     told = str(TORCH_DTYPES[recast.dtype]).removeprefix("torch.")
     for name, part in builders.models_in(recast.model).items():
         before = (recast.source / name / "config.json").read_text()
@@ -178,7 +184,14 @@ def test_an_untagged_set_says_its_dtype(recast, builders):
 
 @pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_e5m2"])
 @pytest.mark.parametrize("name", ["sd", "wan", "t5", "llama_untied"])
-def test_eight_bit_floats_are_torchs_cast(name, dtype, builders, shaken, wconv, tmp_path):
+def test_eight_bit_floats_are_torchs_cast(
+    name: str,
+    dtype: str,
+    builders: Any,
+    shaken: Callable[[str, str], tuple[Any, Path]],
+    wconv: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
     model, source = shaken(name, "bin")
     wconv("recast", source, "--dtype", dtype, "-o", tmp_path / "out")
     for component, part in builders.models_in(model).items():
@@ -188,7 +201,13 @@ def test_eight_bit_floats_are_torchs_cast(name, dtype, builders, shaken, wconv, 
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_both_variants_beside_one_source_load(dtype, builders, shaken, copy_of, wconv):
+def test_both_variants_beside_one_source_load(
+    dtype: str,
+    builders: Any,
+    shaken: Callable[[str, str], tuple[Any, Path]],
+    copy_of: Callable[[Path], Path],
+    wconv: Callable[..., Any],
+) -> None:
     model, source = shaken("wan", "shards")
     folder = copy_of(source)
     for each in ("bf16", "fp16"):
@@ -199,7 +218,9 @@ def test_both_variants_beside_one_source_load(dtype, builders, shaken, copy_of, 
 
 
 @pytest.mark.parametrize("name", ["sd3", "llama_tied"])
-def test_recast_bin_in_one_pass_loads(name, builders, shaken, wconv, tmp_path):
+def test_recast_bin_in_one_pass_loads(
+    name: str, builders: Any, shaken: Callable[[str, str], tuple[Any, Path]], wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     model, source = shaken(name, "shards")
     wconv("to-bin", source, "--dtype", "fp16", "--max-shard-size", "none", "-o", tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.safetensors*"))

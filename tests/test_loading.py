@@ -148,7 +148,9 @@ FILES = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_printed_lines_load_what_was_written(kind, builders, wconv, tmp_path):
+def test_the_printed_lines_load_what_was_written(
+    kind: str, builders: Any, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     make, args, says = KINDS[kind]
     source = tmp_path / ODD / "source"
     source.parent.mkdir()
@@ -162,7 +164,7 @@ def test_the_printed_lines_load_what_was_written(kind, builders, wconv, tmp_path
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_the_printed_lines_load_a_file(kind, wconv, tmp_path):
+def test_the_printed_lines_load_a_file(kind: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
     name, (command, *options), says = FILES[kind]
     save(make_state(), tmp_path / name)
     said = wconv(command, tmp_path / name, *options).stdout

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.tiny import make_state, save, save_bin_shards, save_pipeline, write_json
@@ -31,7 +33,7 @@ def rest_of(folder: Model, skip: Path | None = None) -> dict[str, bool]:
 # Kinds.
 
 
-def test_a_file_stands_for_itself(tmp_path):
+def test_a_file_stands_for_itself(tmp_path: Path) -> None:
     path = save(STATE, tmp_path / "a" / "pytorch_model.bin")
     save(STATE, tmp_path / "a" / "other.bin")
     folder = open_model(path)
@@ -39,20 +41,20 @@ def test_a_file_stands_for_itself(tmp_path):
     assert sets_of(folder) == {"": ["pytorch_model.bin"]}
 
 
-def test_an_index_stands_for_its_set(tmp_path):
+def test_an_index_stands_for_its_set(tmp_path: Path) -> None:
     index = save_bin_shards(STATE, tmp_path)
     folder = open_model(index)
     assert folder.kind == "file"
     assert sets_of(folder) == {"": ["pytorch_model.bin.index.json"]}
 
 
-def test_a_plain_folder(tmp_path):
+def test_a_plain_folder(tmp_path: Path) -> None:
     save(STATE, tmp_path / "weights.pt")
     folder = open_model(tmp_path)
     assert (folder.kind, sets_of(folder)) == ("folder", {"": ["weights.pt"]})
 
 
-def test_a_transformers_folder(tmp_path):
+def test_a_transformers_folder(tmp_path: Path) -> None:
     save_bin_shards(STATE, tmp_path)
     write_json(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False})
     folder = open_model(tmp_path)
@@ -61,7 +63,7 @@ def test_a_transformers_folder(tmp_path):
     assert library_of(folder.components[0]) is TRANSFORMERS
 
 
-def test_a_diffusers_component(tmp_path):
+def test_a_diffusers_component(tmp_path: Path) -> None:
     save(STATE, tmp_path / "diffusion_pytorch_model.bin")
     write_json(tmp_path / "config.json", {"_class_name": "AutoencoderKL"})
     folder = open_model(tmp_path)
@@ -69,7 +71,7 @@ def test_a_diffusers_component(tmp_path):
     assert library_of(folder.components[0]) is DIFFUSERS
 
 
-def test_a_pipeline(tmp_path):
+def test_a_pipeline(tmp_path: Path) -> None:
     folder = open_model(save_pipeline(tmp_path))
     assert (folder.kind, folder.class_name) == ("pipeline", "P")
     assert sets_of(folder) == {
@@ -79,14 +81,14 @@ def test_a_pipeline(tmp_path):
     }
 
 
-def test_weights_beside_a_pipeline_are_no_component(tmp_path):
+def test_weights_beside_a_pipeline_are_no_component(tmp_path: Path) -> None:
     save(STATE, save_pipeline(tmp_path) / "v1-5.ckpt")
     folder = open_model(tmp_path)
     assert "" not in sets_of(folder)
     assert rest_of(folder)["v1-5.ckpt"]
 
 
-def test_a_sentence_transformers_folder(tmp_path):
+def test_a_sentence_transformers_folder(tmp_path: Path) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     save(STATE, tmp_path / "2_Dense" / "pytorch_model.bin")
     write_json(tmp_path / "1_Pooling" / "config.json", {})
@@ -100,13 +102,13 @@ def test_a_sentence_transformers_folder(tmp_path):
     "config",
     [{}, {"architectures": []}, {"architectures": None}, {"architectures": [3]}, {"_class_name": ["a", "b"]}, []],
 )
-def test_a_config_that_names_no_class(config, tmp_path):
+def test_a_config_that_names_no_class(config: dict[str, Any] | list[Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     write_json(tmp_path / "config.json", config)
     assert open_model(tmp_path).components[0].class_name == ""
 
 
-def test_every_variant_is_listed(tmp_path):
+def test_every_variant_is_listed(tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "pytorch_model.fp16.bin", "model.fp16.safetensors"):
         save(STATE, tmp_path / name)
     assert sets_of(open_model(tmp_path)) == {
@@ -131,13 +133,13 @@ def cache_of(folder: Path, root: Path) -> Path:
     return root / "snapshots" / "0123abc"
 
 
-def test_a_cache_of_links_is_like_the_folder(tmp_path):
+def test_a_cache_of_links_is_like_the_folder(tmp_path: Path) -> None:
     folder = open_model(save_pipeline(tmp_path / "model"))
     linked = open_model(cache_of(folder.path.path, tmp_path / "cache"))
     assert (linked.kind, sets_of(linked), rest_of(linked)) == ("pipeline", sets_of(folder), rest_of(folder))
 
 
-def test_a_cache_of_links_converts_into_a_new_folder_without_links(tmp_path, wconv):
+def test_a_cache_of_links_converts_into_a_new_folder_without_links(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     plain = save_pipeline(tmp_path / "model")
     snapshot = cache_of(plain, tmp_path / "cache")
     wconv("to-safetensors", snapshot, "-o", tmp_path / "out")
@@ -149,7 +151,7 @@ def test_a_cache_of_links_converts_into_a_new_folder_without_links(tmp_path, wco
                for name, path in written.items())  # fmt: skip
 
 
-def test_a_link_in_a_cache_may_be_named(tmp_path, wconv):
+def test_a_link_in_a_cache_may_be_named(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     snapshot = cache_of(save_pipeline(tmp_path / "model"), tmp_path / "cache")
     wconv("to-safetensors", snapshot / "vae" / "diffusion_pytorch_model.bin", "-o", tmp_path / "vae")
     wconv("to-safetensors", snapshot / "unet" / "diffusion_pytorch_model-00001-of-00002.bin", "-o", tmp_path / "unet")
@@ -160,7 +162,7 @@ def test_a_link_in_a_cache_may_be_named(tmp_path, wconv):
 # The rest.
 
 
-def test_the_rest_is_all_but_the_components_weights(tmp_path):
+def test_the_rest_is_all_but_the_components_weights(tmp_path: Path) -> None:
     folder = save_pipeline(tmp_path)
     for name in ("README.md", "unet/model.onnx", ".git/config", "tokenizer/__pycache__/x.pyc", "unet/.keep.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -178,12 +180,12 @@ def test_the_rest_is_all_but_the_components_weights(tmp_path):
     }
 
 
-def test_the_rest_leaves_out_what_is_skipped(tmp_path):
+def test_the_rest_leaves_out_what_is_skipped(tmp_path: Path) -> None:
     folder = open_model(save_pipeline(tmp_path))
     assert not any(name.startswith("vae") for name in rest_of(folder, skip=tmp_path / "vae"))
 
 
-def test_a_circle_of_links_ends(tmp_path):
+def test_a_circle_of_links_ends(tmp_path: Path) -> None:
     save(STATE, tmp_path / "a" / "pytorch_model.bin")
     write_json(tmp_path / "a" / "config.json", {})
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a", target_is_directory=True)
@@ -193,7 +195,7 @@ def test_a_circle_of_links_ends(tmp_path):
 # Nothing to be found.
 
 
-def test_a_folder_without_weights_hints_at_its_folders(tmp_path):
+def test_a_folder_without_weights_hints_at_its_folders(tmp_path: Path) -> None:
     save(STATE, tmp_path / "b" / "pytorch_model.bin")
     save(STATE, tmp_path / "a" / "x.pt")
     (tmp_path / "c").mkdir()
@@ -202,7 +204,7 @@ def test_a_folder_without_weights_hints_at_its_folders(tmp_path):
     assert caught.value.advice == "Name one of its folders that do: a, b."
 
 
-def test_a_folder_without_any_weights_says_what_weights_are(tmp_path):
+def test_a_folder_without_any_weights_says_what_weights_are(tmp_path: Path) -> None:
     save(STATE, tmp_path / "training_args.bin")
     write_json(tmp_path / "config.json", {})
     with pytest.raises(BadFile, match="no weights") as caught:
@@ -210,13 +212,13 @@ def test_a_folder_without_any_weights_says_what_weights_are(tmp_path):
     assert ".safetensors" in caught.value.advice
 
 
-def test_a_path_that_is_not_there(tmp_path):
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="does not exist"):
         open_model(tmp_path / "none")
 
 
 @pytest.mark.parametrize("raw", [b"{", b"\xff\xfe", b"[" * 100_000])
-def test_a_config_that_is_no_json_is_named(raw, tmp_path):
+def test_a_config_that_is_no_json_is_named(raw: bytes, tmp_path: Path) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_bytes(raw)
     with pytest.raises(BadFile, match=r"config\.json"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def tensors_of(config: dict) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_table_says_what_the_library_says(name, monkeypatch):
+def test_the_table_says_what_the_library_says(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     component, tensors = component_of(CONFIGS[name]), tensors_of(CONFIGS[name])
     table = find_linears(component, tensors)
     assert not table.unknown
@@ -132,13 +133,13 @@ def test_the_table_says_what_the_library_says(name, monkeypatch):
         assert ours == theirs, module
 
 
-def test_every_class_of_the_table_is_tested():
+def test_every_class_of_the_table_is_tested() -> None:
     classes = {name for row in modules._TABLE for name in row.classes.split()}
     assert classes == {component_of(config).class_name for config in CONFIGS.values()}
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])
-def test_without_the_libraries_the_table_is_enough(missing, monkeypatch):
+def test_without_the_libraries_the_table_is_enough(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = tensors_of(CONFIGS["LlamaModel"])
     monkeypatch.setitem(__import__("sys").modules, missing, None)
     assert len(find_linears(component_of(CONFIGS["LlamaModel"]), tensors).weights) == 14
@@ -147,7 +148,7 @@ def test_without_the_libraries_the_table_is_enough(missing, monkeypatch):
     assert len(found.unknown) == 15
 
 
-def test_a_prefix_that_only_the_file_has_is_found(monkeypatch):
+def test_a_prefix_that_only_the_file_has_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["CLIPTextModel"]
     tensors = [info._replace(name=f"text_model.{info.name}") for info in tensors_of(config)]
     monkeypatch.setattr(modules, "_TABLE", ())
@@ -171,7 +172,7 @@ ENTRIES = ["lm_head", "layers.1", "layers.*", "proj", "a", "proj_out", "a.b", r"
 
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("name", NAMES)
-def test_skipping_is_the_libraries_own(name, entry):
+def test_skipping_is_the_libraries_own(name: str, entry: str) -> None:
     from diffusers.quantizers.bitsandbytes import utils
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -179,7 +180,7 @@ def test_skipping_is_the_libraries_own(name, entry):
     assert DIFFUSERS.is_skipped(name, [entry]) == (not _converted_by_diffusers(utils, name, entry))
 
 
-def _converted_by_diffusers(utils, name: str, entry: str) -> bool:
+def _converted_by_diffusers(utils: Any, name: str, entry: str) -> bool:
     import bitsandbytes
     from diffusers import BitsAndBytesConfig
 

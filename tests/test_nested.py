@@ -6,6 +6,7 @@ import argparse
 import datetime
 import enum
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_protocols(tmp_path: Path, protocol: int) -> None:
     assert described_by_wconv(path) == described_by_safetensors(WEIGHTS)
 
 
-def test_what_is_left_out_is_named(wconv, tmp_path: Path) -> None:
+def test_what_is_left_out_is_named(wconv: Callable[..., Any], tmp_path: Path) -> None:
     path = saved(tmp_path, CHECKPOINTS["lightning"])
     said = wconv("to-safetensors", path).stdout
     for word in ("epoch", "optimizer_states", "hyper_parameters", "callbacks", "argparse.Namespace"):
@@ -92,7 +93,7 @@ def test_what_is_left_out_is_named(wconv, tmp_path: Path) -> None:
     assert load_file(tmp_path / "last.safetensors").keys() == WEIGHTS.keys()
 
 
-def test_of_several_one_is_chosen_by_its_key(wconv, tmp_path: Path) -> None:
+def test_of_several_one_is_chosen_by_its_key(wconv: Callable[..., Any], tmp_path: Path) -> None:
     path = saved(tmp_path, {"model": WEIGHTS, "ema": {"shadow": OTHER}, "epoch": 1})
     failed = wconv("to-safetensors", path, exit_code=2)
     assert "model (2 tensors" in failed.stderr
@@ -112,7 +113,7 @@ def test_an_optimizer_alone_is_no_model(tmp_path: Path) -> None:
     assert open_checkpoint(path, Reading(key="state.0")).tensors
 
 
-def test_inspect_shows_all_the_same(wconv, tmp_path: Path) -> None:
+def test_inspect_shows_all_the_same(wconv: Callable[..., Any], tmp_path: Path) -> None:
     path = saved(tmp_path, {"model": WEIGHTS, "ema": OTHER, "options": Options()})
     said = wconv("inspect", path).stdout
     assert "only model" in said
@@ -124,7 +125,7 @@ def test_numbers_as_names(tmp_path: Path) -> None:
     assert described_by_wconv(path).keys() == {"0", "1"}
 
 
-def test_a_call_of_unknown_code_is_refused_unless_it_is_stripped(wconv, tmp_path: Path) -> None:
+def test_a_call_of_unknown_code_is_refused_unless_it_is_stripped(wconv: Callable[..., Any], tmp_path: Path) -> None:
     path = saved(tmp_path, {"state_dict": WEIGHTS, "stage": Stage.FIT})
     with pytest.raises(HostileFile, match=r"\.Stage.*--strip-code"):
         open_checkpoint(path)
@@ -134,7 +135,7 @@ def test_a_call_of_unknown_code_is_refused_unless_it_is_stripped(wconv, tmp_path
     assert "would call, and never does here" in wconv("inspect", path).stdout
 
 
-def test_a_prefix_is_taken_off(wconv, tmp_path: Path) -> None:
+def test_a_prefix_is_taken_off(wconv: Callable[..., Any], tmp_path: Path) -> None:
     path = saved(tmp_path, {f"module.{name}": tensor for name, tensor in WEIGHTS.items()} | {"plain": torch.ones(1)})
     wconv("to-safetensors", path, "--strip-prefix", "module.")
     assert load_file(tmp_path / "last.safetensors").keys() == {*WEIGHTS, "plain"}
@@ -143,7 +144,9 @@ def test_a_prefix_is_taken_off(wconv, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "prefix"), [(WEIGHTS, "module."), ({"m.a": WEIGHTS["bias"], "a": WEIGHTS["bias"]}, "m.")]
 )
-def test_a_prefix_that_does_not_fit(tmp_path: Path, wconv, state: dict[str, torch.Tensor], prefix: str) -> None:
+def test_a_prefix_that_does_not_fit(
+    tmp_path: Path, wconv: Callable[..., Any], state: dict[str, torch.Tensor], prefix: str
+) -> None:
     path = saved(tmp_path, state)
     assert repr(prefix) in wconv("to-safetensors", path, "--strip-prefix", prefix, exit_code=2).stderr
 
@@ -166,13 +169,13 @@ def test_a_key_for_a_plain_safetensors_file_is_no_harm(tmp_path: Path) -> None:
         open_checkpoint(path, Reading(key=""))
 
 
-def test_a_tensor_under_a_key_that_is_no_name_is_left_out_and_said(wconv, tmp_path: Path) -> None:
+def test_a_tensor_under_a_key_that_is_no_name_is_left_out_and_said(wconv: Callable[..., Any], tmp_path: Path) -> None:
     path = saved(tmp_path, {**WEIGHTS, ("x", 1): torch.ones(1)})
     assert described_by_wconv(path) == described_by_safetensors(WEIGHTS)
     assert "left out: tuple" in wconv("to-safetensors", path).stdout
 
 
-def test_a_long_log_of_numbers_beside_the_weights(tmp_path):
+def test_a_long_log_of_numbers_beside_the_weights(tmp_path: Path) -> None:
     log = [(step, 0.5) for step in range(250_000)]
     opened = open_checkpoint(saved(tmp_path, {"state_dict": dict(WEIGHTS), "log": log}))
     assert [info.name for info in opened.tensors] == ["weight", "bias"]

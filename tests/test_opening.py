@@ -89,7 +89,9 @@ def once(action: Callable[[], None], function: Callable[..., Any], after: int = 
 
 @pytest.mark.parametrize("when", ["before the data", "within the data", "after the data"])
 @pytest.mark.parametrize(("form", "how"), list(product(FORMS, CHANGES)))
-def test_a_source_that_changes_while_it_is_read(form, how, when, tmp_path, monkeypatch, wconv):
+def test_a_source_that_changes_while_it_is_read(
+    form: Any, how: Any, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wconv: Callable[..., Any]
+) -> None:
     path, raw, command = source_of(form, tmp_path)
     owner, name, after = {
         "before the data": (converter.run.execute, "write_piece", 0),
@@ -124,7 +126,7 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="the system stops no processes")
 @pytest.mark.parametrize(("form", "how"), list(product(FORMS, CHANGES)))
-def test_a_source_that_changes_while_the_command_is_stopped(form, how, tmp_path):
+def test_a_source_that_changes_while_the_command_is_stopped(form: Any, how: Any, tmp_path: Path) -> None:
     path, raw, command = source_of(form, tmp_path / "work")
     go = tmp_path / "go"
     child = subprocess.Popen((sys.executable, "-c", STOPPING, go, *command), stderr=subprocess.PIPE, text=True)
@@ -140,7 +142,9 @@ def test_a_source_that_changes_while_the_command_is_stopped(form, how, tmp_path)
 
 @pytest.mark.parametrize("how", CHANGES)
 @pytest.mark.parametrize("command", [("verify", "m", "m2"), ("doctor", "--deep", "m")], ids=["verify", "doctor"])
-def test_commands_that_only_read_notice_it_too(command, how, tmp_path, monkeypatch, wconv):
+def test_commands_that_only_read_notice_it_too(
+    command: tuple[str, ...], how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wconv: Callable[..., Any]
+) -> None:
     path, raw, _ = source_of("safetensors", tmp_path)
     save(OLD, tmp_path / "m2" / path.name)
     write_json(path.with_name("config.json"), CONFIG)
@@ -150,7 +154,7 @@ def test_commands_that_only_read_notice_it_too(command, how, tmp_path, monkeypat
     assert wconv(*command, exit_code=3).stderr.endswith(f"{Path('m', path.name)}: {CHANGED}")
 
 
-def test_scales_are_not_taken_from_two_states(tmp_path):
+def test_scales_are_not_taken_from_two_states(tmp_path: Path) -> None:
     path = save({"w": torch.ones(4, 4)}, tmp_path / "model.safetensors")
     [info] = read_file(path).tensors
     [block] = cut_rows(info)
@@ -159,7 +163,7 @@ def test_scales_are_not_taken_from_two_states(tmp_path):
         find_scales(block, 1 << 16)
 
 
-def test_a_file_that_is_carried_along_is_not_of_two_states(tmp_path, monkeypatch):
+def test_a_file_that_is_carried_along_is_not_of_two_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save(OLD, tmp_path / "m" / "pytorch_model.bin").parent
     carried = write_json(source / "tokenizer.json", {"a": 0})
     look = os.fstat
@@ -177,7 +181,7 @@ def test_a_file_that_is_carried_along_is_not_of_two_states(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_one_file_of_two_states_is_not_compared_with_itself(tmp_path):
+def test_one_file_of_two_states_is_not_compared_with_itself(tmp_path: Path) -> None:
     path = save(OLD, tmp_path / "model.safetensors")
     [before, *_] = read_file(path).tensors
     change(path, save(NEW, tmp_path / "new.safetensors").read_bytes(), "swapped")
@@ -189,7 +193,7 @@ def test_one_file_of_two_states_is_not_compared_with_itself(tmp_path):
             files.read_into(before.source.storage, 0, buffer)
 
 
-def test_what_is_damaged_and_was_not_changed_is_called_damaged(tmp_path, wconv):
+def test_what_is_damaged_and_was_not_changed_is_called_damaged(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     path, _, command = source_of("deflated", tmp_path)
     raw = bytearray(path.read_bytes())
     raw[read_file(path).tensors[0].source.storage.offset] ^= 0xFF
@@ -218,7 +222,9 @@ def in_time(function: Callable[[], Any]) -> Any:
 
 
 @needs_pipes
-def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = save(OLD, tmp_path / "model.safetensors")
     found = path.stat()
     path.unlink()
@@ -229,7 +235,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monke
     assert "no regular file" in str(error)
 
 
-def test_a_device_is_not_opened(monkeypatch):
+def test_a_device_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "open", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(BadFile, match="no regular file"):
         FileRef(place_of(os.devnull)).open()
@@ -289,7 +295,7 @@ PIPES = (
     "named",
     ["", "x.ckpt", "model.safetensors.index.json", "model.gguf", pytest.param("pipeline", marks=pytest.mark.slow)],
 )
-def test_no_command_waits_for_a_pipe(named, tmp_path):
+def test_no_command_waits_for_a_pipe(named: str, tmp_path: Path) -> None:
     if named == "pipeline":
         save_pipeline(tmp_path / "m" / named)
     save(OLD, tmp_path / "m" / "pytorch_model.bin")
@@ -340,7 +346,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
 
 
 @pytest.mark.parametrize("form", ["safetensors", "deflated"])
-def test_a_task_keeps_few_files_open(form, tmp_path, opened):
+def test_a_task_keeps_few_files_open(form: str, tmp_path: Path, opened: Opened) -> None:
     suffix = ".safetensors" if form == "safetensors" else ".bin"
     paths = [save_as(form, make_state(seed=seed), tmp_path / f"{seed}{suffix}") for seed in range(7)]
     tensors = [read_file(path).tensors for path in paths]
@@ -353,7 +359,7 @@ def test_a_task_keeps_few_files_open(form, tmp_path, opened):
                 assert len(opened.left) <= 4
 
 
-def test_what_changes_is_noticed_when_its_file_is_closed_for_another(tmp_path):
+def test_what_changes_is_noticed_when_its_file_is_closed_for_another(tmp_path: Path) -> None:
     paths = [save(OLD, tmp_path / f"{number}.safetensors") for number in range(5)]
     storages = [read_file(path).tensors[0].source.storage for path in paths]
     buffer = memoryview(bytearray(storages[0].nbytes))
@@ -365,7 +371,7 @@ def test_what_changes_is_noticed_when_its_file_is_closed_for_another(tmp_path):
             files.read_into(storages[4], 0, buffer)
 
 
-def test_two_files_read_by_turns_stay_open(tmp_path, opened):
+def test_two_files_read_by_turns_stay_open(tmp_path: Path, opened: Opened) -> None:
     paths = [save(make_state(seed=seed), tmp_path / f"{seed}.safetensors") for seed in range(2)]
     with RangeReader() as files:
         for infos in zip(*(read_file(path).tensors for path in paths), strict=True):
@@ -395,7 +401,7 @@ sys.exit(main(sys.argv[1:]))
     ],
     ids=["verify", "reshard", "doctor"],
 )
-def test_many_shards_where_few_files_may_be_open(command, tmp_path):
+def test_many_shards_where_few_files_may_be_open(command: tuple[str, ...], tmp_path: Path) -> None:
     pytest.importorskip("resource")
     weight_map = {}
     for number in range(1, 201):
@@ -414,7 +420,7 @@ def test_many_shards_where_few_files_may_be_open(command, tmp_path):
 # Who is waited for.
 
 
-def test_futures_that_an_executor_forgets_are_not_waited_for(tmp_path):
+def test_futures_that_an_executor_forgets_are_not_waited_for(tmp_path: Path) -> None:
     error = BadFile("x", "is damaged")
 
     class Forgetful(Executor):

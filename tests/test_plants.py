@@ -10,8 +10,9 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,7 +182,9 @@ COMMANDS = [
 
 @pytest.mark.skipif(os.name == "nt", reason="links and FIFOs")
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
-def test_nothing_that_a_folder_ships_is_obeyed(plant, world, monkeypatch, capsys):
+def test_nothing_that_a_folder_ships_is_obeyed(
+    plant: Any, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     ends: dict[str, int] = {}
     for number, command in enumerate(COMMANDS):
         place = world / f"{number:02d}"
@@ -273,7 +276,9 @@ def make_pipeline(root: Path) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="links")
 @pytest.mark.parametrize("name", SWAPPED)
 @pytest.mark.parametrize("swapped", ["models", "models/m", "models/m/unet"])
-def test_a_folder_that_is_swapped_for_a_link_leads_nowhere(swapped, name, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_is_swapped_for_a_link_leads_nowhere(
+    swapped: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number in range(1, steps.MAX_STEPS):
         root = tmp_path / f"{number:03d}"
         make_pipeline(root)
@@ -284,7 +289,7 @@ def test_a_folder_that_is_swapped_for_a_link_leads_nowhere(swapped, name, tmp_pa
         before = snapshot(root / "home")
         reached: list[int] = []
 
-        def swap(step: int, root=root, home=home, number=number, reached=reached) -> None:
+        def swap(step: int, root: Any = root, home: Any = home, number: Any = number, reached: Any = reached) -> None:
             if step == number:
                 reached.append(step)
                 (root / swapped).rename(root / "aside")
@@ -303,14 +308,16 @@ def test_a_folder_that_is_swapped_for_a_link_leads_nowhere(swapped, name, tmp_pa
 @pytest.mark.skipif(os.name == "nt", reason="links")
 @pytest.mark.parametrize("command", ["to-safetensors", "to-bin"])
 @pytest.mark.parametrize("how", ["link", "second name"])
-def test_a_staging_folder_that_is_swapped_leads_nowhere(how, command, tmp_path, monkeypatch, capsys):
+def test_a_staging_folder_that_is_swapped_leads_nowhere(
+    how: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / ".bashrc").write_bytes(HARMLESS * 1000)
     source = save(STATE, tmp_path / "m" / ("model.safetensors" if command == "to-bin" else "model.bin")).parent
     cut_pieces = run.cut_pieces
 
-    def swap(shard, staged, *more):
+    def swap(shard: Any, staged: Any, *more: Any) -> Any:
         path = staged.path
         if path.parent.is_symlink() or path.stat().st_nlink != 1:
             return cut_pieces(shard, staged, *more)
@@ -332,14 +339,16 @@ def test_a_staging_folder_that_is_swapped_leads_nowhere(how, command, tmp_path, 
 
 @pytest.mark.skipif(os.name == "nt", reason="links")
 @pytest.mark.parametrize("swapped", ["m/tok", "m/tok/t.json", "m"])
-def test_what_is_swapped_before_it_is_copied_is_not_passed_on(swapped, tmp_path, monkeypatch, capsys):
+def test_what_is_swapped_before_it_is_copied_is_not_passed_on(
+    swapped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = save(STATE, tmp_path / "m" / "model.bin").parent
     write_json(source / "tok" / "t.json", {})
     shutil.copytree(source, tmp_path / "home" / "m")
     (tmp_path / "home" / "m" / "tok" / "t.json").write_text("a secret")
     write_others = run._write_others
 
-    def swap(*arguments):
+    def swap(*arguments: Any) -> None:
         (tmp_path / swapped).rename(tmp_path / "aside")
         (tmp_path / swapped).symlink_to(tmp_path / "home" / swapped)
         write_others(*arguments)
@@ -351,7 +360,9 @@ def test_what_is_swapped_before_it_is_copied_is_not_passed_on(swapped, tmp_path,
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs owners")
-def test_nothing_is_kept_in_a_folder_of_another_user(tmp_path, monkeypatch, wconv):
+def test_nothing_is_kept_in_a_folder_of_another_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wconv: Callable[..., Any]
+) -> None:
     source = save(STATE, tmp_path / "m" / "model.bin").parent
     write_json(source / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": {"a": "gone.bin"}})
     write_json(tmp_path / ".wconv-undo" / "theirs", {})

@@ -155,7 +155,7 @@ MODELS = (
     ("name", "dtype"),
     [*((name, torch.float32) for name in MODELS), *((name, torch.bfloat16) for name in ("llama", "t5", "gpt2"))],
 )
-def test_the_same_as_quantizing_on_the_fly(builders, tmp_path, name, dtype):
+def test_the_same_as_quantizing_on_the_fly(builders: Any, tmp_path: Path, name: Any, dtype: Any) -> None:
     model = make_model(builders, name).to(dtype)
     model.save_pretrained(tmp_path / "model")
     quantized_to(tmp_path / "model", tmp_path / "ours")
@@ -173,7 +173,7 @@ def test_the_same_as_quantizing_on_the_fly(builders, tmp_path, name, dtype):
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "t5", "clip"])
-def test_published_bin_shards_give_the_same(builders, tmp_path, name):
+def test_published_bin_shards_give_the_same(builders: Any, tmp_path: Path, name: str) -> None:
     # transformers 5 has other names for CLIP's modules than files have.
     model = make_model(builders, name)
     model.save_pretrained(tmp_path / "model")
@@ -192,7 +192,7 @@ def test_published_bin_shards_give_the_same(builders, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["llama", "t5", "clip"])
 @pytest.mark.parametrize("skip", [r"\.0\.", r"(q|wo|fc1|q_proj)$", "lm_head"])
-def test_modules_that_are_skipped_load_as_they_are(builders, tmp_path, name, skip):
+def test_modules_that_are_skipped_load_as_they_are(builders: Any, tmp_path: Path, name: str, skip: str) -> None:
     model = make_model(builders, name)
     builders.save_bin(model, tmp_path / "model")
     plan = quantized_to(tmp_path / "model", tmp_path / "ours", ModuleChoice(skip=(skip,)))
@@ -204,7 +204,9 @@ def test_modules_that_are_skipped_load_as_they_are(builders, tmp_path, name, ski
     assert builders.forward(ours).isfinite().all()
 
 
-def test_a_class_that_the_table_lacks_is_asked_itself(builders, tmp_path, monkeypatch):
+def test_a_class_that_the_table_lacks_is_asked_itself(
+    builders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_model(builders, "opt").save_pretrained(tmp_path / "model")
     assert len(quantized_to(tmp_path / "model", tmp_path / "ours").quantized[0].modules) == 14
     monkeypatch.setattr(ask, "_ask", lambda _: "")
@@ -218,7 +220,7 @@ def test_a_class_that_the_table_lacks_is_asked_itself(builders, tmp_path, monkey
     assert_same(load_set(tmp_path / "named"), load_set(tmp_path / "ours"))
 
 
-def test_a_rest_in_another_dtype(builders, tmp_path):
+def test_a_rest_in_another_dtype(builders: Any, tmp_path: Path) -> None:
     make_model(builders, "t5").save_pretrained(tmp_path / "model")
     quantized_to(tmp_path / "model", tmp_path / "ours", dtype="fp16")
     dtypes = {name: tensor.dtype for name, tensor in load_set(tmp_path / "ours").items()}
@@ -230,7 +232,7 @@ def test_a_rest_in_another_dtype(builders, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [700, 3000, 20_000])
-def test_the_tensors_of_a_module_are_in_one_shard(builders, tmp_path, limit):
+def test_the_tensors_of_a_module_are_in_one_shard(builders: Any, tmp_path: Path, limit: int) -> None:
     model = make_model(builders, "llama")
     model.save_pretrained(tmp_path / "model")
     quantized_to(tmp_path / "model", tmp_path / "ours", max_shard_size=limit)
@@ -246,7 +248,7 @@ def test_the_tensors_of_a_module_are_in_one_shard(builders, tmp_path, limit):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("columns", [5, 997, 70_000])
-def test_chunks_that_end_within_a_row(tmp_path, transposed, columns):
+def test_chunks_that_end_within_a_row(tmp_path: Path, transposed: bool, columns: int) -> None:
     import bitsandbytes
 
     weight = torch.randn(1_000_000 // columns, columns) * torch.rand(1_000_000 // columns, 1)
@@ -271,7 +273,7 @@ def test_chunks_that_end_within_a_row(tmp_path, transposed, columns):
 
 
 @pytest.mark.parametrize("value", [70_000.0, float("inf"), float("nan")])
-def test_a_module_beyond_float16_is_left_and_named(builders, tmp_path, value):
+def test_a_module_beyond_float16_is_left_and_named(builders: Any, tmp_path: Path, value: float) -> None:
     model = make_model(builders, "clip")
     with torch.no_grad():
         model.encoder.layers[1].mlp.fc1.weight[3, 4] = value
@@ -319,14 +321,16 @@ def llama_folder(folder: Path, **config: Any) -> Path:
         (ModuleChoice(include=("(",)), BadRequest, "is no regular expression"),
     ],
 )
-def test_a_choice_that_does_not_decide_is_refused(tmp_path, choice, error, problem):
+def test_a_choice_that_does_not_decide_is_refused(
+    tmp_path: Path, choice: Any, error: type[Exception], problem: str
+) -> None:
     source = llama_folder(tmp_path / "model")
     with pytest.raises(error, match=problem):
         plan_8_bits(source, tmp_path / "ours", choice)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_only_what_is_included_is_quantized(tmp_path):
+def test_only_what_is_included_is_quantized(tmp_path: Path) -> None:
     source = llama_folder(tmp_path / "model")
     plan = quantized_to(source, tmp_path / "ours", ModuleChoice(include=("q_proj", "k_proj")))
     assert [module for module, _, _ in plan.quantized[0].modules] == [
@@ -336,7 +340,7 @@ def test_only_what_is_included_is_quantized(tmp_path):
     assert skip_list(tmp_path / "ours") == sorted(["lm_head", *left])
 
 
-def test_a_module_that_the_table_does_not_have_must_be_named(tmp_path, monkeypatch):
+def test_a_module_that_the_table_does_not_have_must_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ask, "_ask", lambda _: "")
     source = llama_folder(tmp_path / "model")
@@ -350,7 +354,7 @@ def test_a_module_that_the_table_does_not_have_must_be_named(tmp_path, monkeypat
     assert skip_list(tmp_path / "ours") == ["lm_head", "score"]
 
 
-def test_a_name_that_means_others_too_leaves_them_all(tmp_path):
+def test_a_name_that_means_others_too_leaves_them_all(tmp_path: Path) -> None:
     # Diffusers goes by the last part of a name: where the proj_out at the top is skipped, all are.
     state = {name: torch.randn(4, 8) for name in ("proj_out.weight", "a.0.proj_out.weight", "a.0.attn.to_q.weight")}
     save(state, tmp_path / "model" / "diffusion_pytorch_model.safetensors")
@@ -361,7 +365,7 @@ def test_a_name_that_means_others_too_leaves_them_all(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["config", "int8", "float8"])
-def test_what_is_quantized_is_refused(tmp_path, what):
+def test_what_is_quantized_is_refused(tmp_path: Path, what: str) -> None:
     source = llama_folder(tmp_path / "model", **({"quantization_config": {}} if what == "config" else {}))
     if what != "config":
         dtype = torch.int8 if what == "int8" else torch.float8_e4m3fn
@@ -372,7 +376,7 @@ def test_what_is_quantized_is_refused(tmp_path, what):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_its_own_output_is_refused(tmp_path):
+def test_its_own_output_is_refused(tmp_path: Path) -> None:
     quantized_to(llama_folder(tmp_path / "model"), tmp_path / "ours")
     with pytest.raises(Unsupported, match=r"is quantized already, as its config\.json says"):
         plan_8_bits(tmp_path / "ours", tmp_path / "again")
@@ -385,7 +389,7 @@ def test_its_own_output_is_refused(tmp_path):
         ("model.safetensors", None, "is one file, and not a model's"),
     ],
 )
-def test_a_file_is_refused(tmp_path, name, content, problem):
+def test_a_file_is_refused(tmp_path: Path, name: str, content: bytes | None, problem: str) -> None:
     path = tmp_path / "model" / name
     path.parent.mkdir()
     if content is None:
@@ -396,14 +400,14 @@ def test_a_file_is_refused(tmp_path, name, content, problem):
         plan_8_bits(path, tmp_path / "ours")
 
 
-def test_a_folder_of_gguf_is_refused(tmp_path):
+def test_a_folder_of_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model-q8_0.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(Unsupported, match=r"model-q8_0\.gguf: is a GGUF file, whose weights are quantized"):
         plan_8_bits(tmp_path / "model", tmp_path / "ours")
 
 
-def test_the_source_is_no_output(tmp_path):
+def test_the_source_is_no_output(tmp_path: Path) -> None:
     source = llama_folder(tmp_path / "model")
     before = snapshot(source)
     with pytest.raises(BadRequest, match="is the source itself"):
@@ -411,7 +415,7 @@ def test_the_source_is_no_output(tmp_path):
     assert snapshot(source) == before
 
 
-def test_a_module_without_a_weight_is_refused(builders, tmp_path):
+def test_a_module_without_a_weight_is_refused(builders: Any, tmp_path: Path) -> None:
     make_model(builders, "opt").save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     state = load_file(path)
@@ -423,7 +427,7 @@ def test_a_module_without_a_weight_is_refused(builders, tmp_path):
         plan_8_bits(tmp_path / "model", tmp_path / "ours")
 
 
-def test_a_tied_weight_stays(tmp_path):
+def test_a_tied_weight_stays(tmp_path: Path) -> None:
     weight = torch.randn(4, 8)
     state = {"layers.0.q_proj.weight": weight, "layers.1.q_proj.weight": weight, "layers.2.q_proj.weight": weight + 1}
     save(state, tmp_path / "model" / "pytorch_model.bin")
@@ -437,7 +441,7 @@ def test_a_tied_weight_stays(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sana(builders, tmp_path_factory) -> Path:
+def sana(builders: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a Sana pipeline's folder; not to be written to."""
     folder = tmp_path_factory.mktemp("sana") / "model"
     builders.shake(builders.make_sana()).save_pretrained(folder)
@@ -445,7 +449,7 @@ def sana(builders, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def no_gpu_needed(monkeypatch):
+def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take out Diffusers' demand for a GPU: all else of its 8-bit loader runs on the CPU."""
     from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB8BitDiffusersQuantizer as Quantizer
 
@@ -453,7 +457,7 @@ def no_gpu_needed(monkeypatch):
     monkeypatch.setattr(Quantizer, "update_device_map", lambda _, device_map: device_map or {"": "cpu"})
 
 
-def test_a_sana_pipeline(builders, sana, tmp_path, no_gpu_needed):
+def test_a_sana_pipeline(builders: Any, sana: Path, tmp_path: Path, no_gpu_needed: Any) -> None:
     import diffusers
     import transformers
 
@@ -498,7 +502,7 @@ def test_a_sana_pipeline(builders, sana, tmp_path, no_gpu_needed):
 
 
 @pytest.mark.parametrize("name", ["unet", "unet_xl", "sd3", "wan"])
-def test_models_of_diffusers(builders, tmp_path, no_gpu_needed, name):
+def test_models_of_diffusers(builders: Any, tmp_path: Path, no_gpu_needed: Any, name: str) -> None:
     import diffusers
 
     makers = {
@@ -525,7 +529,7 @@ def test_models_of_diffusers(builders, tmp_path, no_gpu_needed, name):
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "wan"])
-def test_other_pipelines(builders, tmp_path, no_gpu_needed, name):
+def test_other_pipelines(builders: Any, tmp_path: Path, no_gpu_needed: Any, name: str) -> None:
     from diffusers import DiffusionPipeline
 
     builders.save_bin(builders.shake(builders.MODELS[name]()), tmp_path / "model")
@@ -544,7 +548,7 @@ def test_other_pipelines(builders, tmp_path, no_gpu_needed, name):
         assert not any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_one_component(sana, tmp_path):
+def test_one_component(sana: Path, tmp_path: Path) -> None:
     plan = quantized_to(sana, tmp_path / "ours", components=("transformer",))
     assert [part.component for part in plan.quantized] == ["transformer"]
     assert "quantization_config" not in config_of(tmp_path / "ours" / "text_encoder")
@@ -555,7 +559,7 @@ def test_one_component(sana, tmp_path):
     }
 
 
-def test_the_other_parts_in_another_dtype(sana, tmp_path):
+def test_the_other_parts_in_another_dtype(sana: Path, tmp_path: Path) -> None:
     quantized_to(sana, tmp_path / "ours", dtype="bf16")
     state = load_file(tmp_path / "ours" / "vae" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
@@ -569,7 +573,7 @@ def test_the_other_parts_in_another_dtype(sana, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "t5", "gpt2", "clip"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_the_way_back(builders, tmp_path, name, dtype):
+def test_the_way_back(builders: Any, tmp_path: Path, name: str, dtype: str) -> None:
     model = make_model(builders, name)
     model.save_pretrained(tmp_path / "model")
     quantized_to(tmp_path / "model", tmp_path / "ours")
@@ -597,7 +601,7 @@ def test_the_way_back(builders, tmp_path, name, dtype):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_verify_measures_the_errors(builders, tmp_path, name):
+def test_verify_measures_the_errors(builders: Any, tmp_path: Path, name: str) -> None:
     model = make_model(builders, name)
     model.save_pretrained(tmp_path / "model")
     quantized_to(tmp_path / "model", tmp_path / "ours", dtype="bf16")
@@ -617,7 +621,7 @@ def test_verify_measures_the_errors(builders, tmp_path, name):
     assert (difference.name, difference.detail) == (wrong, "1 of its values are off by more than half a step")
 
 
-def test_a_pipeline_goes_back_but_for_what_was_never_quantized(sana, tmp_path):
+def test_a_pipeline_goes_back_but_for_what_was_never_quantized(sana: Path, tmp_path: Path) -> None:
     quantized_to(sana, tmp_path / "ours")
     dequantized_to(tmp_path / "ours", tmp_path / "back", "fp32")
     assert names_in(tmp_path / "back") == names_in(sana)
@@ -626,7 +630,7 @@ def test_a_pipeline_goes_back_but_for_what_was_never_quantized(sana, tmp_path):
     assert {difference.kind for difference in found.differences} == {"values"}
 
 
-def test_what_has_no_8_bit_weights_does_not_go_back(tmp_path):
+def test_what_has_no_8_bit_weights_does_not_go_back(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="holds no 8-bit weights of bitsandbytes"):
         dequantized_to(llama_folder(tmp_path / "model"), tmp_path / "back", "fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -635,7 +639,7 @@ def test_what_has_no_8_bit_weights_does_not_go_back(tmp_path):
 # Runs that are cut off.
 
 
-def test_a_run_that_was_stopped_is_taken_up(tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = llama_folder(tmp_path / "model")
     quantized_to(source, tmp_path / "whole")
     plan = plan_8_bits(source, tmp_path / "ours")
@@ -652,7 +656,7 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_source_that_is_cut_between_its_two_readings_is_refused(tmp_path):
+def test_a_source_that_is_cut_between_its_two_readings_is_refused(tmp_path: Path) -> None:
     source = llama_folder(tmp_path / "model")
     plan = plan_8_bits(source, tmp_path / "ours")
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-8])
@@ -661,7 +665,7 @@ def test_a_source_that_is_cut_between_its_two_readings_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_the_parts_of_a_pipeline():
+def test_the_parts_of_a_pipeline() -> None:
     names = ("transformer", "transformer_2", "unet", "text_encoder", "text_encoder_3")
     assert all(quantize._PARTS.fullmatch(name) for name in names)
     assert not any(quantize._PARTS.fullmatch(name) for name in ("vae", "image_encoder", "safety_checker", "vqvae"))

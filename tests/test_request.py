@@ -6,6 +6,7 @@ And whatever takes a path takes a text, whatever takes a dtype its name.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,9 @@ def test_8_bits_take_texts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
          "would be named fp16 and hold bf16. Use --dtype fp16, or --variant bf16."),
     ],
 )  # fmt: skip
-def test_a_tag_of_another_dtype_is_refused(args, said, wconv, tmp_path, monkeypatch):
+def test_a_tag_of_another_dtype_is_refused(
+    args: tuple[str, ...], said: str, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     save(STATE, Path("m/model.safetensors"))
     save(STATE, Path("both/pytorch_model.bin"))
@@ -152,7 +155,9 @@ def test_a_tag_of_another_dtype_is_refused(args, said, wconv, tmp_path, monkeypa
     assert snapshot(tmp_path) == before
 
 
-def test_tags_that_fit_or_name_no_dtype_are_taken(wconv, tmp_path, monkeypatch):
+def test_tags_that_fit_or_name_no_dtype_are_taken(
+    wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     mixed = {**HALF, "norm": torch.ones(4)}
     save(mixed, Path("m/model.safetensors"))
@@ -163,7 +168,7 @@ def test_tags_that_fit_or_name_no_dtype_are_taken(wconv, tmp_path, monkeypatch):
     assert load_file("cast/model.bfloat16.safetensors")["norm"].dtype is torch.float32
 
 
-def test_a_tag_that_was_wrong_before_is_for_the_doctor(wconv, tmp_path):
+def test_a_tag_that_was_wrong_before_is_for_the_doctor(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "pytorch_model.fp16.bin")
     wconv("to-safetensors", tmp_path / "m")
     assert_same(load_file(tmp_path / "m" / "model.fp16.safetensors"), STATE)
@@ -182,7 +187,9 @@ def test_a_tag_that_was_wrong_before_is_for_the_doctor(wconv, tmp_path):
         (("to-safetensors", "--keep-fp32", "norm"), "m: is not cast, and --keep-fp32 is for casts. Leave it out, or "),
     ],
 )  # fmt: skip
-def test_keeping_what_is_not_there_is_refused(args, said, wconv, tmp_path, monkeypatch):
+def test_keeping_what_is_not_there_is_refused(
+    args: tuple[str, ...], said: str, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     state = {"norm.weight": torch.ones(4), "a": torch.ones(4), "count": torch.ones(4, dtype=torch.int64)}
     Path("m").mkdir()
@@ -192,7 +199,7 @@ def test_keeping_what_is_not_there_is_refused(args, said, wconv, tmp_path, monke
     assert not Path("out").exists()
 
 
-def test_a_name_of_one_part_alone_is_kept_there(wconv, tmp_path):
+def test_a_name_of_one_part_alone_is_kept_there(wconv: Callable[..., Any], tmp_path: Path) -> None:
     for part, name in (("unet", "norm.weight"), ("vae", "a")):
         save({name: torch.ones(4)}, tmp_path / "m" / part / "diffusion_pytorch_model.safetensors")
     write_json(tmp_path / "m" / "model_index.json", {"_class_name": "X"})

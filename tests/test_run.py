@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.steps import fill_disk
 from support.tiny import (
     assert_same,
     flip_byte,
@@ -45,7 +47,7 @@ from converter.recipes.verify import holds_values
 from converter.run.signals import signals_held
 from converter.run.staging import open_staging
 from converter.storage import place_of
-from converter.storage.local import LocalFile, StagedFile
+from converter.storage.local import LocalFile
 
 STATE = make_state()
 MEMORY_CEILING_NBYTES = 48_000_000  # as promised; the interpreter and its imports take most of it
@@ -89,7 +91,7 @@ def process_pool() -> Iterator[Executor]:
 
 
 @pytest.fixture(params=["none", "threads", "processes"])
-def executor(request, process_pool) -> Iterator[Executor | None]:
+def executor(request: pytest.FixtureRequest, process_pool: Executor) -> Iterator[Executor | None]:
     if request.param == "threads":
         with ThreadPoolExecutor(3) as pool:
             yield pool
@@ -97,7 +99,7 @@ def executor(request, process_pool) -> Iterator[Executor | None]:
         yield process_pool if request.param == "processes" else None
 
 
-def test_any_executor_gives_the_same_bytes(executor, tmp_path):
+def test_any_executor_gives_the_same_bytes(executor: Executor | None, tmp_path: Path) -> None:
     source = make_varied(tmp_path / "m")
     convert(source, tmp_path / "expected", workers=1)
     plan = plan_conversion(Request.of(source, tmp_path / "out"))
@@ -108,7 +110,7 @@ def test_any_executor_gives_the_same_bytes(executor, tmp_path):
     assert sum(seen) == 2 * sum(tensor.nbytes for shard in plan.files for tensor, _ in shard.tensors)
 
 
-def test_an_executor_that_is_given_stays_open(tmp_path):
+def test_an_executor_that_is_given_stays_open(tmp_path: Path) -> None:
     make_varied(tmp_path / "m")
     with ThreadPoolExecutor(1) as pool:
         convert(tmp_path / "m", tmp_path / "a", executor=pool)
@@ -116,7 +118,7 @@ def test_an_executor_that_is_given_stays_open(tmp_path):
         assert pool.submit(int, "3").result() == 3
 
 
-def test_errors_come_through_processes(process_pool, tmp_path):
+def test_errors_come_through_processes(process_pool: Executor, tmp_path: Path) -> None:
     flip_byte(save(STATE, tmp_path / "m" / "pytorch_model.bin"), raw_bytes(STATE["c"]))
     before = snapshot(tmp_path)
     with pytest.raises(BadFile, match="CRC32"):
@@ -134,7 +136,7 @@ def test_errors_come_through_processes(process_pool, tmp_path):
 @pytest.mark.parametrize(
     ("workers", "memory_nbytes", "verify"), list(itertools.product([1, 3], [1, 1 << 17, 1 << 26], [False, True]))
 )
-def test_workers_and_memory_change_nothing(workers, memory_nbytes, verify, tmp_path):
+def test_workers_and_memory_change_nothing(workers: Any, memory_nbytes: Any, verify: Any, tmp_path: Path) -> None:
     source = make_varied(tmp_path / "m")
     options = {"tied": "duplicate", "max_shard_size": 500_000}
     convert(source, tmp_path / "expected", **options)
@@ -142,7 +144,7 @@ def test_workers_and_memory_change_nothing(workers, memory_nbytes, verify, tmp_p
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
 
 
-def test_values_and_bytes_are_those_of_save_file(tmp_path):
+def test_values_and_bytes_are_those_of_save_file(tmp_path: Path) -> None:
     source = make_varied(tmp_path / "m")
     convert(source, tmp_path / "out", tied="duplicate")
     for number in (1, 2):
@@ -153,7 +155,7 @@ def test_values_and_bytes_are_those_of_save_file(tmp_path):
         assert written.read_bytes() == (tmp_path / "judge.safetensors").read_bytes()
 
 
-def test_the_hash_seed_changes_nothing(tmp_path):
+def test_the_hash_seed_changes_nothing(tmp_path: Path) -> None:
     save_pipeline(tmp_path / "m")
     make_varied(tmp_path / "m" / "text_encoder_2")
     for seed in ("1", "2"):
@@ -162,7 +164,7 @@ def test_the_hash_seed_changes_nothing(tmp_path):
     assert snapshot(tmp_path / "1") == snapshot(tmp_path / "2")
 
 
-def test_what_is_converted_twice_is_as_if_once(tmp_path):
+def test_what_is_converted_twice_is_as_if_once(tmp_path: Path) -> None:
     source = make_varied(tmp_path / "m")
     convert(source, tmp_path / "sharded", max_shard_size=300_000)
     convert(tmp_path / "sharded", tmp_path / "again", max_shard_size=float("inf"))
@@ -172,7 +174,7 @@ def test_what_is_converted_twice_is_as_if_once(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a umask")
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_files_and_folders_follow_the_umask(umask, tmp_path):
+def test_files_and_folders_follow_the_umask(umask: int, tmp_path: Path) -> None:
     save_pipeline(tmp_path / "m")
     before = os.umask(umask)
     try:
@@ -200,7 +202,7 @@ sys.exit(code)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("verify", [[], ["--verify"]], ids=["plain", "verify"])
-def test_a_tensor_of_256_mb_takes_no_more_memory_than_a_small_one(verify, tmp_path):
+def test_a_tensor_of_256_mb_takes_no_more_memory_than_a_small_one(verify: list[Any], tmp_path: Path) -> None:
     header = b'{"w":{"dtype":"F32","shape":[8192,8192],"data_offsets":[0,268435456]}}'
     with (tmp_path / "big.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -214,12 +216,12 @@ def test_a_tensor_of_256_mb_takes_no_more_memory_than_a_small_one(verify, tmp_pa
 # What goes wrong.
 
 
-def test_a_staged_file_that_changes_is_caught(tmp_path, monkeypatch):
+def test_a_staged_file_that_changes_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     before = snapshot(tmp_path)
     check = converter.run.execute.check_staged
 
-    def check_and_change(shard, staged):
+    def check_and_change(shard: Any, staged: Any) -> None:
         check(shard, staged)
         if shard.path.startswith("model-00002"):
             flip_byte(staged.path, raw_bytes(STATE["d"]))
@@ -232,12 +234,14 @@ def test_a_staged_file_that_changes_is_caught(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["short", "garbage", "another"])
-def test_a_staged_file_that_is_wrong_is_a_bug(damage, tmp_path, monkeypatch, wconv):
+def test_a_staged_file_that_is_wrong_is_a_bug(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wconv: Callable[..., Any]
+) -> None:
     source = save(STATE, tmp_path / "m" / "pytorch_model.bin").parent
     before = snapshot(tmp_path)
     write = converter.run.execute.write_piece
 
-    def write_wrongly(piece, chunk_nbytes):
+    def write_wrongly(piece: Any, chunk_nbytes: Any) -> Any:
         parts = write(piece, chunk_nbytes)
         if damage == "short":
             os.truncate(piece.place.path, piece.place.path.stat().st_size - 1)
@@ -253,11 +257,11 @@ def test_a_staged_file_that_is_wrong_is_a_bug(damage, tmp_path, monkeypatch, wco
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
-def test_a_source_cut_short_while_it_is_read(suffix, tmp_path, monkeypatch):
+def test_a_source_cut_short_while_it_is_read(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save(STATE, tmp_path / "m" / f"model{suffix}")
     write = converter.run.execute.write_piece
 
-    def cut_and_write(piece, chunk_nbytes):
+    def cut_and_write(piece: Any, chunk_nbytes: Any) -> Any:
         os.truncate(source, piece.steps[-1].tensor.source.storage.offset + 3)
         return write(piece, chunk_nbytes)
 
@@ -268,7 +272,7 @@ def test_a_source_cut_short_while_it_is_read(suffix, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [source.parent]
 
 
-def test_a_source_that_goes_away_while_it_is_read(tmp_path, monkeypatch):
+def test_a_source_that_goes_away_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save(STATE, tmp_path / "m" / "model.bin")
     plan = plan_conversion(Request.of(source, tmp_path / "out"))
     source.unlink()
@@ -277,7 +281,9 @@ def test_a_source_that_goes_away_while_it_is_read(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [source.parent]
 
 
-def test_a_disk_that_is_full_before_the_first_byte(tmp_path, monkeypatch, wconv):
+def test_a_disk_that_is_full_before_the_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wconv: Callable[..., Any]
+) -> None:
     source = save(STATE, tmp_path / "m" / "pytorch_model.bin").parent
     before = snapshot(tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -288,17 +294,12 @@ def test_a_disk_that_is_full_before_the_first_byte(tmp_path, monkeypatch, wconv)
     assert snapshot(tmp_path) == before
 
 
-def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, wconv):
+def test_a_disk_that_fills_up_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wconv: Callable[..., Any]
+) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     before = snapshot(tmp_path)
-
-    write = StagedFile.write
-
-    def refuse(file, offset, data):
-        write(file, offset, data[:5])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(StagedFile, "write", refuse)
+    fill_disk(monkeypatch)
     for output in ([], ["-o", tmp_path / "out"]):
         outcome = wconv("to-safetensors", source, *output, exit_code=7)
         assert "no space left" in outcome.stderr.lower()
@@ -307,7 +308,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, wconv):
 
 
 @pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Give the root of a file system of 8 MB."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         pytest.skip("only root may mount")
@@ -322,14 +323,16 @@ def small_disk(tmp_path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", root], check=True)
 
 
-def test_a_small_disk_is_refused_before_the_first_byte(small_disk, tmp_path, wconv):
+def test_a_small_disk_is_refused_before_the_first_byte(
+    small_disk: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     source = save({"w": torch.ones(TMPFS_NBYTES // 4)}, tmp_path / "m" / "pytorch_model.bin")
     outcome = wconv("to-safetensors", source, "-o", small_disk / "deep" / "out", exit_code=7)
     assert "needs" in outcome.stderr
     assert not list(small_disk.iterdir())
 
 
-def test_a_small_disk_that_another_fills_up(small_disk, tmp_path):
+def test_a_small_disk_that_another_fills_up(small_disk: Path, tmp_path: Path) -> None:
     names = "abcdef"
     state = {name: torch.ones(TMPFS_NBYTES // 4 // 10) for name in names}
     source = save_bin_shards(state, tmp_path / "m").parent
@@ -347,19 +350,19 @@ def test_a_small_disk_that_another_fills_up(small_disk, tmp_path):
     assert_same(load_set(small_disk / "out"), state)
 
 
-def test_a_disk_may_be_the_new_folder(small_disk, tmp_path):
+def test_a_disk_may_be_the_new_folder(small_disk: Path, tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     convert(source, small_disk)
     assert_same(load_set(small_disk), STATE)
     assert not left_behind(tmp_path)
 
 
-def test_a_component_may_lie_on_another_disk(tmp_path, monkeypatch):
+def test_a_component_may_lie_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_pipeline(tmp_path / "m")
     convert(source, tmp_path / "expected")
     rename = os.replace
 
-    def rename_on_one_disk(old, new, *, src_dir_fd=None, dst_dir_fd=None):
+    def rename_on_one_disk(old: Any, new: Any, *, src_dir_fd: Any = None, dst_dir_fd: Any = None) -> None:
         between = None not in (src_dir_fd, dst_dir_fd) and not os.path.sameopenfile(src_dir_fd, dst_dir_fd)
         if between and new.startswith("diffusion"):
             raise OSError(errno.EXDEV, "another disk", old)
@@ -373,7 +376,7 @@ def test_a_component_may_lie_on_another_disk(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def as_somebody(tmp_path, wconv, monkeypatch) -> Iterator[Path]:
+def as_somebody(tmp_path: Path, wconv: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Become an ordinary user, where root would not be refused anything; give a folder that is this user's."""
     if os.name != "posix":
         pytest.skip("needs POSIX permissions")
@@ -406,7 +409,7 @@ def read_only(folder: Path) -> Iterator[None]:
     folder.chmod(0o755)
 
 
-def test_a_read_only_folder(as_somebody, wconv):
+def test_a_read_only_folder(as_somebody: Path, wconv: Callable[..., Any]) -> None:
     source = save_bin_shards(STATE, as_somebody / "m").parent
     before = snapshot(as_somebody)
     with read_only(source):
@@ -420,7 +423,7 @@ def test_a_read_only_folder(as_somebody, wconv):
     assert_same(load_set(as_somebody / "out"), STATE)
 
 
-def test_a_read_only_folder_of_a_component(as_somebody, wconv):
+def test_a_read_only_folder_of_a_component(as_somebody: Path, wconv: Callable[..., Any]) -> None:
     source = save_pipeline(as_somebody / "m")
     before = snapshot(as_somebody)
     with read_only(source / "unet"):
@@ -430,7 +433,7 @@ def test_a_read_only_folder_of_a_component(as_somebody, wconv):
     wconv("to-safetensors", source)
 
 
-def test_a_source_that_may_not_be_read(as_somebody, wconv):
+def test_a_source_that_may_not_be_read(as_somebody: Path, wconv: Callable[..., Any]) -> None:
     source = save(STATE, as_somebody / "m" / "pytorch_model.bin")
     before = snapshot(as_somebody)
     source.chmod(0o000)
@@ -441,7 +444,7 @@ def test_a_source_that_may_not_be_read(as_somebody, wconv):
     assert snapshot(as_somebody) == before
 
 
-def test_read_only_files_that_a_killed_run_left_are_taken_up(as_somebody, wconv):
+def test_read_only_files_that_a_killed_run_left_are_taken_up(as_somebody: Path, wconv: Callable[..., Any]) -> None:
     source = save_bin_shards(STATE, as_somebody / "m").parent
     write_json(source / "config.json", {}).chmod(0o444)
     with open_staging(Target.at(place_of(as_somebody / "out"), is_new=True)) as staging:
@@ -475,7 +478,9 @@ def leave_behind(source: Path, output: Path, damage: Callable[[Path], object]) -
     ],
     ids=["whole", "flipped", "short", "missing", "stranger", "wrong-index"],
 )
-def test_what_a_killed_run_left_is_taken_up_and_not_trusted(damage, reused, tmp_path):
+def test_what_a_killed_run_left_is_taken_up_and_not_trusted(
+    damage: Callable[..., Any], reused: int, tmp_path: Path
+) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     convert(source, tmp_path / "expected")
     leave_behind(source, tmp_path / "out", damage)
@@ -486,7 +491,7 @@ def test_what_a_killed_run_left_is_taken_up_and_not_trusted(damage, reused, tmp_
     assert not left_behind(tmp_path)
 
 
-def test_what_a_killed_run_left_of_another_source_is_not_mixed_in(tmp_path):
+def test_what_a_killed_run_left_of_another_source_is_not_mixed_in(tmp_path: Path) -> None:
     other = save_bin_shards(make_state(seed=5), tmp_path / "other").parent
     source = save_bin_shards(STATE, tmp_path / "m").parent
     leave_behind(other, tmp_path / "out", lambda tree: None)
@@ -494,7 +499,7 @@ def test_what_a_killed_run_left_of_another_source_is_not_mixed_in(tmp_path):
     assert_same(load_set(tmp_path / "out"), STATE)
 
 
-def test_a_second_name_of_a_source_that_a_killed_run_left_is_not_written_into(tmp_path):
+def test_a_second_name_of_a_source_that_a_killed_run_left_is_not_written_into(tmp_path: Path) -> None:
     folder = save_safetensors_shards(STATE, tmp_path / "m", ("a", "bc", "def")).parent
     name = "model-00001-of-00003.safetensors"
     with open_staging(Target.at(place_of(folder))) as staging:
@@ -509,12 +514,12 @@ def test_a_second_name_of_a_source_that_a_killed_run_left_is_not_written_into(tm
 # Two at once, and others who come between.
 
 
-def test_two_runs_into_one_output(tmp_path, wconv):
+def test_two_runs_into_one_output(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     for output in ([], ["-o", tmp_path / "out"]):
         refused: list[str] = []
 
-        def run_another(nbytes: int, output=output, refused=refused) -> None:
+        def run_another(nbytes: int, output: Any = output, refused: Any = refused) -> None:
             refused.append(wconv("to-safetensors", source, *output, exit_code=5).stderr)
 
         convert(source, output[1] if output else None, progress=run_another)
@@ -524,7 +529,7 @@ def test_two_runs_into_one_output(tmp_path, wconv):
     assert not left_behind(tmp_path)
 
 
-def test_two_processes_into_one_output(tmp_path):
+def test_two_processes_into_one_output(tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     with open_staging(Target.at(place_of(tmp_path / "out"), is_new=True)) as staging:
         command = [sys.executable, "-m", "converter", "to-safetensors", source, "-o", tmp_path / "out"]
@@ -535,7 +540,7 @@ def test_two_processes_into_one_output(tmp_path):
     assert not left_behind(tmp_path)
 
 
-def test_a_new_folder_that_another_makes_meanwhile(tmp_path):
+def test_a_new_folder_that_another_makes_meanwhile(tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     foreign = tmp_path / "out" / "theirs.txt"
 
@@ -552,7 +557,7 @@ def test_a_new_folder_that_another_makes_meanwhile(tmp_path):
     assert_same(load_set(tmp_path / "out"), STATE)
 
 
-def test_output_that_another_writes_meanwhile_is_not_overwritten(tmp_path):
+def test_output_that_another_writes_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     source = save(STATE, tmp_path / "m" / "pytorch_model.bin").parent
 
     def come_between(nbytes: int) -> None:
@@ -573,7 +578,9 @@ def spellings(folder: Path, link: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("number", range(3), ids=["dotted", "relative", "link"])
-def test_deleting_the_source_spares_the_output_however_it_is_spelled(number, tmp_path, monkeypatch):
+def test_deleting_the_source_spares_the_output_however_it_is_spelled(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = save_safetensors_shards(STATE, tmp_path / "m")
     monkeypatch.chdir(tmp_path)
     output = spellings(source.parent, tmp_path / "link")[number]
@@ -582,7 +589,9 @@ def test_deleting_the_source_spares_the_output_however_it_is_spelled(number, tmp
 
 
 @pytest.mark.parametrize("number", range(3), ids=["dotted", "relative", "link"])
-def test_replacing_the_source_is_verified_however_it_is_spelled(number, tmp_path, monkeypatch):
+def test_replacing_the_source_is_verified_however_it_is_spelled(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = save(STATE, tmp_path / "m" / "model.safetensors")
     monkeypatch.chdir(tmp_path)
     output = spellings(source.parent, tmp_path / "link")[number]
@@ -591,12 +600,14 @@ def test_replacing_the_source_is_verified_however_it_is_spelled(number, tmp_path
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_heard_where_a_comparison_ends_early(which, tmp_path, monkeypatch):
+def test_a_signal_is_heard_where_a_comparison_ends_early(
+    which: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # What it raised while the generator of results went was lost.
     sets = [open_checkpoint(save(make_state(seed=seed), tmp_path / f"{seed}.bin")) for seed in range(2)]
     read_into = LocalFile.read_into
 
-    def signal_and_read(*args):
+    def signal_and_read(*args: Any) -> Any:
         os.kill(os.getpid(), which)
         return read_into(*args)
 
@@ -614,14 +625,14 @@ def test_a_signal_is_heard_where_a_comparison_ends_early(which, tmp_path, monkey
 
 
 @pytest.mark.parametrize("number", range(2), ids=["first", "second"])
-def test_each_signal_has_its_handler_back_though_another_raises(number, monkeypatch):
+def test_each_signal_has_its_handler_back_though_another_raises(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     both = (signal.SIGINT, signal.SIGTERM)
     set_handler, sent = signal.signal, []
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    def set_and_send(which, handler):
+    def set_and_send(which: Any, handler: Any) -> Any:
         result = set_handler(which, handler)
         if handler is interrupt and len(sent) == number:  # as if it came the moment that it can be heard
             sent.append(which)
@@ -647,7 +658,7 @@ def test_a_signal_is_not_raised_inside_of_an_executor(which: signal.Signals, tmp
     begun, ended = [], []
 
     class Signalling(ThreadPoolExecutor):
-        def submit(self, *args, **how):
+        def submit(self, *args: Any, **how: Any) -> Any:
             begun.append(1)
             os.kill(os.getpid(), which)
             for _ in range(1000):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +80,9 @@ HONEST = {
 
 
 @pytest.mark.parametrize(("said", "state"), FORMS.values(), ids=FORMS)
-def test_what_is_quantized_is_known_without_a_config(wconv, tmp_path, said, state):
+def test_what_is_quantized_is_known_without_a_config(
+    wconv: Callable[..., Any], tmp_path: Path, said: Any, state: Any
+) -> None:
     source = save({**PLAIN, **state}, tmp_path / "m.safetensors")
     way = "'wconv dequantize' writes it" if said == "LLM.int8" else "does not dequantize them yet"
     before = snapshot(tmp_path)
@@ -95,7 +99,7 @@ def test_what_is_quantized_is_known_without_a_config(wconv, tmp_path, said, stat
 
 
 @pytest.mark.parametrize("name", ["GPTQ", "nf4 in bf16"])
-def test_copies_are_made_as_ever(wconv, tmp_path, name):
+def test_copies_are_made_as_ever(wconv: Callable[..., Any], tmp_path: Path, name: str) -> None:
     state = {**PLAIN, **FORMS[name][1]}
     save(state, tmp_path / "in" / "pytorch_model.bin")
     wconv("to-safetensors", tmp_path / "in", "-o", tmp_path / "out")
@@ -105,7 +109,7 @@ def test_copies_are_made_as_ever(wconv, tmp_path, name):
 
 
 @pytest.mark.parametrize("state", HONEST.values(), ids=HONEST)
-def test_scales_of_float_models_are_weights(wconv, tmp_path, state):
+def test_scales_of_float_models_are_weights(wconv: Callable[..., Any], tmp_path: Path, state: Any) -> None:
     source = save(state, tmp_path / "m.safetensors")
     assert not find_quantized({info.name: info.dtype for info in open_checkpoint(source).tensors})
     wconv("recast", source, "--dtype", "bf16")
@@ -114,14 +118,14 @@ def test_scales_of_float_models_are_weights(wconv, tmp_path, state):
     assert "quantized" not in wconv("doctor", tmp_path, exit_code=None).stdout
 
 
-def test_a_real_model_has_no_companions(builders):
+def test_a_real_model_has_no_companions(builders: Any) -> None:
     for make in (builders.make_clip, builders.make_unet, builders.make_t5, builders.make_vae):
         dtypes = {name: DTYPES["F8_E4M3" if one.ndim > 1 else "F32"] for name, one in make().state_dict().items()}
         assert not find_quantized(dtypes)
 
 
 @pytest.mark.parametrize("name", ["fp8 block", "ComfyUI", "GPTQ", "nf4"])
-def test_quantize_and_dequantize_say_what_it_is(wconv, tmp_path, name):
+def test_quantize_and_dequantize_say_what_it_is(wconv: Callable[..., Any], tmp_path: Path, name: str) -> None:
     said, state = FORMS[name]
     save({**PLAIN, **state}, tmp_path / "m" / "model.safetensors")
     write_json(tmp_path / "m" / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
@@ -135,7 +139,7 @@ def test_quantize_and_dequantize_say_what_it_is(wconv, tmp_path, name):
     assert "recast" not in told
 
 
-def test_dequantize_does_not_send_back_to_recast(wconv, tmp_path):
+def test_dequantize_does_not_send_back_to_recast(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(PLAIN, tmp_path / "m" / "model.safetensors")
     write_json(tmp_path / "m" / "config.json", {"quantization_config": {"quant_method": "other"}})
     told = wconv("dequantize", tmp_path / "m", "-o", tmp_path / "out", "--dtype", "bf16", exit_code=4).stderr
@@ -146,13 +150,13 @@ def test_dequantize_does_not_send_back_to_recast(wconv, tmp_path):
     wconv("recast", tmp_path / "m", "--dtype", "bf16")
 
 
-def test_core_ml_takes_no_scaled_weights(tmp_path):
+def test_core_ml_takes_no_scaled_weights(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=r"ComfyUI.*Core ML"):
         open_single_file(save({**PLAIN, **FORMS["ComfyUI"][1]}, tmp_path / "m.safetensors"))
 
 
 @pytest.mark.parametrize(("said", "state"), FORMS.values(), ids=FORMS)
-def test_the_doctor_finds_them(wconv, tmp_path, said, state):
+def test_the_doctor_finds_them(wconv: Callable[..., Any], tmp_path: Path, said: Any, state: Any) -> None:
     save({**PLAIN, **state}, tmp_path / "model.safetensors")
 
     def codes(exit_code: int) -> dict[str, str]:
@@ -167,7 +171,7 @@ def test_the_doctor_finds_them(wconv, tmp_path, said, state):
     assert codes(0).keys() == {"quantized"}
 
 
-def test_a_real_4_bit_model(wconv, tmp_path):
+def test_a_real_4_bit_model(wconv: Callable[..., Any], tmp_path: Path) -> None:
     """bitsandbytes packs on the CPU too, and its own names are what is looked for."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu")

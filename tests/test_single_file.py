@@ -196,7 +196,7 @@ def test_a_checkpoint_of_full_size_fits_the_shipped_config(kind: str, tmp_path: 
 def test_nine_channels_are_for_inpainting(kind: str, tmp_path: Path) -> None:
     opened, _ = open_hollow(kind, tmp_path, channels=9)
     assert opened.notes[0] == f"model.safetensors is a {SAID[kind]} checkpoint for inpainting"
-    edited = dict(opened.generated)
+    edited = opened.generated
     if kind == "sd2":
         assert json.loads(edited["unet/config.json"])["sample_size"] == 64
         assert json.loads(edited["scheduler/scheduler_config.json"])["prediction_type"] == "epsilon"
@@ -210,7 +210,8 @@ def test_the_shipped_tokenizer_is_clips(kind: str, tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 
     opened, _ = open_hollow(kind, tmp_path)
-    for name, content in (*opened.generated, *((name, path.read_bytes()) for name, path in opened.copied)):
+    copied = {name: file.place.path.read_bytes() for name, file in opened.copied}
+    for name, content in {**opened.generated, **copied}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")

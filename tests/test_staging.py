@@ -68,14 +68,14 @@ def cut_off(args: list[str], is_moment: Callable[[], bool]) -> None:
 # What is noted.
 
 
-def test_a_run_leaves_no_note(notes, tmp_path):
+def test_a_run_leaves_no_note(notes: Path, tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     convert(source, tmp_path / "out")
     assert list(notes.iterdir()) == []
     assert notes.stat().st_mode & 0o777 == 0o700 or os.name == "nt"
 
 
-def test_the_staging_folder_is_private_and_what_comes_out_is_not(notes, tmp_path):
+def test_the_staging_folder_is_private_and_what_comes_out_is_not(notes: Path, tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     modes = set()
 
@@ -89,7 +89,7 @@ def test_the_staging_folder_is_private_and_what_comes_out_is_not(notes, tmp_path
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
-def test_names_of_staging_folders_are_never_the_same(notes, tmp_path):
+def test_names_of_staging_folders_are_never_the_same(notes: Path, tmp_path: Path) -> None:
     names = set()
     for number in range(3):
         with open_staging(Target.at(place_of(tmp_path / str(number)), is_new=True)) as staging:
@@ -99,7 +99,9 @@ def test_names_of_staging_folders_are_never_the_same(notes, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["relative", ""])
-def test_a_state_folder_that_is_no_full_path(place, tmp_path, monkeypatch, wconv):
+def test_a_state_folder_that_is_no_full_path(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wconv: Callable[..., Any]
+) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     monkeypatch.setenv("WCONV_STATE", place)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
@@ -111,7 +113,9 @@ def test_a_state_folder_that_is_no_full_path(place, tmp_path, monkeypatch, wconv
 
 
 @pytest.mark.parametrize("place", [Path("~/.local/state/wconv"), RuntimeError("no home")])
-def test_a_home_that_is_not_known_is_not_the_current_folder(place, tmp_path, monkeypatch, wconv):
+def test_a_home_that_is_not_known_is_not_the_current_folder(
+    place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wconv: Callable[..., Any]
+) -> None:
     def user_state_path(*_: object, **__: object) -> Path:
         if isinstance(place, Exception):
             raise place
@@ -125,7 +129,9 @@ def test_a_home_that_is_not_known_is_not_the_current_folder(place, tmp_path, mon
     assert [path.name for path in source.iterdir()] == ["pytorch_model.bin"]
 
 
-def test_a_state_folder_that_cannot_be_made(tmp_path, monkeypatch, wconv):
+def test_a_state_folder_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wconv: Callable[..., Any]
+) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     (tmp_path / "file").write_text("x")
     before = snapshot(tmp_path)
@@ -162,7 +168,9 @@ ODD = {
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("odd", ODD)
-def test_a_note_that_cannot_be_understood_is_refused_and_what_is_staged_stays(odd, notes, tmp_path, wconv):
+def test_a_note_that_cannot_be_understood_is_refused_and_what_is_staged_stays(
+    odd: str, notes: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     save_safetensors_shards(OLD, source)
     cut_off(
@@ -213,7 +221,7 @@ def cut(notes: Path, tmp_path: Path) -> Path:
     return source
 
 
-def test_it_is_finished_by_any_command_that_writes(cut, wconv):
+def test_it_is_finished_by_any_command_that_writes(cut: Path, wconv: Callable[..., Any]) -> None:
     wconv("recast", cut, "--dtype", "bf16", exit_code=None)
     assert not left_behind(cut)
     assert json.loads((cut / "model.safetensors.index.json").read_text())["weight_map"]["f"].endswith(
@@ -221,7 +229,7 @@ def test_it_is_finished_by_any_command_that_writes(cut, wconv):
     )
 
 
-def test_it_is_not_finished_over_what_came_since(cut, wconv):
+def test_it_is_not_finished_over_what_came_since(cut: Path, wconv: Callable[..., Any]) -> None:
     # The user removes the staging folder by hand, and fetches the old weights again.
     for path in cut.glob(".staging*"):
         shutil.rmtree(path)
@@ -236,7 +244,9 @@ def test_it_is_not_finished_over_what_came_since(cut, wconv):
     assert len(list(cut.glob("*.safetensors"))) == 3
 
 
-def test_nothing_is_removed_for_output_that_somebody_removed(notes, tmp_path, wconv):
+def test_nothing_is_removed_for_output_that_somebody_removed(
+    notes: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     source = save_bin_shards(STATE, tmp_path / "m").parent
@@ -250,7 +260,9 @@ def test_nothing_is_removed_for_output_that_somebody_removed(notes, tmp_path, wc
     assert not left_behind(tmp_path)
 
 
-def test_a_folder_made_where_a_killed_run_was_to_publish(notes, tmp_path, wconv):
+def test_a_folder_made_where_a_killed_run_was_to_publish(
+    notes: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     source = save_bin_shards(STATE, tmp_path / "m").parent
@@ -274,7 +286,9 @@ def is_noted(notes: Path) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize("moment", ["noted", "published", "removed"])
-def test_output_into_a_file_is_taken_up_too(moment, notes, tmp_path, wconv):
+def test_output_into_a_file_is_taken_up_too(
+    moment: str, notes: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     source, output = save(STATE, tmp_path / "m" / "model.bin"), tmp_path / "out" / "x.safetensors"
@@ -287,7 +301,9 @@ def test_output_into_a_file_is_taken_up_too(moment, notes, tmp_path, wconv):
     assert not list(notes.glob("*.run"))
 
 
-def test_what_was_finished_of_another_source_is_not_said_to_be_done(notes, tmp_path, wconv):
+def test_what_was_finished_of_another_source_is_not_said_to_be_done(
+    notes: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     source, output = save_bin_shards(STATE, tmp_path / "m").parent, tmp_path / "out"
@@ -298,7 +314,9 @@ def test_what_was_finished_of_another_source_is_not_said_to_be_done(notes, tmp_p
 
 
 @pytest.mark.parametrize("how", ["gone", "moved"])
-def test_sources_that_are_elsewhere_by_now_do_not_keep_it_from_ending(how, notes, tmp_path, wconv):
+def test_sources_that_are_elsewhere_by_now_do_not_keep_it_from_ending(
+    how: str, notes: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     source, output = save_bin_shards(STATE, tmp_path / "m").parent, tmp_path / "out"
@@ -312,7 +330,9 @@ def test_sources_that_are_elsewhere_by_now_do_not_keep_it_from_ending(how, notes
     assert not list(notes.glob("*.run"))
 
 
-def test_what_is_staged_stays_noted_when_it_cannot_be_taken_up(notes, tmp_path, monkeypatch, wconv):
+def test_what_is_staged_stays_noted_when_it_cannot_be_taken_up(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wconv: Callable[..., Any]
+) -> None:
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     source = save_bin_shards(STATE, tmp_path / "m").parent
@@ -325,7 +345,7 @@ def test_what_is_staged_stays_noted_when_it_cannot_be_taken_up(notes, tmp_path, 
     assert not left_behind(tmp_path)
 
 
-def test_an_interrupt_waits_for_a_commit_that_has_begun(notes, tmp_path):
+def test_an_interrupt_waits_for_a_commit_that_has_begun(notes: Path, tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     sent: list[int] = []
 
@@ -347,7 +367,9 @@ def test_an_interrupt_waits_for_a_commit_that_has_begun(notes, tmp_path):
 
 
 @pytest.mark.parametrize("blocked", ["file", "folder"])
-def test_what_cannot_be_renamed_into_place_is_refused_before_anything_is(blocked, notes, tmp_path, wconv):
+def test_what_cannot_be_renamed_into_place_is_refused_before_anything_is(
+    blocked: str, notes: Path, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
     source, output = save_bin_shards(STATE, tmp_path / "m").parent, tmp_path / "out"
     write_json(source / "tokenizer" / "vocab.json", {})
     if blocked == "file":
@@ -362,7 +384,7 @@ def test_what_cannot_be_renamed_into_place_is_refused_before_anything_is(blocked
     assert snapshot(output) == before
 
 
-def test_a_staged_file_that_is_gone_is_an_error(notes, tmp_path):
+def test_a_staged_file_that_is_gone_is_an_error(notes: Path, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     with open_staging(Target.at(place_of(tmp_path / "m"))) as staging:
         staging.put("a", b"x")
@@ -373,7 +395,7 @@ def test_a_staged_file_that_is_gone_is_an_error(notes, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../a", "/a", "a//b", "./a", "a/..", "a\0", ""])
-def test_names_that_are_not_plain_are_not_used(name, notes, tmp_path):
+def test_names_that_are_not_plain_are_not_used(name: str, notes: Path, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     with pytest.raises(WconvError), open_staging(Target.at(place_of(tmp_path / "m"))) as staging:
         staging.put(name, b"x")
@@ -409,7 +431,7 @@ def models(tmp_path: Path, wconv: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", AGAIN)
-def test_a_finished_command_says_so(name, models, wconv):
+def test_a_finished_command_says_so(name: str, models: Path, wconv: Callable[..., Any]) -> None:
     wconv(*AGAIN[name])
     before = {path: path.stat().st_mtime_ns for path in models.rglob("*")}
     for more in ((), ("--dry-run",)):
@@ -436,7 +458,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("why", CHANGES)
-def test_what_would_be_written_otherwise_is_refused(why, models, wconv):
+def test_what_would_be_written_otherwise_is_refused(why: str, models: Path, wconv: Callable[..., Any]) -> None:
     wconv("to-safetensors", "m", "-o", "out")
     CHANGES[why](models / "out" / "vae" / "diffusion_pytorch_model.safetensors")
     before = snapshot(models)
@@ -448,7 +470,7 @@ def test_what_would_be_written_otherwise_is_refused(why, models, wconv):
 
 
 @pytest.mark.parametrize("change", ["config", "source", "carried", "link"])
-def test_what_was_changed_since_is_not_up_to_date(change, models, wconv):
+def test_what_was_changed_since_is_not_up_to_date(change: str, models: Path, wconv: Callable[..., Any]) -> None:
     wconv("recast", "m", "--dtype", "bf16", "--variant", "none", "-o", "out")
     if change == "config":
         (models / "out" / "model_index.json").write_text("{}")
@@ -469,7 +491,7 @@ def test_what_was_changed_since_is_not_up_to_date(change, models, wconv):
     )
 
 
-def test_other_options_are_not_up_to_date(models, wconv):
+def test_other_options_are_not_up_to_date(models: Path, wconv: Callable[..., Any]) -> None:
     wconv("to-safetensors", "m", "-o", "out")
     wconv("to-safetensors", "m", "-o", "out", "--max-shard-size", "none", exit_code=5)
     wconv("recast", "m", "--dtype", "fp16", "-o", "out", exit_code=5)
@@ -477,7 +499,7 @@ def test_other_options_are_not_up_to_date(models, wconv):
 
 
 @pytest.mark.parametrize("how", ["source", "key", "overflow", "carried"])
-def test_other_values_are_not_up_to_date(how, tmp_path, wconv):
+def test_other_values_are_not_up_to_date(how: str, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     first, again = ["to-safetensors", "m"], ["to-safetensors", "m"]
     source = tmp_path / "m"
     if how == "key":
@@ -502,7 +524,7 @@ def test_other_values_are_not_up_to_date(how, tmp_path, wconv):
     ) in said
 
 
-def test_in_python(models):
+def test_in_python(models: Path) -> None:
     assert convert("m", "out").plan is not None
     again = convert("m", "out")
     assert again.plan is not None

@@ -6,7 +6,9 @@ import json
 import shutil
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def load(path: Path, mapped: bool = True) -> State:
     return torch.load(path, weights_only=True, mmap=mapped)
 
 
-def to_bin(state: State, folder: Path, wconv, metadata: dict[str, str] | None = None) -> Path:
+def to_bin(state: State, folder: Path, wconv: Callable[..., Any], metadata: dict[str, str] | None = None) -> Path:
     """Write a state dict by safetensors, make it `.bin`, give that."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "m.safetensors", {"format": "pt", **(metadata or {})})
@@ -59,7 +61,9 @@ def to_bin(state: State, folder: Path, wconv, metadata: dict[str, str] | None = 
 
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_torch_loads_every_dtype_and_shape(dtype, mapped, wconv, tmp_path):
+def test_torch_loads_every_dtype_and_shape(
+    dtype: torch.dtype, mapped: bool, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     state = {f"t{number}": make(dtype, shape, number) for number, shape in enumerate(SHAPES)}
     found = load(to_bin(state, tmp_path, wconv), mapped)
     assert list(found) == list(state)
@@ -75,18 +79,18 @@ def own_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_an_empty_state_dict(mapped, wconv, tmp_path):
+def test_an_empty_state_dict(mapped: bool, wconv: Callable[..., Any], tmp_path: Path) -> None:
     assert load(to_bin({}, tmp_path, wconv), mapped) == {}
 
 
-def test_names_of_all_kinds(wconv, tmp_path):
+def test_names_of_all_kinds(wconv: Callable[..., Any], tmp_path: Path) -> None:
     names = ["", "a.b", "a/b", "ü", "\U0001f600", "x" * 1000, "a\nb", "storage", "cpu"]
     state = {name: torch.full((2,), float(number)) for number, name in enumerate(names)}
     assert_same(load(to_bin(state, tmp_path, wconv)), state)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_ties_are_tied_again(mapped, wconv, tmp_path):
+def test_ties_are_tied_again(mapped: bool, wconv: Callable[..., Any], tmp_path: Path) -> None:
     path = to_bin(make_state("abc"), tmp_path, wconv, {"x": "b", "y": "b", "note": "nothing"})
     found = load(path, mapped)
     assert found.keys() == set("abcxy")
@@ -97,7 +101,7 @@ def test_ties_are_tied_again(mapped, wconv, tmp_path):
         assert sum("/data/" in name for name in archive.namelist()) == 3
 
 
-def test_ties_across_shards_stay_in_the_shard_of_what_they_name(wconv, tmp_path):
+def test_ties_across_shards_stay_in_the_shard_of_what_they_name(wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = make_state("abcd")
     (tmp_path / "m").mkdir()
     save_file({name: state[name] for name in "ab"}, tmp_path / "m" / "model-00001-of-00002.safetensors", {"x": "b"})
@@ -120,7 +124,7 @@ def described(count: int, *shapes: tuple[int, ...], name: str = "layers.%d.weigh
 
 
 @pytest.mark.parametrize("name", ["layers.%d.weight", "é%d", "x" * 300 + "%d"])
-def test_the_steps_of_a_pickle_are_those_that_reading_takes(monkeypatch, name):
+def test_the_steps_of_a_pickle_are_those_that_reading_takes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     tensors = described(9, (2, 2), (1,) * 9, (), name=name)
     raw = build_pickle(tensors, {"tied": tensors[0][0]})
     fewest = next(steps for steps in range(2_000) if _is_read(monkeypatch, raw, steps))
@@ -131,7 +135,7 @@ def test_the_steps_of_a_pickle_are_those_that_reading_takes(monkeypatch, name):
     build_pickle(tensors, {"tied": tensors[0][0]})
 
 
-def _is_read(monkeypatch, raw: bytes, steps: int) -> bool:
+def _is_read(monkeypatch: pytest.MonkeyPatch, raw: bytes, steps: int) -> bool:
     monkeypatch.setattr("converter.formats.torch.unpickler.MAX_OPCODES", steps)
     try:
         return bool(parse_pickle(raw, Path("x")))
@@ -144,12 +148,14 @@ def _is_read(monkeypatch, raw: bytes, steps: int) -> bool:
     [((1,) * 101, "of 101 axes, and a torch file may have 100"), ((0, 2**40, 2**40), "numbers beyond torch's"),
      ((0, *[2**60] * 60), "numbers beyond torch's"), ((0, 2**63), "numbers beyond torch's")],
 )  # fmt: skip
-def test_a_shape_that_would_not_be_read_again_is_refused(shape, problem):
+def test_a_shape_that_would_not_be_read_again_is_refused(shape: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         lay_out([("x", DTYPES_BY_TAG["F32"], shape)], {}, {})
 
 
-def test_more_tensors_than_are_read_again_are_refused(wconv, tmp_path, monkeypatch):
+def test_more_tensors_than_are_read_again_are_refused(
+    wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("converter.formats.torch.writer.MAX_TENSORS", 2)
     save_file({name: torch.ones(1) for name in "abc"}, tmp_path / "m.safetensors", {"format": "pt"})
     done = wconv("to-bin", tmp_path / "m.safetensors", exit_code=4)
@@ -169,7 +175,7 @@ def records(path: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def test_records_are_torchs_and_aligned(wconv, tmp_path):
+def test_records_are_torchs_and_aligned(wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {f"t{number:03d}": make(DTYPES[number % len(DTYPES)], (number,), number) for number in range(100)}
     path = to_bin(state, tmp_path, wconv)
     found = records(path)
@@ -184,7 +190,7 @@ def test_records_are_torchs_and_aligned(wconv, tmp_path):
         assert archive.testzip() is None
 
 
-def test_crcs_are_those_of_the_content_whatever_the_pieces(wconv, tmp_path):
+def test_crcs_are_those_of_the_content_whatever_the_pieces(wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {"a": make(torch.float32, (3_000_001,)), "b": make(torch.uint8, (7,)), "c": make(torch.float16, (70_001,))}
     path = to_bin(state, tmp_path, wconv)
     for memory in ("1B", "64MB"):
@@ -195,13 +201,13 @@ def test_crcs_are_those_of_the_content_whatever_the_pieces(wconv, tmp_path):
         assert archive.testzip() is None
 
 
-def test_the_same_bytes_however_it_is_called(wconv, tmp_path):
+def test_the_same_bytes_however_it_is_called(wconv: Callable[..., Any], tmp_path: Path) -> None:
     first = to_bin(make_state(), tmp_path / "a", wconv).read_bytes()
     assert to_bin(make_state(), tmp_path / "b", wconv).read_bytes() == first
 
 
 @pytest.mark.parametrize("count", [65_529, 65_530, 65_531])
-def test_more_records_than_an_old_zip_counts(count, tmp_path):
+def test_more_records_than_an_old_zip_counts(count: int, tmp_path: Path) -> None:
     tensors = [(f"{number:05x}", DTYPES_BY_TAG["F32"], (0,)) for number in range(count)]
     layout = lay_out(tensors, {}, {})
     path = tmp_path / "m.bin"
@@ -218,7 +224,7 @@ def test_more_records_than_an_old_zip_counts(count, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [65_529, 65_530, 65_600])
-def test_torch_loads_them(count, wconv, tmp_path):
+def test_torch_loads_them(count: int, wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {f"{number:05x}": torch.tensor(float(number)) for number in range(count)}
     found = load(to_bin(state, tmp_path, wconv))
     assert len(found) == count
@@ -238,7 +244,7 @@ def states(draw: st.DrawFn, most: int = 6) -> State:
 
 @settings(max_examples=40, deadline=None)
 @given(state=states())
-def test_from_safetensors_and_back_is_the_same_file(state, scratch, wconv):
+def test_from_safetensors_and_back_is_the_same_file(state: Any, scratch: Path, wconv: Callable[..., Any]) -> None:
     path = to_bin(state, scratch / "there", wconv)
     assert {name: own_bits(tensor).tolist() for name, tensor in load(path).items()} == {
         name: own_bits(tensor).tolist() for name, tensor in state.items()
@@ -251,7 +257,9 @@ def test_from_safetensors_and_back_is_the_same_file(state, scratch, wconv):
 
 @settings(max_examples=40, deadline=None)
 @given(state=states(4), data=st.data())
-def test_from_bin_and_back_is_the_same_state_dict(state, data, scratch, wconv):
+def test_from_bin_and_back_is_the_same_state_dict(
+    state: Any, data: Any, scratch: Path, wconv: Callable[..., Any]
+) -> None:
     names = sorted(state)
     aliases = data.draw(st.dictionaries(st.text("xyz", min_size=1, max_size=3), st.sampled_from(names), max_size=3)) if names else {}  # fmt: skip # noqa: E501
     whole = {**state, **{alias: state[name] for alias, name in aliases.items()}}
@@ -274,7 +282,7 @@ def test_from_bin_and_back_is_the_same_state_dict(state, data, scratch, wconv):
 
 
 @pytest.mark.slow
-def test_a_record_of_more_than_4_gib_and_one_behind_it(wconv, tmp_path):
+def test_a_record_of_more_than_4_gib_and_one_behind_it(wconv: Callable[..., Any], tmp_path: Path) -> None:
     nbytes = (1 << 32) + 4096
     entries = {"a": ("U8", nbytes, 0, nbytes), "b": ("U8", 4, nbytes, nbytes + 4)}
     header = json.dumps(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def trained(builders: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         ),
     ],
 )
-def test_training_state_is_left_behind(name, left, trained, builders, wconv, tmp_path):
+def test_training_state_is_left_behind(
+    name: str, left: list[str], trained: dict[str, Path], builders: Any, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     for args in (("--dry-run",), ()):
         shown = wconv("to-safetensors", trained[name], "-o", tmp_path / "out", *args).stdout
         for path in left:
@@ -89,7 +92,7 @@ def test_training_state_is_left_behind(name, left, trained, builders, wconv, tmp
     assert loaded.state_dict().keys() == builders.make_llama(tied=False).state_dict().keys()
 
 
-def test_it_is_shown_for_what_it_is(trained, wconv):
+def test_it_is_shown_for_what_it_is(trained: dict[str, Path], wconv: Callable[..., Any]) -> None:
     told = json.loads(wconv("inspect", trained["trainer"], "--json").stdout)
     assert {"training_args.bin", "checkpoint-1/optimizer.pt", "checkpoint-1/rng_state.pth"} <= set(
         told["training_state"]
@@ -97,7 +100,7 @@ def test_it_is_shown_for_what_it_is(trained, wconv):
     assert "checkpoint-1/model.safetensors" in told["other_weights"]
 
 
-def test_a_checkpoint_in_a_pipeline_is_no_part_of_it(wconv, tmp_path):
+def test_a_checkpoint_in_a_pipeline_is_no_part_of_it(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_pipeline(tmp_path / "m")
     for path in ("pytorch_lora_weights.safetensors", "optimizer.bin", "random_states_0.pkl"):
         save(make_state(), folder / "checkpoint-500" / path)
@@ -111,7 +114,9 @@ def test_a_checkpoint_in_a_pipeline_is_no_part_of_it(wconv, tmp_path):
     assert "checkpoint" not in wconv("doctor", folder, exit_code=1).stdout
 
 
-def test_a_checkpoint_in_a_sentence_transformers_model_is_no_part_of_it(wconv, tmp_path):
+def test_a_checkpoint_in_a_sentence_transformers_model_is_no_part_of_it(
+    wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     folder = tmp_path / "m"
     for path in ("model.safetensors", "2_Dense/model.safetensors", "checkpoint-5/model.safetensors"):
         save(make_state(), folder / path)
@@ -130,7 +135,7 @@ def test_a_checkpoint_in_a_sentence_transformers_model_is_no_part_of_it(wconv, t
     "path",
     ["onnx/model.onnx", "openvino/openvino_model.bin", "coreml/m.mlpackage/Data/weight.bin", "fsdp_0/__0_0.distcp"],
 )
-def test_a_folder_whose_weights_stay_behind_stays_behind(path, wconv, tmp_path):
+def test_a_folder_whose_weights_stay_behind_stays_behind(path: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = tmp_path / "m"
     save(make_state(), folder / "model.safetensors")
     (folder / path).parent.mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def made(folder: Path, spelled: str, content: Any) -> Path:
 
 
 @pytest.mark.parametrize(("spelled", "content", "said"), FILES.values(), ids=FILES)
-def test_a_piece_is_refused_and_its_reader_named(wconv, tmp_path, spelled, content, said):
+def test_a_piece_is_refused_and_its_reader_named(
+    wconv: Callable[..., Any], tmp_path: Path, spelled: Any, content: Any, said: Any
+) -> None:
     path = made(tmp_path / "in", spelled, content)
     before = snapshot(tmp_path)
     for command in (("to-safetensors", path), ("inspect", path), ("recast", path, "--dtype", "bf16")):
@@ -92,13 +95,13 @@ def test_a_piece_is_refused_and_its_reader_named(wconv, tmp_path, spelled, conte
 
 
 @pytest.mark.parametrize(("spelled", "content", "options"), WHOLES.values(), ids=WHOLES)
-def test_a_whole_is_none(wconv, tmp_path, spelled, content, options):
+def test_a_whole_is_none(wconv: Callable[..., Any], tmp_path: Path, spelled: Any, content: Any, options: Any) -> None:
     path = made(tmp_path / "in", spelled, content)
     wconv("to-safetensors", path, *options)
     wconv("doctor", path.parent, exit_code=None)
 
 
-def test_a_folder_of_dcp(wconv, tmp_path):
+def test_a_folder_of_dcp(wconv: Callable[..., Any], tmp_path: Path) -> None:
     """torch itself writes it, and what the refusal names makes one file of it that converts."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -119,7 +122,7 @@ def test_a_folder_of_dcp(wconv, tmp_path):
     assert "never finished" in wconv("inspect", folder, exit_code=4).stderr
 
 
-def test_shards_of_dcp_in_safetensors(wconv, tmp_path):
+def test_shards_of_dcp_in_safetensors(wconv: Callable[..., Any], tmp_path: Path) -> None:
     writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "m"), save_distributed=True)
     dcp.save(make_state("ab"), storage_writer=writer, no_dist=True)
     (path,) = (tmp_path / "m").iterdir()
@@ -133,18 +136,18 @@ def test_shards_of_dcp_in_safetensors(wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_weights_beside_pieces_in_other_folders_are_read(wconv, tmp_path):
+def test_weights_beside_pieces_in_other_folders_are_read(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(make_state("ab"), tmp_path / "m" / "model.safetensors")
     dcp.save({"model": make_state()}, checkpoint_id=tmp_path / "m" / "pytorch_model_fsdp_0", no_dist=True)
     wconv("recast", tmp_path / "m", "--dtype", "bf16")
 
 
-def test_a_trainers_folder_with_zero_in_it(wconv, tmp_path):
+def test_a_trainers_folder_with_zero_in_it(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(zero_model_states(), tmp_path / "c" / "global_step5" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     write_json(tmp_path / "c" / "config.json", {"architectures": ["LlamaForCausalLM"]})
     assert "zero_to_fp32.py" in wconv("to-safetensors", tmp_path / "c", exit_code=4).stderr
 
 
-def test_in_python(tmp_path):
+def test_in_python(tmp_path: Path) -> None:
     with pytest.raises(TrainingPiece, match="rank's part"):
         open_checkpoint(save(make_state(), tmp_path / "model_world_size_8_rank_3.pt"))

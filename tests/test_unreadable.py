@@ -54,7 +54,9 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize("is_old", [False, True], ids=["zip", "stream"])
 @pytest.mark.parametrize(("make", "why"), KINDS.values(), ids=KINDS)
-def test_it_is_named_and_left_out_only_where_that_is_asked(wconv, tmp_path, make, why, is_old):
+def test_it_is_named_and_left_out_only_where_that_is_asked(
+    wconv: Callable[..., Any], tmp_path: Path, make: Any, why: Any, is_old: bool
+) -> None:
     path = tmp_path / "m.pt"
     state = {"a": PLAIN["a"], "odd.one": made(make), "b": PLAIN["b"]}
     torch.save(state, path, _use_new_zipfile_serialization=not is_old)
@@ -70,14 +72,14 @@ def test_it_is_named_and_left_out_only_where_that_is_asked(wconv, tmp_path, make
         assert_same(load_file(tmp_path / "m.safetensors"), PLAIN)
 
 
-def test_a_state_dict_of_nothing_else(wconv, tmp_path):
+def test_a_state_dict_of_nothing_else(wconv: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     torch.save({"state_dict": {"x": BASE.to_sparse(), "y": BASE.to_sparse()}, "epoch": 3}, path)
     done = wconv("to-safetensors", path, exit_code=4)
     assert "tensor 'x' is sparse, and 1 more cannot be read" in done.stderr
 
 
-def test_what_an_optimizer_keeps_is_no_matter(wconv, tmp_path):
+def test_what_an_optimizer_keeps_is_no_matter(wconv: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "m.ckpt"
     torch.save({"state_dict": PLAIN, "optimizer_states": [{"state": {0: {"exp_avg": BASE.to_sparse()}}}],
                 "mean": np.ones(2)}, path)  # fmt: skip
@@ -85,7 +87,7 @@ def test_what_an_optimizer_keeps_is_no_matter(wconv, tmp_path):
     assert_same(load_file(tmp_path / "m.safetensors"), PLAIN)
 
 
-def test_a_part_of_a_distributed_tensor_is_named(wconv, tmp_path):
+def test_a_part_of_a_distributed_tensor_is_named(wconv: Callable[..., Any], tmp_path: Path) -> None:
     """torch itself writes it, in one process that is all ranks."""
     import torch.distributed as dist
     from torch.distributed._shard.metadata import ShardMetadata
@@ -112,7 +114,7 @@ def test_a_part_of_a_distributed_tensor_is_named(wconv, tmp_path):
     assert_same(load_file(tmp_path / "weights.safetensors"), {"a": PLAIN["a"]})
 
 
-def test_a_later_dtype_of_torch_is_named(tmp_path, wconv):
+def test_a_later_dtype_of_torch_is_named(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     path = Path(tmp_path / "m.pt")
     torch.save({"w": torch.zeros(4, dtype=torch.float8_e8m0fnu)}, path)
     raw = path.read_bytes()

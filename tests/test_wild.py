@@ -35,7 +35,7 @@ FILES = [
 
 
 @pytest.fixture(scope="session")
-def wheels(tmp_path_factory) -> Path:
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a folder for wheels."""
     return tmp_path_factory.mktemp("wheels")
 

@@ -18,7 +18,7 @@ from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.configs import look_into, read_json, render_json
 from converter.models.faults import ADVICE, find_lost, look
-from converter.models.hub_cache import snapshot_of
+from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import Inventory
 from converter.models.model import Model
 from converter.models.select import select_sets
@@ -71,6 +71,7 @@ def plan_coreml(request: Request, keep_default: bool = False, ema: bool = False,
     ``ema`` and ``config`` are as in ``open_single_file``, and for such a file only. Raises BadFile or Unsupported for
     what the script would miss, before anything is written.
     """
+    check_places(request.source, request.output)
     request = replace(request, source=snapshot_of(request.source))
     config = config and snapshot_of(config)
     untagged = replace(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ LEAVES = ("q_proj", "k_proj")
 
 
 @pytest.fixture
-def model(tmp_path) -> Path:
+def model(tmp_path: Path) -> Path:
     """Give a folder with a few tensors of a Llama."""
     state = {f"layers.0.self_attn.{leaf}.weight": torch.randn(4, 100) for leaf in LEAVES}
     state["embed_tokens.weight"] = torch.randn(8, 4)
@@ -25,7 +27,7 @@ def model(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def test_quantize(wconv, model, tmp_path):
+def test_quantize(wconv: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     shown = wconv("quantize", model, "-o", tmp_path / "out").stdout
     assert "The model: 2 modules in 8 bits, 3.20 kB before and 834 B after." in shown
     assert "Its config.json lists as left alone: lm_head." in shown
@@ -39,7 +41,7 @@ def test_quantize(wconv, model, tmp_path):
     }  # fmt: skip
 
 
-def test_a_class_of_the_table_needs_no_torch(model, tmp_path):
+def test_a_class_of_the_table_needs_no_torch(model: Path, tmp_path: Path) -> None:
     command = (sys.executable, "-X", "importtime", "-m", "converter", "quantize", model, "-o", tmp_path / "out")
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in listed.splitlines()}
@@ -47,7 +49,7 @@ def test_a_class_of_the_table_needs_no_torch(model, tmp_path):
     assert not imported & {"torch", "transformers", "diffusers", "bitsandbytes"}
 
 
-def test_a_dry_run_lists_modules_and_writes_nothing(wconv, model, tmp_path):
+def test_a_dry_run_lists_modules_and_writes_nothing(wconv: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     shown = wconv("quantize", model, "-o", tmp_path / "out", "--dry-run").stdout
     assert "layers.0.self_attn.k_proj  1.60 kB  417 B" in shown
@@ -56,7 +58,7 @@ def test_a_dry_run_lists_modules_and_writes_nothing(wconv, model, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_json(wconv, model, tmp_path):
+def test_json(wconv: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     for extra in ([], ["--dry-run"]):
         printed = json.loads(wconv("quantize", model, "-o", tmp_path / f"out{len(extra)}", "--json", *extra).stdout)
         [part] = printed["quantized"]
@@ -66,12 +68,12 @@ def test_json(wconv, model, tmp_path):
         assert part["skip_modules"] == ["lm_head"]
 
 
-def test_quiet_is_quiet(wconv, model, tmp_path):
+def test_quiet_is_quiet(wconv: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     done = wconv("quantize", model, "-o", tmp_path / "out", "-q")
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_there_and_back(wconv, model, tmp_path):
+def test_there_and_back(wconv: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     wconv("quantize", model, "-o", tmp_path / "out", "--dtype", "bf16", "--verify")
     shown = wconv("verify", model, tmp_path / "out", "--quantized").stdout
     assert "The same within half a step of 8 bits: 3 tensors" in shown
@@ -87,7 +89,7 @@ def test_there_and_back(wconv, model, tmp_path):
     assert left_behind(tmp_path) == []
 
 
-def test_what_differs_ends_with_1(wconv, model, tmp_path):
+def test_what_differs_ends_with_1(wconv: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     wconv("quantize", model, "-o", tmp_path / "out")
     state = load_file(model / "model.safetensors")
     save({name: tensor * 1.1 for name, tensor in state.items()}, model / "model.safetensors")
@@ -95,7 +97,7 @@ def test_what_differs_ends_with_1(wconv, model, tmp_path):
     assert "values are off by more than half a step" in shown
 
 
-def test_a_pipeline_needs_a_gpu_to_load(wconv, tmp_path):
+def test_a_pipeline_needs_a_gpu_to_load(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = tmp_path / "pipeline"
     write_json(
         source / "model_index.json", {"_class_name": "P", "transformer": ["diffusers", "SanaTransformer2DModel"]}
@@ -125,7 +127,15 @@ def test_a_pipeline_needs_a_gpu_to_load(wconv, tmp_path):
         (["model", "-o", "quantized"], 5, "exists"),
     ],
 )
-def test_refusals(wconv, model, tmp_path, monkeypatch, arguments, code, said):
+def test_refusals(
+    wconv: Callable[..., Any],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    said: str,
+) -> None:
     state = load_file(model / "model.safetensors")
     state["layers.0.self_attn.q_proj.weight"][1, 1] = 1e6
     save(state, model / "model.safetensors")
@@ -144,7 +154,7 @@ def test_refusals(wconv, model, tmp_path, monkeypatch, arguments, code, said):
     assert snapshot(tmp_path) == before
 
 
-def test_dequantize_refuses_what_has_no_int8(wconv, model, tmp_path):
+def test_dequantize_refuses_what_has_no_int8(wconv: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     done = wconv("dequantize", model, "-o", tmp_path / "out", "--dtype", "fp16", exit_code=4)
     assert "holds no 8-bit weights of bitsandbytes" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ def twins(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_healthy_folder(wconv, tmp_path):
+def test_a_healthy_folder(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path)
     outcome = wconv("doctor", tmp_path)
     assert outcome.stdout.splitlines()[-1] == "Healthy."
@@ -41,7 +43,7 @@ def test_a_healthy_folder(wconv, tmp_path):
     assert not (tmp_path.parent / ".wconv-undo").exists()
 
 
-def test_findings_are_shown_worst_first(wconv, twins):
+def test_findings_are_shown_worst_first(wconv: Callable[..., Any], twins: Path) -> None:
     (twins / "model.fp16.safetensors.part").write_bytes(b"")
     shown = wconv("doctor", twins, exit_code=1).stdout
     assert shown.index("error sets-twice") < shown.index("warning download-partial")
@@ -49,14 +51,14 @@ def test_findings_are_shown_worst_first(wconv, twins):
     assert shown.splitlines()[-1] == "1 error, 1 warning."
 
 
-def test_notes_are_counted_and_shown_on_request(wconv, tmp_path):
+def test_notes_are_counted_and_shown_on_request(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "model.safetensors")
     save(STATE, tmp_path / "pytorch_model.bin")
     assert wconv("doctor", tmp_path).stdout.splitlines()[-1] == "Healthy: 1 note (-v shows notes)."
     assert "note forms-redundant" in wconv("doctor", tmp_path, "-v").stdout
 
 
-def test_what_a_loader_opens(wconv, tmp_path):
+def test_what_a_loader_opens(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_pipeline(tmp_path / "m", variant="fp16")
     shown = wconv("doctor", tmp_path / "m", "--loader", "diffusers", "--variant", "fp16", exit_code=1).stdout
     assert "diffusers (diffusers 0.32 to 0.42, from a local folder), asked for variant='fp16', opens:" in shown
@@ -77,7 +79,9 @@ def test_what_a_loader_opens(wconv, tmp_path):
         ((), 0, "Healthy."),
     ],
 )
-def test_a_loader_that_fails_is_a_failure(wconv, tmp_path, args, code, said):
+def test_a_loader_that_fails_is_a_failure(
+    wconv: Callable[..., Any], tmp_path: Path, args: tuple[Any, ...], code: int, said: str
+) -> None:
     save_safetensors_shards(STATE, tmp_path)
     write_json(tmp_path / "config.json", CONFIG)
     assert said in wconv("doctor", tmp_path, *args, exit_code=code).stdout
@@ -85,14 +89,16 @@ def test_a_loader_that_fails_is_a_failure(wconv, tmp_path, args, code, said):
     assert all(one["works"] for one in loads) == (code == 0)
 
 
-def test_a_folder_with_nothing_for_transformers(wconv, tmp_path):
+def test_a_folder_with_nothing_for_transformers(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "diffusion_pytorch_model.safetensors")
     shown = wconv("doctor", tmp_path, "--loader", "transformers", exit_code=1).stdout
     assert "fails: has no transformers model" in shown
 
 
 @pytest.mark.parametrize("damage", [False, True])
-def test_strays_with_other_values_go_on_request_and_come_back(wconv, tmp_path, damage):
+def test_strays_with_other_values_go_on_request_and_come_back(
+    wconv: Callable[..., Any], tmp_path: Path, damage: bool
+) -> None:
     folder = tmp_path / "m"
     save_safetensors_shards(STATE, folder)
     write_json(folder / "config.json", CONFIG)
@@ -113,7 +119,7 @@ def test_strays_with_other_values_go_on_request_and_come_back(wconv, tmp_path, d
     assert snapshot(folder) == before
 
 
-def test_strays_stay_where_the_set_is_not_whole(wconv, tmp_path):
+def test_strays_stay_where_the_set_is_not_whole(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = tmp_path / "m"
     save_safetensors_shards(STATE, folder)
     save(STATE, folder / "model-00001-of-00005.safetensors")
@@ -147,7 +153,7 @@ def write_others(folder: Path) -> dict[str, str]:
     }
 
 
-def test_valid_files_of_other_kinds_are_no_damage(wconv, tmp_path):
+def test_valid_files_of_other_kinds_are_no_damage(wconv: Callable[..., Any], tmp_path: Path) -> None:
     said = write_others(tmp_path)
     save(STATE, tmp_path / "model.safetensors")
     told = json.loads(wconv("doctor", tmp_path, "--json").stdout)
@@ -159,7 +165,7 @@ def test_valid_files_of_other_kinds_are_no_damage(wconv, tmp_path):
         assert what in wconv("to-safetensors", tmp_path / name, "-o", tmp_path / "x", exit_code=4).stderr
 
 
-def test_a_valid_file_of_another_kind_that_a_loader_would_pick(wconv, tmp_path):
+def test_a_valid_file_of_another_kind_that_a_loader_would_pick(wconv: Callable[..., Any], tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), tmp_path / "pytorch_model.bin")
     write_json(tmp_path / "config.json", CONFIG)
     told = json.loads(wconv("doctor", tmp_path, "--json", exit_code=1).stdout)
@@ -169,7 +175,7 @@ def test_a_valid_file_of_another_kind_that_a_loader_would_pick(wconv, tmp_path):
     assert [one["code"] for one in told["findings"]] == ["file-damaged"]
 
 
-def test_a_dry_run_says_what_would_be_opened(wconv, twins):
+def test_a_dry_run_says_what_would_be_opened(wconv: Callable[..., Any], twins: Path) -> None:
     before = snapshot(twins)
     shown = wconv("doctor", twins, "--fix", "--dry-run", "--keep", "shards", exit_code=1).stdout
     assert "move model.safetensors away: --keep shards" in shown
@@ -178,13 +184,13 @@ def test_a_dry_run_says_what_would_be_opened(wconv, twins):
     assert snapshot(twins) == before
 
 
-def test_without_a_choice_nothing_is_moved(wconv, twins):
+def test_without_a_choice_nothing_is_moved(wconv: Callable[..., Any], twins: Path) -> None:
     before = snapshot(twins)
     assert "nothing here that --fix can mend" in wconv("doctor", twins, "--fix", exit_code=1).stdout
     assert snapshot(twins) == before
 
 
-def test_what_is_missing_stops_a_mending(wconv, twins):
+def test_what_is_missing_stops_a_mending(wconv: Callable[..., Any], twins: Path) -> None:
     (twins / "model-00002-of-00003.safetensors").unlink()
     before = snapshot(twins)
     shown = wconv("doctor", twins, "--fix", exit_code=1).stdout
@@ -196,7 +202,7 @@ def test_what_is_missing_stops_a_mending(wconv, twins):
 @pytest.mark.parametrize(
     ("answer", "gone"), [("shards", "model.safetensors"), ("single", "model.safetensors.index.json")]
 )
-def test_on_a_terminal_it_asks(twins, answer, gone):
+def test_on_a_terminal_it_asks(twins: Path, answer: str, gone: str) -> None:
     import pty
 
     master, slave = pty.openpty()
@@ -212,7 +218,7 @@ def test_on_a_terminal_it_asks(twins, answer, gone):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_what_it_asks_has_no_control_characters(tmp_path):
+def test_what_it_asks_has_no_control_characters(tmp_path: Path) -> None:
     import pty
 
     tag = "x\x1b[31m"
@@ -230,7 +236,7 @@ def test_what_it_asks_has_no_control_characters(tmp_path):
     assert b"\x1b" not in out + err
 
 
-def test_json_of_a_mending(wconv, twins):
+def test_json_of_a_mending(wconv: Callable[..., Any], twins: Path) -> None:
     told = json.loads(wconv("doctor", twins, "--fix", "--keep", "single", "--json").stdout)
     assert told["healthy"]
     assert told["fix"]["steps"] == [".: move model.safetensors.index.json away: --keep single"]
@@ -247,20 +253,20 @@ def test_json_of_a_mending(wconv, twins):
         (("--purge",), "has nothing to purge"),
     ],
 )
-def test_requests_that_cannot_be(wconv, twins, args, said):
+def test_requests_that_cannot_be(wconv: Callable[..., Any], twins: Path, args: tuple[str, ...], said: str) -> None:
     before = snapshot(twins)
     assert said in wconv("doctor", twins, *args, exit_code=2).stderr
     assert snapshot(twins) == before
 
 
-def test_no_folder_of_weights(wconv, tmp_path):
+def test_no_folder_of_weights(wconv: Callable[..., Any], tmp_path: Path) -> None:
     assert "does not exist" in wconv("doctor", tmp_path / "gone", exit_code=3).stderr
     assert "holds no weights" in wconv("doctor", tmp_path, exit_code=3).stderr
     path = save(STATE, tmp_path / "model.bin")
     assert "is a file" in wconv("doctor", path, exit_code=2).stderr
 
 
-def test_names_that_would_steer_the_terminal(wconv, tmp_path):
+def test_names_that_would_steer_the_terminal(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = tmp_path / "m"
     save_safetensors_shards(STATE, folder)
     write_json(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": {"a": "\x1b[2J.bin"}})
@@ -269,7 +275,7 @@ def test_names_that_would_steer_the_terminal(wconv, tmp_path):
     assert "\\x1b[2J.bin" in shown
 
 
-def test_a_variant_is_made_on_request(wconv, tmp_path):
+def test_a_variant_is_made_on_request(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = tmp_path / "m"
     save(STATE, folder / "model.safetensors")
     wconv("doctor", folder, "--fix", "--make-variant", "bf16")
@@ -280,7 +286,7 @@ def test_a_variant_is_made_on_request(wconv, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
 
 
-def test_a_variant_that_overflows_is_refused(wconv, tmp_path):
+def test_a_variant_that_overflows_is_refused(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = tmp_path / "m"
     save({name: tensor * 1e6 for name, tensor in STATE.items()}, folder / "model.safetensors")
     before = snapshot(tmp_path)
@@ -290,7 +296,9 @@ def test_a_variant_that_overflows_is_refused(wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_a_copied_folder_knows_nothing_of_the_first_ones_undo(wconv, twins, tmp_path):
+def test_a_copied_folder_knows_nothing_of_the_first_ones_undo(
+    wconv: Callable[..., Any], twins: Path, tmp_path: Path
+) -> None:
     wconv("doctor", twins, "--fix", "--keep", "single")
     copy = shutil.copytree(twins, tmp_path / "copy")
     wconv("doctor", copy, "--undo", exit_code=2)

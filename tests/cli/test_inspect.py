@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ STATE = make_state()
 
 
 @pytest.fixture
-def inspect(wconv):
+def inspect(wconv: Callable[..., Any]) -> Any:
     """Run the command and read its JSON."""
 
     def run(path: Path, *args: str) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def inspect(wconv):
     return run
 
 
-def test_a_pipeline(inspect, tmp_path):
+def test_a_pipeline(inspect: Any, tmp_path: Path) -> None:
     save_pipeline(tmp_path)
     save(STATE, tmp_path / "v1-5.ckpt")
     (tmp_path / "unet" / "model.onnx").write_text("x")
@@ -50,7 +51,7 @@ def test_a_pipeline(inspect, tmp_path):
     assert "tokenizer/vocab.json" in found["not_weights"]
 
 
-def test_a_weight_set(inspect, tmp_path):
+def test_a_weight_set(inspect: Any, tmp_path: Path) -> None:
     state = {**STATE, "g": torch.zeros(3, 4, dtype=torch.float16), "h": torch.tensor(1)}
     save_shards(state, tmp_path, ("abcdef", "gh"), "m-{:05d}-of-{:05d}.fp16.bin", "m.bin.fp16.index.json")
     (one,) = inspect(tmp_path)["weight_sets"]
@@ -71,7 +72,7 @@ def test_a_weight_set(inspect, tmp_path):
     }
 
 
-def test_every_variant_and_format_is_listed(inspect, tmp_path):
+def test_every_variant_and_format_is_listed(inspect: Any, tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "pytorch_model.fp16.bin", "model.safetensors", "other.pt"):
         save(STATE, tmp_path / name)
     assert {(one["weights"], one["variant"], one["format"]) for one in inspect(tmp_path)["weight_sets"]} == {
@@ -82,7 +83,7 @@ def test_every_variant_and_format_is_listed(inspect, tmp_path):
     }
 
 
-def test_one_file_or_index(inspect, tmp_path):
+def test_one_file_or_index(inspect: Any, tmp_path: Path) -> None:
     index = save_bin_shards(STATE, tmp_path)
     save(STATE, tmp_path / "other.bin")
     for path, files in ((index, 3), (tmp_path / "other.bin", 1)):
@@ -91,14 +92,14 @@ def test_one_file_or_index(inspect, tmp_path):
         assert found["other_weights"] == found["not_weights"] == []
 
 
-def test_ties_are_shown_in_memory_and_as_recorded(inspect, wconv, tmp_path):
+def test_ties_are_shown_in_memory_and_as_recorded(inspect: Any, wconv: Callable[..., Any], tmp_path: Path) -> None:
     save({"a": STATE["a"], "t": STATE["a"]}, tmp_path / "pytorch_model.bin")
     wconv("to-safetensors", tmp_path, "--tied", "first")
     assert [one["tied"] for one in inspect(tmp_path)["weight_sets"]] == [{"t": "a"}, {"t": "a"}]
     assert "tied: t is a" in wconv("inspect", tmp_path).stdout
 
 
-def test_tensors(inspect, wconv, tmp_path):
+def test_tensors(inspect: Any, wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_bin_shards(STATE, tmp_path)
     (one,) = inspect(tmp_path, "--tensors")["weight_sets"]
     assert [tensor["name"] for tensor in one["all_tensors"]] == list("abcdef")
@@ -112,7 +113,7 @@ def test_tensors(inspect, wconv, tmp_path):
     assert re.search(r"^c +F32 +\[8\] +pytorch_model-00002-of-00003\.bin$", shown, re.MULTILINE)
 
 
-def test_tensors_that_the_index_lacks_are_noted(inspect, wconv, tmp_path):
+def test_tensors_that_the_index_lacks_are_noted(inspect: Any, wconv: Callable[..., Any], tmp_path: Path) -> None:
     index = save_bin_shards(STATE, tmp_path)
     content = json.loads(index.read_text())
     del content["weight_map"]["f"]
@@ -122,7 +123,7 @@ def test_tensors_that_the_index_lacks_are_noted(inspect, wconv, tmp_path):
     assert note in wconv("inspect", tmp_path).stdout
 
 
-def test_only_headers_are_read(wconv, tmp_path, monkeypatch):
+def test_only_headers_are_read(wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pipeline(tmp_path)
     monkeypatch.setattr(converter.run.parts.RangeReader, "read_into", lambda *_: pytest.fail("a tensor was read"))
     before = snapshot(tmp_path)
@@ -134,7 +135,9 @@ def test_only_headers_are_read(wconv, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [{}, {"architectures": []}, {"_class_name": "X\x1b[2J"}, {"architectures": [3]}])
-def test_control_characters_do_not_reach_the_terminal(config, wconv, tmp_path):
+def test_control_characters_do_not_reach_the_terminal(
+    config: dict[str, Any], wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     save({"a\x1b[31m\nb": STATE["a"], "t\x07": STATE["a"], "\u202e": STATE["b"]}, tmp_path / "pytorch_model.bin")
     (tmp_path / "x\x1b[2J.txt").write_text("x")
     write_json(tmp_path / "config.json", config)
@@ -154,7 +157,9 @@ def test_control_characters_do_not_reach_the_terminal(config, wconv, tmp_path):
     ],
 )
 @pytest.mark.parametrize("options", [(), ("--json",), ("--tensors",)])
-def test_bad_input(name, content, exit_code, options, wconv, tmp_path):
+def test_bad_input(
+    name: str, content: bytes, exit_code: int, options: tuple[Any, ...], wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     outcome = wconv("inspect", tmp_path, *options, exit_code=exit_code)
     assert outcome.stdout == ""
@@ -162,14 +167,14 @@ def test_bad_input(name, content, exit_code, options, wconv, tmp_path):
     assert outcome.stderr.count("\n") == 1
 
 
-def test_an_empty_state_dict(wconv, inspect, tmp_path):
+def test_an_empty_state_dict(wconv: Callable[..., Any], inspect: Any, tmp_path: Path) -> None:
     save({}, tmp_path / "pytorch_model.bin")
     assert inspect(tmp_path, "--tensors")["weight_sets"][0]["tensors"] == 0
     assert "pytorch_model" in wconv("inspect", tmp_path, "--tensors").stdout
 
 
 @pytest.mark.parametrize("name", ["n" * 3_000, "\u65e5" * 900, "\x7f", "a\x1b[31m\u202e"])
-def test_names_in_json_are_whole(wconv, inspect, tmp_path, name):
+def test_names_in_json_are_whole(wconv: Callable[..., Any], inspect: Any, tmp_path: Path, name: str) -> None:
     torch.save({name: torch.zeros(1)}, tmp_path / "m.bin")
     (found,) = inspect(tmp_path / "m.bin", "--tensors")["weight_sets"]
     assert [one["name"] for one in found["all_tensors"]] == [name]
@@ -181,7 +186,7 @@ def test_names_in_json_are_whole(wconv, inspect, tmp_path, name):
 
 
 @pytest.fixture
-def partly_bad(tmp_path) -> Path:
+def partly_bad(tmp_path: Path) -> Path:
     """Give a pipeline in which one part is a pointer, and another has an index that is none."""
     folder = save_pipeline(tmp_path)
     (folder / "vae" / "diffusion_pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -190,7 +195,7 @@ def partly_bad(tmp_path) -> Path:
     return folder
 
 
-def test_bad_files_stand_beside_good_ones(wconv, partly_bad):
+def test_bad_files_stand_beside_good_ones(wconv: Callable[..., Any], partly_bad: Path) -> None:
     shown = wconv("inspect", partly_bad, exit_code=3)
     assert re.search(r"^text_encoder +pytorch_model +torch +- +1 +6 ", shown.stdout, re.MULTILINE)
     assert re.search(r"^unet .* 2 \+ index .*index\.json: is not JSON", shown.stdout, re.MULTILINE)
@@ -202,7 +207,7 @@ def test_bad_files_stand_beside_good_ones(wconv, partly_bad):
     ]
 
 
-def test_bad_files_are_in_the_json(wconv, partly_bad):
+def test_bad_files_are_in_the_json(wconv: Callable[..., Any], partly_bad: Path) -> None:
     found = json.loads(wconv("inspect", partly_bad, "--json", exit_code=3).stdout)
     good, *bad = found["weight_sets"]
     assert (good["component"], good["tensors"], "error" in good) == ("text_encoder", 6, False)
@@ -214,7 +219,7 @@ def test_bad_files_are_in_the_json(wconv, partly_bad):
     assert "git-lfs pointer" in bad[1]["error"]
 
 
-def test_a_bad_config_does_not_hide_the_weights(wconv, tmp_path):
+def test_a_bad_config_does_not_hide_the_weights(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text("{")
     shown = wconv("inspect", tmp_path, exit_code=3)
@@ -222,7 +227,7 @@ def test_a_bad_config_does_not_hide_the_weights(wconv, tmp_path):
     assert shown.stderr.startswith(f"{tmp_path / 'config.json'}: is not JSON")
 
 
-def test_the_exit_code_is_that_of_the_worst(wconv, tmp_path):
+def test_the_exit_code_is_that_of_the_worst(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").write_bytes(b"GGUF" + bytes(60))  # of another kind
     wconv("inspect", tmp_path, exit_code=4)
@@ -232,7 +237,7 @@ def test_the_exit_code_is_that_of_the_worst(wconv, tmp_path):
     assert re.search(r"^\. +pytorch_model +torch ", shown.stdout, re.MULTILINE)
 
 
-def test_a_missing_shard_is_said_in_its_row(wconv, tmp_path):
+def test_a_missing_shard_is_said_in_its_row(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_bin_shards(STATE, tmp_path)
     save(STATE, tmp_path / "model.safetensors")
     (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()

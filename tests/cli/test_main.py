@@ -10,7 +10,9 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.tiny import make_state, names_in, save, save_bin_shards, save_pipeline, snapshot
@@ -53,7 +55,7 @@ sys.exit(main(sys.argv[1:]))
 # Help.
 
 
-def test_the_list_of_commands(wconv):
+def test_the_list_of_commands(wconv: Callable[..., Any]) -> None:
     shown = wconv("--help").stdout
     assert shown == wconv("-h").stdout
     listed = re.search(r"Commands:\n(.*?)\n\n", shown + "\n\n", re.DOTALL)
@@ -63,7 +65,7 @@ def test_the_list_of_commands(wconv):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_matches_the_list(name, wconv):
+def test_the_help_of_a_command_matches_the_list(name: Any, wconv: Callable[..., Any]) -> None:
     from converter.cli import cli
 
     command = cli.get_command(None, name)
@@ -75,18 +77,18 @@ def test_the_help_of_a_command_matches_the_list(name, wconv):
     assert command.callback.__doc__
 
 
-def test_every_command_has_its_module_and_nothing_else():
+def test_every_command_has_its_module_and_nothing_else() -> None:
     folder = Path(converter.cli.convert.__file__).parent
     modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "convert", "options", "report", "terminal"}
     assert modules == {name.replace("-", "_") for name in COMMANDS}
 
 
-def test_the_version(wconv):
+def test_the_version(wconv: Callable[..., Any]) -> None:
     assert wconv("--version").stdout == f"wconv, version {converter.__version__}\n"
 
 
 @pytest.mark.parametrize("args", [("no-such-command",), ("inspect", "a", "b"), ("--no-such-option",), ("verify",)])
-def test_wrong_usage(args, wconv):
+def test_wrong_usage(args: tuple[str, ...], wconv: Callable[..., Any]) -> None:
     outcome = wconv(*args, exit_code=2)
     assert outcome.stdout == ""
     assert outcome.stderr.startswith("Usage: wconv")
@@ -111,8 +113,10 @@ def test_wrong_usage(args, wconv):
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_each_error_has_its_exit_code_and_one_line(error, exit_code, wconv, tmp_path, monkeypatch):
-    def fail(*_args, **_options):
+def test_each_error_has_its_exit_code_and_one_line(
+    error: Any, exit_code: int, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
         raise error
 
     monkeypatch.setattr(converter.cli.convert, "prepare", fail)
@@ -123,8 +127,10 @@ def test_each_error_has_its_exit_code_and_one_line(error, exit_code, wconv, tmp_
 
 
 @pytest.mark.parametrize("error", [RuntimeError("oh"), KeyError("x"), AssertionError()], ids=repr)
-def test_an_unexpected_error_is_a_bug_with_its_traceback(error, wconv, tmp_path, monkeypatch):
-    def fail(*_args, **_options):
+def test_an_unexpected_error_is_a_bug_with_its_traceback(
+    error: Any, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
         raise error
 
     monkeypatch.setattr(converter.cli.convert, "prepare", fail)
@@ -135,7 +141,7 @@ def test_an_unexpected_error_is_a_bug_with_its_traceback(error, wconv, tmp_path,
     assert "report" in outcome.stderr.splitlines()[-1]
 
 
-def test_the_messages_of_the_system_are_printable(wconv, tmp_path):
+def test_the_messages_of_the_system_are_printable(wconv: Callable[..., Any], tmp_path: Path) -> None:
     outcome = wconv("to-safetensors", tmp_path / "x\x1b[31m\ny", exit_code=3)
     assert "\x1b" not in outcome.stderr
     assert outcome.stderr.count("\n") == 1
@@ -162,7 +168,7 @@ def begin_slowly(folder: Path, *args: str) -> subprocess.Popen[str]:
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
 @pytest.mark.parametrize("args", [("m",), ("m", "-o", "deep/out"), ("m", "--delete-source", "--json")], ids=" ".join)
-def test_a_signal_ends_it_cleanly(which, args, tmp_path):
+def test_a_signal_ends_it_cleanly(which: signal.Signals, args: tuple[str, ...], tmp_path: Path) -> None:
     save_pipeline(tmp_path / "m")
     before = snapshot(tmp_path)
     process = begin_slowly(tmp_path, "to-safetensors", *args)
@@ -175,7 +181,7 @@ def test_a_signal_ends_it_cleanly(which, args, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_an_interrupt_is_heard_within_a_piece(tmp_path):
+def test_an_interrupt_is_heard_within_a_piece(tmp_path: Path) -> None:
     save_bin_shards(STATE, tmp_path / "m", tuple("abcdef"))
     process = begin_slowly(tmp_path, "to-safetensors", "m", "--workers", "1")
     process.send_signal(signal.SIGINT)
@@ -185,7 +191,7 @@ def test_an_interrupt_is_heard_within_a_piece(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_a_kill_leaves_no_file_with_a_final_name(wconv, tmp_path):
+def test_a_kill_leaves_no_file_with_a_final_name(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     process = begin_slowly(tmp_path, "to-safetensors", "m")
     process.kill()
@@ -197,7 +203,7 @@ def test_a_kill_leaves_no_file_with_a_final_name(wconv, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_verify_is_interrupted_too(tmp_path):
+def test_verify_is_interrupted_too(tmp_path: Path) -> None:
     save(STATE, tmp_path / "a.bin")
     slow = SLOW.replace("converter.run.execute.write_piece", "converter.recipes.verify._compare_batch").replace(
         "import converter.run.execute\n", "import converter.recipes.verify\n"
@@ -220,7 +226,7 @@ def test_verify_is_interrupted_too(tmp_path):
 # Pipes and terminals.
 
 
-def test_output_through_a_pipe_that_closes(tmp_path):
+def test_output_through_a_pipe_that_closes(tmp_path: Path) -> None:
     save({f"t{number:05d}" * 20: STATE["a"] for number in range(2000)}, tmp_path / "pytorch_model.bin")
     process = subprocess.Popen(
         (*WCONV, "inspect", "--tensors"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -247,13 +253,13 @@ def run_unheard(folder: Path, *args: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_a_conversion_whose_output_nobody_reads_is_done_all_the_same(tmp_path):
+def test_a_conversion_whose_output_nobody_reads_is_done_all_the_same(tmp_path: Path) -> None:
     save_bin_shards(STATE, tmp_path / "m")
     assert run_unheard(tmp_path, "to-safetensors", "m", "-o", "out") == (0, "")
     assert len(names_in(tmp_path / "out")) == 4
 
 
-def test_a_comparison_whose_output_nobody_reads_has_its_exit_code(tmp_path):
+def test_a_comparison_whose_output_nobody_reads_has_its_exit_code(tmp_path: Path) -> None:
     for name, seed in (("a.bin", 0), ("b.bin", 0), ("c.bin", 1)):
         save(make_state(seed=seed), tmp_path / name)
     assert run_unheard(tmp_path, "verify", "a.bin", "b.bin") == (0, "")
@@ -261,7 +267,7 @@ def test_a_comparison_whose_output_nobody_reads_has_its_exit_code(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_names_that_the_output_cannot_spell(encoding, tmp_path):
+def test_names_that_the_output_cannot_spell(encoding: str, tmp_path: Path) -> None:
     save({"ü": STATE["a"], "重み": STATE["b"]}, tmp_path / "重み.bin")
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     for args in (("inspect", "--tensors"), ("inspect", "--json"), ("to-safetensors", "--dry-run"), ("to-safetensors",)):
@@ -269,7 +275,7 @@ def test_names_that_the_output_cannot_spell(encoding, tmp_path):
         assert (done.returncode, done.stderr) == (0, b""), args
 
 
-def test_errors_that_the_output_cannot_spell(tmp_path):
+def test_errors_that_the_output_cannot_spell(tmp_path: Path) -> None:
     (tmp_path / "重み.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     command = (*WCONV, "inspect", "重み.bin")
@@ -303,7 +309,7 @@ def read_terminal(args: tuple[str, ...], folder: Path) -> bytes:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs pseudo-terminals")
-def test_a_bar_is_drawn_on_a_terminal_only(tmp_path):
+def test_a_bar_is_drawn_on_a_terminal_only(tmp_path: Path) -> None:
     save_bin_shards(STATE, tmp_path / "m")
     shown = read_terminal(("to-safetensors", "m", "-o", "out"), tmp_path)
     assert b"converting" in shown
@@ -316,13 +322,13 @@ def test_a_bar_is_drawn_on_a_terminal_only(tmp_path):
 # As a module, and from a program.
 
 
-def test_the_module_is_the_command(tmp_path):
+def test_the_module_is_the_command(tmp_path: Path) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     done = subprocess.run((*WCONV, "inspect", "--json"), cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["kind"] == "folder"
 
 
-def test_a_program_that_calls_it_is_as_it_was(tmp_path):
+def test_a_program_that_calls_it_is_as_it_was(tmp_path: Path) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     before = gc.isenabled(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), Path.cwd()
     for source in (tmp_path, tmp_path / "none"):
@@ -330,7 +336,7 @@ def test_a_program_that_calls_it_is_as_it_was(tmp_path):
     assert before == (gc.isenabled(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), Path.cwd())
 
 
-def test_it_may_be_called_from_a_thread(tmp_path, wconv):
+def test_it_may_be_called_from_a_thread(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     save(STATE, tmp_path / "pytorch_model.bin")
@@ -355,7 +361,7 @@ LISTENING = "import signal; signal.signal(signal.SIGINT, signal.default_int_hand
     "start",
     ["import runpy; runpy.run_module('converter', run_name='__main__')", "from converter.__main__ import main; main()"],
 )
-def test_ctrl_c_while_modules_load_is_silent(start, tmp_path):
+def test_ctrl_c_while_modules_load_is_silent(start: str, tmp_path: Path) -> None:
     (tmp_path / "click.py").write_text(STOPPED)
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {LISTENING}{start}"
     done = subprocess.run((sys.executable, "-c", code, "--help"), capture_output=True, text=True)
@@ -363,7 +369,7 @@ def test_ctrl_c_while_modules_load_is_silent(start, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_ctrl_c_after_that_is_told():
+def test_ctrl_c_after_that_is_told() -> None:
     stop = "import converter.cli as c, os; c.cli.main = lambda **_: os.kill(os.getpid(), signal.SIGINT)"
     code = f"{LISTENING}{stop}; from converter.__main__ import main; sys.exit(main())"
     done = subprocess.run((sys.executable, "-c", f"import sys; {code}"), capture_output=True, text=True)
@@ -371,13 +377,13 @@ def test_ctrl_c_after_that_is_told():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_who_ignores_ctrl_c_goes_on():
+def test_who_ignores_ctrl_c_goes_on() -> None:
     code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from converter.__main__ import main; main()"
     code += "; assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN"
     subprocess.run((sys.executable, "-c", code, "--version"), check=True, capture_output=True)
 
 
-def test_the_command_begins_there():
+def test_the_command_begins_there() -> None:
     import configparser
 
     setup = configparser.ConfigParser()
@@ -385,7 +391,7 @@ def test_the_command_begins_there():
     assert setup["options.entry_points"]["console_scripts"].strip() == "wconv = converter.__main__:main"
 
 
-def test_modules_in_the_current_folder_are_not_imported(tmp_path):
+def test_modules_in_the_current_folder_are_not_imported(tmp_path: Path) -> None:
     for name in ("click", "json", "gc"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('planted')")
     root = str(Path(converter.__file__).parents[1])
@@ -405,7 +411,7 @@ sys.exit(main())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the limits of Linux")
-def test_too_little_address_space_is_one_line(tmp_path):
+def test_too_little_address_space_is_one_line(tmp_path: Path) -> None:
     save(STATE, tmp_path / "model.bin")
     for nbytes in (70_000_000, 80_000_000, 90_000_000):
         command = [sys.executable, "-c", LITTLE, str(nbytes), "recast", "model.bin", "--dtype", "bf16", "-o", "out"]

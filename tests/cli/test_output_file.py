@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +36,15 @@ INDEX = "shards/model.safetensors.index.json"
         (("to-bin",), INDEX, "deep/down/y.ckpt", torch.float32),
     ],
 )
-def test_a_named_file_is_what_is_written(command, source, output, holds, wconv, tmp_path, monkeypatch):
+def test_a_named_file_is_what_is_written(
+    command: tuple[str, ...],
+    source: str,
+    output: str,
+    holds: torch.dtype,
+    wconv: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     save(STATE, Path("m.bin"))
     save_safetensors_shards(STATE, Path("shards"))
@@ -72,7 +82,14 @@ def test_a_named_file_is_what_is_written(command, source, output, holds, wconv, 
          "half.safetensors: exists, and is not what would be written: "),
     ],
 )  # fmt: skip
-def test_a_file_that_is_not_what_was_named_is_refused(args, exit_code, said, wconv, tmp_path, monkeypatch):
+def test_a_file_that_is_not_what_was_named_is_refused(
+    args: tuple[str, ...],
+    exit_code: int,
+    said: str,
+    wconv: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     save(STATE, Path("m.bin"))
     save({name: tensor.half() for name, tensor in STATE.items()}, Path("half.safetensors"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def assert_one_line(outcome: Any, *says: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2"])
-def test_the_variant_has_the_dtypes_name(dtype, wconv, tmp_path):
+def test_the_variant_has_the_dtypes_name(dtype: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "model.safetensors")
     wconv("recast", tmp_path / "m", "--dtype", dtype)
     assert names_in(tmp_path / "m") == sorted(["model.safetensors", f"model.{dtype}.safetensors"])
@@ -53,7 +54,7 @@ def test_the_variant_has_the_dtypes_name(dtype, wconv, tmp_path):
 @pytest.mark.parametrize(
     ("alias", "tag"), [("bfloat16", "bf16"), ("float16", "fp16"), ("BF16", "bf16"), ("float32", "fp32")]
 )
-def test_other_names_of_dtypes(alias, tag, wconv, tmp_path):
+def test_other_names_of_dtypes(alias: str, tag: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(HALF, tmp_path / "m" / "model.safetensors")
     wconv("recast", tmp_path / "m", "--dtype", alias)
     assert f"model.{tag}.safetensors" in names_in(tmp_path / "m")
@@ -68,14 +69,16 @@ def test_other_names_of_dtypes(alias, tag, wconv, tmp_path):
         (("--variant", "half"), "model.half.safetensors"),
     ],
 )
-def test_into_a_new_folder(form, args, written, wconv, tmp_path):
+def test_into_a_new_folder(
+    form: str, args: tuple[Any, ...], written: str, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     save(STATE, tmp_path / "m" / f"{'pytorch_' if form == 'bin' else ''}model.{form}")
     wconv("recast", tmp_path / "m", "--dtype", "fp16", "-o", tmp_path / "out", *args)
     assert names_in(tmp_path / "out") == [written]
     assert_same(load_file(tmp_path / "out" / written), HALF)
 
 
-def test_shards_and_their_index_are_tagged(wconv, tmp_path):
+def test_shards_and_their_index_are_tagged(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m")
     before = snapshot(tmp_path / "m")
     wconv("recast", tmp_path / "m", "--dtype", "bf16")
@@ -93,7 +96,7 @@ def test_shards_and_their_index_are_tagged(wconv, tmp_path):
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in BRAIN.values())
 
 
-def test_shard_size_and_dtype_in_one_pass(wconv, tmp_path):
+def test_shard_size_and_dtype_in_one_pass(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m")
     # The limit is for what is written: 16 bytes a tensor.
     wconv("recast", tmp_path / "m", "--dtype", "bf16", "--max-shard-size", "48B", "-o", tmp_path / "out")
@@ -102,14 +105,14 @@ def test_shard_size_and_dtype_in_one_pass(wconv, tmp_path):
     ] == ["abc", "def"]
 
 
-def test_in_the_current_folder(wconv, tmp_path, monkeypatch):
+def test_in_the_current_folder(wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(STATE, tmp_path / "model.safetensors")
     monkeypatch.chdir(tmp_path)
     wconv("recast", "--dtype", "bf16")
     assert_same(load_file("model.bf16.safetensors"), BRAIN)
 
 
-def test_it_adds_only_where_the_variant_lacks(wconv, tmp_path):
+def test_it_adds_only_where_the_variant_lacks(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_pipeline(tmp_path / "m")
     wconv("recast", folder, "--dtype", "fp16", "--component", "vae")
     before = snapshot(folder)
@@ -123,7 +126,7 @@ def test_it_adds_only_where_the_variant_lacks(wconv, tmp_path):
     assert {Path(name).parts[0] for name in after.keys() - before.keys()} == {"unet", "text_encoder"}
 
 
-def test_components_may_be_several(wconv, tmp_path):
+def test_components_may_be_several(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_pipeline(tmp_path / "m")
     before = snapshot(folder)
     wconv("recast", folder, "--dtype", "fp16", "--component", "vae", "--component", "text_encoder")
@@ -131,7 +134,7 @@ def test_components_may_be_several(wconv, tmp_path):
     assert added == {"vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"}
 
 
-def test_other_variants_are_not_touched(wconv, tmp_path):
+def test_other_variants_are_not_touched(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m")
     for tag, seed in [("ema", 3), ("fp16", 4)]:
         save(make_state(seed=seed), tmp_path / "m" / f"model.{tag}.safetensors")
@@ -144,14 +147,14 @@ def test_other_variants_are_not_touched(wconv, tmp_path):
     assert len(names_in(tmp_path / "m")) == len(before) + 1
 
 
-def test_of_two_forms_the_safetensors_is_read(wconv, tmp_path):
+def test_of_two_forms_the_safetensors_is_read(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "model.safetensors")
     save(make_state(seed=9), tmp_path / "m" / "pytorch_model.bin")
     wconv("recast", tmp_path / "m", "--dtype", "bf16")
     assert_same(load_file(tmp_path / "m" / "model.bf16.safetensors"), BRAIN)
 
 
-def test_from_another_variant(wconv, tmp_path):
+def test_from_another_variant(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "model.safetensors")
     save(make_state(seed=5, dtype=torch.float16), tmp_path / "m" / "model.ema.safetensors")
     wconv("recast", tmp_path / "m", "--dtype", "fp32", "--from-variant", "ema", "--variant", "ema-full")
@@ -162,7 +165,7 @@ def test_from_another_variant(wconv, tmp_path):
 # What is cast, and what is not.
 
 
-def test_what_is_no_float_passes(wconv, tmp_path):
+def test_what_is_no_float_passes(wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {
         "bool": torch.tensor([True, False, True]),
         "complex": torch.tensor([1 + 2j], dtype=torch.complex64),
@@ -187,7 +190,7 @@ def test_what_is_no_float_passes(wconv, tmp_path):
     assert_same(found, expected)
 
 
-def test_kept_by_regular_expressions(wconv, tmp_path):
+def test_kept_by_regular_expressions(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "model.safetensors")
     wconv("recast", tmp_path / "m", "--dtype", "fp16", "--keep-fp32", "^a", "--keep-fp32", "[ef]$")
     expected = {name: tensor if name in "aef" else tensor.half() for name, tensor in STATE.items()}
@@ -195,7 +198,7 @@ def test_kept_by_regular_expressions(wconv, tmp_path):
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
-def test_a_dry_run_lists_what_stays(options, wconv, tmp_path):
+def test_a_dry_run_lists_what_stays(options: tuple[Any, ...], wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {
         f"blocks.{number}.{name}.weight": torch.ones(2)
         for number in range(3)
@@ -217,7 +220,9 @@ FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e4m3fnuz": to
 
 
 @pytest.mark.parametrize(("dtype", "wide"), [("fp16", torch.float16), ("fp32", torch.float32)])
-def test_float8_without_scales_is_cast_like_any_float(dtype, wide, wconv, tmp_path):
+def test_float8_without_scales_is_cast_like_any_float(
+    dtype: str, wide: torch.dtype, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     state = {name: (torch.randn(4, 8) * 3).to(narrow) for name, narrow in FLOAT8.items()}
     save(state, tmp_path / "x.safetensors")
     wconv("recast", tmp_path / "x.safetensors", "--dtype", dtype, "--verify")
@@ -225,7 +230,7 @@ def test_float8_without_scales_is_cast_like_any_float(dtype, wide, wconv, tmp_pa
     assert_same(load_file(tmp_path / f"x.{dtype}.safetensors"), expected)
 
 
-def test_what_stays_in_another_dtype_is_said(wconv, tmp_path):
+def test_what_stays_in_another_dtype_is_said(wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {"weight": torch.randn(4, 8), "ids": torch.arange(4), "scale": torch.ones(2, 2).to(torch.float8_e8m0fnu)}
     save(state, tmp_path / "x.safetensors")
     outcome = wconv("recast", tmp_path / "x.safetensors", "--dtype", "fp16")
@@ -234,13 +239,15 @@ def test_what_stays_in_another_dtype_is_said(wconv, tmp_path):
 
 
 @pytest.mark.parametrize(("held", "said"), [(torch.bfloat16, "already bf16: nothing to cast"), (torch.int32, "holds")])
-def test_a_recast_that_casts_nothing_says_so(held, said, wconv, tmp_path):
+def test_a_recast_that_casts_nothing_says_so(
+    held: torch.dtype, said: str, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     save({"weight": torch.ones(4, 8, dtype=held)}, tmp_path / "x.safetensors")
     assert f"Note: {said}" in wconv("recast", tmp_path / "x.safetensors", "--dtype", "bf16").stdout
 
 
 @pytest.mark.parametrize("narrow", ["fp8_e4m3fn", "fp8_e5m2"])
-def test_8_bits_leave_norms_and_biases_as_they_are(narrow, wconv, tmp_path):
+def test_8_bits_leave_norms_and_biases_as_they_are(narrow: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {"proj.weight": torch.randn(4, 8), "proj.bias": torch.randn(4), "norm.weight": torch.randn(8).bfloat16()}
     save(state, tmp_path / "x.safetensors")
     outcome = wconv("recast", tmp_path / "x.safetensors", "--dtype", narrow)
@@ -254,13 +261,13 @@ def test_8_bits_leave_norms_and_biases_as_they_are(narrow, wconv, tmp_path):
     assert "Kept in bf16 in x.safetensors: 1 (norm.weight)" in outcome.stdout
 
 
-def test_the_doctor_sees_a_tag_that_float8_belies(wconv, tmp_path):
+def test_the_doctor_sees_a_tag_that_float8_belies(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save({"a.weight": torch.ones(4, 8).to(torch.float8_e4m3fn)}, tmp_path / "m" / "model.fp16.safetensors")
     write_json(tmp_path / "m" / "config.json", {"architectures": ["LlamaForCausalLM"]})
     assert "dtype-tag" in wconv("doctor", tmp_path / "m", exit_code=1).stdout
 
 
-def test_the_doctor_finds_norms_right_in_what_8_bits_left(wconv, tmp_path):
+def test_the_doctor_finds_norms_right_in_what_8_bits_left(wconv: Callable[..., Any], tmp_path: Path) -> None:
     names = ("norm.weight", "proj.bias", "proj.weight", "ffn.bias")
     state = {name: torch.ones(4, 8) if name == "proj.weight" else torch.ones(8) for name in names}
     save(state, tmp_path / "m" / "model.safetensors")
@@ -271,7 +278,9 @@ def test_the_doctor_finds_norms_right_in_what_8_bits_left(wconv, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["m", "quantized/model"])
-def test_quantized_models_are_refused(folder, wconv, tmp_path, monkeypatch):
+def test_quantized_models_are_refused(
+    folder: str, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     save(STATE, Path(folder) / "model.safetensors")
     write_json(Path(folder) / "config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
@@ -286,7 +295,7 @@ def test_quantized_models_are_refused(folder, wconv, tmp_path, monkeypatch):
 # What does not fit.
 
 
-def test_what_does_not_fit_is_named_and_counted(wconv, tmp_path):
+def test_what_does_not_fit_is_named_and_counted(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(LARGE, tmp_path / "m" / "model.safetensors")
     before = snapshot(tmp_path)
     outcome = wconv("recast", tmp_path / "m", "--dtype", "fp16", exit_code=6)
@@ -294,14 +303,14 @@ def test_what_does_not_fit_is_named_and_counted(wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_of_many_tensors_that_do_not_fit_some_are_named(wconv, tmp_path):
+def test_of_many_tensors_that_do_not_fit_some_are_named(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save({f"t{number:02d}": torch.full((number + 1,), 1e6) for number in range(12)}, tmp_path / "m.safetensors")
     outcome = wconv("recast", tmp_path / "m.safetensors", "--dtype", "fp16", "-o", tmp_path / "out", exit_code=6)
     assert_one_line(outcome, "t11 (12), t10 (11), t09 (10), t08 (9), t07 (8) and 7 more tensors.")
     assert names_in(tmp_path) == ["m.safetensors"]
 
 
-def test_counts_are_exact_in_any_memory(wconv, tmp_path):
+def test_counts_are_exact_in_any_memory(wconv: Callable[..., Any], tmp_path: Path) -> None:
     values = torch.arange(300_000, dtype=torch.float32)
     save({"a": values, "b": -values}, tmp_path / "m" / "model.safetensors")
     count = f"{300_000 - 65_520:,}"
@@ -311,7 +320,9 @@ def test_counts_are_exact_in_any_memory(wconv, tmp_path):
 
 
 @pytest.mark.parametrize(("policy", "value"), [("saturate", 65504.0), ("inf", torch.inf)])
-def test_what_does_not_fit_is_made_what_is_asked(policy, value, wconv, tmp_path):
+def test_what_does_not_fit_is_made_what_is_asked(
+    policy: str, value: Any, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     save(LARGE, tmp_path / "m" / "model.safetensors")
     shown = wconv("recast", tmp_path / "m", "--dtype", "fp16", "--on-overflow", policy).stdout
     became = "the largest that there is" if policy == "saturate" else "infinite"
@@ -323,7 +334,7 @@ def test_what_does_not_fit_is_made_what_is_asked(policy, value, wconv, tmp_path)
     assert found["c"][[0, 1, 3]].tolist() == [torch.inf, -torch.inf, 65504.0]
 
 
-def test_what_is_kept_fits(wconv, tmp_path):
+def test_what_is_kept_fits(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(LARGE, tmp_path / "m" / "model.safetensors")
     wconv("recast", tmp_path / "m", "--dtype", "fp16", "--keep-fp32", "[ab]")
     found = load_file(tmp_path / "m" / "model.fp16.safetensors")
@@ -347,7 +358,7 @@ def pipeline_with_configs(folder: Path) -> Path:
     return folder
 
 
-def test_an_untagged_set_in_a_new_folder_changes_its_config(wconv, tmp_path):
+def test_an_untagged_set_in_a_new_folder_changes_its_config(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = pipeline_with_configs(tmp_path / "m")
     wconv("recast", folder, "--dtype", "bf16", "--variant", "none", "-o", tmp_path / "out")
     told = {name: json.loads((tmp_path / "out" / name / "config.json").read_text()) for name in CONFIGS}
@@ -363,7 +374,9 @@ def test_an_untagged_set_in_a_new_folder_changes_its_config(wconv, tmp_path):
 
 
 @pytest.mark.parametrize("args", [(), ("-o", "out"), ("-o", "out", "--variant", "half")])
-def test_a_variant_changes_no_config(args, wconv, tmp_path, monkeypatch):
+def test_a_variant_changes_no_config(
+    args: tuple[Any, ...], wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     folder = pipeline_with_configs(tmp_path / "m")
     before = snapshot(folder)
@@ -375,7 +388,7 @@ def test_a_variant_changes_no_config(args, wconv, tmp_path, monkeypatch):
     assert before.items() <= snapshot(folder).items()
 
 
-def test_a_component_that_is_not_recast_keeps_its_config(wconv, tmp_path):
+def test_a_component_that_is_not_recast_keeps_its_config(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = pipeline_with_configs(tmp_path / "m")
     args = ("--variant", "none", "-o", tmp_path / "out", "--component", "unet")
     wconv("recast", folder, "--dtype", "bf16", *args)
@@ -404,7 +417,9 @@ def test_a_component_that_is_not_recast_keeps_its_config(wconv, tmp_path):
         (("--dtype", "bf16", "--in-place"), "--in-place"),
     ],
 )
-def test_wrong_options(args, says, wconv, tmp_path, monkeypatch):
+def test_wrong_options(
+    args: tuple[Any, ...], says: str, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     save(STATE, Path("m/model.safetensors"))
     before = snapshot(tmp_path)
@@ -415,7 +430,7 @@ def test_wrong_options(args, says, wconv, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("args", [(), ("--dry-run",)])
-def test_a_variant_that_is_there_is_refused(args, wconv, tmp_path):
+def test_a_variant_that_is_there_is_refused(args: tuple[Any, ...], wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "model.safetensors")
     save(make_state(seed=2, dtype=torch.bfloat16), tmp_path / "m" / "model.bf16.safetensors")
     before = snapshot(tmp_path)
@@ -425,7 +440,7 @@ def test_a_variant_that_is_there_is_refused(args, wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_a_folder_that_is_there_is_refused(wconv, tmp_path):
+def test_a_folder_that_is_there_is_refused(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "model.safetensors")
     save(STATE, tmp_path / "out" / "model.fp16.safetensors")
     before = snapshot(tmp_path)
@@ -433,7 +448,7 @@ def test_a_folder_that_is_there_is_refused(wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_the_line_that_loads_the_result(wconv, tmp_path):
+def test_the_line_that_loads_the_result(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "model.safetensors")
     write_json(tmp_path / "m" / "config.json", {"architectures": ["LlamaForCausalLM"]})
     said = wconv("recast", tmp_path / "m", "--dtype", "bf16").stdout
@@ -442,7 +457,7 @@ def test_the_line_that_loads_the_result(wconv, tmp_path):
     assert "bfloat16" in said.rstrip().split("\n")[-1]
 
 
-def test_from_a_legacy_variant_of_shards(wconv, tmp_path):
+def test_from_a_legacy_variant_of_shards(wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = make_state(dtype=torch.float16)
     save_safetensors_shards(state, tmp_path / "m", ("abc", "def"))
     for path in sorted((tmp_path / "m").glob("*-of-*")):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +48,9 @@ def save_variant(folder: Path, tag: str = "fp16", suffix: str = "safetensors") -
         ("none", "x-1_y", "model.x-1_y-0000{}-of-00003.safetensors", "model.safetensors.index.x-1_y.json"),
     ],
 )
-def test_shards_get_a_tag_and_lose_it_again(before, after, shard, index, wconv, tmp_path):
+def test_shards_get_a_tag_and_lose_it_again(
+    before: str, after: str, shard: str, index: str, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     save_safetensors_shards(STATE, tmp_path)
     first, held = snapshot(tmp_path), inodes(tmp_path)
     wconv("rename-variant", tmp_path, "--from", before, "--to", after)
@@ -63,7 +67,7 @@ def test_shards_get_a_tag_and_lose_it_again(before, after, shard, index, wconv, 
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_one_tag_for_another(suffix, wconv, tmp_path):
+def test_one_tag_for_another(suffix: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_variant(tmp_path, suffix=suffix)
     held = inodes(tmp_path)
     wconv("rename-variant", tmp_path, "--from", "fp16", "--to", "half")
@@ -75,7 +79,7 @@ def test_one_tag_for_another(suffix, wconv, tmp_path):
     assert set(json.loads(index.read_text())["weight_map"].values()) == inodes(tmp_path).keys()
 
 
-def test_a_whole_pipeline_and_one_component_of_it(wconv, tmp_path):
+def test_a_whole_pipeline_and_one_component_of_it(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_pipeline(tmp_path / "m", "fp16")
     before = snapshot(folder)
     wconv("rename-variant", folder, "--from", "fp16", "--to", "none", "--component", "vae")
@@ -89,7 +93,9 @@ def test_a_whole_pipeline_and_one_component_of_it(wconv, tmp_path):
 
 @pytest.mark.parametrize("legacy_index", [False, True])
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_legacy_spellings_are_mended(suffix, legacy_index, wconv, tmp_path):
+def test_legacy_spellings_are_mended(
+    suffix: str, legacy_index: bool, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     save_variant(tmp_path / "expected", suffix=suffix)
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     index = f"{stem}.{suffix}.fp16.index.json" if legacy_index else f"{stem}.{suffix}.index.fp16.json"
@@ -103,7 +109,7 @@ def test_legacy_spellings_are_mended(suffix, legacy_index, wconv, tmp_path):
     assert renamed["weight_map"] == expected["weight_map"]
 
 
-def test_legacy_spellings_may_be_given_another_tag(wconv, tmp_path):
+def test_legacy_spellings_may_be_given_another_tag(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_shards(
         STATE, tmp_path, ("abc", "def"), "model-{:05d}-of-{:05d}.fp16.safetensors", "model.safetensors.fp16.index.json"
     )
@@ -113,7 +119,7 @@ def test_legacy_spellings_may_be_given_another_tag(wconv, tmp_path):
     assert [name for name in names_in(tmp_path) if "/" not in name] == expected
 
 
-def test_other_variants_keep_their_names(wconv, tmp_path):
+def test_other_variants_keep_their_names(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(make_state(seed=1), tmp_path / "model.safetensors")
     save(make_state(seed=2), tmp_path / "model.ema.safetensors")
     save_variant(tmp_path)
@@ -123,7 +129,7 @@ def test_other_variants_keep_their_names(wconv, tmp_path):
     assert not list(tmp_path.glob("*fp16*"))
 
 
-def test_what_has_that_name_already_stays(wconv, tmp_path):
+def test_what_has_that_name_already_stays(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_variant(tmp_path)
     before = snapshot(tmp_path)
     outcome = wconv("rename-variant", tmp_path, "--from", "fp16", "--to", "fp16")
@@ -132,7 +138,7 @@ def test_what_has_that_name_already_stays(wconv, tmp_path):
 
 
 @pytest.mark.parametrize("args", [(), ("--dry-run",)])
-def test_a_name_that_is_taken_is_refused(args, wconv, tmp_path):
+def test_a_name_that_is_taken_is_refused(args: tuple[Any, ...], wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "model.safetensors")
     save(make_state(seed=2), tmp_path / "model.fp16.safetensors")
     before = snapshot(tmp_path)
@@ -154,7 +160,7 @@ def test_a_name_that_is_taken_is_refused(args, wconv, tmp_path):
         (("--from", "none", "--to", "fp16", "--component", "vae"), "vae"),
     ],
 )
-def test_wrong_options(args, says, wconv, tmp_path):
+def test_wrong_options(args: tuple[str, ...], says: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path)
     before = snapshot(tmp_path)
     outcome = wconv("rename-variant", tmp_path, *args, exit_code=2)
@@ -162,7 +168,7 @@ def test_wrong_options(args, says, wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_a_dry_run_renames_nothing(wconv, tmp_path):
+def test_a_dry_run_renames_nothing(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path)
     before = snapshot(tmp_path)
     outcome = wconv("rename-variant", tmp_path, "--from", "none", "--to", "fp16", "--dry-run")
@@ -170,14 +176,14 @@ def test_a_dry_run_renames_nothing(wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_weights_are_not_read(wconv, tmp_path):
+def test_weights_are_not_read(wconv: Callable[..., Any], tmp_path: Path) -> None:
     # However large: a renamed file may as well hold nothing that wconv can open.
     (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
     wconv("rename-variant", tmp_path, "--from", "none", "--to", "fp16")
     assert (tmp_path / "model.fp16.safetensors").read_bytes() == b"no weights at all"
 
 
-def test_links_stay_links(wconv, tmp_path):
+def test_links_stay_links(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "blob")
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "pytorch_model.bin").symlink_to(tmp_path / "blob")
@@ -188,15 +194,17 @@ def test_links_stay_links(wconv, tmp_path):
     assert renamed.is_symlink()
 
 
-def test_a_tag_in_other_capitals_on_a_disk_that_does_not_tell_them_apart(tmp_path, wconv, monkeypatch):
+def test_a_tag_in_other_capitals_on_a_disk_that_does_not_tell_them_apart(
+    tmp_path: Path, wconv: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(STATE, tmp_path / "m" / "model.FP16.safetensors")
-    look = os.lstat
+    look = os.stat
 
-    def look_in_capitals(path, **how):
-        return look(str(path).replace("model.fp16", "model.FP16"), **how)
+    def look_in_capitals(path: Any, **how: Any) -> Any:
+        return look(path if isinstance(path, int) else str(path).replace("model.fp16", "model.FP16"), **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "lstat", look_in_capitals)
+        patch.setattr(os, "stat", look_in_capitals)
         said = wconv("rename-variant", tmp_path / "m", "--from", "FP16", "--to", "fp16", exit_code=5).stderr
     assert "is the same name as model.FP16.safetensors on this disk" in said
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["model.FP16.safetensors"]

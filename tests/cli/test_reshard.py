@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +49,9 @@ SIZES = st.lists(st.integers(0, 40) | st.sampled_from([1, 250, 251, 500]), min_s
 
 @settings(max_examples=40, deadline=None)
 @given(sizes=SIZES, limit=st.integers(1, 600), halves=st.booleans())
-def test_any_sizes_are_cut_as_huggingface_hub_cuts_them(sizes, limit, halves, scratch, wconv):
+def test_any_sizes_are_cut_as_huggingface_hub_cuts_them(
+    sizes: Any, limit: Any, halves: Any, scratch: Path, wconv: Callable[..., Any]
+) -> None:
     dtype = torch.float16 if halves else torch.float32
     state = {f"t{number:02d}": torch.full((size,), float(number), dtype=dtype) for number, size in enumerate(sizes)}
     shutil.rmtree(scratch / "m", ignore_errors=True)
@@ -85,7 +89,7 @@ def test_any_sizes_are_cut_as_huggingface_hub_cuts_them(sizes, limit, halves, sc
         ("1GiB", 2**30),
     ],
 )
-def test_units(spelled, nbytes, wconv, tmp_path):
+def test_units(spelled: str, nbytes: int, wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {f"t{number:02d}": torch.full((19,), float(number)) for number in range(20)}
     state["last"] = torch.zeros(6, dtype=torch.uint8)
     save(state, tmp_path / "m" / "model.safetensors")
@@ -101,7 +105,9 @@ def test_units(spelled, nbytes, wconv, tmp_path):
 
 @pytest.mark.parametrize("limit", ["20KB", "60KB", "none"])
 @pytest.mark.parametrize("name", ["llama_tied", "clip", "sd"])
-def test_from_pretrained_loads_it(name, limit, builders, wconv, tmp_path):
+def test_from_pretrained_loads_it(
+    name: str, limit: str, builders: Any, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     model = builders.MODELS[name]()
     builders.save_safetensors(model, tmp_path / "m", 3)
     wconv("reshard", tmp_path / "m", "--max-shard-size", limit, "-o", tmp_path / "out")
@@ -115,7 +121,7 @@ def test_from_pretrained_loads_it(name, limit, builders, wconv, tmp_path):
 # Where it goes.
 
 
-def test_merged_in_place(wconv, tmp_path):
+def test_merged_in_place(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m")
     write_json(tmp_path / "m" / "config.json", {"x": 1})
     save(make_state(seed=1), tmp_path / "m" / "model.fp16.safetensors")
@@ -129,7 +135,7 @@ def test_merged_in_place(wconv, tmp_path):
     assert_same(load_file(tmp_path / "m" / "model.safetensors"), STATE)
 
 
-def test_cut_in_place(wconv, tmp_path):
+def test_cut_in_place(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "model.safetensors")
     wconv("reshard", tmp_path / "m", "--max-shard-size", "64B", "--in-place")
     assert letters_in(tmp_path / "m") == ["ab", "cd", "ef"]
@@ -137,14 +143,14 @@ def test_cut_in_place(wconv, tmp_path):
     assert_same(load_set(tmp_path / "m"), STATE)
 
 
-def test_merged_into_the_bytes_that_save_file_writes(wconv, tmp_path):
+def test_merged_into_the_bytes_that_save_file_writes(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m")
     wconv("reshard", tmp_path / "m", "--max-shard-size", "none", "-o", tmp_path / "out")
     save_file(STATE, tmp_path / "expected.safetensors", PLAIN)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
 
 
-def test_resharded_twice_is_resharded_once(wconv, tmp_path):
+def test_resharded_twice_is_resharded_once(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m")
     wconv("reshard", tmp_path / "m", "--max-shard-size", "100B", "-o", tmp_path / "a")
     wconv("reshard", tmp_path / "a", "--max-shard-size", "32B", "-o", tmp_path / "b")
@@ -152,7 +158,7 @@ def test_resharded_twice_is_resharded_once(wconv, tmp_path):
     assert snapshot(tmp_path / "b") == snapshot(tmp_path / "c")
 
 
-def test_shards_that_come_out_as_they_were_are_the_same_files(wconv, tmp_path):
+def test_shards_that_come_out_as_they_were_are_the_same_files(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m", ("ab", "cd", "e", "f"))
     inodes = {letters: inode_of(tmp_path / "m", number, 4) for number, letters in enumerate(("ab", "cd", "e", "f"), 1)}
     wconv("reshard", tmp_path / "m", "--max-shard-size", "64B", "--in-place")
@@ -168,13 +174,13 @@ def inode_of(folder: Path, number: int, count: int) -> int:
     return (folder / f"model-{number:05d}-of-{count:05d}.safetensors").stat().st_ino
 
 
-def test_a_new_folder_shares_no_file_with_its_source(wconv, tmp_path):
+def test_a_new_folder_shares_no_file_with_its_source(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m", ("ab", "cd", "e", "f"))
     wconv("reshard", tmp_path / "m", "--max-shard-size", "64B", "-o", tmp_path / "out")
     assert all(path.stat().st_nlink == 1 for path in [*(tmp_path / "m").iterdir(), *(tmp_path / "out").iterdir()])
 
 
-def test_shards_that_are_links_elsewhere_are_not_written_through(wconv, tmp_path):
+def test_shards_that_are_links_elsewhere_are_not_written_through(wconv: Callable[..., Any], tmp_path: Path) -> None:
     # As in a store that several folders share: the folder holds links, the files lie elsewhere and stay.
     save_safetensors_shards(STATE, tmp_path / "store", ("ab", "cd", "e", "f"))
     before = snapshot(tmp_path / "store")
@@ -187,7 +193,7 @@ def test_shards_that_are_links_elsewhere_are_not_written_through(wconv, tmp_path
     assert letters_in(tmp_path / "m") == ["ab", "cd", "ef"]
 
 
-def test_what_is_cut_so_already_stays(wconv, tmp_path):
+def test_what_is_cut_so_already_stays(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m")
     before = snapshot(tmp_path)
     outcome = wconv("reshard", tmp_path / "m", "--max-shard-size", "64B", "--in-place")
@@ -195,7 +201,7 @@ def test_what_is_cut_so_already_stays(wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_a_variant_keeps_its_tag_and_the_others_their_files(wconv, tmp_path):
+def test_a_variant_keeps_its_tag_and_the_others_their_files(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "model.safetensors")
     save(make_state(seed=1), tmp_path / "m" / "model.fp16.safetensors")
     before = snapshot(tmp_path / "m")
@@ -211,7 +217,9 @@ def test_a_variant_keeps_its_tag_and_the_others_their_files(wconv, tmp_path):
 
 
 @pytest.mark.parametrize("where", [("--in-place",), ("-o", "out")])
-def test_every_variant_is_taken(where, wconv, tmp_path, monkeypatch):
+def test_every_variant_is_taken(
+    where: tuple[str, ...], wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     half = {name: tensor.half() for name, tensor in STATE.items()}
     save_safetensors_shards(STATE, Path("m"))
@@ -225,14 +233,14 @@ def test_every_variant_is_taken(where, wconv, tmp_path, monkeypatch):
     assert_same(load_file(out / "model.fp16.safetensors"), half)
 
 
-def test_the_format_stays(wconv, tmp_path):
+def test_the_format_stays(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_bin_shards(STATE, tmp_path / "m")
     wconv("reshard", tmp_path / "m", "--max-shard-size", "none", "--in-place")
     assert names_in(tmp_path / "m") == ["pytorch_model.bin"]
     assert_same(torch.load(tmp_path / "m" / "pytorch_model.bin", weights_only=True, mmap=True), STATE)
 
 
-def test_one_component(wconv, tmp_path):
+def test_one_component(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_pipeline(tmp_path / "m")
     before = {name: hashed for name, hashed in snapshot(folder).items() if not name.startswith("unet")}
     wconv("reshard", folder, "--max-shard-size", "none", "--in-place", "--component", "unet")
@@ -240,7 +248,7 @@ def test_one_component(wconv, tmp_path):
     assert [path.name for path in sorted((folder / "unet").iterdir())] == ["config.json", "diffusion_pytorch_model.bin"]
 
 
-def test_sharded_bin_for_diffusers_is_refused(wconv, tmp_path):
+def test_sharded_bin_for_diffusers_is_refused(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_pipeline(tmp_path / "m")
     before = snapshot(folder)
     outcome = wconv("reshard", folder, "--max-shard-size", "100B", "--in-place", exit_code=4)
@@ -249,7 +257,7 @@ def test_sharded_bin_for_diffusers_is_refused(wconv, tmp_path):
     assert snapshot(folder) == before
 
 
-def test_notes_in_headers_go_with_their_tensors(wconv, tmp_path):
+def test_notes_in_headers_go_with_their_tensors(wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {name: tensor for name, tensor in STATE.items() if name != "f"}
     notes = {**PLAIN, "lm_head": "c", "author": "me"}
     (tmp_path / "m").mkdir()
@@ -280,7 +288,9 @@ def metadata_of(path: Path) -> dict[str, str]:
         (("--max-shard-size", "none", "--in-place", "--from-variant", "ema"), "has no variant 'ema'"),
     ],
 )
-def test_wrong_options(args, says, wconv, tmp_path, monkeypatch):
+def test_wrong_options(
+    args: tuple[Any, ...], says: str, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     save_safetensors_shards(STATE, Path("m"))
     before = snapshot(tmp_path)
@@ -289,7 +299,7 @@ def test_wrong_options(args, says, wconv, tmp_path, monkeypatch):
     assert snapshot(tmp_path) == before
 
 
-def test_a_dry_run_writes_nothing(wconv, tmp_path):
+def test_a_dry_run_writes_nothing(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m")
     before = snapshot(tmp_path)
     outcome = wconv("reshard", tmp_path / "m", "--max-shard-size", "none", "--in-place", "--dry-run")
@@ -298,7 +308,7 @@ def test_a_dry_run_writes_nothing(wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_a_single_file_of_another_set_in_the_way_is_refused(wconv, tmp_path):
+def test_a_single_file_of_another_set_in_the_way_is_refused(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m")
     save(make_state(seed=1), tmp_path / "m" / "model.safetensors")
     before = snapshot(tmp_path)
@@ -308,7 +318,7 @@ def test_a_single_file_of_another_set_in_the_way_is_refused(wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_shards_named_otherwise_get_the_usual_names(wconv, tmp_path):
+def test_shards_named_otherwise_get_the_usual_names(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_shards(STATE, tmp_path / "m", ("abc", "def"), "part{0}.of{1}.safetensors", "model.safetensors.index.json")
     wconv("reshard", tmp_path / "m", "--max-shard-size", "130B", "--in-place")
     assert names_in(tmp_path / "m") == [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     ],
 )
 @pytest.mark.parametrize("place", ["beside", "new"])
-def test_names(source, written, place, wconv, tmp_path):
+def test_names(source: str, written: str, place: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / source)
     target = tmp_path / ("m" if place == "beside" else "out")
     wconv("to-bin", tmp_path / "m" / source, *(() if place == "beside" else ("-o", target)))
@@ -36,13 +38,13 @@ def test_names(source, written, place, wconv, tmp_path):
     assert_same(load(target / written), STATE)
 
 
-def test_an_output_may_be_a_file_name(wconv, tmp_path):
+def test_an_output_may_be_a_file_name(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m.safetensors")
     wconv("to-bin", tmp_path / "m.safetensors", "-o", tmp_path / "out.pt")
     assert_same(load(tmp_path / "out.pt"), STATE)
 
 
-def test_every_variant(wconv, tmp_path):
+def test_every_variant(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "model.safetensors")
     save(make_state(seed=1), tmp_path / "model.ema.safetensors")
     wconv("to-bin", tmp_path)
@@ -50,7 +52,7 @@ def test_every_variant(wconv, tmp_path):
     assert_same(load(tmp_path / "pytorch_model.ema.bin"), make_state(seed=1))
 
 
-def test_shards_and_their_index(wconv, tmp_path):
+def test_shards_and_their_index(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m")
     wconv("to-bin", tmp_path / "m", "-o", tmp_path / "out")
     index = json.loads((tmp_path / "out" / "pytorch_model.bin.index.json").read_text())
@@ -61,7 +63,7 @@ def test_shards_and_their_index(wconv, tmp_path):
         assert all(index["weight_map"][letter] == name for letter in letters)
 
 
-def test_transformers_shards_load(builders, wconv, tmp_path):
+def test_transformers_shards_load(builders: Any, wconv: Callable[..., Any], tmp_path: Path) -> None:
     model = builders.make_llama(tied=True)
     builders.save_safetensors(model, tmp_path / "m", 3)
     wconv("to-bin", tmp_path / "m", "-o", tmp_path / "out")
@@ -69,7 +71,7 @@ def test_transformers_shards_load(builders, wconv, tmp_path):
     assert_same(dict(loaded.state_dict()), dict(model.state_dict()))
 
 
-def test_a_diffusers_component_loads(builders, wconv, tmp_path):
+def test_a_diffusers_component_loads(builders: Any, wconv: Callable[..., Any], tmp_path: Path) -> None:
     model = builders.make_vae()
     builders.save_safetensors(model, tmp_path / "m", 3)
     wconv("to-bin", tmp_path / "m", "-o", tmp_path / "out", "--max-shard-size", "none")
@@ -77,7 +79,7 @@ def test_a_diffusers_component_loads(builders, wconv, tmp_path):
     assert_same(dict(loaded.state_dict()), dict(model.state_dict()))
 
 
-def test_sharded_bin_for_diffusers_is_refused(wconv, tmp_path):
+def test_sharded_bin_for_diffusers_is_refused(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_safetensors_shards(STATE, tmp_path / "m")
     write_json(tmp_path / "m" / "config.json", {"_class_name": "UNet2DConditionModel"})
     before = snapshot(tmp_path)
@@ -93,14 +95,14 @@ def test_sharded_bin_for_diffusers_is_refused(wconv, tmp_path):
     assert len(list((tmp_path / "forced").glob("*.bin"))) == 3
 
 
-def test_recast_on_the_way(wconv, tmp_path):
+def test_recast_on_the_way(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "model.safetensors")
     wconv("to-bin", tmp_path / "m", "--dtype", "fp16", "--variant", "fp16", "--keep-fp32", "b")
     expected = {name: tensor if name == "b" else tensor.half() for name, tensor in STATE.items()}
     assert_same(load(tmp_path / "m" / "pytorch_model.fp16.bin"), expected)
 
 
-def test_what_is_in_bin_already_stays(wconv, tmp_path):
+def test_what_is_in_bin_already_stays(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     before = snapshot(tmp_path)
     assert "Up to date" in wconv("to-bin", tmp_path).stdout
@@ -108,7 +110,7 @@ def test_what_is_in_bin_already_stays(wconv, tmp_path):
 
 
 @pytest.mark.parametrize("args", [(), ("--dry-run",)])
-def test_output_that_exists_is_refused(args, wconv, tmp_path):
+def test_output_that_exists_is_refused(args: tuple[Any, ...], wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "model.safetensors")
     save(make_state(seed=1), tmp_path / "pytorch_model.bin")
     before = snapshot(tmp_path)
@@ -120,7 +122,7 @@ def test_output_that_exists_is_refused(args, wconv, tmp_path):
         assert_same(load(tmp_path / "pytorch_model.bin"), STATE)
 
 
-def test_what_torch_does_not_have_is_refused(wconv, tmp_path):
+def test_what_torch_does_not_have_is_refused(wconv: Callable[..., Any], tmp_path: Path) -> None:
     header = json.dumps({"x": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
     (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     outcome = wconv("to-bin", tmp_path / "m.safetensors", exit_code=4)
@@ -129,7 +131,7 @@ def test_what_torch_does_not_have_is_refused(wconv, tmp_path):
     assert names_in(tmp_path) == ["m.safetensors"]
 
 
-def test_a_tensor_with_the_name_of_a_format_is_no_tie(wconv, tmp_path):
+def test_a_tensor_with_the_name_of_a_format_is_no_tie(wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {"pt": torch.ones(2), "a": torch.zeros(1)}
     save_file(state, tmp_path / "m.safetensors", {"format": "pt", "b": "a"})
     wconv("to-bin", tmp_path / "m.safetensors", "-o", tmp_path / "out")

@@ -219,7 +219,9 @@ BAD = [
 
 @pytest.mark.parametrize("place", ["beside", "new"])
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)
-def test_bad_input(bad, place, wconv, tmp_path, monkeypatch):
+def test_bad_input(
+    bad: Any, place: str, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     source = bad.build(Path("m"))
     before = snapshot(tmp_path)
@@ -239,7 +241,9 @@ def assert_one_line(outcome: Any, where: str, says: tuple[str, ...] = ()) -> Non
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)
-def test_bad_input_in_a_pipeline_stops_all_of_it(bad, wconv, tmp_path, monkeypatch):
+def test_bad_input_in_a_pipeline_stops_all_of_it(
+    bad: Any, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if bad.name in ("not-there", "no-weights", "lfs-other"):
         pytest.skip("is no component")
     source = bad.build(tmp_path / "p" / "unet")
@@ -253,14 +257,14 @@ def test_bad_input_in_a_pipeline_stops_all_of_it(bad, wconv, tmp_path, monkeypat
     assert snapshot(tmp_path) == before
 
 
-def test_a_folder_of_models_is_told_apart(wconv, tmp_path):
+def test_a_folder_of_models_is_told_apart(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "one" / "pytorch_model.bin")
     outcome = wconv("to-safetensors", tmp_path, exit_code=3)
     assert_one_line(outcome, str(tmp_path), ("no weights", "Name one of its folders that do: one."))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_is_no_checkpoint(wconv, tmp_path):
+def test_a_pipe_is_no_checkpoint(wconv: Callable[..., Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pytorch_model.bin")
     outcome = wconv("to-safetensors", tmp_path / "pytorch_model.bin", exit_code=3)
     assert "no regular file" in outcome.stderr
@@ -271,7 +275,7 @@ def test_a_pipe_is_no_checkpoint(wconv, tmp_path):
 
 
 @pytest.mark.parametrize("args", [(), ("--dry-run",), ("--delete-source",), ("--max-shard-size", "none")])
-def test_output_that_exists_is_refused(args, wconv, tmp_path):
+def test_output_that_exists_is_refused(args: tuple[Any, ...], wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "pytorch_model.bin")
     save(OTHER, tmp_path / "m" / "model.safetensors")
     before = snapshot(tmp_path)
@@ -280,7 +284,7 @@ def test_output_that_exists_is_refused(args, wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_a_second_run_writes_nothing(wconv, tmp_path):
+def test_a_second_run_writes_nothing(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     wconv("to-safetensors", source)
     before = snapshot(tmp_path)
@@ -301,7 +305,9 @@ def test_a_second_run_writes_nothing(wconv, tmp_path):
         ("file.safetensors", "file name"),
     ],
 )
-def test_a_folder_that_cannot_be_the_output(output, says, wconv, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_the_output(
+    output: str, says: str, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     save_bin_shards(STATE, Path("m"))
     save(OTHER, Path("full/other.bin"))
@@ -315,7 +321,9 @@ def test_a_folder_that_cannot_be_the_output(output, says, wconv, tmp_path, monke
 
 
 @pytest.mark.parametrize("output", ["file/out", "file/deep/out"])
-def test_a_place_below_a_file_cannot_be_the_output(output, wconv, tmp_path, monkeypatch):
+def test_a_place_below_a_file_cannot_be_the_output(
+    output: str, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     save_bin_shards(STATE, Path("m"))
     Path("file").write_text("x")
@@ -325,14 +333,14 @@ def test_a_place_below_a_file_cannot_be_the_output(output, wconv, tmp_path, monk
     assert snapshot(tmp_path) == before
 
 
-def test_a_single_set_may_go_into_a_folder_that_is_there(wconv, tmp_path):
+def test_a_single_set_may_go_into_a_folder_that_is_there(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save(STATE, tmp_path / "m" / "pytorch_model.bin")
     save(OTHER, tmp_path / "full" / "other.bin")
     wconv("to-safetensors", source, "-o", tmp_path / "full")
     assert names_in(tmp_path / "full") == ["model.safetensors", "other.bin"]
 
 
-def test_overwriting_leaves_what_is_not_of_the_set(wconv, tmp_path):
+def test_overwriting_leaves_what_is_not_of_the_set(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     save_safetensors_shards(OTHER, source, ("a", "b", "c", "def"))
     save(OTHER, source / "model.fp16.safetensors")
@@ -351,7 +359,7 @@ def test_overwriting_leaves_what_is_not_of_the_set(wconv, tmp_path):
     ]
 
 
-def test_overwriting_a_folder_replaces_its_sets(wconv, tmp_path):
+def test_overwriting_a_folder_replaces_its_sets(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_pipeline(tmp_path / "m")
     wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", "--max-shard-size", f"{TENSOR_NBYTES}B")
     (tmp_path / "out" / "README.md").write_text("mine")
@@ -364,7 +372,7 @@ def test_overwriting_a_folder_replaces_its_sets(wconv, tmp_path):
 # Where it goes.
 
 
-def test_beside_the_source_nothing_else_changes(wconv, tmp_path):
+def test_beside_the_source_nothing_else_changes(wconv: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_pipeline(tmp_path / "m")
     before = snapshot(folder)
     wconv("to-safetensors", folder)
@@ -382,7 +390,9 @@ def test_beside_the_source_nothing_else_changes(wconv, tmp_path):
 @pytest.mark.parametrize(
     "output", ["out", "deep/er/out", "m/out", "./out/", "dotted.v1", "äö ü", "empty", "empty_link"]
 )
-def test_a_new_folder_has_all_that_the_source_has(output, wconv, tmp_path, monkeypatch):
+def test_a_new_folder_has_all_that_the_source_has(
+    output: str, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     save_pipeline(Path("m"))
     Path("m/README.md").write_text("x")
@@ -409,14 +419,18 @@ def test_a_new_folder_has_all_that_the_source_has(output, wconv, tmp_path, monke
     assert not left_behind(tmp_path)
 
 
-def test_the_current_folder_is_the_source_when_none_is_named(wconv, tmp_path, monkeypatch):
+def test_the_current_folder_is_the_source_when_none_is_named(
+    wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     monkeypatch.chdir(tmp_path)
     wconv("to-safetensors")
     assert files_of(tmp_path) == {"model.safetensors": "abcdef"}
 
 
-def test_the_current_folder_may_be_the_new_one(wconv, tmp_path, monkeypatch):
+def test_the_current_folder_may_be_the_new_one(
+    wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(STATE, tmp_path / "m" / "pytorch_model.bin")
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
@@ -425,7 +439,9 @@ def test_the_current_folder_may_be_the_new_one(wconv, tmp_path, monkeypatch):
     assert not left_behind(tmp_path)
 
 
-def test_a_folder_inside_the_source_is_not_carried_into_itself(wconv, tmp_path, monkeypatch):
+def test_a_folder_inside_the_source_is_not_carried_into_itself(
+    wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     monkeypatch.chdir(tmp_path)
     wconv("to-safetensors", "m", "-o", source / "out")
@@ -445,21 +461,23 @@ def test_a_folder_inside_the_source_is_not_carried_into_itself(wconv, tmp_path, 
         ("out.d/", "out.d/model.safetensors"),
     ],
 )
-def test_an_output_may_be_a_file_name(output, written, wconv, tmp_path, monkeypatch):
+def test_an_output_may_be_a_file_name(
+    output: str, written: str, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     source = save(STATE, Path("m/pytorch_model.bin"))
     wconv("to-safetensors", source, "-o", output)
     assert list(files_of(tmp_path)) == [written]
 
 
-def test_a_file_name_makes_one_file_of_shards(wconv, tmp_path):
+def test_a_file_name_makes_one_file_of_shards(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m")
     wconv("to-safetensors", source, "-o", tmp_path / "x.safetensors")
     assert [path.name for path in tmp_path.glob("x*")] == ["x.safetensors"]
     assert_same(load_file(tmp_path / "x.safetensors"), STATE)
 
 
-def test_a_file_name_of_another_format_is_refused(wconv, tmp_path):
+def test_a_file_name_of_another_format_is_refused(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save(STATE, tmp_path / "m" / "pytorch_model.bin")
     outcome = wconv("to-safetensors", source, "-o", tmp_path / "x.bin", exit_code=2)
     assert_one_line(outcome, str(tmp_path / "x.bin"))
@@ -485,7 +503,7 @@ def two_variants(folder: Path) -> Path:
         (("--from-variant", "fp16", "--variant", "x-1_y"), ["model.x-1_y.safetensors"]),
     ],
 )
-def test_variants(args, written, wconv, tmp_path):
+def test_variants(args: tuple[Any, ...], written: list[str], wconv: Callable[..., Any], tmp_path: Path) -> None:
     wconv("to-safetensors", two_variants(tmp_path / "m"), "-o", tmp_path / "out", *args)
     assert names_in(tmp_path / "out") == written
     first = OTHER if "fp16" in args or not args else STATE
@@ -523,7 +541,7 @@ def test_variants(args, written, wconv, tmp_path):
     ],
     ids=" ".join,
 )
-def test_wrong_options(args, wconv, tmp_path):
+def test_wrong_options(args: tuple[str, ...], wconv: Callable[..., Any], tmp_path: Path) -> None:
     before = snapshot(two_variants(tmp_path / "m"))
     outcome = wconv("to-safetensors", tmp_path / "m", *args, exit_code=2)
     assert outcome.stdout == ""
@@ -546,20 +564,20 @@ def test_wrong_options(args, wconv, tmp_path):
         ("31B", 6),
     ],
 )
-def test_shard_sizes(size, shards, wconv, tmp_path):
+def test_shard_sizes(size: str, shards: int, wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "pytorch_model.bin")
     wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", "--max-shard-size", size)
     assert len(files_of(tmp_path / "out")) == shards
     assert_same(load_set(tmp_path / "out"), STATE)
 
 
-def test_components(wconv, tmp_path):
+def test_components(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_pipeline(tmp_path / "m")
     wconv("to-safetensors", source, "--component", "vae", "--component", "text_encoder")
     assert list(files_of(source)) == ["text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
 
 
-def test_components_that_are_not_chosen_go_along(wconv, tmp_path):
+def test_components_that_are_not_chosen_go_along(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_pipeline(tmp_path / "m")
     wconv("to-safetensors", source, "--component", "vae", "-o", tmp_path / "out")
     for name in ("unet", "text_encoder", "tokenizer"):
@@ -585,7 +603,9 @@ def with_tie(folder: Path, **config: Any) -> Path:
         (("--tied", "first"), {"tie_word_embeddings": False}, "ab"),
     ],
 )
-def test_tied(args, config, written, wconv, tmp_path):
+def test_tied(
+    args: tuple[Any, ...], config: dict[str, Any], written: str, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     source = with_tie(tmp_path / "m", **config)
     outcome = wconv("to-safetensors", source, *args)
     assert files_of(source) == {"model.safetensors": written}
@@ -595,7 +615,7 @@ def test_tied(args, config, written, wconv, tmp_path):
     assert ("Tied: t is a" in outcome.stdout) == bool(ties)
 
 
-def test_deleting_the_source(wconv, tmp_path):
+def test_deleting_the_source(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_pipeline(tmp_path / "m")
     save(OTHER, source / "other.ckpt")
     outcome = wconv("to-safetensors", source, "--delete-source")
@@ -605,14 +625,14 @@ def test_deleting_the_source(wconv, tmp_path):
     assert_same(load_set(source / "unet", "diffusion_pytorch_model"), make_state(seed=1))
 
 
-def test_deleting_a_part_of_the_source(wconv, tmp_path):
+def test_deleting_a_part_of_the_source(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = two_variants(tmp_path / "m")
     wconv("to-safetensors", source, "--delete-source", "--from-variant", "fp16")
     assert names_in(source) == ["model.fp16.safetensors", "pytorch_model.bin"]
 
 
 @pytest.mark.parametrize("place", ["beside", "new", "overwrite"])
-def test_a_dry_run_writes_nothing(place, wconv, tmp_path):
+def test_a_dry_run_writes_nothing(place: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_pipeline(tmp_path / "m")
     args = {"beside": [], "new": ["-o", tmp_path / "out"], "overwrite": ["--overwrite", "--delete-source"]}[place]
     if place == "overwrite":
@@ -638,14 +658,16 @@ def test_a_dry_run_writes_nothing(place, wconv, tmp_path):
     assert planned["dry_run"] is True
 
 
-def test_a_dry_run_tells_memory_and_disk(wconv, tmp_path):
+def test_a_dry_run_tells_memory_and_disk(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "pytorch_model.bin")
     shown = wconv("to-safetensors", tmp_path / "m", "--dry-run").stdout
     assert re.search(r"Takes \S+ \w+ of disk and about \S+ [MG]B of memory\.", shown)
 
 
 @pytest.mark.parametrize("args", [(), ("-o", "out"), ("--dry-run",), ("--verify",), ("--verify", "-o", "out", "-v")])
-def test_json_is_json(args, wconv, tmp_path, monkeypatch):
+def test_json_is_json(
+    args: tuple[Any, ...], wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     save_pipeline(Path("m"))
     outcome = wconv("to-safetensors", "m", *args, "--json")
@@ -653,7 +675,7 @@ def test_json_is_json(args, wconv, tmp_path, monkeypatch):
     assert outcome.stderr == ""
 
 
-def test_json_when_there_is_nothing_to_do(wconv, tmp_path):
+def test_json_when_there_is_nothing_to_do(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "model.safetensors")
     assert strict_json(wconv("to-safetensors", tmp_path, "--json").stdout)["weight_sets"] == []
     assert strict_json(wconv("to-safetensors", tmp_path, "--json", "--dry-run").stdout)["weight_sets"] == []
@@ -661,14 +683,16 @@ def test_json_when_there_is_nothing_to_do(wconv, tmp_path):
 
 @pytest.mark.parametrize("args", [(), ("-o", "out"), ("--dry-run",), ("--verify",), ("--delete-source",)])
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_quiet_prints_nothing(args, name, wconv, tmp_path, monkeypatch):
+def test_quiet_prints_nothing(
+    args: tuple[Any, ...], name: str, wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     save(STATE, Path("m") / name)
     outcome = wconv("to-safetensors", "m", *args, "-q")
     assert (outcome.stdout, outcome.stderr) == ("", "")
 
 
-def test_what_is_in_safetensors_already_stays(wconv, tmp_path):
+def test_what_is_in_safetensors_already_stays(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save(STATE, tmp_path / "m" / "model.safetensors").parent
     before = snapshot(tmp_path)
     assert "Up to date" in wconv("to-safetensors", source).stdout
@@ -676,7 +700,7 @@ def test_what_is_in_safetensors_already_stays(wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_the_summary(wconv, tmp_path):
+def test_the_summary(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_pipeline(tmp_path / "m")
     shown = wconv("to-safetensors", source, "-o", tmp_path / "out", "-v").stdout
     assert re.search(r"Wrote \S+ \w+ to \S+ in \S+ s \(\S+ \w+/s\) with \S+ \w+ of memory\.", shown)
@@ -696,7 +720,9 @@ def test_the_summary(wconv, tmp_path):
         ({"architectures": ["X; import os\nos.system('x')"]}, "Load it with"),
     ],
 )
-def test_the_line_that_loads_the_result(config, line, wconv, tmp_path):
+def test_the_line_that_loads_the_result(
+    config: dict[str, Any], line: str, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
     save(STATE, tmp_path / ("diffusion_pytorch_model.bin" if "_class_name" in config else "pytorch_model.bin"))
     write_json(tmp_path / "config.json", config)
     shown = wconv("to-safetensors", tmp_path).stdout
@@ -705,12 +731,12 @@ def test_the_line_that_loads_the_result(config, line, wconv, tmp_path):
     assert "\nos.system" not in shown
 
 
-def test_the_loading_line_names_the_variant(wconv, tmp_path):
+def test_the_loading_line_names_the_variant(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_pipeline(tmp_path / "m", "fp16")
     assert "variant='fp16'" in wconv("to-safetensors", source).stdout
 
 
-def test_notes_tell_what_is_odd(wconv, tmp_path):
+def test_notes_tell_what_is_odd(wconv: Callable[..., Any], tmp_path: Path) -> None:
     index = save_bin_shards(STATE, tmp_path / "m")
     content = json.loads(index.read_text())
     del content["weight_map"]["f"]
@@ -724,7 +750,7 @@ def test_notes_tell_what_is_odd(wconv, tmp_path):
     assert_same(load_set(tmp_path / "out"), STATE)
 
 
-def test_control_characters_do_not_reach_the_terminal(wconv, tmp_path):
+def test_control_characters_do_not_reach_the_terminal(wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {"a\x1b[31m\nb": STATE["a"], "t\x07\u202e": STATE["a"], "ü": STATE["b"]}
     save(state, tmp_path / "pytorch_model.bin")
     outcome = wconv("to-safetensors", tmp_path, "-v", "--tied", "first")
@@ -732,7 +758,7 @@ def test_control_characters_do_not_reach_the_terminal(wconv, tmp_path):
     assert load_file(tmp_path / "model.safetensors").keys() == {"a\x1b[31m\nb", "ü"}
 
 
-def test_names_are_kept_whatever_they_are(wconv, tmp_path):
+def test_names_are_kept_whatever_they_are(wconv: Callable[..., Any], tmp_path: Path) -> None:
     names = ["", " ", "a/b", "..", "\0", "ü\n", '"', "{}", "x" * 1000, "format"]
     state = {name: torch.full((2,), float(number)) for number, name in enumerate(names)}
     save(state, tmp_path / "pytorch_model.bin")
@@ -740,7 +766,7 @@ def test_names_are_kept_whatever_they_are(wconv, tmp_path):
     assert_same(load_file(tmp_path / "model.safetensors"), state)
 
 
-def test_torch_and_numpy_are_not_needed(tmp_path):
+def test_torch_and_numpy_are_not_needed(tmp_path: Path) -> None:
     save_bin_shards(STATE, tmp_path / "m")
     code = (
         "import sys; sys.modules['torch'] = None\n"
@@ -751,7 +777,7 @@ def test_torch_and_numpy_are_not_needed(tmp_path):
     shutil.rmtree(tmp_path / "out")
 
 
-def test_names_that_would_not_be_read_again_are_refused(wconv, tmp_path):
+def test_names_that_would_not_be_read_again_are_refused(wconv: Callable[..., Any], tmp_path: Path) -> None:
     torch.save({"n" * 1_000: torch.ones(1)}, tmp_path / "m.bin")
     wconv("to-safetensors", tmp_path / "m.bin")
     wconv("verify", tmp_path / "m.bin", tmp_path / "m.safetensors")

@@ -6,6 +6,7 @@ torch is the judge of what rounding right is.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def strict_json(text: str) -> Any:
 
 
 @pytest.fixture
-def differences(wconv, tmp_path):
+def differences(wconv: Callable[..., Any], tmp_path: Path) -> Any:
     """Verify two state dicts; give what differs, having looked at the table too."""
 
     def run(a: State, b: State, *args: str) -> list[tuple[str, str]]:
@@ -65,7 +66,7 @@ def differences(wconv, tmp_path):
 # The same.
 
 
-def test_any_form_on_either_side(wconv, tmp_path):
+def test_any_form_on_either_side(wconv: Callable[..., Any], tmp_path: Path) -> None:
     paths = [
         save(STATE, tmp_path / "single.bin"),
         save(STATE, tmp_path / "single.safetensors"),
@@ -79,7 +80,7 @@ def test_any_form_on_either_side(wconv, tmp_path):
             wconv("verify", a, b)
 
 
-def test_a_conversion(wconv, tmp_path):
+def test_a_conversion(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_pipeline(tmp_path / "m")
     wconv("to-safetensors", source, "-o", tmp_path / "out")
     before = snapshot(tmp_path)
@@ -90,7 +91,7 @@ def test_a_conversion(wconv, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_strided_and_contiguous_are_the_same(differences):
+def test_strided_and_contiguous_are_the_same(differences: Any) -> None:
     wide = torch.arange(600.0).reshape(20, 30)
     state = {"t": wide.T, "s": wide[::2, 1::3], "e": torch.ones(1).expand(7, 5), "z": wide[:0]}
     assert differences(state, {name: tensor.clone().contiguous() for name, tensor in state.items()}) == []
@@ -109,14 +110,14 @@ def test_strided_and_contiguous_are_the_same(differences):
     ],
     ids=lambda values: str(values.dtype),
 )
-def test_every_dtype_has_its_bits_compared(values, differences):
+def test_every_dtype_has_its_bits_compared(values: Any, differences: Any) -> None:
     assert differences({"x": values}, {"x": values.clone()}) == []
     raw = values.clone().reshape(-1).view(torch.uint8)
     raw[-1] ^= 1
     assert differences({"x": values}, {"x": raw.view(values.dtype).reshape(values.shape)}) == [("values", "x")]
 
 
-def test_a_recorded_tie_stands_for_its_tensor(wconv, tmp_path):
+def test_a_recorded_tie_stands_for_its_tensor(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save({"a": STATE["a"], "t": STATE["a"]}, tmp_path / "m" / "pytorch_model.bin")
     wconv("to-safetensors", source, "--tied", "first", "-o", tmp_path / "first")
     wconv("to-safetensors", source, "--tied", "duplicate", "-o", tmp_path / "both")
@@ -147,11 +148,11 @@ def changed(**tensors: torch.Tensor | None) -> State:
         ({"c": None, "x": STATE["c"].clone()}, [("missing", "c"), ("extra", "x")]),
     ],
 )
-def test_what_differs_is_named(change, expected, differences):
+def test_what_differs_is_named(change: dict[str, Any], expected: list[tuple[str, ...]], differences: Any) -> None:
     assert differences(STATE, changed(**change)) == expected
 
 
-def test_zero_and_minus_zero_are_not_the_same(differences):
+def test_zero_and_minus_zero_are_not_the_same(differences: Any) -> None:
     assert differences({"x": torch.tensor([0.0])}, {"x": torch.tensor([-0.0])}) == [("values", "x")]
 
 
@@ -164,18 +165,18 @@ def test_zero_and_minus_zero_are_not_the_same(differences):
         (torch.tensor([float("inf")]), torch.tensor([float("-inf")])),
     ],
 )
-def test_what_has_no_finite_error_is_json_all_the_same(a, b, differences):
+def test_what_has_no_finite_error_is_json_all_the_same(a: Any, b: Any, differences: Any) -> None:
     assert differences({"x": a}, {"x": b}) == [("values", "x")]
 
 
-def test_the_last_element_of_a_long_tensor_counts(differences):
+def test_the_last_element_of_a_long_tensor_counts(differences: Any) -> None:
     long = torch.zeros(700_001, dtype=torch.float16)
     other = long.clone()
     other[-1] = 1
     assert differences({"x": long}, {"x": other}) == [("values", "x")]
 
 
-def test_components_and_variants(wconv, tmp_path):
+def test_components_and_variants(wconv: Callable[..., Any], tmp_path: Path) -> None:
     a, b = save_pipeline(tmp_path / "a"), save_pipeline(tmp_path / "b")
     for path in (b / "vae").glob("*"):
         path.unlink()
@@ -191,7 +192,7 @@ def test_components_and_variants(wconv, tmp_path):
     }
 
 
-def test_many_differences_are_cut_short(wconv, tmp_path):
+def test_many_differences_are_cut_short(wconv: Callable[..., Any], tmp_path: Path) -> None:
     a = save({f"t{number:03d}": torch.zeros(1) for number in range(50)}, tmp_path / "a.bin")
     b = save({f"t{number:03d}": torch.ones(1) for number in range(50)}, tmp_path / "b.bin")
     short = wconv("verify", a, b, exit_code=1).stdout
@@ -209,31 +210,31 @@ VALUES = torch.tensor(
 
 
 @pytest.mark.parametrize("dtype", SHORT_DTYPES, ids=str)
-def test_a_recast_needs_its_option(dtype, differences):
+def test_a_recast_needs_its_option(dtype: torch.dtype, differences: Any) -> None:
     assert differences({"x": VALUES}, {"x": VALUES.to(dtype)}) == [("dtype", "x")]
 
 
 @pytest.mark.parametrize("dtype", SHORT_DTYPES, ids=str)
 @pytest.mark.parametrize("before", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_a_recast_that_is_rounded_right(dtype, before, differences):
+def test_a_recast_that_is_rounded_right(dtype: torch.dtype, before: torch.dtype, differences: Any) -> None:
     values = VALUES.to(before)
     assert differences({"x": values, **STATE}, {"x": values.to(dtype), **STATE}, "--cast") == []
 
 
 @pytest.mark.parametrize("dtype", SHORT_DTYPES, ids=str)
-def test_a_recast_that_is_off_by_one_bit(dtype, differences):
+def test_a_recast_that_is_off_by_one_bit(dtype: torch.dtype, differences: Any) -> None:
     raw = VALUES.to(dtype).view(torch.uint8).clone()
     raw[0] ^= 1
     assert differences({"x": VALUES}, {"x": raw.view(dtype)}, "--cast") == [("values", "x")]
 
 
-def test_a_recast_that_is_cut_off_is_not_rounded(differences):
+def test_a_recast_that_is_cut_off_is_not_rounded(differences: Any) -> None:
     cut = (VALUES.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
     assert differences({"x": VALUES}, {"x": cut}, "--cast") == [("values", "x")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_nan_may_change_its_payload_and_no_more(dtype, differences):
+def test_a_nan_may_change_its_payload_and_no_more(dtype: torch.dtype, differences: Any) -> None:
     nans = torch.tensor([0x7FC00001, -0x400001, 0x7F800001], dtype=torch.int32).view(torch.float32)
     assert nans.isnan().all()
     assert differences({"x": nans}, {"x": torch.full((3,), float("nan"), dtype=dtype)}, "--cast") == []
@@ -245,18 +246,18 @@ def test_a_nan_may_change_its_payload_and_no_more(dtype, differences):
     ]
 
 
-def test_overflow_to_infinity_is_what_rounding_gives(differences):
+def test_overflow_to_infinity_is_what_rounding_gives(differences: Any) -> None:
     values = torch.tensor([65504.0, 65519.0, 65520.0, -1e30])
     assert differences({"x": values}, {"x": values.half()}, "--cast") == []
 
 
-def test_whole_numbers_are_never_recast(differences):
+def test_whole_numbers_are_never_recast(differences: Any) -> None:
     numbers = torch.tensor([1, 2])
     assert differences({"x": numbers}, {"x": numbers.float()}, "--cast") == [("dtype", "x")]
     assert differences({"x": numbers.float()}, {"x": numbers}, "--cast") == [("dtype", "x")]
 
 
-def test_errors_of_a_recast_are_told(wconv, tmp_path):
+def test_errors_of_a_recast_are_told(wconv: Callable[..., Any], tmp_path: Path) -> None:
     values = torch.tensor([1.0, 1 + 2**-9, 100.25, 0.0])
     a, b = save({"x": values, "y": STATE["a"]}, tmp_path / "a.bin"), tmp_path / "b.safetensors"
     save({"x": values.bfloat16(), "y": STATE["a"]}, b)
@@ -273,7 +274,7 @@ def test_errors_of_a_recast_are_told(wconv, tmp_path):
 
 
 @pytest.mark.parametrize("args", [("--workers", "1"), ("--workers", "4"), ("--memory", "1KB")], ids=" ".join)
-def test_workers_and_memory_change_nothing(args, wconv, tmp_path):
+def test_workers_and_memory_change_nothing(args: tuple[str, ...], wconv: Callable[..., Any], tmp_path: Path) -> None:
     state = {"x": torch.randn(300, 900).T, "y": torch.randn(400_000), **STATE}
     a = save(state, tmp_path / "a.bin")
     wrong = state["y"].bfloat16()
@@ -289,7 +290,7 @@ def test_workers_and_memory_change_nothing(args, wconv, tmp_path):
 # Bad input.
 
 
-def test_bad_input(wconv, tmp_path):
+def test_bad_input(wconv: Callable[..., Any], tmp_path: Path) -> None:
     good = save(STATE, tmp_path / "a.bin")
     (tmp_path / "bad.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
     for paths in ((good, tmp_path / "bad.bin"), (tmp_path / "bad.bin", good), (good, tmp_path / "none")):
@@ -298,20 +299,20 @@ def test_bad_input(wconv, tmp_path):
     wconv("verify", good, exit_code=2)
 
 
-def test_the_same_weights_twice_are_not_guessed_at(wconv, tmp_path):
+def test_the_same_weights_twice_are_not_guessed_at(wconv: Callable[..., Any], tmp_path: Path) -> None:
     good = save(STATE, tmp_path / "a.bin")
     save(STATE, tmp_path / "m" / "pytorch_model.bin")
     save(STATE, tmp_path / "m" / "model.pt")
     assert "twice" in wconv("verify", good, tmp_path / "m", exit_code=2).stderr
 
 
-def test_control_characters_do_not_reach_the_terminal(wconv, tmp_path):
+def test_control_characters_do_not_reach_the_terminal(wconv: Callable[..., Any], tmp_path: Path) -> None:
     a = save({"a\x1b[31m": STATE["a"]}, tmp_path / "a.bin")
     b = save({"b\x1b[31m": STATE["a"]}, tmp_path / "b.bin")
     assert "\x1b" not in wconv("verify", a, b, exit_code=1).stdout
 
 
-def test_a_folder_with_both_forms_is_compared_by_its_safetensors(wconv, tmp_path):
+def test_a_folder_with_both_forms_is_compared_by_its_safetensors(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     wconv("to-safetensors", source)
     wconv("verify", source, Path(source, "pytorch_model.bin.index.json"))

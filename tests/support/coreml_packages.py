@@ -4,10 +4,13 @@ python coreml_packages.py FOLDER OUT: writes an .mlpackage a part, and prints as
 in the package byte for byte, and which do not.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import coremltools as ct
 import numpy as np
@@ -22,18 +25,18 @@ SMALL = 64  # coremltools writes what has fewer elements elsewhere
 class Part(torch.nn.Module):
     """A model that gives one tensor."""
 
-    def __init__(self, *modules):
+    def __init__(self, *modules: Any) -> None:
         super().__init__()
         self.stages = torch.nn.ModuleList(modules)
 
-    def forward(self, *inputs):
+    def forward(self, *inputs: Any) -> Any:
         for stage in self.stages:
             made = stage(*inputs)
             inputs = (made if torch.is_tensor(made) else made[0],)
         return inputs[0]
 
 
-def convert(module, inputs, path):
+def convert(module: Any, inputs: Any, path: Any) -> Any:
     """Trace a module and write its package; give the bytes of its weights."""
     with torch.no_grad():
         traced = torch.jit.trace(module.float().eval(), tuple(inputs.values()), strict=False, check_trace=False)
@@ -53,7 +56,7 @@ def convert(module, inputs, path):
     return next(path.rglob("weight.bin")).read_bytes()
 
 
-def main():
+def main() -> None:
     """Convert three parts, and look for their weights in the packages."""
     warnings.simplefilter("ignore")
     folder, out = map(Path, sys.argv[1:])

@@ -11,6 +11,7 @@ in peace first.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -19,7 +20,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from converter.storage.local import StagedFile
+
+if TYPE_CHECKING:
+    import pytest
 
 _EVENTS = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"})
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -81,6 +87,17 @@ def kill_at(number: int) -> Callable[[int], None]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return action
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the disk be full after the first bytes that are written into a staged file."""
+    write = StagedFile.write
+
+    def refuse(file: StagedFile, offset: int, data: memoryview) -> None:
+        write(file, offset, data[:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(StagedFile, "write", refuse)
 
 
 def run_until_it_ends(template: Path, work: Path, args: list[str]) -> None:
