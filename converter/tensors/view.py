@@ -7,7 +7,6 @@ mapped, because mapped pages count as memory and a file cut short would kill the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,7 +57,7 @@ class View(NamedTuple):
     def computes(self) -> bool:
         return False
 
-    def inputs(self) -> Iterable[Storage]:
+    def inputs(self) -> tuple[Storage, ...]:
         return (self.storage,)
 
     def part(self, begin: int, end: int) -> View:

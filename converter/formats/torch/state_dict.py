@@ -208,7 +208,7 @@ def _tensors_of(content: Mapping[Any, Any]) -> dict[str | int, TensorRef]:
 
 def _unreadable_in(content: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
     """Map the names of tensors that are none of ours to why; arrays and storages only where they stand with tensors."""
-    names = {key: inner for key, inner in content.items() if isinstance(key, (str, int))}
+    names = {k: inner for k, inner in content.items() if type(inner) is not TensorRef and isinstance(k, (str, int))}
     found = {key: why for key, inner in names.items() if (why := _why_unreadable(inner))}
     others = {key: why for key, inner in names.items() if has_tensors and (why := _why_no_tensor(inner))}
     return {**found, **others}
