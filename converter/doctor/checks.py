@@ -4,53 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from converter.doctor.facts import (
-    belies_tag,
-    config_dtype,
-    dtype_shares,
-    forms_of,
-    held_names,
-    index_faults,
-    is_foreign,
-    is_kept_mixture,
-    lacks,
-    lacks_format,
-    lacks_safetensors,
-    loaded_parts,
-    quantized_in,
-    repeated_name,
-    right_name,
-    same_tensors,
-    spelled_variant,
-)
+from converter.doctor import facts
 from converter.doctor.findings import Finding
 from converter.errors import TrainingPiece, name_some
 from converter.libraries import library_of
+from converter.models import faults
 from converter.models.component import nested
-from converter.models.faults import (
-    Fault,
-    missing_parts,
-    missing_shards,
-    unreadable_configs,
-    unreadable_files,
-    unreadable_index,
-    whole_names,
-)
 from converter.models.inventory import Inventory, Part
 from converter.models.names import WeightsName
 from converter.models.sets import ListedSet
 
 _NAMED = 3  # of files, and of what a pickle names
 
-Check = Callable[[Inventory], Iterator[Finding | Fault]]
-_PartCheck = Callable[[Part], Iterator[Finding | Fault]]
+Check = Callable[[Inventory], Iterator[Finding | faults.Fault]]
+_PartCheck = Callable[[Part], Iterator[Finding | faults.Fault]]
 
 
 def run_checks(inventory: Inventory) -> list[Finding]:
     """Give all that the checks find, in their order."""
     found = [finding for check in _FOLDER_CHECKS for finding in check(inventory)]
     found += [finding for part in inventory.parts for check in _PART_CHECKS for finding in check(part)]
-    return [Finding(*one) if isinstance(one, Fault) else one for one in found]
+    return [Finding(*one) if isinstance(one, faults.Fault) else one for one in found]
 
 
 # Of the whole folder.
@@ -72,18 +46,18 @@ def _partial_variants(inventory: Inventory) -> Iterator[Finding]:
     for variant in inventory.variants if inventory.is_pipeline else ():
         if variant is not None and WeightsName("", variant, "").tagged_dtype is None:
             continue  # such as non_ema: of one part on purpose
-        without = lacks(inventory, variant)
-        if without and len(without) < len(loaded_parts(inventory)):
+        without = facts.lacks(inventory, variant)
+        if without and len(without) < len(inventory.loaded_parts):
             code = "variant-partial" if variant else "default-partial"
-            what = spelled_variant(WeightsName("", variant, ""))
+            what = facts.spelled_variant(WeightsName("", variant, ""))
             names = ", ".join(part.name for part in without)
             yield Finding(code, inventory.path, without[0].name, f"has {what} in some parts only: not in {names}")
 
 
 def _mixed_forms(inventory: Inventory) -> Iterator[Finding]:
-    parts = loaded_parts(inventory) if inventory.is_pipeline else []
+    parts = inventory.loaded_parts if inventory.is_pipeline else []
     forms = {part.name: [listed.name for listed in part.sets if listed.file_names] for part in parts}
-    without = {name for variant in inventory.variants for name in lacks_safetensors(forms, variant)}
+    without = {name for variant in inventory.variants for name in facts.lacks_safetensors(forms, variant)}
     if without:
         problem = f"has safetensors in some parts, and the same variant only as .bin in {', '.join(sorted(without))}"
         yield Finding("forms-mixed", inventory.path, min(without), problem)
@@ -91,7 +65,7 @@ def _mixed_forms(inventory: Inventory) -> Iterator[Finding]:
 
 def _config_dtypes(inventory: Inventory) -> Iterator[Finding]:
     for part in () if inventory.is_pipeline else inventory.parts:
-        dtypes = config_dtype(part)
+        dtypes = facts.config_dtype(part)
         if dtypes:
             problem = f"names {dtypes[0].torch_name}, and the weights are {dtypes[1].torch_name}"
             yield Finding("config-dtype", part.path / "config.json", part.name, problem)
@@ -105,20 +79,20 @@ def _partial_downloads(part: Part) -> Iterator[Finding]:
         yield Finding("download-partial", part.path / name, part.name, "was left by a download that did not finish")
 
 
-def _indexes(part: Part) -> Iterator[Finding | Fault]:
+def _indexes(part: Part) -> Iterator[Finding | faults.Fault]:
     for listed in part.sets:
         path = listed.path
-        if unread := unreadable_index(part, listed):
+        if unread := faults.unreadable_index(part, listed):
             yield unread
         elif listed.index_name and not listed.file_names:
             yield Finding("index-dangling", path, part.name, f"names {listed.missing} and no file that is there")
-        elif is_foreign(listed):
+        elif facts.is_foreign(listed):
             names = name_some(listed.file_names, _NAMED)
             yield Finding("index-foreign", path, part.name, f"names files of another variant: {names}")
-        elif part.is_sound(listed) and (twice := repeated_name(part, listed)):
+        elif part.is_sound(listed) and (twice := facts.repeated_name(part, listed)):
             yield Finding("tensor-twice", path, part.name, f"is a set in which two shards hold {twice}")
         elif listed.index_name and part.is_sound(listed):
-            for code, problem in index_faults(part, listed):
+            for code, problem in facts.index_faults(part, listed):
                 yield Finding(code, path, part.name, problem)
         elif not listed.index_name and not listed.missing and listed.is_sharded and not _is_of_pieces(part, listed):
             problem = f"is one of {len(listed.file_names)} shards that have no index"
@@ -134,12 +108,12 @@ def _twins(part: Part) -> Iterator[Finding]:
     for listed in part.sets:
         first = seen.setdefault(listed.name, listed) if listed.file_names else listed
         if first is not listed:
-            problem = f"holds {spelled_variant(listed.name)} twice: {first.label} and {listed.label}"
+            problem = f"holds {facts.spelled_variant(listed.name)} twice: {first.label} and {listed.label}"
             yield Finding("sets-twice", part.path, part.name, problem)
 
 
 def _strays(part: Part) -> Iterator[Finding]:
-    whole = whole_names(part)
+    whole = faults.whole_names(part)
     for listed in part.strays:
         if not listed.missing or listed.name in whole:
             others = f", nor {len(listed.file_names) - 1} more" if len(listed.file_names) > 1 else ""
@@ -148,7 +122,7 @@ def _strays(part: Part) -> Iterator[Finding]:
 
 def _single_variants(part: Part) -> Iterator[Finding]:
     default = next(
-        (f for f in part.sets if f.file_names and not f.name.variant and f.is_sharded and not is_foreign(f)), None
+        (f for f in part.sets if f.file_names and not f.name.variant and f.is_sharded and not facts.is_foreign(f)), None
     )
     for listed in part.sets:
         if default and listed.name.variant and not listed.is_sharded and listed.name.ext == default.name.ext:
@@ -159,7 +133,7 @@ def _single_variants(part: Part) -> Iterator[Finding]:
 def _names(part: Part) -> Iterator[Finding]:
     taken = {listed.name for listed in part.sets}
     for listed in part.sets:
-        right = right_name(part, listed.name)
+        right = facts.right_name(part, listed.name)
         hub_index = listed.index_name == f"{listed.name.single}.index.json" and listed.name.variant is not None
         if (right != listed.name and right not in taken) or (hub_index and listed.file_names):
             problem = f"is a name that no loader looks for (it should be {right.index if hub_index else right.single})"
@@ -179,10 +153,10 @@ def _sharded_bins(part: Part) -> Iterator[Finding]:
 
 
 def _two_forms(part: Part) -> Iterator[Finding]:
-    for pickled, safe in forms_of(part):
-        is_same = same_tensors(pickled, safe)
+    for pickled, safe in facts.forms_of(part):
+        is_same = facts.same_tensors(pickled, safe)
         if is_same is False:
-            problem = f"holds other tensors than {safe.label}, and both are {spelled_variant(safe.name)}"
+            problem = f"holds other tensors than {safe.label}, and both are {facts.spelled_variant(safe.name)}"
             yield Finding("forms-differ", pickled.path, part.name, problem)
         elif is_same:
             size = sum(header.nbytes for header in part.headers_of(pickled)) / 1e9
@@ -194,12 +168,12 @@ def _dtypes(part: Part) -> Iterator[Finding]:
     for listed in part.sets:
         if not part.is_sound(listed):
             continue
-        belied = belies_tag(part, listed)
-        counts = dtype_shares(part, listed, listed.name.tagged_dtype)
+        belied = facts.belies_tag(part, listed)
+        counts = facts.dtype_shares(part, listed, listed.name.tagged_dtype)
         if belied:
             problem = f"is tagged {listed.name.variant}, and most of its tensors are {belied.torch_name}"
             yield Finding("dtype-tag", listed.path, part.name, problem)
-        elif len(counts) > 1 and not is_kept_mixture(part, listed) and not quantized_in(part, listed):
+        elif len(counts) > 1 and not facts.is_kept_mixture(part, listed) and not facts.quantized_in(part, listed):
             names = ", ".join(f"{count:,} {dtype.torch_name}" for dtype, count in counts.most_common())
             yield Finding("dtype-mixed", listed.path, part.name, f"holds tensors of {names}")
 
@@ -207,7 +181,7 @@ def _dtypes(part: Part) -> Iterator[Finding]:
 def _quantized(part: Part) -> Iterator[Finding]:
     is_said = any("quantization_config" in config for config in nested(part.component.config))
     for listed in part.sets:
-        weights = quantized_in(part, listed) if part.is_sound(listed) else []
+        weights = facts.quantized_in(part, listed) if part.is_sound(listed) else []
         if weights:
             more = f", and so are {len(weights) - 1:,} more" if len(weights) > 1 else ""
             code = "quantized-unsaid" if part.component.config and not is_said else "quantized"
@@ -219,7 +193,7 @@ def _quantized(part: Part) -> Iterator[Finding]:
 def _old_attention(part: Part) -> Iterator[Finding]:
     for listed in part.sets:
         if part.is_sound(listed) and len(listed.file_names) > 1:
-            name = library_of(part.component).find_old_name(part.component, held_names(part, listed))
+            name = library_of(part.component).find_old_name(part.component, facts.held_names(part, listed))
             if name:
                 problem = f"holds tensors with old names, such as {name}, in {len(listed.file_names)} shards"
                 yield Finding("old-attention", listed.path, part.name, problem)
@@ -227,7 +201,7 @@ def _old_attention(part: Part) -> Iterator[Finding]:
 
 def _headers(part: Part) -> Iterator[Finding]:
     for listed in part.sets:
-        for name in lacks_format(part, listed):
+        for name in facts.lacks_format(part, listed):
             yield Finding("header-format", part.path / name, part.name, "has no format in its header")
 
 
@@ -239,10 +213,10 @@ def _pickles(part: Part) -> Iterator[Finding]:
 
 
 _FOLDER_CHECKS: tuple[Check, ...] = (
-    unreadable_configs, missing_parts, _unnamed_parts, _dotless_entries, _partial_variants, _mixed_forms,
+    faults.unreadable_configs, faults.missing_parts, _unnamed_parts, _dotless_entries, _partial_variants, _mixed_forms,
     _config_dtypes,
 )  # fmt: skip
 _PART_CHECKS: tuple[_PartCheck, ...] = (
-    unreadable_files, _partial_downloads, missing_shards, _indexes, _twins, _strays, _single_variants, _names,
-    _sharded_bins, _two_forms, _dtypes, _quantized, _old_attention, _headers, _pickles,
+    faults.unreadable_files, _partial_downloads, faults.missing_shards, _indexes, _twins, _strays, _single_variants,
+    _names, _sharded_bins, _two_forms, _dtypes, _quantized, _old_attention, _headers, _pickles,
 )  # fmt: skip

@@ -145,14 +145,9 @@ def lacks_format(part: Part, listed: ListedSet) -> list[str]:
 # Of sets beside each other.
 
 
-def loaded_parts(inventory: Inventory) -> list[Part]:
-    """List the parts that a loader loads."""
-    return [part for part in inventory.parts if part.is_named or not inventory.is_pipeline]
-
-
 def lacks(inventory: Inventory, variant: str | None) -> list[Part]:
     """List the parts that have weights, and none of this variant."""
-    parts = [part for part in loaded_parts(inventory) if any(listed.file_names for listed in part.sets)]
+    parts = [part for part in inventory.loaded_parts if any(listed.file_names for listed in part.sets)]
     return [
         part for part in parts if not any(listed.name.variant == variant and listed.file_names for listed in part.sets)
     ]

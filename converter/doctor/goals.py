@@ -117,8 +117,8 @@ class FolderGoals:
     @property
     def loaded(self) -> list[PartGoals]:
         """The parts that a loader loads, and that have something to be loaded."""
-        is_pipeline = self.inventory.is_pipeline
-        return [one for one in self.parts if one.sets and (one.part.is_named or not is_pipeline)]
+        names = {part.name for part in self.inventory.loaded_parts}
+        return [goals for goals in self.parts if goals.sets and goals.part.name in names]
 
     @property
     def all_steps(self) -> tuple[str, ...]:

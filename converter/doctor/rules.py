@@ -11,18 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from converter.doctor.facts import (
-    belies_tag,
-    config_dtype,
-    held_names,
-    index_faults,
-    is_foreign,
-    lacks_format,
-    lacks_safetensors,
-    repeated_name,
-    right_name,
-    spelled_variant,
-)
+from converter.doctor import facts
 from converter.doctor.goals import Change, FolderGoals, Goal, PartGoals
 from converter.dtypes import BY_ALIAS, DTYPES
 from converter.formats import read_file
@@ -60,12 +49,12 @@ def gather(goals: PartGoals) -> None:
     """Make a goal of each sound set, by the name that loaders look for; an index that names nothing goes."""
     part = goals.part
     for listed in part.sets:
-        if is_foreign(listed):
+        if facts.is_foreign(listed):
             _gather_foreign(goals, listed)
         elif not listed.file_names:
             goals.let_go(listed, "none of the files that it names is there")
-        elif part.is_sound(listed) and not repeated_name(part, listed):
-            goals.sets.append(Goal(listed, right_name(part, listed.name)))
+        elif part.is_sound(listed) and not facts.repeated_name(part, listed):
+            goals.sets.append(Goal(listed, facts.right_name(part, listed.name)))
         else:
             goals.left.append(listed)
     kept = {name for listed in goals.left for name in listed.file_names}
@@ -75,19 +64,19 @@ def gather(goals: PartGoals) -> None:
 def _gather_foreign(goals: PartGoals, listed: ListedSet) -> None:
     """Make a goal of the files of an index that names files of others, where all of its tensors stay in one set."""
     part = goals.part
-    sets = [one for one in part.sets if one is not listed and not is_foreign(one) and part.is_sound(one)]
+    sets = [one for one in part.sets if one is not listed and not facts.is_foreign(one) and part.is_sound(one)]
     if whole := _same_files(listed, sets):
-        goals.let_go(replace(listed, file_names=()), f"it names the files of {spelled_variant(whole.name)}")
+        goals.let_go(replace(listed, file_names=()), f"it names the files of {facts.spelled_variant(whole.name)}")
         return
     others = [name for name in listed.file_names if name not in listed.own_names]
     own = ListedSet(listed.folder, listed.name, listed.own_names)
     others_stay = all(any(name in one.file_names for one in sets) for name in others)
-    if _is_whole(own) and others_stay and held_names(part, own).keys() == held_names(part, listed).keys():
+    if _is_whole(own) and others_stay and facts.held_names(part, own).keys() == facts.held_names(part, listed).keys():
         goals.let_go(replace(listed, file_names=()), "it names files of another variant")
-        goals.sets.append(Goal(own, right_name(part, own.name)))
+        goals.sets.append(Goal(own, facts.right_name(part, own.name)))
     elif not own.file_names and _is_of_one(others) and not any(one.name == listed.name for one in sets):
         # The files are named for a variant that has others: they take the name of their index.
-        goals.sets.append(Goal(listed, right_name(part, listed.name), is_renamed=True))
+        goals.sets.append(Goal(listed, facts.right_name(part, listed.name), is_renamed=True))
     else:
         goals.left.append(listed)
 
@@ -163,7 +152,7 @@ def drop_forms(folder: FolderGoals) -> None:
 def mend_tags(goals: PartGoals) -> None:
     """Take a tag off that names another dtype, where the untagged name is free; else cast, if both have one origin."""
     for goal in goals.sets:
-        if goal.name.variant is None or not belies_tag(goals.part, goal.source):
+        if goal.name.variant is None or not facts.belies_tag(goals.part, goal.source):
             continue
         untagged = replace(goal.name, variant=None)
         default = next((one for one in goals.sets if one.name == untagged), None)
@@ -193,7 +182,7 @@ def _convert(goals: PartGoals, goal: Goal) -> None:
 def mend_headers(goals: PartGoals) -> None:
     """Write headers anew that lack what loaders look for."""
     for goal in goals.sets:
-        if goal.change is None and lacks_format(goals.part, goal.source):
+        if goal.change is None and facts.lacks_format(goals.part, goal.source):
             goal.change = Change()
             goals.say(f"write the header of {goal.source.label} anew")
 
@@ -207,7 +196,7 @@ def convert_mixed(folder: FolderGoals) -> None:
     variants = {goal.name.variant for goals in by_name.values() for goal in goals.sets}
     for variant in sorted(variants, key=lambda tag: tag or ""):
         forms = {name: [goal.name for goal in goals.sets] for name, goals in by_name.items()}
-        for name in lacks_safetensors(forms, variant):
+        for name in facts.lacks_safetensors(forms, variant):
             goals = by_name[name]
             tag = variant if goals.has(variant) else None
             for goal in [goal for goal in goals.sets if goal.name.variant == tag]:
@@ -253,7 +242,7 @@ def drop_variants(folder: FolderGoals) -> None:
     choices = folder.choices
     if not choices.keep_default and choices.only_variant is None:
         return
-    kept = spelled_variant(WeightsName("", choices.only_variant, ""))
+    kept = facts.spelled_variant(WeightsName("", choices.only_variant, ""))
     for goals in folder.loaded:
         for goal in list(goals.sets):
             if goal.name.variant != choices.only_variant and goals.has(choices.only_variant):
@@ -270,7 +259,7 @@ def merge_shards(goals: PartGoals) -> None:
     for goal in goals.sets:
         if goal.count < 2 or goal.name.format != "safetensors":
             continue
-        old = library_of(part.component).find_old_name(part.component, held_names(part, goal.source))
+        old = library_of(part.component).find_old_name(part.component, facts.held_names(part, goal.source))
         if old or (single and goal.name.variant is None):
             goal.change = (goal.change or Change())._replace(is_merged=True)
             goals.say(f"merge the {goal.count} shards of {goal.name.single} into one file")
@@ -285,7 +274,7 @@ def name_files(goals: PartGoals) -> None:
         if goal.is_renamed or goal.name != listed.name or listed.is_legacy:
             goal.is_renamed = True
             goals.say(f"rename {listed.label} to {goal.name.single if goal.count == 1 else goal.name.index}")
-        elif listed.is_sharded and (listed.index is None or any(index_faults(goals.part, listed))):
+        elif listed.is_sharded and (listed.index is None or any(facts.index_faults(goals.part, listed))):
             goal.is_reindexed = True
             goals.say(f"write {goal.name.index} anew")
 
@@ -305,7 +294,7 @@ def rename_dotless(folder: FolderGoals) -> None:
 def correct_dtypes(folder: FolderGoals) -> None:
     """Write the dtype of the weights into a config that names another."""
     for part in () if folder.inventory.is_pipeline else folder.inventory.parts:
-        if dtypes := config_dtype(part):
+        if dtypes := facts.config_dtype(part):
             folder.dtypes[part.name] = dtypes[1].torch_name
             folder.steps.append(f"write dtype {dtypes[1].torch_name} into {join(part.name, 'config.json')}")
 

@@ -56,7 +56,7 @@ class Prediction:
 
 def list_folder(inventory: Inventory) -> FolderListing:
     """Give what a loader sees of a folder."""
-    parts = tuple(_list_part(part) for part in inventory.parts if part.is_named or not inventory.is_pipeline)
+    parts = tuple(map(_list_part, inventory.loaded_parts))
     return FolderListing(inventory.path, inventory.is_pipeline, parts, inventory.absent, inventory.dotless)
 
 

@@ -49,7 +49,10 @@ def _model_index(source: Place) -> Mapping[str, Any]:
 
 
 def _refuse(source: Place, lacks: Iterable[Lack]) -> None:
-    """Raise BadFile or Unsupported for the first thing that a source lacks, with all others named."""
+    """Raise BadFile or Unsupported for the first thing that a source lacks, with all others named, if there is one."""
+    lacks = list(lacks)
+    if not lacks:
+        return
     first, *others = lacks
     names = [lack.path.relative_to(source) if lack.path != source else str(source) for lack in others]
     more = f" Besides: {', '.join(f'{name} {lack.problem}' for name, lack in zip(names, others, strict=True))}."
@@ -82,8 +85,7 @@ def plan_coreml(request: Request, keep_default: bool = False, ema: bool = False,
     if ema or config is not None:
         option = "--ema" if ema else "--config"
         raise BadRequest(request.source, f"is a folder, and {option} is for a single file", "Leave it out.")
-    if lacks := list(find_lacks(request.source)):
-        _refuse(request.source, lacks)
+    _refuse(request.source, find_lacks(request.source))
     job = open_job(request)
     selected = _select(job.model, request)
     orders = make_ready(job, [_longer(component, one) for component, one in _open(selected, request)])
@@ -95,8 +97,8 @@ def plan_coreml(request: Request, keep_default: bool = False, ema: bool = False,
 
 
 def _plan_single_file(request: Request, untagged: Request | None, ema: bool, config: Place | None) -> Plan:
-    if config is not None and (lacks := list(coreml.find_lacks(config, _model_index(config)))):
-        _refuse(config, lacks)
+    if config is not None:
+        _refuse(config, coreml.find_lacks(config, _model_index(config)))
     opened = open_single_file(request.source, config, ema, request.publishing.follow_links)
     job = open_job(request, opened.model)
     parts = [_longer(component, checkpoint) for component, checkpoint in opened.checkpoints]
