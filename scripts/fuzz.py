@@ -27,7 +27,7 @@ def reader(target: str) -> Callable[[Path, bytes], object]:
     from converter.formats.torch.state_dict import Reading, choose_state_dict
     from converter.storage import OpenFile, place_of
     from converter.tensors.base import WeightsFile
-    from converter.tensors.reader import SourceFiles, read_chunks
+    from converter.tensors.reader import RangeReader, read_chunks
 
     lenient = Reading(strip_code=True, lenient=True)
 
@@ -38,9 +38,9 @@ def reader(target: str) -> Callable[[Path, bytes], object]:
         buffer = bytearray(1 << 16)
         with place_of(path).open() as file:
             tensors = read(file).tensors
-        with SourceFiles() as sources:
+        with RangeReader() as reader:
             for info in tensors:
-                for chunk, _ in zip(read_chunks(info, sources, buffer), range(4), strict=False):
+                for chunk, _ in zip(read_chunks(info.source, reader, buffer), range(4), strict=False):
                     len(chunk)
 
     return {

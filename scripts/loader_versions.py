@@ -106,7 +106,7 @@ def run(work: Path, names: list[str]) -> int:
         return 1
     models = work / "models"
     failures = build_models(models, today)
-    results = {name: ask(pythons[name], models) for name in names if pythons[name]}
+    results = {name: ask(python, models) for name in names if (python := pythons[name])}
     print_table(results)
     print_failures(failures, [name for name in names if not pythons[name]])
     return int(bool(failures) or any(unloadable(rows) for rows in results.values()))

@@ -60,8 +60,8 @@ def find_modules(package: str) -> Iterator[str]:
 
 def find_classes(base: type) -> list[Any]:
     """List the classes that can stand in a config, of those imported so far."""
-    found = set()
-    waiting = [base]
+    found: set[type[Any]] = set()
+    waiting: list[type[Any]] = [base]
     while waiting:
         for derived in waiting.pop().__subclasses__():
             # Another `...PretrainedModel` is a model.

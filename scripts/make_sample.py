@@ -14,11 +14,11 @@ import pickle
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import numpy as np
@@ -28,7 +28,21 @@ SHARD_NBYTES = 14_000_000  # cuts the unet in two
 
 Json = dict[str, Any]
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
-StateDict = dict[str, np.ndarray]
+
+
+class Values(Protocol):
+    """What numbers of a tensor are asked for: an array has it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def tobytes(self) -> bytes: ...
+
+
+StateDict = Mapping[str, Values]
 
 # The words the tokenizer knows in one piece. Every other word is spelled out in bytes.
 WORDS = "a an the of on in with and photo painting drawing cat dog horse house astronaut moon red blue green"
@@ -323,7 +337,7 @@ def write_json(path: Path, content: Json) -> None:
 
 def write_shards(folder: Path, stem: str, state_dict: StateDict) -> None:
     """Write shards, filled in order up to SHARD_NBYTES, and their index."""
-    shards: list[StateDict] = [{}]
+    shards: list[dict[str, Values]] = [{}]
     for name, values in state_dict.items():
         if sum(other.nbytes for other in shards[-1].values()) + values.nbytes > SHARD_NBYTES:
             shards.append({})

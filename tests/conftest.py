@@ -85,13 +85,13 @@ def run_main(args: list[str]) -> int:
 
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        code = main(args)
+        code: object = main(args)
     except SystemExit as stop:
         code = stop.code
     finally:
         gc.enable()
         signal.signal(signal.SIGTERM, on_terminate)
-    return int(code or 0)
+    return code if isinstance(code, int) else 0 if code is None else 1
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ What is not NaN is bit-equal to torch's `.to()`, NaN stays NaN, and the count of
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -57,9 +58,7 @@ def to_bits(numbers: torch.Tensor) -> Bits:
 def cast(bits: Bits, before: str, after: str, on_overflow: OnOverflow = "inf") -> tuple[Bits, int]:
     """Cast by wconv; give the bits, and how many values were too large."""
     out = np.full(bits.shape, 0x55, unsigned(after))
-    count = cast_chunk(
-        memoryview(bits).cast("B"), DTYPES[before], memoryview(out).cast("B"), DTYPES[after], on_overflow
-    )
+    count = cast_chunk(bits.data.cast("B"), DTYPES[before], out.data.cast("B"), DTYPES[after], on_overflow)
     return out, count
 
 
@@ -147,7 +146,7 @@ def sample_of_float64() -> Bits:
     return np.concatenate([wide, near + np.uint64(1), near - np.uint64(1), random, large])
 
 
-SAMPLES = {
+SAMPLES: dict[str, Callable[[], Bits]] = {
     "F64": sample_of_float64,
     "F32": sample_of_float32,
     "BF16": lambda: every_pattern("BF16"),
@@ -157,7 +156,7 @@ SAMPLES = {
 
 @pytest.mark.parametrize("on_overflow", POLICIES)
 @pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_a_sample_is_cast_as_torch_casts_it(before: Any, after: Any, on_overflow: str) -> None:
+def test_a_sample_is_cast_as_torch_casts_it(before: Any, after: Any, on_overflow: OnOverflow) -> None:
     assert_cast_as_torch(SAMPLES[before](), before, after, on_overflow)
 
 
@@ -168,7 +167,7 @@ FLOAT8 = ["F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
 @pytest.mark.parametrize(
     ("before", "after"), [pair for pair in itertools.product(FLOAT8, ["F32", *TARGETS]) if pair[0] != pair[1]]
 )
-def test_every_8_bit_float_is_cast_as_torch_casts_it(before: Any, after: Any, on_overflow: str) -> None:
+def test_every_8_bit_float_is_cast_as_torch_casts_it(before: Any, after: Any, on_overflow: OnOverflow) -> None:
     every = np.arange(1 << 8, dtype=np.uint8)
     for bits in (every, np.random.default_rng(0).permutation(np.tile(every, 9))[:2001]):
         assert_cast_as_torch(bits, before, after, on_overflow)
@@ -179,7 +178,7 @@ def test_every_8_bit_float_is_cast_as_torch_casts_it(before: Any, after: Any, on
     ("after", "on_overflow"),
     [("BF16", "inf"), ("F16", "inf"), ("F8_E5M2", "inf"), ("F8_E4M3", "saturate"), ("F8_E4M3", "inf")],
 )
-def test_all_of_float32_is_cast_as_torch_casts_it(after: str, on_overflow: str) -> None:
+def test_all_of_float32_is_cast_as_torch_casts_it(after: str, on_overflow: OnOverflow) -> None:
     step = 1 << 20  # stays in the processor's cache
     for begin in range(0, 1 << 32, step):
         assert_cast_as_torch(np.arange(begin, begin + step, dtype=np.uint32), "F32", after, on_overflow)

@@ -37,6 +37,7 @@ from support.tiny import (
 )
 
 import converter.run.execute
+import converter.run.parts
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -179,7 +180,7 @@ def kill_at_every_step(command: Sequence[object], template: Path, work: Path) ->
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     work.mkdir()
-    killing = [sys.executable, STEPS, template, work, *map(str, command), "-q"]
+    killing = [sys.executable, *map(str, (STEPS, template, work, *command)), "-q"]
     done = subprocess.run(killing, capture_output=True, text=True, check=False, cwd=work)
     assert not done.returncode, done.stderr
     *copies, last = sorted(work.iterdir())
@@ -303,7 +304,7 @@ def test_stopped_at_any_piece_nothing_is_left(
     folder = save_pipeline(tmp_path / "m")
     args = ["to-safetensors", str(folder), *(["-o", str(tmp_path / "deep" / "out")] if where == "new" else [])]
     before = snapshot(tmp_path)
-    write = converter.run.execute.write_piece
+    write = converter.run.parts.write_piece
     for stop in range(1, 6):
         written: list[object] = []
 

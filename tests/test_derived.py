@@ -45,7 +45,7 @@ def cuts(draw: st.DrawFn) -> tuple[torch.Tensor, Boxes]:
     shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
     whole = torch.arange(math.prod(shape), dtype=torch.int32).reshape(shape)
     marks = [sorted({0, length, *draw(st.lists(st.integers(0, length), max_size=2))}) for length in shape]
-    boxes = [((), whole)]
+    boxes: list[tuple[tuple[int, ...], torch.Tensor]] = [((), whole)]
     for axis, ends in enumerate(marks):
         boxes = [
             ((*start, begin), part.narrow(axis, begin, end - begin))

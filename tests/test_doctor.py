@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.judges import Listener
 from support.opened import watched
 from support.tiny import make_state, processor_time, save, write_json
 
@@ -29,6 +30,7 @@ from converter.doctor.goals import FolderGoals, PartGoals
 from converter.doctor.rules import REPAIRS
 from converter.dtypes import DTYPES
 from converter.libraries.predict import Prediction, likely_loaders, list_folder, predict
+from converter.tensors.base import TensorSpec
 
 Break = Callable[[Path], None]
 pytestmark = pytest.mark.usefixtures("asked_here")
@@ -113,7 +115,7 @@ def index_of(folder: Path) -> Path:
 
 def merge(folder: Path, name: str) -> None:
     """Write one file of all untagged shards; those stay."""
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob(f"{name}-0*.safetensors")):
         state |= load_file(path)
     save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
@@ -132,7 +134,7 @@ def keep_only_bf16(folder: Path) -> None:
 @case("sana-bf16sharded", "variant-single", variants=(None, "bf16"))
 def a_variant_in_one_file_beside_shards(folder: Path) -> None:
     part = folder / "transformer"
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for path in sorted(part.glob("*.bf16-0*.safetensors")):
         state |= load_file(path)
         path.unlink()
@@ -145,7 +147,7 @@ def split_untagged(part: Path) -> None:
     state = load_file(part / f"{STEM}.safetensors")
     (part / f"{STEM}.safetensors").unlink()
     names = sorted(state)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, mine in enumerate((names[::2], names[1::2]), 1):
         shard = f"{STEM}-{number:05d}-of-00002.safetensors"
         save_file({name: state[name] for name in mine}, part / shard, metadata={"format": "pt"})
@@ -530,8 +532,7 @@ class Loaded:
 def try_to_load(folder: Path, variant: str | None) -> Loaded:
     models: list[Any] = []
     said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler = Listener(said)
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -866,11 +867,11 @@ def test_a_folder_of_thousands_of_shards(tmp_path: Path) -> None:
     # 10,000 shards with 100,000 tensors take some 2.5 seconds and 87 MB.
     from converter.formats.safetensors import build_header
 
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(1, 1001):
         names = [f"layers.{number}.{place}.weight" for place in range(10)]
         shard = f"model-{number:05d}-of-01000.safetensors"
-        header = build_header([(name, DTYPES["F32"], (2, 2)) for name in names], {"format": "pt"})
+        header = build_header([TensorSpec(name, DTYPES["F32"], (2, 2)) for name in names], {"format": "pt"})
         (tmp_path / shard).write_bytes(header + bytes(160))
         weight_map |= dict.fromkeys(names, shard)
     index = {"metadata": {"total_size": 160_000}, "weight_map": weight_map}

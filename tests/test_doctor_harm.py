@@ -210,7 +210,7 @@ def test_an_index_over_files_of_any_name_is_left_alone(
     state = load_file(folder / "diffusion_pytorch_model.safetensors")
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     files = ("part1.safetensors", "part2.safetensors", "diffusion_pytorch_model.fp16.safetensors")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for place, name in enumerate(files):
         mine = sorted(state)[place::3]
         save_file({key: state[key] for key in mine}, folder / name, metadata={"format": "pt"})

@@ -27,7 +27,7 @@ def torch_tensor(torch_name: str) -> torch.Tensor:
 def globals_in(raw: bytes) -> set[str]:
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         pickle = archive.read("archive/data.pkl")
-    return {argument for opcode, argument, _ in pickletools.genops(pickle) if opcode.name == "GLOBAL"}
+    return {str(argument) for opcode, argument, _ in pickletools.genops(pickle) if opcode.name == "GLOBAL"}
 
 
 def test_the_order_is_that_of_a_safetensors_file() -> None:

@@ -138,7 +138,9 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs a C compiler")
     library = tmp_path_factory.mktemp("shim") / "fault_shim.so"
     source = Path(__file__).with_name("support") / "fault_shim.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl", "-lpthread"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl", "-lpthread"], check=True
+    )
     return library
 
 
@@ -151,7 +153,7 @@ def strike(case: Case, root: Path, shim: Path, builders: Any) -> tuple[int, list
     (root / LOG).touch()
     world = root.resolve() / WORLD  # as the library spells it
     variables = {"LD_PRELOAD": shim, "FAULT_ROOTS": world, "FAULT_LOG": root / LOG, "WCONV_STATE": world / STATE}
-    command = [sys.executable, Path(__file__).with_name("support") / "faults.py", root.resolve()]
+    command = [sys.executable, str(Path(__file__).with_name("support") / "faults.py"), str(root.resolve())]
     done = subprocess.run(command, env={**os.environ, **{key: str(path) for key, path in variables.items()}},
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert not done.returncode, done.stderr

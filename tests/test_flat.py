@@ -141,6 +141,7 @@ def test_a_recast_takes_names_that_are_found(
 def run_lines(said: str) -> Any:
     """Run the lines that load what a command wrote; give what the last one gives."""
     *setup, last = ast.parse(textwrap.dedent(said.split("Load it with:\n")[1])).body
+    assert isinstance(last, ast.Expr)
     scope: dict[str, Any] = {}
     exec(compile(ast.Module(setup, []), "<said>", "exec"), scope)
     return eval(compile(ast.Expression(last.value), "<said>", "eval"), scope)

@@ -214,7 +214,7 @@ def test_a_byte_changed_anywhere_is_noticed_or_does_not_matter(tmp_path: Path) -
         if not begin <= place < begin + len(FLOATS):
             changed = bytearray(raw)
             changed[place] ^= mask
-            assert_refused_or_right(write(tmp_path, changed), right)
+            assert_refused_or_right(write(tmp_path, bytes(changed)), right)
 
 
 def test_a_damaged_description_is_noticed_by_its_checksum(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_prefixed_and_extended_files(tmp_path: Path) -> None:
     raw = archive()
     right = described_by_wconv(write(tmp_path, raw))
     for changed in (b"\0" + raw, raw + b"\0", raw + bytes(70_000), raw + raw, raw[:-22], raw[:4] + raw):
-        assert_refused_or_right(write(tmp_path, changed), right)
+        assert_refused_or_right(write(tmp_path, bytes(changed)), right)
 
 
 # Lies, one field of one header at a time
@@ -324,13 +324,13 @@ LOCAL_LIES: list[tuple[dict[str, int], type[WconvError]]] = [
 
 
 @pytest.mark.parametrize(("record", "lies", "error"), LIES, ids=str)
-def test_a_lie_in_the_directory(tmp_path: Path, record: str, lies: dict[str, int], error: type[WconvError]) -> None:
+def test_a_lie_in_the_directory(tmp_path: Path, record: str, lies: dict[str, Any], error: type[WconvError]) -> None:
     with pytest.raises(error):
         read_file(write(tmp_path, lie(archive(), record, **lies)))
 
 
 @pytest.mark.parametrize(("lies", "error"), LOCAL_LIES, ids=str)
-def test_a_lie_in_the_header_of_a_record(tmp_path: Path, lies: dict[str, int], error: type[WconvError]) -> None:
+def test_a_lie_in_the_header_of_a_record(tmp_path: Path, lies: dict[str, Any], error: type[WconvError]) -> None:
     with pytest.raises(error):
         read_file(write(tmp_path, lie(archive(), DATA, lies)))
 

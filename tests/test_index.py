@@ -43,7 +43,7 @@ def test_golden_bytes_both_ways() -> None:
 
 
 def test_order_of_making_does_not_show() -> None:
-    backwards = WeightIndex(dict(reversed(CONTENT.weight_map.items())), CONTENT.metadata)
+    backwards = WeightIndex(dict(reversed([*CONTENT.weight_map.items()])), CONTENT.metadata)
     assert backwards.render() == GOLDEN
 
 

@@ -26,7 +26,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.judges import assert_close_outputs
+from support.judges import Listener, assert_close_outputs
 
 StateDict = dict[str, torch.Tensor]
 
@@ -98,6 +98,7 @@ def test_beside_the_source_it_is_not_the_bin_that_loads(conversion: Any, builder
 @pytest.mark.parametrize("conversion", SHARDED_BESIDE, ids=case_id, indirect=True)
 def test_the_printed_line_loads_it(conversion: Any, builders: Any) -> None:
     *setup, load = ast.parse(textwrap.dedent(conversion.said.split("Load it with:\n")[1])).body
+    assert isinstance(load, ast.Expr)
     scope: dict[str, Any] = {}
     exec(compile(ast.Module(setup, []), "<said>", "exec"), scope)
     loaded = eval(compile(ast.Expression(load.value), "<said>", "eval"), scope)
@@ -118,7 +119,7 @@ def test_every_component_has_as_many_files_as_before(conversion: Conversion, bui
 
 
 def test_each_file_has_the_bytes_that_save_file_writes(conversion: Conversion, tmp_path: Path) -> None:
-    state_dicts = {folder.parent: {} for folder in conversion.source.rglob("*.bin")}
+    state_dicts: dict[Path, Any] = {folder.parent: {} for folder in conversion.source.rglob("*.bin")}
     for folder, state in state_dicts.items():
         state.update(read_bins(folder.glob("*.bin")))
         written = list((conversion.folder / folder.relative_to(conversion.source)).glob("*.safetensors"))
@@ -322,8 +323,7 @@ def load_silently(like: Any, folder: Path, **wishes: Any) -> Any:
 def heard() -> Iterator[list[str]]:
     """Collect every Python warning, and every library log record from WARNING on."""
     said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler = Listener(said)
     loggers = [logging.getLogger(name) for name in LIBRARIES]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -66,7 +66,12 @@ def sentences(builders: Any, folder: Path) -> None:
 
 def plain(*names: str) -> Callable[[Any, Path], None]:
     """Give what writes files of these names, with other values each."""
-    return lambda _, folder: [save(make_state(seed=n), folder / name) for n, name in enumerate(names)] and None
+
+    def write(_: Any, folder: Path) -> None:
+        for number, name in enumerate(names):
+            save(make_state(seed=number), folder / name)
+
+    return write
 
 
 def timm(_: Any, folder: Path) -> None:

@@ -27,7 +27,9 @@ def sets_of(folder: Model) -> dict[str, list[str]]:
 
 def rest_of(folder: Model, skip: Path | None = None) -> dict[str, bool]:
     """Give what else is there, and whether it holds weights."""
-    return {one.path.relative_to(folder.root): one.is_weights for one in find_rest(folder, skip and place_of(skip))}
+    return {
+        one.path.relative_to(folder.root): one.is_weights for one in find_rest(folder, place_of(skip) if skip else None)
+    }
 
 
 # Kinds.

@@ -55,7 +55,7 @@ GPT2 = {
     "eos_token_id": 1,
 }
 
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     **{
         f"{family}{kind}": {"architectures": [f"{family}{kind}"], "model_type": family.lower(), **DECODER}
         for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2")
@@ -100,11 +100,11 @@ CONFIGS = {
 }
 
 
-def component_of(config: dict) -> Component:
+def component_of(config: dict[str, Any]) -> Component:
     return Component("", place_of("."), (), config)
 
 
-def tensors_of(config: dict) -> list[Tensor]:
+def tensors_of(config: dict[str, Any]) -> list[Tensor]:
     """Describe what a file of such a model holds: tied tensors once."""
     component = component_of(config)
     model = asked.make_on_meta(component.class_name, library_of(component).package, copy.deepcopy(config))

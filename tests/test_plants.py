@@ -23,6 +23,7 @@ from support.tiny import make_state, save, save_bin_shards, save_safetensors_sha
 
 from converter.run import execute as run
 from converter.run import kept
+from converter.run.parts import cut_pieces
 
 STATE = make_state()
 TOKEN = "0123456789abcdef" * 2
@@ -315,7 +316,6 @@ def test_a_staging_folder_that_is_swapped_leads_nowhere(
     home.mkdir()
     (home / ".bashrc").write_bytes(HARMLESS * 1000)
     source = save(STATE, tmp_path / "m" / ("model.safetensors" if command == "to-bin" else "model.bin")).parent
-    cut_pieces = run.cut_pieces
 
     def swap(shard: Any, staged: Any, *more: Any) -> Any:
         path = staged.path

@@ -138,7 +138,7 @@ def test_errors_come_through_processes(process_pool: Executor, tmp_path: Path) -
 )
 def test_workers_and_memory_change_nothing(workers: Any, memory_nbytes: Any, verify: Any, tmp_path: Path) -> None:
     source = make_varied(tmp_path / "m")
-    options = {"tied": "duplicate", "max_shard_size": 500_000}
+    options: dict[str, Any] = {"tied": "duplicate", "max_shard_size": 500_000}
     convert(source, tmp_path / "expected", **options)
     convert(source, tmp_path / "out", **options, workers=workers, memory_nbytes=memory_nbytes, verify=verify)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
@@ -239,7 +239,7 @@ def test_a_staged_file_that_is_wrong_is_a_bug(
 ) -> None:
     source = save(STATE, tmp_path / "m" / "pytorch_model.bin").parent
     before = snapshot(tmp_path)
-    write = converter.run.execute.write_piece
+    write = converter.run.parts.write_piece
 
     def write_wrongly(piece: Any, chunk_nbytes: Any) -> Any:
         parts = write(piece, chunk_nbytes)
@@ -259,7 +259,7 @@ def test_a_staged_file_that_is_wrong_is_a_bug(
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
 def test_a_source_cut_short_while_it_is_read(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save(STATE, tmp_path / "m" / f"model{suffix}")
-    write = converter.run.execute.write_piece
+    write = converter.run.parts.write_piece
 
     def cut_and_write(piece: Any, chunk_nbytes: Any) -> Any:
         os.truncate(source, piece.steps[-1].tensor.source.storage.offset + 3)
@@ -314,7 +314,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("only root may mount")
     root = tmp_path / "disk"
     root.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_NBYTES}", "tmpfs", root]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_NBYTES}", "tmpfs", str(root)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("cannot mount")
     try:
@@ -504,7 +504,7 @@ def test_a_second_name_of_a_source_that_a_killed_run_left_is_not_written_into(tm
     name = "model-00001-of-00003.safetensors"
     with open_staging(Target.at(place_of(folder))) as staging:
         os.link(folder / name, staging.path_of(name))
-    options = {"format": None, "in_place": True, "max_shard_size": 64}
+    options: dict[str, Any] = {"format": None, "in_place": True, "max_shard_size": 64}
     with contextlib.suppress(BadFile):  # it has a name less than when its header was read: that is a change too
         convert(folder, **options)
     convert(folder, **options)
@@ -516,23 +516,24 @@ def test_a_second_name_of_a_source_that_a_killed_run_left_is_not_written_into(tm
 
 def test_two_runs_into_one_output(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
-    for output in ([], ["-o", tmp_path / "out"]):
+    for output in (None, tmp_path / "out"):
         refused: list[str] = []
+        args = ["-o", output] if output else []
 
-        def run_another(nbytes: int, output: Any = output, refused: Any = refused) -> None:
-            refused.append(wconv("to-safetensors", source, *output, exit_code=5).stderr)
+        def run_another(nbytes: int, args: list[Any] = args, refused: list[str] = refused) -> None:
+            refused.append(wconv("to-safetensors", source, *args, exit_code=5).stderr)
 
-        convert(source, output[1] if output else None, progress=run_another)
+        convert(source, output, progress=run_another)
         assert refused
         assert all("another run" in line and line.count("\n") == 1 for line in refused)
-        assert_same(load_set(output[1] if output else source), STATE)
+        assert_same(load_set(output or source), STATE)
     assert not left_behind(tmp_path)
 
 
 def test_two_processes_into_one_output(tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
     with open_staging(Target.at(place_of(tmp_path / "out"), is_new=True)) as staging:
-        command = [sys.executable, "-m", "converter", "to-safetensors", source, "-o", tmp_path / "out"]
+        command = [sys.executable, "-m", "converter", "to-safetensors", str(source), "-o", str(tmp_path / "out")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         staging.remove()
     assert (done.returncode, done.stderr.count("\n")) == (5, 1)
@@ -627,7 +628,8 @@ def test_a_signal_is_heard_where_a_comparison_ends_early(
 @pytest.mark.parametrize("number", range(2), ids=["first", "second"])
 def test_each_signal_has_its_handler_back_though_another_raises(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     both = (signal.SIGINT, signal.SIGTERM)
-    set_handler, sent = signal.signal, []
+    set_handler = signal.signal
+    sent: list[signal.Signals] = []
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -77,7 +77,7 @@ def test_a_run_leaves_no_note(notes: Path, tmp_path: Path) -> None:
 
 def test_the_staging_folder_is_private_and_what_comes_out_is_not(notes: Path, tmp_path: Path) -> None:
     source = save_bin_shards(STATE, tmp_path / "m").parent
-    modes = set()
+    modes: set[int] = set()
 
     def look(_: int) -> None:
         modes.update(path.stat().st_mode & 0o777 for path in tmp_path.glob(".staging*"))
@@ -177,7 +177,7 @@ def test_a_note_that_cannot_be_understood_is_refused_and_what_is_staged_stays(
         ["to-safetensors", str(source), "--overwrite"], lambda: not (source / "model.safetensors.index.json").exists()
     )
     [note] = notes.glob("*.run")
-    content = ODD[odd]
+    content: Any = ODD[odd]
     if isinstance(content, dict):
         run = json.loads(note.read_text())
         is_step = content.keys() & {"move", "last_away"}
@@ -504,7 +504,7 @@ def test_other_values_are_not_up_to_date(how: str, tmp_path: Path, wconv: Callab
     source = tmp_path / "m"
     if how == "key":
         source = tmp_path / "m.ckpt"
-        save({"model": STATE, "ema": OLD}, source)  # type: ignore[dict-item]
+        save({"model": STATE, "ema": OLD}, source)
         first, again = (["to-safetensors", "m", "--key", key] for key in ("model", "ema"))
     elif how == "overflow":
         save({"a": torch.full((9,), 1e6)}, source / "model.safetensors")

@@ -67,8 +67,8 @@ class StoreInMemory:
     def target(self, key: str) -> str | None:
         return None
 
-    def real(self, key: str) -> str:
-        return key
+    def real(self, key: str) -> Place:
+        return Place(self, key)
 
     def list(self, key: str) -> list[str]:
         return [name.removeprefix(f"{key}/") for name in sorted(self.files) if name.startswith(f"{key}/")]

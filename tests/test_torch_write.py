@@ -119,7 +119,7 @@ def test_ties_across_shards_stay_in_the_shard_of_what_they_name(wconv: Callable[
 
 def described(count: int, *shapes: tuple[int, ...], name: str = "layers.%d.weight") -> list[TensorSpec]:
     dtypes = [DTYPES_BY_TAG["F32"], DTYPES_BY_TAG["U16"], DTYPES_BY_TAG["F32"]]
-    return [(name % place, dtypes[place % 3], (shapes or ((2, 2), (3,)))[place % (len(shapes) or 2)])
+    return [TensorSpec(name % place, dtypes[place % 3], (shapes or ((2, 2), (3,)))[place % (len(shapes) or 2)])
             for place in range(count)]  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def _is_read(monkeypatch: pytest.MonkeyPatch, raw: bytes, steps: int) -> bool:
 )  # fmt: skip
 def test_a_shape_that_would_not_be_read_again_is_refused(shape: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        lay_out([("x", DTYPES_BY_TAG["F32"], shape)], {}, {})
+        lay_out([TensorSpec("x", DTYPES_BY_TAG["F32"], shape)], {}, {})
 
 
 def test_more_tensors_than_are_read_again_are_refused(
@@ -208,7 +208,7 @@ def test_the_same_bytes_however_it_is_called(wconv: Callable[..., Any], tmp_path
 
 @pytest.mark.parametrize("count", [65_529, 65_530, 65_531])
 def test_more_records_than_an_old_zip_counts(count: int, tmp_path: Path) -> None:
-    tensors = [(f"{number:05x}", DTYPES_BY_TAG["F32"], (0,)) for number in range(count)]
+    tensors = [TensorSpec(f"{number:05x}", DTYPES_BY_TAG["F32"], (0,)) for number in range(count)]
     layout = lay_out(tensors, {}, {})
     path = tmp_path / "m.bin"
     with path.open("wb") as file:

@@ -6,7 +6,7 @@ from typing import Any
 
 from converter.cli.terminal import echo, printable, show_bytes, show_table
 from converter.errors import name_some
-from converter.plan.types import Plan
+from converter.plan.types import Plan, PlannedSet
 from converter.recipes.loading import loading_lines
 from converter.run.execute import Result, name_counts
 
@@ -67,13 +67,7 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     if not plan.sets or plan.is_there:
         echo(printable(f"Up to date: {plan.target.folder} is as it would be."))
         return
-    rows = []
-    for planned in plan.sets:
-        output = f"{len(planned.files)} files" if len(planned.files) > 1 else planned.name.single
-        count = f"{planned.tensor_count:,}" if planned.tensor_count else ""
-        source = planned.source.path.name
-        rows.append((planned.component or ".", source, "->", output, count, show_bytes(planned.nbytes)))
-    show_table(("component", "source", "", "output", "tensors", "size"), rows)
+    show_table(("component", "source", "", "output", "tensors", "size"), map(_row_of, plan.sets))
     echo()
     if verbose:
         for name in [*(shard.path for shard in plan.files), *(name for name, _ in (*plan.texts, *plan.copied))]:
@@ -95,6 +89,13 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     echo("\nLoad it with:\n")
     for line in loading_lines(plan):
         echo(f"    {line}")
+
+
+def _row_of(planned: PlannedSet) -> tuple[str, ...]:
+    output = f"{len(planned.files)} files" if len(planned.files) > 1 else planned.name.single
+    count = f"{planned.tensor_count:,}" if planned.tensor_count else ""
+    source = planned.source.path.name
+    return planned.component or ".", source, "->", output, count, show_bytes(planned.nbytes)
 
 
 def _carried(plan: Plan) -> str:

@@ -19,6 +19,9 @@ import pytest
 import torch
 from support.tiny import make_state, save, save_pipeline, save_safetensors_shards, snapshot, write_json
 
+from converter.cli.doctor import command
+from converter.cli.doctor_modes import asked_of
+
 STATE = make_state()
 CONFIG = {"architectures": ["LlamaForCausalLM"]}
 
@@ -206,7 +209,7 @@ def test_on_a_terminal_it_asks(twins: Path, answer: str, gone: str) -> None:
     import pty
 
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "converter", "doctor", twins, "--fix"]
+    command = [sys.executable, "-m", "converter", "doctor", str(twins), "--fix"]
     with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         os.write(master, f"{answer}\n".encode())
         out, err = process.communicate()
@@ -226,7 +229,7 @@ def test_what_it_asks_has_no_control_characters(tmp_path: Path) -> None:
     for part in ("unet", "vae"):
         save(STATE, tmp_path / "m" / part / f"diffusion_pytorch_model.{tag}.bin")
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "converter", "doctor", tmp_path / "m", "--fix"]
+    command = [sys.executable, "-m", "converter", "doctor", str(tmp_path / "m"), "--fix"]
     with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         os.write(master, b"x\\x1b[31m\n")
         out, err = process.communicate()
@@ -302,3 +305,10 @@ def test_a_copied_folder_knows_nothing_of_the_first_ones_undo(
     wconv("doctor", twins, "--fix", "--keep", "single")
     copy = shutil.copytree(twins, tmp_path / "copy")
     wconv("doctor", copy, "--undo", exit_code=2)
+
+
+def test_an_option_that_nothing_takes_is_an_error():
+    options = {param.name: None for param in command.params if param.name not in ("source", "fix", "undo", "purge")}
+    assert asked_of(Path(), options).source == Path()
+    with pytest.raises(TypeError, match="'varient'"):
+        asked_of(Path(), options | {"varient": None})

@@ -21,7 +21,7 @@ from support.tiny import (
     write_json,
 )
 
-import converter.run.parts
+from converter.tensors.reader import RangeReader
 
 STATE = make_state()
 
@@ -125,7 +125,7 @@ def test_tensors_that_the_index_lacks_are_noted(inspect: Any, wconv: Callable[..
 
 def test_only_headers_are_read(wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pipeline(tmp_path)
-    monkeypatch.setattr(converter.run.parts.RangeReader, "read_into", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(RangeReader, "read_into", lambda *_: pytest.fail("a tensor was read"))
     before = snapshot(tmp_path)
     shown = wconv("inspect", tmp_path).stdout
     assert snapshot(tmp_path) == before

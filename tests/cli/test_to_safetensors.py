@@ -634,7 +634,12 @@ def test_deleting_a_part_of_the_source(wconv: Callable[..., Any], tmp_path: Path
 @pytest.mark.parametrize("place", ["beside", "new", "overwrite"])
 def test_a_dry_run_writes_nothing(place: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_pipeline(tmp_path / "m")
-    args = {"beside": [], "new": ["-o", tmp_path / "out"], "overwrite": ["--overwrite", "--delete-source"]}[place]
+    options: dict[str, tuple[object, ...]] = {
+        "beside": (),
+        "new": ("-o", tmp_path / "out"),
+        "overwrite": ("--overwrite", "--delete-source"),
+    }
+    args = options[place]
     if place == "overwrite":
         save_safetensors_shards(OTHER, source / "text_encoder")
     before = snapshot(tmp_path)

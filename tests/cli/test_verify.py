@@ -32,7 +32,8 @@ class _Either:
     def __eq__(self, other: object) -> bool:
         return other in (0, 1)
 
-    __hash__ = None
+    def __hash__(self) -> int:
+        return 0
 
 
 EITHER = _Either()

@@ -62,7 +62,8 @@ from transformers import (
 )
 
 StateDict = dict[str, torch.Tensor]
-Model = ModelMixin | PreTrainedModel
+MODEL_CLASSES = (ModelMixin, PreTrainedModel)
+Model = Any  # one of these, or a pipeline of them
 
 SHARDS = 3
 CLIP_WIDTH = 32
@@ -359,7 +360,7 @@ def make_wan(seed: int = 12) -> WanPipeline:
     )
 
 
-MODELS: dict[str, Callable[[], Model | DiffusionPipeline]] = {
+MODELS: dict[str, Callable[[], Model]] = {
     "sd": make_sd,
     "sdxl": make_sdxl,
     "t5": make_t5,
@@ -372,10 +373,10 @@ MODELS: dict[str, Callable[[], Model | DiffusionPipeline]] = {
 }
 
 
-def models_in(model: Model | DiffusionPipeline) -> dict[str, Model]:
+def models_in(model: Model) -> dict[str, Model]:
     """Return what has weights by folder below the model's own: components of a pipeline, or the model itself."""
     if isinstance(model, DiffusionPipeline):
-        return {name: part for name, part in model.components.items() if isinstance(part, Model)}
+        return {name: part for name, part in model.components.items() if isinstance(part, MODEL_CLASSES)}
     return {"": model}
 
 
@@ -387,7 +388,7 @@ def state_as_published(model: PreTrainedModel) -> StateDict:
     state = model.state_dict()
     if type(model) is not CLIPTextModel:
         return state
-    published = OrderedDict({"text_model.embeddings.position_ids": torch.arange(77).unsqueeze(0)})
+    published: Any = OrderedDict({"text_model.embeddings.position_ids": torch.arange(77).unsqueeze(0)})
     published.update((f"text_model.{name}", tensor) for name, tensor in state.items())
     published._metadata = state._metadata
     return published
@@ -403,7 +404,7 @@ def shard_limit(state: Mapping[str, torch.Tensor], shards: int) -> int:
 
 
 def save_bin(
-    model: Model | DiffusionPipeline,
+    model: Model,
     folder: Path,
     shards: int = 1,
     variant: str | None = None,
@@ -425,7 +426,7 @@ def save_without_weights(pipeline: DiffusionPipeline, folder: Path) -> None:
         if isinstance(part, CLIPTokenizer):
             if not (folder / name).exists():
                 write_tokenizer(folder / name)
-        elif part is not None and not isinstance(part, Model):
+        elif part is not None and not isinstance(part, MODEL_CLASSES):
             part.save_pretrained(folder / name)
 
 
@@ -456,7 +457,7 @@ def save_state_bin(state: StateDict, folder: Path, stem: str, shards: int = 1, v
     write_json(folder / f"{stem}.bin.index{dotted}.json", index)
 
 
-def save_safetensors(model: Model | DiffusionPipeline, folder: Path, shards: int = 1) -> Path:
+def save_safetensors(model: Model, folder: Path, shards: int = 1) -> Path:
     """Write the model with all its weights in safetensors, by the libraries' own `save_pretrained`."""
     if isinstance(model, DiffusionPipeline):
         save_without_weights(model, folder)
@@ -466,7 +467,7 @@ def save_safetensors(model: Model | DiffusionPipeline, folder: Path, shards: int
     return folder
 
 
-def shake(model: Model | DiffusionPipeline, seed: int = 20) -> Model | DiffusionPipeline:
+def shake(model: Model, seed: int = 20) -> Model:
     """Make every parameter and buffer of floats random, so that a cast has something to round; give the model."""
     generator = torch.Generator().manual_seed(seed)
     for part in models_in(model).values():
@@ -520,7 +521,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def forward(model: Model | DiffusionPipeline) -> torch.Tensor:
+def forward(model: Model) -> torch.Tensor:
     """Run the model once on fixed inputs; a pipeline makes latents in two steps."""
     dtype = model.dtype
     generator = torch.Generator().manual_seed(7)

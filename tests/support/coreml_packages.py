@@ -79,7 +79,8 @@ def main() -> None:
     for name, (module, inputs) in parts.items():
         inside = convert(module, inputs, out / f"{name}.mlpackage")
         weights = load_file(next((folder / name).glob("*.fp16.safetensors")))
-        there, gone = [], []
+        there: list[str] = []
+        gone: list[str] = []
         for key, tensor in weights.items():
             if tensor.numel() >= SMALL and tensor.dtype == torch.float16:
                 (there if tensor.numpy().tobytes() in inside else gone).append(key)

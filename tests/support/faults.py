@@ -351,7 +351,7 @@ def import_all(stage: Stage) -> None:
     for name in (stage.root / "modules").read_text("utf-8").splitlines():
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    importlib.import_module("converter.run.execute").DEFAULT_WORKERS = 1
+    importlib.import_module("converter.run.execute").DEFAULT_WORKERS = 1  # type: ignore[attr-defined]
 
 
 def main(root: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +69,17 @@ def torch_load(path: Path) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(path, weights_only=True, map_location="cpu")
+
+
+class Listener(logging.Handler):
+    """Notes what libraries log from WARNING on."""
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
 
 
 def saved_by_torch(state: Any, **wishes: Any) -> bytes:

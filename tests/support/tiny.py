@@ -200,9 +200,9 @@ def rezip(
             edit = edits.pop(name.removeprefix(f"{root}/"), content)
             if edit is not None:
                 archive.writestr(name, edit(content) if callable(edit) else edit)
-        for name, content in edits.items():
-            assert isinstance(content, bytes)
-            archive.writestr(f"{root}/{name}", content)
+        for name, added in edits.items():
+            assert isinstance(added, bytes)
+            archive.writestr(f"{root}/{name}", added)
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from math import prod
 from typing import Any
@@ -17,7 +18,7 @@ from converter.formats.torch.unpickler import Inert, Pickled
 from converter.formats.training import check_pickled
 from converter.tensors.base import Storage, TensorSource
 from converter.tensors.derived import Negated
-from converter.tensors.view import View
+from converter.tensors.view import View, span_of
 
 _MAX_DEPTH = 16  # trainers nest two or three
 _MAX_CONTAINERS = 200_000  # an optimizer keeps one or two for each tensor, and three tensors more
@@ -146,15 +147,21 @@ def resolve(
                 f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims {storage.nbytes:,}"
             )
             raise BadFile(where, problem, _INCOMPLETE)
-        view = View(ref.dtype, ref.shape, record, ref.start, ref.strides)
-        numel = prod(ref.shape)
-        if not numel and prod(length or 1 for length in ref.shape) >= 1 << 63:
+        shape, strides, numel, span, most = _measure(ref.shape, ref.strides)
+        if not numel and most >= 1 << 63:
             raise BadFile(where, f"tensor {name!r} is empty, but its shape has numbers beyond torch's")
-        span = numel if view.is_contiguous else view.span
         end = (ref.start + span) * ref.dtype.bits if numel else 0
         if end > record.nbytes * 8 or numel >= 1 << 63:
             raise BadFile(where, f"tensor {name!r} reaches past the end of its record")
-        yield name, view
+        yield name, View(ref.dtype, shape, record, ref.start, strides)
+
+
+@lru_cache(1024)  # most tensors have one of a few shapes, and then share it
+def _measure(
+    shape: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int]:
+    """Give a shape and strides, the elements, those that are spanned, and how many they were if no axis were empty."""
+    return shape, strides, prod(shape), span_of(shape, strides), prod(length or 1 for length in shape)
 
 
 def negated(source: TensorSource, ref: TensorRef) -> TensorSource:
