@@ -307,7 +307,7 @@ def test_a_copied_folder_knows_nothing_of_the_first_ones_undo(
     wconv("doctor", copy, "--undo", exit_code=2)
 
 
-def test_an_option_that_nothing_takes_is_an_error():
+def test_an_option_that_nothing_takes_is_an_error() -> None:
     options = {param.name: None for param in command.params if param.name not in ("source", "fix", "undo", "purge")}
     assert asked_of(Path(), options).source == Path()
     with pytest.raises(TypeError, match="'varient'"):
