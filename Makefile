@@ -16,7 +16,7 @@ SIZES = find $(1) -type f | sort | xargs ls -lh | awk '{ printf "%8s  %s\n", $$5
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench same clean
+.PHONY: help demo test coverage test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench same matrix clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F '|' '{ printf "make %-14s%s\n", $$1, $$2 }'
@@ -46,6 +46,13 @@ demo: .venv-demo/installed  ## convert a small Stable Diffusion folder, without 
 
 test: .venv/installed  ## run the tests but the slow ones (PYTEST_ARGS=... for more options)
 	.venv/$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+
+# Measuring takes a third more time; what is run while something is written need not wait for it.
+coverage: .venv/installed  ## run the same tests, and hold how much of the package they reach
+	@rm -rf build/coverage && mkdir -p build/coverage
+	.venv/$(BIN)/python -m coverage run -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+	.venv/$(BIN)/python -m coverage combine -q
+	.venv/$(BIN)/python -m coverage report
 
 test-all: .venv/installed .venv-coreml/installed  ## run all tests
 	.venv/$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
@@ -84,6 +91,10 @@ bench: .venv/installed  ## time wconv against cp and others (BENCH_ARGS=... for 
 
 same: .venv/installed  ## hold what is written against what the last release writes (SAME_ARGS=... for a commit)
 	.venv/$(BIN)/python scripts/same_bytes.py $(SAME_ARGS)
+
+matrix:  ## install and convert with each Python that setup.cfg promises and that is here
+	$(PYTHON) scripts/matrix.py build/matrix
+	@rm -rf build/lib
 
 fuzz: .venv-fuzz/installed  ## feed the readers made-up files, a minute each (FUZZ_ARGS=... for options)
 	.venv-fuzz/$(BIN)/python scripts/fuzz.py $(FUZZ_ARGS)

@@ -24,12 +24,12 @@ from support.judges import Listener
 from support.opened import watched
 from support.tiny import make_state, processor_time, save, write_json
 
-from converter.doctor import diagnose
-from converter.doctor.listing import list_folder
+from converter.doctor import Choices, diagnose
+from converter.doctor.findings import KINDS
+from converter.doctor.goals import FolderGoals, PartGoals
+from converter.doctor.rules import REPAIRS
 from converter.dtypes import DTYPES
-from converter.libraries import library_at
-from converter.libraries.predict import Prediction, predict
-from converter.libraries.transformers import TRANSFORMERS
+from converter.libraries.predict import Prediction, likely_loaders, list_folder, predict
 from converter.tensors.base import TensorSpec
 
 Break = Callable[[Path], None]
@@ -548,9 +548,8 @@ def try_to_load(folder: Path, variant: str | None) -> Loaded:
 
 
 def predicted_for(folder: Path, variant: str | None) -> Prediction:
-    view = diagnose(folder).inventory
-    is_llama = not view.is_pipeline and library_at(view.parts[0]) is TRANSFORMERS
-    return predict(list_folder(view), "transformers" if is_llama else "diffusers", variant)
+    listing = list_folder(diagnose(folder).inventory)
+    return predict(listing, likely_loaders(listing)[0], variant)
 
 
 def files_in(prediction: Prediction) -> set[str]:
@@ -784,6 +783,49 @@ def test_the_loader_goes_by_the_config(broken: tuple[Case, Path], wconv: Any) ->
     assert load(broken[1]).dtype == torch.float32
     wconv("doctor", broken[1], "--fix")
     assert load(broken[1]).dtype == torch.bfloat16
+
+
+# What is found, and what is done about it.
+
+MENDED = {code for _, codes in REPAIRS for code in codes}
+
+
+@pytest.mark.parametrize("code", KINDS)
+def test_what_is_said_to_be_mended_has_a_repair(code: str) -> None:
+    says_so = "--fix" in KINDS[code].mending and "--fix touches nothing" not in KINDS[code].mending
+    assert (code in MENDED) == (says_so or "--keep" in KINDS[code].mending)
+
+
+def test_each_repair_is_of_findings() -> None:
+    assert all(codes and set(codes) <= MENDED for _, codes in REPAIRS)
+    assert KINDS.keys() >= MENDED
+
+
+def choices_of(options: tuple[str, ...]) -> Choices:
+    chosen: dict[str, Any] = {}
+    for option, after in zip(options, (*options, "--")[1:], strict=True):
+        if option.startswith("--"):
+            chosen[option[2:].replace("-", "_")] = True if after.startswith("--") else after
+    return Choices(**chosen)
+
+
+@every_case
+def test_no_repair_does_anything_without_its_finding(broken: tuple[Case, Path]) -> None:
+    case, folder = broken
+    diagnosis = diagnose(folder, deep=case.deep)
+    found = {finding.code for finding in diagnosis.findings}
+    if found & {"file-damaged", "shard-missing"}:
+        return  # then nothing is done at all
+    if "index-foreign" in found:
+        found.add("variant-single")  # of shards that were taken for another variant's, once they are sets of their own
+    parts = [PartGoals(part) for part in diagnosis.inventory.parts]
+    goals = FolderGoals(diagnosis.inventory, choices_of(case.fix or ()), parts)
+    steps: set[str] = set()
+    for repair, codes in REPAIRS:
+        repair(goals)
+        more = set(goals.all_steps) - steps
+        steps |= more
+        assert not more or found & set(codes), more
 
 
 # No false alarm.

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny import make_state, save, save_safetensors_shards, snapshot, write_json
 
 from converter.doctor import diagnose
-from converter.doctor.listing import list_folder
-from converter.libraries.predict import predict
+from converter.libraries.predict import list_folder, predict
 
 STATE = make_state()
 OTHER = make_state(seed=1)

@@ -19,8 +19,7 @@ from test_doctor import files_in, opened_by
 from test_loaders import assert_same_bits
 
 from converter.doctor import diagnose
-from converter.doctor.listing import list_folder
-from converter.libraries.predict import predict
+from converter.libraries.predict import list_folder, predict
 from converter.models.model import open_model
 
 pytestmark = pytest.mark.usefixtures("asked_here")

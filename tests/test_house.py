@@ -30,7 +30,6 @@ LAYERS = (
     ("run",),
     ("recipes",),
     ("doctor",),
-    ("coreml",),
     ("cli", "testing"),
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

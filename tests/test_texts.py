@@ -17,12 +17,12 @@ import pytest
 from conftest import run_main
 from support.tiny import ref_to
 
-from converter.doctor.checks import look
 from converter.errors import BadFile, HostileFile, shorten
 from converter.formats.safetensors import parse_header
 from converter.formats.texts import MAX_CONFIG_NBYTES, MAX_HEADER_MARKS, MAX_MARKS, MAX_TEXT_NBYTES
 from converter.models import checkpoint, headers
 from converter.models.configs import read_json
+from converter.models.faults import look
 from converter.models.names import parse_name
 from converter.storage import place_of
 from converter.tensors.base import MAX_DIMS, MAX_NAME, MAX_TENSORS

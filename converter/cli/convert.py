@@ -1,68 +1,128 @@
-"""What all conversion commands do with their options: plan, print or run, and show the result."""
+"""What all conversion commands do with their options: ask, plan, print or run, and show the result.
+
+Each ``take_`` takes its own options out of those that click has parsed, by name; what is left over then fits nothing,
+and is an error here, not lost. ``RunOptions(**options)`` refuses the rest in the same way.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
 from converter.cli.report import plan_as_json, show_plan, show_result
 from converter.cli.terminal import open_meter, show_json
-from converter.plan.types import Plan
+from converter.models.names import Format
+from converter.models.select import Selection
+from converter.plan.types import Plan, Publishing, Writing
 from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare
 from converter.run.execute import Result, default_workers, peak_buffer_nbytes, run_plan
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES
+from converter.storage import place_of
+from converter.transforms.dtype import Casting
 
-# Options that are about the run, and not about what comes of it.
-_OF_RUNS = frozenset({"workers", "memory", "as_json", "quiet", "verbose", "verify", "dry_run"})
+Options = dict[str, Any]
+"""What click gives, by name; some options a command may not have."""
+
+# Which part of a request takes which.
+_SELECTION = ("components", "from_variant", "key", "strip_code", "skip_unreadable")
+_CASTING = ("dtype", "keep_fp32", "on_overflow")
+_WRITING = ("variant", "max_shard_size", "tied", "expand")
+_PUBLISHING = ("overwrite", "in_place", "delete_source", "follow_links")
+
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def run_conversion(source: Path, options: dict[str, Any], **fixed: Any) -> None:
-    """Carry out a conversion as the options ask, with what the command fixes, and print what came of it."""
-    run_prepared(prepare(request_of(source, options, **fixed), plan_conversion, recovering=is_wet(options)), options)
+class RunOptions(NamedTuple):
+    """How a command is to run and what it is to print, whatever comes of it."""
+
+    workers: int | None = None
+    memory: float = DEFAULT_MEMORY_NBYTES
+    verify: bool = False
+    dry_run: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    @property
+    def memory_nbytes(self) -> int:
+        """The memory for buffers."""
+        return int(self.memory)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether people are told of it, in words."""
+        return not (self.quiet or self.as_json)
 
 
-def request_of(source: Path, options: Mapping[str, Any], **fixed: Any) -> Request:
-    """Give what the options ask of a conversion, with what the command fixes."""
-    asked = {name: value for name, value in options.items() if name not in _OF_RUNS}
-    return Request.of(source, **asked, **fixed)
+def run_conversion(request: Request, run: RunOptions) -> None:
+    """Carry out a conversion, and print what came of it."""
+    run_prepared(prepare(request, plan_conversion, recovering=not run.dry_run), run)
 
 
-def is_wet(options: Mapping[str, Any]) -> bool:
-    """Say whether anything is to be written."""
-    return not options["dry_run"]
+def take_run(options: Options) -> RunOptions:
+    """Take out how to run."""
+    return RunOptions(**_take(options, *RunOptions._fields))
 
 
-def run_prepared(prepared: Prepared, options: dict[str, Any], more: Mapping[str, Any] = _NOTHING) -> None:
+def take_request(
+    source: Path,
+    options: Options,
+    *,
+    every_variant: bool = True,
+    format: Format | None = "safetensors",
+    tag_dtype: bool = False,
+) -> Request:
+    """Take out what is asked of a conversion, with what the command fixes. Raises TypeError for what nobody takes."""
+    output = options.pop("output", None)
+    force = _take(options, "force")  # of a cast, and of what is written
+    request = Request(
+        place_of(source),
+        None if output is None else place_of(output),
+        Selection(every_variant=every_variant, **_take(options, *_SELECTION)),
+        Casting(**force, **_take(options, *_CASTING)),
+        Writing(format=format, tag_dtype=tag_dtype, **force, **_take(options, *_WRITING)),
+        Publishing(**_take(options, *_PUBLISHING)),
+        **_take(options, "strip_prefix"),
+    )
+    if options:
+        raise TypeError(f"nothing takes the option {next(iter(options))!r}")
+    return request
+
+
+def _take(options: Options, *names: str) -> Options:
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def run_prepared(prepared: Prepared, run: RunOptions, more: Mapping[str, Any] = _NOTHING) -> None:
     """Print a plan, or run it and print what came of it; ``more`` goes into the JSON."""
     request, plan = prepared
-    if options["dry_run"]:
+    if run.dry_run:
         assert plan is not None
-        _show_dry_run(plan, options, more)
+        _show_dry_run(plan, run, more)
         return
-    result, peak_nbytes = _run(plan, request, options)
-    if options["as_json"]:
+    result, peak_nbytes = _run(plan, request, run)
+    if run.as_json:
         content = {**plan_as_json(plan), **more} if plan else {}
         content = {**content, "too_large": dict(result.too_large), "seconds": result.seconds}
         show_json({**content, "peak_memory_nbytes": peak_nbytes, "dry_run": False})
-    elif not options["quiet"]:
-        show_result(result, peak_nbytes, options["verbose"])
+    elif not run.quiet:
+        show_result(result, peak_nbytes, run.verbose)
 
 
-def _run(plan: Plan | None, request: str, options: dict[str, Any]) -> tuple[Result, int]:
+def _run(plan: Plan | None, request: str, run: RunOptions) -> tuple[Result, int]:
     if plan is None or not plan.sets:
         return Result(plan, 0.0), 0
-    verify = options.get("verify", False) or plan.destroys_source
-    with open_meter(plan.nbytes * (2 if verify else 1), "converting", options["quiet"]) as meter:
+    verify = run.verify or plan.destroys_source
+    with open_meter(plan.nbytes * (2 if verify else 1), "converting", run.quiet) as meter:
         result = run_plan(
             plan,
-            workers=options.get("workers"),
-            memory_nbytes=_memory_nbytes(options),
+            workers=run.workers,
+            memory_nbytes=run.memory_nbytes,
             verify=verify,
             progress=meter,
             request=request,
@@ -71,18 +131,14 @@ def _run(plan: Plan | None, request: str, options: dict[str, Any]) -> tuple[Resu
     return result, meter.peak_nbytes
 
 
-def _memory_nbytes(options: dict[str, Any]) -> int:
-    return int(options.get("memory", DEFAULT_MEMORY_NBYTES))
-
-
-def _show_dry_run(plan: Plan, options: dict[str, Any], more: Mapping[str, Any]) -> None:
-    buffers = peak_buffer_nbytes(plan, _memory_nbytes(options), options.get("workers") or default_workers(plan))
+def _show_dry_run(plan: Plan, run: RunOptions, more: Mapping[str, Any]) -> None:
+    buffers = peak_buffer_nbytes(plan, run.memory_nbytes, run.workers or default_workers(plan))
     memory_nbytes = psutil.Process().memory_info().rss + buffers
     if plan.is_there:
-        _run(plan, "", options)  # nothing is written then, and that all is there must be true
-    if options["as_json"]:
+        _run(plan, "", run)  # nothing is written then, and that all is there must be true
+    if run.as_json:
         show_json({**plan_as_json(plan), **more, "dry_run": True, "peak_memory_nbytes": memory_nbytes})
-    elif options["quiet"]:
+    elif run.quiet:
         return
     elif plan.sets and not plan.is_there:
         show_plan(plan, memory_nbytes)

@@ -33,9 +33,10 @@ def command(source: Path, **options: Any) -> None:
     \b
     wconv dequantize ./model-int8 -o ./model-fp16 --dtype fp16
     """
-    from converter.cli.convert import is_wet, request_of, run_prepared
+    from converter.cli.convert import run_prepared, take_request, take_run
     from converter.recipes.quantize import plan_dequantized
     from converter.recipes.request import prepare
 
-    request = request_of(source, options)
-    run_prepared(prepare(request, plan_dequantized, "dequantize", is_wet(options)), options)
+    run = take_run(options)
+    request = take_request(source, options)
+    run_prepared(prepare(request, plan_dequantized, "dequantize", recovering=not run.dry_run), run)

@@ -32,6 +32,13 @@ _HOW = {
     "makes": "makes an object, left out here, of",
     "calls": "would call, and never does here",
 }
+# What else lies in a folder, in the order that it is shown.
+_REST = {
+    "other_weights": "other weights",
+    "training_state": "training state",
+    "not_weights": "not weights",
+    "linked": "links to other places",
+}
 
 
 @click.command("inspect")
@@ -136,37 +143,44 @@ def _show(content: dict[str, Any]) -> None:
     suffix = f" ({content['class']})" if content["class"] else ""
     echo(printable(f"{content['path']}: {_KINDS[content['kind']]}{suffix}") + "\n")
     header = ("component", "weights", "format", "variant", "files", "tensors", "parameters", "size", "dtypes")
-    rows = []
-    for found in content["weight_sets"]:
-        files = str(len(found["files"])) + (" + index" if found["index"] else "")
-        row = (found["component"] or ".", found["weights"], found["format"], found["variant"] or "-", files)
-        if "error" in found:
-            rows.append((*row, "-", "-", "-", found["error"]))
-            continue
-        counts = (f"{found['tensors']:,}", show_count(found["parameters"]), show_bytes(found["nbytes"]))
-        rows.append((*row, *counts, ", ".join(found["dtypes"]) or "-"))
-    show_table(header, rows)
+    show_table(header, map(_row_of, content["weight_sets"]))
     echo()
-    for found in (found for found in content["weight_sets"] if "error" not in found):
-        for dropped, kept in found["tied"].items():
-            echo(printable(f"tied: {dropped} is {kept}"))
-        for note in found["notes"]:
-            echo(printable(f"note: {note}"))
-        for name, how in found["globals"].items():
-            echo(printable(f"its pickle {_HOW[how]}: {name}"))
-    if content["other_weights"]:
-        echo(f"other weights: {', '.join(map(printable, content['other_weights']))}")
-    if content["training_state"]:
-        echo(f"training state: {', '.join(map(printable, content['training_state']))}")
-    if content["not_weights"]:
-        echo(f"not weights: {', '.join(map(printable, content['not_weights']))}")
-    if content["linked"]:
-        echo(f"links to other places: {', '.join(map(printable, content['linked']))}")
-    for found in content["weight_sets"]:
-        if "all_tensors" in found:
-            echo("\n" + printable(f"{found['component'] or '.'} {found['weights']} {found['variant'] or ''}").rstrip())
-            tensors = found["all_tensors"]
-            show_table(
-                ("tensor", "dtype", "shape", "file"),
-                [(one["name"], one["dtype"], str(one["shape"]), one["file"]) for one in tensors],
-            )
+    for described in content["weight_sets"]:
+        _show_remarks(described)
+    for key, title in _REST.items():
+        if content[key]:
+            echo(f"{title}: {', '.join(map(printable, content[key]))}")
+    for described in content["weight_sets"]:
+        _show_tensors(described)
+
+
+def _row_of(described: dict[str, Any]) -> tuple[str, ...]:
+    files = str(len(described["files"])) + (" + index" if described["index"] else "")
+    named = (described["weights"], described["format"], described["variant"] or "-")
+    row = (described["component"] or ".", *named, files)
+    if "error" in described:
+        return (*row, "-", "-", "-", described["error"])
+    counts = (f"{described['tensors']:,}", show_count(described["parameters"]), show_bytes(described["nbytes"]))
+    return (*row, *counts, ", ".join(described["dtypes"]) or "-")
+
+
+def _show_remarks(described: dict[str, Any]) -> None:
+    if "error" in described:
+        return
+    for dropped, kept in described["tied"].items():
+        echo(printable(f"tied: {dropped} is {kept}"))
+    for note in described["notes"]:
+        echo(printable(f"note: {note}"))
+    for name, how in described["globals"].items():
+        echo(printable(f"its pickle {_HOW[how]}: {name}"))
+
+
+def _show_tensors(described: dict[str, Any]) -> None:
+    if "all_tensors" not in described:
+        return
+    echo(
+        "\n"
+        + printable(f"{described['component'] or '.'} {described['weights']} {described['variant'] or ''}").rstrip()
+    )
+    rows = [(row["name"], row["dtype"], str(row["shape"]), row["file"]) for row in described["all_tensors"]]
+    show_table(("tensor", "dtype", "shape", "file"), rows)

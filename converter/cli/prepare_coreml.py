@@ -12,6 +12,7 @@ from converter.cli.options import PlaceType, output_options, run_options, source
 from converter.cli.terminal import echo, show_bytes
 
 if TYPE_CHECKING:
+    from converter.dtypes import OnOverflow
     from converter.plan.types import Plan
 
 # Of the fp16 weights: the packages, and what is compiled from them.
@@ -46,7 +47,10 @@ _MEMORY_SHARE = 4
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
 @run_options
 @output_options
-def command(source: Path, keep_default: bool, on_overflow: Any, ema: bool, config: Path | None, **options: Any) -> None:
+def command(
+    source: Path, output: Path, ema: bool, config: Path | None, keep_default: bool, on_overflow: OnOverflow,
+    overwrite: bool, follow_links: bool, **options: Any,
+) -> None:  # fmt: skip
     """Make a Stable Diffusion pipeline ready for Core ML: in fp16, tagged, one file a part, in a new folder.
 
     SRC is its folder, or a single file as CivitAI has them: .safetensors or .ckpt, of Stable Diffusion 1, 2 or XL.
@@ -60,19 +64,19 @@ def command(source: Path, keep_default: bool, on_overflow: Any, ema: bool, confi
     """
     from functools import partial
 
-    from converter.cli.convert import _OF_RUNS, is_wet, run_prepared
-    from converter.coreml import plan_coreml, request_coreml
+    from converter.cli.convert import RunOptions, run_prepared
+    from converter.recipes.prepare_coreml import plan_coreml, request_coreml
     from converter.recipes.request import prepare
     from converter.storage import place_of
 
-    asked = {name: value for name, value in options.items() if name not in _OF_RUNS}
-    request = request_coreml(source, on_overflow=on_overflow, **asked)
+    run = RunOptions(**options)
+    request = request_coreml(source, output, on_overflow=on_overflow, overwrite=overwrite, follow_links=follow_links)
     place = place_of(config) if config else None
     make = partial(plan_coreml, keep_default=keep_default, ema=ema, config=place)
-    prepared = prepare(request, make, ("coreml", keep_default, ema, place), is_wet(options))
-    run_prepared(prepared, options)
+    prepared = prepare(request, make, ("coreml", keep_default, ema, place), recovering=not run.dry_run)
+    run_prepared(prepared, run)
     plan = prepared.plan
-    if plan is not None and plan.sets and not (options["quiet"] or options["as_json"]):
+    if plan is not None and plan.sets and run.is_told:
         _show_next(plan)
 
 

@@ -54,23 +54,24 @@ def command(source: Path, include: tuple[str, ...], skip: tuple[str, ...], stric
     """
     from functools import partial
 
-    from converter.cli.convert import is_wet, request_of, run_prepared
+    from converter.cli.convert import run_prepared, take_request, take_run
     from converter.recipes.quantize import Measuring, plan_quantized
     from converter.recipes.request import prepare
     from converter.transforms.quantize.modules import ModuleChoice
 
     del options["scheme"]  # there is one
+    run = take_run(options)
+    request = take_request(source, options)
     choice = ModuleChoice(include, skip, strict)
-    with open_meter(None, "looking", options["quiet"]) as meter:
-        measuring = Measuring(options["workers"], int(options["memory"]), meter)
+    with open_meter(None, "looking", run.quiet) as meter:
+        measuring = Measuring(run.workers, run.memory_nbytes, meter)
         plan = partial(plan_quantized, choice=choice, measuring=measuring)
-        prepared = prepare(request_of(source, options), plan, ("quantize", choice), is_wet(options))
-    is_shown = not (options["quiet"] or options["as_json"])
+        prepared = prepare(request, plan, ("quantize", choice), recovering=not run.dry_run)
     parts = prepared.plan.quantized if prepared.plan else ()
-    if is_shown:
-        _show_parts(parts, every=options["dry_run"] or options["verbose"])
-    run_prepared(prepared, options, {"quantized": _as_json(parts)})
-    if is_shown and prepared.plan is not None and prepared.plan.sets and is_wet(options):
+    if run.is_told:
+        _show_parts(parts, every=run.dry_run or run.verbose)
+    run_prepared(prepared, run, {"quantized": _as_json(parts)})
+    if run.is_told and prepared.plan is not None and prepared.plan.sets and not run.dry_run:
         _show_hints(prepared.plan)
 
 

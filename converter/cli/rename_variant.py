@@ -25,10 +25,10 @@ def command(source: Path, before: str, after: str, components: tuple[str, ...], 
     \b
     wconv rename-variant ./model --from none --to fp16
     """
-    from converter.cli.convert import is_wet, request_of, run_prepared
+    from converter.cli.convert import RunOptions, run_prepared
     from converter.recipes.rename import plan_rename
-    from converter.recipes.request import prepare
+    from converter.recipes.request import Request, prepare
 
-    asked = {"from_variant": before, "variant": after, "components": components, "in_place": True}
-    request = request_of(source, {**options, **asked})
-    run_prepared(prepare(request, plan_rename, "rename", is_wet(options)), options)
+    run = RunOptions(**options)
+    request = Request.of(source, from_variant=before, variant=after, components=components, in_place=True)
+    run_prepared(prepare(request, plan_rename, "rename", recovering=not run.dry_run), run)

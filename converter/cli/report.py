@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from converter.cli.terminal import echo, printable, show_bytes, show_table
-from converter.plan.types import Plan
+from converter.errors import name_some
+from converter.plan.types import Plan, PlannedSet
 from converter.recipes.loading import loading_lines
 from converter.run.execute import Result, name_counts
 
@@ -66,13 +67,7 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     if not plan.sets or plan.is_there:
         echo(printable(f"Up to date: {plan.target.folder} is as it would be."))
         return
-    rows = []
-    for planned in plan.sets:
-        output = f"{len(planned.files)} files" if len(planned.files) > 1 else planned.name.single
-        count = f"{planned.tensor_count:,}" if planned.tensor_count else ""
-        source = planned.source.path.name
-        rows.append((planned.component or ".", source, "->", output, count, show_bytes(planned.nbytes)))
-    show_table(("component", "source", "", "output", "tensors", "size"), rows)
+    show_table(("component", "source", "", "output", "tensors", "size"), map(_row_of, plan.sets))
     echo()
     if verbose:
         for name in [*(shard.path for shard in plan.files), *(name for name, _ in (*plan.texts, *plan.copied))]:
@@ -96,11 +91,17 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
         echo(f"    {line}")
 
 
+def _row_of(planned: PlannedSet) -> tuple[str, ...]:
+    output = f"{len(planned.files)} files" if len(planned.files) > 1 else planned.name.single
+    count = f"{planned.tensor_count:,}" if planned.tensor_count else ""
+    source = planned.source.path.name
+    return planned.component or ".", source, "->", output, count, show_bytes(planned.nbytes)
+
+
 def _carried(plan: Plan) -> str:
     names = [name for name, _ in plan.copied]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     files = f"{len(names)} other file{'s' * (len(names) != 1)}"
-    return f"{files}, {show_bytes(_carried_nbytes(plan))}: {', '.join(names[:_NAMED])}{more}"
+    return f"{files}, {show_bytes(_carried_nbytes(plan))}: {name_some(names, _NAMED)}"
 
 
 def _carried_nbytes(plan: Plan) -> int:

@@ -23,10 +23,11 @@ def command(source: Path, **options: Any) -> None:
     wconv reshard ./model --max-shard-size 2GB -o ./model-2gb
     wconv reshard ./model --max-shard-size none --in-place     merge into one file
     """
-    from converter.cli.convert import run_conversion
+    from converter.cli.convert import run_conversion, take_request, take_run
 
     if options["max_shard_size"] is None:
         raise click.UsageError("Say how large a shard may be: --max-shard-size 5GB, or none.")
     if options["output"] is None and not options["in_place"]:
         raise click.UsageError("Say where to write: -o OUT, or --in-place.")
-    run_conversion(source, options, format=None)
+    run = take_run(options)
+    run_conversion(take_request(source, options, format=None), run)

@@ -22,6 +22,7 @@ def command(source: Path, **options: Any) -> None:
     wconv to-bin ./model -o ./for-an-old-tool
     wconv to-bin ./model/unet --max-shard-size none    one file: no Diffusers pipeline loads sharded .bin
     """
-    from converter.cli.convert import run_conversion
+    from converter.cli.convert import run_conversion, take_request, take_run
 
-    run_conversion(source, options, format="torch")
+    run = take_run(options)
+    run_conversion(take_request(source, options, format="torch"), run)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.doctor.checks import look, run_checks
+from converter.doctor.checks import run_checks
 from converter.doctor.findings import SEVERITIES, Finding
-from converter.doctor.repair import Choices, Mending, plan_mending
+from converter.doctor.goals import Choices
+from converter.doctor.repair import Mending, plan_mending
 from converter.doctor.undo import check_left
 from converter.errors import LossyCast
+from converter.models.faults import look
 from converter.models.hub_cache import refuse_cache
 from converter.models.inventory import Inventory
 from converter.run.execute import run_plan
 from converter.run.staging import recover
 from converter.run.tasks import Progress
-from converter.storage import Place, place_of
+from converter.storage import Given, place_of
 from converter.storage.local import as_path
 
 __all__ = ["Choices", "Diagnosis", "Finding", "Mending", "diagnose", "finish_mending", "mend", "plan_mending"]
@@ -37,7 +39,7 @@ class Diagnosis:
         return self.is_healthy and choices == Choices()
 
 
-def diagnose(path: Place | Path | str, *, deep: bool = False) -> Diagnosis:
+def diagnose(path: Given, *, deep: bool = False) -> Diagnosis:
     """Look at a folder of weights; reads names, indexes and headers, and changes nothing.
 
     ``deep`` reads all values too, and holds shapes against the model's class, where its library is installed. Raises

@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from converter.doctor.checks import repeated_name
+from converter.doctor.facts import repeated_name
 from converter.doctor.findings import Finding
-from converter.errors import Unsupported
+from converter.errors import Unsupported, name_some
 from converter.libraries.ask import LibraryMissing, ask_class
 from converter.models.checkpoint import open_checkpoint
 from converter.models.component import Component
@@ -65,9 +65,7 @@ def _check_values(part: Part, found: ListedSet) -> Iterator[Finding]:
     )
     for code, what, names in rows:
         if names:
-            more = f", and in {len(names) - 3} more" if len(names) > 3 else ""
-            problem = f"holds {what} in {', '.join(names[:3])}{more}"
-            yield Finding(code, found.path, part.name, problem)
+            yield Finding(code, found.path, part.name, f"holds {what} in {name_some(names, 3)}")
 
 
 def _look_at(info: Tensor, chunk_nbytes: int) -> _Values:

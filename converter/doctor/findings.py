@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from converter.models.faults import ADVICE
 from converter.storage import Place
 
 Severity = Literal["error", "warning", "note"]
@@ -39,12 +40,10 @@ class Finding:
         return self.kind.severity
 
 
-_FETCH = "Fetch the missing or damaged files again; --fix touches nothing while data are missing."
-
 KINDS: dict[str, Kind] = {
     "file-damaged": Kind(
         "error", "A weight file that is cut short, damaged, or something else",
-        "Every loader that picks it fails; torch with mmap may load garbage.", _FETCH,
+        "Every loader that picks it fails; torch with mmap may load garbage.", ADVICE["file-damaged"],
     ),
     "file-unread": Kind(
         "error", "A valid file of another kind, under a name that loaders look for",
@@ -64,15 +63,16 @@ KINDS: dict[str, Kind] = {
     ),
     "shard-missing": Kind(
         "error", "A set of which shards are missing",
-        "Every loader that picks the set fails (FileNotFoundError).", _FETCH,
+        "Every loader that picks the set fails (FileNotFoundError).", ADVICE["shard-missing"],
     ),
     "component-missing": Kind(
         "error", "A part that model_index.json names has no folder, or no weights",
-        "DiffusionPipeline.from_pretrained fails, or takes weights from the folder above.", _FETCH,
+        "DiffusionPipeline.from_pretrained fails, or takes weights from the folder above.",
+        ADVICE["component-missing"],
     ),
     "config-unreadable": Kind(
         "error", "A config.json or model_index.json that is no JSON object",
-        "from_pretrained fails, in every library.", "Fetch the file again.",
+        "from_pretrained fails, in every library.", ADVICE["config-unreadable"],
     ),
     "download-partial": Kind(
         "warning", "What a download that was not finished left behind",
@@ -87,7 +87,7 @@ KINDS: dict[str, Kind] = {
     ),
     "index-unreadable": Kind(
         "error", "An index that is no JSON, or no map from names to files beside it",
-        "Both libraries fail when they open it.", "--fix makes a new one, where all shards are there.",
+        "Both libraries fail when they open it.", ADVICE["index-unreadable"],
     ),
     "index-foreign": Kind(
         "error", "An index that names files of another variant, or of several",

@@ -95,7 +95,7 @@ def _parse_tensor(name: str, entry: Any, data_offset: int, file: FileRef) -> Ten
     for number in shape if type(sizes) is list and type(begin) is type(end) is int else (None,):
         if type(number) is not int or number < 0:
             raise BadFile(file.place, f"its header gives {name!r} a shape or place that is no whole number")
-    numel, span, strides = _measure(shape)
+    shape, numel, span, strides = _measure(shape)
     if span >= _TOO_LARGE:
         raise BadFile(file.place, f"its header gives {name!r} more elements than 63 bits count")
     dtype = DTYPES.get(tag) if isinstance(tag, str) else None
@@ -109,10 +109,10 @@ def _parse_tensor(name: str, entry: Any, data_offset: int, file: FileRef) -> Ten
     return Tensor(name, View(dtype, shape, storage, 0, strides))
 
 
-@lru_cache(1024)  # most tensors have one of a few shapes
-def _measure(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
-    """Give the number of elements, the same as if no axis were empty, and the strides, which grow to that."""
-    return math.prod(shape), math.prod(length or 1 for length in shape), contiguous_strides(shape)
+@lru_cache(1024)  # most tensors have one of a few shapes, and then share it
+def _measure(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int, tuple[int, ...]]:
+    """Give a shape, its elements, the same as if no axis were empty, and the strides, which grow to that."""
+    return shape, math.prod(shape), math.prod(length or 1 for length in shape), contiguous_strides(shape)
 
 
 def _check_layout(tensors: Iterable[Tensor], data_offset: int, file_nbytes: int, place: Place) -> None:

@@ -11,7 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from converter.libraries.base import FolderListing, PartListing, Pick
+from converter.libraries import library_at
+from converter.libraries.base import FolderListing, IndexListing, PartListing, Pick
+from converter.libraries.coreml import COREML_VARIANT
+from converter.models.inventory import Inventory, Part
 from converter.models.names import parse_name
 
 Loader = Literal["diffusers", "diffusers-hub", "transformers", "coreml"]
@@ -51,11 +54,46 @@ class Prediction:
         return not self.failure and not any(pick.failure for pick in self.picks)
 
 
+def list_folder(inventory: Inventory) -> FolderListing:
+    """Give what a loader sees of a folder."""
+    parts = tuple(map(_list_part, inventory.loaded_parts))
+    return FolderListing(inventory.path, inventory.is_pipeline, parts, inventory.absent, inventory.dotless)
+
+
+def _list_part(part: Part) -> PartListing:
+    indexes = {}
+    for listed in part.sets:
+        if listed.index_name:
+            problem = f"cannot read {listed.index_name}" if listed.index is None else ""
+            if listed.index and not listed.index.has_metadata:
+                problem = "KeyError: 'metadata'"
+            indexes[listed.index_name] = IndexListing(listed.listed_names, problem)
+    files, others = frozenset(part.files), frozenset(part.others)
+    return PartListing(part.name, part.path, library_at(part), files, indexes, others)
+
+
 def variants_in(listing: FolderListing) -> tuple[str | None, ...]:
     """Give the variants that any part has files of, the untagged one first."""
     parsed = (parse_name(name) for part in listing.parts for name in part.names)
     tags = {one.name.variant for one in parsed if one and one.role != "index"}
     return tuple(sorted(tags, key=lambda tag: tag or ""))
+
+
+def predict_all(
+    listing: FolderListing,
+    there: Iterable[str | None],
+    loader: Loader | None = None,
+    asked: Iterable[str | None] | None = None,
+) -> list[Prediction]:
+    """Say what a loader opens, or those that a folder is for, asked for some variants.
+
+    Else for each that is ``there``, and torch2coreml for the one that it always asks for.
+    """
+    return [
+        predict(listing, one, tag)
+        for one in ((loader,) if loader else likely_loaders(listing))
+        for tag in (asked or ((COREML_VARIANT,) if one == "coreml" else there))
+    ]
 
 
 def likely_loaders(listing: FolderListing) -> tuple[Loader, ...]:

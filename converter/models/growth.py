@@ -20,10 +20,10 @@ _NOTED_GROWTH_NBYTES = 1_000_000
 
 def note_growth(tensors: Sequence[Tensor]) -> tuple[str, ...]:
     """Note how much more tensors take than what holds them: each element is written, however often it is one."""
-    more = [tensor.nbytes - held for tensor in tensors if tensor.nbytes > (held := _held(tensor))]
-    if sum(more) < _NOTED_GROWTH_NBYTES:
+    more = sum(max(0, tensor.nbytes - _held(tensor)) for tensor in tensors)
+    if more < _NOTED_GROWTH_NBYTES:
         return ()
-    return (f"its expanded tensors take {sum(more):,} bytes more than in the source",)
+    return (f"its expanded tensors take {more:,} bytes more than in the source",)
 
 
 def refuse_growth(path: Where, tensors: Sequence[Tensor]) -> None:
@@ -52,7 +52,7 @@ def find_growth(path: Where, tensors: Sequence[Tensor]) -> Unsupported | None:
 
 
 def _held(tensor: Tensor) -> int:
-    return sum(storage.nbytes for storage in tensor.source.inputs())
+    return sum([storage.nbytes for storage in tensor.source.inputs()])
 
 
 def _stored(tensor: Tensor) -> int:

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator
 
-from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused
+from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, name_some
 from converter.models.names import WEIGHT_EXTENSIONS, parse_name
 from converter.storage import Given, Place, place_of
 
@@ -94,7 +94,7 @@ def snapshot_of(place: Place) -> Place:
     repos = _repos_in(place)
     if len(repos) > 1:
         problem = "is the cache of the Hub, and holds several models"
-        raise BadRequest(place, problem, f"Name one: {_some(repos)}.")
+        raise BadRequest(place, problem, f"Name one: {name_some(repos, _MAX_CHOICES)}.")
     if repos:
         return snapshot_of(repos[0])
     spelled = place.absolute()
@@ -109,12 +109,7 @@ def snapshot_of(place: Place) -> Place:
         raise BadFile(place, "holds no snapshot", "Fetch the model again.")
     if revision is None and len(snapshots) == 1:
         return snapshots[0]
-    raise BadRequest(place, "has no snapshot that refs/main names", f"Name one: {_some(snapshots)}.")
-
-
-def _some(choices: list[Place]) -> str:
-    more = f" and {len(choices) - _MAX_CHOICES} more" if len(choices) > _MAX_CHOICES else ""
-    return ", ".join(map(str, choices[:_MAX_CHOICES])) + more
+    raise BadRequest(place, "has no snapshot that refs/main names", f"Name one: {name_some(snapshots, _MAX_CHOICES)}.")
 
 
 def _main_of(repo: Place) -> str | None:

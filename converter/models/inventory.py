@@ -120,6 +120,11 @@ class Inventory:
         return self.kind == "pipeline"
 
     @property
+    def loaded_parts(self) -> list[Part]:
+        """The parts that a loader loads."""
+        return [part for part in self.parts if part.is_named or not self.is_pipeline]
+
+    @property
     def variants(self) -> tuple[str | None, ...]:
         """All variants that any part has, the untagged one first."""
         tags = {one.name.variant for part in self.parts for one in part.sets if one.file_names}

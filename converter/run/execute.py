@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from safetensors import SafetensorError, safe_open
 from zlib_ng.zlib_ng import crc32_combine
 
-from converter.errors import BadFile, LossyCast, OutputRefused, WconvError
+from converter.errors import BadFile, LossyCast, OutputRefused, WconvError, name_some
 from converter.formats import FORMATS, read_file
 from converter.plan.types import Plan, PlannedFile
 from converter.run.journal import Changes
@@ -47,6 +47,7 @@ from converter.tensors.base import Storage, TensorSpec
 from converter.tensors.reader import CrcPart, check_crc
 
 _NAMED = 5  # tensors, in a message
+_JUDGED_NBYTES = 4_000_000  # of a header: of one that long its own reader takes 30 MB. No shard that is known has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +177,19 @@ def _check_records(
         if nbytes == record.nbytes:
             check_crc(record, crc)
             checked.add(record)
-    sources = (tensor.source for shard in shards for tensor, _ in shard.tensors)
-    records = {record for source in sources for record in source.inputs() if record.crc32 is not None}
+    records = {record for record in _storages(shards) if record.crc32 is not None}
     unread = sorted(records - checked, key=lambda record: record.offset)
     tasks.finish((check_record, record, 0) for record in unread)
 
 
+def _storages(shards: Iterable[PlannedFile]) -> Iterator[Storage]:
+    return (storage for shard in shards for tensor, _ in shard.tensors for storage in tensor.source.inputs())
+
+
 def name_counts(counts: Mapping[str, int]) -> str:
     """Name the tensors with the largest counts."""
-    named = ", ".join(f"{name} ({count:,})" for name, count in Counter(counts).most_common(_NAMED))
-    return named + (f" and {len(counts) - _NAMED} more tensors" if len(counts) > _NAMED else "")
+    largest = [f"{name} ({count:,})" for name, count in Counter(counts).most_common()]
+    return name_some(largest, _NAMED) + (" tensors" if len(counts) > _NAMED else "")
 
 
 def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
@@ -237,8 +241,7 @@ def _check_output(plan: Plan, tasks: Tasks) -> None:
 
 def _check_sources(plan: Plan) -> None:
     """Look a last time whether a source was changed while it was read."""
-    sources = (tensor.source for shard in plan.files for tensor, _ in shard.tensors)
-    for file in {storage.file for source in sources for storage in source.inputs()}:
+    for file in {storage.file for storage in _storages(plan.files)}:
         file.open().close()
 
 
@@ -266,8 +269,8 @@ def _second_names(plan: Plan) -> list[tuple[str, Place]]:
 def check_staged(shard: PlannedFile, staged: Place) -> None:
     """Open a staged file again and hold it against the plan; raises WconvError for a bug of ours.
 
-    safetensors has a reader of its own, which goes through the whole header: where that is the planned one, and taken,
-    names, dtypes, shapes and places are right. An archive is read by our reader.
+    A safetensors file is right where its header is the planned one, and the format's own reader takes that. An archive
+    is read by our reader.
     """
     try:
         is_planned = _is_header(staged, shard) if shard.format == "safetensors" else _is_archive(staged, shard)
@@ -280,8 +283,9 @@ def check_staged(shard: PlannedFile, staged: Place) -> None:
 
 
 def _is_header(staged: Place, shard: PlannedFile) -> bool:
-    with safe_open(staged.path, framework="np"):  # which asks for no framework that may be missing
-        pass  # no tensor is read
+    if len(shard.header) <= _JUDGED_NBYTES:
+        with safe_open(staged.path, framework="np"):  # which asks for no framework that may be missing
+            pass  # no tensor is read
     with staged.open() as file:
         return file.read(0, len(shard.header)) == shard.header
 

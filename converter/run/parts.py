@@ -78,7 +78,7 @@ def cut_pieces(shard: PlannedFile, place: Place, piece_nbytes: int = PIECE_NBYTE
         begin, nbytes = 0, tensor.nbytes
         cut = math.lcm(ITEM_MULTIPLE, tensor.source.grain)  # no element is cut
         while begin < nbytes:
-            end = min(nbytes, begin + max(room // cut, 1) * cut)
+            end = min(nbytes, begin + (room // cut or 1) * cut)
             steps.append(Step(_part(tensor, begin, end), offset, begin, end))
             room -= end - begin
             begin = end

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, Protocol
 
@@ -80,7 +81,7 @@ class OpenFile:
 
     def read_many(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         """Read small parts, each an offset and so many bytes; a store may ask for all of them at once."""
-        return (self.read(offset, nbytes) for offset, nbytes in ranges)
+        return starmap(self.read, ranges)
 
     def chunks(self) -> Iterator[bytes]:
         """Read all of it, from its begin to its end."""

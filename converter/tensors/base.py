@@ -71,7 +71,7 @@ class TensorSource(Protocol):
     @property
     def computes(self) -> bool: ...
 
-    def inputs(self) -> Iterable[Storage]:
+    def inputs(self) -> tuple[Storage, ...]:
         """Give the ranges of files that it reads; none for what stands in no file."""
 
     def part(self, begin: int, end: int) -> TensorSource:
@@ -114,12 +114,13 @@ class Tensor(NamedTuple):
     @property
     def is_made(self) -> bool:
         """Whether it is the work of a transform, and in its right dtype for that: computed, or in no file at all."""
-        return self.source.computes or not any(True for _ in self.source.inputs())
+        return self.source.computes or not self.source.inputs()
 
     @property
     def file(self) -> Place | None:
         """The first file that it is read from, if any."""
-        return next((storage.file.place for storage in self.source.inputs()), None)
+        inputs = self.source.inputs()
+        return inputs[0].file.place if inputs else None
 
     @property
     def where(self) -> Place | str:
@@ -136,7 +137,7 @@ def find_ties(tensors: Iterable[Tensor]) -> dict[str, str]:
     first: dict[TensorSource, str] = {}
     ties: dict[str, str] = {}
     for tensor in tensors:
-        if 0 in tensor.shape or not any(True for _ in tensor.source.inputs()):
+        if 0 in tensor.source.shape or not tensor.source.inputs():
             continue
         kept = first.setdefault(tensor.source, tensor.name)
         if kept != tensor.name:

@@ -32,7 +32,7 @@ class Constant:
     window = 1
     computes = False
 
-    def inputs(self) -> Iterable[Storage]:
+    def inputs(self) -> tuple[Storage, ...]:
         return ()
 
     def part(self, begin: int, end: int) -> Constant:
@@ -89,7 +89,7 @@ class Derived:
         same = self.dtype is self.source.dtype
         return nbytes if same else max(1, nbytes * self.dtype.itemsize // self.source.dtype.itemsize)
 
-    def inputs(self) -> Iterable[Storage]:
+    def inputs(self) -> tuple[Storage, ...]:
         return self.source.inputs()
 
     def part(self: _D, begin: int, end: int) -> _D:
@@ -222,8 +222,8 @@ class Boxes:
     def computes(self) -> bool:
         return any(box.source.computes for box in self.boxes)
 
-    def inputs(self) -> Iterable[Storage]:
-        return (storage for box in self.boxes for storage in box.source.inputs())
+    def inputs(self) -> tuple[Storage, ...]:
+        return tuple(storage for box in self.boxes for storage in box.source.inputs())
 
     def part(self, begin: int, end: int) -> Boxes:
         return self

@@ -7,7 +7,6 @@ mapped, because mapped pages count as memory and a file cut short would kill the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,9 +40,7 @@ class View(NamedTuple):
     @property
     def span(self) -> int:
         """The number of elements from the first to the last that the view touches, both included."""
-        if self.is_contiguous:
-            return math.prod(self.shape)
-        return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
+        return span_of(self.shape, self.strides)
 
     @property
     def grain(self) -> int:
@@ -58,7 +55,7 @@ class View(NamedTuple):
     def computes(self) -> bool:
         return False
 
-    def inputs(self) -> Iterable[Storage]:
+    def inputs(self) -> tuple[Storage, ...]:
         return (self.storage,)
 
     def part(self, begin: int, end: int) -> View:
@@ -82,6 +79,13 @@ class View(NamedTuple):
 def whole_view(dtype: DType, shape: tuple[int, ...], storage: Storage) -> View:
     """Give the view that is all of a storage, in row-major order."""
     return View(dtype, shape, storage, 0, contiguous_strides(shape))
+
+
+def span_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Give the number of elements from the first to the last that a view touches, both included."""
+    if _is_contiguous(shape, strides):
+        return math.prod(shape)
+    return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
 
 
 @lru_cache(1024)  # most tensors have one of a few shapes

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converter.errors import BadFile, BadRequest, Unsupported
+from converter.errors import BadFile, BadRequest, Unsupported, name_some
 from converter.libraries.diffusers import DIFFUSERS
 from converter.libraries.transformers import TRANSFORMERS
 from converter.models.checkpoint import Checkpoint, open_checkpoint
@@ -26,7 +26,7 @@ from converter.models.model import Model
 from converter.models.names import WeightsName
 from converter.models.schemes import find_quantized
 from converter.storage import FileRef, Place, place_of
-from converter.tensors.base import Tensor
+from converter.tensors.base import Tensor, WeightsFile
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 _UNET, _VAE, _EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
@@ -112,24 +112,14 @@ def open_single_file(
         raise Unsupported(source, f"is quantized ({one}), which Core ML does not take", one.advice)
     family, channels = recognise(source, tensors)
     root = place_of(config or CONFIGS / family.folder)
-    index = _read(root / "model_index.json")
     notes = [f"{source.name} is a {family.name} checkpoint{' for inpainting' if channels == 9 else ''}"]
-    changes: Mapping[str, Mapping[str, Any]] = {}
-    if config is None and channels == 9:
-        index["_class_name"] = index["_class_name"].replace("Pipeline", "InpaintPipeline")
-        changes = family.inpainting
-    elif config is None and family.folder == "sd2":
+    is_inpainting = config is None and channels == 9
+    if config is None and not is_inpainting and family.folder == "sd2":
         notes.append("it is taken for one of 768 pixels; for one of 512, give the folder of such a model as --config")
-    edited = {name: render_json({**_read(root / name), **change}) for name, change in changes.items()}
-    index.update({name: [None, None] for name in _ABSENT if name in index})
-    if "requires_safety_checker" in index:
-        index["requires_safety_checker"] = False
     notes += checkpoint.notes
-    encoders = [name for name in index if name.startswith("text_encoder") and index[name] != [None, None]]
-    if sorted(encoders) != sorted(family.encoders):
-        problem = f"names {' and '.join(encoders) or 'no text encoder'}, and {family.name} has"
-        problem += f" {' and '.join(family.encoders)}"
-        raise BadRequest(root / "model_index.json", problem, "Give the right --config.")
+    changes = family.inpainting if is_inpainting else {}
+    edited = {name: render_json({**_read(root / name), **change}) for name, change in changes.items()}
+    index = _index_of(root / "model_index.json", family, is_inpainting)
     edited["model_index.json"] = render_json(index)
     parts: list[tuple[Component, Checkpoint]] = []
     prefixes = {"unet": _UNET, "vae": _VAE, **family.encoders}
@@ -142,15 +132,10 @@ def open_single_file(
             mine = _averaged(source, mine, tensors)
         converted, left = _convert(source, family, name, mine, content, _rule_of(name, prefix))
         if left:
-            notes.append(f"left out, for no {name} has them: {_some([prefix + short for short in left])}")
+            notes.append(f"left out, for no {name} has them: {name_some([prefix + short for short in left], 1)}")
         _check_shapes(source, str(path) if config else f"the {name} of {family.name}", content, converted)
-        # The name is the one that a part's weights have in a pipeline.
-        library = DIFFUSERS if name in ("unet", "vae") else TRANSFORMERS
-        named = WeightsName(library.stem("safetensors"), None, "safetensors")
-        weight_set = WeightSet(source.parent, named, (source.name,))
         file = replace(checkpoint.files[0], tensors=tuple(converted), metadata={})
-        component = Component(name, source.parent / name, (weight_set,), content)
-        parts.append((component, Checkpoint(weight_set, (file,), {})))
+        parts.append(_part_of(source, name, content, file))
     notes += _notes_of_rest([name for name in tensors if not name.startswith(tuple(prefixes.values()))], ema)
     components = tuple(component for component, _ in parts)
     model = Model(source, source.parent, "pipeline", components, index["_class_name"])
@@ -166,6 +151,30 @@ def open_single_file(
         edited,
         tuple(notes),
     )
+
+
+def _index_of(path: Place, family: Family, is_inpainting: bool) -> dict[str, Any]:
+    """Give a pipeline's index as it is without what a single file has not. Raises BadRequest for another family's."""
+    index = _read(path)
+    if is_inpainting:
+        index["_class_name"] = index["_class_name"].replace("Pipeline", "InpaintPipeline")
+    index.update({name: [None, None] for name in _ABSENT if name in index})
+    if "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
+    encoders = [name for name in index if name.startswith("text_encoder") and index[name] != [None, None]]
+    if sorted(encoders) != sorted(family.encoders):
+        problem = f"names {' and '.join(encoders) or 'no text encoder'}, and {family.name} has"
+        problem += f" {' and '.join(family.encoders)}"
+        raise BadRequest(path, problem, "Give the right --config.")
+    return index
+
+
+def _part_of(source: Place, name: str, config: dict[str, Any], file: WeightsFile) -> tuple[Component, Checkpoint]:
+    """Give a part with the name that its weights have in a pipeline."""
+    library = DIFFUSERS if name in ("unet", "vae") else TRANSFORMERS
+    named = WeightsName(library.stem("safetensors"), None, "safetensors")
+    weight_set = WeightSet(source.parent, named, (source.name,))
+    return Component(name, source.parent / name, (weight_set,), config), Checkpoint(weight_set, (file,), {})
 
 
 def recognise(source: Place, tensors: Mapping[str, Tensor]) -> tuple[Family, int]:
@@ -364,7 +373,7 @@ def _convert(
     if len({info.name for info in converted}) < len(converted):
         raise Unsupported(source, f"holds two tensors that come to one name in the {part}", advice)
     if left and part == "unet":
-        problem = f"holds tensors that no UNet of {family.name} has: {_some([_UNET + name for name in left])}"
+        problem = f"holds tensors that no UNet of {family.name} has: {name_some([_UNET + name for name in left], 1)}"
         raise Unsupported(source, problem, advice)
     return converted, left
 
@@ -454,12 +463,7 @@ def _notes_of_rest(names: Sequence[str], ema: bool) -> Iterator[str]:
     if ema:
         yield "the UNet's EMA weights are taken, and its plain ones left out"
     if others:
-        yield f"left out, for no part of a pipeline has them: {_some(others)}"
-
-
-def _some(names: Sequence[str]) -> str:
-    first, *others = names
-    return f"{first} and {len(others)} more" if others else first
+        yield f"left out, for no part of a pipeline has them: {name_some(others, 1)}"
 
 
 def _read(path: Place) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import re
@@ -20,7 +21,8 @@ from support.tiny import make_state, names_in, save, save_bin_shards, save_pipel
 
 import converter
 import converter.cli.convert
-from converter.cli import COMMANDS
+from converter.cli import COMMANDS, cli
+from converter.cli.convert import RunOptions, take_request, take_run
 from converter.errors import BadFile, BadRequest, LossyCast, OutputRefused, SystemRefused, Unsupported
 
 STATE = make_state()
@@ -67,8 +69,6 @@ def test_the_list_of_commands(wconv: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_a_command_matches_the_list(name: Any, wconv: Callable[..., Any]) -> None:
-    from converter.cli import cli
-
     command = cli.get_command(click.Context(cli), name)
     assert command
     assert (command.name, command.short_help) == (name, COMMANDS[name])
@@ -82,8 +82,9 @@ def test_the_help_of_a_command_matches_the_list(name: Any, wconv: Callable[..., 
 
 def test_every_command_has_its_module_and_nothing_else() -> None:
     folder = Path(converter.cli.convert.__file__).parent
-    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "convert", "options", "report", "terminal"}
-    assert modules == {name.replace("-", "_") for name in COMMANDS}
+    modules = {path.stem for path in folder.glob("*.py")}
+    shared = {"__init__", "convert", "doctor_modes", "options", "report", "terminal"}
+    assert modules - shared == {name.replace("-", "_") for name in COMMANDS}
 
 
 def test_the_version(wconv: Callable[..., Any]) -> None:
@@ -95,6 +96,25 @@ def test_wrong_usage(args: tuple[str, ...], wconv: Callable[..., Any]) -> None:
     outcome = wconv(*args, exit_code=2)
     assert outcome.stdout == ""
     assert outcome.stderr.startswith("Usage: wconv")
+
+
+def test_an_option_that_nothing_takes_is_an_error():
+    with pytest.raises(TypeError, match="'varient'"):
+        take_request(Path(), {"tied": None, "varient": "fp16"})
+    with pytest.raises(TypeError, match="'worker'"):
+        RunOptions(quiet=True, worker=1)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "doctor"])  # that is no conversion
+def test_every_option_is_taken(name):
+    command = cli.get_command(None, name)
+    explicit = set(inspect.signature(command.callback).parameters)
+    options = {param.name: None for param in command.params if param.name not in explicit | {"scheme"}}
+    take_run(options)
+    options |= dict.fromkeys(options.keys() & {"components", "keep_fp32"}, ())
+    options |= {"on_overflow": "error"}
+    take_request(Path(), options)
+    assert not options
 
 
 # Exit codes.

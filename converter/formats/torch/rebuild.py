@@ -100,7 +100,7 @@ class _TensorClass:
 def _ordered_dict(arguments: tuple[Any, ...], where: Where) -> dict[Any, Any]:
     # Python 2 gives the items here; Python 3 gives none and sets them one by one.
     content: dict[Any, Any] = {}
-    for key, value in _items(arguments):
+    for key, value in _items(arguments) if arguments else ():
         if type(key) is not str:
             raise TypeError("an OrderedDict with a key that is no text")
         content[key] = value
@@ -108,8 +108,8 @@ def _ordered_dict(arguments: tuple[Any, ...], where: Where) -> dict[Any, Any]:
 
 
 def _items(arguments: tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
-    """Give the list or tuple that is the first argument, if there is one."""
-    items = arguments[0] if arguments else ()
+    """Give the list or tuple that is the first argument."""
+    items: list[Any] | tuple[Any, ...] = arguments[0]
     if type(items) not in (list, tuple):
         raise TypeError("items that are in no list")
     return items
@@ -192,7 +192,7 @@ def _rebuild_from_type(arguments: tuple[Any, ...], where: Where) -> TensorRef | 
 
 
 def _size(arguments: tuple[Any, ...], where: Where) -> tuple[Any, ...]:
-    return tuple(_items(arguments))
+    return tuple(_items(arguments)) if arguments else ()
 
 
 def _find_persistent(identity: Any, where: Where) -> StorageRef | Global:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from math import prod
 from typing import Any
 
 from converter.dtypes import DType
-from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, Where
+from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, Where, name_some
 from converter.formats.torch.globals import is_array, is_tensor
 from converter.formats.torch.rebuild import StorageRef, TensorRef, Unreadable
 from converter.formats.torch.unpickler import Inert, Pickled
 from converter.formats.training import check_pickled
 from converter.tensors.base import Storage, TensorSource
 from converter.tensors.derived import Negated
-from converter.tensors.view import View
+from converter.tensors.view import View, span_of
 
 _MAX_DEPTH = 16  # trainers nest two or three
 _MAX_CONTAINERS = 200_000  # an optimizer keeps one or two for each tensor, and three tensors more
@@ -146,15 +147,21 @@ def resolve(
                 f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims {storage.nbytes:,}"
             )
             raise BadFile(where, problem, _INCOMPLETE)
-        view = View(ref.dtype, ref.shape, record, ref.start, ref.strides)
-        numel = prod(ref.shape)
-        if not numel and prod(length or 1 for length in ref.shape) >= 1 << 63:
+        shape, strides, numel, span, most = _measure(ref.shape, ref.strides)
+        if not numel and most >= 1 << 63:
             raise BadFile(where, f"tensor {name!r} is empty, but its shape has numbers beyond torch's")
-        span = numel if view.is_contiguous else view.span
         end = (ref.start + span) * ref.dtype.bits if numel else 0
         if end > record.nbytes * 8 or numel >= 1 << 63:
             raise BadFile(where, f"tensor {name!r} reaches past the end of its record")
-        yield name, view
+        yield name, View(ref.dtype, shape, record, ref.start, strides)
+
+
+@lru_cache(1024)  # most tensors have one of a few shapes, and then share it
+def _measure(
+    shape: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int]:
+    """Give a shape and strides, the elements, those that are spanned, and how many they were if no axis were empty."""
+    return shape, strides, prod(shape), span_of(shape, strides), prod(length or 1 for length in shape)
 
 
 def negated(source: TensorSource, ref: TensorRef) -> TensorSource:
@@ -208,7 +215,7 @@ def _tensors_of(content: Mapping[Any, Any]) -> dict[str | int, TensorRef]:
 
 def _unreadable_in(content: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
     """Map the names of tensors that are none of ours to why; arrays and storages only where they stand with tensors."""
-    names = {key: inner for key, inner in content.items() if isinstance(key, (str, int))}
+    names = {k: inner for k, inner in content.items() if type(inner) is not TensorRef and isinstance(k, (str, int))}
     found = {key: why for key, inner in names.items() if (why := _why_unreadable(inner))}
     others = {key: why for key, inner in names.items() if has_tensors and (why := _why_no_tensor(inner))}
     return {**found, **others}
@@ -279,8 +286,7 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
 
 
 def _list(things: list[Any]) -> str:
-    more = f" and {len(things) - _MAX_NAMED} more" if len(things) > _MAX_NAMED else ""
-    return ", ".join(map(_spell, things[:_MAX_NAMED])) + more
+    return name_some([*map(_spell, things[:_MAX_NAMED]), *things[_MAX_NAMED:]], _MAX_NAMED)
 
 
 def _describe(value: Any) -> str:

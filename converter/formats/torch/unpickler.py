@@ -176,7 +176,7 @@ class _Machine:
         self.strip_code = strip_code
         self.foreign: dict[str, str] = {}
 
-    def run(self) -> Any:
+    def run(self) -> Any:  # noqa: C901, PLR0912, PLR0915
         raw, where, find_persistent = self.raw, self.where, self.find_persistent
         memo, far, marks = self.memo, self.far, self.marks
         place, stack = self.place, self.stack
@@ -192,12 +192,12 @@ class _Machine:
                         self.stack = stack
                         self.put(index)
                     place += 5
+                elif code == _BININT1:
+                    stack.append(raw[place + 1])
+                    place += 2
                 elif code == _BINGET:
                     index = raw[place + 1]
                     stack.append(memo[index] if index < len(memo) else far[index])
-                    place += 2
-                elif code == _BININT1:
-                    stack.append(raw[place + 1])
                     place += 2
                 elif code == _MARK:
                     marks.append(stack)
@@ -405,7 +405,8 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             # No tensor has a key that is neither text nor a number. Of large numbers, or of tuples, a file could choose
             # such as all hash alike, and make the dict quadratic.
-            if not (type(key) in (str, bytes, bool, type(None)) or (type(key) is int and abs(key) < 1 << 53)):
+            kind = type(key)
+            if not (kind is str or kind in (bytes, bool, type(None)) or (kind is int and abs(key) < 1 << 53)):
                 self.charge(_OBJECT_STEPS)
                 key = Inert(type(key).__name__)
             target[key] = value

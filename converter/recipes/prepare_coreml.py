@@ -11,50 +11,46 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converter.doctor.checks import look, run_checks
-from converter.doctor.findings import Finding
 from converter.errors import BadRequest
 from converter.libraries import coreml
 from converter.libraries.coreml import COREML_VARIANT, Lack
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.configs import look_into, read_json, render_json
+from converter.models.faults import ADVICE, find_lost, look
 from converter.models.hub_cache import check_places, snapshot_of
+from converter.models.inventory import Inventory
 from converter.models.model import Model
 from converter.models.select import select_sets
 from converter.plan.types import Plan, Rest
 from converter.recipes.request import Request
 from converter.recipes.steps import make_ready, open_job, plan_job
-from converter.storage import Place, place_of
+from converter.storage import Place
 from converter.transforms.names import rename_tensors
 from converter.transforms.stable_diffusion import open_single_file
 
-_FATAL = ("file-damaged", "shard-missing", "component-missing", "config-unreadable", "index-unreadable")
 
-
-def find_lacks(given: Place | Path, findings: Iterable[Finding] | None = None) -> Iterator[Lack]:
+def find_lacks(source: Place, inventory: Inventory | None = None) -> Iterator[Lack]:
     """List what a pipeline folder lacks that no conversion of weights can give it. Raises BadFile for no folder.
 
-    ``findings`` are the doctor's, where it has looked already.
+    ``inventory`` is what ``look`` gives of it, for who has it already.
     """
-    source = place_of(given)
-    model_index, error = look_into(source / "model_index.json")
-    model_index = {} if error else model_index
+    model_index = _model_index(source)
     yield from coreml.find_lacks(source, model_index)
-    if not coreml.is_convertible(model_index):
-        return
-    for finding in run_checks(look(source)) if findings is None else findings:
-        if finding.code in _FATAL and coreml.has_weights(finding.component):
-            yield Lack(finding.path, finding.problem, finding.kind.mending)
+    if coreml.is_convertible(model_index):
+        for fault in find_lost(inventory or look(source)):
+            if coreml.has_weights(fault.component):
+                yield Lack(fault.path, fault.problem, ADVICE[fault.code])
 
 
-def check_source(given: Place | Path, findings: Iterable[Finding] | None = None) -> None:
-    """Raise BadFile or Unsupported for the first thing that a source lacks, with all others named.
+def _model_index(source: Place) -> Mapping[str, Any]:
+    content, error = look_into(source / "model_index.json")
+    return {} if error else content
 
-    ``findings`` are as in ``find_lacks``: none for a folder that is there for its configs.
-    """
-    source = place_of(given)
-    lacks = list(find_lacks(source, findings))
+
+def _refuse(source: Place, lacks: Iterable[Lack]) -> None:
+    """Raise BadFile or Unsupported for the first thing that a source lacks, with all others named, if there is one."""
+    lacks = list(lacks)
     if not lacks:
         return
     first, *others = lacks
@@ -89,7 +85,7 @@ def plan_coreml(request: Request, keep_default: bool = False, ema: bool = False,
     if ema or config is not None:
         option = "--ema" if ema else "--config"
         raise BadRequest(request.source, f"is a folder, and {option} is for a single file", "Leave it out.")
-    check_source(request.source)
+    _refuse(request.source, find_lacks(request.source))
     job = open_job(request)
     selected = _select(job.model, request)
     orders = make_ready(job, [_longer(component, one) for component, one in _open(selected, request)])
@@ -102,7 +98,7 @@ def plan_coreml(request: Request, keep_default: bool = False, ema: bool = False,
 
 def _plan_single_file(request: Request, untagged: Request | None, ema: bool, config: Place | None) -> Plan:
     if config is not None:
-        check_source(config, ())
+        _refuse(config, coreml.find_lacks(config, _model_index(config)))
     opened = open_single_file(request.source, config, ema, request.publishing.follow_links)
     job = open_job(request, opened.model)
     parts = [_longer(component, checkpoint) for component, checkpoint in opened.checkpoints]

@@ -1,0 +1,195 @@
+"""What is asked of a folder and its parts: each fact has one function here, for what is found and for its repair.
+
+A fact is a plain value, and says nothing of whether it is bad: ``checks.py`` words findings, ``rules.py`` mends.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
+from converter.errors import WconvError
+from converter.libraries import library_at
+from converter.models.checkpoint import open_checkpoint
+from converter.models.headers import LENIENT
+from converter.models.inventory import Inventory, Part
+from converter.models.names import WeightsName
+from converter.models.schemes import Quantized, find_quantized
+from converter.models.sets import ListedSet
+from converter.tensors.base import find_ties
+from converter.transforms.dtype import find_kept, stays_wider
+
+# Of names.
+
+
+def right_name(part: Part, name: WeightsName) -> WeightsName:
+    """Give the name under which the part's own library looks for such weights; the same where that is not known."""
+    if not part.component.config or name.tail is None or name.ext not in ("safetensors", "bin"):
+        return name
+    right = library_at(part).stem(name.format)
+    tag = "_".join(filter(None, (name.tail.replace(".", "_"), name.variant))) or None
+    if part.is_flat and not any(listed.name.variant is None for listed in part.sets):
+        tag = None
+    return WeightsName(right, tag, name.ext)
+
+
+def spelled_variant(name: WeightsName) -> str:
+    """Name a variant in a sentence."""
+    return f"the variant {name.variant}" if name.variant else "the untagged weights"
+
+
+def is_foreign(listed: ListedSet) -> bool:
+    """Say whether an index names files of another variant or form than its own."""
+    return listed.index_name is not None and listed.own_names != listed.file_names
+
+
+# Of tensors.
+
+
+def held_names(part: Part, listed: ListedSet) -> dict[str, str]:
+    """Map the tensors that the files of a set hold to their file."""
+    return {name: header.name for header in part.headers_of(listed) for name in header.names}
+
+
+def repeated_name(part: Part, listed: ListedSet) -> str | None:
+    """Give the name of a tensor that two files of a set hold, if there is one."""
+    counts = (
+        Counter(name for header in part.headers_of(listed) for name in header.names)
+        if len(listed.file_names) > 1
+        else {}
+    )
+    return next((name for name, count in counts.items() if count > 1), None)
+
+
+def index_faults(part: Part, listed: ListedSet) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the content of an index whose files are sound: a code, and the words for it."""
+    assert listed.index is not None
+    held = held_names(part, listed)
+    weight_map = listed.index.weight_map
+    ghosts = [name for name in weight_map if name not in held]
+    orphans = [name for name in held if name not in weight_map]
+    wrong = [name for name in weight_map if name in held and weight_map[name] != held[name]]
+    if ghosts:
+        yield "index-ghost", f"lists {len(ghosts):,} tensors that no shard holds, such as {ghosts[0]}"
+    if orphans:
+        yield "index-orphan", f"does not list {len(orphans):,} tensors that its shards hold, such as {orphans[0]}"
+    if wrong:
+        yield "index-misplaced", f"names the wrong shard for {len(wrong):,} tensors, such as {wrong[0]}"
+    if not listed.index.has_metadata:
+        yield "index-metadata", "has no metadata"
+    size = listed.index.metadata.get("total_size")
+    headers = part.headers_of(listed)
+    nbytes = sum(header.tensor_nbytes for header in headers)
+    if size is not None and size not in (nbytes, sum(header.storage_nbytes for header in headers)):
+        yield "index-size", f"gives a total_size of {size!r:.30}, its tensors take {nbytes} bytes"
+
+
+def quantized_in(part: Part, listed: ListedSet) -> list[Quantized]:
+    """List the weights of a set that other tensors scale."""
+    headers = part.headers_of(listed)
+    return find_quantized(
+        {n: dtype for header in headers for n, dtype in zip(header.names, header.dtypes, strict=True)}
+    )
+
+
+def dtype_shares(part: Part, listed: ListedSet, dtype: DType | None = None) -> Counter[DType]:
+    """Count the floating tensors of a set by dtype, those left out that a cast to ``dtype`` leaves in a wider one."""
+    keep = find_kept(part.component, dtype)
+    counts: Counter[DType] = Counter()
+    for header in part.headers_of(listed):
+        for name, held, dims in zip(header.names, header.dtypes, header.dims, strict=True):
+            stays = (held.tag == "F32" and keep(name)) or (dtype is not None and stays_wider(held, dims, dtype))
+            if held.tag in RECAST_SOURCES and not stays:
+                counts[held] += 1
+    return counts
+
+
+def is_kept_mixture(part: Part, listed: ListedSet) -> bool:
+    """Say whether a set is of several dtypes just as a cast would leave it."""
+    narrow = [dtype for dtype in dtype_shares(part, listed) if dtype.bits <= 16]
+    return any(len(dtype_shares(part, listed, dtype)) == 1 for dtype in narrow)
+
+
+def belies_tag(part: Part, listed: ListedSet) -> DType | None:
+    """Give the dtype that most tensors of a set have, where that is not the one its tag names."""
+    dtype = listed.name.tagged_dtype
+    if dtype is None or not part.is_sound(listed) or quantized_in(part, listed):
+        return None
+    counts = dtype_shares(part, listed, dtype).most_common(1)
+    return counts[0][0] if counts and counts[0][0] is not dtype else None
+
+
+def config_dtype(part: Part) -> tuple[DType, DType] | None:
+    """Give the dtype that the config names, and the only one that weights have, where these are not the same."""
+    named = part.component.config.get("dtype") or part.component.config.get("torch_dtype")
+    dtype = BY_TORCH_NAME.get(named) if isinstance(named, str) else None
+    sets = [listed for listed in part.sets if part.is_sound(listed)]
+    if not library_at(part).reads_dtype or dtype is None or "quantization_config" in part.component.config:
+        return None
+    if not sets or any(listed.name.variant or quantized_in(part, listed) for listed in sets):
+        return None
+    counts = sum((dtype_shares(part, listed) for listed in sets), Counter())
+    if len(counts) != 1 or dtype in counts:
+        return None
+    (held,) = counts
+    return (dtype, held) if held.bits > 8 else None  # no model runs in 8 bits: a config names what they become
+
+
+def lacks_format(part: Part, listed: ListedSet) -> list[str]:
+    """List the files of a set, of those that a model's library loads, whose headers have no format."""
+    headers = part.headers_of(listed) if part.component.config and listed.name.tail is not None else []
+    return [header.name for header in headers if header.format == "safetensors" and "format" not in header.metadata]
+
+
+# Of sets beside each other.
+
+
+def lacks(inventory: Inventory, variant: str | None) -> list[Part]:
+    """List the parts that have weights, and none of this variant."""
+    parts = [part for part in inventory.loaded_parts if any(listed.file_names for listed in part.sets)]
+    return [
+        part for part in parts if not any(listed.name.variant == variant and listed.file_names for listed in part.sets)
+    ]
+
+
+def lacks_safetensors(forms: Mapping[str, Sequence[WeightsName]], variant: str | None) -> list[str]:
+    """List the parts, given the names of the sets of each, that for a variant are .bin while others are safetensors.
+
+    A part without that variant counts with its untagged set (``is_safetensors_compatible``).
+    """
+    formats = {}
+    for part, names in forms.items():
+        meant = [name for name in names if name.variant == variant] or [n for n in names if n.variant is None]
+        formats[part] = {name.format for name in meant}
+    without = [part for part, held in formats.items() if held == {"torch"}]
+    return without if any("safetensors" in held for held in formats.values()) else []
+
+
+def forms_of(part: Part) -> Iterator[tuple[ListedSet, ListedSet]]:
+    """Yield pairs of sound sets of one variant, the first as .bin and the second as safetensors."""
+    sound: dict[WeightsName, list[ListedSet]] = defaultdict(list)
+    for listed in part.sets:
+        if part.is_sound(listed) and not is_foreign(listed):
+            sound[listed.name].append(listed)
+    for name in [name for name in sound if name.format == "torch"]:
+        for pickled in sound[name]:
+            yield from ((pickled, safe) for safe in sound.get(name.in_format("safetensors"), ()))
+
+
+def same_tensors(a: ListedSet, b: ListedSet) -> bool | None:
+    """Say whether the headers of two sets describe the same tensors; None where one cannot be opened.
+
+    Of tied tensors, one name is enough.
+    """
+    try:
+        opened = [open_checkpoint(listed.without_index, LENIENT) for listed in (a, b)]
+    except WconvError:
+        return None
+    left, right = ({info.name: (info.dtype, info.shape) for info in one.tensors} for one in opened)
+    for mine, checkpoint, other in ((left, opened[0], right), (right, opened[1], left)):
+        ties = find_ties(checkpoint.tensors)
+        for name in [name for name in mine if name not in other]:
+            if ties.get(name) in other or any(ties.get(twin) == name for twin in other):
+                del mine[name]
+    return left == right
