@@ -98,18 +98,22 @@ def test_wrong_usage(args: tuple[str, ...], wconv: Callable[..., Any]) -> None:
     assert outcome.stderr.startswith("Usage: wconv")
 
 
-def test_an_option_that_nothing_takes_is_an_error():
+def test_an_option_that_nothing_takes_is_an_error() -> None:
     with pytest.raises(TypeError, match="'varient'"):
         take_request(Path(), {"tied": None, "varient": "fp16"})
     with pytest.raises(TypeError, match="'worker'"):
-        RunOptions(quiet=True, worker=1)
+        RunOptions(quiet=True, worker=1)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "doctor"])  # that is no conversion
-def test_every_option_is_taken(name):
-    command = cli.get_command(None, name)
+def test_every_option_is_taken(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command
+    assert command.callback
     explicit = set(inspect.signature(command.callback).parameters)
-    options = {param.name: None for param in command.params if param.name not in explicit | {"scheme"}}
+    options: dict[str, Any] = {
+        str(param.name): None for param in command.params if param.name not in explicit | {"scheme"}
+    }
     take_run(options)
     options |= dict.fromkeys(options.keys() & {"components", "keep_fp32"}, ())
     options |= {"on_overflow": "error"}
