@@ -136,6 +136,7 @@ def test_every_option_is_taken(name: str) -> None:
         (MemoryError(), 7),
         (RuntimeError("can't start new thread"), 7),
         (ImportError("lib.so: failed to map segment from shared object"), 7),
+        (ImportError("Original error was: lib.so: out of memory: Cannot allocate memory"), 7),
         (KeyboardInterrupt(), 130),
     ],
 )
