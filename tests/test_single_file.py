@@ -271,6 +271,24 @@ def test_what_does_not_fit_is_said(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("layers_per_block", 65, "has a layers_per_block that this cannot be: 65"),
+        ("layers_per_block", [2, 2], "has a layers_per_block that this cannot be"),
+        ("up_block_types", [], "has a up_block_types that this cannot be"),
+        ("up_block_types", [1, None], "holds tensors that no UNet of Stable Diffusion 1 has"),
+    ],
+)
+def test_a_config_may_say_anything(key: str, value: Any, problem: str, tiny: Any, tmp_path: Path) -> None:
+    _, config, state = tiny("sd1")
+    path = config / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    source = save(tmp_path / "model.safetensors", state)
+    with pytest.raises(WconvError, match=problem):
+        open_single_file(open_checkpoint(source), config)
+
+
 def test_ema_and_config_are_for_single_files(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     (tmp_path / "m").mkdir()
     done = wconv("prepare-coreml", tmp_path / "m", "--ema", "-o", tmp_path / "out", exit_code=2)
@@ -286,7 +304,7 @@ def test_odd_shapes_end_in_one_line(shape: tuple[int, ...], tiny: Any, tmp_path:
             open_single_file(open_checkpoint(tmp_path / "model.safetensors"), config)
 
 
-def test_two_tensors_for_one_place_are_refused(tiny: Any, tmp_path: Path) -> None:
+def test_a_second_tensor_for_one_place_is_refused(tiny: Any, tmp_path: Path) -> None:
     _, config, state = tiny("sd1")
     again = {"model.diffusion_model.input_blocks.2.1.op.weight": torch.ones(2, 2)}
     source = save(tmp_path / "model.safetensors", {**state, **again})

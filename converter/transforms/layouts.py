@@ -1,9 +1,9 @@
 """One layout of a model's tensors into another, by a table: what is called what, and which bytes are seen otherwise.
 
-A row is one WeightConverter of transformers 5. Names are matched word by word, ``.`` between them: ``{}`` stands for a
-number, ``*`` for any one word, and what they stand for goes into the new names in the same order. Nothing is computed
-of a number: where one layout counts otherwise than the other, there is a row for each. So a table can be read from
-right to left as well, and each operation has one that undoes it; the bytes stay where they are.
+A row is what transformers 5 calls a WeightConverter. Names are matched word by word, ``.`` between them: ``{}`` stands
+for a number, ``*`` for any word, and what they stand for goes into the new names in the same order; a word that a row
+has itself comes first. Nothing is computed of a number: where one layout counts otherwise than the other, there is a
+row for each. So a table can be read from right to left as well: each operation has one that undoes it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def keep(tensor: Tensor, count: int) -> tuple[TensorSource, ...]:
 
 def chunk(tensor: Tensor, count: int) -> tuple[TensorSource, ...]:
     """Cut it in equal parts along the first axis. It is undone by a concatenation along it."""
-    length, *others = tensor.shape or (0,)
-    if not tensor.shape or length % count:
-        shape = "x".join(map(str, tensor.shape)) or "a single number"
+    length, *others = tensor.shape or (1,)
+    if length % count:
+        shape = "x".join(map(str, tensor.shape)) or "one number"
         raise BadFile(tensor.where, f"holds {tensor.name!r}, which cannot be cut in {count}: it is {shape}")
     part = (length // count, *others)
     return tuple(tensor.source.box((at * part[0], *(0 for _ in others)), part) for at in range(count))

@@ -70,7 +70,7 @@ _OTHERS = {
     "conditioner.embedders.0.model.": "a Stable Diffusion XL refiner",
 }
 
-_MAX_COUNT = 100  # of layers, of blocks: real ones have up to 32, and a table has rows for each layer of each block
+_MAX_COUNT = 64  # of layers, of blocks: real ones have up to 32, and a table has rows for each layer of each block
 _CONFIG_TYPES = {
     "layers_per_block": int,
     "num_hidden_layers": int,
@@ -88,7 +88,7 @@ def recognise(source: Place, tensors: Mapping[str, Tensor]) -> tuple[Family, boo
     advice = "Name a checkpoint of Stable Diffusion 1, 2 or XL, or the folder of a Diffusers pipeline."
     for prefix, what in _OTHERS.items():
         if any(name.startswith(prefix) for name in tensors):
-            raise Unsupported(source, f"is {what}, and no model of Stable Diffusion 1, 2 or XL", advice)
+            raise Unsupported(source, f"is {what}, and no whole model of Stable Diffusion 1, 2 or XL", advice)
     if _CONV_IN not in tensors:
         problem = f"is no Stable Diffusion checkpoint: it has no tensor {_CONV_IN!r}"
         raise Unsupported(source, problem, advice)
