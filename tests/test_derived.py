@@ -13,13 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny import raw_bytes, ref_to
+from support.tiny import raw_bytes, ref_to, whole_view
 
 from converter.dtypes import DTYPES
 from converter.tensors.base import ByteRange, Tensor, TensorSource
 from converter.tensors.derived import Box, Boxes, Cast, Constant, Negated, Swapped, cast
 from converter.tensors.reader import RangeReader
-from converter.tensors.view import whole_view
 
 I32 = DTYPES["I32"]
 

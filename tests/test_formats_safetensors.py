@@ -16,14 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.judges import described_by_safetensors, described_by_wconv, saved_by_torch
 from support.odd_names import ODD_NAMES
-from support.tiny import processor_time, read_file, ref_to
+from support.tiny import processor_time, read_file, ref_to, whole_view
 
 from converter.dtypes import BY_TORCH_NAME, DTYPES, DType
 from converter.errors import BadFile, Unsupported
 from converter.formats.safetensors import build_header, lay_out, parse_header
 from converter.storage import place_of
 from converter.tensors.base import ByteRange, Tensor, TensorSpec, WeightsFile
-from converter.tensors.view import whole_view
 
 PATH = Path("model.safetensors")
 PT = {"format": "pt"}

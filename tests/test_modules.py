@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import ref_to
+from support.tiny import ref_to, whole_view
 
 from converter.dtypes import DTYPES
 from converter.libraries import asked, library_of, modules
@@ -18,7 +18,6 @@ from converter.libraries.transformers import TRANSFORMERS
 from converter.models.component import Component
 from converter.storage import place_of
 from converter.tensors.base import ByteRange, Tensor
-from converter.tensors.view import whole_view
 
 pytestmark = pytest.mark.usefixtures("asked_here")
 

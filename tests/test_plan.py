@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny import ref_to
+from support.tiny import ref_to, whole_view
 
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest, OutputRefused, Unsupported
@@ -34,7 +34,7 @@ from converter.recipes.request import Request
 from converter.recipes.steps import make_order
 from converter.storage import place_of
 from converter.tensors.base import ByteRange, PackedRange, Tensor, WeightsFile
-from converter.tensors.view import View, whole_view
+from converter.tensors.view import View
 
 HERE = Path("model")
 F32 = DTYPES["F32"]

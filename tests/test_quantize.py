@@ -640,14 +640,12 @@ def test_what_has_no_8_bit_weights_does_not_go_back(tmp_path: Path) -> None:
 # Runs that are cut off.
 
 
-def test_a_run_that_was_stopped_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_stopped_is_taken_up(tmp_path: Path) -> None:
     source = llama_folder(tmp_path / "model")
     quantized_to(source, tmp_path / "whole")
     plan = plan_8_bits(source, tmp_path / "ours")
-    with monkeypatch.context() as patch:
-        patch.setattr("converter.run.execute.check_staged", _stop)
-        with pytest.raises(KeyboardInterrupt):
-            run_plan(plan)
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan, progress=_stop)
     assert not (tmp_path / "ours").exists()
     quantized_to(source, tmp_path / "ours")
     assert snapshot(tmp_path / "ours") == snapshot(tmp_path / "whole")

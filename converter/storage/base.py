@@ -168,11 +168,6 @@ class Place:
         return path_of(self)
 
     @property
-    def is_local(self) -> bool:
-        """Whether this is a place on this machine's disks."""
-        return self.store.url.startswith("file:")
-
-    @property
     def spelled(self) -> Path:
         """The path on this machine's disk as its user spelled it, from the folder they were in."""
         return Path(str(self)) if self.path else self.path

@@ -118,39 +118,17 @@ class LocalStore:
 
 
 @contextmanager
-def open_unlinked(place: Place, path: Path) -> Iterator[LocalFile]:
-    """Open a file by the real path that it was found at before: a link that has come there since is not followed.
-
-    Raises OSError for one that has, BadFile for what is no regular file.
-    """
-    file = _open(_reach(path, os.O_RDONLY | _WITHOUT_WAITING), place, None)
-    try:
-        yield file
-    finally:
-        file.close()
-
-
-@contextmanager
 def open_staged(place: Place) -> Iterator[StagedFile]:
     """Open a file that a transaction has prepared, to be written; raises OSError where it is no longer the one.
 
     Who may rename its folder could have put a link there, or one of theirs with another name of a file of the user's.
     """
     path = path_of(place)
-    handle = _reach(path, os.O_RDWR)
-    try:
+    with Root(path.parent) as root, root.open(path.name, os.O_RDWR) as handle:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             raise OSError(errno.EPERM, "somebody has put another file there", str(path))
         yield StagedFile(FileRef(place), handle, found.st_size)
-    finally:
-        os.close(handle)
-
-
-def _reach(path: Path, flags: int) -> int:
-    """Open a file by its real path, through no link, and give its descriptor."""
-    with Root(path.parent) as root, root.open(path.name, flags) as handle:
-        return os.dup(handle)
 
 
 def _kind_of(found: os.stat_result) -> Kind:

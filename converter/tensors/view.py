@@ -76,11 +76,6 @@ class View(NamedTuple):
             _gather(self, begin // self.dtype.itemsize, out, reader)
 
 
-def whole_view(dtype: DType, shape: tuple[int, ...], storage: Storage) -> View:
-    """Give the view that is all of a storage, in row-major order."""
-    return View(dtype, shape, storage, 0, contiguous_strides(shape))
-
-
 def span_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Give the number of elements from the first to the last that a view touches, both included."""
     if _is_contiguous(shape, strides):

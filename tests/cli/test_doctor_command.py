@@ -19,6 +19,9 @@ import pytest
 import torch
 from support.tiny import make_state, save, save_pipeline, save_safetensors_shards, snapshot, write_json
 
+from converter.cli.doctor import command
+from converter.cli.doctor_modes import asked_of
+
 STATE = make_state()
 CONFIG = {"architectures": ["LlamaForCausalLM"]}
 
@@ -302,3 +305,10 @@ def test_a_copied_folder_knows_nothing_of_the_first_ones_undo(
     wconv("doctor", twins, "--fix", "--keep", "single")
     copy = shutil.copytree(twins, tmp_path / "copy")
     wconv("doctor", copy, "--undo", exit_code=2)
+
+
+def test_an_option_that_nothing_takes_is_an_error() -> None:
+    options = {param.name: None for param in command.params if param.name not in ("source", "fix", "undo", "purge")}
+    assert asked_of(Path(), options).source == Path()
+    with pytest.raises(TypeError, match="'varient'"):
+        asked_of(Path(), options | {"varient": None})

@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from converter.dtypes import DType
 from converter.formats import read_file as read_placed
 from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.storage import FileRef, Place, place_of
-from converter.tensors.base import WeightsFile
+from converter.tensors.base import Storage, WeightsFile
+from converter.tensors.view import View, contiguous_strides
 
 State = dict[str, torch.Tensor]
 TENSOR_NBYTES = 32
@@ -37,6 +39,11 @@ def make_state(names: str = "abcdef", seed: int = 0, dtype: torch.dtype = torch.
 def ref_to(path: Path | str) -> FileRef:
     """Name a file that nobody looks at."""
     return FileRef(place_of(path))
+
+
+def whole_view(dtype: DType, shape: tuple[int, ...], storage: Storage) -> View:
+    """Give the view that is all of a storage, in row-major order."""
+    return View(dtype, shape, storage, 0, contiguous_strides(shape))
 
 
 def read_file(path: Place | Path, reading: Reading = PLAIN) -> WeightsFile:
