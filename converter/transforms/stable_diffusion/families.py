@@ -1,26 +1,44 @@
-"""The kinds of Stable Diffusion that single files hold: how each is known, what it is made of, and what size it is."""
+"""The kinds of Stable Diffusion that single files hold: how each is known, and what it is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from converter.errors import BadFile, BadRequest, Unsupported
+from converter.errors import BadFile, Unsupported
+from converter.libraries.base import Library
+from converter.libraries.diffusers import DIFFUSERS
+from converter.libraries.transformers import TRANSFORMERS
 from converter.storage import Place
 from converter.tensors.base import Tensor
 from converter.transforms.layouts import WeightConverter
+from converter.transforms.stable_diffusion.sizes import Shapes, encoder_shapes, unet_shapes, vae_shapes
 from converter.transforms.stable_diffusion.tables import Config, clip_rows, open_clip_rows, unet_rows, vae_rows
 
 
 class Part(NamedTuple):
-    """A model in a single file: what its names begin with, and what gives the rows of its table for a config."""
+    """A model in a single file: what its names begin with, and who loads it.
+
+    For a config, ``rows`` gives those of its table, and ``shapes`` what it says of some of its tensors.
+    """
 
     prefix: str
+    library: Library
     rows: Callable[[Config], list[WeightConverter]]
+    shapes: Callable[[Config, Shapes], Shapes]
 
 
-UNET, VAE = Part("model.diffusion_model.", unet_rows), Part("first_stage_model.", vae_rows)
+def _clip(prefix: str) -> Part:
+    return Part(prefix, TRANSFORMERS, clip_rows, encoder_shapes)
+
+
+def _open_clip(prefix: str) -> Part:
+    return Part(prefix, TRANSFORMERS, open_clip_rows, encoder_shapes)
+
+
+UNET = Part("model.diffusion_model.", DIFFUSERS, unet_rows, unet_shapes)
+VAE = Part("first_stage_model.", DIFFUSERS, vae_rows, vae_shapes)
 _CONV_IN = f"{UNET.prefix}input_blocks.0.0.weight"
 
 
@@ -49,11 +67,11 @@ _NINE_2: Mapping[str, Config] = {
     "scheduler/scheduler_config.json": {"prediction_type": "epsilon"},
 }
 _ENCODERS_XL = {
-    "text_encoder": Part("conditioner.embedders.0.transformer.", clip_rows),
-    "text_encoder_2": Part("conditioner.embedders.1.model.", open_clip_rows),
+    "text_encoder": _clip("conditioner.embedders.0.transformer."),
+    "text_encoder_2": _open_clip("conditioner.embedders.1.model."),
 }
-_ENCODERS_2 = {"text_encoder": Part("cond_stage_model.model.", open_clip_rows)}
-_ENCODERS_1 = {"text_encoder": Part("cond_stage_model.transformer.", clip_rows)}
+_ENCODERS_2 = {"text_encoder": _open_clip("cond_stage_model.model.")}
+_ENCODERS_1 = {"text_encoder": _clip("cond_stage_model.transformer.")}
 FAMILIES = (
     Family("Stable Diffusion XL", "sdxl", _ENCODERS_XL, _NINE),
     Family("Stable Diffusion 2", "sd2", _ENCODERS_2, _NINE_2),
@@ -68,15 +86,6 @@ _OTHERS = {
     "double_blocks.": "Flux",
     "control_model.": "a ControlNet",
     "conditioner.embedders.0.model.": "a Stable Diffusion XL refiner",
-}
-
-_MAX_COUNT = 64  # of layers, of blocks: real ones have up to 32, and a table has rows for each layer of each block
-_CONFIG_TYPES = {
-    "layers_per_block": int,
-    "num_hidden_layers": int,
-    "block_out_channels": list,
-    "up_block_types": list,
-    "architectures": list,
 }
 
 
@@ -105,66 +114,3 @@ def recognise(source: Place, tensors: Mapping[str, Tensor]) -> tuple[Family, boo
         problem = f"holds no VAE: no name begins with {VAE.prefix!r}"
         raise BadFile(source, problem, "Take a checkpoint with its VAE in it.")
     return family, channels == 9
-
-
-def check_config(path: Place, config: Config) -> None:
-    """Raise BadRequest for a config whose numbers of layers or blocks cannot be."""
-    for key, kind in _CONFIG_TYPES.items():
-        if key in config and not (type(config[key]) is kind and 0 < _count(config[key]) <= _MAX_COUNT):
-            raise BadRequest(path, f"has a {key} that this cannot be: {config[key]!r}", "Give the right --config.")
-
-
-def _count(value: Any) -> int:
-    return len(value) if isinstance(value, list) else int(value)
-
-
-def check_shapes(source: Place, what: str, config: Config, tensors: Sequence[Tensor]) -> None:
-    """Raise BadRequest where a part is not of the size that its config says; ``what`` names the config."""
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
-    if "cross_attention_dim" in config:
-        expected = _unet_shapes(config, shapes)
-    elif "latent_channels" in config:
-        expected = _vae_shapes(config)
-    else:
-        # transformers 4 and 5 differ in the prefix.
-        shapes = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
-        expected = _encoder_shapes(config)
-    for name, shape in expected.items():
-        if shapes.get(name, ())[:2] != shape:
-            size = "x".join(map(str, shapes[name])) if name in shapes else "not there"
-            problem = f"does not fit {what}: {name} is {size}, and should begin with {'x'.join(map(str, shape))}"
-            raise BadRequest(source, problem, "Give a --config folder that it fits.")
-
-
-# What a config says of the first two axes of some tensors; it may say anything.
-_Shapes = dict[str, tuple[Any, ...]]
-
-
-def _unet_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> _Shapes:
-    widths = config.get("block_out_channels", (0,))
-    expected: _Shapes = {
-        "conv_in.weight": (widths[0], config.get("in_channels")),
-        "conv_out.weight": (config.get("out_channels"), widths[0]),
-    }
-    keys = [name for name in shapes if name.endswith("attn2.to_k.weight")]
-    expected |= {name: (*shapes[name][:1], config["cross_attention_dim"]) for name in keys}
-    return expected | _width_shapes("", widths)
-
-
-def _vae_shapes(config: Config) -> _Shapes:
-    widths = config.get("block_out_channels", (0,))
-    ends: _Shapes = {"encoder.conv_in.weight": (widths[0], 3), "decoder.conv_out.weight": (3, widths[0])}
-    return ends | _width_shapes("encoder.", widths)
-
-
-def _width_shapes(prefix: str, widths: Sequence[Any]) -> _Shapes:
-    names = (f"{prefix}down_blocks.{at}.resnets.0.conv2.weight" for at in range(len(widths)))
-    return {name: (width, width) for name, width in zip(names, widths, strict=True)}
-
-
-def _encoder_shapes(config: Config) -> _Shapes:
-    width, last = config.get("hidden_size"), config.get("num_hidden_layers", 1) - 1
-    return {
-        "embeddings.token_embedding.weight": (config.get("vocab_size"), width),
-        f"encoder.layers.{last}.mlp.fc1.weight": (config.get("intermediate_size"), width),
-    }

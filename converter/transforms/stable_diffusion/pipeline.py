@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import BadFile, BadRequest, Unsupported, name_some
-from converter.libraries.diffusers import DIFFUSERS
-from converter.libraries.transformers import TRANSFORMERS
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.configs import read_json, render_json
@@ -24,7 +22,8 @@ from converter.models.names import WeightsName
 from converter.storage import FileRef, Place, place_of
 from converter.tensors.base import Tensor
 from converter.transforms.layouts import convert
-from converter.transforms.stable_diffusion.families import UNET, Family, check_config, check_shapes, recognise
+from converter.transforms.stable_diffusion.families import UNET, Family, recognise
+from converter.transforms.stable_diffusion.sizes import check_config, check_shapes
 from converter.transforms.stable_diffusion.tokenizer import tokenizer_files
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -134,13 +133,16 @@ def _open_part(
     if name == "unet" and ema:
         mine = _averaged(source, mine, tensors)
     converted, left = convert(mine, part.rows(config))
-    check_shapes(source, str(path) if frame.given else f"the {name} of {frame.family.name}", config, converted)
+    # transformers 4 and 5 differ in the prefix.
+    shapes = {tensor.name.removeprefix("text_model."): tensor.shape for tensor in converted}
+    what = str(path) if frame.given else f"the {name} of {frame.family.name}"
+    check_shapes(source, what, part.shapes(config, shapes), shapes)
     others = name_some([part.prefix + short for short in left], 1)
     if left and name == "unet":
         problem = f"holds tensors that no UNet of {frame.family.name} has: {others}"
         raise Unsupported(source, problem, "Is it another model, or one with something added?")
-    stem = (DIFFUSERS if name in ("unet", "vae") else TRANSFORMERS).stem("safetensors")
-    weight_set = WeightSet(source.parent, WeightsName(stem, None, "safetensors"), (source.name,))
+    weights_name = WeightsName(part.library.stem("safetensors"), None, "safetensors")
+    weight_set = WeightSet(source.parent, weights_name, (source.name,))
     file = replace(checkpoint.files[0], tensors=tuple(converted), metadata={})
     component = Component(name, source.parent / name, (weight_set,), config)
     notes = [f"left out, for no {name} has them: {others}"] if left else []
