@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from converter.errors import Unsupported
 from converter.models.checkpoint import open_checkpoint
 from converter.models.schemes import TABLE, find_quantized
 from converter.transforms.quantize import DEQUANTIZERS
-from converter.transforms.stable_diffusion import open_single_file
 
 F8 = torch.float8_e4m3fn
 
@@ -155,9 +155,10 @@ def test_dequantize_does_not_send_back_to_recast(wconv: Callable[..., Any], tmp_
     wconv("recast", tmp_path / "m", "--dtype", "bf16")
 
 
-def test_core_ml_takes_no_scaled_weights(tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match=r"ComfyUI.*Core ML"):
-        open_single_file(save({**PLAIN, **FORMS["ComfyUI"][1]}, tmp_path / "m.safetensors"))
+def test_core_ml_takes_no_scaled_weights(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    source = save({**PLAIN, **FORMS["ComfyUI"][1]}, tmp_path / "m.safetensors")
+    told = wconv("prepare-coreml", source, "-o", tmp_path / "out", exit_code=Unsupported.exit_code).stderr
+    assert re.search(r"ComfyUI.*Core ML", told)
 
 
 @pytest.mark.parametrize(("said", "state"), FORMS.values(), ids=FORMS)
