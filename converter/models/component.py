@@ -34,6 +34,11 @@ class WeightSet:
         return (*self.file_names, *self.pieces, *([self.index_name] if self.index_name else ()))
 
     @property
+    def format(self) -> str:
+        """The format, as far as names say it."""
+        return self.name.ext if self.pieces else self.name.format
+
+    @property
     def path(self) -> Place:
         """What one would name to mean this set: its index, or its first file."""
         return self.folder / (self.index_name or self.file_names[0])
