@@ -15,7 +15,8 @@ from support.tiny import assert_same, save, snapshot, write_json
 from converter.dtypes import DTYPES
 from converter.errors import Unsupported
 from converter.models.checkpoint import open_checkpoint
-from converter.models.schemes import find_quantized
+from converter.models.schemes import TABLE, find_quantized
+from converter.transforms.quantize import DEQUANTIZERS
 from converter.transforms.stable_diffusion import open_single_file
 
 F8 = torch.float8_e4m3fn
@@ -96,6 +97,10 @@ def test_what_is_quantized_is_known_without_a_config(
     written = load_file(tmp_path / "m.bf16.safetensors")
     assert_same({name: written[name] for name in state}, state)
     assert_same({name: written[name] for name in PLAIN}, {name: one.bfloat16() for name, one in PLAIN.items()})
+
+
+def test_what_is_said_to_be_dequantized_is() -> None:
+    assert {scheme for scheme in TABLE if scheme.is_dequantized} == DEQUANTIZERS.keys()
 
 
 @pytest.mark.parametrize("name", ["GPTQ", "nf4 in bf16"])
