@@ -111,7 +111,7 @@ def test_a_box_without_elements_may_begin_at_the_end() -> None:
 def test_a_single_number_is_a_box_of_itself() -> None:
     number = Box((), constant(torch.tensor(7, dtype=torch.int32)))
     assert read(Boxes(I32, (), (number,))) == (7).to_bytes(4, "little")
-    with pytest.raises(ValueError, match="overlap"):
+    with pytest.raises(ValueError, match="do not fill"):
         Boxes(I32, (), (number, number))
 
 

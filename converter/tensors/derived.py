@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from converter.dtypes import DType, OnOverflow
 from converter.tensors.base import Reader, Storage, Tensor, TensorSource
@@ -267,9 +267,9 @@ class Boxes:
 
         block = np.frombuffer(out, f"u{self.dtype.itemsize}").reshape(shape)
         for where, source in self._cut(start, shape):
-            at = tuple(slice(begin - base, begin - base + length)
-                       for begin, base, length in zip(where, start, source.shape, strict=True))  # fmt: skip
-            target = block[(*at, ...)]  # a view, of a single number too
+            begins = zip(where, start, source.shape, strict=True)
+            at: Any = (*(slice(begin - base, begin - base + length) for begin, base, length in begins), ...)
+            target = block[at]  # a view, of a single number too
             if target.flags.c_contiguous:
                 source.read(0, target.reshape(-1).data.cast("B"), reader)
                 continue
