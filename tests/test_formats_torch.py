@@ -355,6 +355,23 @@ def test_where_the_two_headers_disagree_torchs_reading_is_not_contradicted(
     assert described_by_torch(path) == {"weight": ("F32", (4,), FLOATS)}
 
 
+@pytest.mark.parametrize("offset", [1 << 62, 1 << 63, (1 << 64) - 1])
+def test_offsets_that_no_file_has(tmp_path: Path, offset: int) -> None:
+    raw = archive()
+    end = raw.rindex(b"PK\5\6")
+    directory = raw[end - struct.unpack_from("<I", raw, end + 12)[0] : end]
+    begin, names = end - len(directory), struct.unpack_from("<H", directory, 28)[0]
+    extra = struct.pack("<2HQ", 1, 8, offset)
+    first = directory[:30] + struct.pack("<H", len(extra)) + directory[32:42] + b"\xff" * 4
+    wide = first + directory[46 : 46 + names] + extra + directory[46 + names :]
+    tail = raw[end : end + 12] + struct.pack("<I", len(wide)) + raw[end + 16 :]
+    with pytest.raises(HostileFile, match="lies outside the archive"):
+        read_file(write(tmp_path, raw[:begin] + wide + tail))
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, offset, 1)
+    with pytest.raises(BadFile, match="directory is damaged"):
+        read_file(write(tmp_path, raw[:end] + locator + raw[end:]))
+
+
 @pytest.mark.parametrize("twice", ["data.pkl", "data/0", "byteorder"])
 def test_a_record_that_is_there_twice(tmp_path: Path, twice: str) -> None:
     buffer = io.BytesIO(archive())
