@@ -146,8 +146,8 @@ def build_models(models: Path, python: Path) -> list[str]:
     for name in PIPELINES:
         source = models / name / "source"
         source.parent.mkdir(parents=True)
-        build = f"import sys, builders, pathlib; builders.save_{name}(pathlib.Path(sys.argv[1]))"
-        check([python, "-c", build, source], PYTHONPATH=str(ROOT / "tests"))
+        build = f"import sys, pathlib; from support import builders; builders.save_{name}(pathlib.Path(sys.argv[1]))"
+        check([python, "-c", build, source], PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
         for form, options in FORMS.items():
             done = None if options is None else convert(python, source, models / name / form, options)
             if done and done.returncode:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.judges import Listener
 from support.opened import watched
-from support.tiny import make_state, processor_time, save, write_json
+from support.tiny import make_state, names_in, processor_time, save, write_json
 
 from converter.doctor import Choices, diagnose
 from converter.doctor.findings import KINDS
@@ -665,7 +665,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], Pat
     from huggingface_hub.utils import filter_repo_objects
 
     def serve(folder: Path) -> Path:
-        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        files = names_in(folder)
         place = tmp_path / "snapshot"
         first = tmp_path / "first"
         for one in (place, first):

@@ -134,6 +134,12 @@ def test_a_file_is_byte_for_byte_what_save_file_writes(state: dict[str, torch.Te
     ]
 
 
+def test_a_header_of_100_000_tensors_is_the_references() -> None:
+    state = {f"block.{number}.é": torch.empty(0, number % 7, dtype=torch.float16) for number in range(100_000)}
+    specs = [TensorSpec(name, DTYPES["F16"], tuple(tensor.shape)) for name, tensor in state.items()]
+    assert lay_out(specs, {}, {}).header == safetensors.torch.save(state, {"format": "pt"})
+
+
 def test_ties_and_notes_are_metadata() -> None:
     layout = lay_out([TensorSpec("b", DTYPES["U8"], (1,))], {"a": "b"}, {"note": "x", "format": "tf"})
     assert parse_header(layout.header[8:], layout.nbytes, ref_to(PATH)).metadata == {

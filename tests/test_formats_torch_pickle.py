@@ -15,8 +15,9 @@ import tracemalloc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import example, given
@@ -40,7 +41,7 @@ from support.tiny import processor_time, read_file
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
 from converter.formats.torch import unpickler as pickle_machine
 from converter.formats.torch.rebuild import parse_pickle
-from converter.formats.torch.unpickler import Inert
+from converter.formats.torch.unpickler import Global, Inert, Kept, KeptObject, allow_steps, run_pickle
 
 PATH = Path("model.bin")
 MB = 1 << 20
@@ -751,3 +752,44 @@ def test_a_long_pickle_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse(b"N0" * 4 + b"N.") is None
     with pytest.raises(HostileFile, match="too long"):
         parse(b"N0" * 5 + b"N.")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object that a reader may want."""
+
+    name: str
+
+
+class Pair(NamedTuple):
+    """One whose values are what it is made of."""
+
+    first: int
+    second: int
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_objects_of_a_class_that_is_kept_are_data(protocol: int) -> None:
+    def find(named: Global, where: object) -> object:
+        return Kept(named.name) if named.name in ("Entry", "Pair") else named
+
+    raw = pickle.dumps({Entry("a"): Pair(1, 2), Entry("b"): Path()}, protocol)
+    value = run_pickle(raw, "here", find, lambda identity, where: None, False, allow_steps()).value
+    (a, pair), (b, path) = value.items()
+    assert type(a) is type(b) is type(pair) is KeptObject
+    assert (a.name, a.state, b.state) == ("Entry", {"name": "a"}, {"name": "b"})
+    assert type(path) is Inert
+    if protocol >= 2:
+        assert (pair.name, pair.arguments) == ("Pair", (1, 2))
+    else:
+        assert (pair.name, pair.arguments[1]) == ("Pair", (1, 2))  # tuple, and what is in it
+
+
+def test_a_class_that_is_kept_is_not_called() -> None:
+    class Caller:
+        def __reduce__(self) -> Any:
+            return Entry, ("a",)
+
+    with pytest.raises(HostileFile, match="calls"):
+        run_pickle(pickle.dumps(Caller()), "here", lambda named, where: Kept(named.name), lambda i, w: None, False,
+                   allow_steps())  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from support.tiny import assert_same, save, snapshot, write_json
 from converter.dtypes import DTYPES
 from converter.errors import Unsupported
 from converter.models.checkpoint import open_checkpoint
-from converter.models.schemes import find_quantized
-from converter.transforms.stable_diffusion import open_single_file
+from converter.models.schemes import TABLE, find_quantized
+from converter.transforms.quantize import DEQUANTIZERS
 
 F8 = torch.float8_e4m3fn
 
@@ -98,6 +99,10 @@ def test_what_is_quantized_is_known_without_a_config(
     assert_same({name: written[name] for name in PLAIN}, {name: one.bfloat16() for name, one in PLAIN.items()})
 
 
+def test_what_is_said_to_be_dequantized_is() -> None:
+    assert {scheme for scheme in TABLE if scheme.is_dequantized} == DEQUANTIZERS.keys()
+
+
 @pytest.mark.parametrize("name", ["GPTQ", "nf4 in bf16"])
 def test_copies_are_made_as_ever(wconv: Callable[..., Any], tmp_path: Path, name: str) -> None:
     state = {**PLAIN, **FORMS[name][1]}
@@ -150,9 +155,10 @@ def test_dequantize_does_not_send_back_to_recast(wconv: Callable[..., Any], tmp_
     wconv("recast", tmp_path / "m", "--dtype", "bf16")
 
 
-def test_core_ml_takes_no_scaled_weights(tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match=r"ComfyUI.*Core ML"):
-        open_single_file(save({**PLAIN, **FORMS["ComfyUI"][1]}, tmp_path / "m.safetensors"))
+def test_core_ml_takes_no_scaled_weights(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    source = save({**PLAIN, **FORMS["ComfyUI"][1]}, tmp_path / "m.safetensors")
+    told = wconv("prepare-coreml", source, "-o", tmp_path / "out", exit_code=Unsupported.exit_code).stderr
+    assert re.search(r"ComfyUI.*Core ML", told)
 
 
 @pytest.mark.parametrize(("said", "state"), FORMS.values(), ids=FORMS)

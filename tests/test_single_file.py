@@ -16,7 +16,8 @@ from support import original
 from support.tiny import snapshot
 
 from converter.errors import WconvError
-from converter.transforms.stable_diffusion import CONFIGS, open_single_file
+from converter.models.checkpoint import open_checkpoint
+from converter.transforms.stable_diffusion.pipeline import CONFIGS, open_single_file
 
 KINDS = ("sd1", "sd2", "sdxl")
 SAID = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
@@ -127,28 +128,6 @@ def test_keep_default_keeps_the_dtype(tiny: Any, builders: Any, tmp_path: Path, 
 # What is shipped.
 
 
-def meta_states(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give the state dicts of a shipped pipeline, full size, without their values."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    states, configs = {}, {}
-    for path in sorted(folder.glob("*/config.json")):
-        name = path.parent.name
-        with torch.device("meta"):
-            if name.startswith("text"):
-                kind = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
-                model = kind(CLIPTextConfig.from_pretrained(path.parent))
-            else:
-                kind = UNet2DConditionModel if name == "unet" else AutoencoderKL
-                model = kind.from_config(kind.load_config(path.parent))
-        state = model.state_dict()
-        prefix = "text_model." if name == "text_encoder" else ""
-        states[name] = {prefix + key: tensor for key, tensor in state.items()}
-        configs[name] = model.config
-    return states, configs
-
-
 def write_hollow(path: Path, state: dict[str, Any]) -> None:
     """Write a safetensors file of fp16 tensors that takes no room: its data is a hole."""
     header, place = {}, 0
@@ -177,10 +156,10 @@ PUBLISHED = {
 
 def open_hollow(kind: str, folder: Path, channels: int = 4) -> tuple[Any, dict[str, Any]]:
     """Open a checkpoint of full size with what is shipped; give its parts as Diffusers has them, too."""
-    states, configs = meta_states(CONFIGS / kind)
+    states, configs = original.meta_states(CONFIGS / kind)
     states["unet"]["conv_in.weight"] = torch.empty(320, channels, 3, 3, device="meta")
     write_hollow(folder / "model.safetensors", original.as_original(kind, states, configs))
-    return open_single_file(folder / "model.safetensors"), states
+    return open_single_file(open_checkpoint(folder / "model.safetensors")), states
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -292,6 +271,24 @@ def test_what_does_not_fit_is_said(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("layers_per_block", 65, "has a layers_per_block that this cannot be: 65"),
+        ("layers_per_block", [2, 2], "has a layers_per_block that this cannot be"),
+        ("up_block_types", [], "has a up_block_types that this cannot be"),
+        ("up_block_types", [1, None], "holds tensors that no UNet of Stable Diffusion 1 has"),
+    ],
+)
+def test_a_config_may_say_anything(key: str, value: Any, problem: str, tiny: Any, tmp_path: Path) -> None:
+    _, config, state = tiny("sd1")
+    path = config / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    source = save(tmp_path / "model.safetensors", state)
+    with pytest.raises(WconvError, match=problem):
+        open_single_file(open_checkpoint(source), config)
+
+
 def test_ema_and_config_are_for_single_files(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     (tmp_path / "m").mkdir()
     done = wconv("prepare-coreml", tmp_path / "m", "--ema", "-o", tmp_path / "out", exit_code=2)
@@ -304,12 +301,12 @@ def test_odd_shapes_end_in_one_line(shape: tuple[int, ...], tiny: Any, tmp_path:
     for name in state:
         write_hollow(tmp_path / "model.safetensors", {**state, name: torch.ones(shape)})
         with contextlib.suppress(WconvError):
-            open_single_file(tmp_path / "model.safetensors", config)
+            open_single_file(open_checkpoint(tmp_path / "model.safetensors"), config)
 
 
-def test_two_tensors_for_one_place_are_refused(tiny: Any, tmp_path: Path) -> None:
+def test_a_second_tensor_for_one_place_is_refused(tiny: Any, tmp_path: Path) -> None:
     _, config, state = tiny("sd1")
     again = {"model.diffusion_model.input_blocks.2.1.op.weight": torch.ones(2, 2)}
     source = save(tmp_path / "model.safetensors", {**state, **again})
-    with pytest.raises(WconvError, match="two tensors that come to one name in the unet"):
-        open_single_file(source, config)
+    with pytest.raises(WconvError, match=r"that no UNet of Stable Diffusion 1 has: .*input_blocks\.2\.1\.op\.weight"):
+        open_single_file(open_checkpoint(source), config)

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import os
+import re
 import signal
 import sys
 import traceback
@@ -87,10 +88,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return _report(SystemRefused("the operating system", f"gives no more {lacking}", advice) if lacking else error)
 
 
+# As the loader of libraries says it (``_dl_map_segments`` and ``_dl_signal_error`` in glibc's ``elf/``).
+_NO_ROOM = re.compile("failed to map segment|out of memory|Cannot allocate memory")
+
+
 def _what_is_lacking(error: BaseException | None) -> str:
     """Name what the system gave too little of, if that is what an error comes from; Python has words of its own."""
     while error:
-        if isinstance(error, MemoryError) or (isinstance(error, ImportError) and "failed to map segment" in str(error)):
+        if isinstance(error, MemoryError) or (isinstance(error, ImportError) and _NO_ROOM.search(str(error))):
             return "memory"
         if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
             return "threads"

@@ -202,9 +202,7 @@ def _show_sets(diagnosis: Diagnosis) -> None:
             dtypes = dict.fromkeys(dtype.tag for header in headers for dtype in header.dtypes)
             files = str(len(one.file_names)) + (" + index" if one.index_name else "")
             size = show_bytes(sum(header.nbytes for header in headers))
-            rows.append(
-                (part.name or ".", one.name.variant or "-", one.name.format, files, size, ", ".join(dtypes) or "-")
-            )
+            rows.append((part.name or ".", one.name.variant or "-", one.format, files, size, ", ".join(dtypes) or "-"))
     show_table(("component", "variant", "format", "files", "size", "dtypes"), rows)
     echo()
 

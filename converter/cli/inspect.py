@@ -89,7 +89,7 @@ def _describe(
     content: dict[str, Any] = {
         "component": component.name,
         "weights": weight_set.name.stem,
-        "format": weight_set.name.format,
+        "format": weight_set.format,
         "variant": weight_set.name.variant,
         "files": list(weight_set.file_names),
         "index": weight_set.index_name,

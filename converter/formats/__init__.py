@@ -1,11 +1,16 @@
-"""The formats that wconv reads: a table, one row a format, chosen by a file's first bytes and never by its name."""
+"""The formats that wconv reads: two tables, one row a format.
+
+A file's is chosen by its first bytes and never by its name; that of a folder, whose files make weights only together,
+by the names in it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import filter as matching
 
-from converter.errors import BadFile, Unsupported
+from converter.errors import BadFile, TrainingPiece, Unsupported
 from converter.formats import safetensors, training
 from converter.formats.torch import archive, legacy, writer
 from converter.formats.torch.state_dict import PLAIN, Reading
@@ -58,6 +63,36 @@ FORMATS: dict[str, FormatRow] = {
     )
 }
 
+
+@dataclass(frozen=True, slots=True)
+class FolderRow:
+    """One format of many files: by which names in a folder it is recognised, and what reads it, or why nothing does.
+
+    ``pieces`` is a pattern that at least one name has, and files of the names ``beside`` lie there too. ``head`` is the
+    file that says what is in the pieces, and ``read_file`` reads that. Where there is no reader, ``problem`` and
+    ``advice`` are said of the folder.
+    """
+
+    pieces: str
+    head: str
+    beside: tuple[str, ...]
+    read_file: Callable[[OpenFile, Reading], WeightsFile] | None = None
+    problem: str = ""
+    advice: str = ""
+
+    def refusal(self, folder: Place) -> TrainingPiece | None:
+        """Say why a folder of this format is not read, if it is not."""
+        return None if self.read_file else TrainingPiece(folder, self.problem, self.advice)
+
+
+# The first row that matches speaks.
+FOLDERS: dict[str, FolderRow] = {
+    "DCP of Megatron": FolderRow("*.distcp", ".metadata", (".metadata", "metadata.json", "common.pt"),
+                                 None, *training.DCP_OF_MEGATRON),
+    "DCP": FolderRow("*.distcp", ".metadata", (".metadata",), None, *training.DCP),
+    "DCP, unfinished": FolderRow("*.distcp", ".metadata", (), None, *training.DCP_UNFINISHED),
+}  # fmt: skip
+
 _LFS = "Run 'git lfs pull' in its repository, or fetch the file itself."
 _FETCH = "Fetch the file again."
 
@@ -85,19 +120,51 @@ def could_be_weights(place: Place) -> bool:
     return _is_tar(head) or any(row.matches(head) for row in FORMATS.values())
 
 
+def find_format(folder: Place, names: Iterable[str]) -> tuple[str, tuple[str, ...]] | None:
+    """Give the format of many files that a folder is of, given the names in it, and those of its pieces."""
+    names = tuple(names)
+    for form, row in FOLDERS.items():
+        pieces = matching(names, row.pieces)
+        if pieces and all((folder / name).is_file() for name in row.beside):
+            return form, tuple(name for name in pieces if name != row.head)
+    return None
+
+
+def is_of_many(name: str) -> bool:
+    """Say whether a file may be one of those that are read together, by its name."""
+    rows = (row for row in FOLDERS.values() if row.read_file)
+    return any(name == row.head or matching([name], row.pieces) for row in rows)
+
+
+def refuse_folder(folder: Place) -> None:
+    """Raise TrainingPiece for a folder, without weights that wconv reads, that holds pieces or folders of them."""
+    for inner in (folder, *filter(Place.is_folder, folder.entries())):
+        entries = training.list_entries(inner)
+        known = find_format(inner, (place.name for place in entries))
+        refusal = FOLDERS[known[0]].refusal(inner) if known else None
+        if refusal:
+            raise refusal
+        for place in entries:
+            if place.name.endswith(".pt"):
+                training.check_name(place)
+
+
 def read_file(place: Place, reading: Reading = PLAIN) -> WeightsFile:
     """Read the header of a weight file in whatever format it is; ``reading`` is for pickled ones.
 
-    Raises BadFile or Unsupported for a file that is none, and says what it is instead; TrainingPiece for a part of one.
+    The head of a folder's format tells of all its files. Raises BadFile or Unsupported for a file that is none, and
+    says what it is instead; TrainingPiece for a part of one.
     """
-    training.check_name(place)
+    read = next((row.read_file for row in FOLDERS.values() if row.read_file and row.head == place.name), None)
+    if not read:
+        training.check_name(place)
     with place.open() as file:
         head = file.keep(0, _KEPT_NBYTES)[:_HEAD_NBYTES]
-        for row in FORMATS.values():
-            if row.matches(head):
-                weights = row.read_file(file, reading)
-                training.check_content(weights)
-                return weights
+        read = read or next((row.read_file for row in FORMATS.values() if row.matches(head)), None)
+        if read:
+            weights = read(file, reading)
+            training.check_content(weights)
+            return weights
     for matches, error, problem, advice in _LOOKALIKES:
         if matches(head):
             raise error(place, problem, advice)

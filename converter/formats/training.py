@@ -18,7 +18,7 @@ from converter.storage import Place
 from converter.tensors.base import Tensor, WeightsFile
 
 _TO_FP32 = "'python zero_to_fp32.py CHECKPOINT OUT', a script that DeepSpeed puts beside it, makes weights of it."
-_DCP = (
+_DCP_TO_TORCH = (
     "'python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt' makes one file of it, which "
     "wconv converts; that runs what its pickles say, so do it only where you trust the folder."
 )
@@ -31,6 +31,14 @@ _CONSOLIDATE = (
 _MEGATRON = "Megatron-LM's tools/checkpoint/convert.py, or Megatron-Bridge, makes a model of all ranks."
 _META = "convert_llama_weights_to_hf.py of transformers makes a model of all of them."
 _DEEPSPEED = "DeepSpeed's own checkpoint tools (ds_to_universal.py) read all ranks."
+
+# What is said of folders, and what to do about it.
+DCP = ("is a checkpoint of torch.distributed.checkpoint (DCP)", _DCP_TO_TORCH)
+DCP_OF_MEGATRON = ("is a checkpoint of Megatron (torch_dist)", _MEGATRON)
+DCP_UNFINISHED = (
+    "holds pieces of torch.distributed.checkpoint (DCP) and no .metadata: it was never finished",
+    "Take a checkpoint of an earlier step.",
+)
 
 
 class _Name(NamedTuple):
@@ -72,7 +80,7 @@ _NAMES = (
     _name(r".*/model-rank-\d+-part-\d+\.safetensors",
           "is one rank's part of a model, as vLLM cuts it", "vLLM loads it with load_format='sharded_state'.",
           "model-rank-1-part-*.safetensors"),
-    _name(r".*/[^/]+\.distcp", "is a piece of a checkpoint of torch.distributed.checkpoint (DCP)", _DCP),
+    _name(r".*/[^/]+\.distcp", "is a piece of a checkpoint of torch.distributed.checkpoint (DCP)", _DCP_TO_TORCH),
     _name(r".*/[^/]+\.nemo", "is an archive of NeMo, which holds its config and checkpoint as files",
           "Unpack it with tar; Megatron-Bridge or NeMo's export makes a Hugging Face model of it."),
 )  # fmt: skip
@@ -89,13 +97,13 @@ def check_name(place: Place) -> None:
 
 def _is_there(folder: Place, pattern: str) -> bool:
     up, _, name = pattern.rpartition("/")
-    return bool(_find(folder.parent if up else folder, name))
+    return any(fnmatch(entry.name, name) for entry in list_entries(folder.parent if up else folder))
 
 
-def _find(folder: Place, pattern: str) -> list[Place]:
-    """List what has a name of a pattern in a folder; nothing in one that cannot be read."""
+def list_entries(folder: Place) -> list[Place]:
+    """List what lies in a folder; nothing in one that cannot be read."""
     try:
-        return [entry for entry in folder.entries() if fnmatch(entry.name, pattern)]
+        return folder.entries()
     except SystemRefused:
         return []
 
@@ -145,25 +153,3 @@ def check_pickled(value: Any, where: Where) -> None:
     for is_piece, problem, advice in _CONTENTS if isinstance(value, dict) else ():
         if is_piece(value):
             raise TrainingPiece(where, problem, advice)
-
-
-def refuse_folder(folder: Place) -> None:
-    """Raise TrainingPiece for a folder, without weights that wconv reads, that holds pieces or folders of them."""
-    for inner in (folder, *filter(Place.is_folder, folder.entries())):
-        found = find_dcp(inner)
-        if found:
-            raise found
-        for place in _find(inner, "*.pt"):
-            check_name(place)
-
-
-def find_dcp(folder: Place) -> TrainingPiece | None:
-    """Give the refusal of a folder that torch.distributed.checkpoint wrote, or was about to."""
-    if not _find(folder, "*.distcp"):
-        return None
-    if not (folder / ".metadata").is_file():
-        problem = "holds pieces of torch.distributed.checkpoint (DCP) and no .metadata: it was never finished"
-        return TrainingPiece(folder, problem, "Take a checkpoint of an earlier step.")
-    if (folder / "metadata.json").is_file() and (folder / "common.pt").is_file():
-        return TrainingPiece(folder, "is a checkpoint of Megatron (torch_dist)", _MEGATRON)
-    return TrainingPiece(folder, "is a checkpoint of torch.distributed.checkpoint (DCP)", _DCP)

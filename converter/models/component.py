@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,18 +16,27 @@ _MAX_CLASSES = 16  # those that hear, see and speak have four or five; each asks
 
 @dataclass(frozen=True, slots=True)
 class WeightSet:
-    """The files of one set in a folder, not yet opened. Sharded sets have an ``index_name`` or their numbers."""
+    """The files of one set in a folder, not yet opened. Sharded sets have an ``index_name`` or their numbers.
+
+    ``pieces`` are files that only the one in ``file_names`` says how to read.
+    """
 
     folder: Place
     name: WeightsName
     file_names: tuple[str, ...]
     index_name: str | None = None
     is_legacy: bool = False
+    pieces: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def all_names(self) -> tuple[str, ...]:
         """The set's weight files and its index: all that goes when the set goes."""
-        return (*self.file_names, self.index_name) if self.index_name else self.file_names
+        return (*self.file_names, *self.pieces, *([self.index_name] if self.index_name else ()))
+
+    @property
+    def format(self) -> str:
+        """The format, as far as names say it."""
+        return self.name.ext if self.pieces else self.name.format
 
     @property
     def path(self) -> Place:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from converter.errors import BadFile, BadRequest, TrainingPiece, Unsupported, WconvError
-from converter.formats.training import refuse_folder
+from converter.formats import refuse_folder
 from converter.models.inventory import Inventory, Part, read_headers, take_inventory
 from converter.models.names import WeightsName, is_other_runtime, parse_name
 from converter.models.sets import ListedSet

@@ -15,13 +15,13 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, SystemRefused, WconvError
-from converter.formats.training import find_dcp
+from converter.formats import is_of_many
 from converter.models.component import Component, WeightSet
 from converter.models.configs import NO_OBJECT, look_into
 from converter.models.headers import Header, read_all
 from converter.models.hub_cache import snapshot_of
 from converter.models.names import WeightsName, is_training_state, parse_name
-from converter.models.sets import ListedSet, group, is_weight_file, read_indexed, sets_to_read
+from converter.models.sets import ListedSet, group, group_whole, is_weight_file, read_indexed, sets_to_read
 from converter.storage import Place, place_of
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
@@ -250,11 +250,13 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
         return Part(component, entry, is_named, error=refused)
     shown = [name for name in seen if not name.startswith(".")]
     known = {name: one for name in seen if (one := parse_name(name)) and (one.name.is_standard or not only_standard)}
-    parsed = {name: one for name, one in known.items() if seen[name][0] == "weights"}
+    whole, unread = group_whole(folder, () if only_standard else seen)
+    taken = {name for one in whole for name in one.all_names}
+    parsed = {name: one for name, one in known.items() if seen[name][0] == "weights" and name not in taken}
     sets, strays = group(folder, parsed)
+    sets = (*sets, *whole)
     own = [name for name, one in parsed.items() if one.role != "index"]
     broken = {name: error for name in shown if name in known and (error := seen[name][1]) and name not in parsed}
-    piece = find_dcp(folder) if not only_standard and any(name.endswith(".distcp") for name in seen) else None
     return Part(
         replace(component, weight_sets=sets_to_read(sets)),
         entry,
@@ -262,7 +264,7 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
         files=tuple(name for name in shown if seen[name][0] in ("weights", "file")),
         others=tuple(name for name in shown if seen[name][0] in ("broken", "other")),
         weights=tuple(dict.fromkeys((*own, *(name for one in sets for name in one.file_names)))),
-        broken=broken | ({".metadata": piece} if piece else {}),
+        broken={**broken, **unread},
         sets=sets,
         strays=strays,
         partial=tuple(name for name in shown if _PARTIAL.fullmatch(name)),
@@ -307,8 +309,8 @@ def find_weight_set(path: Place | Path | str) -> WeightSet:
         if listed.index_error:
             raise listed.index_error
         return sets_to_read([listed])[0]
-    if parsed and parsed.role == "shard":
-        sets = [one for one in find_weight_sets(place.parent) if place.name in one.file_names]
+    if (parsed and parsed.role == "shard") or is_of_many(place.name):
+        sets = [one for one in find_weight_sets(place.parent) if place.name in one.all_names]
         if len(sets) > 1:
             raise BadRequest(place, "is a shard of several sets", "Name the index of the one you mean.")
         if sets:

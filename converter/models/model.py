@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converter.errors import BadFile
-from converter.formats.training import refuse_folder
+from converter.formats import refuse_folder
 from converter.models.component import Component
 from converter.models.inventory import Inventory, Kind, find_weight_sets, subfolders, take_inventory
 from converter.storage import Place

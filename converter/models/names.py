@@ -117,9 +117,13 @@ class WeightsName:
         return tuple(self.shard(number, count) for number in range(1, count + 1))
 
     def in_format(self, form: Format | None) -> WeightsName:
-        """Name the same weights in a format: ``pytorch_model.bin`` becomes ``model.safetensors`` and back."""
-        if form is None or form == self.format:
+        """Name the same weights in a format: ``pytorch_model.bin`` becomes ``model.safetensors`` and back.
+
+        None stands for their own, where that is written, and else for safetensors.
+        """
+        if self.ext in WEIGHT_EXTENSIONS and form in (None, self.format):
             return self
+        form = form or "safetensors"
         stems = {stems[self.format]: stems[form] for stems in STEMS.values()}
         ext = "safetensors" if form == "safetensors" else "bin"
         return replace(self, stem=stems.get(self.stem, self.stem), ext=ext)

@@ -20,7 +20,8 @@ _PACKED = _F8 | {"I8", "U8", "I16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2"}
 class Scheme(NamedTuple):
     """A way to quantize: ``weight`` ends the names of its weights, ``companions`` what stands in its place beside them.
 
-    A weight of one of ``dtypes`` that has one of the companions is in this scheme. ``reader`` loads it.
+    A weight of one of ``dtypes`` that has one of the companions is in this scheme. ``reader`` loads it;
+    ``is_dequantized`` where 'wconv dequantize' does too.
     """
 
     label: str
@@ -28,9 +29,12 @@ class Scheme(NamedTuple):
     dtypes: frozenset[str]
     companions: tuple[str, ...]
     reader: str
+    is_dequantized: bool = False
 
 
-LLM_INT8 = Scheme("LLM.int8 of bitsandbytes", ".weight", frozenset({"I8"}), (".SCB",), "bitsandbytes")
+LLM_INT8 = Scheme(
+    "LLM.int8 of bitsandbytes", ".weight", frozenset({"I8"}), (".SCB",), "bitsandbytes", is_dequantized=True
+)
 _BNB_4BIT = Scheme("4 bits of bitsandbytes", ".weight", frozenset(), (), "transformers or Diffusers with bitsandbytes")
 _MARKED = Scheme("float8 with scales of ComfyUI", "", _F8, (), "ComfyUI")
 # Beside ``m.weight``, in whatever dtype the 4-bit numbers are stored (``as_dict`` in ``bitsandbytes/functional.py``).
@@ -39,7 +43,7 @@ _BNB_STATE = ".quant_state.bitsandbytes__"
 _MARK = "scaled_fp8"
 
 # The first row that fits speaks; the last ones are for what nobody has told of.
-_TABLE = (
+TABLE = (
     LLM_INT8,
     Scheme("the form of ComfyUI that comfy_quant describes", ".weight", _PACKED, (".comfy_quant",), "ComfyUI"),
     Scheme("float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), "ComfyUI"),
@@ -71,7 +75,7 @@ class Quantized(NamedTuple):
     @property
     def advice(self) -> str:
         """Say what makes plain numbers of it."""
-        if self.scheme is LLM_INT8:
+        if self.scheme.is_dequantized:
             return "'wconv dequantize' writes it in fp16, bf16 or fp32."
         ways = f"take the model it was made from, or load it with {self.scheme.reader}."
         return f"wconv copies such weights as they are, and does not dequantize them yet: {ways}"
@@ -98,7 +102,7 @@ def _look_at(name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | N
         return Quantized(_BNB_4BIT, weight, name) if weight in dtypes else None
     if dtype.tag not in _PACKED:
         return None
-    for scheme in _TABLE:
+    for scheme in TABLE:
         if dtype.tag in scheme.dtypes and name.endswith(scheme.weight):
             base = name.removesuffix(scheme.weight)
             companion = next((base + end for end in scheme.companions if _scales(base + end, dtype, dtypes)), None)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from converter.errors import SystemRefused, WconvError
-from converter.formats import could_be_weights
+from converter.formats import FOLDERS, could_be_weights, find_format
 from converter.models.component import WeightSet
 from converter.models.index import WeightIndex, read_index
-from converter.models.names import ParsedName, WeightsName, is_other_runtime, is_training_state, parse_name
+from converter.models.names import STEMS, ParsedName, WeightsName, is_other_runtime, is_training_state, parse_name
 from converter.storage import Place
 
 
@@ -58,7 +58,7 @@ class ListedSet(WeightSet):
     @property
     def without_index(self) -> WeightSet:
         """The set to be opened by its files alone, whatever an index says."""
-        return WeightSet(self.folder, self.name, self.file_names)
+        return WeightSet(self.folder, self.name, self.file_names, pieces=self.pieces)
 
 
 def is_weight_file(place: Place) -> bool:
@@ -82,7 +82,7 @@ def sets_to_read(listed: Collection[ListedSet]) -> tuple[WeightSet, ...]:
         parsed = parse_name(one.index_name) if one.index_name else one
         if one.index_name or (names and not (one.is_sharded and one.name in indexed)):
             is_legacy = parsed is not None and parsed.is_legacy
-            sets.append(WeightSet(one.folder, one.name, names, one.index_name, is_legacy))
+            sets.append(WeightSet(one.folder, one.name, names, one.index_name, is_legacy, pieces=one.pieces))
     return tuple(sorted(sets, key=lambda one: one.path.name))
 
 
@@ -102,6 +102,19 @@ def group(folder: Place, parsed: Mapping[str, ParsedName]) -> tuple[tuple[Listed
     strays = tuple(one for one in groups if one.name in whole)
     sets = _join(sets, [one for one in groups if one.name not in whole])
     return tuple(sorted(sets, key=lambda one: one.label)), strays
+
+
+def group_whole(folder: Place, names: Iterable[str]) -> tuple[tuple[ListedSet, ...], dict[str, WconvError]]:
+    """Give the set that the files of a folder, by its names, make together, or what keeps it from being read."""
+    known = find_format(folder, names)
+    if not known:
+        return (), {}
+    form, pieces = known
+    row = FOLDERS[form]
+    refusal = row.refusal(folder)
+    if refusal:
+        return (), {row.head: refusal}
+    return (ListedSet(folder, WeightsName(STEMS["transformers"]["torch"], None, form), (row.head,), pieces=pieces),), {}
 
 
 def _join(sets: list[ListedSet], groups: list[ListedSet]) -> list[ListedSet]:

@@ -47,7 +47,7 @@ def refuse_links(plan: Plan) -> None:
     names = {name.casefold(): name for name in plan.names}
     for name in plan.replaced:
         twin = names.get(name.casefold(), name)
-        if twin != name and (found := (folder / twin).info()) and found == (folder / name).info():
+        if twin != name and (folder / twin).is_taken() and folder / twin not in (folder / twin).parent.entries():
             advice = "Take a tag in between that differs in more than capitals."
             raise OutputRefused(folder / twin, f"is the same name as {name} on this disk", advice)
     for name in () if plan.target.is_new else plan.names:

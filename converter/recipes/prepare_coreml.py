@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converter.errors import BadRequest
+from converter.errors import BadRequest, Unsupported
 from converter.libraries import coreml
 from converter.libraries.coreml import COREML_VARIANT, Lack
 from converter.models.checkpoint import Checkpoint, open_checkpoint
@@ -21,13 +21,14 @@ from converter.models.faults import ADVICE, find_lost, look
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import Inventory
 from converter.models.model import Model
+from converter.models.schemes import quantized_in
 from converter.models.select import select_sets
 from converter.plan.types import Plan, Rest
 from converter.recipes.request import Request
 from converter.recipes.steps import make_ready, open_job, plan_job
 from converter.storage import Place
 from converter.transforms.names import rename_tensors
-from converter.transforms.stable_diffusion import open_single_file
+from converter.transforms.stable_diffusion.pipeline import open_single_file
 
 
 def find_lacks(source: Place, inventory: Inventory | None = None) -> Iterator[Lack]:
@@ -99,7 +100,10 @@ def plan_coreml(request: Request, keep_default: bool = False, ema: bool = False,
 def _plan_single_file(request: Request, untagged: Request | None, ema: bool, config: Place | None) -> Plan:
     if config is not None:
         _refuse(config, coreml.find_lacks(config, _model_index(config)))
-    opened = open_single_file(request.source, config, ema, request.publishing.follow_links)
+    checkpoint = open_checkpoint(request.source)
+    for one in quantized_in(checkpoint):
+        raise Unsupported(request.source, f"is quantized ({one}), which Core ML does not take", one.advice)
+    opened = open_single_file(checkpoint, config, ema, request.publishing.follow_links)
     job = open_job(request, opened.model)
     parts = [_longer(component, checkpoint) for component, checkpoint in opened.checkpoints]
     orders = make_ready(job, parts) + (make_ready(job, parts, untagged) if untagged else [])

@@ -21,7 +21,7 @@ from converter.models.growth import refuse_growth
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model
-from converter.models.schemes import LLM_INT8, quantized_in
+from converter.models.schemes import Scheme, quantized_in
 from converter.models.select import Selection, select_sets
 from converter.plan.types import Order, Plan, QuantizedPart, Rest
 from converter.recipes.request import Request
@@ -29,10 +29,10 @@ from converter.recipes.steps import Job, make_ready, open_job, plan_job, refuse_
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.storage import Place
 from converter.tensors.base import Tensor
+from converter.transforms.quantize import DEQUANTIZERS
 from converter.transforms.quantize.bnb_int8 import (
     check_scales,
     cut_rows,
-    dequantized,
     find_scales,
     quantization_config,
     quantized,
@@ -114,10 +114,10 @@ def plan_dequantized(request: Request) -> Plan:
     ready = []
     for component, weight_set in selected:
         checkpoint = open_checkpoint(weight_set)
-        _refuse_others(checkpoint, component.name in said)
         transposed = find_linears(component, checkpoint.tensors).transposed
-        plain = dequantized(checkpoint, casting.dtype, transposed, casting.on_overflow)
-        ready.append((_unquantized(component), plain))
+        for scheme in _schemes_of(checkpoint, component.name in said):
+            checkpoint = DEQUANTIZERS[scheme](checkpoint, casting.dtype, transposed, casting.on_overflow)
+        ready.append((_unquantized(component), checkpoint))
     return plan_job(job, selected, make_ready(job, ready))
 
 
@@ -248,17 +248,23 @@ def _is_full(dtype: DType) -> bool:
     return dtype.tag in RECAST_SOURCES and dtype.bits >= 16
 
 
-def _refuse_others(checkpoint: Checkpoint, is_said: bool) -> None:
-    """Raise Unsupported for all but LLM.int8; ``is_said`` where the config says that the weights are quantized."""
+def _schemes_of(checkpoint: Checkpoint, is_said: bool) -> set[Scheme]:
+    """Give the schemes of quantized weights; ``is_said`` where the config says that there are any.
+
+    Raises Unsupported for those that nothing here reads, and where there are none.
+    """
     path = checkpoint.weight_set.path
-    for one in quantized_in(checkpoint):
-        if one.scheme is not LLM_INT8:
+    found = quantized_in(checkpoint)
+    for one in found:
+        if one.scheme not in DEQUANTIZERS:
             raise Unsupported(path, f"is quantized in another form than LLM.int8 ({one})", one.advice)
-    if not scales_in(checkpoint):
+    if not found:
+        scales_in(checkpoint)
         advice = "'wconv recast' casts weights that are not quantized."
         if is_said:
             advice = "Its config.json says that it is quantized: load it with the library that this names."
         raise Unsupported(path, "holds no 8-bit weights of bitsandbytes", advice)
+    return {one.scheme for one in found}
 
 
 def _unquantized(component: Component) -> Component:

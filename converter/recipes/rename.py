@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from converter.errors import BadFile, BadRequest, OutputRefused
+from converter.errors import BadFile, BadRequest, OutputRefused, Unsupported
 from converter.libraries import note_tag
 from converter.models.component import Component, WeightSet
 from converter.models.hub_cache import refuse_cache
@@ -52,6 +52,8 @@ def plan_rename(request: Request) -> Plan:
 
 
 def _plan_set(component: Component, weight_set: WeightSet, name: WeightsName) -> PlannedSet | None:
+    if weight_set.pieces:
+        raise Unsupported(weight_set.path, "is of a format whose files have no variants", "'wconv recast' makes one.")
     new_names = name.files(len(weight_set.file_names))
     renamed = dict(zip(weight_set.file_names, new_names, strict=True))
     index_name = name.index if len(new_names) > 1 else None

@@ -22,7 +22,7 @@ from support.tiny import make_state, names_in, save, save_bin_shards, save_pipel
 import converter
 import converter.cli.convert
 from converter.cli import COMMANDS, cli
-from converter.cli.convert import RunOptions, take_request, take_run
+from converter.cli.convert import Options, RunOptions, take_request, take_run
 from converter.errors import BadFile, BadRequest, LossyCast, OutputRefused, SystemRefused, Unsupported
 
 STATE = make_state()
@@ -98,18 +98,21 @@ def test_wrong_usage(args: tuple[str, ...], wconv: Callable[..., Any]) -> None:
     assert outcome.stderr.startswith("Usage: wconv")
 
 
-def test_an_option_that_nothing_takes_is_an_error():
+def test_an_option_that_nothing_takes_is_an_error() -> None:
     with pytest.raises(TypeError, match="'varient'"):
         take_request(Path(), {"tied": None, "varient": "fp16"})
+    options: Options = {"quiet": True, "worker": 1}
     with pytest.raises(TypeError, match="'worker'"):
-        RunOptions(quiet=True, worker=1)
+        RunOptions(**options)
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "doctor"])  # that is no conversion
-def test_every_option_is_taken(name):
-    command = cli.get_command(None, name)
+def test_every_option_is_taken(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command
+    assert command.callback
     explicit = set(inspect.signature(command.callback).parameters)
-    options = {param.name: None for param in command.params if param.name not in explicit | {"scheme"}}
+    options: Options = {str(param.name): None for param in command.params if param.name not in explicit | {"scheme"}}
     take_run(options)
     options |= dict.fromkeys(options.keys() & {"components", "keep_fp32"}, ())
     options |= {"on_overflow": "error"}
@@ -133,6 +136,7 @@ def test_every_option_is_taken(name):
         (MemoryError(), 7),
         (RuntimeError("can't start new thread"), 7),
         (ImportError("lib.so: failed to map segment from shared object"), 7),
+        (ImportError("Original error was: lib.so: out of memory: Cannot allocate memory"), 7),
         (KeyboardInterrupt(), 130),
     ],
 )

@@ -61,6 +61,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from support.tiny import write_json
+
 StateDict = dict[str, torch.Tensor]
 MODEL_CLASSES = (ModelMixin, PreTrainedModel)
 Model = Any  # one of these, or a pipeline of them
@@ -513,11 +515,6 @@ def save_sd_bin_sharded_today(folder: Path) -> Path:
     (folder / "unet" / "diffusion_pytorch_model.bin").unlink()
     save_model_bin(pipeline.unet, folder / "unet", SHARDS)
     return folder
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON as the libraries do."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,3 +140,25 @@ def averaged(state: StateDict) -> StateDict:
         for name, tensor in state.items()
         if name.startswith("model.diffusion_model.")
     }
+
+
+def meta_states(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give the state dicts of a shipped pipeline, full size, without their values."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    states, configs = {}, {}
+    for path in sorted(folder.glob("*/config.json")):
+        name = path.parent.name
+        with torch.device("meta"):
+            if name.startswith("text"):
+                kind = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
+                model = kind(CLIPTextConfig.from_pretrained(path.parent))
+            else:
+                kind = UNet2DConditionModel if name == "unet" else AutoencoderKL
+                model = kind.from_config(kind.load_config(path.parent))
+        state = model.state_dict()
+        prefix = "text_model." if name == "text_encoder" else ""
+        states[name] = {prefix + key: tensor for key, tensor in state.items()}
+        configs[name] = model.config
+    return states, configs

@@ -2,7 +2,7 @@
 
 It walks the opcodes of protocols 0 to 5 (``Lib/pickletools.py`` of CPython describes each) over plain values. What a
 global or a persistent id means is for the caller to say; the only functions applied are the caller's own. An object of
-any other class becomes an inert one; a call of anything else is a refusal.
+a class that the caller keeps becomes data, one of any other an inert one; a call of anything else is a refusal.
 
 All pickles of a file draw on one budget of steps: each opcode takes one, and what copies or keeps more than a few dozen
 bytes takes more, in that measure. So what a step takes at most, times the steps, is what a file takes at most.
@@ -64,6 +64,27 @@ class Inert(dict[Any, Any]):
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A class whose objects a pickle may make, and the caller wants: as data."""
+
+    name: str
+
+
+class KeptObject:
+    """An object of a class that is kept: what it was made of, and its state.
+
+    It is the same as itself alone: of keys that are compared a file could choose such as all hash alike.
+    """
+
+    __slots__ = ("arguments", "name", "state")
+
+    def __init__(self, name: str, arguments: Any) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.state: Any = None
 
 
 class Pickled(NamedTuple):
@@ -406,7 +427,8 @@ class _Machine:
             # No tensor has a key that is neither text nor a number. Of large numbers, or of tuples, a file could choose
             # such as all hash alike, and make the dict quadratic.
             kind = type(key)
-            if not (kind is str or kind in (bytes, bool, type(None)) or (kind is int and abs(key) < 1 << 53)):
+            is_plain = kind is str or kind in (bytes, bool, type(None), KeptObject)
+            if not (is_plain or (kind is int and abs(key) < 1 << 53)):
                 self.charge(_OBJECT_STEPS)
                 key = Inert(type(key).__name__)
             target[key] = value
@@ -462,7 +484,7 @@ class _Machine:
             raise TypeError("arguments that are no tuple")
         if type(target) is Global:
             if str(target) in RECONSTRUCTORS:
-                return self.make(arguments[0])
+                return self.make(arguments[0], arguments[1:])
             if str(target) in HARMLESS:
                 return self.make(target)
             if target.name == "getattr" and len(arguments) == 2 and _is_inner_class(*arguments):
@@ -475,8 +497,11 @@ class _Machine:
             self.charge(count)
         return target.rebuild(arguments, self.where)
 
-    def make(self, of: Any) -> Inert:
+    def make(self, of: Any, arguments: Any = ()) -> Inert | KeptObject:
         """Make what stands for a new object, which Python makes without a call of anything in the class's module."""
+        if type(of) is Kept:
+            self.charge(_OBJECT_STEPS)
+            return KeptObject(of.name, arguments)
         if type(of) is not Global or (of.module.partition(".")[0] in SYSTEM and str(of) not in HARMLESS):
             return self.leave_out(of, "makes an object of")
         self.charge(_OBJECT_STEPS)
@@ -497,8 +522,8 @@ class _Machine:
         return Inert(name)
 
     def new_object(self) -> None:
-        self.stack.pop()
-        self.stack[-1] = self.make(self.stack[-1])
+        arguments = self.stack.pop()
+        self.stack[-1] = self.make(self.stack[-1], arguments)
 
     def new_object_ex(self) -> None:
         self.stack.pop()
@@ -518,7 +543,9 @@ class _Machine:
         # needs them.
         state = self.stack.pop()
         target = self.stack[-1]
-        if not isinstance(target, Inert) and (type(target) is not dict or type(state) is not dict):
+        if type(target) is KeptObject:
+            target.state = state
+        elif not isinstance(target, Inert) and (type(target) is not dict or type(state) is not dict):
             self.leave_out(target, "sets the state of")
 
     def skip(self, nbytes: int) -> None:

@@ -1,0 +1,73 @@
+"""How large the parts of a pipeline are, as their configs say, and whether the tensors of a single file are that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from converter.errors import BadRequest
+from converter.storage import Place
+from converter.transforms.stable_diffusion.tables import Config
+
+Shapes = Mapping[str, tuple[Any, ...]]
+"""The first axes of tensors by their names; a config may say anything of them."""
+
+_MAX_COUNT = 64  # of layers, of blocks: real ones have up to 32, and a table has rows for each layer of each block
+_CONFIG_TYPES = {
+    "layers_per_block": int,
+    "num_hidden_layers": int,
+    "block_out_channels": list,
+    "up_block_types": list,
+    "architectures": list,
+}
+
+
+def check_config(path: Place, config: Config) -> None:
+    """Raise BadRequest for a config whose numbers of layers or blocks cannot be."""
+    for key, kind in _CONFIG_TYPES.items():
+        if key in config and not (type(config[key]) is kind and 0 < _count(config[key]) <= _MAX_COUNT):
+            raise BadRequest(path, f"has a {key} that this cannot be: {config[key]!r}", "Give the right --config.")
+
+
+def _count(value: Any) -> int:
+    return len(value) if isinstance(value, list) else int(value)
+
+
+def check_shapes(source: Place, what: str, expected: Shapes, shapes: Shapes) -> None:
+    """Raise BadRequest where a part is not of the size that is expected; ``what`` names the config that says so."""
+    for name, shape in expected.items():
+        if shapes.get(name, ())[:2] != shape:
+            size = "x".join(map(str, shapes[name])) if name in shapes else "not there"
+            problem = f"does not fit {what}: {name} is {size}, and should begin with {'x'.join(map(str, shape))}"
+            raise BadRequest(source, problem, "Give a --config folder that it fits.")
+
+
+def unet_shapes(config: Config, shapes: Shapes) -> Shapes:
+    """Give the shapes of a UNet's ends, of each block, and of what reads the text."""
+    widths = config.get("block_out_channels", (0,))
+    keys = [name for name in shapes if name.endswith("attn2.to_k.weight")]
+    return {
+        "conv_in.weight": (widths[0], config.get("in_channels")),
+        "conv_out.weight": (config.get("out_channels"), widths[0]),
+        **{name: (*shapes[name][:1], config.get("cross_attention_dim")) for name in keys},
+        **{f"down_blocks.{at}.resnets.0.conv2.weight": (width, width) for at, width in enumerate(widths)},
+    }
+
+
+def vae_shapes(config: Config, shapes: Shapes) -> Shapes:
+    """Give the shapes of a VAE's ends and of each block."""
+    widths = config.get("block_out_channels", (0,))
+    return {
+        "encoder.conv_in.weight": (widths[0], 3),
+        "decoder.conv_out.weight": (3, widths[0]),
+        **{f"encoder.down_blocks.{at}.resnets.0.conv2.weight": (width, width) for at, width in enumerate(widths)},
+    }
+
+
+def encoder_shapes(config: Config, shapes: Shapes) -> Shapes:
+    """Give the shapes of a text encoder's vocabulary and of its last layer."""
+    width, last = config.get("hidden_size"), config.get("num_hidden_layers", 1) - 1
+    return {
+        "embeddings.token_embedding.weight": (config.get("vocab_size"), width),
+        f"encoder.layers.{last}.mlp.fc1.weight": (config.get("intermediate_size"), width),
+    }

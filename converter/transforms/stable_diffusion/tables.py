@@ -1,0 +1,143 @@
+"""What each tensor of Stable Diffusion is called by its trainer, and what by Diffusers and transformers.
+
+Left is a name in a single file without its part's prefix, right the one that ``from_single_file`` gives it
+(``diffusers/loaders/single_file_utils.py``). What depends on a model's size is asked of its config, and rows are made
+with it: the trainer numbers all blocks of a UNet in a row, and those of a decoder from its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from converter.transforms.layouts import WeightConverter, chunk, renamings, squeeze, transpose
+
+Config = Mapping[str, Any]
+_Names = Mapping[str, str]
+
+_UNET = {
+    "time_embed.0.*": "time_embedding.linear_1.*",
+    "time_embed.2.*": "time_embedding.linear_2.*",
+    "label_emb.0.0.*": "add_embedding.linear_1.*",
+    "label_emb.0.2.*": "add_embedding.linear_2.*",
+    "input_blocks.0.0.*": "conv_in.*",
+    "out.0.*": "conv_norm_out.*",
+    "out.2.*": "conv_out.*",
+}
+_RESNET = {
+    "in_layers.0.*": "norm1.*",
+    "in_layers.2.*": "conv1.*",
+    "emb_layers.1.*": "time_emb_proj.*",
+    "out_layers.0.*": "norm2.*",
+    "out_layers.3.*": "conv2.*",
+    "skip_connection.*": "conv_shortcut.*",
+}
+_TRANSFORMER = (
+    *(f"attn{which}.{layer}.*" for which in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+    *("ff.net.0.proj.*", "ff.net.2.*", "norm1.*", "norm2.*", "norm3.*"),
+)
+_ATTENTION = {
+    name: name
+    for name in ("norm.*", "proj_in.*", "proj_out.*", *(f"transformer_blocks.{{}}.{n}" for n in _TRANSFORMER))
+}
+_UP_BLOCKS = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)  # what Diffusers takes where a config has none
+
+_CODER = {"conv_in.*": "conv_in.*", "norm_out.*": "conv_norm_out.*", "conv_out.*": "conv_out.*"}
+_CODER_RESNET = {
+    **{name: name for name in ("norm1.*", "conv1.*", "norm2.*", "conv2.*")},
+    "nin_shortcut.*": "conv_shortcut.*",
+}
+_CODER_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+_CLIP_LAYER = (
+    *("layer_norm1.*", "layer_norm2.*", "mlp.fc1.*", "mlp.fc2.*"),
+    *(f"self_attn.{which}_proj.*" for which in ("q", "k", "v", "out")),
+)
+_CLIP = (
+    *("embeddings.token_embedding.*", "embeddings.position_embedding.*", "final_layer_norm.*"),
+    *(f"encoder.layers.{{}}.{name}" for name in _CLIP_LAYER),
+)
+_OPEN_CLIP = {
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding.*": "text_model.embeddings.token_embedding.*",
+    "ln_final.*": "text_model.final_layer_norm.*",
+}
+_OPEN_CLIP_LAYER = {
+    "ln_1.*": "layer_norm1.*",
+    "ln_2.*": "layer_norm2.*",
+    "mlp.c_fc.*": "mlp.fc1.*",
+    "mlp.c_proj.*": "mlp.fc2.*",
+    "attn.out_proj.*": "self_attn.out_proj.*",
+}
+
+
+def unet_rows(config: Config) -> list[WeightConverter]:
+    """Give the rows of a UNet, ``UNet2DConditionModel``."""
+    rows = renamings(_UNET)
+    for source, target, names in _unet_blocks(config):
+        rows += _within(source, target, names)
+    return rows
+
+
+def _unet_blocks(config: Config) -> Iterator[tuple[str, str, _Names]]:
+    """Give each module of many tensors: its name here and there, and the table of what is in it."""
+    yield "middle_block.0", "mid_block.resnets.0", _RESNET
+    yield "middle_block.1", "mid_block.attentions.0", _ATTENTION
+    yield "middle_block.2", "mid_block.resnets.1", _RESNET
+    layers = config.get("layers_per_block", 2)
+    for block, kind in enumerate(config.get("up_block_types", _UP_BLOCKS)):
+        down, up, first = f"down_blocks.{block}", f"up_blocks.{block}", block * (layers + 1)
+        for layer in range(layers + 1):
+            yield f"output_blocks.{first + layer}.0", f"{up}.resnets.{layer}", _RESNET
+            yield f"output_blocks.{first + layer}.1", f"{up}.attentions.{layer}", _ATTENTION
+        for layer in range(layers):
+            yield f"input_blocks.{first + layer + 1}.0", f"{down}.resnets.{layer}", _RESNET
+            yield f"input_blocks.{first + layer + 1}.1", f"{down}.attentions.{layer}", _ATTENTION
+        yield f"input_blocks.{first + layers + 1}.0", f"{down}.downsamplers.0", {"op.*": "conv.*"}
+        after = 2 if "CrossAttn" in str(kind) else 1
+        yield f"output_blocks.{first + layers}.{after}", f"{up}.upsamplers.0", {"conv.*": "conv.*"}
+
+
+def _within(source: str, target: str, names: _Names) -> list[WeightConverter]:
+    return renamings({f"{source}.{here}": f"{target}.{there}" for here, there in names.items()})
+
+
+def vae_rows(config: Config) -> list[WeightConverter]:
+    """Give the rows of a VAE, ``AutoencoderKL``."""
+    rows = renamings({name: name for name in ("quant_conv.*", "post_quant_conv.*")})
+    for side in ("encoder", "decoder"):
+        middle, attention = f"{side}.mid_block", f"{side}.mid_block.attentions.0"
+        rows += _within(side, side, _CODER)
+        rows += _within(f"{side}.mid.block_1", f"{middle}.resnets.0", _CODER_RESNET)
+        rows += _within(f"{side}.mid.block_2", f"{middle}.resnets.1", _CODER_RESNET)
+        rows += _within(f"{side}.mid.attn_1", attention, {"norm.*": "group_norm.*"})
+        for here, there in _CODER_ATTENTION.items():
+            rows += _within(f"{side}.mid.attn_1", attention, {f"{here}.bias": f"{there}.bias"})
+            rows.append(WeightConverter(f"{side}.mid.attn_1.{here}.weight", (f"{attention}.{there}.weight",), squeeze))
+    rows += _within("encoder.down.{}.block.{}", "encoder.down_blocks.{}.resnets.{}", _CODER_RESNET)
+    rows += renamings({"encoder.down.{}.downsample.conv.*": "encoder.down_blocks.{}.downsamplers.0.conv.*"})
+    blocks = len(config.get("up_block_types", ()))
+    for block in range(blocks):
+        here, there = f"decoder.up.{blocks - 1 - block}", f"decoder.up_blocks.{block}"
+        rows += _within(f"{here}.block.{{}}", f"{there}.resnets.{{}}", _CODER_RESNET)
+        rows += renamings({f"{here}.upsample.conv.*": f"{there}.upsamplers.0.conv.*"})
+    return rows
+
+
+def clip_rows(config: Config) -> list[WeightConverter]:
+    """Give the rows of OpenAI's CLIP in the classes of transformers, which have its names with a prefix or without."""
+    return renamings({prefix + name: prefix + name for prefix in ("", "text_model.") for name in _CLIP})
+
+
+def open_clip_rows(config: Config) -> list[WeightConverter]:
+    """Give the rows of OpenCLIP, for the layers that its config has: Stable Diffusion 2 does not read the last."""
+    rows = renamings(_OPEN_CLIP)
+    if "CLIPTextModelWithProjection" in config.get("architectures", ()):
+        rows.append(WeightConverter("text_projection", ("text_projection.weight",), transpose))
+    for layer in range(config.get("num_hidden_layers", 0)):
+        here, there = f"transformer.resblocks.{layer}", f"text_model.encoder.layers.{layer}"
+        rows += _within(here, there, _OPEN_CLIP_LAYER)
+        for leaf in ("weight", "bias"):
+            targets = tuple(f"{there}.self_attn.{which}_proj.{leaf}" for which in ("q", "k", "v"))
+            rows.append(WeightConverter(f"{here}.attn.in_proj_{leaf}", targets, chunk))
+    return rows
