@@ -7,7 +7,6 @@ and is an error here, not lost. ``RunOptions(**options)`` refuses the rest in th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare
 from converter.run.execute import Result, default_workers, peak_buffer_nbytes, run_plan
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES
-from converter.storage import place_of
+from converter.storage import Place
 from converter.transforms.dtype import Casting
 
 Options = dict[str, Any]
@@ -70,7 +69,7 @@ def take_run(options: Options) -> RunOptions:
 
 
 def take_request(
-    source: Path,
+    source: Place,
     options: Options,
     *,
     every_variant: bool = True,
@@ -78,11 +77,10 @@ def take_request(
     tag_dtype: bool = False,
 ) -> Request:
     """Take out what is asked of a conversion, with what the command fixes. Raises TypeError for what nobody takes."""
-    output = options.pop("output", None)
     force = _take(options, "force")  # of a cast, and of what is written
     request = Request(
-        place_of(source),
-        None if output is None else place_of(output),
+        source,
+        options.pop("output", None),
         Selection(every_variant=every_variant, **_take(options, *_SELECTION)),
         Casting(**force, **_take(options, *_CASTING)),
         Writing(format=format, tag_dtype=tag_dtype, **force, **_take(options, *_WRITING)),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from converter.cli.options import FULL_TARGETS, DTypeName, PlaceType, some_conversion_options, source_arg
+
+if TYPE_CHECKING:
+    from converter.storage import Place
 
 
 @click.command("dequantize")
@@ -25,7 +27,7 @@ from converter.cli.options import FULL_TARGETS, DTypeName, PlaceType, some_conve
     "verify",
     "dry-run",
 )
-def command(source: Path, **options: Any) -> None:
+def command(source: Place, **options: Any) -> None:
     """Write the 8-bit modules of SRC (LLM.int8 of bitsandbytes) as numbers again, and the rest in the same dtype.
 
     What the rounding to 8 bits took off stays lost; the folder loads without bitsandbytes, anywhere.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from converter.models.checkpoint import Checkpoint
     from converter.models.component import Component, WeightSet
     from converter.models.model import Model
+    from converter.storage import Place
 
 _KINDS = {
     "file": "a weight set",
@@ -45,7 +45,7 @@ _REST = {
 @source_arg
 @click.option("--tensors", "with_tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def command(source: Path, with_tensors: bool, as_json: bool) -> int:
+def command(source: Place, with_tensors: bool, as_json: bool) -> int:
     """Show which weights SRC holds, by component and variant, and what else is there. Reads headers only.
 
     What cannot be read is shown with what is wrong; the exit code is then that of the worst.

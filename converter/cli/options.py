@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -58,13 +57,16 @@ class DTypeName(click.ParamType[DType]):
 class PlaceType(click.Path):
     """A file or folder; the empty text that a variable holds if it is unset is none, and least the current folder."""
 
-    def __init__(self, **how: Any) -> None:
-        super().__init__(path_type=Path, **how)
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("An empty text is no path; the current folder is '.'.", param, ctx)
-        return super().convert(value, param, ctx)
+        from converter.storage import place_of
+        from converter.storage.local import is_local
+
+        place = place_of(value)
+        if is_local(place):
+            super().convert(str(place), param, ctx)  # which refuses what is not there, if it must be
+        return place
 
 
 FULL_TARGETS = ("fp32", "bf16", "fp16")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +13,7 @@ from converter.cli.terminal import echo, show_bytes
 if TYPE_CHECKING:
     from converter.dtypes import OnOverflow
     from converter.plan.types import Plan
+    from converter.storage import Place
 
 # Of the fp16 weights: the packages, and what is compiled from them.
 _DISK_SHARE = 2
@@ -48,7 +48,7 @@ _MEMORY_SHARE = 4
 @run_options
 @output_options
 def command(
-    source: Path, output: Path, ema: bool, config: Path | None, keep_default: bool, on_overflow: OnOverflow,
+    source: Place, output: Place, ema: bool, config: Place | None, keep_default: bool, on_overflow: OnOverflow,
     overwrite: bool, follow_links: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Make a Stable Diffusion pipeline ready for Core ML: in fp16, tagged, one file a part, in a new folder.
@@ -67,13 +67,11 @@ def command(
     from converter.cli.convert import RunOptions, run_prepared
     from converter.recipes.prepare_coreml import plan_coreml, request_coreml
     from converter.recipes.request import prepare
-    from converter.storage import place_of
 
     run = RunOptions(**options)
     request = request_coreml(source, output, on_overflow=on_overflow, overwrite=overwrite, follow_links=follow_links)
-    place = place_of(config) if config else None
-    make = partial(plan_coreml, keep_default=keep_default, ema=ema, config=place)
-    prepared = prepare(request, make, ("coreml", keep_default, ema, place), recovering=not run.dry_run)
+    make = partial(plan_coreml, keep_default=keep_default, ema=ema, config=config)
+    prepared = prepare(request, make, ("coreml", keep_default, ema, config), recovering=not run.dry_run)
     run_prepared(prepared, run)
     plan = prepared.plan
     if plan is not None and plan.sets and run.is_told:

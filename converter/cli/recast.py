@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from converter.cli.options import conversion_options, source_arg
 
+if TYPE_CHECKING:
+    from converter.storage import Place
+
 
 @click.command("recast")
 @source_arg
 @conversion_options
-def command(source: Path, **options: Any) -> None:
+def command(source: Place, **options: Any) -> None:
     """Write the floating tensors of SRC in another dtype, as a variant beside it or into a new folder.
 
     Beside the source, and in a new folder for Diffusers, the files are tagged with the dtype's name, so that loaders

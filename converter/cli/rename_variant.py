@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from converter.cli.options import output_options, source_arg
+
+if TYPE_CHECKING:
+    from converter.storage import Place
 
 
 @click.command("rename-variant")
@@ -17,7 +19,7 @@ from converter.cli.options import output_options, source_arg
 @click.option("--component", "components", multiple=True, metavar="NAME", help="Rename only in this component.")
 @click.option("--dry-run", is_flag=True, help="Print what would be renamed, and rename nothing.")
 @output_options
-def command(source: Path, before: str, after: str, components: tuple[str, ...], **options: Any) -> None:
+def command(source: Place, before: str, after: str, components: tuple[str, ...], **options: Any) -> None:
     """Give the weights of one variant in SRC another tag, all files and the index at once.
 
     The same tag twice gives legacy spellings (model-00001-of-00002.fp16.safetensors) their current form.

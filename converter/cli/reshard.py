@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from converter.cli.options import conversion_options, in_place_option, source_arg
+
+if TYPE_CHECKING:
+    from converter.storage import Place
 
 
 @click.command("reshard")
 @source_arg
 @in_place_option
 @conversion_options
-def command(source: Path, **options: Any) -> None:
+def command(source: Place, **options: Any) -> None:
     """Write every weight set of SRC in shards of another size, into a new folder or in place; the format stays.
 
     Shards are cut as save_pretrained cuts them. One shard is one plain file without an index.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from converter.cli.options import conversion_options, source_arg
 
+if TYPE_CHECKING:
+    from converter.storage import Place
+
 
 @click.command("to-bin")
 @source_arg
 @conversion_options
-def command(source: Path, **options: Any) -> None:
+def command(source: Place, **options: Any) -> None:
     """Write every weight set of SRC as torch .bin files, beside it or into a new folder.
 
     Any torch since 1.6 opens them, with weights_only=True and mmap=True. Tied tensors noted in a header are tied again.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +13,7 @@ from converter.cli.terminal import echo, open_meter, show_bytes, show_json, show
 
 if TYPE_CHECKING:
     from converter.recipes.verify import Comparison
+    from converter.storage import Place
 
 _SHOWN = 20
 _WHAT = {
@@ -35,8 +35,8 @@ _WHAT = {
 @run_options
 @output_options
 def command(
-    a: Path,
-    b: Path,
+    a: Place,
+    b: Place,
     cast: bool,
     quantized: bool,
     workers: int | None,

@@ -44,7 +44,7 @@ def plan_rename(request: Request) -> Plan:
         target=Target.at(model.root),
         sets=tuple(plan for _, _, plan in renamed),
         replaced=tuple(join(part.name, name) for part, one, _ in renamed for name in one.all_names),
-        notes=find_strangers(model.root.spelled) + note_tag(model, new),
+        notes=find_strangers(model.root) + note_tag(model, new),
         destroys_source=bool(renamed),
     )
     refuse_links(plan)

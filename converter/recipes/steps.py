@@ -203,7 +203,7 @@ def plan_job(job: Job, selected: _Selected, orders: Sequence[Order], rest: Rest 
         copied, notes = copied + along, notes + left
     notes += dict.fromkeys(note for component, _ in selected if (note := _more_fp32(component, request)[1]))
     notes += note_tag(model, request.writing.variant)
-    notes += find_strangers(model.root.spelled, target.folder.spelled)
+    notes += find_strangers(model.root, target.folder)
     target = replace(target, existing=_find_existing(target, (component for component, _ in selected)))
     rest = replace(rest, copied=copied, notes=tuple(notes))
     plan = make_plan(model, orders, target, request.writing, request.publishing, rest, request.casting.on_overflow)

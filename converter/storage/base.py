@@ -221,7 +221,7 @@ class Place:
 
     def is_below(self, folder: Place) -> bool:
         """Say whether this is a folder, or lies somewhere in it, by names alone."""
-        return PurePosixPath(self.key).is_relative_to(folder.key)
+        return self.store == folder.store and PurePosixPath(self.key).is_relative_to(folder.key)
 
     def entries(self) -> list[Place]:
         """List what lies directly in this folder, by name."""

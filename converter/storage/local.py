@@ -226,10 +226,17 @@ def open_url(url: str) -> Place:
     return place_at(Path(url2pathname(urlsplit(url).path)))
 
 
+def is_local(place: Place) -> bool:
+    """Say whether a place is on this machine, where files can be written."""
+    return isinstance(place.store, LocalStore)
+
+
 def path_of(place: Place) -> Path:
     """Give the full path of a place on this machine. Raises Unsupported for one elsewhere."""
     if not isinstance(place.store, LocalStore):
-        raise Unsupported(place, "is not on this machine's disk, and that is needed here")
+        raise Unsupported(
+            place, "is not on this machine's disk, and that is needed here", "Fetch it, and name the folder."
+        )
     return place.store.path(place.key)
 
 
