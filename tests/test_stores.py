@@ -20,7 +20,7 @@ from converter.formats import could_be_weights, read_file
 from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Request, prepare
 from converter.run.execute import run_plan
-from converter.storage import FileRef, Info, OpenFile, Place
+from converter.storage import FileRef, Info, OpenFile, Place, Store
 from converter.storage.base import Tag, changed
 from converter.storage.local import place_at
 from converter.tensors.reader import RangeReader
@@ -54,13 +54,12 @@ class FileInMemory(OpenFile):
 
 
 @dataclass(eq=False)
-class StoreInMemory:
+class StoreInMemory(Store):
     """Files by their keys, at no place of any disk."""
 
     files: dict[str, bytes]
     tag: str = "first"
     reads: list[tuple[int, int]] = field(default_factory=list)
-    url = "memory://"
 
     def absolute(self, key: str) -> Place:
         return Place(self, key)
@@ -72,12 +71,6 @@ class StoreInMemory:
         if key in self.files:
             return Info("file", len(self.files[key]), self.tag)
         return Info("folder", 0, "") if self.list(key) else None
-
-    def target(self, key: str) -> str | None:
-        return None
-
-    def real(self, key: str) -> Place:
-        return Place(self, key)
 
     def list(self, key: str) -> list[str]:
         below = (name.removeprefix(f"{key}/") for name in self.files if name.startswith(f"{key}/"))

@@ -13,7 +13,7 @@ from itertools import starmap
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, Protocol
 
-from converter.errors import BadFile
+from converter.errors import BadFile, Unsupported
 
 _CHUNK_NBYTES = 1 << 20
 
@@ -94,10 +94,6 @@ class OpenFile:
 class Store(Protocol):
     """Where files lie: a folder of this machine, a bucket, a repository at one revision. Errors are WconvErrors."""
 
-    @property
-    def url(self) -> str:
-        """What tells this store from others."""
-
     def absolute(self, key: str) -> Place:
         """Give what lies at a key as a place that says the same wherever one is."""
 
@@ -109,9 +105,16 @@ class Store(Protocol):
 
     def target(self, key: str) -> str | None:
         """Give the key that a link names; None for what is no link, and in a store that has none."""
+        return None
 
     def real(self, key: str) -> Place:
         """Give the absolute place that a key leads to, behind all links."""
+        return self.absolute(key)
+
+    def path(self, key: str) -> Path:
+        """Give the full path of a key on this machine. Raises Unsupported for a store elsewhere."""
+        problem = "is not on this machine's disk, and that is needed here"
+        raise Unsupported(self.spell(key), problem, "Fetch it, and name the folder.")
 
     def list(self, key: str) -> list[str]:
         """List the names of what lies directly in a folder, sorted."""
@@ -165,9 +168,7 @@ class Place:
     @property
     def path(self) -> Path:
         """The full path on this machine's disk. Raises Unsupported for a place that is elsewhere."""
-        from converter.storage.local import path_of
-
-        return path_of(self)
+        return self.store.path(self.key)
 
     @property
     def spelled(self) -> Path:

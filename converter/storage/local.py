@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from converter.errors import BadFile, BadRequest, SystemRefused, Unsupported
-from converter.storage.base import FileRef, Info, Kind, OpenFile, Place, Tag, changed
+from converter.errors import BadFile, BadRequest, SystemRefused
+from converter.storage.base import FileRef, Info, Kind, OpenFile, Place, Store, Tag, changed
 from converter.storage.root import Root
 
 # A pipe that takes a file's place after it was looked at is opened at once. Windows has no such flag.
@@ -43,17 +43,13 @@ class Stamp(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class LocalStore:
+class LocalStore(Store):
     """All disks of this machine; keys that are no full paths begin at ``base``, the folder the user was in."""
 
     base: str
 
     def __hash__(self) -> int:  # of each tensor's place: a dataclass's own takes five times as long
         return hash(self.base)
-
-    @property
-    def url(self) -> str:
-        return "file:///"
 
     def path(self, key: str) -> Path:
         return Path(self.base, key)
@@ -123,7 +119,7 @@ def open_staged(place: Place) -> Iterator[StagedFile]:
 
     Who may rename its folder could have put a link there, or one of theirs with another name of a file of the user's.
     """
-    path = path_of(place)
+    path = place.path
     with Root(path.parent) as root, root.open(path.name, os.O_RDWR) as handle:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
@@ -229,15 +225,6 @@ def open_url(url: str) -> Place:
 def is_local(place: Place) -> bool:
     """Say whether a place is on this machine, where files can be written."""
     return isinstance(place.store, LocalStore)
-
-
-def path_of(place: Place) -> Path:
-    """Give the full path of a place on this machine. Raises Unsupported for one elsewhere."""
-    if not isinstance(place.store, LocalStore):
-        raise Unsupported(
-            place, "is not on this machine's disk, and that is needed here", "Fetch it, and name the folder."
-        )
-    return place.store.path(place.key)
 
 
 def as_path(given: Path | str) -> Path:
