@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,10 @@ def test_without_a_config_others_tell(
     write_json(tmp_path / "model_index.json", {"unet": [package, "X"]} if package else {})
     [part] = take_inventory(tmp_path).parts
     assert library_at(part) is expected
+
+
+def test_an_adapter_beside_a_config_is_no_model(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    save(make_state(), tmp_path / "adapter_model.safetensors")
+    write_json(tmp_path / "config.json", LLAMA)
+    said = wconv("doctor", tmp_path, "--loader", "transformers", exit_code=1).stdout
+    assert "no file named pytorch_model.bin" in said

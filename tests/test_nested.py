@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.judges import described_by_safetensors, described_by_wconv
 
 from converter.errors import BadRequest, HostileFile, Unsupported
@@ -139,6 +139,22 @@ def test_a_prefix_is_taken_off(wconv: Callable[..., Any], tmp_path: Path) -> Non
     path = saved(tmp_path, {f"module.{name}": tensor for name, tensor in WEIGHTS.items()} | {"plain": torch.ones(1)})
     wconv("to-safetensors", path, "--strip-prefix", "module.")
     assert load_file(tmp_path / "last.safetensors").keys() == {*WEIGHTS, "plain"}
+
+
+def test_a_prefix_is_taken_off_in_the_same_folder(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"m.a": torch.ones(2), "m.b": torch.zeros(2)}, path)
+    command = ("to-safetensors", tmp_path, "--strip-prefix", "m.")
+    assert "--overwrite" in wconv(*command, exit_code=5).stderr
+    wconv(*command, "--overwrite")
+    assert load_file(path).keys() == {"a", "b"}
+
+
+def test_a_prefix_is_taken_off_ties_too(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"m.a": torch.ones(2)}, path, {"m.head": "m.a"})
+    wconv("to-bin", path, "--strip-prefix", "m.")
+    assert torch.load(tmp_path / "pytorch_model.bin").keys() == {"a", "head"}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from converter.tensors.base import MAX_TENSORS, Tensor, WeightsFile
 class Checkpoint:
     """A state dict on disk: the set it was opened from and what its headers say. ``notes`` are worth a user's look.
 
-    ``kept`` are the tensors that a cast has left in another dtype than was asked for, each with that.
+    ``kept`` are the tensors that a cast has left in another dtype than was asked for, each with that. It ``is_renamed``
+    where the names of tensors are no longer those in the files.
     """
 
     weight_set: WeightSet
@@ -35,6 +36,7 @@ class Checkpoint:
     index_metadata: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     kept: Mapping[str, DType] = field(default_factory=dict)
+    is_renamed: bool = False
 
     @property
     def name(self) -> WeightsName:

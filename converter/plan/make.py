@@ -137,7 +137,7 @@ def _is_there(planned: PlannedSet, checkpoint: Checkpoint, existing: Sequence[We
 
     ``existing`` are the sets of its name.
     """
-    if planned.source not in existing or planned.source.is_legacy:
+    if planned.source not in existing or planned.source.is_legacy or checkpoint.is_renamed:
         return False
     before = [{tensor.name for tensor in file.tensors} for file in checkpoint.files]
     after = [{tensor.name for tensor, _ in file.tensors} | file.ties.keys() for file in planned.files]
@@ -227,7 +227,7 @@ def _plan_file(order: Order, path: str, tensors: Sequence[Tensor]) -> PlannedFil
         raise Unsupported(where, problem, *(advice or ["Rename or recast the tensor before."])) from None
     planned = (PlannedTensor(tensors[place], at) for place, at in zip(layout.order, layout.offsets, strict=True))
     file = PlannedFile(path, order.name.format, layout.header, tuple(planned), layout.nbytes, ties)
-    return _link_if_same(file, order.checkpoint) if order.is_beside else file
+    return _link_if_same(file, order.checkpoint) if order.is_beside and not order.checkpoint.is_renamed else file
 
 
 def _link_if_same(planned: PlannedFile, checkpoint: Checkpoint) -> PlannedFile:
