@@ -253,12 +253,14 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
     whole, unread = group_whole(folder, () if only_standard else seen)
     taken = {name for one in whole for name in one.all_names}
     parsed = {name: one for name, one in known.items() if seen[name][0] == "weights" and name not in taken}
-    sets, strays = group(folder, parsed)
-    sets = (*sets, *whole)
-    own = [name for name, one in parsed.items() if one.role != "index"]
+    listed, strays = group(folder, parsed)
+    # No loader looks for what is hidden, and macOS leaves such a name beside any file; it is read where that can be.
+    hidden = tuple(one for one in listed if one.label.startswith(".") and not one.index_error)
+    sets = (*(one for one in listed if not one.label.startswith(".")), *whole)
+    own = [name for name, one in parsed.items() if one.role != "index" and not name.startswith(".")]
     broken = {name: error for name in shown if name in known and (error := seen[name][1]) and name not in parsed}
     return Part(
-        replace(component, weight_sets=sets_to_read(sets)),
+        replace(component, weight_sets=sets_to_read((*sets, *hidden))),
         entry,
         is_named,
         files=tuple(name for name in shown if seen[name][0] in ("weights", "file")),
