@@ -48,11 +48,6 @@ class RunOptions(NamedTuple):
     verbose: bool = False
 
     @property
-    def memory_nbytes(self) -> int:
-        """The memory for buffers."""
-        return int(self.memory)
-
-    @property
     def is_told(self) -> bool:
         """Whether people are told of it, in words."""
         return not (self.quiet or self.as_json)
@@ -120,7 +115,7 @@ def _run(plan: Plan | None, request: str, run: RunOptions) -> tuple[Result, int]
         result = run_plan(
             plan,
             workers=run.workers,
-            memory_nbytes=run.memory_nbytes,
+            memory_nbytes=int(run.memory),
             verify=verify,
             progress=meter,
             request=request,
@@ -130,7 +125,7 @@ def _run(plan: Plan | None, request: str, run: RunOptions) -> tuple[Result, int]
 
 
 def _show_dry_run(plan: Plan, run: RunOptions, more: Mapping[str, Any]) -> None:
-    buffers = peak_buffer_nbytes(plan, run.memory_nbytes, run.workers or default_workers(plan))
+    buffers = peak_buffer_nbytes(plan, int(run.memory), run.workers or default_workers(plan))
     memory_nbytes = psutil.Process().memory_info().rss + buffers
     if plan.is_there:
         _run(plan, "", run)  # nothing is written then, and that all is there must be true

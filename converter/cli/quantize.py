@@ -64,7 +64,7 @@ def command(source: Place, include: tuple[str, ...], skip: tuple[str, ...], stri
     request = take_request(source, options)
     choice = ModuleChoice(include, skip, strict)
     with open_meter(None, "looking", run.quiet) as meter:
-        measuring = Measuring(run.workers, run.memory_nbytes, meter)
+        measuring = Measuring(run.workers, int(run.memory), meter)
         plan = partial(plan_quantized, choice=choice, measuring=measuring)
         prepared = prepare(request, plan, ("quantize", choice), recovering=not run.dry_run)
     parts = prepared.plan.quantized if prepared.plan else ()
