@@ -1,7 +1,7 @@
 """What all conversion commands do with their options: ask, plan, print or run, and show the result.
 
-Each ``take_`` takes its own options out of those that click has parsed, by name; what is left over then fits nothing,
-and is an error here, not lost. ``RunOptions(**options)`` refuses the rest in the same way.
+``take_run`` takes out of the options that click has parsed how to run; the rest is for ``Request.of``, and what fits
+nothing is an error there, not lost.
 """
 
 from __future__ import annotations
@@ -14,24 +14,15 @@ import psutil
 
 from converter.cli.report import plan_as_json, show_plan, show_result
 from converter.cli.terminal import open_meter, show_json
-from converter.models.names import Format
-from converter.models.select import Selection
-from converter.plan.types import Plan, Publishing, Writing
+from converter.plan.types import Plan
 from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare
 from converter.run.execute import Result, default_workers, peak_buffer_nbytes, run_plan
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES
 from converter.storage import Place
-from converter.transforms.dtype import Casting
 
 Options = dict[str, Any]
 """What click gives, by name; some options a command may not have."""
-
-# Which part of a request takes which.
-_SELECTION = ("components", "from_variant", "key", "strip_code", "skip_unreadable")
-_CASTING = ("dtype", "keep_fp32", "on_overflow")
-_WRITING = ("variant", "max_shard_size", "tied", "expand")
-_PUBLISHING = ("overwrite", "in_place", "delete_source", "follow_links")
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -53,42 +44,16 @@ class RunOptions(NamedTuple):
         return not (self.quiet or self.as_json)
 
 
-def run_conversion(request: Request, run: RunOptions) -> None:
-    """Carry out a conversion, and print what came of it."""
+def run_conversion(source: Place, options: Options, **fixed: Any) -> None:
+    """Carry out what is asked of a conversion, with what the command fixes, and print what came of it."""
+    run = take_run(options)
+    request = Request.of(source, **options, **fixed)
     run_prepared(prepare(request, plan_conversion, recovering=not run.dry_run), run)
 
 
 def take_run(options: Options) -> RunOptions:
     """Take out how to run."""
-    return RunOptions(**_take(options, *RunOptions._fields))
-
-
-def take_request(
-    source: Place,
-    options: Options,
-    *,
-    every_variant: bool = True,
-    format: Format | None = "safetensors",
-    tag_dtype: bool = False,
-) -> Request:
-    """Take out what is asked of a conversion, with what the command fixes. Raises TypeError for what nobody takes."""
-    force = _take(options, "force")  # of a cast, and of what is written
-    request = Request(
-        source,
-        options.pop("output", None),
-        Selection(every_variant=every_variant, **_take(options, *_SELECTION)),
-        Casting(**force, **_take(options, *_CASTING)),
-        Writing(format=format, tag_dtype=tag_dtype, **force, **_take(options, *_WRITING)),
-        Publishing(**_take(options, *_PUBLISHING)),
-        **_take(options, "strip_prefix"),
-    )
-    if options:
-        raise TypeError(f"nothing takes the option {next(iter(options))!r}")
-    return request
-
-
-def _take(options: Options, *names: str) -> Options:
-    return {name: options.pop(name) for name in names if name in options}
+    return RunOptions(**{name: options.pop(name) for name in RunOptions._fields if name in options})
 
 
 def run_prepared(prepared: Prepared, run: RunOptions, more: Mapping[str, Any] = _NOTHING) -> None:

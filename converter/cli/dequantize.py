@@ -35,10 +35,10 @@ def command(source: Place, **options: Any) -> None:
     \b
     wconv dequantize ./model-int8 -o ./model-fp16 --dtype fp16
     """
-    from converter.cli.convert import run_prepared, take_request, take_run
+    from converter.cli.convert import run_prepared, take_run
     from converter.recipes.quantize import plan_dequantized
-    from converter.recipes.request import prepare
+    from converter.recipes.request import Request, prepare
 
     run = take_run(options)
-    request = take_request(source, options)
+    request = Request.of(source, **options)
     run_prepared(prepare(request, plan_dequantized, "dequantize", recovering=not run.dry_run), run)

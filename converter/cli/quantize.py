@@ -54,14 +54,14 @@ def command(source: Place, include: tuple[str, ...], skip: tuple[str, ...], stri
     """
     from functools import partial
 
-    from converter.cli.convert import run_prepared, take_request, take_run
+    from converter.cli.convert import run_prepared, take_run
     from converter.recipes.quantize import Measuring, plan_quantized
-    from converter.recipes.request import prepare
+    from converter.recipes.request import Request, prepare
     from converter.transforms.quantize.modules import ModuleChoice
 
     del options["scheme"]  # there is one
     run = take_run(options)
-    request = take_request(source, options)
+    request = Request.of(source, **options)
     choice = ModuleChoice(include, skip, strict)
     with open_meter(None, "looking", run.quiet) as meter:
         measuring = Measuring(run.workers, int(run.memory), meter)

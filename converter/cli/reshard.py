@@ -25,11 +25,10 @@ def command(source: Place, **options: Any) -> None:
     wconv reshard ./model --max-shard-size 2GB -o ./model-2gb
     wconv reshard ./model --max-shard-size none --in-place     merge into one file
     """
-    from converter.cli.convert import run_conversion, take_request, take_run
+    from converter.cli.convert import run_conversion
 
     if options["max_shard_size"] is None:
         raise click.UsageError("Say how large a shard may be: --max-shard-size 5GB, or none.")
     if options["output"] is None and not options["in_place"]:
         raise click.UsageError("Say where to write: -o OUT, or --in-place.")
-    run = take_run(options)
-    run_conversion(take_request(source, options, format=None), run)
+    run_conversion(source, options, format=None)

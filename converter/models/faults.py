@@ -128,7 +128,6 @@ def whole_names(part: Part) -> set[WeightsName]:
 
 def unreadable_index(part: Part, listed: ListedSet) -> Fault | None:
     """Say why the index of a set cannot be read, if that is so."""
-    if not listed.index_name or listed.index is not None:
+    if not listed.index_error:
         return None
-    problem = listed.index_error.problem if listed.index_error else "cannot be read"
-    return Fault("index-unreadable", listed.path, part.name, problem)
+    return Fault("index-unreadable", listed.path, part.name, listed.index_error.problem)
