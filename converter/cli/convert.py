@@ -6,8 +6,7 @@ nothing is an error there, not lost.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import psutil
@@ -23,8 +22,6 @@ from converter.storage import Place
 
 Options = dict[str, Any]
 """What click gives, by name; some options a command may not have."""
-
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class RunOptions(NamedTuple):
@@ -44,11 +41,13 @@ class RunOptions(NamedTuple):
         return not (self.quiet or self.as_json)
 
 
-def run_conversion(source: Place, options: Options, **fixed: Any) -> None:
-    """Carry out what is asked of a conversion, with what the command fixes, and print what came of it."""
+def run_conversion(
+    source: Place, options: Options, make: Callable[[Request], Plan] = plan_conversion, more: str = "", **fixed: Any
+) -> None:
+    """Carry out what is asked and what the command fixes, and print what came of it; the rest is as in ``prepare``."""
     run = take_run(options)
     request = Request.of(source, **options, **fixed)
-    run_prepared(prepare(request, plan_conversion, recovering=not run.dry_run), run)
+    run_prepared(prepare(request, make, more, recovering=not run.dry_run), run)
 
 
 def take_run(options: Options) -> RunOptions:
@@ -56,9 +55,10 @@ def take_run(options: Options) -> RunOptions:
     return RunOptions(**{name: options.pop(name) for name in RunOptions._fields if name in options})
 
 
-def run_prepared(prepared: Prepared, run: RunOptions, more: Mapping[str, Any] = _NOTHING) -> None:
+def run_prepared(prepared: Prepared, run: RunOptions, more: Mapping[str, Any] | None = None) -> None:
     """Print a plan, or run it and print what came of it; ``more`` goes into the JSON."""
     request, plan = prepared
+    more = more or {}
     if run.dry_run:
         assert plan is not None
         _show_dry_run(plan, run, more)

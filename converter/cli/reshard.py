@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import conversion_options, in_place_option, source_arg
+from converter.cli.options import conversion_options, source_arg
 
 if TYPE_CHECKING:
     from converter.storage import Place
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.command("reshard")
 @source_arg
-@in_place_option
+@click.option("--in-place", is_flag=True, help="Replace the weights that are read, once all is verified.")
 @conversion_options
 def command(source: Place, **options: Any) -> None:
     """Write every weight set of SRC in shards of another size, into a new folder or in place; the format stays.
