@@ -121,7 +121,7 @@ def config_dtype(part: Part) -> tuple[DType, DType] | None:
     """Give the dtype that the config names, and the only one that weights have, where these are not the same."""
     named = part.component.config.get("dtype") or part.component.config.get("torch_dtype")
     dtype = BY_TORCH_NAME.get(named) if isinstance(named, str) else None
-    sets = [listed for listed in part.sets if part.is_sound(listed)]
+    sets = part.sound_sets
     if not library_at(part).reads_dtype or dtype is None or "quantization_config" in part.component.config:
         return None
     if not sets or any(listed.name.variant or quantized_in(part, listed) for listed in sets):
@@ -164,8 +164,8 @@ def lacks_safetensors(forms: Mapping[str, Sequence[WeightsName]], variant: str |
 def forms_of(part: Part) -> Iterator[tuple[ListedSet, ListedSet]]:
     """Yield pairs of sound sets of one variant, the first as .bin and the second as safetensors."""
     sound: dict[WeightsName, list[ListedSet]] = defaultdict(list)
-    for listed in part.sets:
-        if part.is_sound(listed) and not is_foreign(listed):
+    for listed in part.sound_sets:
+        if not is_foreign(listed):
             sound[listed.name].append(listed)
     for name in [name for name in sound if name.format == "torch"]:
         for pickled in sound[name]:

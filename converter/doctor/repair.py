@@ -123,14 +123,12 @@ def _texts(folder: FolderGoals) -> Iterator[tuple[str, bytes]]:
 
 
 def _plan_goal(part: Part, goal: Goal) -> PlannedSet | None:
-    """Plan a set whose bytes or names change."""
     if goal.change is not None:
         return _rewrite(part, goal, goal.change)
     return _rename(part, goal) if goal.is_renamed else None
 
 
 def _rewrite(part: Part, goal: Goal, change: Change) -> PlannedSet:
-    """Plan a set whose bytes change."""
     dtype, is_merged = change
     source = goal.source.without_index
     metadata = goal.source.index.metadata if goal.source.index else {}

@@ -88,6 +88,10 @@ class Part:
         names = listed.file_names
         return bool(names) and not listed.missing and not any(self.headers[name].error for name in names)
 
+    @property
+    def sound_sets(self) -> list[ListedSet]:
+        return [listed for listed in self.sets if self.is_sound(listed)]
+
     def headers_of(self, listed: ListedSet) -> list[Header]:
         return [self.headers[name] for name in listed.file_names]
 
