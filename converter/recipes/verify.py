@@ -200,10 +200,9 @@ def _pair_variants(
         if quantized and scales_in(after):
             after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed, "inf")
         yield label, _by_name(before), _by_name(after)
-    for kind, variants in (("missing", left.keys() - right.keys()), ("extra", right.keys() - left.keys())):
-        for variant in sorted(variants):
-            which = f"the variant {variant}" if variant else "the untagged weights"
-            differences.append(Difference("missing" if kind == "missing" else "extra", a.name, "", which))
+    for variant in sorted(left.keys() ^ right.keys(), key=lambda one: (one in right, one)):
+        which = f"the variant {variant}" if variant else "the untagged weights"
+        differences.append(Difference("missing" if variant in left else "extra", a.name, "", which))
 
 
 def _refuse_bombs(a: Checkpoint, b: Checkpoint) -> None:
