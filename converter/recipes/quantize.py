@@ -131,7 +131,7 @@ def _checked(request: Request) -> Request:
         advice = "Quantize the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
     refuse_file(output)
-    if output.exists() and source.exists() and output.real() == source.real():
+    if output.is_same(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
     selection = replace(request.selection, every_variant=False)

@@ -64,7 +64,7 @@ def open_job(request: Request, model: Model | None = None) -> Job:
     model = open_model(request.source)
     output, named, request = _split_output(model, request)
     target = open_target(model, output, publishing.overwrite)
-    is_elsewhere = output is not None and output.real() != model.root.real()
+    is_elsewhere = output is not None and not output.is_same(model.root)
     request = _tagged(model, request, is_elsewhere)
     if request.casting.dtype and request.writing.variant == "none" and not is_elsewhere:
         raise BadRequest(request.source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
