@@ -108,6 +108,19 @@ def test_a_box_without_elements_may_begin_at_the_end() -> None:
     assert read(source) == raw_bytes(part)
 
 
+def test_a_single_number_is_a_box_of_itself() -> None:
+    number = Box((), constant(torch.tensor(7, dtype=torch.int32)))
+    assert read(Boxes(I32, (), (number,))) == (7).to_bytes(4, "little")
+    with pytest.raises(ValueError, match="do not fill"):
+        Boxes(I32, (), (number, number))
+
+
+def test_what_has_no_elements_is_cast_too() -> None:
+    empty = Tensor("a", Boxes(I32, (0, 2), ()))
+    assert not empty.is_made
+    assert Tensor("a", constant(torch.zeros(1, dtype=torch.int32))).is_made
+
+
 def test_boxes_of_other_elements_are_refused() -> None:
     with pytest.raises(ValueError, match="other elements"):
         Boxes(DTYPES["F32"], (4,), (Box((0,), constant(torch.zeros(4, dtype=torch.int32))),))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny import make_state, save, save_safetensors_shards, snapshot, write_json
+from support.tiny import make_state, names_in, save, save_safetensors_shards, snapshot, write_json
 
 from converter.doctor import diagnose
 from converter.libraries.predict import list_folder, predict
@@ -94,6 +94,35 @@ def test_a_folder_by_the_name_of_a_file(tmp_path: Path) -> None:
     assert predict(list_folder(diagnose(tmp_path).inventory), "transformers", None).picks[0].files == (
         "pytorch_model.bin",
     )
+
+
+# What no loader looks for.
+
+
+def test_hidden_files_are_nobodys_weights(folder: Path, fix: Callable[..., Any], wconv: Callable[..., Any]) -> None:
+    """Such as macOS leaves beside each file, on disks that have no room for what else it knows of one."""
+    (folder / INDEX).unlink()
+    for shard in folder.glob("model-*"):
+        shard.unlink()
+    save(OTHER, folder / ".model.bin")
+    (folder / ".broken.safetensors").write_bytes(b"")
+    (folder / f"._{INDEX}").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X        ")
+    assert diagnose(folder).findings == ()
+    before = names_in(folder)
+    fix("--make-variant", "fp16")
+    assert names_in(folder) == sorted([*before, "model.fp16.safetensors"])
+    wconv("to-bin", folder)
+    assert load_file(folder / "model.safetensors").keys() == torch.load(folder / "pytorch_model.bin").keys()
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    save(STATE, tmp_path / "adapter_model.safetensors")
+    write_json(tmp_path / "config.json", {**CONFIG, "model_type": "llama"})
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModel.from_pretrained(tmp_path)
+    assert not predict(list_folder(diagnose(tmp_path).inventory), "transformers", None).works
 
 
 # A folder that is not as it was left.

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from support.judges import described_by_wconv, saved_by_torch
-from support.tiny import rezip, save
+from support.tiny import make_state, rezip, save, save_bin_shards, save_pipeline, snapshot
 
-from converter.errors import BadFile, Unsupported
+from converter import convert, storage
+from converter.errors import BadFile, BadRequest, Unsupported
 from converter.formats import could_be_weights, read_file
-from converter.storage import FileRef, Info, OpenFile, Place
+from converter.recipes.convert import plan_conversion
+from converter.recipes.request import Request, prepare
+from converter.run.execute import run_plan
+from converter.storage import FileRef, Info, OpenFile, Place, Store, place_of
 from converter.storage.base import Tag, changed
 from converter.storage.local import place_at
 from converter.tensors.reader import RangeReader
 
+MADE = {"pipeline": save_pipeline, "shards": lambda folder: save_bin_shards(make_state(), folder).parent}
 FORMS = ("safetensors", "torch", "deflated", "stream")
 SMALL = {name: torch.randn(8) for name in "abcdef"}
 # So large that neither its head nor its tail has all of it.
@@ -47,13 +54,12 @@ class FileInMemory(OpenFile):
 
 
 @dataclass(eq=False)
-class StoreInMemory:
+class StoreInMemory(Store):
     """Files by their keys, at no place of any disk."""
 
     files: dict[str, bytes]
     tag: str = "first"
     reads: list[tuple[int, int]] = field(default_factory=list)
-    url = "memory://"
 
     def absolute(self, key: str) -> Place:
         return Place(self, key)
@@ -62,16 +68,13 @@ class StoreInMemory:
         return f"memory://{key}"
 
     def stat(self, key: str) -> Info | None:
-        return Info("file", len(self.files[key]), self.tag) if key in self.files else None
-
-    def target(self, key: str) -> str | None:
-        return None
-
-    def real(self, key: str) -> Place:
-        return Place(self, key)
+        if key in self.files:
+            return Info("file", len(self.files[key]), self.tag)
+        return Info("folder", 0, "") if self.list(key) else None
 
     def list(self, key: str) -> list[str]:
-        return [name.removeprefix(f"{key}/") for name in sorted(self.files) if name.startswith(f"{key}/")]
+        below = (name.removeprefix(f"{key}/") for name in self.files if name.startswith(f"{key}/"))
+        return sorted({name.partition("/")[0] for name in below})
 
     def open(self, place: Place, tag: Tag | None) -> OpenFile:
         if place.key not in self.files:
@@ -153,3 +156,95 @@ def test_places_do_not_depend_on_where_one_is(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir("/")
     assert (str(relative), relative.path) == ("model.bin", tmp_path / "model.bin")
     assert full == place_at(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize("url", ["file://data/model", "file://model", "file://", "file://[data/model"])
+def test_a_url_of_another_machine_is_no_path_of_this_one(url: str) -> None:
+    with pytest.raises(BadRequest, match="names no file of this machine"):
+        place_of(url)
+
+
+@pytest.mark.parametrize("begin", ["file://", "file://localhost", "FILE://"])
+def test_a_url_of_this_machine_is_a_path(begin: str, tmp_path: Path) -> None:
+    assert place_of(f"{begin}{(tmp_path / 'a b').as_posix().replace(' ', '%20')}") == place_at(tmp_path / "a b")
+
+
+def copied(folder: Path) -> StoreInMemory:
+    """Take a folder's files into a store, where they lie in the folder ``m``."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return StoreInMemory({f"m/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in files})
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], StoreInMemory]:
+    """Make a folder, and serve its files under ``memory://m``."""
+
+    def serve(name: str) -> StoreInMemory:
+        store = copied(MADE[name](tmp_path / "local"))
+        stores = cast("MutableMapping[str, Any]", storage._STORES)
+        monkeypatch.setitem(stores, "memory", lambda url: Place(store, url.removeprefix("memory://")))
+        return store
+
+    return serve
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_a_folder_of_any_store_is_converted(made: str, tmp_path: Path) -> None:
+    store = copied(MADE[made](tmp_path / "local"))
+    convert(tmp_path / "local", tmp_path / "there", dtype="bf16")
+    convert(Place(store, "m"), tmp_path / "here", dtype="bf16")
+    assert snapshot(tmp_path / "here") == snapshot(tmp_path / "there")
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_commands_take_a_place_of_any_store(
+    made: str, in_memory: Callable[[str], StoreInMemory], wconv: Callable[..., Any], tmp_path: Path
+) -> None:
+    in_memory(made)
+    local, out = tmp_path / "local", tmp_path / "out"
+    for command in ("inspect", "doctor"):
+        here, there = (wconv(command, source, exit_code=None) for source in ("memory://m", local))
+        assert (here.exit_code, here.stdout) == (there.exit_code, there.stdout.replace(str(local), "memory://m"))
+    wconv("to-safetensors", "memory://m", "-o", out, "--verify")
+    wconv("to-safetensors", "memory://m", "-o", out)  # it is done
+    assert "bit for bit" in wconv("verify", "memory://m", out).stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "refused"),
+    [
+        (("to-safetensors", "memory://m"), "m"),
+        (("to-safetensors", "memory://m", "--dry-run"), "m"),
+        (("to-safetensors", "memory://m", "-o", "memory://new"), "new"),
+        (("to-safetensors", "memory://m", "-o", "OUT", "--delete-source"), "m"),
+        (("rename-variant", "memory://m", "--from", "none", "--to", "fp16"), "m"),
+        (("doctor", "memory://m", "--fix"), "m"),
+        (("doctor", "memory://m", "--undo"), "m"),
+        (("doctor", "memory://m", "--purge"), "m"),
+    ],
+)
+def test_nothing_is_written_elsewhere(
+    args: tuple[str, ...], refused: str, in_memory: Callable[[str], StoreInMemory], wconv: Callable[..., Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    in_memory("shards")
+    said = wconv(*(str(tmp_path / "out") if arg == "OUT" else arg for arg in args), exit_code=4).stderr
+    assert said.startswith(f"memory://{refused}: is not on this machine's disk, and ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_changes_after_it_was_planned_is_refused(tmp_path: Path) -> None:
+    store = copied(MADE["shards"](tmp_path / "local"))
+    planned = prepare(Request.of(Place(store, "m"), tmp_path / "out"), plan_conversion)
+    store.tag = "second"
+    assert planned.plan
+    with pytest.raises(BadFile, match=r"memory://m/pytorch_model-.*: was changed"):
+        run_plan(planned.plan, request=planned.request)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_folder_holds_what_another_store_has(tmp_path: Path) -> None:
+    inner = (tmp_path / "m").as_posix()
+    assert place_at(tmp_path / "m").is_below(place_at(tmp_path))
+    assert not Place(StoreInMemory({}), inner).is_below(place_at(tmp_path))

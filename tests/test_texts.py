@@ -291,7 +291,7 @@ CHECKPOINT = {
     "model.diffusion_model.input_blocks.0.0.weight": [8, 4, 3, 3],
     "model.diffusion_model.out.2.weight": [4, 8, 3, 3],
     "model.diffusion_model.input_blocks.1.0.out_layers.3.weight": [8, 8, 3, 3],
-    "model.diffusion_model.input_blocks.1.1.attn2.to_k.weight": [8, 6],
+    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": [8, 6],
     "first_stage_model.encoder.conv_in.weight": [8, 3, 3, 3],
     "first_stage_model.decoder.conv_out.weight": [3, 8, 3, 3],
     "first_stage_model.encoder.down.0.block.0.conv2.weight": [8, 8, 3, 3],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from converter.cli.options import output_options, source_arg
+
+if TYPE_CHECKING:
+    from converter.storage import Place
 
 
 @click.command("doctor")
@@ -35,7 +37,7 @@ from converter.cli.options import output_options, source_arg
 )
 @click.option("--dry-run", is_flag=True, help="With --fix: print what would be done, and do nothing.")
 @output_options
-def command(source: Path, fix: bool, undo: bool, purge: bool, **options: Any) -> int:
+def command(source: Place, fix: bool, undo: bool, purge: bool, **options: Any) -> int:
     """Say what is wrong with the weights in folder SRC, what loaders make of it, and how to mend it.
 
     Reads names, indexes and headers. Exit code 1 if there are errors or warnings, or if a loader that is shown fails.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -24,14 +23,14 @@ from converter.libraries.coreml import Lack
 from converter.libraries.predict import Loader, Prediction, list_folder, predict_all, variants_in
 from converter.models.hub_cache import refuse_cache
 from converter.recipes.prepare_coreml import find_lacks
-from converter.storage import place_of
+from converter.storage import Place
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What the options ask: which folder, what to look at, how to mend it, and what to print."""
 
-    source: Path
+    source: Place
     choices: Choices
     loader: Loader | None
     variant: str | None
@@ -52,7 +51,7 @@ class Asked:
         return not (self.quiet or self.as_json)
 
 
-def asked_of(source: Path, options: Mapping[str, Any]) -> Asked:
+def asked_of(source: Place, options: Mapping[str, Any]) -> Asked:
     """Sort the options; one that belongs nowhere is a TypeError."""
     of_choices = {field.name for field in fields(Choices)}
     choices = Choices(**{name: options[name] for name in of_choices})
@@ -66,11 +65,11 @@ def show(asked: Asked) -> int:
 
 def fix(asked: Asked) -> int:
     """Mend a folder, or say how, and what is wrong with it afterwards."""
-    refuse_cache(place_of(asked.source))
+    refuse_cache(asked.source)
     if not asked.dry_run and finish_mending(asked.source) and asked.is_told:
         echo("An earlier run had been stopped while it published its files; that is finished now.\n")
     diagnosis = diagnose(asked.source, deep=asked.deep)
-    if diagnosis.is_fine(asked.choices):
+    if diagnosis.is_healthy and asked.choices == Choices():
         return _report(asked, diagnosis)
     choices = asked.choices
     if sys.stdin.isatty() and asked.is_told and not asked.dry_run:
@@ -86,14 +85,14 @@ def fix(asked: Asked) -> int:
 
 def undo(asked: Asked) -> int:
     """Put a mended folder back as it was."""
-    refuse_cache(place_of(asked.source))
+    refuse_cache(asked.source)
     done = put_back(asked.source)
     return _tell(asked, done, f"Put {done.files} files back.")
 
 
 def purge(asked: Asked) -> int:
     """Remove what mendings have kept."""
-    refuse_cache(place_of(asked.source))
+    refuse_cache(asked.source)
     done = purge_kept(asked.source)
     return _tell(asked, done, f"Removed {show_bytes(done.nbytes)}.")
 
@@ -211,9 +210,7 @@ def _show_sets(diagnosis: Diagnosis) -> None:
 def _sum_up(diagnosis: Diagnosis) -> str:
     counts = [(name, sum(finding.severity == name for finding in diagnosis.findings)) for name in SEVERITIES]
     said = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts if count)
-    if diagnosis.is_healthy:
-        return f"Healthy: {said}" if said else "Healthy"
-    return f"{said[0].upper()}{said[1:]}"
+    return said if not diagnosis.is_healthy else f"Healthy: {said}" if said else "Healthy"
 
 
 def _show_predictions(predictions: list[Prediction], is_later: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -58,13 +57,16 @@ class DTypeName(click.ParamType[DType]):
 class PlaceType(click.Path):
     """A file or folder; the empty text that a variable holds if it is unset is none, and least the current folder."""
 
-    def __init__(self, **how: Any) -> None:
-        super().__init__(path_type=Path, **how)
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("An empty text is no path; the current folder is '.'.", param, ctx)
-        return super().convert(value, param, ctx)
+        from converter.storage import place_of
+        from converter.storage.local import is_local
+
+        place = place_of(value)
+        if is_local(place):
+            super().convert(str(place), param, ctx)  # which refuses what is not there, if it must be
+        return place
 
 
 FULL_TARGETS = ("fp32", "bf16", "fp16")
@@ -86,7 +88,6 @@ _OUTPUT_OPTIONS = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("-v", "--verbose", is_flag=True, help="Print every file."),
 )
-_IN_PLACE = click.option("--in-place", is_flag=True, help="Replace the weights that are read, once all is verified.")
 _DTYPE = click.option(
     "--dtype", type=DTypeName(), metavar="DTYPE", help=f"Cast floating tensors: {', '.join(RECAST_TARGETS)}."
 )
@@ -192,11 +193,6 @@ def some_conversion_options(*names: str) -> Callable[[_F], _F]:
     """Give a command some options of a conversion, named without dashes in front, and those on running and printing."""
     chosen = [_CONVERSION_OPTIONS[name] for name in names]
     return lambda command: _apply((*chosen, *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
-
-
-def in_place_option(command: _F) -> _F:
-    """Give a command the option to replace what it reads."""
-    return _apply((_IN_PLACE,), command)
 
 
 def _apply(options: tuple[Callable[[Any], Any], ...], command: _F) -> _F:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +12,7 @@ from converter.cli.terminal import echo, open_meter, printable, show_bytes, show
 
 if TYPE_CHECKING:
     from converter.plan.types import Plan, QuantizedPart
+    from converter.storage import Place
 
 
 @click.command("quantize")
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @some_conversion_options(
     "from-variant", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "follow-links", "verify", "dry-run"
 )
-def command(source: Path, include: tuple[str, ...], skip: tuple[str, ...], strict: bool, **options: Any) -> None:
+def command(source: Place, include: tuple[str, ...], skip: tuple[str, ...], strict: bool, **options: Any) -> None:
     """Write the linear modules of SRC, a model's or a pipeline's folder, in 8 bits: LLM.int8 of bitsandbytes.
 
     The new folder loads in half the memory of the fp16 one; the numbers are those that bitsandbytes gives when it
@@ -54,17 +54,17 @@ def command(source: Path, include: tuple[str, ...], skip: tuple[str, ...], stric
     """
     from functools import partial
 
-    from converter.cli.convert import run_prepared, take_request, take_run
+    from converter.cli.convert import run_prepared, take_run
     from converter.recipes.quantize import Measuring, plan_quantized
-    from converter.recipes.request import prepare
+    from converter.recipes.request import Request, prepare
     from converter.transforms.quantize.modules import ModuleChoice
 
     del options["scheme"]  # there is one
     run = take_run(options)
-    request = take_request(source, options)
+    request = Request.of(source, **options)
     choice = ModuleChoice(include, skip, strict)
     with open_meter(None, "looking", run.quiet) as meter:
-        measuring = Measuring(run.workers, run.memory_nbytes, meter)
+        measuring = Measuring(run.workers, int(run.memory), meter)
         plan = partial(plan_quantized, choice=choice, measuring=measuring)
         prepared = prepare(request, plan, ("quantize", choice), recovering=not run.dry_run)
     parts = prepared.plan.quantized if prepared.plan else ()

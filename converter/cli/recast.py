@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from converter.cli.options import conversion_options, source_arg
 
+if TYPE_CHECKING:
+    from converter.storage import Place
+
 
 @click.command("recast")
 @source_arg
 @conversion_options
-def command(source: Path, **options: Any) -> None:
+def command(source: Place, **options: Any) -> None:
     """Write the floating tensors of SRC in another dtype, as a variant beside it or into a new folder.
 
     Beside the source, and in a new folder for Diffusers, the files are tagged with the dtype's name, so that loaders
@@ -26,9 +28,8 @@ def command(source: Path, **options: Any) -> None:
     wconv recast ./model --dtype fp16 -o ./small           a new folder with that alone
     wconv recast ./model --dtype bf16 --variant none -o ./small    the same under plain names
     """
-    from converter.cli.convert import run_conversion, take_request, take_run
+    from converter.cli.convert import run_conversion
 
     if options["dtype"] is None:
         raise click.UsageError("Say which dtype: --dtype bf16, for example.")
-    run = take_run(options)
-    run_conversion(take_request(source, options, every_variant=False, tag_dtype=True), run)
+    run_conversion(source, options, every_variant=False, tag_dtype=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from converter.cli.options import conversion_options, source_arg
 
+if TYPE_CHECKING:
+    from converter.storage import Place
+
 
 @click.command("to-bin")
 @source_arg
 @conversion_options
-def command(source: Path, **options: Any) -> None:
+def command(source: Place, **options: Any) -> None:
     """Write every weight set of SRC as torch .bin files, beside it or into a new folder.
 
     Any torch since 1.6 opens them, with weights_only=True and mmap=True. Tied tensors noted in a header are tied again.
@@ -22,7 +24,6 @@ def command(source: Path, **options: Any) -> None:
     wconv to-bin ./model -o ./for-an-old-tool
     wconv to-bin ./model/unet --max-shard-size none    one file: no Diffusers pipeline loads sharded .bin
     """
-    from converter.cli.convert import run_conversion, take_request, take_run
+    from converter.cli.convert import run_conversion
 
-    run = take_run(options)
-    run_conversion(take_request(source, options, format="torch"), run)
+    run_conversion(source, options, format="torch")

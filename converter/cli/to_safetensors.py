@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from converter.cli.options import conversion_options, source_arg
 
+if TYPE_CHECKING:
+    from converter.storage import Place
+
 
 @click.command("to-safetensors")
 @source_arg
 @conversion_options
-def command(source: Path, **options: Any) -> None:
+def command(source: Place, **options: Any) -> None:
     """Write every weight set of SRC in safetensors, beside it or into a new folder.
 
     SRC is a weight file, an index, a model folder or a Diffusers pipeline folder; the current folder if left out.
@@ -24,7 +26,6 @@ def command(source: Path, **options: Any) -> None:
     wconv to-safetensors ./model -o ./converted     a new folder, with configs and tokenizers
     wconv to-safetensors ./model --max-shard-size none   one file a component
     """
-    from converter.cli.convert import run_conversion, take_request, take_run
+    from converter.cli.convert import run_conversion
 
-    run = take_run(options)
-    run_conversion(take_request(source, options), run)
+    run_conversion(source, options)

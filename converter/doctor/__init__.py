@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from converter.doctor.checks import run_checks
 from converter.doctor.findings import SEVERITIES, Finding
@@ -17,8 +16,7 @@ from converter.models.inventory import Inventory
 from converter.run.execute import run_plan
 from converter.run.staging import recover
 from converter.run.tasks import Progress
-from converter.storage import Given, place_of
-from converter.storage.local import as_path
+from converter.storage import Given, Place, place_of
 
 __all__ = ["Choices", "Diagnosis", "Finding", "Mending", "diagnose", "finish_mending", "mend", "plan_mending"]
 
@@ -33,10 +31,6 @@ class Diagnosis:
     @property
     def is_healthy(self) -> bool:
         return all(finding.severity == "note" for finding in self.findings)
-
-    def is_fine(self, choices: Choices) -> bool:
-        """Say whether nothing is to be mended, and nothing else is asked for."""
-        return self.is_healthy and choices == Choices()
 
 
 def diagnose(path: Given, *, deep: bool = False) -> Diagnosis:
@@ -54,14 +48,14 @@ def diagnose(path: Given, *, deep: bool = False) -> Diagnosis:
     return Diagnosis(inventory, tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))))
 
 
-def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None) -> str:
+def mend(path: Given, mending: Mending, *, progress: Progress | None = None) -> str:
     """Carry out what was planned, in one transaction; what it replaces is kept, for ``undo``.
 
     Gives what could not be cleared up, in words. Raises LossyCast where a variant to be made cannot hold the values,
     OutputRefused for a folder in the Hub's cache, and what ``run_plan`` raises.
     """
-    folder = as_path(path)
-    refuse_cache(place_of(folder))
+    folder = place_of(path)
+    refuse_cache(folder)
     if mending.plan is not None:
         try:
             check_left(folder)
@@ -72,11 +66,12 @@ def mend(path: Path | str, mending: Mending, *, progress: Progress | None = None
     return ""
 
 
-def finish_mending(path: Path | str) -> bool:
+def finish_mending(path: Given) -> bool:
     """Finish what a killed run of ``mend`` had begun to publish; True if there was such a thing."""
-    refuse_cache(place_of(path))
-    return recover(Path(path), _request(Path(path)))
+    folder = place_of(path)
+    refuse_cache(folder)
+    return recover(folder, _request(folder))
 
 
-def _request(folder: Path) -> str:
+def _request(folder: Place) -> str:
     return repr(("mend", str(folder.absolute())))

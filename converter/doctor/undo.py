@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-from pathlib import Path
 from typing import NamedTuple
 
 from converter.errors import BadRequest, SystemRefused
@@ -12,8 +11,7 @@ from converter.run.journal import Changes, is_index
 from converter.run.kept import UNDO_FOLDER, Keeper, Kept
 from converter.run.notes import Notes
 from converter.run.staging import Staging, open_staging, recover
-from converter.storage import place_of
-from converter.storage.local import real
+from converter.storage import Given, Place, place_of
 from converter.storage.root import Root
 
 
@@ -25,18 +23,19 @@ class Undone(NamedTuple):
     left_over: str = ""
 
 
-def undo(folder: Path) -> Undone:
+def undo(given: Given) -> Undone:
     """Put everything back as it was before the first mending.
 
     Raises BadRequest where nothing is kept, OutputRefused where a file has changed since, BadFile where what is kept
     has suffered.
     """
-    if not place_of(folder).is_folder():
+    folder = place_of(given)
+    if not folder.is_folder():
         raise BadRequest(folder, "is no folder")
     request = repr(("undo", str(folder.absolute())))
     if recover(folder, request):
         return Undone(0)
-    with open_staging(Target.at(place_of(folder))) as staging:
+    with open_staging(Target.at(folder)) as staging:
         staging.drop_strangers(set())
         with Keeper(staging.notes) as keeper:
             kept = keeper.current()
@@ -59,18 +58,19 @@ def _stage(keeper: Keeper, kept: Kept, staging: Staging) -> Changes:
     return Changes(tuple(names), (*made, *names), after="forget")
 
 
-def check_left(folder: Path) -> None:
+def check_left(folder: Place) -> None:
     """Raise OutputRefused for a folder that has changed since it was mended before, BadFile for what is kept of it."""
-    with Keeper(Notes(real(folder))) as keeper:
+    with Keeper(Notes(folder.real().path)) as keeper:
         kept = keeper.read()
         if kept is not None:
             keeper.check(kept)
 
 
-def purge(folder: Path) -> Undone:
+def purge(given: Given) -> Undone:
     """Remove what is kept of a folder. Raises BadRequest where there is nothing."""
+    folder = place_of(given)
     recover(folder, "")
-    notes = Notes(real(folder))
+    notes = Notes(folder.real().path)
     try:
         with notes.locked(), Keeper(notes) as keeper:
             kept = keeper.read()
@@ -89,8 +89,8 @@ def _nbytes(root: Root, name: str) -> int:
     return sum(found.st_size for _, found in root.walk(name) if stat.S_ISREG(found.st_mode))
 
 
-def _nothing_kept(folder: Path) -> str:
-    place = real(folder).parent / UNDO_FOLDER
+def _nothing_kept(folder: Place) -> str:
+    place = folder.real().parent / UNDO_FOLDER
     if place.exists():
         return f"{place} is of no mending of yours here, and is ignored."
     return f"'wconv doctor --fix' keeps what it changes in {UNDO_FOLDER}/."

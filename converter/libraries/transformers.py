@@ -24,7 +24,7 @@ from converter.libraries.base import (
     pick_single,
 )
 from converter.models.component import Component
-from converter.models.names import WeightsName
+from converter.models.names import STEMS, WeightsName
 from converter.models.select import Tied
 
 # Models of transformers that Diffusers has, for pipelines of its own.
@@ -107,8 +107,11 @@ class Transformers(Library):
         return {**edited, DTYPE_KEYS[1]: dtype.torch_name}
 
     def pick(self, part: PartListing, variant: str | None, pickles: bool = True) -> Pick:
-        """Follow ``_get_resolved_checkpoint_files``: the single file before the index, safetensors before pickles."""
-        safe = WeightsName(self.stem("safetensors"), variant, "safetensors")
+        """Follow ``_get_resolved_checkpoint_files``: the single file before the index, safetensors before pickles.
+
+        It looks for a model even where there is but an adapter.
+        """
+        safe = WeightsName(STEMS[self.package]["safetensors"], variant, "safetensors")
         names = [safe, safe.in_format("torch")] if pickles else [safe]
         for name in names:
             if name.single in part.names:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from converter.errors import OutputRefused
+from converter.errors import OutputRefused, Unsupported
 from converter.models.names import parse_name
 from converter.models.select import Selection
 from converter.plan.types import Plan, Publishing, Writing
 from converter.recipes.outputs import find_difference
 from converter.run.staging import recover
-from converter.storage import Place, place_of
+from converter.storage import Given, Place, place_of
+from converter.storage.local import is_local
 from converter.transforms.dtype import Casting
 
 _GROUPS = {"selection": Selection, "casting": Casting, "writing": Writing, "publishing": Publishing}
@@ -35,7 +35,7 @@ class Request:
     strip_prefix: str = ""
 
     @classmethod
-    def of(cls, source: Place | Path | str, output: Place | Path | str | None = None, **options: Any) -> Request:
+    def of(cls, source: Given, output: Given | None = None, **options: Any) -> Request:
         """Make a request of options by their names, each of the group that has it (``force``: of each that has it).
 
         Raises TypeError for an option that no group has, BadRequest for a value that is none.
@@ -72,10 +72,11 @@ def prepare(request: Request, make: Callable[[Request], Plan], more: object = ""
     ``more`` is what else tells the request from others. Without ``recovering`` (for a dry run), what such a run left is
     not touched.
     """
-    places = (str(place.path) if place else "" for place in (request.source, request.output))
+    _refuse_elsewhere(request)
+    places = (str(place.absolute()) if place else "" for place in (request.source, request.output))
     asked = (request.selection, request.casting, request.writing, request.publishing, request.strip_prefix)
     name = repr((*places, more, *asked))
-    finished = recovering and recover(request.folder.path, name)
+    finished = recovering and recover(request.folder.absolute(), name)
     publishing = request.publishing
     # What was to be removed or replaced is gone by then, and not looked for.
     if finished and (publishing.delete_source or publishing.in_place):
@@ -83,6 +84,18 @@ def prepare(request: Request, make: Callable[[Request], Plan], more: object = ""
     plan = _unless_done(request, make)
     is_done = finished and (not plan.sets or plan.is_there or not find_difference(plan))
     return Prepared(name, None if is_done else plan)
+
+
+def _refuse_elsewhere(request: Request) -> None:
+    """Raise Unsupported for what would be written, or removed, where files are only read."""
+    source, output = request.source, request.output
+    advice = "Name a folder of this machine." if output else "Fetch it first, or write to a new folder: -o NEW."
+    changed = [(output or source, advice)]
+    if request.publishing.delete_source:
+        changed.append((source, "Leave --delete-source out."))
+    for place, advice in changed:
+        if not is_local(place):
+            raise Unsupported(place, "is not on this machine's disk, and wconv writes nowhere else", advice)
 
 
 def _unless_done(request: Request, make: Callable[[Request], Plan]) -> Plan:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, get_args
 
 from converter.dtypes import DTYPES
@@ -23,7 +22,7 @@ from converter.models.growth import find_growth
 from converter.models.model import open_model
 from converter.models.select import only_set
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
-from converter.storage.local import as_path
+from converter.storage import Given
 from converter.tensors.base import Tensor, find_ties
 from converter.tensors.reader import PIECE_NBYTES, RangeReader
 from converter.transforms.quantize.bnb_int8 import WidenedRows, dequantized, scales_in
@@ -106,8 +105,8 @@ class _Batch:
 
 
 def verify(
-    a: Path | str,
-    b: Path | str,
+    a: Given,
+    b: Given,
     *,
     cast: bool = False,
     quantized: bool = False,
@@ -124,7 +123,7 @@ def verify(
     """
     differences: list[Difference] = []
     pairs: list[_Pair] = []
-    for component, left, right in _pair_sets(as_path(a), as_path(b), differences, quantized):
+    for component, left, right in _pair_sets(a, b, differences, quantized):
         pairs.extend(_pair_tensors(component, left, right, cast or quantized, differences))
     if quantized and not any(pair.is_quantized for pair in pairs):
         raise BadRequest(b, "has no 8-bit weights that A has too", "Leave out --quantized.")
@@ -171,7 +170,7 @@ def holds_values(kept: Checkpoint, gone: Checkpoint) -> bool:
 
 
 def _pair_sets(
-    a: Path, b: Path, differences: list[Difference], quantized: bool
+    a: Given, b: Given, differences: list[Difference], quantized: bool
 ) -> Iterator[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]]:
     left, right = open_model(a).components, open_model(b).components
     if len(left) == len(right) == 1:
@@ -201,10 +200,9 @@ def _pair_variants(
         if quantized and scales_in(after):
             after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed, "inf")
         yield label, _by_name(before), _by_name(after)
-    for kind, variants in (("missing", left.keys() - right.keys()), ("extra", right.keys() - left.keys())):
-        for variant in sorted(variants):
-            which = f"the variant {variant}" if variant else "the untagged weights"
-            differences.append(Difference("missing" if kind == "missing" else "extra", a.name, "", which))
+    for variant in sorted(left.keys() ^ right.keys(), key=lambda one: (one in right, one)):
+        which = f"the variant {variant}" if variant else "the untagged weights"
+        differences.append(Difference("missing" if variant in left else "extra", a.name, "", which))
 
 
 def _refuse_bombs(a: Checkpoint, b: Checkpoint) -> None:

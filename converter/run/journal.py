@@ -57,7 +57,7 @@ class Changes:
             plan.names,
             tuple(dict.fromkeys(plan.replaced)),
             plan.overwrite,
-            plan.source.real.path,
+            plan.source.real.path if sources else None,
             tuple(sorted(sources, key=is_index, reverse=True)),  # no index over shards that are gone
             "keep" if keep else "",
         )

@@ -28,8 +28,8 @@ from converter.run.journal import SUFFIX, TREE, Changes, Entry, Journal, Overtak
 from converter.run.kept import Keeper
 from converter.run.notes import Notes, make_token
 from converter.run.signals import signals_held
-from converter.storage import OpenFile, Place, place_of
-from converter.storage.local import LocalFile, can_write, free_nbytes, is_there, place_at, real
+from converter.storage import OpenFile, Place
+from converter.storage.local import LocalFile, can_write, free_nbytes, is_local, is_there, place_at
 from converter.storage.root import Root, make_folders, remove_empty, write_all
 
 _RESERVE_NBYTES = 1 << 20  # room for the journal and the folders themselves
@@ -294,11 +294,11 @@ def _take_up(target: Target, notes: Notes) -> tuple[Run, str | None]:
     return run, finished
 
 
-def find_strangers(*folders: Path) -> tuple[str, ...]:
+def find_strangers(*folders: Place) -> tuple[str, ...]:
     """Say of each entry that looks like one of a run's, and is of no run of this user, that it is ignored."""
     found: dict[Place, None] = {}
-    for folder in filter(Place.is_folder, map(place_at, folders)):
-        run = Run.read(Notes(real(folder.path)))
+    for folder in filter(Place.is_folder, folders):
+        run = Run.read(Notes(folder.real().path)) if is_local(folder) else None
         own = run.name if run else ""
         entries = (entry for entry in folder.entries() if _LIKE_MINE.fullmatch(entry.name) and entry.name != own)
         found |= dict.fromkeys(entries)
@@ -333,12 +333,12 @@ def open_staging(target: Target) -> Iterator[Staging]:
         raise known from error
 
 
-def recover(folder: Path, request: str) -> bool:
+def recover(folder: Place, request: str) -> bool:
     """Finish a commit into ``folder`` that a killed run had begun; True if that run was for the same request."""
-    run = Run.read(Notes(real(folder)))
+    run = Run.read(Notes(folder.real().path))
     if run is None:
         return False
-    with open_staging(Target.at(place_of(folder), run.is_new)) as staging:
+    with open_staging(Target.at(folder, run.is_new)) as staging:
         if run.journal is None and not run.finished:
             staging.drop_second_names()
             return False

@@ -13,7 +13,7 @@ from itertools import starmap
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, Protocol
 
-from converter.errors import BadFile
+from converter.errors import BadFile, Unsupported
 
 _CHUNK_NBYTES = 1 << 20
 
@@ -94,10 +94,6 @@ class OpenFile:
 class Store(Protocol):
     """Where files lie: a folder of this machine, a bucket, a repository at one revision. Errors are WconvErrors."""
 
-    @property
-    def url(self) -> str:
-        """What tells this store from others."""
-
     def absolute(self, key: str) -> Place:
         """Give what lies at a key as a place that says the same wherever one is."""
 
@@ -109,9 +105,20 @@ class Store(Protocol):
 
     def target(self, key: str) -> str | None:
         """Give the key that a link names; None for what is no link, and in a store that has none."""
+        return None
 
     def real(self, key: str) -> Place:
         """Give the absolute place that a key leads to, behind all links."""
+        return self.absolute(key)
+
+    def is_same(self, key: str, other: Place) -> bool:
+        """Say whether a key leads to another place."""
+        return self.real(key) == other.real()
+
+    def path(self, key: str) -> Path:
+        """Give the full path of a key on this machine. Raises Unsupported for a store elsewhere."""
+        problem = "is not on this machine's disk, and that is needed here"
+        raise Unsupported(self.spell(key), problem, "Fetch it, and name the folder.")
 
     def list(self, key: str) -> list[str]:
         """List the names of what lies directly in a folder, sorted."""
@@ -165,9 +172,7 @@ class Place:
     @property
     def path(self) -> Path:
         """The full path on this machine's disk. Raises Unsupported for a place that is elsewhere."""
-        from converter.storage.local import path_of
-
-        return path_of(self)
+        return self.store.path(self.key)
 
     @property
     def spelled(self) -> Path:
@@ -219,9 +224,13 @@ class Place:
         """Give the place that this one leads to, behind all links; links in a circle stay as they are."""
         return self.store.real(self.key)
 
+    def is_same(self, other: Place) -> bool:
+        """Say whether two places are one behind all links, whatever other names a disk may have for it."""
+        return self.store.is_same(self.key, other)
+
     def is_below(self, folder: Place) -> bool:
         """Say whether this is a folder, or lies somewhere in it, by names alone."""
-        return PurePosixPath(self.key).is_relative_to(folder.key)
+        return self.store == folder.store and PurePosixPath(self.key).is_relative_to(folder.key)
 
     def entries(self) -> list[Place]:
         """List what lies directly in this folder, by name."""

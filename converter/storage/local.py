@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from converter.errors import BadFile, BadRequest, SystemRefused, Unsupported
-from converter.storage.base import FileRef, Info, Kind, OpenFile, Place, Tag, changed
+from converter.errors import BadFile, BadRequest, SystemRefused
+from converter.storage.base import FileRef, Info, Kind, OpenFile, Place, Store, Tag, changed
 from converter.storage.root import Root
 
 # A pipe that takes a file's place after it was looked at is opened at once. Windows has no such flag.
@@ -43,17 +43,13 @@ class Stamp(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class LocalStore:
+class LocalStore(Store):
     """All disks of this machine; keys that are no full paths begin at ``base``, the folder the user was in."""
 
     base: str
 
     def __hash__(self) -> int:  # of each tensor's place: a dataclass's own takes five times as long
         return hash(self.base)
-
-    @property
-    def url(self) -> str:
-        return "file:///"
 
     def path(self, key: str) -> Path:
         return Path(self.base, key)
@@ -94,6 +90,14 @@ class LocalStore:
     def real(self, key: str) -> Place:
         return place_at(real(self.path(key)))
 
+    def is_same(self, key: str, other: Place) -> bool:
+        if not is_local(other):
+            return False
+        try:
+            return self.path(key).samefile(other)
+        except (OSError, ValueError):  # one of them is not there
+            return False
+
     def list(self, key: str) -> list[str]:
         try:
             with os.scandir(self.path(key)) as entries:
@@ -123,7 +127,7 @@ def open_staged(place: Place) -> Iterator[StagedFile]:
 
     Who may rename its folder could have put a link there, or one of theirs with another name of a file of the user's.
     """
-    path = path_of(place)
+    path = place.path
     with Root(path.parent) as root, root.open(path.name, os.O_RDWR) as handle:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
@@ -219,18 +223,18 @@ def place_at(path: Path) -> Place:
 
 
 def open_url(url: str) -> Place:
-    """Give the place that a ``file:`` URL names."""
-    from urllib.parse import urlsplit
+    """Give the place that a ``file:`` URL names. Raises BadRequest for one that names none of this machine."""
     from urllib.request import url2pathname  # loads what speaks http: not at every start
 
-    return place_at(Path(url2pathname(urlsplit(url).path)))
+    host, slash, path = url.partition("://")[2].partition("/")
+    if not slash or host.lower() not in ("", "localhost"):
+        raise BadRequest(url, "names no file of this machine", "A full path begins with the third slash: file:///data.")
+    return place_at(Path(url2pathname(f"/{path}")))
 
 
-def path_of(place: Place) -> Path:
-    """Give the full path of a place on this machine. Raises Unsupported for one elsewhere."""
-    if not isinstance(place.store, LocalStore):
-        raise Unsupported(place, "is not on this machine's disk, and that is needed here")
-    return place.store.path(place.key)
+def is_local(place: Place) -> bool:
+    """Say whether a place is on this machine, where files can be written."""
+    return isinstance(place.store, LocalStore)
 
 
 def as_path(given: Path | str) -> Path:

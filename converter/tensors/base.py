@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from converter.dtypes import DType
 from converter.storage import FileRef, Place
-
-if TYPE_CHECKING:
-    from converter.tensors.reader import RangeReader
 
 # Of one file, and of one set: the largest models have 208,000. Each takes 2 kB and 40 µs until it is written.
 MAX_TENSORS = 220_000
@@ -53,6 +51,18 @@ class PackedRange(NamedTuple):
 Storage = ByteRange | PackedRange
 
 
+class Reader(Protocol):
+    """What sources are read through, for one task; ``too_large`` counts the values that a cast could not hold."""
+
+    too_large: int
+
+    def read_into(self, record: Storage, begin: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``begin`` of a range on. Raises BadFile for one that is not as it was."""
+
+    def scratch(self, nbytes: int) -> AbstractContextManager[memoryview]:
+        """Give room to work in, for as long as the context is open; what it holds at first is anything."""
+
+
 class TensorSource(Protocol):
     """A tensor's bytes, wherever they come from. Positions are in bytes of its own, in row-major order.
 
@@ -83,7 +93,7 @@ class TensorSource(Protocol):
     def permuted(self, axes: tuple[int, ...]) -> TensorSource:
         """Give the same with its axes in this order; one of length 1 may be left out."""
 
-    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         """Fill ``out``, some whole elements, with the bytes from ``begin`` on."""
 
 
@@ -114,7 +124,7 @@ class Tensor(NamedTuple):
     @property
     def is_made(self) -> bool:
         """Whether it is the work of a transform, and in its right dtype for that: computed, or in no file at all."""
-        return self.source.computes or not self.source.inputs()
+        return self.source.computes or not (self.source.inputs() or 0 in self.source.shape)
 
     @property
     def file(self) -> Place | None:

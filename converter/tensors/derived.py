@@ -13,12 +13,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from converter.dtypes import DType, OnOverflow
-from converter.tensors.base import Storage, Tensor, TensorSource
+from converter.tensors.base import Reader, Storage, Tensor, TensorSource
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from converter.tensors.reader import RangeReader
 
 _D = TypeVar("_D", bound="Derived")
 
@@ -49,7 +47,7 @@ class Constant:
         turned = self._bits().transpose(*axes, *left_out)
         return Constant(self.dtype, turned.shape[: len(axes)], turned.tobytes())
 
-    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         out[:] = self.content[begin : begin + len(out)]
 
     def _bits(self) -> np.ndarray[Any, Any]:
@@ -106,7 +104,7 @@ class Derived:
     def permuted(self: _D, axes: tuple[int, ...]) -> _D:
         return replace(self, source=self.source.permuted(axes))
 
-    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         self.source.read(begin, out, reader)
 
 
@@ -116,7 +114,7 @@ class Swapped(Derived):
 
     width: int
 
-    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         import numpy as np
 
         self.source.read(begin, out, reader)
@@ -129,7 +127,7 @@ class Negated(Derived):
 
     parts: int
 
-    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         import numpy as np
 
         self.source.read(begin, out, reader)
@@ -159,7 +157,7 @@ class Cast(Derived):
     def computes(self) -> bool:
         return True
 
-    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.tensors.kernels import cast_chunk
 
         before = self.source.dtype
@@ -258,7 +256,7 @@ class Boxes:
                 inner = tuple(begin - at for begin, at in zip(begins, box.start, strict=True))
                 yield Box(begins, box.source.box(inner, tuple(end - begin for begin, end in spans)))
 
-    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         size = self.dtype.itemsize
         done = 0
         for start, shape in _blocks(self._whole, begin // size, len(out) // size):
@@ -266,14 +264,14 @@ class Boxes:
             self._read_block(start, shape, out[done : done + nbytes], reader)
             done += nbytes
 
-    def _read_block(self, start: tuple[int, ...], shape: tuple[int, ...], out: memoryview, reader: RangeReader) -> None:
+    def _read_block(self, start: tuple[int, ...], shape: tuple[int, ...], out: memoryview, reader: Reader) -> None:
         import numpy as np
 
         block = np.frombuffer(out, f"u{self.dtype.itemsize}").reshape(shape)
         for where, source in self._cut(start, shape):
-            at = tuple(slice(begin - base, begin - base + length)
-                       for begin, base, length in zip(where, start, source.shape, strict=True))  # fmt: skip
-            target = block[at]
+            begins = zip(where, start, source.shape, strict=True)
+            at: Any = (*(slice(begin - base, begin - base + length) for begin, base, length in begins), ...)
+            target = block[at]  # a view, of a single number too
             if target.flags.c_contiguous:
                 source.read(0, target.reshape(-1).data.cast("B"), reader)
                 continue
@@ -291,6 +289,8 @@ def _fits(whole: tuple[int, ...], box: Box) -> bool:
 
 def _reached(box: Box, others: Iterable[Box]) -> Iterator[Box]:
     """Give those of boxes in order that begin before a box ends, along the first axis."""
+    if not box.start:
+        return iter(others)
     end = box.start[0] + box.source.shape[0]
     return itertools.takewhile(lambda other: other.start[0] < end, others)
 

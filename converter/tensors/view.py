@@ -11,12 +11,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converter.dtypes import DType
-from converter.tensors.base import PackedRange, Storage
+from converter.tensors.base import PackedRange, Reader, Storage
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from converter.tensors.reader import RangeReader
 
 GATHER_NBYTES = 1 << 23  # a transposed matrix needs many rows at once, or it is read in single elements
 _SLAB_NBYTES = 1 << 20
@@ -64,7 +63,7 @@ class View(NamedTuple):
         shape, strides = tuple(self.shape[axis] for axis in axes), tuple(self.strides[axis] for axis in axes)
         return self._replace(shape=shape, strides=strides)
 
-    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         if self.is_contiguous:
             reader.read_into(self.storage, self.dtype.nbytes(self.start) + begin, out)
         else:
@@ -107,7 +106,7 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def _gather(view: View, first: int, out: memoryview, reader: RangeReader) -> None:
+def _gather(view: View, first: int, out: memoryview, reader: Reader) -> None:
     import numpy as np
 
     # Only bits move, so any type of the right width will do.
@@ -121,7 +120,7 @@ def _gather(view: View, first: int, out: memoryview, reader: RangeReader) -> Non
 class _Gather:
     """Reads parts of a strided view. Shapes, strides and starts are in elements, as in View."""
 
-    def __init__(self, view: View, reader: RangeReader) -> None:
+    def __init__(self, view: View, reader: Reader) -> None:
         # What is read out of order has no sum of its own: such a record is read once more for it.
         self.storage = view.storage._replace(crc32=None)
         self.itemsize = view.dtype.itemsize

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from converter.dtypes import DTYPES, DType, OnOverflow
 from converter.errors import BadFile, HostileFile, Unsupported, Where
 from converter.models.checkpoint import Checkpoint
-from converter.tensors.base import Tensor
+from converter.tensors.base import Reader, Tensor
 from converter.tensors.derived import Constant, Derived, cast
 from converter.tensors.reader import PIECE_NBYTES, RangeReader
 
@@ -92,7 +92,7 @@ class QuantizedRows(_Scaled):
     def dtype(self) -> DType:
         return DTYPES["I8"]
 
-    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.row_kernels import quantize_chunk
 
         before = self.source.dtype
@@ -110,7 +110,7 @@ class WidenedRows(_Scaled):
     def dtype(self) -> DType:
         return DTYPES["F32"]
 
-    def read(self, begin: int, out: memoryview, reader: RangeReader) -> None:
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.row_kernels import widen_chunk
 
         with reader.scratch(len(out) // 4) as steps:
