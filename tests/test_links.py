@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -601,6 +603,22 @@ def test_an_empty_text_is_no_path(
     before = snapshot(tmp_path)
     assert "An empty text is no path" in wconv(*words, exit_code=2).stderr
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["to-safetensors", "recast --dtype bf16", "quantize"])
+def test_the_source_is_known_by_another_name_of_its_disk(command: str, tmp_path: Path) -> None:
+    save(STATE, tmp_path / "m" / "pytorch_model.bin")
+    (tmp_path / "n").mkdir()
+    before = snapshot(tmp_path / "m")
+    run = f"{sys.executable} -m converter {command} m -o n --overwrite"
+    said = subprocess.run(
+        [shutil.which("unshare") or "false", "-rm", "sh", "-c", f"mount --bind m n && echo bound && {run}"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if not said.stdout.startswith("bound"):
+        pytest.skip("the system lets nobody bind folders")
+    assert "n: is the source itself" in said.stderr
+    assert snapshot(tmp_path / "m") == before
 
 
 def test_an_empty_text_is_no_path_for_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,14 @@ def test_texts_are_taken_for_what_they_name() -> None:
     assert ModuleChoice(include="q_proj", skip=["lm_head"]) == ModuleChoice(("q_proj",), ("lm_head",))  # type: ignore[arg-type]
 
 
+def test_what_a_plan_cannot_do_without_is_asked_for(tmp_path: Path) -> None:
+    save(make_state(), tmp_path / "m" / "model.safetensors")
+    with pytest.raises(BadRequest, match="needs a variant to rename, and its new tag"):
+        plan_rename(Request.of(tmp_path / "m", from_variant="none"))
+    with pytest.raises(BadRequest, match="needs a folder to be written to"):
+        plan_quantized(Request.of(tmp_path / "m"))
+
+
 def test_paths_may_be_texts_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save(STATE, Path("m/model.safetensors"))
@@ -125,6 +133,16 @@ def test_8_bits_take_texts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert load_file("back/model.safetensors")["fc.weight"].dtype is torch.float32
     with pytest.raises(BadRequest, match="needs a dtype to be written in"):
         plan_dequantized(Request.of("small", "again"))
+
+
+def test_8_bits_are_of_the_key_that_is_asked_for(tmp_path: Path) -> None:
+    state = {"fc.weight": torch.randn(8, 8)}
+    (tmp_path / "m").mkdir()
+    torch.save({"model": {"fc.weight": torch.zeros(8, 8)}, "ema": state}, tmp_path / "m" / "pytorch_model.bin")
+    write_json(tmp_path / "m" / "config.json", {"architectures": ["Unheard"]})
+    asked = Request.of(tmp_path / "m", tmp_path / "small", key="ema")
+    run_plan(plan_quantized(asked, ModuleChoice(include=("fc",))))
+    assert load_file(tmp_path / "small" / "model.safetensors")["fc.weight"].any()
 
 
 # Names that belie the dtype.

@@ -15,12 +15,12 @@ from support.judges import described_by_wconv, saved_by_torch
 from support.tiny import make_state, rezip, save, save_bin_shards, save_pipeline, snapshot
 
 from converter import convert, storage
-from converter.errors import BadFile, Unsupported
+from converter.errors import BadFile, BadRequest, Unsupported
 from converter.formats import could_be_weights, read_file
 from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Request, prepare
 from converter.run.execute import run_plan
-from converter.storage import FileRef, Info, OpenFile, Place, Store
+from converter.storage import FileRef, Info, OpenFile, Place, Store, place_of
 from converter.storage.base import Tag, changed
 from converter.storage.local import place_at
 from converter.tensors.reader import RangeReader
@@ -156,6 +156,17 @@ def test_places_do_not_depend_on_where_one_is(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir("/")
     assert (str(relative), relative.path) == ("model.bin", tmp_path / "model.bin")
     assert full == place_at(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize("url", ["file://data/model", "file://model", "file://", "file://[data/model"])
+def test_a_url_of_another_machine_is_no_path_of_this_one(url: str) -> None:
+    with pytest.raises(BadRequest, match="names no file of this machine"):
+        place_of(url)
+
+
+@pytest.mark.parametrize("begin", ["file://", "file://localhost", "FILE://"])
+def test_a_url_of_this_machine_is_a_path(begin: str, tmp_path: Path) -> None:
+    assert place_of(f"{begin}{(tmp_path / 'a b').as_posix().replace(' ', '%20')}") == place_at(tmp_path / "a b")
 
 
 def copied(folder: Path) -> StoreInMemory:

@@ -6,11 +6,9 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from converter.models.checkpoint import open_checkpoint
-from converter.models.select import select_sets
 from converter.plan.types import Plan
 from converter.recipes.request import Request, prepare
-from converter.recipes.steps import make_ready, open_job, plan_job
+from converter.recipes.steps import make_ready, open_job, open_sets, plan_job, select
 from converter.run.execute import Result, run_plan
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress
 from converter.storage import Place
@@ -22,10 +20,8 @@ def plan_conversion(request: Request) -> Plan:
     A plan without sets means that there is nothing to do. Raises WconvError as the commands do.
     """
     job = open_job(request)
-    request = job.request
-    selected = select_sets(job.model, request.selection, request.writing.naming, request.publishing.overwrite)
-    opened = [(component, open_checkpoint(found, request.selection.reading)) for component, found in selected]
-    return plan_job(job, selected, make_ready(job, opened))
+    selected = select(job)
+    return plan_job(job, selected, make_ready(job, open_sets(job, selected)))
 
 
 def convert(

@@ -22,10 +22,9 @@ def open_target(model: Model, output: Place | None, overwrite: bool) -> Target:
     if not output.is_folder():
         raise OutputRefused(output, "exists and is no folder", "Name a folder for the output.")
     if model.kind != "file":
-        root, real = model.root.real(), output.real()
-        if real == root:
+        if output.is_same(model.root):
             raise OutputRefused(output, "is the source itself", "Leave -o out to add files beside it.")
-        if root.is_below(real):
+        if model.root.real().is_below(output.real()):
             raise OutputRefused(output, "holds the source", "Name a new folder.")
         if output.entries() and not overwrite:
             raise OutputRefused(output, "exists and is not empty", "Name a new folder, or use --overwrite.")

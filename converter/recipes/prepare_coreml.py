@@ -5,6 +5,7 @@ What the script needs is known in ``libraries/coreml.py``; here it is held again
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -20,12 +21,10 @@ from converter.models.configs import look_into, read_json, render_json
 from converter.models.faults import ADVICE, find_lost, look
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import Inventory
-from converter.models.model import Model
 from converter.models.schemes import quantized_in
-from converter.models.select import select_sets
 from converter.plan.types import Plan, Rest
 from converter.recipes.request import Request
-from converter.recipes.steps import make_ready, open_job, plan_job
+from converter.recipes.steps import Job, make_ready, open_job, open_sets, plan_job, select
 from converter.storage import Place
 from converter.transforms.names import rename_tensors
 from converter.transforms.stable_diffusion.pipeline import open_single_file
@@ -88,11 +87,11 @@ def plan_coreml(request: Request, keep_default: bool = False, ema: bool = False,
         raise BadRequest(request.source, f"is a folder, and {option} is for a single file", "Leave it out.")
     _refuse(request.source, find_lacks(request.source))
     job = open_job(request)
-    selected = _select(job.model, request)
-    orders = make_ready(job, [_longer(component, one) for component, one in _open(selected, request)])
+    selected = _select(job)
+    orders = make_ready(job, list(itertools.starmap(_longer, open_sets(job, selected))))
     if keep_default:
-        others = select_sets(job.model, untagged.selection, untagged.writing.naming, request.publishing.overwrite)
-        orders += make_ready(job, [_longer(component, one) for component, one in _open(others, request)], untagged)
+        others = select(job, untagged)
+        orders += make_ready(job, list(itertools.starmap(_longer, open_sets(job, others))), untagged)
         selected += others
     return plan_job(job, selected, orders, Rest(generated=_old_classes(request.source)))
 
@@ -111,11 +110,6 @@ def _plan_single_file(request: Request, untagged: Request | None, ema: bool, con
     return plan_job(job, selected, orders, Rest(opened.copied, opened.generated, opened.notes))
 
 
-def _open(selected: Iterable[tuple[Component, WeightSet]], request: Request) -> Iterator[tuple[Component, Checkpoint]]:
-    for component, weight_set in selected:
-        yield component, open_checkpoint(weight_set, request.selection.reading)
-
-
 def _longer(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:
     """Give a text encoder and a safety checker the names that transformers 4 knows."""
     prefix, names = coreml.longer_names(component.class_name, (tensor.name for tensor in checkpoint.tensors))
@@ -132,12 +126,11 @@ def _old_classes(source: Place) -> Mapping[str, bytes]:
     return {"model_index.json": render_json(edited)} if edited != content else {}
 
 
-def _select(model: Model, request: Request) -> list[tuple[Component, WeightSet]]:
+def _select(job: Job) -> list[tuple[Component, WeightSet]]:
     """Of each part take the fp16 weights, else the untagged ones, else what there is."""
     selected = []
-    for component in model.components:
+    for component in job.model.components:
         has_variant = any(one.name.variant == COREML_VARIANT for one in component.weight_sets)
         from_variant = COREML_VARIANT if has_variant else None
-        selection = replace(request.selection, components=(component.name,), from_variant=from_variant)
-        selected += select_sets(model, selection, request.writing.naming, request.publishing.overwrite)
+        selected += select(job, components=(component.name,), from_variant=from_variant)
     return selected

@@ -11,21 +11,20 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-from converter.dtypes import RECAST_SOURCES, DType
+from converter.dtypes import RECAST_SOURCES
 from converter.errors import BadRequest, LossyCast, Unsupported, name_some
 from converter.libraries import library_of
 from converter.libraries.modules import find_linears
-from converter.models.checkpoint import Checkpoint, open_checkpoint
+from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.growth import refuse_growth
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model
 from converter.models.schemes import Scheme, quantized_in
-from converter.models.select import Selection, select_sets
 from converter.plan.types import Order, Plan, QuantizedPart, Rest
 from converter.recipes.request import Request
-from converter.recipes.steps import Job, make_ready, open_job, plan_job, refuse_file
+from converter.recipes.steps import Job, make_ready, open_job, open_sets, plan_job, refuse_file, select
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.storage import Place
 from converter.tensors.base import Tensor
@@ -79,10 +78,9 @@ def plan_quantized(request: Request, choice: ModuleChoice = _NO_CHOICE, measurin
     parts = _select_parts(job)
     names = {component.name for component, _ in parts}
     # With a dtype the other parts are cast; without one they are carried over.
-    selected = _select(job, components=()) if request.casting.dtype else parts
+    selected = select(job, components=()) if request.casting.dtype else parts
     ready, done = [], {}
-    for component, weight_set in selected:
-        checkpoint = open_checkpoint(weight_set)
+    for component, checkpoint in open_sets(job, selected):
         if component.name in names:
             checkpoint, done[component.name] = _quantize(component, checkpoint, choice, measuring)
         ready.append((component, checkpoint))
@@ -110,10 +108,9 @@ def plan_dequantized(request: Request) -> Plan:
         raise BadRequest(request.source, "needs a dtype to be written in", "Say which: fp16, bf16 or fp32.")
     job = open_job(_checked(request))
     said = tuple(component.name for component in job.model.components if "quantization_config" in component.config)
-    selected = _select(job, components=job.request.selection.components or said)
+    selected = select(job, components=job.request.selection.components or said)
     ready = []
-    for component, weight_set in selected:
-        checkpoint = open_checkpoint(weight_set)
+    for component, checkpoint in open_sets(job, selected):
         transposed = find_linears(component, checkpoint.tensors).transposed
         for scheme in _schemes_of(checkpoint, component.name in said):
             checkpoint = DEQUANTIZERS[scheme](checkpoint, casting.dtype, transposed, casting.on_overflow)
@@ -123,23 +120,21 @@ def plan_dequantized(request: Request) -> Plan:
 
 def _checked(request: Request) -> Request:
     """Give a request for one safetensors set a component. Raises WconvError for places that cannot be."""
-    assert request.output is not None
+    if request.output is None:
+        raise BadRequest(request.source, "needs a folder to be written to", "Name a new one.")
     check_places(request.source, request.output)
     source, output = snapshot_of(request.source), request.output
-    files = [source] if source.is_file() else [one for one in _entries(source) if one.name.endswith(".gguf")]
+    folder = [one for one in source.entries() if one.name.endswith(".gguf")] if source.is_folder() else []
+    files = [source] if source.is_file() else list(filter(Place.is_file, folder))
     if files and _is_gguf(files[0]) and not (source.is_folder() and find_weight_sets(source)):
         advice = "Quantize the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
     refuse_file(output)
-    if output.exists() and source.exists() and output.real() == source.real():
+    if output.is_same(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
     selection = replace(request.selection, every_variant=False)
     return replace(request, source=source, selection=selection, writing=replace(request.writing, format="safetensors"))
-
-
-def _entries(place: Place) -> list[Place]:
-    return [one for one in place.entries() if one.is_file()] if place.is_folder() else []
 
 
 def _is_gguf(place: Place) -> bool:
@@ -147,13 +142,8 @@ def _is_gguf(place: Place) -> bool:
         return file.read(0, 4) == b"GGUF"
 
 
-def _select(job: Job, components: tuple[str, ...]) -> list[tuple[Component, WeightSet]]:
-    selection: Selection = replace(job.request.selection, components=components)
-    return select_sets(job.model, selection, job.request.writing.naming, job.request.publishing.overwrite)
-
-
 def _select_parts(job: Job) -> list[tuple[Component, WeightSet]]:
-    parts = _select(job, _part_names(job.model, job.request.selection.components))
+    parts = select(job, components=_part_names(job.model, job.request.selection.components))
     for component, weight_set in parts:
         if "quantization_config" in component.config:
             advice = "Quantize the model that it was made from."
@@ -211,7 +201,9 @@ def _quantize(
         replace(file, tensors=tuple(new for old in file.tensors for new in made.get(old.name, (old,))))
         for file in checkpoint.files
     )
-    sizes = tuple((module, matrices[module].nbytes, _int8_nbytes(matrices[module])) for module in sorted(wanted))
+    sizes = tuple(
+        (module, matrices[module].nbytes, sum(new.nbytes for new in made[weights[module]])) for module in sorted(wanted)
+    )
     changed = replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
     return changed, QuantizedPart(component.name, sizes, skipped)
 
@@ -230,22 +222,15 @@ def _transposed(weight: Tensor) -> Tensor:
     return weight._replace(source=weight.source.permuted((1, 0)))
 
 
-def _int8_nbytes(weight: Tensor) -> int:
-    return weight.numel + 4 * weight.shape[0] + 1
-
-
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     path = checkpoint.weight_set.path
     for one in quantized_in(checkpoint):
         raise Unsupported(path, f"is quantized already ({one})", "Quantize the model that it was made from.")
     for info in checkpoint.tensors:
-        if info.name.endswith(".weight") and len(info.shape) == 2 and not _is_full(info.dtype):
+        is_full = info.dtype.tag in RECAST_SOURCES and info.dtype.bits >= 16
+        if info.name.endswith(".weight") and len(info.shape) == 2 and not is_full:
             problem = f"is quantized already: {info.name!r} is {info.dtype}"
             raise Unsupported(path, problem, "Quantize the model that it was made from.")
-
-
-def _is_full(dtype: DType) -> bool:
-    return dtype.tag in RECAST_SOURCES and dtype.bits >= 16
 
 
 def _schemes_of(checkpoint: Checkpoint, is_said: bool) -> set[Scheme]:

@@ -27,8 +27,8 @@ def plan_rename(request: Request) -> Plan:
     variant, OutputRefused where the new name is taken.
     """
     before, after, components = request.selection.from_variant, request.writing.variant, request.selection.components
-    assert before is not None
-    assert after is not None
+    if before is None or after is None:
+        raise BadRequest(request.source, "needs a variant to rename, and its new tag", "For untagged weights say none.")
     refuse_cache(request.source)
     old = None if before == "none" else before
     new = None if after == "none" else check_variant(after)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.libraries import library_of, loader_of, note_tag
 from converter.libraries.ask import ask_kept
-from converter.models.checkpoint import Checkpoint
+from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.growth import note_growth, refuse_growth
 from converter.models.hub_cache import check_places
@@ -18,7 +18,7 @@ from converter.models.inventory import find_weight_sets
 from converter.models.model import Model, open_model
 from converter.models.names import WeightsName, is_other_file, parse_name
 from converter.models.rest import is_linked
-from converter.models.select import Tied
+from converter.models.select import Tied, select_sets
 from converter.plan.make import make_plan
 from converter.plan.types import Order, Plan, Rest, Target, Writing
 from converter.recipes.carry import find_copied
@@ -64,11 +64,24 @@ def open_job(request: Request, model: Model | None = None) -> Job:
     model = open_model(request.source)
     output, named, request = _split_output(model, request)
     target = open_target(model, output, publishing.overwrite)
-    is_elsewhere = output is not None and output.real() != model.root.real()
+    is_elsewhere = output is not None and not output.is_same(model.root)
     request = _tagged(model, request, is_elsewhere)
     if request.casting.dtype and request.writing.variant == "none" and not is_elsewhere:
         raise BadRequest(request.source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
     return Job(request, model, target, named, carries=is_elsewhere and model.kind != "file")
+
+
+def select(job: Job, request: Request | None = None, **changes: Any) -> list[tuple[Component, WeightSet]]:
+    """Select sets of a job's model as its request asks, or another, but for ``changes`` of the selection."""
+    request = request or job.request
+    selection = replace(request.selection, **changes)
+    return select_sets(job.model, selection, request.writing.naming, request.publishing.overwrite)
+
+
+def open_sets(job: Job, selected: _Selected) -> list[tuple[Component, Checkpoint]]:
+    """Open sets that are selected."""
+    reading = job.request.selection.reading
+    return [(component, open_checkpoint(weight_set, reading)) for component, weight_set in selected]
 
 
 def refuse_file(output: Place) -> None:

@@ -111,6 +111,10 @@ class Store(Protocol):
         """Give the absolute place that a key leads to, behind all links."""
         return self.absolute(key)
 
+    def is_same(self, key: str, other: Place) -> bool:
+        """Say whether a key leads to another place."""
+        return self.real(key) == other.real()
+
     def path(self, key: str) -> Path:
         """Give the full path of a key on this machine. Raises Unsupported for a store elsewhere."""
         problem = "is not on this machine's disk, and that is needed here"
@@ -219,6 +223,10 @@ class Place:
     def real(self) -> Place:
         """Give the place that this one leads to, behind all links; links in a circle stay as they are."""
         return self.store.real(self.key)
+
+    def is_same(self, other: Place) -> bool:
+        """Say whether two places are one behind all links, whatever other names a disk may have for it."""
+        return self.store.is_same(self.key, other)
 
     def is_below(self, folder: Place) -> bool:
         """Say whether this is a folder, or lies somewhere in it, by names alone."""

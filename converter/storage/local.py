@@ -90,6 +90,14 @@ class LocalStore(Store):
     def real(self, key: str) -> Place:
         return place_at(real(self.path(key)))
 
+    def is_same(self, key: str, other: Place) -> bool:
+        if not is_local(other):
+            return False
+        try:
+            return self.path(key).samefile(other)
+        except (OSError, ValueError):  # one of them is not there
+            return False
+
     def list(self, key: str) -> list[str]:
         try:
             with os.scandir(self.path(key)) as entries:
@@ -215,11 +223,13 @@ def place_at(path: Path) -> Place:
 
 
 def open_url(url: str) -> Place:
-    """Give the place that a ``file:`` URL names."""
-    from urllib.parse import urlsplit
+    """Give the place that a ``file:`` URL names. Raises BadRequest for one that names none of this machine."""
     from urllib.request import url2pathname  # loads what speaks http: not at every start
 
-    return place_at(Path(url2pathname(urlsplit(url).path)))
+    host, slash, path = url.partition("://")[2].partition("/")
+    if not slash or host.lower() not in ("", "localhost"):
+        raise BadRequest(url, "names no file of this machine", "A full path begins with the third slash: file:///data.")
+    return place_at(Path(url2pathname(f"/{path}")))
 
 
 def is_local(place: Place) -> bool:
