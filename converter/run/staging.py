@@ -132,7 +132,7 @@ class Staging:
 
     def put(self, name: str, content: bytes) -> None:
         """Stage a small file."""
-        self.root.put(self._make_way(name), content)
+        self.root.fill(self._make_way(name), (content,))
 
     def copy(self, name: str, source: OpenFile) -> None:
         """Stage a copy of an open file."""
