@@ -12,7 +12,7 @@ from support.tiny import ref_to
 
 from converter.dtypes import DTYPES
 from converter.tensors.base import ByteRange, Tensor, find_ties
-from converter.tensors.view import View, contiguous_strides
+from converter.tensors.view import View, contiguous_strides, span_of
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 FILE = ref_to("model.bin")
@@ -65,7 +65,7 @@ def test_the_span_reaches_from_the_first_to_the_last_element(drawn: torch.Tensor
         sum(place * stride for place, stride in zip(index, drawn.stride(), strict=True))
         for index in itertools.product(*map(range, drawn.shape))
     ]
-    assert view(tuple(drawn.shape), drawn.stride()).span == (max(places) + 1 if places else 0)
+    assert span_of(tuple(drawn.shape), drawn.stride()) == (max(places) + 1 if places else 0)
 
 
 @pytest.mark.parametrize(

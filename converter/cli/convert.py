@@ -1,39 +1,27 @@
 """What all conversion commands do with their options: ask, plan, print or run, and show the result.
 
-Each ``take_`` takes its own options out of those that click has parsed, by name; what is left over then fits nothing,
-and is an error here, not lost. ``RunOptions(**options)`` refuses the rest in the same way.
+``take_run`` takes out of the options that click has parsed how to run; the rest is for ``Request.of``, and what fits
+nothing is an error there, not lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import psutil
 
 from converter.cli.report import plan_as_json, show_plan, show_result
 from converter.cli.terminal import open_meter, show_json
-from converter.models.names import Format
-from converter.models.select import Selection
-from converter.plan.types import Plan, Publishing, Writing
+from converter.plan.types import Plan
 from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare
 from converter.run.execute import Result, default_workers, peak_buffer_nbytes, run_plan
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES
 from converter.storage import Place
-from converter.transforms.dtype import Casting
 
 Options = dict[str, Any]
 """What click gives, by name; some options a command may not have."""
-
-# Which part of a request takes which.
-_SELECTION = ("components", "from_variant", "key", "strip_code", "skip_unreadable")
-_CASTING = ("dtype", "keep_fp32", "on_overflow")
-_WRITING = ("variant", "max_shard_size", "tied", "expand")
-_PUBLISHING = ("overwrite", "in_place", "delete_source", "follow_links")
-
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class RunOptions(NamedTuple):
@@ -48,57 +36,29 @@ class RunOptions(NamedTuple):
     verbose: bool = False
 
     @property
-    def memory_nbytes(self) -> int:
-        """The memory for buffers."""
-        return int(self.memory)
-
-    @property
     def is_told(self) -> bool:
         """Whether people are told of it, in words."""
         return not (self.quiet or self.as_json)
 
 
-def run_conversion(request: Request, run: RunOptions) -> None:
-    """Carry out a conversion, and print what came of it."""
-    run_prepared(prepare(request, plan_conversion, recovering=not run.dry_run), run)
+def run_conversion(
+    source: Place, options: Options, make: Callable[[Request], Plan] = plan_conversion, more: str = "", **fixed: Any
+) -> None:
+    """Carry out what is asked and what the command fixes, and print what came of it; the rest is as in ``prepare``."""
+    run = take_run(options)
+    request = Request.of(source, **options, **fixed)
+    run_prepared(prepare(request, make, more, recovering=not run.dry_run), run)
 
 
 def take_run(options: Options) -> RunOptions:
     """Take out how to run."""
-    return RunOptions(**_take(options, *RunOptions._fields))
+    return RunOptions(**{name: options.pop(name) for name in RunOptions._fields if name in options})
 
 
-def take_request(
-    source: Place,
-    options: Options,
-    *,
-    every_variant: bool = True,
-    format: Format | None = "safetensors",
-    tag_dtype: bool = False,
-) -> Request:
-    """Take out what is asked of a conversion, with what the command fixes. Raises TypeError for what nobody takes."""
-    force = _take(options, "force")  # of a cast, and of what is written
-    request = Request(
-        source,
-        options.pop("output", None),
-        Selection(every_variant=every_variant, **_take(options, *_SELECTION)),
-        Casting(**force, **_take(options, *_CASTING)),
-        Writing(format=format, tag_dtype=tag_dtype, **force, **_take(options, *_WRITING)),
-        Publishing(**_take(options, *_PUBLISHING)),
-        **_take(options, "strip_prefix"),
-    )
-    if options:
-        raise TypeError(f"nothing takes the option {next(iter(options))!r}")
-    return request
-
-
-def _take(options: Options, *names: str) -> Options:
-    return {name: options.pop(name) for name in names if name in options}
-
-
-def run_prepared(prepared: Prepared, run: RunOptions, more: Mapping[str, Any] = _NOTHING) -> None:
+def run_prepared(prepared: Prepared, run: RunOptions, more: Mapping[str, Any] | None = None) -> None:
     """Print a plan, or run it and print what came of it; ``more`` goes into the JSON."""
     request, plan = prepared
+    more = more or {}
     if run.dry_run:
         assert plan is not None
         _show_dry_run(plan, run, more)
@@ -120,7 +80,7 @@ def _run(plan: Plan | None, request: str, run: RunOptions) -> tuple[Result, int]
         result = run_plan(
             plan,
             workers=run.workers,
-            memory_nbytes=run.memory_nbytes,
+            memory_nbytes=int(run.memory),
             verify=verify,
             progress=meter,
             request=request,
@@ -130,7 +90,7 @@ def _run(plan: Plan | None, request: str, run: RunOptions) -> tuple[Result, int]
 
 
 def _show_dry_run(plan: Plan, run: RunOptions, more: Mapping[str, Any]) -> None:
-    buffers = peak_buffer_nbytes(plan, run.memory_nbytes, run.workers or default_workers(plan))
+    buffers = peak_buffer_nbytes(plan, int(run.memory), run.workers or default_workers(plan))
     memory_nbytes = psutil.Process().memory_info().rss + buffers
     if plan.is_there:
         _run(plan, "", run)  # nothing is written then, and that all is there must be true

@@ -17,16 +17,9 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder.")
 @click.option("--dtype", type=DTypeName(FULL_TARGETS), metavar="DTYPE", required=True, help="fp32, bf16 or fp16.")
 @some_conversion_options(
-    "from-variant",
-    "component",
-    "max-shard-size",
-    "keep-fp32",
-    "on-overflow",
-    "overwrite",
-    "follow-links",
-    "verify",
+    "from-variant", "component", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "follow-links", "verify",
     "dry-run",
-)
+)  # fmt: skip
 def command(source: Place, **options: Any) -> None:
     """Write the 8-bit modules of SRC (LLM.int8 of bitsandbytes) as numbers again, and the rest in the same dtype.
 
@@ -35,10 +28,7 @@ def command(source: Place, **options: Any) -> None:
     \b
     wconv dequantize ./model-int8 -o ./model-fp16 --dtype fp16
     """
-    from converter.cli.convert import run_prepared, take_request, take_run
+    from converter.cli.convert import run_conversion
     from converter.recipes.quantize import plan_dequantized
-    from converter.recipes.request import prepare
 
-    run = take_run(options)
-    request = take_request(source, options)
-    run_prepared(prepare(request, plan_dequantized, "dequantize", recovering=not run.dry_run), run)
+    run_conversion(source, options, plan_dequantized, "dequantize")

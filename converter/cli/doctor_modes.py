@@ -69,7 +69,7 @@ def fix(asked: Asked) -> int:
     if not asked.dry_run and finish_mending(asked.source) and asked.is_told:
         echo("An earlier run had been stopped while it published its files; that is finished now.\n")
     diagnosis = diagnose(asked.source, deep=asked.deep)
-    if diagnosis.is_fine(asked.choices):
+    if diagnosis.is_healthy and asked.choices == Choices():
         return _report(asked, diagnosis)
     choices = asked.choices
     if sys.stdin.isatty() and asked.is_told and not asked.dry_run:
@@ -210,9 +210,7 @@ def _show_sets(diagnosis: Diagnosis) -> None:
 def _sum_up(diagnosis: Diagnosis) -> str:
     counts = [(name, sum(finding.severity == name for finding in diagnosis.findings)) for name in SEVERITIES]
     said = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts if count)
-    if diagnosis.is_healthy:
-        return f"Healthy: {said}" if said else "Healthy"
-    return f"{said[0].upper()}{said[1:]}"
+    return said if not diagnosis.is_healthy else f"Healthy: {said}" if said else "Healthy"
 
 
 def _show_predictions(predictions: list[Prediction], is_later: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -59,8 +58,8 @@ def command(source: Place, with_tensors: bool, as_json: bool) -> int:
     errors = {str(error): error for _, error in described if error}
     if len(described) == len(errors) == 1:
         raise next(iter(errors.values()))  # there is nothing that it hides
-    rest, *more = _describe_rest(model)
-    errors |= {str(error): error for error in (*inventory.problems, *more)}
+    rest, error = _describe_rest(model)
+    errors |= {str(error): error for error in (*inventory.problems, error) if error}
     content = {
         "path": str(model.path),
         "kind": model.kind,
@@ -123,20 +122,20 @@ def _describe_tensors(checkpoint: Checkpoint, with_tensors: bool) -> dict[str, A
     return content
 
 
-def _describe_rest(model: Model) -> Iterator[Any]:
-    """Give what else is in a folder, by kinds, and then what kept the rest of it from being seen."""
+def _describe_rest(model: Model) -> tuple[dict[str, list[str]], WconvError | None]:
+    """Give what else is in a folder, by kinds, and what kept more of it from being seen."""
     from converter.errors import WconvError
     from converter.models.rest import find_rest
 
     rest: dict[str, list[str]] = {"not_weights": [], "other_weights": [], "training_state": [], "linked": []}
-    yield rest
     try:
         for one in find_rest(model) if model.kind != "file" else ():
             marks = (("training_state", one.is_training), ("other_weights", one.is_weights), ("linked", one.is_linked))
             kind = next((name for name, is_so in marks if is_so), "not_weights")
             rest[kind].append(one.path.relative_to(model.root))
     except WconvError as error:
-        yield error
+        return rest, error
+    return rest, None
 
 
 def _show(content: dict[str, Any]) -> None:
@@ -146,12 +145,14 @@ def _show(content: dict[str, Any]) -> None:
     show_table(header, map(_row_of, content["weight_sets"]))
     echo()
     for described in content["weight_sets"]:
-        _show_remarks(described)
+        if "error" not in described:
+            _show_remarks(described)
     for key, title in _REST.items():
         if content[key]:
             echo(f"{title}: {', '.join(map(printable, content[key]))}")
     for described in content["weight_sets"]:
-        _show_tensors(described)
+        if "all_tensors" in described:
+            _show_tensors(described)
 
 
 def _row_of(described: dict[str, Any]) -> tuple[str, ...]:
@@ -165,8 +166,6 @@ def _row_of(described: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _show_remarks(described: dict[str, Any]) -> None:
-    if "error" in described:
-        return
     for dropped, kept in described["tied"].items():
         echo(printable(f"tied: {dropped} is {kept}"))
     for note in described["notes"]:
@@ -176,11 +175,7 @@ def _show_remarks(described: dict[str, Any]) -> None:
 
 
 def _show_tensors(described: dict[str, Any]) -> None:
-    if "all_tensors" not in described:
-        return
-    echo(
-        "\n"
-        + printable(f"{described['component'] or '.'} {described['weights']} {described['variant'] or ''}").rstrip()
-    )
+    title = f"{described['component'] or '.'} {described['weights']} {described['variant'] or ''}"
+    echo("\n" + printable(title).rstrip())
     rows = [(row["name"], row["dtype"], str(row["shape"]), row["file"]) for row in described["all_tensors"]]
     show_table(("tensor", "dtype", "shape", "file"), rows)

@@ -88,7 +88,6 @@ _OUTPUT_OPTIONS = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("-v", "--verbose", is_flag=True, help="Print every file."),
 )
-_IN_PLACE = click.option("--in-place", is_flag=True, help="Replace the weights that are read, once all is verified.")
 _DTYPE = click.option(
     "--dtype", type=DTypeName(), metavar="DTYPE", help=f"Cast floating tensors: {', '.join(RECAST_TARGETS)}."
 )
@@ -194,11 +193,6 @@ def some_conversion_options(*names: str) -> Callable[[_F], _F]:
     """Give a command some options of a conversion, named without dashes in front, and those on running and printing."""
     chosen = [_CONVERSION_OPTIONS[name] for name in names]
     return lambda command: _apply((*chosen, *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
-
-
-def in_place_option(command: _F) -> _F:
-    """Give a command the option to replace what it reads."""
-    return _apply((_IN_PLACE,), command)
 
 
 def _apply(options: tuple[Callable[[Any], Any], ...], command: _F) -> _F:

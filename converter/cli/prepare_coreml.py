@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import PlaceType, output_options, run_options, source_arg
+from converter.cli.options import PlaceType, some_conversion_options, source_arg
 from converter.cli.terminal import echo, show_bytes
 
 if TYPE_CHECKING:
-    from converter.dtypes import OnOverflow
     from converter.plan.types import Plan
     from converter.storage import Place
 
@@ -34,23 +33,8 @@ _MEMORY_SHARE = 4
     help="For a single file: a pipeline folder to take configs, tokenizer and scheduler from.",
 )
 @click.option("--keep-default", is_flag=True, help="Write the untagged weights as well, in their own dtype.")
-@click.option(
-    "--on-overflow",
-    type=click.Choice(["error", "saturate", "inf"]),
-    default="error",
-    show_default=True,
-    help="What becomes of values that fp16 cannot hold.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace output that is there.")
-@click.option("--follow-links", is_flag=True, help="Carry over what SRC has as links to other places, too.")
-@click.option("--verify", is_flag=True, help="Read the output back and compare every value before publishing it.")
-@click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
-@run_options
-@output_options
-def command(
-    source: Place, output: Place, ema: bool, config: Place | None, keep_default: bool, on_overflow: OnOverflow,
-    overwrite: bool, follow_links: bool, **options: Any,
-) -> None:  # fmt: skip
+@some_conversion_options("on-overflow", "overwrite", "follow-links", "verify", "dry-run")
+def command(source: Place, output: Place, ema: bool, config: Place | None, keep_default: bool, **options: Any) -> None:
     """Make a Stable Diffusion pipeline ready for Core ML: in fp16, tagged, one file a part, in a new folder.
 
     SRC is its folder, or a single file as CivitAI has them: .safetensors or .ckpt, of Stable Diffusion 1, 2 or XL.
@@ -64,12 +48,12 @@ def command(
     """
     from functools import partial
 
-    from converter.cli.convert import RunOptions, run_prepared
+    from converter.cli.convert import run_prepared, take_run
     from converter.recipes.prepare_coreml import plan_coreml, request_coreml
     from converter.recipes.request import prepare
 
-    run = RunOptions(**options)
-    request = request_coreml(source, output, on_overflow=on_overflow, overwrite=overwrite, follow_links=follow_links)
+    run = take_run(options)
+    request = request_coreml(source, output, **options)
     make = partial(plan_coreml, keep_default=keep_default, ema=ema, config=config)
     prepared = prepare(request, make, ("coreml", keep_default, ema, config), recovering=not run.dry_run)
     run_prepared(prepared, run)

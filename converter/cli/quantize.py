@@ -54,17 +54,17 @@ def command(source: Place, include: tuple[str, ...], skip: tuple[str, ...], stri
     """
     from functools import partial
 
-    from converter.cli.convert import run_prepared, take_request, take_run
+    from converter.cli.convert import run_prepared, take_run
     from converter.recipes.quantize import Measuring, plan_quantized
-    from converter.recipes.request import prepare
+    from converter.recipes.request import Request, prepare
     from converter.transforms.quantize.modules import ModuleChoice
 
     del options["scheme"]  # there is one
     run = take_run(options)
-    request = take_request(source, options)
+    request = Request.of(source, **options)
     choice = ModuleChoice(include, skip, strict)
     with open_meter(None, "looking", run.quiet) as meter:
-        measuring = Measuring(run.workers, run.memory_nbytes, meter)
+        measuring = Measuring(run.workers, int(run.memory), meter)
         plan = partial(plan_quantized, choice=choice, measuring=measuring)
         prepared = prepare(request, plan, ("quantize", choice), recovering=not run.dry_run)
     parts = prepared.plan.quantized if prepared.plan else ()

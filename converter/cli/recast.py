@@ -28,9 +28,8 @@ def command(source: Place, **options: Any) -> None:
     wconv recast ./model --dtype fp16 -o ./small           a new folder with that alone
     wconv recast ./model --dtype bf16 --variant none -o ./small    the same under plain names
     """
-    from converter.cli.convert import run_conversion, take_request, take_run
+    from converter.cli.convert import run_conversion
 
     if options["dtype"] is None:
         raise click.UsageError("Say which dtype: --dtype bf16, for example.")
-    run = take_run(options)
-    run_conversion(take_request(source, options, every_variant=False, tag_dtype=True), run)
+    run_conversion(source, options, every_variant=False, tag_dtype=True)

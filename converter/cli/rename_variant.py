@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @click.command("rename-variant")
 @source_arg
-@click.option("--from", "before", required=True, metavar="TAG|none", help="The variant to rename.")
-@click.option("--to", "after", required=True, metavar="TAG|none", help="Its new tag; none takes the tag away.")
+@click.option("--from", "from_variant", required=True, metavar="TAG|none", help="The variant to rename.")
+@click.option("--to", "variant", required=True, metavar="TAG|none", help="Its new tag; none takes the tag away.")
 @click.option("--component", "components", multiple=True, metavar="NAME", help="Rename only in this component.")
 @click.option("--dry-run", is_flag=True, help="Print what would be renamed, and rename nothing.")
 @output_options
-def command(source: Place, before: str, after: str, components: tuple[str, ...], **options: Any) -> None:
+def command(source: Place, **options: Any) -> None:
     """Give the weights of one variant in SRC another tag, all files and the index at once.
 
     The same tag twice gives legacy spellings (model-00001-of-00002.fp16.safetensors) their current form.
@@ -27,10 +27,7 @@ def command(source: Place, before: str, after: str, components: tuple[str, ...],
     \b
     wconv rename-variant ./model --from none --to fp16
     """
-    from converter.cli.convert import RunOptions, run_prepared
+    from converter.cli.convert import run_conversion
     from converter.recipes.rename import plan_rename
-    from converter.recipes.request import Request, prepare
 
-    run = RunOptions(**options)
-    request = Request.of(source, from_variant=before, variant=after, components=components, in_place=True)
-    run_prepared(prepare(request, plan_rename, "rename", recovering=not run.dry_run), run)
+    run_conversion(source, options, plan_rename, "rename", in_place=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import conversion_options, in_place_option, source_arg
+from converter.cli.options import conversion_options, source_arg
 
 if TYPE_CHECKING:
     from converter.storage import Place
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.command("reshard")
 @source_arg
-@in_place_option
+@click.option("--in-place", is_flag=True, help="Replace the weights that are read, once all is verified.")
 @conversion_options
 def command(source: Place, **options: Any) -> None:
     """Write every weight set of SRC in shards of another size, into a new folder or in place; the format stays.
@@ -25,11 +25,10 @@ def command(source: Place, **options: Any) -> None:
     wconv reshard ./model --max-shard-size 2GB -o ./model-2gb
     wconv reshard ./model --max-shard-size none --in-place     merge into one file
     """
-    from converter.cli.convert import run_conversion, take_request, take_run
+    from converter.cli.convert import run_conversion
 
     if options["max_shard_size"] is None:
         raise click.UsageError("Say how large a shard may be: --max-shard-size 5GB, or none.")
     if options["output"] is None and not options["in_place"]:
         raise click.UsageError("Say where to write: -o OUT, or --in-place.")
-    run = take_run(options)
-    run_conversion(take_request(source, options, format=None), run)
+    run_conversion(source, options, format=None)

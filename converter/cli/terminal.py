@@ -66,15 +66,15 @@ def _scale(value: float, units: Sequence[str]) -> str:
 
 
 def show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows in columns; a column whose cells begin with digits, or are empty, is set to the right."""
+    """Print rows in columns; one whose cells begin with digits, but for those that are ``-``, is set to the right."""
     cells = [[printable(cell) for cell in row] for row in rows]
     lines = [header, *cells]
-    widths = [min(_WIDEST, max(len(line[place]) for line in lines)) for place in range(len(header))]
-    starts = [{row[place][:1].isdigit() or row[place] for row in cells} - {"-"} for place in range(len(header))]
-    right = [found == {True} for found in starts]
+    columns = range(len(header))
+    widths = [min(_WIDEST, max(len(line[column]) for line in lines)) for column in columns]
+    right = [{row[column][:1].isdigit() for row in cells if row[column] != "-"} == {True} for column in columns]
     for line in lines:
-        columns = zip(line, widths, right, strict=True)
-        text = "  ".join(cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in columns)
+        placed = zip(line, widths, right, strict=True)
+        text = "  ".join(cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in placed)
         echo(text.rstrip())
 
 

@@ -24,7 +24,6 @@ def command(source: Place, **options: Any) -> None:
     wconv to-bin ./model -o ./for-an-old-tool
     wconv to-bin ./model/unet --max-shard-size none    one file: no Diffusers pipeline loads sharded .bin
     """
-    from converter.cli.convert import run_conversion, take_request, take_run
+    from converter.cli.convert import run_conversion
 
-    run = take_run(options)
-    run_conversion(take_request(source, options, format="torch"), run)
+    run_conversion(source, options, format="torch")

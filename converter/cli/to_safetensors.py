@@ -26,7 +26,6 @@ def command(source: Place, **options: Any) -> None:
     wconv to-safetensors ./model -o ./converted     a new folder, with configs and tokenizers
     wconv to-safetensors ./model --max-shard-size none   one file a component
     """
-    from converter.cli.convert import run_conversion, take_request, take_run
+    from converter.cli.convert import run_conversion
 
-    run = take_run(options)
-    run_conversion(take_request(source, options), run)
+    run_conversion(source, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -66,40 +67,26 @@ def _finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _show(found: Comparison, verbose: bool) -> None:
-    if found.recast:
-        rows = sorted(found.recast, key=lambda error: -error.max_relative)
-        show_table(
-            ("component", "tensor", "max abs error", "max rel error"),
-            [(e.component or ".", e.name, f"{e.max_absolute:.3g}", f"{e.max_relative:.3g}")
-             for e in (rows if verbose else rows[:_SHOWN])],
-        )  # fmt: skip
-        _show_more(len(rows), verbose)
-        echo()
-    if found.quantized:
-        show_table(
-            ("component", "tensor in 8 bits", "max rel error", "mean rel error"),
-            [(one.component or ".", one.name, f"{one.max_relative:.3g}", f"{one.mean_relative:.3g}")
-             for one in (found.quantized if verbose else found.quantized[:_SHOWN])],
-        )  # fmt: skip
-        _show_more(len(found.quantized), verbose)
-        echo()
-    if found.is_equal and found.quantized:
+    recast = sorted(found.recast, key=lambda error: -error.max_relative)
+    rows = [(e.component or ".", e.name, f"{e.max_absolute:.3g}", f"{e.max_relative:.3g}") for e in recast]
+    _show_some(("component", "tensor", "max abs error", "max rel error"), rows, verbose)
+    rows = [(e.component or ".", e.name, f"{e.max_relative:.3g}", f"{e.mean_relative:.3g}") for e in found.quantized]
+    _show_some(("component", "tensor in 8 bits", "max rel error", "mean rel error"), rows, verbose)
+    rows = [(one.component or ".", one.name or "-", _WHAT[one.kind], one.detail) for one in found.differences]
+    _show_some(("component", "tensor", "difference", ""), rows, verbose)
+    if rows:
+        echo(f"Not the same: {len(rows):,} differences, {found.tensor_count:,} tensors compared.")
+    elif found.quantized:
         echo("The max error is over the largest value of its row, the mean error over the mean value of the tensor.")
         echo(f"The same within half a step of 8 bits: {found.tensor_count:,} tensors, {show_bytes(found.nbytes)}.")
-        return
-    if found.is_equal:
+    else:
         how = "each the rounded one" if found.recast else "bit for bit"
         echo(f"The same: {found.tensor_count:,} tensors, {show_bytes(found.nbytes)}, {how}.")
-        return
-    rows_ = found.differences if verbose else found.differences[:_SHOWN]
-    show_table(
-        ("component", "tensor", "difference", ""),
-        [(one.component or ".", one.name or "-", _WHAT[one.kind], one.detail) for one in rows_],
-    )
-    _show_more(len(found.differences), verbose)
-    echo(f"\nNot the same: {len(found.differences):,} differences, {found.tensor_count:,} tensors compared.")
 
 
-def _show_more(count: int, verbose: bool) -> None:
-    if not verbose and count > _SHOWN:
-        echo(f"... and {count - _SHOWN:,} more (-v shows all)")
+def _show_some(header: Sequence[str], rows: Sequence[Sequence[str]], verbose: bool) -> None:
+    if rows:
+        show_table(header, rows if verbose else rows[:_SHOWN])
+        if not verbose and len(rows) > _SHOWN:
+            echo(f"... and {len(rows) - _SHOWN:,} more (-v shows all)")
+        echo()

@@ -32,10 +32,6 @@ class Diagnosis:
     def is_healthy(self) -> bool:
         return all(finding.severity == "note" for finding in self.findings)
 
-    def is_fine(self, choices: Choices) -> bool:
-        """Say whether nothing is to be mended, and nothing else is asked for."""
-        return self.is_healthy and choices == Choices()
-
 
 def diagnose(path: Given, *, deep: bool = False) -> Diagnosis:
     """Look at a folder of weights; reads names, indexes and headers, and changes nothing.

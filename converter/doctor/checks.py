@@ -113,7 +113,7 @@ def _twins(part: Part) -> Iterator[Finding]:
 
 
 def _strays(part: Part) -> Iterator[Finding]:
-    whole = faults.whole_names(part)
+    whole = {listed.name for listed in part.sound_sets}
     for listed in part.strays:
         if not listed.missing or listed.name in whole:
             others = f", nor {len(listed.file_names) - 1} more" if len(listed.file_names) > 1 else ""
@@ -165,9 +165,7 @@ def _two_forms(part: Part) -> Iterator[Finding]:
 
 
 def _dtypes(part: Part) -> Iterator[Finding]:
-    for listed in part.sets:
-        if not part.is_sound(listed):
-            continue
+    for listed in part.sound_sets:
         belied = facts.belies_tag(part, listed)
         counts = facts.dtype_shares(part, listed, listed.name.tagged_dtype)
         if belied:
@@ -180,9 +178,8 @@ def _dtypes(part: Part) -> Iterator[Finding]:
 
 def _quantized(part: Part) -> Iterator[Finding]:
     is_said = any("quantization_config" in config for config in nested(part.component.config))
-    for listed in part.sets:
-        weights = facts.quantized_in(part, listed) if part.is_sound(listed) else []
-        if weights:
+    for listed in part.sound_sets:
+        if weights := facts.quantized_in(part, listed):
             more = f", and so are {len(weights) - 1:,} more" if len(weights) > 1 else ""
             code = "quantized-unsaid" if part.component.config and not is_said else "quantized"
             problem = f"is quantized ({weights[0]}{more})"
@@ -191,12 +188,11 @@ def _quantized(part: Part) -> Iterator[Finding]:
 
 
 def _old_attention(part: Part) -> Iterator[Finding]:
-    for listed in part.sets:
-        if part.is_sound(listed) and len(listed.file_names) > 1:
-            name = library_of(part.component).find_old_name(part.component, facts.held_names(part, listed))
-            if name:
-                problem = f"holds tensors with old names, such as {name}, in {len(listed.file_names)} shards"
-                yield Finding("old-attention", listed.path, part.name, problem)
+    for listed in part.sound_sets:
+        name = library_of(part.component).find_old_name(part.component, facts.held_names(part, listed))
+        if name and len(listed.file_names) > 1:
+            problem = f"holds tensors with old names, such as {name}, in {len(listed.file_names)} shards"
+            yield Finding("old-attention", listed.path, part.name, problem)
 
 
 def _headers(part: Part) -> Iterator[Finding]:

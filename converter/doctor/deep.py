@@ -41,8 +41,8 @@ def run_deep_checks(inventory: Inventory) -> list[Finding]:
     return [
         finding
         for part in inventory.parts
-        for found in part.sets
-        if part.is_sound(found) and not repeated_name(part, found)
+        for found in part.sound_sets
+        if not repeated_name(part, found)
         for finding in (*_check_values(part, found), *_check_shapes(part, found))
     ]
 

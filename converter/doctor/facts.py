@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
 from converter.errors import WconvError
@@ -54,11 +55,9 @@ def held_names(part: Part, listed: ListedSet) -> dict[str, str]:
 
 def repeated_name(part: Part, listed: ListedSet) -> str | None:
     """Give the name of a tensor that two files of a set hold, if there is one."""
-    counts = (
-        Counter(name for header in part.headers_of(listed) for name in header.names)
-        if len(listed.file_names) > 1
-        else {}
-    )
+    if len(listed.file_names) < 2:
+        return None
+    counts = Counter(name for header in part.headers_of(listed) for name in header.names)
     return next((name for name, count in counts.items() if count > 1), None)
 
 
@@ -87,10 +86,8 @@ def index_faults(part: Part, listed: ListedSet) -> Iterator[tuple[str, str]]:
 
 def quantized_in(part: Part, listed: ListedSet) -> list[Quantized]:
     """List the weights of a set that other tensors scale."""
-    headers = part.headers_of(listed)
-    return find_quantized(
-        {n: dtype for header in headers for n, dtype in zip(header.names, header.dtypes, strict=True)}
-    )
+    pairs = (zip(header.names, header.dtypes, strict=True) for header in part.headers_of(listed))
+    return find_quantized(dict(chain.from_iterable(pairs)))
 
 
 def dtype_shares(part: Part, listed: ListedSet, dtype: DType | None = None) -> Counter[DType]:
@@ -124,7 +121,7 @@ def config_dtype(part: Part) -> tuple[DType, DType] | None:
     """Give the dtype that the config names, and the only one that weights have, where these are not the same."""
     named = part.component.config.get("dtype") or part.component.config.get("torch_dtype")
     dtype = BY_TORCH_NAME.get(named) if isinstance(named, str) else None
-    sets = [listed for listed in part.sets if part.is_sound(listed)]
+    sets = part.sound_sets
     if not library_at(part).reads_dtype or dtype is None or "quantization_config" in part.component.config:
         return None
     if not sets or any(listed.name.variant or quantized_in(part, listed) for listed in sets):
@@ -147,10 +144,8 @@ def lacks_format(part: Part, listed: ListedSet) -> list[str]:
 
 def lacks(inventory: Inventory, variant: str | None) -> list[Part]:
     """List the parts that have weights, and none of this variant."""
-    parts = [part for part in inventory.loaded_parts if any(listed.file_names for listed in part.sets)]
-    return [
-        part for part in parts if not any(listed.name.variant == variant and listed.file_names for listed in part.sets)
-    ]
+    parts = [(part, {one.name.variant for one in part.sets if one.file_names}) for part in inventory.loaded_parts]
+    return [part for part, held in parts if held and variant not in held]
 
 
 def lacks_safetensors(forms: Mapping[str, Sequence[WeightsName]], variant: str | None) -> list[str]:
@@ -169,8 +164,8 @@ def lacks_safetensors(forms: Mapping[str, Sequence[WeightsName]], variant: str |
 def forms_of(part: Part) -> Iterator[tuple[ListedSet, ListedSet]]:
     """Yield pairs of sound sets of one variant, the first as .bin and the second as safetensors."""
     sound: dict[WeightsName, list[ListedSet]] = defaultdict(list)
-    for listed in part.sets:
-        if part.is_sound(listed) and not is_foreign(listed):
+    for listed in part.sound_sets:
+        if not is_foreign(listed):
             sound[listed.name].append(listed)
     for name in [name for name in sound if name.format == "torch"]:
         for pickled in sound[name]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from converter.doctor.facts import held_names
 from converter.doctor.findings import Finding
-from converter.doctor.goals import Choices, FolderGoals, Goal, PartGoals
+from converter.doctor.goals import Change, Choices, FolderGoals, Goal, PartGoals
 from converter.doctor.rules import repair
 from converter.dtypes import RECAST_TARGETS
 from converter.errors import BadRequest
@@ -123,16 +123,13 @@ def _texts(folder: FolderGoals) -> Iterator[tuple[str, bytes]]:
 
 
 def _plan_goal(part: Part, goal: Goal) -> PlannedSet | None:
-    """Plan a set whose bytes or names change."""
     if goal.change is not None:
-        return _rewrite(part, goal)
+        return _rewrite(part, goal, goal.change)
     return _rename(part, goal) if goal.is_renamed else None
 
 
-def _rewrite(part: Part, goal: Goal) -> PlannedSet:
-    """Plan a set whose bytes change."""
-    assert goal.change is not None
-    dtype, is_merged = goal.change
+def _rewrite(part: Part, goal: Goal, change: Change) -> PlannedSet:
+    dtype, is_merged = change
     source = goal.source.without_index
     metadata = goal.source.index.metadata if goal.source.index else {}
     checkpoint = replace(open_checkpoint(source), index_metadata=metadata)

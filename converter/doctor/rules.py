@@ -64,7 +64,7 @@ def gather(goals: PartGoals) -> None:
 def _gather_foreign(goals: PartGoals, listed: ListedSet) -> None:
     """Make a goal of the files of an index that names files of others, where all of its tensors stay in one set."""
     part = goals.part
-    sets = [one for one in part.sets if one is not listed and not facts.is_foreign(one) and part.is_sound(one)]
+    sets = [one for one in part.sound_sets if one is not listed and not facts.is_foreign(one)]
     if whole := _same_files(listed, sets):
         goals.let_go(replace(listed, file_names=()), f"it names the files of {facts.spelled_variant(whole.name)}")
         return

@@ -42,14 +42,6 @@ def _is_safetensors(head: bytes) -> bool:
     return len(head) > 8 and head[8:9] in b"{ " and int.from_bytes(head[:8], "little") <= safetensors.MAX_HEADER_NBYTES
 
 
-def _is_zip(head: bytes) -> bool:
-    return head.startswith(b"PK\x03\x04")
-
-
-def _is_stream(head: bytes) -> bool:
-    return head.startswith(legacy.HEADS)
-
-
 def _is_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar"
 
@@ -58,8 +50,10 @@ FORMATS: dict[str, FormatRow] = {
     row.name: row
     for row in (
         FormatRow("safetensors", _is_safetensors, lambda file, _: safetensors.read_file(file), safetensors.lay_out),
-        FormatRow("torch", _is_zip, archive.read_file, writer.lay_out, writer.frame),
-        FormatRow("torch before 1.6", _is_stream, legacy.read_file),
+        FormatRow(
+            "torch", lambda head: head.startswith(b"PK\x03\x04"), archive.read_file, writer.lay_out, writer.frame
+        ),
+        FormatRow("torch before 1.6", lambda head: head.startswith(legacy.HEADS), legacy.read_file),
     )
 }
 

@@ -91,10 +91,12 @@ def _parse_tensor(name: str, entry: Any, data_offset: int, file: FileRef) -> Ten
         raise BadFile(file.place, f"its header describes {name!r} wrongly") from None
     if len(shape) > MAX_DIMS:
         raise HostileFile(file.place, f"its header gives {name!r} {len(shape):,} axes")
-    # Plain loops: this is done for each tensor, and any() over a generator takes three times as long.
-    for number in shape if type(sizes) is list and type(begin) is type(end) is int else (None,):
-        if type(number) is not int or number < 0:
-            raise BadFile(file.place, f"its header gives {name!r} a shape or place that is no whole number")
+    are_whole = type(sizes) is list and type(begin) is type(end) is int
+    # A plain loop: this is done for each tensor, and any() over a generator takes three times as long.
+    for number in shape:
+        are_whole = are_whole and type(number) is int and number >= 0
+    if not are_whole:
+        raise BadFile(file.place, f"its header gives {name!r} a shape or place that is no whole number")
     shape, numel, span, strides = _measure(shape)
     if span >= _TOO_LARGE:
         raise BadFile(file.place, f"its header gives {name!r} more elements than 63 bits count")

@@ -44,44 +44,40 @@ DCP_UNFINISHED = (
 class _Name(NamedTuple):
     """A name that a trainer gives to a piece; with a ``sibling`` only where that lies beside it, by a pattern."""
 
-    pattern: re.Pattern[str]
+    pattern: str
     problem: str
     advice: str
     sibling: str = ""
-
-
-def _name(pattern: str, problem: str, advice: str, sibling: str = "") -> _Name:
-    return _Name(re.compile(pattern), problem, advice, sibling)
 
 
 # Of a file, after that of its folder. ``deepspeed/runtime/engine.py`` and ``pipe/module.py``, ``accelerate/utils/
 # fsdp_utils.py``, ``verl/utils/checkpoint/fsdp_checkpoint_manager.py``, ``megatron/training/checkpointing.py``, Meta's
 # ``llama/generation.py``, ``vllm/model_executor/model_loader/sharded_state_loader.py``.
 _NAMES = (
-    _name(r".*/zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt",
+    _Name(r".*/zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt",
           "is one rank's part of a DeepSpeed ZeRO-3 checkpoint, whose tensors are empty here", _TO_FP32),
-    _name(r".*/(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt",
+    _Name(r".*/(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt",
           "is one rank's part of a DeepSpeed optimizer, with the float32 weights cut up", _TO_FP32),
-    _name(r".*/(layer_\d+(-model_\d+|_expert_\d+_mp_rank_\d+)|expp_rank_\d+_mp_rank_\d+).*[-_](model|optim)_states\.pt",
+    _Name(r".*/(layer_\d+(-model_\d+|_expert_\d+_mp_rank_\d+)|expp_rank_\d+_mp_rank_\d+).*[-_](model|optim)_states\.pt",
           "is one layer's or one expert's part of a DeepSpeed checkpoint", _DEEPSPEED),
-    _name(r".*/mp_rank_0*[1-9]\d*_model_states\.pt",
+    _Name(r".*/mp_rank_0*[1-9]\d*_model_states\.pt",
           "is one rank's part of a tensor-parallel DeepSpeed checkpoint", _DEEPSPEED),
-    _name(r".*/mp_rank_0+_model_states\.pt",
+    _Name(r".*/mp_rank_0+_model_states\.pt",
           "is one rank's part of a tensor-parallel DeepSpeed checkpoint", _DEEPSPEED, "mp_rank_*1_model_states.pt"),
-    _name(r".*/(pytorch_model|model)_fsdp(_\d+)?_rank_?\d+\.(bin|pt)",
+    _Name(r".*/(pytorch_model|model)_fsdp(_\d+)?_rank_?\d+\.(bin|pt)",
           "is one rank's part of a model, as accelerate's FSDP saves it", _ACCELERATE),
-    _name(r".*/(model|optim|extra_state)_world_size_(?!1_)\d+_rank_\d+\.pt",
+    _Name(r".*/(model|optim|extra_state)_world_size_(?!1_)\d+_rank_\d+\.pt",
           "is one rank's part of a model, as verl saves it", _VERL),
-    _name(r"mp_rank_\d+(_\d+)*/.*\.(pt|pth|bin)",
+    _Name(r"mp_rank_\d+(_\d+)*/.*\.(pt|pth|bin)",
           "is one rank's part of a Megatron checkpoint", _MEGATRON, "../mp_rank_*1*"),
-    _name(r".*/consolidated\.\d+\.pth",
+    _Name(r".*/consolidated\.\d+\.pth",
           "is one of several parts that each hold slices of the same tensors, as Meta cuts its models", _META,
           "consolidated.*1.pth"),
-    _name(r".*/model-rank-\d+-part-\d+\.safetensors",
+    _Name(r".*/model-rank-\d+-part-\d+\.safetensors",
           "is one rank's part of a model, as vLLM cuts it", "vLLM loads it with load_format='sharded_state'.",
           "model-rank-1-part-*.safetensors"),
-    _name(r".*/[^/]+\.distcp", "is a piece of a checkpoint of torch.distributed.checkpoint (DCP)", _DCP_TO_TORCH),
-    _name(r".*/[^/]+\.nemo", "is an archive of NeMo, which holds its config and checkpoint as files",
+    _Name(r".*/[^/]+\.distcp", "is a piece of a checkpoint of torch.distributed.checkpoint (DCP)", _DCP_TO_TORCH),
+    _Name(r".*/[^/]+\.nemo", "is an archive of NeMo, which holds its config and checkpoint as files",
           "Unpack it with tar; Megatron-Bridge or NeMo's export makes a Hugging Face model of it."),
 )  # fmt: skip
 
@@ -91,7 +87,7 @@ def check_name(place: Place) -> None:
     folder = place.absolute().parent
     spelled = f"{folder.name}/{place.name}"
     for row in _NAMES:
-        if row.pattern.fullmatch(spelled) and (not row.sibling or _is_there(folder, row.sibling)):
+        if re.fullmatch(row.pattern, spelled) and (not row.sibling or _is_there(folder, row.sibling)):
             raise TrainingPiece(place, row.problem, row.advice)
 
 
@@ -121,8 +117,8 @@ def check_content(file: WeightsFile) -> None:
 
 def find_emptied(tensors: Iterable[Tensor]) -> list[str]:
     """Name weights of the one shape ``[0]``, which ZeRO-3 leaves of what it has moved away; none if it is but one."""
-    found = [info.name for info in tensors if info.shape == (0,) and info.name.endswith("weight")]
-    return found if len(found) > 1 else []
+    names = [tensor.name for tensor in tensors if tensor.shape == (0,) and tensor.name.endswith("weight")]
+    return names if len(names) > 1 else []
 
 
 def _is_zero_3(value: Mapping[Any, Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from converter.errors import BadFile, BadRequest, TrainingPiece, Unsupported, WconvError
 from converter.formats import refuse_folder
 from converter.models.inventory import Inventory, Part, read_headers, take_inventory
-from converter.models.names import WeightsName, is_other_runtime, parse_name
+from converter.models.names import is_other_runtime, parse_name
 from converter.models.sets import ListedSet
 from converter.storage import Given, Place
 
@@ -114,21 +114,15 @@ def _code_of(name: str, error: WconvError) -> str:
 
 def missing_shards(part: Part) -> Iterator[Fault]:
     """Yield the sets of which some files are there and others not."""
-    whole = whole_names(part)
+    whole = {listed.name for listed in part.sound_sets}
     for listed in (*part.sets, *(stray for stray in part.strays if stray.name not in whole)):
         if listed.file_names and listed.missing:
             count = f"{listed.missing_count:,} of {listed.missing_count + len(listed.file_names):,} shards"
             yield Fault("shard-missing", listed.path, part.name, f"lacks {count}, such as {listed.missing}")
 
 
-def whole_names(part: Part) -> set[WeightsName]:
-    """Give the names of the sets that are sound."""
-    return {listed.name for listed in part.sets if part.is_sound(listed)}
-
-
 def unreadable_index(part: Part, listed: ListedSet) -> Fault | None:
     """Say why the index of a set cannot be read, if that is so."""
-    if not listed.index_name or listed.index is not None:
+    if not listed.index_error:
         return None
-    problem = listed.index_error.problem if listed.index_error else "cannot be read"
-    return Fault("index-unreadable", listed.path, part.name, problem)
+    return Fault("index-unreadable", listed.path, part.name, listed.index_error.problem)

@@ -28,8 +28,7 @@ def note_growth(tensors: Sequence[Tensor]) -> tuple[str, ...]:
 
 def refuse_growth(path: Where, tensors: Sequence[Tensor]) -> None:
     """Raise Unsupported for tensors that take far more when they are read in full than what holds them."""
-    error = find_growth(path, tensors)
-    if error:
+    if error := find_growth(path, tensors):
         raise error
 
 
@@ -40,15 +39,12 @@ def find_growth(path: Where, tensors: Sequence[Tensor]) -> Unsupported | None:
         return None
     storages = {storage for tensor in tensors for storage in tensor.source.inputs()}
     source_nbytes = sum(storage.stored_nbytes for storage in storages)
-    if nbytes - source_nbytes > max(MAX_GROWTH_NBYTES, MAX_GROWTH * source_nbytes):
-        largest = max(tensors, key=lambda tensor: tensor.nbytes - _stored(tensor))
-        return Unsupported(
-            path,
-            f"holds {source_nbytes:,} bytes of tensors, which would come out as {nbytes:,}: the largest is "
-            f"{largest.name!r}, of {largest.nbytes:,} bytes in {_stored(largest):,}",
-            "'wconv to-safetensors --expand' writes them in full.",
-        )
-    return None
+    if nbytes - source_nbytes <= max(MAX_GROWTH_NBYTES, MAX_GROWTH * source_nbytes):
+        return None
+    largest = max(tensors, key=lambda tensor: tensor.nbytes - _stored(tensor))
+    problem = f"holds {source_nbytes:,} bytes of tensors, which would come out as {nbytes:,}: the largest is "
+    problem += f"{largest.name!r}, of {largest.nbytes:,} bytes in {_stored(largest):,}"
+    return Unsupported(path, problem, "'wconv to-safetensors --expand' writes them in full.")
 
 
 def _held(tensor: Tensor) -> int:

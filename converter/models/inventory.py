@@ -88,6 +88,10 @@ class Part:
         names = listed.file_names
         return bool(names) and not listed.missing and not any(self.headers[name].error for name in names)
 
+    @property
+    def sound_sets(self) -> list[ListedSet]:
+        return [listed for listed in self.sets if self.is_sound(listed)]
+
     def headers_of(self, listed: ListedSet) -> list[Header]:
         return [self.headers[name] for name in listed.file_names]
 
@@ -154,13 +158,11 @@ def _unless_no_object(error: WconvError | None) -> list[WconvError]:
 
 def read_headers(inventory: Inventory) -> Inventory:
     """Read the headers of all weight files, those of damaged ones as far as that goes."""
-    parts = tuple(replace(part, headers=_headers_of(part)) for part in inventory.parts)
-    return replace(inventory, parts=parts)
-
-
-def _headers_of(part: Part) -> dict[str, Header]:
-    broken = {name: Header(name, 0, error=error) for name, error in part.broken.items()}
-    return read_all(part.path, part.weights) | broken
+    parts = []
+    for part in inventory.parts:
+        broken = {name: Header(name, 0, error=error) for name, error in part.broken.items()}
+        parts.append(replace(part, headers=read_all(part.path, part.weights) | broken))
+    return replace(inventory, parts=tuple(parts))
 
 
 def _look_at_pipeline(place: Place) -> Inventory:
@@ -174,6 +176,9 @@ def _look_at_pipeline(place: Place) -> Inventory:
         _look_at(folder, folder.name, models.get(folder.name), folder.name in content or error is not None)
         for folder in _model_folders(place, content)
     ]
+    named = [
+        (part.name, name) for part in parts if part.name in content for name in sorted((*part.files, *part.others))
+    ]
     class_name = content.get("_class_name")
     return Inventory(
         place,
@@ -182,13 +187,9 @@ def _look_at_pipeline(place: Place) -> Inventory:
         tuple(parts),
         class_name if isinstance(class_name, str) else "",
         () if is_flat else absent,
-        tuple(f"{part.name}/{name}" for part in parts if part.name in content for name in _dotless_in(part)),
+        tuple(f"{part}/{name}" for part, name in named if "." not in name),
         error,
     )
-
-
-def _dotless_in(part: Part) -> list[str]:
-    return sorted(name for name in (*part.files, *part.others) if "." not in name)
 
 
 def _look_at_model(place: Place) -> Inventory:

@@ -51,21 +51,9 @@ _TRAINING_STATE = re.compile(
     r"dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|ckpt|safetensors)(\.index\.json)?|"
     r"(trainer|training)_state\.json|zero_to_fp32\.py"
 )
-# The endings of weights in forms of other runtimes, by who reads them.
-_RUNTIMES = {
-    "ONNX Runtime": "onnx",
-    "TensorFlow, Keras and LiteRT": "pb h5 keras tflite",
-    "Flax": "msgpack",
-    "rust-bert": "ot",
-    "llama.cpp": "gguf ggml",
-    "Diffusers with FlashPack": "flashpack",
-    "Core ML": "mlmodel",
-    "NeMo": "nemo",
-    "TensorRT": "engine",
-    "ExecuTorch": "pte",
-    "torch, of many processes": "distcp",
-}
-_RUNTIME_ENDINGS = "|".join(" ".join(_RUNTIMES.values()).split())
+# The endings of weights in forms of other runtimes: ONNX Runtime, TensorFlow with Keras and LiteRT, Flax, rust-bert,
+# llama.cpp, Diffusers with FlashPack, Core ML, NeMo, TensorRT, ExecuTorch, and torch where there are many processes.
+_RUNTIME_ENDINGS = "onnx|pb|h5|keras|tflite|msgpack|ot|gguf|ggml|flashpack|mlmodel|nemo|engine|pte|distcp"
 # What else they have: folders of Core ML, what ONNX keeps beside its files, what OpenVINO and MLX call their own.
 _OTHER_RUNTIMES = re.compile(
     rf".*\.({_RUNTIME_ENDINGS}|mlmodelc|mlpackage|onnx[._]data.*)|openvino.*|(model|weights)\b.*\.npz"

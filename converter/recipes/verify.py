@@ -203,7 +203,7 @@ def _pair_variants(a: Component, b: Component, differences: list[Difference], qu
         if quantized and scales_in(after):
             after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed, "inf")
         yield label, _by_name(before), _by_name(after)
-    for variant in sorted(left.keys() ^ right.keys()):
+    for variant in sorted(left.keys() ^ right.keys(), key=lambda one: (one in right, one)):
         which = f"the variant {variant}" if variant else "the untagged weights"
         differences.append(Difference("missing" if variant in left else "extra", a.name, "", which))
 

@@ -94,7 +94,8 @@ def run_plan(
 
     ``verify`` reads every byte back and holds it against the source before anything is published; a plan that deletes
     its source always does. Where all of it is there already, it is read back and compared, and nothing is written.
-    Raises BadFile for a source that is damaged or changes, OutputRefused and SystemRefused.
+    An ``executor`` whose workers see the same disk has up to twice as many tasks at once as ``workers`` says. Raises
+    BadFile for a source that is damaged or changes, OutputRefused and SystemRefused.
     """
     begun = time.perf_counter()
     verify = verify or plan.destroys_source

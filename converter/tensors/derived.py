@@ -10,10 +10,13 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from converter.dtypes import DType, OnOverflow
 from converter.tensors.base import Reader, Storage, Tensor, TensorSource
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _D = TypeVar("_D", bound="Derived")
 
@@ -36,22 +39,21 @@ class Constant:
         return self
 
     def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Constant:
-        import numpy as np
-
-        values = np.frombuffer(self.content, f"u{self.dtype.itemsize}").reshape(self.shape)
-        cut = values[tuple(slice(at, at + length) for at, length in zip(start, shape, strict=True))]
+        cut = self._bits()[tuple(slice(at, at + length) for at, length in zip(start, shape, strict=True))]
         return Constant(self.dtype, shape, cut.tobytes())
 
     def permuted(self, axes: tuple[int, ...]) -> Constant:
-        import numpy as np
-
-        values = np.frombuffer(self.content, f"u{self.dtype.itemsize}").reshape(self.shape)
         left_out = [axis for axis in range(len(self.shape)) if axis not in axes]
-        turned = values.transpose(*axes, *left_out)
+        turned = self._bits().transpose(*axes, *left_out)
         return Constant(self.dtype, turned.shape[: len(axes)], turned.tobytes())
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         out[:] = self.content[begin : begin + len(out)]
+
+    def _bits(self) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        return np.frombuffer(self.content, f"u{self.dtype.itemsize}").reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,14 +84,9 @@ def cast_chunk(chunk: memoryview, before: DType, out: memoryview, after: DType, 
 
 def _as_float32(values: Array, after: DType) -> Array:
     """Go by way of float32 where the kernel would round twice, or not to nearest."""
-    if values.dtype == np.float64:
-        with np.errstate(over="ignore", invalid="ignore"):
-            return values.astype(np.float32)
     if values.dtype.name.endswith("fnuz"):
         return values.astype(np.float32)  # numkong does not know them
-    if after.bits == 8 and values.dtype != np.float32:
-        return np.asarray(numkong.astype(values, "float32"))
-    return values
+    return widen(values) if after.bits == 8 or values.dtype == np.float64 else values
 
 
 def _has_nan(values: Array) -> bool:

@@ -37,11 +37,6 @@ class View(NamedTuple):
         return _is_contiguous(self.shape, self.strides)
 
     @property
-    def span(self) -> int:
-        """The number of elements from the first to the last that the view touches, both included."""
-        return span_of(self.shape, self.strides)
-
-    @property
     def grain(self) -> int:
         """All of what is packed: each task would unpack it from its start."""
         return self.dtype.nbytes(math.prod(self.shape)) if type(self.storage) is PackedRange else 1

@@ -22,9 +22,9 @@ from support.tiny import make_state, names_in, save, save_bin_shards, save_pipel
 import converter
 import converter.cli.convert
 from converter.cli import COMMANDS, cli
-from converter.cli.convert import Options, RunOptions, take_request, take_run
+from converter.cli.convert import Options, RunOptions, take_run
 from converter.errors import BadFile, BadRequest, LossyCast, OutputRefused, SystemRefused, Unsupported
-from converter.storage import place_of
+from converter.recipes.request import Request
 
 STATE = make_state()
 HANGS = 600  # seconds after which a command will not end any more
@@ -101,7 +101,7 @@ def test_wrong_usage(args: tuple[str, ...], wconv: Callable[..., Any]) -> None:
 
 def test_an_option_that_nothing_takes_is_an_error() -> None:
     with pytest.raises(TypeError, match="'varient'"):
-        take_request(place_of("."), {"tied": None, "varient": "fp16"})
+        Request.of(".", tied=None, varient="fp16")
     options: Options = {"quiet": True, "worker": 1}
     with pytest.raises(TypeError, match="'worker'"):
         RunOptions(**options)
@@ -117,8 +117,7 @@ def test_every_option_is_taken(name: str) -> None:
     take_run(options)
     options |= dict.fromkeys(options.keys() & {"components", "keep_fp32"}, ())
     options |= {"on_overflow": "error"}
-    take_request(place_of("."), options)
-    assert not options
+    Request.of(".", **options)
 
 
 # Exit codes.

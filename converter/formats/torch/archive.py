@@ -1,6 +1,6 @@
 """The zip archive that ``torch.save`` writes since 1.6: record offsets to views.
 
-One root folder of any name holds ``data.pkl`` (the state dict, see torch_pickle), one record per storage under
+One root folder of any name holds ``data.pkl`` (the state dict, see ``rebuild.py``), one record per storage under
 ``data/``, and small notes such as ``byteorder``. Records are stored, so a storage is a byte range of the archive;
 where someone packed them since, one that is inflated as it is read.
 
@@ -23,7 +23,7 @@ from converter.formats.zip_records import DEFLATED, STORED, Record, read_records
 from converter.storage import FileRef, OpenFile, Place
 from converter.tensors.base import ByteRange, PackedRange, Storage, Tensor, TensorSource, WeightsFile
 from converter.tensors.derived import Swapped
-from converter.tensors.view import View
+from converter.tensors.view import GATHER_NBYTES, View, span_of
 
 _DAMAGED = "The file is damaged: fetch it again."
 
@@ -31,7 +31,6 @@ _DAMAGED = "The file is damaged: fetch it again."
 # few large records would take hours; the same of some GB in all, seconds.
 _MAX_INFLATED = 8
 _SMALL_NBYTES = 2_000_000_000
-_GATHERED_NBYTES = 1 << 23
 _SCATTERED_NBYTES = 1 << 16
 
 
@@ -71,9 +70,8 @@ def _range_of(record: Record, file: FileRef) -> Storage:
     if record.method == DEFLATED:
         return PackedRange(file, record.offset, record.nbytes, crc, record.packed_nbytes)
     if record.method != STORED:
-        raise Unsupported(
-            file.place, f"its record {spell(record.name)} is compressed", "Save it again with torch.save."
-        )
+        problem = f"its record {spell(record.name)} is compressed"
+        raise Unsupported(file.place, problem, "Save it again with torch.save.")
     if record.packed_nbytes != record.nbytes:
         raise HostileFile(file.place, f"its record {spell(record.name)} claims two sizes")
     return ByteRange(file, record.offset, record.nbytes, crc)
@@ -114,11 +112,12 @@ def _inflated_nbytes(view: View) -> int:
     numel = math.prod(view.shape)
     if not numel:
         return 0
-    end = (view.start + view.span) * view.dtype.itemsize
+    span = span_of(view.shape, view.strides)
+    end = (view.start + span) * view.dtype.itemsize
     if view.is_contiguous:
         return end
     # What leaves nothing out and holds nothing twice is gathered in the order of its bytes, a buffer at a time.
-    part = _GATHERED_NBYTES if view.span == numel else _SCATTERED_NBYTES
+    part = GATHER_NBYTES if span == numel else _SCATTERED_NBYTES
     return end * (1 + view.dtype.nbytes(numel) // part)
 
 

@@ -75,9 +75,8 @@ class _Pickles:
                     raise
                 if nbytes == MAX_PICKLE_NBYTES:
                     raise HostileFile(place, "its pickle is too long for a description of tensors") from None
-                nbytes = (
-                    FREE_NBYTES if nbytes < FREE_NBYTES else MAX_PICKLE_NBYTES
-                )  # few tries: the steps of each count
+                # Few tries: the steps of each count.
+                nbytes = FREE_NBYTES if nbytes < FREE_NBYTES else MAX_PICKLE_NBYTES
                 if storages:
                     storages.clear()
             else:

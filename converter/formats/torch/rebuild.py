@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DTYPES, DType
 from converter.errors import Where
 from converter.formats.torch.unpickler import Global, Pickled, Rebuild, Steps, allow_steps, run_pickle
+from converter.tensors.base import MAX_DIMS
 
-MAX_DIMS = 100  # no weights have a tenth of it, and numbers of elements stay short
 AXES_A_STEP = 4
 _CHARACTERS_A_STEP = 16  # of the name of a class, which is spelled anew
 _PAIR_STEPS = 2  # what an entry of a dict takes, and the place of its value

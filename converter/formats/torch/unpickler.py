@@ -159,17 +159,7 @@ class _Machine:
     """The stack, the memo and the place in the stream; one method a kind of opcode, listed in _OPCODES below."""
 
     __slots__ = (
-        "far",
-        "find",
-        "find_persistent",
-        "foreign",
-        "marks",
-        "memo",
-        "place",
-        "raw",
-        "stack",
-        "steps",
-        "strip_code",
+        "far", "find", "find_persistent", "foreign", "marks", "memo", "place", "raw", "stack", "steps", "strip_code",
         "where",
     )  # fmt: skip
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from zlib import crc32
 
 from converter.dtypes import DType
-from converter.formats.torch.rebuild import AXES_A_STEP, MAX_DIMS
+from converter.formats.torch.rebuild import AXES_A_STEP
 from converter.formats.torch.state_dict import MAX_NAME_LENGTH, MAX_NAMES_LENGTH, MAX_TENSORS
 from converter.formats.torch.unpickler import FREE_NBYTES, GLOBAL_STEPS, MAX_OPCODES, count_text_steps
-from converter.tensors.base import Layout, TensorSpec
+from converter.tensors.base import MAX_DIMS, Layout, TensorSpec
 from converter.tensors.view import contiguous_strides
 
 _ALIGNMENT = 64
