@@ -621,6 +621,18 @@ def test_the_source_is_known_by_another_name_of_its_disk(command: str, tmp_path:
     assert snapshot(tmp_path / "m") == before
 
 
+@pytest.mark.parametrize("output", ["m/out", "FULL/m/out", "m/../m/out"])
+def test_an_output_in_the_source_is_not_carried_into_itself(
+    output: str, tmp_path: Path, wconv: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(STATE, tmp_path / "m" / "pytorch_model.bin")
+    (tmp_path / "m" / "out").mkdir()
+    (tmp_path / "m" / "out" / "notes.txt").write_text("of before")
+    monkeypatch.chdir(tmp_path)
+    wconv("to-safetensors", "m", "-o", output.replace("FULL", str(tmp_path)), "--overwrite")
+    assert {path.name for path in Path("m/out").iterdir()} == {"model.safetensors", "notes.txt"}
+
+
 def test_an_empty_text_is_no_path_for_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(STATE, tmp_path / "pytorch_model.bin")
     monkeypatch.chdir(tmp_path)

@@ -114,7 +114,7 @@ class _Walk:
             raise BadFile(self.model.root, f"has folders in folders, more than {_MAX_DEPTH} deep", "Remove them.")
         entries = [(entry, entry.is_folder()) for entry in here.entries()]
         files = [entry for entry, is_folder in entries if not is_folder]
-        folders = (entry for entry, is_folder in entries if is_folder and entry != self.skip)
+        folders = (entry for entry, is_folder in entries if is_folder and not (self.skip and entry.is_same(self.skip)))
         known = [entry for entry in folders if not entry.name.startswith((".", "__pycache__"))]
         linked = {entry for entry in known if entry.is_link() or (is_behind and not self.follows)}
         walked = [entry for entry in known if entry not in linked or self._enters(entry)]

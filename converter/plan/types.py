@@ -205,6 +205,11 @@ class Plan:
         return tuple(file for planned in self.sets for file in planned.files)
 
     @property
+    def written(self) -> tuple[PlannedFile, ...]:
+        """The weight files that are written anew; the others keep their content."""
+        return tuple(file for file in self.files if file.link is None)
+
+    @property
     def indexes(self) -> tuple[tuple[str, bytes], ...]:
         """The indexes, as names with content."""
         return tuple(planned.index for planned in self.sets if planned.index)
@@ -230,7 +235,7 @@ class Plan:
     @property
     def written_nbytes(self) -> int:
         """The bytes of weight files that are written anew; what is linked is not."""
-        return sum(file.nbytes for file in self.files if file.link is None)
+        return sum(file.nbytes for file in self.written)
 
     @property
     def nbytes(self) -> int:

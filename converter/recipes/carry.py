@@ -15,30 +15,31 @@ def find_copied(
 ) -> tuple[list[tuple[str, FileRef]], list[str]]:
     """List what goes along to a new folder, by its path there, and note what does not."""
     copied: list[Place] = []
-    left: list[Place] = []
-    linked: list[Place] = []
     reasons: dict[Place, str] = {}
     shells: dict[Place, list[Rest]] = {}
+    why = "a link to what goes along already" if follow_links else "behind a link: --follow-links carries it"
     for one in find_rest(model, target, follow_links):
         if one.shell is not None:
             shells.setdefault(one.shell, []).append(one)
         elif one.is_training:
             reasons[one.path] = f" (training state, {_size_of([one]):,} bytes)"
+        elif one.is_weights:
+            reasons[one.path] = ""
+        elif one.is_linked:
+            reasons[one.path] = f" ({why})"
         else:
-            (left if one.is_weights else linked if one.is_linked else copied).append(one.path)
+            copied.append(one.path)
     names = {component.name for component, _ in selected}
     taken = {weight_set for _, weight_set in selected}
     for component in model.components:
-        for weight_set in component.weight_sets:
-            paths = [weight_set.folder / name for name in weight_set.all_names]
-            if component.name not in names:
-                hidden = [] if follow_links else [path for path in paths if is_disguised(model, path)]
-                copied.extend(path for path in paths if path not in hidden)
-                linked.extend(hidden)
-            elif weight_set not in taken:
-                left.extend(paths)
-    why = "a link to what goes along already" if follow_links else "behind a link: --follow-links carries it"
-    reasons |= {**dict.fromkeys(left, ""), **dict.fromkeys(linked, f" ({why})")}
+        others = (weight_set for weight_set in component.weight_sets if weight_set not in taken)
+        for path in (weight_set.folder / name for weight_set in others for name in weight_set.all_names):
+            if component.name in names:
+                reasons[path] = ""
+            elif not follow_links and is_disguised(model, path):
+                reasons[path] = f" ({why})"
+            else:
+                copied.append(path)
     reasons |= {path: _why_left(rest) for path, rest in shells.items()}
     notes = [f"not carried over: {path.relative_to(model.root)}{reasons[path]}" for path in sorted(reasons)]
     return [(path.relative_to(model.root), path.ref()) for path in sorted(copied)], notes

@@ -93,7 +93,8 @@ def find_difference(plan: Plan) -> str:
         wrong = _differs(folder / name, nbytes, head, changed_ns)
         if wrong:
             return f"{name} {wrong}"
-    going = [*(folder / name for name in plan.replaced if name not in plan.names), *plan.removed_sources]
+    names = set(plan.names)
+    going = [*(folder / name for name in plan.replaced if name not in names), *plan.removed_sources]
     return next((f"{place} would be removed" for place in going if place.is_taken()), "")
 
 

@@ -239,9 +239,8 @@ def _check_named(plan: Plan, name: WeightsName, request: Request) -> None:
     """Hold a plan for one named file against the name, and against what bears it and is no weight file."""
     place = plan.target.folder / name.single
     if len(plan.files) > 1:
-        problem = (
-            f"is one file, and shards of at most {request.writing.max_shard_size:,.0f} bytes are {len(plan.files)}"
-        )
+        limit = request.writing.max_shard_size
+        problem = f"is one file, and shards of at most {limit:,.0f} bytes are {len(plan.files)}"
         raise BadRequest(place, problem, "Use --max-shard-size none, or name a folder.")
     is_known = any(old.name == name for old in plan.target.existing.get("", ()))
     if plan.sets and place.is_taken() and not (is_known or plan.overwrite):

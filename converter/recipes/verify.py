@@ -7,11 +7,11 @@ for the tensor it is tied to. Chunks are compared as memory; only where they dif
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
 
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest
@@ -92,16 +92,21 @@ class _Pair:
     b: Tensor
 
     @property
+    def key(self) -> _Key:
+        return self.component, self.a.name
+
+    @property
     def is_quantized(self) -> bool:
         return isinstance(self.b.source, WidenedRows)
 
 
-@dataclass(slots=True)
-class _Batch:
-    """Pairs for one task, each with the range of elements to compare."""
-
-    parts: list[tuple[_Pair, int, int]] = field(default_factory=list)
-    nbytes: int = 0
+_T = TypeVar("_T")
+_Key = tuple[str, str]
+_Sides = tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]
+_Batch = list[tuple[_Pair, int, int]]
+"""Pairs for one task, each with the range of elements to compare."""
+_Errors = tuple[int, float, float]
+_Rounding = tuple[int, float, float, float]
 
 
 def verify(
@@ -125,32 +130,35 @@ def verify(
     pairs: list[_Pair] = []
     for component, left, right in _pair_sets(a, b, differences, quantized):
         pairs.extend(_pair_tensors(component, left, right, cast or quantized, differences))
-    if quantized and not any(pair.is_quantized for pair in pairs):
+    in_8_bits = [pair for pair in pairs if pair.is_quantized]
+    if quantized and not in_8_bits:
         raise BadRequest(b, "has no 8-bit weights that A has too", "Leave out --quantized.")
-    found: dict[tuple[str, str], list[ValueErrors]] = {}
-    calls = ((_compare_batch, batch, batch.nbytes) for batch in _cut_batches([p for p in pairs if not p.is_quantized]))
-    for errors in run_tasks(calls, executor, workers, memory_nbytes, progress):
-        for error in errors:
-            found.setdefault((error.component, error.name), []).append(error)
-    values = [_merge(parts) for parts in found.values()]
-    recast = {(pair.component, pair.a.name) for pair in pairs if pair.a.dtype is not pair.b.dtype}
-    for value in sorted(values, key=lambda value: (-value.max_absolute, value.component, value.name)):
-        if value.differing:
-            detail = f"{value.differing:,} of its values, by up to {value.max_absolute:.3g}"
-            differences.append(Difference("values", value.component, value.name, detail))
-    calls_8 = ((_measure_batch, batch, batch.nbytes) for batch in _cut_batches([p for p in pairs if p.is_quantized]))
-    rounded = _merge_rounding(run_tasks(calls_8, executor, workers, memory_nbytes, progress))
-    for one in rounded:
-        if one.beyond:
-            detail = f"{one.beyond:,} of its values are off by more than half a step"
-            differences.append(Difference("values", one.component, one.name, detail))
+    how = (executor, workers, memory_nbytes, progress)
+    compared = run_tasks(_calls(_compare_batch, [pair for pair in pairs if not pair.is_quantized]), *how)
+    values = {key: ValueErrors(key[0], key[1], *_merge(parts)) for key, parts in _by_tensor(compared).items()}
+    measured = run_tasks(_calls(_measure_batch, in_8_bits), *how)
+    roundings = [RoundingErrors(key[0], key[1], *_merge_rounding(parts)) for key, parts in _by_tensor(measured).items()]
+    roundings.sort(key=lambda one: (-one.max_relative, one.component, one.name))
+    differences.extend(_wrong_values(values.values(), roundings))
     return Comparison(
         tensor_count=len(pairs),
         nbytes=sum(pair.a.nbytes for pair in pairs),
         differences=tuple(sorted(differences, key=lambda one: (bool(one.name), _KINDS.index(one.kind)))),
-        recast=tuple(value for value in values if (value.component, value.name) in recast),
-        quantized=tuple(rounded),
+        recast=tuple(values[pair.key] for pair in pairs if pair.key in values and pair.a.dtype is not pair.b.dtype),
+        quantized=tuple(roundings),
     )
+
+
+def _wrong_values(values: Iterable[ValueErrors], roundings: Iterable[RoundingErrors]) -> Iterator[Difference]:
+    """Name the tensors with values that are not the same, the largest errors first."""
+    for value in sorted(values, key=lambda value: (-value.max_absolute, value.component, value.name)):
+        if value.differing:
+            detail = f"{value.differing:,} of its values, by up to {value.max_absolute:.3g}"
+            yield Difference("values", value.component, value.name, detail)
+    for rounding in roundings:
+        if rounding.beyond:
+            detail = f"{rounding.beyond:,} of its values are off by more than half a step"
+            yield Difference("values", rounding.component, rounding.name, detail)
 
 
 def holds_values(kept: Checkpoint, gone: Checkpoint) -> bool:
@@ -164,14 +172,11 @@ def holds_values(kept: Checkpoint, gone: Checkpoint) -> bool:
     pairs = list(_pair_tensors("", wanted, there, False, differences))
     if any(one.kind != "extra" for one in differences):
         return False
-    calls = ((_compare_batch, batch, batch.nbytes) for batch in _cut_batches(pairs))
-    with closing(run_tasks(calls)) as compared:
-        return not any(error.differing for errors in compared for error in errors)
+    with closing(run_tasks(_calls(_compare_batch, pairs))) as compared:
+        return not any(differing for batch in compared for _, (differing, *_) in batch)
 
 
-def _pair_sets(
-    a: Given, b: Given, differences: list[Difference], quantized: bool
-) -> Iterator[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]]:
+def _pair_sets(a: Given, b: Given, differences: list[Difference], quantized: bool) -> Iterator[_Sides]:
     left, right = open_model(a).components, open_model(b).components
     if len(left) == len(right) == 1:
         yield from _pair_variants(left[0], right[0], differences, quantized)
@@ -186,9 +191,7 @@ def _pair_sets(
     differences.extend(Difference("extra", name, "", "the whole component") for name in theirs)
 
 
-def _pair_variants(
-    a: Component, b: Component, differences: list[Difference], quantized: bool
-) -> Iterator[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]]:
+def _pair_variants(a: Component, b: Component, differences: list[Difference], quantized: bool) -> Iterator[_Sides]:
     left, right = _by_variant(a), _by_variant(b)
     if not left.keys() & right.keys() and 1 in (len(left), len(right)):
         # One set under another name: it is meant for the other side's untagged one, or its only one.
@@ -249,28 +252,39 @@ def _pair_tensors(
             yield _Pair(component, left, right)
 
 
-def _cut_batches(pairs: list[_Pair]) -> Iterator[_Batch]:
-    batch = _Batch()
+def _calls(
+    function: Callable[[_Batch, int], _T], pairs: Iterable[_Pair]
+) -> Iterator[tuple[Callable[[_Batch, int], _T], _Batch, int]]:
+    """Cut pairs into batches of some MB, as calls for ``run_tasks``."""
+    batch: _Batch = []
+    nbytes = 0
     for pair in pairs:
         numel = pair.a.numel
         step = max(1, PIECE_NBYTES * 8 // pair.a.dtype.bits) // 16 * 16
         for begin in range(0, numel, step):
             end = min(numel, begin + step)
-            batch.parts.append((pair, begin, end))
-            batch.nbytes += pair.a.dtype.nbytes(end - begin)
-            if batch.nbytes >= PIECE_NBYTES:
-                yield batch
-                batch = _Batch()
-    if batch.parts:
-        yield batch
+            batch.append((pair, begin, end))
+            nbytes += pair.a.dtype.nbytes(end - begin)
+            if nbytes >= PIECE_NBYTES:
+                yield function, batch, nbytes
+                batch, nbytes = [], 0
+    if batch:
+        yield function, batch, nbytes
 
 
-def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[ValueErrors]:
+def _by_tensor(batches: Iterable[list[tuple[_Key, _T]]]) -> dict[_Key, list[_T]]:
+    found: dict[_Key, list[_T]] = {}
+    for key, errors in itertools.chain.from_iterable(batches):
+        found.setdefault(key, []).append(errors)
+    return found
+
+
+def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, _Errors]]:
     """Compare the pairs of a batch; give errors for those that differ, and for all that were recast."""
-    found: list[ValueErrors] = []
+    found = []
     left, right = bytearray(chunk_nbytes), bytearray(chunk_nbytes)
     with RangeReader() as reader:
-        for pair, begin, end in batch.parts:
+        for pair, begin, end in batch:
             a, b = pair.a, pair.b
             parts = []
             step = chunk_nbytes * 8 // max(a.dtype.bits, b.dtype.bits) // 16 * 16
@@ -284,22 +298,19 @@ def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[ValueErrors]:
                 if a.dtype is not b.dtype or not left.startswith(view_b):
                     parts.append(_value_errors(pair, view_a, view_b))
             if parts:
-                found.append(_merge(parts))
+                found.append((pair.key, _merge(parts)))
     return found
 
 
-_Rounding = tuple[_Pair, tuple[int, float, float, float]]
-
-
-def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[_Rounding]:
+def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, _Rounding]]:
     """Measure how far the 8-bit values in a batch are from their source."""
     from converter.transforms.quantize.row_kernels import int8_errors
 
-    found: list[_Rounding] = []
-    room = max(chunk_nbytes, *(pair.b.source.window for pair, _, _ in batch.parts))
+    found = []
+    room = max(chunk_nbytes, *(pair.b.source.window for pair, _, _ in batch))
     left, right = memoryview(bytearray(room)), memoryview(bytearray(room))
     with RangeReader() as reader:
-        for pair, begin, end in batch.parts:
+        for pair, begin, end in batch:
             a, rows = pair.a, pair.b.source
             assert isinstance(rows, WidenedRows)
             step = room // a.dtype.itemsize
@@ -308,24 +319,16 @@ def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[_Rounding]:
                 view_a, steps = left[: a.dtype.nbytes(count)], right[:count]
                 a.source.read(a.dtype.nbytes(first), view_a, reader)
                 rows.source.read(first, steps, reader)
-                found.append((pair, int8_errors(rows.row_scales(), steps, first, view_a, a.dtype)))
+                found.append((pair.key, int8_errors(rows.row_scales(), steps, first, view_a, a.dtype)))
     return found
 
 
-def _merge_rounding(batches: Iterable[list[_Rounding]]) -> list[RoundingErrors]:
-    """Put the errors of each tensor together, the worst first."""
-    parts: dict[tuple[str, str], list[tuple[int, float, float, float]]] = {}
-    for pair, errors in itertools.chain.from_iterable(batches):
-        parts.setdefault((pair.component, pair.a.name), []).append(errors)
-    merged = []
-    for (component, name), found in parts.items():
-        beyond, shares, error_sums, magnitude_sums = zip(*found, strict=True)
-        mean = sum(error_sums) / (sum(magnitude_sums) or 1.0)
-        merged.append(RoundingErrors(component, name, sum(beyond), max(shares), mean))
-    return sorted(merged, key=lambda one: (-one.max_relative, one.component, one.name))
+def _merge_rounding(parts: Iterable[_Rounding]) -> _Errors:
+    beyond, shares, error_sums, magnitude_sums = zip(*parts, strict=True)
+    return sum(beyond), max(shares), sum(error_sums) / (sum(magnitude_sums) or 1.0)
 
 
-def _value_errors(pair: _Pair, view_a: memoryview, view_b: memoryview) -> ValueErrors:
+def _value_errors(pair: _Pair, view_a: memoryview, view_b: memoryview) -> _Errors:
     from converter.tensors.kernels import as_array, as_bits, cast_chunk, errors
 
     before, after = as_array(view_a, pair.a.dtype), as_array(view_b, pair.b.dtype)
@@ -337,14 +340,9 @@ def _value_errors(pair: _Pair, view_a: memoryview, view_b: memoryview) -> ValueE
     wrong = as_bits(expected) != as_bits(after)
     if pair.a.dtype is not pair.b.dtype:
         wrong &= ~((expected != expected) & (after != after))  # a NaN may change its payload in a cast
-    return ValueErrors(pair.component, pair.a.name, int(wrong.sum()), *errors(before, after))
+    return int(wrong.sum()), *errors(before, after)
 
 
-def _merge(parts: list[ValueErrors]) -> ValueErrors:
-    return ValueErrors(
-        parts[0].component,
-        parts[0].name,
-        sum(part.differing for part in parts),
-        max(part.max_absolute for part in parts),
-        max(part.max_relative for part in parts),
-    )
+def _merge(parts: Iterable[_Errors]) -> _Errors:
+    differing, absolute, relative = zip(*parts, strict=True)
+    return sum(differing), max(absolute), max(relative)

@@ -1,4 +1,4 @@
-"""Carries out a Plan: pieces of shards as tasks of any ``concurrent.futures.Executor``, then checks, then publishes.
+"""Carries out a Plan: pieces of files as tasks of any ``concurrent.futures.Executor``, then checks, then publishes.
 
 The tasks are plain functions of picklable values, so threads, processes and the executors of other engines will do.
 They go in turn over the files: threads that write one file wait for each other.
@@ -75,7 +75,7 @@ def default_workers(plan: Plan) -> int:
 
 def peak_buffer_nbytes(plan: Plan, memory_nbytes: int, workers: int) -> int:
     """Say how much the buffers of a run take at most."""
-    window = max((tensor.source.window for shard in plan.files for tensor, _ in shard.tensors), default=1)
+    window = max((tensor.source.window for file in plan.files for tensor, _ in file.tensors), default=1)
     return workers * 2 * max(window, chunk_nbytes_for(memory_nbytes, workers))
 
 
@@ -106,10 +106,9 @@ def run_plan(
         return Result(plan, time.perf_counter() - begun, verified=True)
     with begin(plan.target) as output, open_tasks(executor, workers, memory_nbytes, progress) as tasks:
         output.expect(*_expected(plan), plan.removed_sources)
-        reused, too_large = _write_shards(plan, output, tasks)
-        for shard in plan.files:
-            if shard.link is None:
-                check_staged(shard, output.staged(shard.path))
+        reused, too_large = _write_files(plan, output, tasks)
+        for planned in plan.written:
+            check_staged(planned, output.staged(planned.path))
         if verify:
             tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, output.staged))
         _write_others(plan, output)
@@ -122,21 +121,20 @@ def run_plan(
 
 def _expected(plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
     """Give the bytes of files that are written in parts, and of all others; second names take none."""
-    parts = {shard.path: shard.nbytes for shard in plan.files if shard.link is None}
-    others = {shard.path: 0 for shard in plan.files if shard.link is not None}
+    parts = {planned.path: planned.nbytes for planned in plan.written}
+    others = {planned.path: 0 for planned in plan.files if planned.link is not None}
     others |= {name: info.nbytes if (info := file.place.info()) else 0 for name, file in plan.copied}
     return parts, others | {name: len(content) for name, content in plan.texts}
 
 
-def _write_shards(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Counter[str]]:
-    """Stage all shards; give the bytes of those that an earlier run had left, and what was too large for a cast."""
-    shards = [shard for shard in plan.files if shard.link is None]
+def _write_files(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Counter[str]]:
+    """Stage what is written; give the bytes that an earlier run had left, and what was too large for a cast."""
     writers: dict[Place, Callable[[Piece, int], Report]] = {}
     reused = 0
-    for shard in shards:
-        taken_up = output.prepare(shard.path, shard.header, shard.nbytes)
-        writers[output.staged(shard.path)] = rewrite_piece if taken_up else write_piece
-        reused += shard.nbytes if taken_up else 0
+    for planned in plan.written:
+        taken_up = output.prepare(planned.path, planned.header, planned.nbytes)
+        writers[output.staged(planned.path)] = rewrite_piece if taken_up else write_piece
+        reused += planned.nbytes if taken_up else 0
     checked: set[Storage] = set()
     parts: list[CrcPart] = []
     written: dict[tuple[Place, int], list[WrittenCrc]] = defaultdict(list)
@@ -150,21 +148,19 @@ def _write_shards(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, C
             written[part.place, part.offset].append(part)
     if too_large and plan.on_overflow == "error":
         raise _too_large(plan, too_large)
-    _check_records(shards, checked, parts, tasks)
-    for shard in shards:
-        frame = FORMATS[shard.format].frame
+    _check_records(plan.written, checked, parts, tasks)
+    for planned in plan.written:
+        frame = FORMATS[planned.format].frame
         if frame is not None:
-            staged = output.staged(shard.path)
-            crcs = [_combine(written[staged, offset])[0] for _, offset in shard.tensors]
+            staged = output.staged(planned.path)
+            crcs = [_combine(written[staged, offset])[0] for _, offset in planned.tensors]
             with open_staged(staged) as file:
-                for offset, raw in frame(shard.specs, shard.ties, crcs):
+                for offset, raw in frame(planned.specs, planned.ties, crcs):
                     file.write(offset, memoryview(raw))
     return reused, too_large
 
 
-def _check_records(
-    shards: Sequence[PlannedFile], checked: set[Storage], parts: Iterable[CrcPart], tasks: Tasks
-) -> None:
+def _check_records(files: Sequence[PlannedFile], checked: set[Storage], parts: Iterable[CrcPart], tasks: Tasks) -> None:
     """Raise BadFile for a record that is damaged: put the parts of those together that were read in parts.
 
     What was not read as a whole is read once more.
@@ -177,13 +173,13 @@ def _check_records(
         if nbytes == record.nbytes:
             check_crc(record, crc)
             checked.add(record)
-    records = {record for record in _storages(shards) if record.crc32 is not None}
+    records = {record for record in _storages(files) if record.crc32 is not None}
     unread = sorted(records - checked, key=lambda record: record.offset)
     tasks.finish((check_record, record, 0) for record in unread)
 
 
-def _storages(shards: Iterable[PlannedFile]) -> Iterator[Storage]:
-    return (storage for shard in shards for tensor, _ in shard.tensors for storage in tensor.source.inputs())
+def _storages(files: Iterable[PlannedFile]) -> Iterator[Storage]:
+    return (storage for file in files for tensor, _ in file.tensors for storage in tensor.source.inputs())
 
 
 def name_counts(counts: Mapping[str, int]) -> str:
@@ -193,7 +189,7 @@ def name_counts(counts: Mapping[str, int]) -> str:
 
 
 def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
-    tensors = (tensor for shard in plan.files for tensor, _ in shard.tensors)
+    tensors = (tensor for file in plan.files for tensor, _ in file.tensors)
     dtypes = {tensor.dtype.tag for tensor in tensors if tensor.name in counts and tensor.source.computes}
     return LossyCast(
         plan.source.path,
@@ -203,8 +199,8 @@ def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
 
 
 def _pieces(plan: Plan, place_for: Callable[[str], Place]) -> Iterator[Piece]:
-    """Take a piece of each shard in turn, as it lies at a place."""
-    rows = [cut_pieces(shard, place_for(shard.path)) for shard in plan.files if shard.link is None]
+    """Take a piece of each file in turn, as it lies at a place."""
+    rows = [cut_pieces(planned, place_for(planned.path)) for planned in plan.written]
     while rows:
         for row in list(rows):
             piece = next(row, None)
@@ -266,16 +262,16 @@ def _second_names(plan: Plan) -> list[tuple[str, Place]]:
     return names + [(name, place) for name, place in copied if place.parent == (plan.target.folder / name).parent]
 
 
-def check_staged(shard: PlannedFile, staged: Place) -> None:
+def check_staged(planned: PlannedFile, staged: Place) -> None:
     """Read a staged file again and hold it against the plan; raises WconvError for a bug of ours."""
     try:
         with staged.open() as file:
-            is_planned = file.read(0, len(shard.header)) == shard.header
+            is_planned = file.read(0, len(planned.header)) == planned.header
         # The reader is as strict as the reference reader of a format: names, dtypes, shapes and places are right.
-        if is_planned and len(shard.header) <= _PARSED_NBYTES:
+        if is_planned and len(planned.header) <= _PARSED_NBYTES:
             tensors = read_file(staged).tensors
-            found = [TensorSpec(one.name, one.dtype, one.shape) for one in tensors if one.name not in shard.ties]
-            is_planned = found == shard.specs
+            found = [TensorSpec(one.name, one.dtype, one.shape) for one in tensors if one.name not in planned.ties]
+            is_planned = found == planned.specs
     except BadFile as error:
         problem = f"was written wrongly ({error})"
         raise WconvError(staged, problem, "This is a bug in wconv: please report it.") from error

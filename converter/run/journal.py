@@ -1,6 +1,6 @@
 """The steps of a commit: noted in the user's state folder before the first of them, and each can be done twice.
 
-Superseded indexes go away first, weight files come in, new indexes last, then what they replace goes; so at every
+Replaced indexes go away first, weight files come in, new indexes last, then what they replace goes; so at every
 instant the folder holds the old set, the new set, or no index, and never an index over the wrong bytes. A new folder
 appears by one rename.
 """
@@ -36,14 +36,14 @@ After = Literal["", "keep", "forget"]
 class Changes:
     """What a commit does to a folder; names are paths from it.
 
-    ``move`` are staged files that take their places, indexes last. Of the names that they supersede indexes go first,
+    ``move`` are staged files that take their places, indexes last. Of the names that they replace indexes go first,
     and what is not written anew goes last; ``sources`` go after that: paths from the folder ``source``. Other names are
     free, or may be overwritten. With ``after`` "keep" what changes is kept before, and with "forget" what was kept goes
     afterwards.
     """
 
     move: tuple[str, ...]
-    superseded: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
     overwrite: bool = False
     source: Path | None = None
     sources: tuple[str, ...] = ()
@@ -64,11 +64,11 @@ class Changes:
 
     @property
     def first_away(self) -> tuple[str, ...]:
-        return tuple(filter(is_index, self.superseded))
+        return tuple(filter(is_index, self.replaced))
 
     @property
     def last_away(self) -> tuple[str, ...]:
-        return tuple(name for name in self.superseded if not is_index(name) and name not in self.move)
+        return tuple(name for name in self.replaced if not is_index(name) and name not in self.move)
 
 
 def is_index(name: str) -> bool:

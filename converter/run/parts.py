@@ -69,12 +69,12 @@ class Report:
     too_large: Counter[str] = field(default_factory=Counter)
 
 
-def cut_pieces(shard: PlannedFile, place: Place, piece_nbytes: int = PIECE_NBYTES) -> Iterator[Piece]:
+def cut_pieces(planned: PlannedFile, place: Place, piece_nbytes: int = PIECE_NBYTES) -> Iterator[Piece]:
     """Cut the data of a file, to be written at ``place``, into pieces of about ``piece_nbytes`` bytes."""
-    with_crcs = shard.format == "torch"
+    with_crcs = planned.format == "torch"
     steps: list[Step] = []
     room = piece_nbytes
-    for tensor, offset in shard.tensors:
+    for tensor, offset in planned.tensors:
         begin, nbytes = 0, tensor.nbytes
         cut = math.lcm(ITEM_MULTIPLE, tensor.source.grain)  # no element is cut
         while begin < nbytes:

@@ -132,7 +132,7 @@ class Staging:
 
     def put(self, name: str, content: bytes) -> None:
         """Stage a small file."""
-        self.root.put(self._make_way(name), content)
+        self.root.fill(self._make_way(name), (content,))
 
     def copy(self, name: str, source: OpenFile) -> None:
         """Stage a copy of an open file."""
@@ -158,7 +158,7 @@ class Staging:
         return staged
 
     def commit(self, changes: Changes, request: str) -> None:
-        """Publish all staged files, then remove what they supersede and the sources that are to go.
+        """Publish all staged files, then remove what they replace and the sources that are to go.
 
         Raises OutputRefused where a file has come in the place of one of them meanwhile, SystemRefused where a staged
         file is gone.
@@ -170,7 +170,7 @@ class Staging:
             before = keeper.current() if keeper else None
             try:
                 if keeper:
-                    keeper.keep((*changes.superseded, *changes.move))
+                    keeper.keep((*changes.replaced, *changes.move))
                 journal = self._make_journal(changes, target, request)
                 if journal.destroys:
                     # What replaces the only other copy must be on the disk, not in a cache.
@@ -204,7 +204,7 @@ class Staging:
         if target is None:
             taken = self.notes.folder if is_there(self.notes.folder) else None
         elif not changes.overwrite:
-            names = (name for name in changes.move if name not in changes.superseded and target.stat(name))
+            names = (name for name in changes.move if name not in changes.replaced and target.stat(name))
             taken = next((target.path / name for name in names), None)
         if taken is not None:
             raise OutputRefused(taken, "was made while this ran", "Use --overwrite to replace it, or another -o.")

@@ -44,7 +44,7 @@ class Transaction(Protocol):
         """Stage a second name of a file on the same disk, or a second link where it is a link."""
 
     def commit(self, changes: Changes, request: str) -> None:
-        """Publish all that is staged, then remove what it supersedes."""
+        """Publish all that is staged, then remove what it replaces."""
 
 
 def begin(target: Target) -> AbstractContextManager[Transaction]:

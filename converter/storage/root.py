@@ -178,10 +178,6 @@ class Root:
                 _copy_bytes(source, out)
             _give_mode(out, found)
 
-    def put(self, name: str, raw: bytes) -> None:
-        """Write a small file; one that has the name goes."""
-        self.fill(name, (raw,))
-
     def fill(self, name: str, chunks: Iterable[bytes]) -> None:
         """Write a file, piece after piece; one that has the name goes."""
         self.remove(name)
