@@ -15,7 +15,7 @@ from typing import Any
 
 from converter.dtypes import OnOverflow
 from converter.errors import BadRequest, OutputRefused, Unsupported
-from converter.formats import FORMATS
+from converter.formats import WRITERS
 from converter.libraries import library_of
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import WeightSet
@@ -225,10 +225,8 @@ def _plan_file(order: Order, path: str, tensors: Sequence[Tensor]) -> PlannedFil
     names = {tensor.name for tensor in tensors}
     ties = {dropped: kept for dropped, kept in order.ties.items() if kept in names}
     specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    lay_out = FORMATS[order.name.format].lay_out
-    assert lay_out is not None
     try:
-        layout = lay_out(specs, ties, _notes_of(tensors, order.checkpoint))
+        layout = WRITERS[order.name.format].lay_out(specs, ties, _notes_of(tensors, order.checkpoint))
     except ValueError as error:
         problem, *advice = error.args
         where = order.checkpoint.weight_set.path
