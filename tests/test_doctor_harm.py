@@ -115,6 +115,19 @@ def test_hidden_files_are_nobodys_weights(folder: Path, fix: Callable[..., Any],
     assert load_file(folder / "model.safetensors").keys() == torch.load(folder / "pytorch_model.bin").keys()
 
 
+def test_a_variant_that_is_not_to_stay_is_not_converted(tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    unet, encoder = tmp_path / "m" / "unet", tmp_path / "m" / "text_encoder"
+    for name in ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16"):
+        save(STATE, unet / f"{name}.safetensors")
+    save(STATE, encoder / "model.safetensors")
+    save(STATE, encoder / "pytorch_model.fp16.bin")
+    parts = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
+    write_json(tmp_path / "m" / "model_index.json", {"_class_name": "StableDiffusionPipeline", **parts})
+    wconv("doctor", tmp_path / "m", "--fix", "--keep-default")
+    assert names_in(unet) == ["diffusion_pytorch_model.safetensors"]
+    assert names_in(encoder) == ["model.safetensors"]
+
+
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     from transformers import AutoModel
 

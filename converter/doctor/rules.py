@@ -304,18 +304,20 @@ _OF_INDEXES = (
     "index-missing", "index-unreadable", "index-ghost", "index-orphan", "index-misplaced", "index-metadata",
     "index-size",
 )  # fmt: skip
+_OF_VARIANTS = ("variant-partial", "default-partial", "variant-single")
 REPAIRS: tuple[tuple[Repair, tuple[str, ...]], ...] = (
     (_in_each(gather), ("index-dangling", "index-foreign", "name-unread")),
     (drop_strays, ("shards-stray",)),
     (drop_twins, ("sets-twice",)),
     (drop_forms, ("forms-differ", "forms-redundant")),
     (_in_each(mend_tags), ("dtype-tag",)),
+    (drop_variants, _OF_VARIANTS),  # before any is converted that is not to stay
     (_in_each(convert_shards), ("bin-sharded",)),
     (_in_each(mend_headers), ("header-format",)),
     (convert_mixed, ("forms-mixed",)),
     (make_variants, ("variant-partial",)),
     (make_default, ("default-partial",)),
-    (drop_variants, ("variant-partial", "default-partial", "variant-single")),
+    (drop_variants, _OF_VARIANTS),
     (_in_each(merge_shards), ("variant-single", "old-attention")),
     (_in_each(name_files), ("name-legacy", "name-unread", "index-foreign", "dtype-tag", *_OF_INDEXES)),
     (rename_dotless, ("entry-dotless",)),
