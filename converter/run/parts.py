@@ -142,7 +142,7 @@ def _is_at(file: OpenFile, offset: int, chunk: memoryview, scratch: bytearray) -
 def check_record(record: Storage, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Read a record for its CRC32 alone; raises BadFile where that is wrong."""
     buffer = memoryview(bytearray(chunk_nbytes))
-    with RangeReader() as reader:
+    with RangeReader(with_sums=True) as reader:
         for begin in range(0, record.nbytes, chunk_nbytes):
             reader.read_into(record, begin, buffer[: min(chunk_nbytes, record.nbytes - begin)])
 
@@ -151,7 +151,7 @@ def _carry(piece: Piece, chunk_nbytes: int, deal_with: Callable[[int, memoryview
     """Read a piece in chunks, and hand over each with its offset in the file and the name of its last tensor."""
     report = Report()
     buffer = _Buffer(_buffer_nbytes(piece, chunk_nbytes), deal_with)
-    with RangeReader() as reader:
+    with RangeReader(with_sums=True) as reader:
         for tensor, offset, begin, end in piece.steps:
             buffer.turn_to(offset + begin, tensor.name)
             crc = 0
