@@ -12,7 +12,7 @@ from zlib import crc32
 from hypothesis import strategies as st
 
 from converter.dtypes import DTYPES, DType
-from converter.formats import FORMATS
+from converter.formats import WRITERS
 from converter.tensors.base import TensorSpec
 
 State = dict[str, tuple[DType, tuple[int, ...], bytes]]
@@ -45,17 +45,16 @@ def state_dicts(draw: st.DrawFn, max_tensors: int = 5) -> State:
 
 def build(state: State, form: str) -> bytes:
     """Give the file, ``safetensors`` or ``torch``, that holds a state dict."""
-    row = FORMATS[form]
-    assert row.lay_out is not None
+    writer = WRITERS[form]
     described = [TensorSpec(name, dtype, shape) for name, (dtype, shape, _) in state.items()]
-    layout = row.lay_out(described, {}, {})
+    layout = writer.lay_out(described, {}, {})
     raw = bytearray(layout.nbytes)
     raw[: len(layout.header)] = layout.header
     contents = [state[described[place][0]][2] for place in layout.order]
     for offset, content in zip(layout.offsets, contents, strict=True):
         raw[offset : offset + len(content)] = content
-    if row.frame is not None:
-        for offset, piece in row.frame([described[place] for place in layout.order], {}, [*map(crc32, contents)]):
+    if writer.frame is not None:
+        for offset, piece in writer.frame([described[place] for place in layout.order], {}, [*map(crc32, contents)]):
             raw[offset : offset + len(piece)] = piece
     return bytes(raw)
 

@@ -26,7 +26,7 @@ from support.tiny import read_file, ref_to, rezip
 import converter.run.execute
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
-from converter.formats import FORMATS
+from converter.formats import WRITERS
 from converter.models.names import Format
 from converter.plan.types import PlannedFile, PlannedTensor
 from converter.run.parts import (
@@ -171,9 +171,7 @@ def test_a_source_that_becomes_shorter(tmp_path: Path, view: torch.Tensor) -> No
 
 def shard_of(tensors: Sequence[Tensor], form: Format = "safetensors") -> PlannedFile:
     """Plan one file."""
-    lay_out = FORMATS[form].lay_out
-    assert lay_out
-    layout = lay_out([TensorSpec(one.name, one.dtype, one.shape) for one in tensors], {}, {})
+    layout = WRITERS[form].lay_out([TensorSpec(one.name, one.dtype, one.shape) for one in tensors], {}, {})
     ordered = [tensors[place] for place in layout.order]
     planned = tuple(PlannedTensor(one, offset) for one, offset in zip(ordered, layout.offsets, strict=True))
     return PlannedFile("model", form, layout.header, planned, layout.nbytes, {})
@@ -254,7 +252,7 @@ def test_pieces_in_any_order_make_a_file_that_torch_reads(
             assert step.begin % step.tensor.dtype.itemsize == step.end % step.tensor.dtype.itemsize == 0
         write_piece(piece, chunk_nbytes)
     right = described_by_safetensors(state)
-    frame = FORMATS["torch"].frame
+    frame = WRITERS["torch"].frame
     assert frame
     with open_staged(place_of(path)) as file:
         for offset, framed in frame(shard.specs, {}, [zlib.crc32(content) for _, _, content in right.values()]):

@@ -114,11 +114,11 @@ def _flush() -> None:
 @contextlib.contextmanager
 def _own_process() -> Iterator[None]:
     """Set the process up for one command, and back again for whoever calls ``main`` from a program."""
-    # wconv makes hundreds of thousands of small objects and no cycles: collecting them would double the time to open
-    # a checkpoint of many tensors.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell is no error
+    # wconv makes hundreds of thousands of small objects and no cycles: collecting them would double the time to open
+    # a checkpoint of many tensors.
     collecting = gc.isenabled()
     gc.disable()
     handler: Any = None

@@ -48,7 +48,7 @@ def command(source: Place, fix: bool, undo: bool, purge: bool, **options: Any) -
     """
     from converter.cli import doctor_modes
 
-    asked = doctor_modes.asked_of(source, options)
+    asked = doctor_modes.asked_of(source, **options)
     if sum((fix, undo, purge)) > 1:
         raise click.UsageError("Choose one of --fix, --undo and --purge.")
     if not fix and asked.is_of_fixing:

@@ -6,7 +6,6 @@ Each gives the exit code; where a folder can be mended in several ways, a user a
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
@@ -51,11 +50,10 @@ class Asked:
         return not (self.quiet or self.as_json)
 
 
-def asked_of(source: Place, options: Mapping[str, Any]) -> Asked:
+def asked_of(source: Place, **options: Any) -> Asked:
     """Sort the options; one that belongs nowhere is a TypeError."""
-    of_choices = {field.name for field in fields(Choices)}
-    choices = Choices(**{name: options[name] for name in of_choices})
-    return Asked(source, choices, **{name: value for name, value in options.items() if name not in of_choices})
+    choices = Choices(**{field.name: options.pop(field.name) for field in fields(Choices)})
+    return Asked(source, choices, **options)
 
 
 def show(asked: Asked) -> int:

@@ -15,7 +15,6 @@ from converter.doctor.findings import Finding
 from converter.errors import Unsupported, name_some
 from converter.libraries.ask import LibraryMissing, ask_class
 from converter.models.checkpoint import open_checkpoint
-from converter.models.component import Component
 from converter.models.growth import refuse_growth
 from converter.models.headers import LENIENT
 from converter.models.inventory import Inventory, Part
@@ -83,12 +82,15 @@ def _look_at(info: Tensor, chunk_nbytes: int) -> _Values:
 
 
 def _check_shapes(part: Part, found: ListedSet) -> Iterator[Finding]:
+    """Hold shapes against those that the class in the config would give, where its library is there to make it."""
+    if not part.component.class_name or "quantization_config" in part.component.config:
+        return
     try:
-        expected = _expected_shapes(part.component)
+        expected = ask_class(part.component).shapes
+    except LibraryMissing:
+        return
     except Unsupported as error:
         yield Finding("shapes-unknown", part.path / "config.json", part.name, error.problem)
-        return
-    if not expected:
         return
     held = {info.name: info.shape for info in open_checkpoint(found.without_index, LENIENT).tensors}
     wrong = [name for name in held if name in expected and held[name] != expected[name]]
@@ -97,16 +99,3 @@ def _check_shapes(part: Part, found: ListedSet) -> Iterator[Finding]:
         shapes = f"{list(held[name])}, the config gives {list(expected[name])}"
         problem = f"holds {len(wrong):,} tensors of another shape than config.json gives, such as {name} ({shapes})"
         yield Finding("config-shape", found.path, part.name, problem)
-
-
-def _expected_shapes(component: Component) -> dict[str, tuple[int, ...]]:
-    """Give the shape of each tensor that the class in a component's config would have, none without its library.
-
-    Raises Unsupported, with the cause, where it cannot be made.
-    """
-    if not component.class_name or "quantization_config" in component.config:
-        return {}
-    try:
-        return ask_class(component).shapes
-    except LibraryMissing:
-        return {}

@@ -78,11 +78,6 @@ class PartGoals:
         self.gone.update(name for name in listed.all_names if name not in shared)
         self.say(f"move {listed.label} away: {why}")
 
-    def leave(self, *goals: Goal) -> None:
-        """Let the sets of some goals be as they are."""
-        self.left += [goal.source for goal in goals]
-        self.sets = [goal for goal in self.sets if all(goal is not one for one in goals)]
-
     def say(self, step: str) -> None:
         """Note what is done, for people."""
         self.steps.append(f"{self.part.name or '.'}: {step}")

@@ -130,7 +130,8 @@ def drop_twins(folder: FolderGoals) -> None:
             elif holds_values(_open(single), _open(shards)):
                 goals.let_go(shards, f"{single.label} holds the same values")
             else:
-                goals.leave(goal, other)
+                goals.left += (goal.source, other.source)
+                goals.sets = [one for one in goals.sets if one is not goal and one is not other]
 
 
 def drop_forms(folder: FolderGoals) -> None:

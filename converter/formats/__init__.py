@@ -1,7 +1,7 @@
-"""The formats that wconv reads: two tables, one row a format.
+"""The formats that wconv reads and writes: a table of each, one row a format.
 
-A file's is chosen by its first bytes and never by its name; that of a folder, whose files make weights only together,
-by the names in it.
+What reads a file is chosen by its first bytes and never by its name; what reads a folder, whose files make weights only
+together, by the names in it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.storage import OpenFile, Place
 from converter.tensors.base import Layout, TensorSpec, WeightsFile
 
+ReadFile = Callable[[OpenFile, Reading], WeightsFile]
+"""Reads the header of a file."""
+
 
 @dataclass(frozen=True, slots=True)
-class FormatRow:
-    """One format: how it is recognised, what reads a file's header, and what writes one.
+class Writer:
+    """What writes a format: ``lay_out`` says where tensors go, given the ties and the notes of a header.
 
-    ``lay_out`` says where tensors go, given the ties and the notes of a header (None for a format that is only read);
     ``frame`` gives, once the bytes of all tensors are there, what else the format wants in the file: offsets and bytes,
     given the CRC32s of tensors.
     """
 
-    name: str
-    matches: Callable[[bytes], bool]
-    read_file: Callable[[OpenFile, Reading], WeightsFile]
-    lay_out: Callable[[Sequence[TensorSpec], Mapping[str, str], Mapping[str, str]], Layout] | None = None
+    lay_out: Callable[[Sequence[TensorSpec], Mapping[str, str], Mapping[str, str]], Layout]
     frame: Callable[[Sequence[TensorSpec], Mapping[str, str], Sequence[int]], Iterable[tuple[int, bytes]]] | None = None
 
 
@@ -46,15 +45,15 @@ def _is_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar"
 
 
-FORMATS: dict[str, FormatRow] = {
-    row.name: row
-    for row in (
-        FormatRow("safetensors", _is_safetensors, lambda file, _: safetensors.read_file(file), safetensors.lay_out),
-        FormatRow(
-            "torch", lambda head: head.startswith(b"PK\x03\x04"), archive.read_file, writer.lay_out, writer.frame
-        ),
-        FormatRow("torch before 1.6", lambda head: head.startswith(legacy.HEADS), legacy.read_file),
-    )
+# By the first bytes of a file. The first row that matches reads it.
+FILES: tuple[tuple[Callable[[bytes], bool], ReadFile], ...] = (
+    (_is_safetensors, lambda file, _: safetensors.read_file(file)),
+    (lambda head: head.startswith(b"PK\x03\x04"), archive.read_file),
+    (lambda head: head.startswith(legacy.HEADS), legacy.read_file),
+)
+WRITERS: Mapping[str, Writer] = {
+    "safetensors": Writer(safetensors.lay_out),
+    "torch": Writer(writer.lay_out, writer.frame),
 }
 
 
@@ -70,7 +69,7 @@ class FolderRow:
     pieces: str
     head: str
     beside: tuple[str, ...]
-    read_file: Callable[[OpenFile, Reading], WeightsFile] | None = None
+    read_file: ReadFile | None = None
     problem: str = ""
     advice: str = ""
 
@@ -111,7 +110,7 @@ def could_be_weights(place: Place) -> bool:
     """Say by its first bytes whether a file may hold weights of torch's, readable here or not."""
     with place.open() as file:
         head = file.read(0, _HEAD_NBYTES)
-    return _is_tar(head) or any(row.matches(head) for row in FORMATS.values())
+    return _is_tar(head) or any(matches(head) for matches, _ in FILES)
 
 
 def find_format(folder: Place, names: Iterable[str]) -> tuple[str, tuple[str, ...]] | None:
@@ -154,7 +153,7 @@ def read_file(place: Place, reading: Reading = PLAIN) -> WeightsFile:
         training.check_name(place)
     with place.open() as file:
         head = file.keep(0, _KEPT_NBYTES)[:_HEAD_NBYTES]
-        read = read or next((row.read_file for row in FORMATS.values() if row.matches(head)), None)
+        read = read or next((read_file for matches, read_file in FILES if matches(head)), None)
         if read:
             weights = read(file, reading)
             training.check_content(weights)

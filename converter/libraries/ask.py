@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from converter.dtypes import DType
 from converter.errors import Unsupported
@@ -28,6 +28,8 @@ from converter.libraries import library_of
 from converter.libraries.base import Library
 from converter.libraries.keep_fp32 import MADE_FROM
 from converter.models.component import Component
+
+_T = TypeVar("_T")
 
 # Names in the answer for the largest models take some MB.
 _ANSWER_NBYTES = 32_000_000
@@ -77,9 +79,8 @@ def ask_class(component: Component) -> Answer:
         config = cleaned(component.config)
     except _Unasked as error:
         raise Unsupported(path, str(error)) from None
-    answer = _ask(
-        json.dumps({"class": component.class_name, "library": library_of(component).package, "config": config})
-    )
+    library = library_of(component).package
+    answer = _ask(json.dumps({"class": component.class_name, "library": library, "config": config}))
     if isinstance(answer, Answer):
         return answer
     if not answer:
@@ -144,15 +145,11 @@ def _numbers(version: str) -> tuple[int, ...]:
 @lru_cache(maxsize=8)
 def _ask_lists(request: str) -> dict[str, tuple[tuple[str, ...], ...]] | str:
     raw = _answer_of_child(request)
-    if isinstance(raw, str):
-        return raw
-    try:
-        answer = json.loads(raw)
-        if "cause" in answer:
-            return str(answer["cause"])[:_CAUSE_LENGTH]
-        return {str(name): (_strings(first), _strings(second)) for name, (first, second) in answer["keeps"].items()}
-    except _NONSENSE:
-        return _MAKES_NO_SENSE
+    return raw if isinstance(raw, str) else _checked(raw, _kept_lists)
+
+
+def _kept_lists(answer: Any) -> dict[str, tuple[tuple[str, ...], ...]]:
+    return {str(name): (_strings(first), _strings(second)) for name, (first, second) in answer["keeps"].items()}
 
 
 @lru_cache(maxsize=8)
@@ -211,17 +208,18 @@ def _search_path() -> list[str]:
 
 def checked(raw: bytes) -> Answer | str:
     """Give a child's answer if it is one, or the cause that it names."""
+    return _checked(raw, _described)
+
+
+def _described(answer: Any) -> Answer:
+    linear, transposed, skipped, kept = (_strings(answer[key]) for key in ("linear", "transposed", "skipped", "kept"))
+    return Answer(linear, transposed, skipped, kept, {name: _shape(one) for name, one in answer["shapes"].items()})
+
+
+def _checked(raw: bytes, read: Callable[[Any], _T]) -> _T | str:
     try:
         answer = json.loads(raw)
-        if "cause" in answer:
-            return str(answer["cause"])[:_CAUSE_LENGTH]
-        return Answer(
-            _strings(answer["linear"]),
-            _strings(answer["transposed"]),
-            _strings(answer["skipped"]),
-            _strings(answer["kept"]),
-            {name: _shape(shape) for name, shape in answer["shapes"].items()},
-        )
+        return str(answer["cause"])[:_CAUSE_LENGTH] if "cause" in answer else read(answer)
     except _NONSENSE:
         return _MAKES_NO_SENSE
 

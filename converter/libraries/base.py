@@ -78,13 +78,11 @@ class Library(Protocol):
         """Give a tensor, if there is one, that its loader knows only in a set of one file."""
         return None
 
-    def keeps_fp32(self, component: Component, dtype: DType | None) -> Keeps:
+    def keeps_fp32(self, component: Component, dtype: DType) -> Keeps:
         """Say which tensors of a component it keeps in float32 when it loads them in a smaller dtype.
 
         A model that is made of others keeps what its parts keep, and its config says what they are.
         """
-        if dtype is None or dtype.bits >= 32:
-            return keep_nothing
         rules = [self.keep_rule(name, dtype) for name in component.class_names]
         rules.append(self.matches(component.more_fp32))
         return lambda name: any(rule(name) for rule in rules)
@@ -125,8 +123,7 @@ class Library(Protocol):
 
         No model runs in 8 bits, so of those nothing is said.
         """
-        edited: dict[str, Any] = config if dtype.bits < 16 else with_dtype(config, dtype.torch_name)
-        return edited
+        return config if dtype.bits < 16 else with_dtype(config, dtype.torch_name)
 
     def pick(self, part: PartListing, variant: str | None, pickles: bool = True) -> Pick:
         """Say which files its loader opens of a part for a variant (None for the untagged one)."""
@@ -153,14 +150,15 @@ def keep_nothing(_: str) -> bool:
     return False
 
 
-def with_dtype(config: Any, name: str) -> Any:
+def with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
     """Give a config with another dtype, its sub-configs' too; transformers 5 writes ``dtype``, 4 ``torch_dtype``."""
-    if not isinstance(config, dict):
-        return config
-    return {
-        key: name if key in DTYPE_KEYS and isinstance(value, str) else with_dtype(value, name)
-        for key, value in config.items()
-    }
+
+    def changed(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return with_dtype(value, name)
+        return name if key in DTYPE_KEYS and isinstance(value, str) else value
+
+    return {key: changed(key, value) for key, value in config.items()}
 
 
 # What a loader sees of a folder, and what it opens.

@@ -1,4 +1,4 @@
-"""Diffusers: a model whose config names a ``_class_name``, and pipelines of such. See ``pipelines.py`` for the latter.
+"""Diffusers: a model whose config names a ``_class_name``, and pipelines of such.
 
 Its users ask for a dtype by a variant. Its models keep their tensors by whole names, look for an index before they look
 for a single file, and read no shards of pickles.
@@ -85,8 +85,7 @@ class Diffusers(Library):
         name = WeightsName(self.stem("safetensors"), variant, "safetensors")
         index = name.index
         if variant is not None and index not in part.names:
-            # ``_fetch_index_file_legacy`` cuts the whole path at its dots, and so finds nothing below a folder with
-            # one.
+            # ``_fetch_index_file_legacy`` cuts the path at its dots, and so finds nothing below a folder with one.
             legacy = f"{name.stem}.{name.ext}.{variant}.index.json"
             index = legacy if "." not in str(part.path) else index
         if index in part.names:
@@ -96,9 +95,8 @@ class Diffusers(Library):
     def load_folder(self, written: Written) -> list[str]:
         if not self._loads_whole(written):
             return []
-        sets = written.sets
-        pipeline = "DiffusionPipeline"
-        return from_pretrained(written, sets, written.folder, self.package, pipeline, self.int8_dtype, "balanced")
+        arguments = ("DiffusionPipeline", self.int8_dtype, "balanced")
+        return from_pretrained(written, written.sets, written.folder, self.package, *arguments)
 
     def _loads_whole(self, written: Written) -> bool:
         """Say whether the pipeline's loader takes what is written, and not another form of it that lies beside it.

@@ -96,7 +96,7 @@ _TABLE = (
 
 def find_linears(component: Component, tensors: Iterable[Tensor]) -> Linears:
     """Say which of a component's modules are linear; all are ``unknown`` where neither table nor library knows."""
-    matrices = [info.name for info in tensors if len(info.shape) == 2 and info.name.endswith(_WEIGHT)]
+    matrices = [one.name for one in tensors if len(one.shape) == 2 and one.name.endswith(_WEIGHT)]
     found = _by_table(component.class_name, matrices)
     if found and not found.unknown:
         return found

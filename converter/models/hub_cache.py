@@ -10,7 +10,8 @@ import re
 import shlex
 from collections.abc import Iterator
 
-from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, name_some
+from converter.errors import BadFile, BadRequest, OutputRefused, name_some
+from converter.formats.training import list_entries
 from converter.models.names import WEIGHT_EXTENSIONS, parse_name
 from converter.storage import Given, Place, place_of
 
@@ -68,22 +69,14 @@ def _links_of(place: Place) -> Iterator[Place]:
         return
     yield from _links_in(place)
     if any((place / name).is_taken() for name in ("model_index.json", "modules.json")):
-        for folder in filter(Place.is_folder, _entries(place)):
+        for folder in filter(Place.is_folder, list_entries(place)):
             yield from _links_in(folder)
 
 
 def _links_in(folder: Place, only: str | None = None) -> Iterator[Place]:
-    for entry in _entries(folder):
+    for entry in list_entries(folder):
         if (entry.name == only if only else entry.name.endswith(_READ_ENDINGS)) and entry.is_link():
             yield entry
-
-
-def _entries(folder: Place) -> list[Place]:
-    """List a folder; one that cannot be read is for its reader to tell of."""
-    try:
-        return folder.entries()
-    except SystemRefused:
-        return []
 
 
 def snapshot_of(place: Place) -> Place:
@@ -125,7 +118,7 @@ def _main_of(repo: Place) -> str | None:
 def _repos_in(place: Place) -> list[Place]:
     """List the models in a folder that is a cache of the Hub: one that holds nothing else."""
     repos = []
-    for entry in _entries(place):
+    for entry in list_entries(place):
         if _REPO.fullmatch(entry.name):
             repos += [entry] if (entry / _SNAPSHOTS).is_folder() else []
         elif entry.name not in _CACHE_FILES and not entry.name.startswith(".") and not entry.is_folder():

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, SystemRefused, WconvError
 from converter.formats import is_of_many
+from converter.formats.training import list_entries
 from converter.models.component import Component, WeightSet
 from converter.models.configs import NO_OBJECT, look_into
 from converter.models.headers import Header, read_all
@@ -217,10 +218,7 @@ def _model_folders(place: Place, named: Collection[str] = ()) -> list[Place]:
 
 
 def _is_checkpoint(place: Place) -> bool:
-    try:
-        return any(is_training_state(entry.name) for entry in place.entries())
-    except SystemRefused:
-        return False  # to be read later, and then found to be unreadable
+    return any(is_training_state(entry.name) for entry in list_entries(place))
 
 
 def subfolders(place: Place) -> list[Place]:

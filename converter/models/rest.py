@@ -106,7 +106,10 @@ class _Walk:
     seen: set[Place] = field(default_factory=set)
 
     def entries(self, here: Place, depth: int = 0, is_behind: bool = False) -> Iterator[Place]:
-        """Give all files, and the folders that are links and not walked, sorted in each folder."""
+        """Give all files, and the folders that are links and not walked, sorted in each folder.
+
+        Raises BadFile for too many behind links, or too deep a tree.
+        """
         if depth > _MAX_DEPTH:
             raise BadFile(self.model.root, f"has folders in folders, more than {_MAX_DEPTH} deep", "Remove them.")
         entries = [(entry, entry.is_folder()) for entry in here.entries()]
@@ -116,7 +119,10 @@ class _Walk:
         linked = {entry for entry in known if entry.is_link() or (is_behind and not self.follows)}
         walked = [entry for entry in known if entry not in linked or self._enters(entry)]
         if is_behind and self.follows:
-            self._pay(here, len(known) + len(files))
+            self.count += len(known) + len(files)
+            if self.count > _MAX_BEHIND_LINKS:
+                problem = f"leads to more than {_MAX_BEHIND_LINKS:,} files and folders elsewhere"
+                raise BadFile(here, problem, "Leave --follow-links out, or remove the link.")
         yield from (entry for entry in known if entry not in walked)
         yield from files
         for entry in walked:
@@ -131,10 +137,3 @@ class _Walk:
             return False
         self.seen.add(real)
         return True
-
-    def _pay(self, here: Place, count: int) -> None:
-        """Count entries behind links. Raises BadFile for too many."""
-        self.count += count
-        if self.count > _MAX_BEHIND_LINKS:
-            problem = f"leads to more than {_MAX_BEHIND_LINKS:,} files and folders elsewhere"
-            raise BadFile(here, problem, "Leave --follow-links out, or remove the link.")

@@ -15,7 +15,7 @@ from typing import Any
 
 from converter.dtypes import OnOverflow
 from converter.errors import BadRequest, OutputRefused, Unsupported
-from converter.formats import FORMATS
+from converter.formats import WRITERS
 from converter.libraries import library_of
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import WeightSet
@@ -57,17 +57,7 @@ def make_plan(
     Raises BadRequest, OutputRefused or Unsupported for what cannot or must not be done.
     """
     existing = _by_name(target)
-    written: list[tuple[Order, PlannedSet]] = []
-    kept: list[str] = []
-    for order in orders:
-        planned = plan_set(order, writing)
-        there = existing.get((order.component.name, planned.name), ())
-        if order.dtype and not publishing.overwrite and there and planned.name != order.checkpoint.name:
-            kept.append(planned.files[0].path)
-        elif not _is_there(planned, order.checkpoint, there):
-            written.append((order, planned))
-    if kept and not written:
-        raise OutputRefused(kept[0], "exists", "Use --overwrite to write it again, or -o for a new folder.")
+    written, kept = _plan_sets(orders, writing, existing, publishing.overwrite)
     sets = tuple(planned for _, planned in written)
     _check_collisions(model, sets)
     replaced = () if target.is_new else tuple(_find_replaced(existing, sets, publishing))
@@ -88,6 +78,24 @@ def make_plan(
         quantized=rest.quantized,
         destroys_source=bool(removed) or any(name in replaced for name, _ in _read_here(written)),
     )
+
+
+def _plan_sets(
+    orders: Iterable[Order], writing: Writing, existing: _Existing, overwrite: bool
+) -> tuple[list[tuple[Order, PlannedSet]], list[str]]:
+    """Plan the sets that are to be written, and name those that are there already in the dtype of a recast."""
+    written: list[tuple[Order, PlannedSet]] = []
+    kept: list[str] = []
+    for order in orders:
+        planned = plan_set(order, writing)
+        there = existing.get((order.component.name, planned.name), ())
+        if order.dtype and not overwrite and there and planned.name != order.checkpoint.name:
+            kept.append(planned.files[0].path)
+        elif not _is_there(planned, order.checkpoint, there):
+            written.append((order, planned))
+    if kept and not written:
+        raise OutputRefused(kept[0], "exists", "Use --overwrite to write it again, or -o for a new folder.")
+    return written, kept
 
 
 def _read_here(written: Iterable[tuple[Order, PlannedSet]]) -> Iterator[tuple[str, Place]]:
@@ -217,10 +225,8 @@ def _plan_file(order: Order, path: str, tensors: Sequence[Tensor]) -> PlannedFil
     names = {tensor.name for tensor in tensors}
     ties = {dropped: kept for dropped, kept in order.ties.items() if kept in names}
     specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    lay_out = FORMATS[order.name.format].lay_out
-    assert lay_out is not None
     try:
-        layout = lay_out(specs, ties, _notes_of(tensors, order.checkpoint))
+        layout = WRITERS[order.name.format].lay_out(specs, ties, _notes_of(tensors, order.checkpoint))
     except ValueError as error:
         problem, *advice = error.args
         where = order.checkpoint.weight_set.path

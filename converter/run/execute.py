@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from zlib_ng.zlib_ng import crc32_combine
 
 from converter.errors import BadFile, LossyCast, OutputRefused, WconvError, name_some
-from converter.formats import FORMATS, read_file
+from converter.formats import WRITERS, read_file
 from converter.plan.types import Plan, PlannedFile
 from converter.run.journal import Changes
 from converter.run.parts import (
@@ -150,7 +150,7 @@ def _write_files(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Co
         raise _too_large(plan, too_large)
     _check_records(plan.written, checked, parts, tasks)
     for planned in plan.written:
-        frame = FORMATS[planned.format].frame
+        frame = WRITERS[planned.format].frame
         if frame is not None:
             staged = output.staged(planned.path)
             crcs = [_combine(written[staged, offset])[0] for _, offset in planned.tensors]

@@ -112,9 +112,8 @@ def _check_quantized(component: Component, checkpoint: Checkpoint, force: bool) 
     """Refuse to cast what tensors or config show to be quantized; name what stays as it is if that is forced."""
     found = quantized_in(checkpoint)
     if not force and (found or "quantization_config" in component.config):
-        how = str(found[0]) if found else "its config.json has a quantization_config"
-        advice = "Recast the model it was made from, or use --force."
+        how, advice = "its config.json has a quantization_config", "Recast the model it was made from, or use --force."
         if found:
-            advice = f"{found[0].advice} To cast only what is not quantized, use --force."
+            how, advice = str(found[0]), f"{found[0].advice} To cast only what is not quantized, use --force."
         raise Unsupported(checkpoint.weight_set.path, f"is quantized ({how}): a cast would ruin it", advice)
     return find_belongings(found, (tensor.name for tensor in checkpoint.tensors))

@@ -310,6 +310,6 @@ def test_a_copied_folder_knows_nothing_of_the_first_ones_undo(
 
 def test_an_option_that_nothing_takes_is_an_error() -> None:
     options = {param.name: None for param in command.params if param.name not in ("source", "fix", "undo", "purge")}
-    assert asked_of(place_of("."), options).source == place_of(".")
+    assert asked_of(place_of("."), **options).source == place_of(".")
     with pytest.raises(TypeError, match="'varient'"):
-        asked_of(place_of("."), options | {"varient": None})
+        asked_of(place_of("."), **options, varient=None)

@@ -15,6 +15,7 @@ from converter.libraries.modules import Linears
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.models.select import compiled, texts_of
+from converter.storage import Place
 from converter.tensors.base import find_ties
 
 
@@ -42,7 +43,7 @@ def choose_modules(
     """Give the modules to quantize, and notes."""
     path = checkpoint.weight_set.path
     is_included, is_excluded = _matcher(choice.include), _matcher(choice.skip)
-    tensors = {info.name: info for info in checkpoint.tensors}
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     library = library_of(component)
     is_tied = library.ties(component, checkpoint.name.in_format("safetensors")) == "first"
     ties = find_ties(tensors.values()) if is_tied else {}
@@ -51,12 +52,7 @@ def choose_modules(
     notes: list[str] = []
     unnamed = [module for module in linears.unknown if not (is_included(module) or is_excluded(module))]
     if unnamed and not choice.include and (linears.weights or not choice.skip):
-        kind = component.class_name or "model of no known class"
-        known = f"is a {kind}, and whether {unnamed[0]!r} is linear is not known"
-        names = "ame the linear modules with --include, or all others with --skip."
-        if linears.cause:
-            raise Unsupported(path, f"{known}: config.json {linears.cause}", f"N{names}")
-        raise Unsupported(path, known, f"Install torch and {library.package}, or n{names}")
+        raise _unknown(component, path, unnamed[0], linears.cause)
     for module, name in {**linears.weights, **linears.unknown}.items():
         included, excluded = is_included(module), is_excluded(module)
         if included and excluded:
@@ -78,6 +74,16 @@ def choose_modules(
         elif tensors[name].numel:
             wanted.append(module)
     return wanted, notes
+
+
+def _unknown(component: Component, path: Place, module: str, cause: str) -> Unsupported:
+    """Say that nobody knows whether a module is linear, and what to do about it."""
+    kind = component.class_name or "model of no known class"
+    known = f"is a {kind}, and whether {module!r} is linear is not known"
+    names = "ame the linear modules with --include, or all others with --skip."
+    if cause:
+        return Unsupported(path, f"{known}: config.json {cause}", f"N{names}")
+    return Unsupported(path, known, f"Install torch and {library_of(component).package}, or n{names}")
 
 
 def _matcher(regexes: Sequence[str]) -> Callable[[str], bool]:

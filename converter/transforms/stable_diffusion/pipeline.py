@@ -28,7 +28,7 @@ from converter.transforms.stable_diffusion.tokenizer import tokenizer_files
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 _EMA = "model_ema."
-_CARRIED = (".json", ".txt", ".model")
+_COPIED = (".json", ".txt", ".model")
 _ABSENT = ("safety_checker", "feature_extractor", "image_encoder")  # no single file holds them
 
 
@@ -85,7 +85,8 @@ def open_single_file(
     index = _index_of(frame)
     generated["model_index.json"] = render_json(index)
     notes = [f"{source.name} is a {family.name} checkpoint{' for inpainting' if is_inpainting else ''}"]
-    notes += _notes_of_size(frame)
+    if family.folder == "sd2" and config is None and not is_inpainting:
+        notes.append("it is taken for one of 768 pixels; for one of 512, give the folder of such a model as --config")
     notes += checkpoint.notes
     parts = []
     for name in family.parts:
@@ -93,7 +94,7 @@ def open_single_file(
         parts.append((component, part))
         notes += left
     notes += _notes_of_rest(tensors, family, ema)
-    copied, linked = _carry(frame, index, generated, follow_links)
+    copied, linked = _find_copied(frame, index, generated, follow_links)
     notes += linked
     if config is None:
         generated |= tokenizer_files(place_of(CONFIGS / "clip_merges.txt.gz"), index)
@@ -116,9 +117,6 @@ def _index_of(frame: _Frame) -> dict[str, Any]:
         problem += f" {' and '.join(wanted)}"
         raise BadRequest(frame.root / "model_index.json", problem, "Give the right --config.")
     return index
-
-
-# The parts.
 
 
 def _open_part(
@@ -159,10 +157,7 @@ def _averaged(source: Place, plain: Mapping[str, Tensor], tensors: Mapping[str, 
     return {name: tensors[averaged] for name, averaged in flat.items()}
 
 
-# What is beside the weights.
-
-
-def _carry(
+def _find_copied(
     frame: _Frame, index: Mapping[str, Any], generated: Mapping[str, bytes], follow_links: bool
 ) -> tuple[tuple[tuple[str, FileRef], ...], list[str]]:
     """Give the files that come along as they are, and notes of those that do not: they lie behind links."""
@@ -177,13 +172,8 @@ def _files_beside(root: Place, index: Mapping[str, Any]) -> Iterator[tuple[str, 
     for name, entry in index.items():
         if isinstance(entry, list) and entry[:1] != [None] and name.isidentifier() and (root / name).is_folder():
             for path in (root / name).entries():
-                if path.name.endswith(_CARRIED) and ".index." not in path.name and path.is_file():
+                if path.name.endswith(_COPIED) and ".index." not in path.name and path.is_file():
                     yield f"{name}/{path.name}", path
-
-
-def _notes_of_size(frame: _Frame) -> Iterator[str]:
-    if frame.family.folder == "sd2" and not frame.given and not frame.is_inpainting:
-        yield "it is taken for one of 768 pixels; for one of 512, give the folder of such a model as --config"
 
 
 def _notes_of_rest(tensors: Iterable[str], family: Family, ema: bool) -> Iterator[str]:
