@@ -605,20 +605,32 @@ def test_an_empty_text_is_no_path(
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("command", ["to-safetensors", "recast --dtype bf16", "quantize"])
-def test_the_source_is_known_by_another_name_of_its_disk(command: str, tmp_path: Path) -> None:
-    save(STATE, tmp_path / "m" / "pytorch_model.bin")
-    (tmp_path / "n").mkdir()
-    before = snapshot(tmp_path / "m")
-    run = f"{sys.executable} -m converter {command} m -o n --overwrite"
+def run_bound(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder whose ``n`` is another name of its ``m``."""
+    (folder / "n").mkdir()
+    run = f"mount --bind m n && echo bound && {sys.executable} -m converter {command}"
     said = subprocess.run(
-        [shutil.which("unshare") or "false", "-rm", "sh", "-c", f"mount --bind m n && echo bound && {run}"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+        [shutil.which("unshare") or "false", "-rm", "sh", "-c", run],
+        cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if not said.stdout.startswith("bound"):
         pytest.skip("the system lets nobody bind folders")
-    assert "n: is the source itself" in said.stderr
+    return said
+
+
+@pytest.mark.parametrize("command", ["to-safetensors", "recast --dtype bf16", "quantize"])
+def test_the_source_is_known_by_another_name_of_its_disk(command: str, tmp_path: Path) -> None:
+    save(STATE, tmp_path / "m" / "pytorch_model.bin")
+    before = snapshot(tmp_path / "m")
+    assert "n: is the source itself" in run_bound(tmp_path, f"{command} m -o n --overwrite").stderr
     assert snapshot(tmp_path / "m") == before
+
+
+def test_what_was_just_written_is_not_removed_as_the_source(tmp_path: Path) -> None:
+    save(STATE, tmp_path / "m" / "model.safetensors")
+    command = "recast m/model.safetensors --dtype bf16 -o n/model.safetensors --overwrite --delete-source"
+    assert run_bound(tmp_path, command).returncode == 0
+    assert load_file(tmp_path / "m" / "model.safetensors")["a"].dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("output", ["m/out", "FULL/m/out", "m/../m/out"])

@@ -5,6 +5,7 @@ And whatever takes a path takes a text, whatever takes a dtype its name.
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ from converter import (
     verify,
 )
 from converter.dtypes import DTYPES
+from converter.run.journal import Run
 
 STATE = make_state()
 HALF = {name: tensor.half() for name, tensor in STATE.items()}
@@ -143,6 +145,23 @@ def test_8_bits_are_of_the_key_that_is_asked_for(tmp_path: Path) -> None:
     asked = Request.of(tmp_path / "m", tmp_path / "small", key="ema")
     run_plan(plan_quantized(asked, ModuleChoice(include=("fc",))))
     assert load_file(tmp_path / "small" / "model.safetensors")["fc.weight"].any()
+
+
+def test_a_rename_that_was_finished_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Run) -> None:
+        raise OSError(errno.EBUSY, "somebody looks into it")
+
+    save(STATE, tmp_path / "m" / "model.safetensors")
+    asked = Request.of(tmp_path / "m", from_variant="none", variant="fp32")
+    prepared = prepare(asked, plan_rename, "rename")
+    assert prepared.plan is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "clear", fail)
+        assert run_plan(prepared.plan, request=prepared.request).left_over
+    assert prepare(asked, plan_rename, "rename").plan is None
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["model.fp32.safetensors"]
+    with pytest.raises(BadRequest, match="has no variant 'none'"):
+        prepare(asked, plan_rename, "rename")
 
 
 # Names that belie the dtype.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
-from converter.errors import OutputRefused, Unsupported
+from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.models.names import parse_name
 from converter.models.select import Selection
 from converter.plan.types import Plan, Publishing, Writing
@@ -81,7 +81,12 @@ def prepare(request: Request, make: Callable[[Request], Plan], more: object = ""
     # What was to be removed or replaced is gone by then, and not looked for.
     if finished and (publishing.delete_source or publishing.in_place):
         return Prepared(name, None)
-    plan = _unless_done(request, make)
+    try:
+        plan = _unless_done(request, make)
+    except BadRequest:
+        if finished:  # what it asks for, such as a tag to be renamed, is gone by then too
+            return Prepared(name, None)
+        raise
     is_done = finished and (not plan.sets or plan.is_there or not find_difference(plan))
     return Prepared(name, None if is_done else plan)
 

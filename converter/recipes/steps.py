@@ -154,7 +154,7 @@ def _make_ready(job: Job, component: Component, checkpoint: Checkpoint, request:
     name = job.named or request.writing.naming.of(checkpoint.name)
     if job.named:
         checkpoint = replace(checkpoint, weight_set=replace(checkpoint.weight_set, name=job.named))
-    is_beside = not job.target.is_new and component.path.real() == (job.target.folder / component.name).real()
+    is_beside = not job.target.is_new and component.path.is_same(job.target.folder / component.name)
     return make_order(component, checkpoint, name, request.casting, request.writing, is_beside)
 
 

@@ -198,7 +198,7 @@ def finish(notes: Notes, run: Run) -> bool:
             _remove_all(target, journal.last_away, published)
         if journal.sources and _is_where_it_was(Path(journal.source)):
             with Root(Path(journal.source)) as source:
-                _remove_all(source, journal.sources, published)
+                _remove_all(source, journal.sources, set())
     if journal.after:
         with Keeper(notes) as keeper:
             keeper.settle() if journal.after == "keep" else keeper.forget()

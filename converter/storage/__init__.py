@@ -27,10 +27,11 @@ def place_of(given: Given) -> Place:
     """Give the place that a caller names. Raises BadRequest for one that nobody can read."""
     if isinstance(given, Place):
         return given
-    scheme = _SCHEME.match(given) if isinstance(given, str) else None
-    if not scheme or not isinstance(given, str):
-        return local.place_at(local.as_path(given))
-    open_url = _STORES.get(scheme[1].lower())
-    if open_url is None:
-        raise BadRequest(given, f"is a URL, and wconv reads none of {scheme[0]}", "Fetch it, and name the folder.")
-    return open_url(given)
+    if given == "":  # what a variable holds if it is unset
+        raise BadRequest("''", "is no path", "Name a file or folder; the current folder is '.'.")
+    if isinstance(given, str) and (scheme := _SCHEME.match(given)):
+        open_url = _STORES.get(scheme[1].lower())
+        if open_url is None:
+            raise BadRequest(given, f"is a URL, and wconv reads none of {scheme[0]}", "Fetch it, and name the folder.")
+        return open_url(given)
+    return local.place_at(Path(given))

@@ -237,13 +237,6 @@ def is_local(place: Place) -> bool:
     return isinstance(place.store, LocalStore)
 
 
-def as_path(given: Path | str) -> Path:
-    """Give what a caller names as a path. Raises BadRequest for the empty text that a variable holds if it is unset."""
-    if given == "":
-        raise BadRequest("''", "is no path", "Name a file or folder; the current folder is '.'.")
-    return Path(given)
-
-
 def can_write(folder: Path) -> bool:
     """Say whether this user may make and rename files in a folder, as far as the system tells."""
     return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)

@@ -36,7 +36,13 @@ class Root:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handle = _open_way(self.path) if _HAS_HANDLES else -1
+        self._handle = -1
+        if _HAS_HANDLES:
+            try:
+                self._handle = _descend(os.open(path.anchor, _WAY), path.parts[1:])
+            except OSError as error:
+                error.filename = str(path)
+                raise
 
     def __enter__(self) -> Root:
         return self
@@ -56,12 +62,8 @@ class Root:
             if not _HAS_HANDLES:
                 yield str(_look_along(self.path, parts)), None
                 return
-            folder = os.dup(self._handle)
+            folder = _descend(os.dup(self._handle), parts[:-1])
             try:
-                for part in parts[:-1]:
-                    inner = os.open(part, _WAY, dir_fd=folder)
-                    os.close(folder)
-                    folder = inner
                 yield parts[-1] if parts else ".", folder
             finally:
                 os.close(folder)
@@ -81,7 +83,7 @@ class Root:
         """List a folder."""
         if not _HAS_HANDLES:
             return _names_in(_look_along(self.path, plain_parts(name)))
-        with self._open_folder(name) as handle:
+        with self.open(name, _FOLDER | os.O_RDONLY) as handle:
             return _names_in(handle)
 
     def walk(self, name: str) -> Iterator[tuple[str, os.stat_result]]:
@@ -209,7 +211,7 @@ class Root:
         """Bring a folder's entries to the disk."""
         if not _HAS_HANDLES:
             return
-        with self._open_folder(name) as handle:
+        with self.open(name, _FOLDER | os.O_RDONLY) as handle:
             try:
                 os.fsync(handle)
             except OSError as error:
@@ -229,7 +231,7 @@ class Root:
 
     @contextmanager
     def open(self, name: str, flags: int, mode: int = 0o666) -> Iterator[int]:
-        """Open a file, not through a link, and give its descriptor."""
+        """Open a file or folder, not through a link, and give its descriptor."""
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | _BINARY
         with self._reach(name) as (last, folder):
             file = os.open(last, flags, mode, dir_fd=folder)
@@ -237,15 +239,6 @@ class Root:
                 yield file
             finally:
                 os.close(file)
-
-    @contextmanager
-    def _open_folder(self, name: str) -> Iterator[int]:
-        with self._reach(name) as (last, folder):
-            handle = os.open(last, _FOLDER | os.O_RDONLY, dir_fd=folder)
-            try:
-                yield handle
-            finally:
-                os.close(handle)
 
 
 def make_folders(folder: Path, mode: int = 0o777) -> list[Path]:
@@ -291,18 +284,14 @@ def plain_parts(name: str) -> list[str]:
     return parts
 
 
-def _open_way(path: Path) -> int:
-    """Open a real path from the top, so that no part of it can be a link by now."""
-    folder = os.open(path.anchor, _WAY)
-    try:
-        for part in path.parts[1:]:
+def _descend(folder: int, parts: Iterable[str]) -> int:
+    """Open a folder part by part from one that is open, so that no part can be a link by now, and close that one."""
+    for part in parts:
+        try:
             inner = os.open(part, _WAY, dir_fd=folder)
+        finally:
             os.close(folder)
-            folder = inner
-    except OSError as error:
-        os.close(folder)
-        error.filename = str(path)
-        raise
+        folder = inner
     return folder
 
 
