@@ -83,9 +83,9 @@ class Library(Protocol):
 
         A model that is made of others keeps what its parts keep, and its config says what they are.
         """
-        rules = [self.keep_rule(name, dtype) for name in component.class_names]
-        rules.append(self.matches(component.more_fp32))
-        return lambda name: any(rule(name) for rule in rules)
+        rules = {self.keep_rule(name, dtype) for name in component.class_names} | {self.matches(component.more_fp32)}
+        rules.discard(keep_nothing)
+        return (lambda name: any(rule(name) for rule in rules)) if rules else keep_nothing
 
     def keep_rule(self, class_name: str, dtype: DType) -> Keeps:
         """Say which tensors of a class it keeps in float32 when it loads them in a dtype."""

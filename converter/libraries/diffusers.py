@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from converter.libraries import keep_fp32
-from converter.libraries.base import Keeps, Library, PartListing, Pick, pick_shards, pick_single
+from converter.libraries.base import Keeps, Library, PartListing, Pick, keep_nothing, pick_shards, pick_single
 from converter.libraries.written import Written, WrittenSet, from_pretrained, must_be_torch
 from converter.models.component import Component
 from converter.models.model import Model
@@ -70,7 +70,7 @@ class Diffusers(Library):
         ``load_model_dict_into_meta`` in ``diffusers/models/model_loading_utils.py``.
         """
         kept = frozenset(entries)
-        return lambda name: not kept.isdisjoint(name.split("."))
+        return (lambda name: not kept.isdisjoint(name.split("."))) if kept else keep_nothing
 
     def is_skipped(self, module: str, entries: Iterable[str]) -> bool:
         """An entry is the last part of the name, a part of it that ends at a dot, or all of it.

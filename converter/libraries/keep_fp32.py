@@ -193,7 +193,7 @@ MORE_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
     ("", "perception.encoder perception.proj", "Nemotron3_5TranscribeForConditionalGeneration"),
     (
         "",
-        "audio_tower multi_modal_projector e_score_correction_bias",
+        "audio_tower multi_modal_projector e_score_correction_bias gate.weight",
         "Nemotron3_5TranscribeForConditionalGeneration Nemotron3_5TranscribeModel",
     ),
     # Named otherwise in files: the lists are for the names after the renaming on load

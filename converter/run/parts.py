@@ -79,7 +79,7 @@ def cut_pieces(planned: PlannedFile, place: Place, piece_nbytes: int = PIECE_NBY
         cut = math.lcm(ITEM_MULTIPLE, tensor.source.grain)  # no element is cut
         while begin < nbytes:
             end = min(nbytes, begin + (room // cut or 1) * cut)
-            steps.append(Step(_part(tensor, begin, end), offset, begin, end))
+            steps.append(Step(tensor if end - begin == nbytes else _part(tensor, begin, end), offset, begin, end))
             room -= end - begin
             begin = end
             if room < ITEM_MULTIPLE:

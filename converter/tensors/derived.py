@@ -85,17 +85,16 @@ class Derived:
 
     def _scaled(self, nbytes: int) -> int:
         """Give the bytes that so many of the source's are here."""
-        same = self.dtype is self.source.dtype
-        return nbytes if same else max(1, nbytes * self.dtype.itemsize // self.source.dtype.itemsize)
+        if nbytes == 1 or self.dtype is self.source.dtype:
+            return nbytes
+        return max(1, nbytes * self.dtype.itemsize // self.source.dtype.itemsize)
 
     def inputs(self) -> tuple[Storage, ...]:
         return self.source.inputs()
 
     def part(self: _D, begin: int, end: int) -> _D:
-        before, after = self.source.dtype, self.dtype
-        if before is not after:
-            begin, end = (at // after.itemsize * before.itemsize for at in (begin, end))
-        source = self.source.part(begin, end)
+        before, after = self.source.dtype.itemsize or 1, self.dtype.itemsize or 1
+        source = self.source.part(begin // after * before, end // after * before)
         return self if source is self.source else replace(self, source=source)
 
     def box(self: _D, start: tuple[int, ...], shape: tuple[int, ...]) -> _D:

@@ -11,6 +11,7 @@ a closer one; for bfloat16, where some NaNs become zeros, a second look does, at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 # Before ml_dtypes, which prints a traceback of its own where numpy cannot be loaded.
@@ -71,7 +72,7 @@ def cast_chunk(chunk: memoryview, before: DType, out: memoryview, after: DType, 
     """
     target = _TARGETS[after.tag]
     values, cast = as_array(chunk, before), as_array(out, after)
-    narrow = _as_float32(values, after)
+    narrow = _as_float32(values, before, after)
     numkong.astype(narrow, target.kernel, out=cast)
     bits = as_bits(cast)
     # As signed integers the positive magnitudes are the largest, as unsigned ones the negative.
@@ -82,11 +83,11 @@ def cast_chunk(chunk: memoryview, before: DType, out: memoryview, after: DType, 
     return _mend(values, narrow, bits, sign, target, on_overflow)
 
 
-def _as_float32(values: Array, after: DType) -> Array:
+def _as_float32(values: Array, before: DType, after: DType) -> Array:
     """Go by way of float32 where the kernel would round twice, or not to nearest."""
-    if values.dtype.name.endswith("fnuz"):
+    if before.tag.endswith("FNUZ"):
         return values.astype(np.float32)  # numkong does not know them
-    return widen(values) if after.bits == 8 or values.dtype == np.float64 else values
+    return widen(values) if after.bits == 8 or before.bits == 64 else values
 
 
 def _has_nan(values: Array) -> bool:
@@ -142,6 +143,7 @@ def count_odd(chunk: memoryview, dtype: DType) -> tuple[int, int, bool]:
     return int(np.isnan(wide).sum()), int(np.isinf(wide).sum()), True
 
 
+@cache
 def numpy_dtype(dtype: DType) -> np.dtype[Any] | None:
     """Give numpy's dtype for one of ours; None for the packed ones (F4, F6), which have none."""
     name = _NUMPY_NAMES.get(dtype.tag) or _ML_NAMES.get(dtype.tag)

@@ -66,7 +66,7 @@ def recast(component: Component, checkpoint: Checkpoint, casting: Casting) -> Ch
     kept = {
         tensor.name: written[tensor.name].dtype
         for tensor in checkpoint.tensors
-        if not tensor.is_made and written[tensor.name].dtype is not dtype
+        if written[tensor.name].dtype is not dtype and not tensor.is_made
     }
     notes = checkpoint.notes
     if all(written[tensor.name] is tensor and not tensor.source.computes for tensor in checkpoint.tensors):
@@ -84,6 +84,8 @@ def find_kept(component: Component, dtype: DType | None, keep_fp32: Iterable[str
         return lambda name: False
     keep = library_of(component).keeps_fp32(component, dtype)
     patterns = list(map(compiled, keep_fp32))
+    if not patterns:
+        return keep
     return lambda name: keep(name) or any(pattern.search(name) for pattern in patterns)
 
 
