@@ -57,25 +57,21 @@ def recast(component: Component, checkpoint: Checkpoint, casting: Casting) -> Ch
         return checkpoint
     untouched = _check_quantized(component, checkpoint, casting.force)
     keep = find_kept(component, dtype, casting.keep_fp32)
-    written = {
-        tensor.name: tensor
-        if tensor.name in untouched
-        else cast(tensor, _target_of(tensor, dtype, keep), casting.on_overflow)
-        for tensor in checkpoint.tensors
-    }
-    kept = {
-        tensor.name: written[tensor.name].dtype
-        for tensor in checkpoint.tensors
-        if written[tensor.name].dtype is not dtype and not tensor.is_made
-    }
+
+    def write(tensor: Tensor) -> Tensor:
+        if tensor.name in untouched:
+            return tensor
+        return cast(tensor, _target_of(tensor, dtype, keep), casting.on_overflow)
+
+    files = tuple(replace(file, tensors=tuple(map(write, file.tensors))) for file in checkpoint.files)
+    written = replace(checkpoint, files=files)
+    pairs = list(zip(checkpoint.tensors, written.tensors, strict=True))
+    kept = {new.name: new.dtype for old, new in pairs if new.dtype is not dtype and not old.is_made}
     notes = checkpoint.notes
-    if all(written[tensor.name] is tensor and not tensor.source.computes for tensor in checkpoint.tensors):
-        is_there = any(tensor.dtype is dtype for tensor in checkpoint.tensors)
+    if all(new is old and not old.source.computes for old, new in pairs):
+        is_there = any(old.dtype is dtype for old, _ in pairs)
         notes += (f"already {dtype.short_name}: nothing to cast" if is_there else "holds nothing to cast",)
-    files = tuple(
-        replace(file, tensors=tuple(written[tensor.name] for tensor in file.tensors)) for file in checkpoint.files
-    )
-    return replace(checkpoint, files=files, kept=kept, notes=notes)
+    return replace(written, kept=kept, notes=notes)
 
 
 def find_kept(component: Component, dtype: DType | None, keep_fp32: Iterable[str] = ()) -> Callable[[str], bool]:
