@@ -86,7 +86,7 @@ def in_shards(command: str, count: int) -> Arguments:
 
 
 CASES = (
-    Case("to-safetensors", conversion("to-safetensors"), 1.1, 48.0),
+    Case("to-safetensors", conversion("to-safetensors"), 1.1, 40.0),
     Case("recast to bf16", conversion("recast", "--dtype", "bf16"), 0.65, 80.0),
     Case("recast to fp16", conversion("recast", "--dtype", "fp16"), 0.65, 80.0),
     Case("reshard 5 to 2", in_shards("reshard", 2), 1.1, 80.0, source="safetensors"),

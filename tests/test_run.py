@@ -50,7 +50,7 @@ from converter.storage import place_of
 from converter.storage.local import LocalFile
 
 STATE = make_state()
-MEMORY_CEILING_NBYTES = 48_000_000  # as promised; the interpreter and its imports take most of it
+MEMORY_CEILING_NBYTES = 40_000_000  # as promised; the interpreter and its imports take most of it
 TMPFS_NBYTES = 1 << 23
 
 
