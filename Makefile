@@ -1,6 +1,7 @@
 # Everything a developer or a newcomer runs. Needs Python >= 3.10 (the tests: >= 3.11), make and a package registry.
 
 PYTHON ?= python3
+COVERAGE ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?=
@@ -16,7 +17,7 @@ SIZES = find $(1) -type f | sort | xargs ls -lh | awk '{ printf "%8s  %s\n", $$5
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help demo test coverage test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench same matrix clean
+.PHONY: help demo test test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench same matrix clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F '|' '{ printf "make %-14s%s\n", $$1, $$2 }'
@@ -44,15 +45,11 @@ demo: .venv-demo/installed  ## convert a small Stable Diffusion folder, without 
 	@echo
 	@echo "That was all. Try it on a folder of yours: .venv-demo/$(BIN)/wconv to-safetensors FOLDER -o NEW_FOLDER"
 
-test: .venv/installed  ## run the tests but the slow ones (PYTEST_ARGS=... for more options)
-	.venv/$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
-
 # Measuring takes a third more time; what is run while something is written need not wait for it.
-coverage: .venv/installed  ## run the same tests, and hold how much of the package they reach
+test: .venv/installed  ## run the tests but the slow ones (PYTEST_ARGS=... for more options, COVERAGE=1 to hold what they reach)
 	@rm -rf build/coverage && mkdir -p build/coverage
-	.venv/$(BIN)/python -m coverage run -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
-	.venv/$(BIN)/python -m coverage combine -q
-	.venv/$(BIN)/python -m coverage report
+	.venv/$(BIN)/python $(if $(COVERAGE),-m coverage run )-m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+	$(if $(COVERAGE),.venv/$(BIN)/python -m coverage combine -q && .venv/$(BIN)/python -m coverage report)
 
 test-all: .venv/installed .venv-coreml/installed  ## run all tests
 	.venv/$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
