@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import itertools
 import os
 import shutil
@@ -40,6 +41,7 @@ from support.tiny import (
 import converter.run.execute
 import converter.run.parts
 from converter import Request, convert, plan_conversion, run_plan
+from converter.cli import main
 from converter.errors import BadFile, OutputRefused, SystemRefused
 from converter.models.checkpoint import open_checkpoint
 from converter.plan.types import Target
@@ -211,6 +213,25 @@ def test_a_tensor_of_256_mb_takes_no_more_memory_than_a_small_one(verify: list[A
     done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
     shutil.rmtree(tmp_path / "out")
     assert int(done.stdout.split("peak ")[1]) <= MEMORY_CEILING_NBYTES
+
+
+@pytest.mark.parametrize("command", [["to-safetensors"], ["recast", "--dtype", "bf16"]], ids=["plain", "cast"])
+def test_no_piece_waits_for_the_collector_of_circles(command: list[str], tmp_path: Path) -> None:
+    # It is off while a command runs.
+    def left_over(rows: int) -> int:
+        source, output = str(tmp_path / f"{rows}.safetensors"), str(tmp_path / f"out-{rows}")
+        save({"w": torch.zeros(rows, 1 << 18)}, Path(source))
+        gc.collect()
+        gc.disable()
+        try:
+            assert main([command[0], source, "-o", output, "-q", "--workers", "1", *command[1:]]) == 0
+            return gc.collect()
+        finally:
+            gc.enable()
+
+    left_over(1)
+    few, many = left_over(8), left_over(80)  # MB
+    assert many <= few
 
 
 # What goes wrong.

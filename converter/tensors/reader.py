@@ -68,6 +68,7 @@ class RangeReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._scratch.clear()  # each knows the list that it goes back to: a circle
         # That a file was changed is also why its bytes are damaged.
         is_checked = kind is None or issubclass(kind, BadFile)
         with ExitStack() as closing:
