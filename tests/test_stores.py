@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import zipfile
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 from support.judges import described_by_wconv, saved_by_torch
-from support.tiny import make_state, rezip, save, save_bin_shards, save_pipeline, snapshot
+from support.tiny import make_state, raw_bytes, rezip, save, save_bin_shards, save_pipeline, snapshot
 
 from converter import convert, storage
 from converter.errors import BadFile, BadRequest, Unsupported
@@ -23,6 +24,7 @@ from converter.run.execute import run_plan
 from converter.storage import FileRef, Info, OpenFile, Place, Store, place_of
 from converter.storage.base import Tag, changed
 from converter.storage.local import place_at
+from converter.tensors.base import Tensor
 from converter.tensors.reader import RangeReader
 
 MADE = {"pipeline": save_pipeline, "shards": lambda folder: save_bin_shards(make_state(), folder).parent}
@@ -120,6 +122,30 @@ def test_a_long_header_takes_two_reads(tmp_path: Path) -> None:
     store = StoreInMemory({"model": path.read_bytes()})
     read_file(Place(store, "model"))
     assert len(store.reads) == 2
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch", "stream"])
+def test_small_tensors_in_a_row_take_few_reads(form: str, tmp_path: Path) -> None:
+    state = {f"{number:04}": torch.randn(number % 50 + 1) for number in range(2000)}
+    raw = write(form, state, tmp_path).read_bytes()
+    store = StoreInMemory({"model": raw})
+    tensors = read_file(Place(store, "model")).tensors
+    few = 4 + len(raw) // 40_000
+    assert len(store.reads) <= few
+    store.reads.clear()
+    in_a_row = sorted(tensors, key=lambda tensor: tensor.source.inputs()[0].offset)
+    assert_same_values(in_a_row, state)
+    assert len(store.reads) <= few
+    random.Random(0).shuffle(in_a_row)
+    assert_same_values(in_a_row, state)
+
+
+def assert_same_values(tensors: list[Tensor], state: dict[str, torch.Tensor]) -> None:
+    with RangeReader() as reader:
+        for name, source, _ in tensors:
+            out = memoryview(bytearray(state[name].nbytes))
+            source.read(0, out, reader)
+            assert out == raw_bytes(state[name])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -243,6 +243,12 @@ class _Machine:
                 elif code == _BINPERSID:
                     stack[-1] = find_persistent(stack[-1], where)
                     place += 1
+                elif code == _EMPTY_TUPLE:
+                    stack.append(())
+                    place += 1
+                elif code == _NEWFALSE:
+                    stack.append(False)
+                    place += 1
                 elif code == _STOP:
                     self.place = place + 1
                     return stack.pop()
@@ -472,6 +478,11 @@ class _Machine:
     def call(self, target: Any, arguments: Any) -> Any:
         if type(arguments) is not tuple:
             raise TypeError("arguments that are no tuple")
+        if type(target) is Rebuild:
+            count = target.count_steps(arguments)
+            if count:
+                self.charge(count)
+            return target.rebuild(arguments, self.where)
         if type(target) is Global:
             if str(target) in RECONSTRUCTORS:
                 return self.make(arguments[0], arguments[1:])
@@ -479,13 +490,7 @@ class _Machine:
                 return self.make(target)
             if target.name == "getattr" and len(arguments) == 2 and _is_inner_class(*arguments):
                 return Global(arguments[0].module, f"{arguments[0].name}.{arguments[1]}")
-            return self.leave_out(target, "calls")
-        if not isinstance(target, Rebuild):
-            return self.leave_out(target, "calls")
-        count = target.count_steps(arguments)
-        if count:
-            self.charge(count)
-        return target.rebuild(arguments, self.where)
+        return self.leave_out(target, "calls")
 
     def make(self, of: Any, arguments: Any = ()) -> Inert | KeptObject:
         """Make what stands for a new object, which Python makes without a call of anything in the class's module."""
@@ -560,6 +565,8 @@ _MARK = ord("(")
 _TUPLE = ord("t")
 _TUPLE1 = 0x85
 _TUPLE2 = 0x86
+_EMPTY_TUPLE = ord(")")
+_NEWFALSE = 0x89
 _REDUCE = ord("R")
 _BINUNICODE = ord("X")
 _BINPERSID = ord("Q")
@@ -593,11 +600,9 @@ _OPCODES: dict[str, _Step] = {
     "F": _Machine.push_float_line,
     "N": lambda m: m.stack.append(None),
     "\x88": lambda m: m.stack.append(True),
-    "\x89": lambda m: m.stack.append(False),
     "0": _Machine.pop,
     "1": _Machine.drop_to_mark,
     "2": lambda m: m.stack.append(m.stack[-1]),
-    ")": lambda m: m.stack.append(()),
     "\x87": _Machine.push_tuple3,
     "]": _Machine.push_empty_list,
     "l": _Machine.push_list,
