@@ -6,10 +6,13 @@ key is a path from where the store begins, with slashes; for messages a place is
 
 from __future__ import annotations
 
+import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, Protocol
 
@@ -18,7 +21,7 @@ from converter.errors import BadFile, Unsupported
 _CHUNK_NBYTES = 1 << 20
 # Small parts that lie close together are read at once, with what is between them: to ask takes as long as 20 kB do.
 NEAR_NBYTES = 1 << 12
-AHEAD_NBYTES = 1 << 16
+_AHEAD_NBYTES = 1 << 16
 
 Kind = Literal["file", "folder", "other"]
 Tag = tuple[int, ...] | str
@@ -41,25 +44,28 @@ class Info(NamedTuple):
     changed_ns: int = 0
 
 
-class OpenFile:
+class OpenFile(ABC):
     """A file that is open to be read by ranges, from any offset and in any order; ``nbytes`` is its size."""
 
     def __init__(self, ref: FileRef, nbytes: int) -> None:
         self.ref = ref
         self.nbytes = nbytes
         self._kept: list[tuple[int, bytes]] = []
+        self._ahead = b""
+        self._ahead_begin = 0
+        self._end = math.inf  # of the small part that was read last
 
+    @abstractmethod
     def read_into(self, offset: int, out: memoryview) -> int:
         """Fill ``out`` from an offset on; give how many bytes there were, fewer only at the file's end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self) -> None:
         """Raise BadFile where the file is not, or no longer, as its tag says."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Let the file go."""
-        raise NotImplementedError
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Give bytes from an offset on, fewer at the file's end."""
@@ -83,21 +89,20 @@ class OpenFile:
         self._kept.append((offset, raw))
         return raw
 
-    def read_many(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-        """Read small parts, each an offset and so many bytes; what lies close together is read at once."""
-        parts: list[tuple[int, int]] = []
-        begin = end = 0
-        for offset, nbytes in ranges:
-            if not (parts and end <= offset <= end + NEAR_NBYTES and offset + nbytes <= begin + AHEAD_NBYTES):
-                yield from self._cut(begin, end, parts)
-                parts, begin = [], offset
-            end = offset + nbytes
-            parts.append((offset, end))
-        yield from self._cut(begin, end, parts)
+    def read_small(self, offset: int, nbytes: int) -> bytes:
+        """Like ``read``, for small parts: those that lie close behind one another are read at once."""
+        is_near = 0 <= offset - self._end <= NEAR_NBYTES
+        self._end = offset + nbytes
+        begin = offset - self._ahead_begin
+        if not 0 <= begin <= len(self._ahead) - nbytes:
+            if not is_near:
+                return self.read(offset, nbytes)
+            self._ahead, self._ahead_begin, begin = self.read(offset, max(nbytes, _AHEAD_NBYTES)), offset, 0
+        return self._ahead[begin : begin + nbytes]
 
-    def _cut(self, begin: int, end: int, parts: list[tuple[int, int]]) -> list[bytes]:
-        raw = self.read(begin, end - begin)
-        return [raw[first - begin : last - begin] for first, last in parts]
+    def read_many(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+        """Read small parts, each an offset and so many bytes; a store may ask for all of them at once."""
+        return starmap(self.read_small, ranges)
 
     def chunks(self) -> Iterator[bytes]:
         """Read all of it, from its begin to its end."""

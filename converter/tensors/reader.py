@@ -18,7 +18,7 @@ from zlib_ng.zlib_ng import crc32
 
 from converter.errors import BadFile
 from converter.storage import FileRef, OpenFile
-from converter.storage.base import AHEAD_NBYTES, NEAR_NBYTES
+from converter.storage.base import NEAR_NBYTES
 from converter.tensors.base import PackedRange, Storage, TensorSource
 
 ITEM_MULTIPLE = 16  # a multiple of the size of any element, in bytes
@@ -83,7 +83,7 @@ class RangeReader:
         source = self._turn_to(record.file)
         if type(record) is PackedRange:
             source.inflate(record, begin, out)
-        elif source.read_into(record.offset + begin, out) != len(out):
+        elif _fill(source.file, record.offset + begin, out) != len(out):
             raise BadFile(record.file.place, "became shorter while it was read", "Fetch the file again.")
         if self._with_sums and record.crc32 is not None:
             self._sum(record, begin, out)
@@ -122,6 +122,14 @@ class RangeReader:
             self.sums.checked.append(record)
         else:
             self.sums.parts.append(CrcPart(record, self._begin, self._end - self._begin, self._crc))
+
+
+def _fill(file: OpenFile, offset: int, out: memoryview) -> int:
+    if len(out) > NEAR_NBYTES:
+        return file.read_into(offset, out)
+    part = file.read_small(offset, len(out))
+    out[: len(part)] = part
+    return len(part)
 
 
 class _Scratch:
@@ -171,25 +179,6 @@ class _SourceFile:
     ref: FileRef
     file: OpenFile
     inflated: _Inflated | None = None
-    ahead: bytes | memoryview = b""
-    ahead_begin: int = 0
-    end: int = -1
-
-    def read_into(self, offset: int, out: memoryview) -> int:
-        """Fill ``out`` from an offset on; give how many bytes there were. Small parts in a row are read ahead."""
-        nbytes = len(out)
-        before, self.end = self.end, offset + nbytes
-        if nbytes > NEAR_NBYTES or before < 0:
-            return self.file.read_into(offset, out)
-        begin = offset - self.ahead_begin
-        if not 0 <= begin <= len(self.ahead) - nbytes:
-            if not 0 <= offset - before <= NEAR_NBYTES:
-                return self.file.read_into(offset, out)
-            room = memoryview(bytearray(AHEAD_NBYTES))
-            self.ahead, self.ahead_begin, begin = room[: self.file.read_into(offset, room)], offset, 0
-        found = self.ahead[begin : begin + nbytes]
-        out[: len(found)] = found
-        return len(found)
 
     def inflate(self, record: PackedRange, begin: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``begin`` of a packed range on; those before are unpacked too."""

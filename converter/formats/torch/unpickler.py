@@ -243,12 +243,6 @@ class _Machine:
                 elif code == _BINPERSID:
                     stack[-1] = find_persistent(stack[-1], where)
                     place += 1
-                elif code == _EMPTY_TUPLE:
-                    stack.append(())
-                    place += 1
-                elif code == _NEWFALSE:
-                    stack.append(False)
-                    place += 1
                 elif code == _STOP:
                     self.place = place + 1
                     return stack.pop()
@@ -565,8 +559,6 @@ _MARK = ord("(")
 _TUPLE = ord("t")
 _TUPLE1 = 0x85
 _TUPLE2 = 0x86
-_EMPTY_TUPLE = ord(")")
-_NEWFALSE = 0x89
 _REDUCE = ord("R")
 _BINUNICODE = ord("X")
 _BINPERSID = ord("Q")
@@ -600,9 +592,11 @@ _OPCODES: dict[str, _Step] = {
     "F": _Machine.push_float_line,
     "N": lambda m: m.stack.append(None),
     "\x88": lambda m: m.stack.append(True),
+    "\x89": lambda m: m.stack.append(False),
     "0": _Machine.pop,
     "1": _Machine.drop_to_mark,
     "2": lambda m: m.stack.append(m.stack[-1]),
+    ")": lambda m: m.stack.append(()),
     "\x87": _Machine.push_tuple3,
     "]": _Machine.push_empty_list,
     "l": _Machine.push_list,
