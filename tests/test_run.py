@@ -49,7 +49,7 @@ from converter.recipes.verify import holds_values
 from converter.run.signals import signals_held
 from converter.run.staging import open_staging
 from converter.storage import place_of
-from converter.storage.local import LocalFile
+from converter.tensors.reader import RangeReader
 
 STATE = make_state()
 MEMORY_CEILING_NBYTES = 46_000_000  # as promised; the interpreter takes most of it, and 7 MB more while it is measured
@@ -625,7 +625,7 @@ def test_a_signal_is_heard_where_a_comparison_ends_early(
 ) -> None:
     # What it raised while the generator of results went was lost.
     sets = [open_checkpoint(save(make_state(seed=seed), tmp_path / f"{seed}.bin")) for seed in range(2)]
-    read_into = LocalFile.read_into
+    read_into = RangeReader.read_into
 
     def signal_and_read(*args: Any) -> Any:
         os.kill(os.getpid(), which)
@@ -634,7 +634,7 @@ def test_a_signal_is_heard_where_a_comparison_ends_early(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LocalFile, "read_into", signal_and_read)
+    monkeypatch.setattr(RangeReader, "read_into", signal_and_read)
     before = signal.signal(which, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
