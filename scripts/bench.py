@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import numpy as np
 import psutil
-from make_sample import write_json, write_torch_file
+from make_sample import write_json, write_shards, write_torch_file
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,24 +253,18 @@ def write_llama(folder: Path, gb: float) -> None:
     config = llama_config(gb)
     tensors = {name: RandomTensor(shape, i) for i, (name, shape) in enumerate(llama_shapes(config))}
     write_json(folder / "config.json", config)
-    write_shards(folder, "pytorch_model", tensors)
+    write_shards(folder, "pytorch_model", cut_evenly(tensors))
 
 
-def write_shards(folder: Path, stem: str, tensors: dict[str, RandomTensor]) -> None:
-    """Write shards of about the same size and their index."""
+def cut_evenly(tensors: dict[str, RandomTensor]) -> list[dict[str, RandomTensor]]:
+    """Cut tensors into shards of about the same size."""
     total = sum(tensor.nbytes for tensor in tensors.values())
     shards: list[dict[str, RandomTensor]] = [{} for _ in range(SHARDS)]
     before = 0
     for name, tensor in tensors.items():
         shards[before * SHARDS // total][name] = tensor
         before += tensor.nbytes
-    shards = [shard for shard in shards if shard]
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file_name = f"{stem}-{i:05d}-of-{len(shards):05d}.bin"
-        write_torch_file(folder / file_name, shard)
-        weight_map |= dict.fromkeys(shard, file_name)
-    write_json(folder / f"{stem}.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return [shard for shard in shards if shard]
 
 
 def write_unet(folder: Path, gb: float) -> None:
@@ -288,7 +282,7 @@ def write_unet(folder: Path, gb: float) -> None:
         state = UNet2DConditionModel.from_config(config).state_dict()
     tensors = {name: RandomTensor(tuple(tensor.shape), i) for i, (name, tensor) in enumerate(state.items())}
     write_json(folder / "unet" / "config.json", config)
-    write_shards(folder / "unet", "diffusion_pytorch_model", tensors)
+    write_shards(folder / "unet", "diffusion_pytorch_model", cut_evenly(tensors))
     for name in ("vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"):
         write_torch_file(folder / name, {"weight": RandomTensor((8, 8), 0)})
 

@@ -58,7 +58,7 @@ def rezipped(raw: bytes, method: int = zipfile.ZIP_STORED, **changed: bytes | No
     """Write an archive anew, with some records changed or left out; ``data_0`` is ``data/0``."""
     content = records(raw)
     for key, value in changed.items():
-        name = next(name for name in content if name.endswith("/" + key.replace("_", "/").replace("pkl", "data.pkl")))
+        name = next(name for name in content if name.endswith("/" + key.replace("_", "/")))
         content.pop(name) if value is None else content.update({name: value})
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as out:

@@ -124,7 +124,7 @@ def make_environment(folder: Path, requirements: list[str]) -> Path | None:
     venv.create(folder, with_pip=True, clear=True)
     # torch alone first: asked for with the others, pip may settle on another build of it.
     for step in ([TORCH], [TORCH, *requirements]):
-        done = subprocess.run([python, "-m", "pip", "install", "--quiet", *step], capture_output=True, text=True)
+        done = call([python, "-m", "pip", "install", "--quiet", *step])
         if done.returncode:
             print(f"{folder.name}: {last_line(done.stderr)}", file=sys.stderr)
             return None

@@ -14,7 +14,7 @@ import pickle
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -335,19 +335,24 @@ def write_json(path: Path, content: Json) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_shards(folder: Path, stem: str, state_dict: StateDict) -> None:
-    """Write shards, filled in order up to SHARD_NBYTES, and their index."""
+def fill_shards(state_dict: StateDict) -> list[StateDict]:
+    """Cut a state dict into shards, filled in order up to SHARD_NBYTES."""
     shards: list[dict[str, Values]] = [{}]
     for name, values in state_dict.items():
         if sum(other.nbytes for other in shards[-1].values()) + values.nbytes > SHARD_NBYTES:
             shards.append({})
         shards[-1][name] = values
+    return [*shards]
+
+
+def write_shards(folder: Path, stem: str, shards: Sequence[StateDict]) -> None:
+    """Write shards and their index."""
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file_name = f"{stem}-{i:05d}-of-{len(shards):05d}.bin"
         write_torch_file(folder / file_name, shard)
         weight_map |= dict.fromkeys(shard, file_name)
-    total_size = sum(values.nbytes for values in state_dict.values())
+    total_size = sum(values.nbytes for shard in shards for values in shard.values())
     write_json(folder / f"{stem}.bin.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
@@ -392,7 +397,7 @@ def make_sample(folder: Path) -> None:
     write_torch_file(folder / "vae" / "diffusion_pytorch_model.bin", make_state_dict(vae(VAE), rng))
 
     write_json(folder / "unet" / "config.json", UNET)
-    write_shards(folder / "unet", "diffusion_pytorch_model", make_state_dict(unet(UNET), rng))
+    write_shards(folder / "unet", "diffusion_pytorch_model", fill_shards(make_state_dict(unet(UNET), rng)))
 
 
 def main() -> None:
