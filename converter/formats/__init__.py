@@ -14,7 +14,7 @@ from converter.errors import BadFile, TrainingPiece, Unsupported
 from converter.formats import safetensors, training
 from converter.formats.torch import archive, legacy, writer
 from converter.formats.torch.state_dict import PLAIN, Reading
-from converter.storage import OpenFile, Place
+from converter.storage import OpenFile, Place, list_entries
 from converter.tensors.base import Layout, TensorSpec, WeightsFile
 
 ReadFile = Callable[[OpenFile, Reading], WeightsFile]
@@ -132,7 +132,7 @@ def is_of_many(name: str) -> bool:
 def refuse_folder(folder: Place) -> None:
     """Raise TrainingPiece for a folder, without weights that wconv reads, that holds pieces or folders of them."""
     for inner in (folder, *filter(Place.is_folder, folder.entries())):
-        entries = training.list_entries(inner)
+        entries = list_entries(inner)
         known = find_format(inner, (place.name for place in entries))
         refusal = FOLDERS[known[0]].refusal(inner) if known else None
         if refusal:

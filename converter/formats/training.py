@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
-from converter.errors import SystemRefused, TrainingPiece, Where
+from converter.errors import TrainingPiece, Where
 from converter.formats.torch.rebuild import TensorRef
-from converter.storage import Place
+from converter.storage import Place, list_entries
 from converter.tensors.base import Tensor, WeightsFile
 
 _TO_FP32 = "'python zero_to_fp32.py CHECKPOINT OUT', a script that DeepSpeed puts beside it, makes weights of it."
@@ -96,26 +96,18 @@ def _is_there(folder: Place, pattern: str) -> bool:
     return any(fnmatch(entry.name, name) for entry in list_entries(folder.parent if up else folder))
 
 
-def list_entries(folder: Place) -> list[Place]:
-    """List what lies in a folder; nothing in one that cannot be read."""
-    try:
-        return folder.entries()
-    except SystemRefused:
-        return []
-
-
 def check_content(file: WeightsFile) -> None:
     """Raise TrainingPiece for a file whose header, or whose tensors, say that it is a piece."""
     if "DCP_SHARDING_INFO" in file.metadata:
         problem = "holds pieces of tensors under the names of the whole, as torch.distributed.checkpoint cuts them"
         raise TrainingPiece(file.place, problem, _CONSOLIDATE)
-    emptied = find_emptied(file.tensors)
+    emptied = _find_emptied(file.tensors)
     if emptied:
         problem = f"was saved under DeepSpeed ZeRO-3 without its weights: {len(emptied):,} tensors have no elements"
         raise TrainingPiece(file.place, f"{problem}, such as {emptied[0]!r}", f"Of the checkpoint {_TO_FP32}")
 
 
-def find_emptied(tensors: Iterable[Tensor]) -> list[str]:
+def _find_emptied(tensors: Iterable[Tensor]) -> list[str]:
     """Name weights of the one shape ``[0]``, which ZeRO-3 leaves of what it has moved away; none if it is but one."""
     names = [tensor.name for tensor in tensors if tensor.shape == (0,) and tensor.name.endswith("weight")]
     return names if len(names) > 1 else []

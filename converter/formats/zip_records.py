@@ -24,11 +24,11 @@ _ENCRYPTED = 0x2041  # encrypted, strongly, and with masked headers
 _IN_EXTRA = 0xFFFFFFFF
 
 # APPNOTE.TXT 4.3.7, 4.3.12, 4.3.14, 4.3.15 and 4.3.16
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-_ENTRY = struct.Struct("<4s6H3I5H2I")
-_END_64 = struct.Struct("<4sQ2H2I4Q")
-_END_64_LOCATOR = struct.Struct("<4sIQI")
-_END = struct.Struct("<4s4H2IH")
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+ENTRY = struct.Struct("<4s6H3I5H2I")
+END_64 = struct.Struct("<4sQ2H2I4Q")
+END_64_LOCATOR = struct.Struct("<4sIQI")
+END = struct.Struct("<4s4H2IH")
 _INCOMPLETE = "The file is incomplete: fetch it again."
 
 
@@ -76,18 +76,18 @@ def read_records(file: OpenFile) -> Iterator[Record]:
 def _find_directory(file: OpenFile) -> tuple[int, int, int]:
     """Give where the directory begins, its bytes and its number of records."""
     place = file.ref.place
-    tail_start = max(0, file.nbytes - _END.size - 0xFFFF)
+    tail_start = max(0, file.nbytes - END.size - 0xFFFF)
     tail = file.keep(tail_start, file.nbytes)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0:
         raise BadFile(place, "is a zip archive without its directory, which is at the end", _INCOMPLETE)
-    _, _, _, _, count, nbytes, start, comment_nbytes = _END.unpack_from(tail, at)
+    _, _, _, _, count, nbytes, start, comment_nbytes = END.unpack_from(tail, at)
     end = tail_start + at
-    locator = file.read(max(0, end - _END_64_LOCATOR.size), _END_64_LOCATOR.size)
+    locator = file.read(max(0, end - END_64_LOCATOR.size), END_64_LOCATOR.size)
     if locator.startswith(b"PK\x06\x07"):
-        end = _END_64_LOCATOR.unpack(locator)[2]
-        _, _, _, _, _, _, _, count, nbytes, start = _END_64.unpack(file.read(end, _END_64.size))
-    if at + _END.size + comment_nbytes != len(tail) or start + nbytes != end:
+        end = END_64_LOCATOR.unpack(locator)[2]
+        _, _, _, _, _, _, _, count, nbytes, start = END_64.unpack(file.read(end, END_64.size))
+    if at + END.size + comment_nbytes != len(tail) or start + nbytes != end:
         raise BadFile(place, "is a zip archive with bytes before it, after it or left out", _INCOMPLETE)
     if nbytes > MAX_DIRECTORY_NBYTES:
         raise HostileFile(place, f"its directory claims {nbytes:,} bytes, too many for a description of tensors")
@@ -100,10 +100,10 @@ def _read_entries(raw: bytes) -> Iterator[_Entry]:
     place = 0
     while place < len(raw):
         (signature, _, _, flags, method, _, _, crc, packed_nbytes, nbytes, name_nbytes, extra_nbytes, comment_nbytes,
-         _, _, _, offset) = _ENTRY.unpack_from(raw, place)  # fmt: skip
+         _, _, _, offset) = ENTRY.unpack_from(raw, place)  # fmt: skip
         if signature != b"PK\x01\x02":
             raise struct.error
-        begin = place + _ENTRY.size
+        begin = place + ENTRY.size
         end = begin + name_nbytes
         place = end + extra_nbytes + comment_nbytes
         if _IN_EXTRA in (nbytes, packed_nbytes, offset):
@@ -141,18 +141,18 @@ def _check_names(entries: list[_Entry], place: Place) -> None:
 def _find_records(file: OpenFile, entries: list[_Entry], end: int) -> Iterator[Record]:
     place = file.ref.place
     reached = 0
-    headers = file.read_many((entry.header_offset, _LOCAL_HEADER.size + len(entry.name)) for entry in entries)
+    headers = file.read_many((entry.header_offset, LOCAL_HEADER.size + len(entry.name)) for entry in entries)
     for entry, raw in zip(entries, headers, strict=True):
         header_offset, name, flags, method, crc, packed_nbytes, nbytes = entry
         if flags & _ENCRYPTED:
             raise Unsupported(place, f"its record {spell(name)} is encrypted", "Save it again with torch.save.")
         if not reached <= header_offset < end:
             raise HostileFile(place, f"its record {spell(name)} overlaps another, or lies outside the archive")
-        signature, _, _, same_method, _, _, _, _, _, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack_from(raw)
+        signature, _, _, same_method, _, _, _, _, _, name_nbytes, extra_nbytes = LOCAL_HEADER.unpack_from(raw)
         if (
             signature != b"PK\x03\x04"
             or same_method != method
-            or raw[_LOCAL_HEADER.size :] != name
+            or raw[LOCAL_HEADER.size :] != name
             or name_nbytes != len(name)
         ):
             raise BadFile(place, f"its directory and the header of its record {spell(name)} disagree", _INCOMPLETE)

@@ -11,9 +11,8 @@ import shlex
 from collections.abc import Iterator
 
 from converter.errors import BadFile, BadRequest, OutputRefused, name_some
-from converter.formats.training import list_entries
 from converter.models.names import WEIGHT_EXTENSIONS, parse_name
-from converter.storage import Given, Place, place_of
+from converter.storage import Given, Place, list_entries, place_of
 
 _BLOBS = "blobs"
 _SNAPSHOTS = "snapshots"

@@ -16,14 +16,13 @@ from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, SystemRefused, WconvError
 from converter.formats import is_of_many
-from converter.formats.training import list_entries
 from converter.models.component import Component, WeightSet
 from converter.models.configs import NO_OBJECT, look_into
 from converter.models.headers import Header, read_all
 from converter.models.hub_cache import snapshot_of
 from converter.models.names import WeightsName, is_training_state, parse_name
 from converter.models.sets import ListedSet, group, group_whole, is_weight_file, read_indexed, sets_to_read
-from converter.storage import Place, place_of
+from converter.storage import Place, list_entries, place_of
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
 

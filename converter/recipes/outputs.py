@@ -107,7 +107,7 @@ def _look_at(place: Place) -> Info:
 
 def _differs(place: Place, nbytes: int, head: bytes, changed_ns: int) -> str:
     found = place.info()
-    if found is None or found.kind != "file" or found.is_link:
+    if found is None or found.kind != "file" or place.is_link():
         return "is not there"
     if found.nbytes != nbytes:
         return f"has {found.nbytes:,} bytes and not {nbytes:,}"

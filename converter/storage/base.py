@@ -16,7 +16,7 @@ from itertools import starmap
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, Protocol
 
-from converter.errors import BadFile, Unsupported
+from converter.errors import BadFile, SystemRefused, Unsupported
 
 _CHUNK_NBYTES = 1 << 20
 # Small parts that lie close together are read at once, with what is between them: to ask takes as long as 20 kB do.
@@ -31,7 +31,7 @@ _MAX_HOPS = 40  # as many links as Linux follows
 
 
 class Info(NamedTuple):
-    """What lies at a place, behind links if it ``is_link`` itself.
+    """What lies at a place, behind links.
 
     Its content is as old as ``modified_ns``, all of it as ``changed_ns``: 0 where a store does not tell.
     """
@@ -39,7 +39,6 @@ class Info(NamedTuple):
     kind: Kind
     nbytes: int
     tag: Tag
-    is_link: bool = False
     modified_ns: int = 0
     changed_ns: int = 0
 
@@ -199,7 +198,8 @@ class Place:
     @property
     def spelled(self) -> Path:
         """The path on this machine's disk as its user spelled it, from the folder they were in."""
-        return Path(str(self)) if self.path else self.path
+        _ = self.path  # raises for a place that is elsewhere
+        return Path(str(self))
 
     def ref(self) -> FileRef:
         """Give the file that lies here as it is now."""
@@ -277,6 +277,14 @@ class FileRef(NamedTuple):
     def open(self) -> OpenFile:
         """Open the file again; raises BadFile where it has changed since."""
         return self.place.store.open(self.place, self.tag)
+
+
+def list_entries(folder: Place) -> list[Place]:
+    """List what lies in a folder; nothing in one that cannot be read."""
+    try:
+        return folder.entries()
+    except SystemRefused:
+        return []
 
 
 def hold_same(a: Place, b: Place) -> bool:

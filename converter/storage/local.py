@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from converter.errors import BadFile, BadRequest, SystemRefused
 from converter.storage.base import FileRef, Info, Kind, OpenFile, Place, Store, Tag, changed
-from converter.storage.root import Root
+from converter.storage.root import Root, names_in
 
 # A pipe that takes a file's place after it was looked at is opened at once. Windows has no such flag.
 _WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0)
@@ -60,12 +60,9 @@ class LocalStore(Store):
     def stat(self, key: str) -> Info | None:
         """Say what lies at a key. Raises SystemRefused where that cannot be seen."""
         try:
-            path = self.path(key)
-            found = path.stat()
+            found = self.path(key).stat()
             changed_ns = max(found.st_mtime_ns, found.st_ctime_ns)
-            return Info(
-                _kind_of(found), found.st_size, Stamp.of(found), path.is_symlink(), found.st_mtime_ns, changed_ns
-            )
+            return Info(_kind_of(found), found.st_size, Stamp.of(found), found.st_mtime_ns, changed_ns)
         except ValueError:  # a NUL in a name
             return None
         except OSError as error:
@@ -97,8 +94,7 @@ class LocalStore(Store):
 
     def list(self, key: str) -> list[str]:
         try:
-            with os.scandir(self.path(key)) as entries:
-                return sorted(entry.name for entry in entries)
+            return names_in(self.path(key))
         except OSError as error:
             raise SystemRefused.from_os_error(error, self.spell(key)) from None
 
@@ -110,9 +106,7 @@ class LocalStore(Store):
         if found is not None and found.kind != "file":
             raise BadFile(place, "is no regular file")
         try:
-            handle = os.open(
-                path, os.O_RDONLY | _WITHOUT_WAITING | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-            )
+            handle = os.open(path, os.O_RDONLY | _WITHOUT_WAITING | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise SystemRefused.from_os_error(error, place) from None
         return _open(handle, place, tag)

@@ -17,12 +17,12 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 _HAS_HANDLES = {os.open, os.rename, os.unlink, os.mkdir, os.rmdir, os.link, os.symlink, os.stat} <= os.supports_dir_fd
-_FOLDER = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_FOLDER = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 # A folder that may be passed through need not be readable.
 _WAY = _FOLDER | getattr(os, "O_PATH", os.O_RDONLY)
 _BINARY = getattr(os, "O_BINARY", 0)
 # Some network and FUSE disks cannot sync a folder, and say so in one of these ways.
-_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES if os.name == "nt" else errno.EINVAL)
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 _CANNOT_SHARE = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 _SHARE_NBYTES = 1 << 30
 _COPY_NBYTES = 1 << 20
@@ -82,9 +82,9 @@ class Root:
     def names(self, name: str = "") -> list[str]:
         """List a folder."""
         if not _HAS_HANDLES:
-            return _names_in(_look_along(self.path, plain_parts(name)))
+            return names_in(_look_along(self.path, plain_parts(name)))
         with self.open(name, _FOLDER | os.O_RDONLY) as handle:
-            return _names_in(handle)
+            return names_in(handle)
 
     def walk(self, name: str) -> Iterator[tuple[str, os.stat_result]]:
         """Yield all that lies below a folder, what is in a folder before the folder itself; links are not followed."""
@@ -232,7 +232,7 @@ class Root:
     @contextmanager
     def open(self, name: str, flags: int, mode: int = 0o666) -> Iterator[int]:
         """Open a file or folder, not through a link, and give its descriptor."""
-        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | _BINARY
+        flags |= getattr(os, "O_NOFOLLOW", 0) | _BINARY
         with self._reach(name) as (last, folder):
             file = os.open(last, flags, mode, dir_fd=folder)
             try:
@@ -295,7 +295,8 @@ def _descend(folder: int, parts: Iterable[str]) -> int:
     return folder
 
 
-def _names_in(folder: Path | int) -> list[str]:
+def names_in(folder: Path | int) -> list[str]:
+    """List a folder by its path or descriptor, sorted."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries)
 

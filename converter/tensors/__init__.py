@@ -1,1 +1,1 @@
-"""What a tensor is, how its bytes are read, and the only numbers."""
+"""What a tensor is, how its bytes are read, and the numbers of casts."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from converter.dtypes import DType, OnOverflow
 from converter.tensors.base import Reader, Storage, Tensor, TensorSource
+from converter.tensors.view import blocks_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -187,6 +188,7 @@ class Boxes:
     dtype: DType
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
+    grain = 1
 
     def __post_init__(self) -> None:
         known = sorted((box for box in self.boxes if 0 not in box.source.shape), key=lambda box: box.start)
@@ -207,10 +209,6 @@ class Boxes:
     def _whole(self) -> tuple[int, ...]:
         is_flat = len(self.shape) != 1 and any(len(box.start) == 1 for box in self.boxes)
         return (math.prod(self.shape),) if is_flat else self.shape
-
-    @property
-    def grain(self) -> int:
-        return 1
 
     @property
     def window(self) -> int:
@@ -258,7 +256,7 @@ class Boxes:
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         size = self.dtype.itemsize
         done = 0
-        for start, shape in _blocks(self._whole, begin // size, len(out) // size):
+        for start, shape in blocks_of(self._whole, begin // size, len(out) // size):
             nbytes = math.prod(shape) * size
             self._read_block(start, shape, out[done : done + nbytes], reader)
             done += nbytes
@@ -297,26 +295,3 @@ def _reached(box: Box, others: Iterable[Box]) -> Iterator[Box]:
 def _overlap(box: Box, other: Box) -> bool:
     spans = zip(box.start, box.source.shape, other.start, other.source.shape, strict=True)
     return all(at < base + size and base < at + length for at, length, base, size in spans)
-
-
-def _blocks(shape: tuple[int, ...], first: int, count: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cut a run of elements of a flattened whole into boxes, in order: where each begins, and its shape.
-
-    >>> list(_blocks((3, 4), 2, 7))
-    [((0, 2), (1, 2)), ((1, 0), (1, 4)), ((2, 0), (1, 1))]
-    """
-    if not shape:
-        yield (), ()
-        return
-    row = math.prod(shape[1:])
-    while count:
-        index, inside = divmod(first, row)
-        rows = count // row
-        if inside or not rows:
-            taken = min(row - inside, count)
-            for start, inner in _blocks(shape[1:], inside, taken):
-                yield (index, *start), (1, *inner)
-        else:
-            taken = rows * row
-            yield (index, *(0 for _ in shape[1:])), (rows, *shape[1:])
-        first, count = first + taken, count - taken

@@ -7,6 +7,7 @@ mapped, because mapped pages count as memory and a file cut short would kill the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -114,38 +115,46 @@ def _gather(view: View, first: int, out: memoryview, reader: Reader) -> None:
     # Axes of length 1 say nothing, and numpy has a limit on how many there are.
     axes = [(length, stride) for length, stride in zip(view.shape, view.strides, strict=True) if length != 1]
     shape, strides = tuple(length for length, _ in axes), tuple(stride for _, stride in axes)
-    _Gather(view, reader).fill(shape, strides, view.start, first, values)
+    gather = _Gather(view, reader)
+    done = 0
+    for begin, block in blocks_of(shape, first, len(values)):
+        count = math.prod(block)
+        start = view.start + sum(at * stride for at, stride in zip(begin, strides, strict=True))
+        gather.read_block(block, strides, start, values[done : done + count].reshape(block))
+        done += count
+
+
+def blocks_of(shape: tuple[int, ...], first: int, count: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cut a run of elements of a flattened whole into boxes, in order: where each begins, and its shape.
+
+    >>> list(blocks_of((3, 4), 2, 7))
+    [((0, 2), (1, 2)), ((1, 0), (1, 4)), ((2, 0), (1, 1))]
+    """
+    if not shape:
+        yield (), ()
+        return
+    row = math.prod(shape[1:])
+    while count:
+        index, inside = divmod(first, row)
+        rows = count // row
+        if inside or not rows:
+            taken = min(row - inside, count)
+            for start, inner in blocks_of(shape[1:], inside, taken):
+                yield (index, *start), (1, *inner)
+        else:
+            taken = rows * row
+            yield (index, *(0 for _ in shape[1:])), (rows, *shape[1:])
+        first, count = first + taken, count - taken
 
 
 class _Gather:
-    """Reads parts of a strided view. Shapes, strides and starts are in elements, as in View."""
+    """Reads blocks of a strided view. Shapes, strides and starts are in elements, as in View."""
 
     def __init__(self, view: View, reader: Reader) -> None:
         # What is read out of order has no sum of its own: such a record is read once more for it.
         self.storage = view.storage._replace(crc32=None)
         self.itemsize = view.dtype.itemsize
         self.reader = reader
-
-    def fill(
-        self, shape: tuple[int, ...], strides: tuple[int, ...], start: int, first: int, out: np.ndarray[Any, Any]
-    ) -> None:
-        """Fill the flat ``out`` with as many elements as it takes, from the ``first`` in row-major order on."""
-        if not shape:
-            self.read_block((), (), start, out.reshape(()))
-            return
-        row = math.prod(shape[1:])
-        done = 0
-        while done < len(out):
-            index, offset = divmod(first + done, row)
-            rows = (len(out) - done) // row
-            begin = start + index * strides[0]
-            if offset or not rows:
-                count = min(row - offset, len(out) - done)
-                self.fill(shape[1:], strides[1:], begin, offset, out[done : done + count])
-            else:
-                count = rows * row
-                self.read_block((rows, *shape[1:]), strides, begin, out[done : done + count].reshape(rows, *shape[1:]))
-            done += count
 
     def read_block(
         self, shape: tuple[int, ...], strides: tuple[int, ...], start: int, out: np.ndarray[Any, Any]

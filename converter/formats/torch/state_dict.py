@@ -91,7 +91,7 @@ def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> tuple
     """
     value = pickled.value
     check_pickled(value, where)
-    if not isinstance(value, (dict, list, tuple)) or type(value) in (*_LEAVES, Inert):
+    if not isinstance(value, _CONTAINERS) or type(value) in (*_LEAVES, Inert):
         raise Unsupported(where, f"holds {_kind(value)}, not a state dict", _ADVICE[type(value) is Inert])
     found = list(_find(value, where))
     if not found:

@@ -17,6 +17,7 @@ from converter.dtypes import DType
 from converter.formats.torch.rebuild import AXES_A_STEP
 from converter.formats.torch.state_dict import MAX_NAME_LENGTH, MAX_NAMES_LENGTH, MAX_TENSORS
 from converter.formats.torch.unpickler import FREE_NBYTES, GLOBAL_STEPS, MAX_OPCODES, count_text_steps
+from converter.formats.zip_records import END, END_64, END_64_LOCATOR, ENTRY, LOCAL_HEADER
 from converter.tensors.base import MAX_DIMS, Layout, TensorSpec
 from converter.tensors.view import contiguous_strides
 
@@ -108,7 +109,7 @@ def _place_records(tensors: Sequence[TensorSpec], ties: Mapping[str, str]) -> li
     offset = 0
     for name, nbytes, content in contents:
         raw = f"{_ROOT}/{name}".encode()
-        head = 30 + len(raw) + _zip64_nbytes(nbytes) + 4
+        head = LOCAL_HEADER.size + len(raw) + _zip64_nbytes(nbytes) + 4
         record = _Record(raw, offset, offset + head + -(offset + head) % _ALIGNMENT, nbytes, content)
         records.append(record)
         offset = record.end
@@ -127,10 +128,10 @@ def _local_header(record: _Record, crc: int) -> bytes:
     large = record.nbytes >= _ZIP64_LIMIT
     size = _ZIP64_LIMIT if large else record.nbytes
     extra = struct.pack("<HHQQ", 1, 16, record.nbytes, record.nbytes) if large else b""
-    padding = record.data_offset - record.offset - 30 - len(record.name) - len(extra) - 4
+    padding = record.data_offset - record.offset - LOCAL_HEADER.size - len(record.name) - len(extra) - 4
     extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     names = len(record.name), len(extra)
-    fixed = struct.pack("<4s5H3I2H", b"PK\3\4", _VERSION, 0, 0, 0, _DOS_DATE, crc, size, size, *names)
+    fixed = LOCAL_HEADER.pack(b"PK\3\4", _VERSION, 0, 0, 0, _DOS_DATE, crc, size, size, *names)
     return fixed + record.name + extra
 
 
@@ -141,24 +142,20 @@ def _directory(records: Sequence[_Record], crcs: Sequence[int]) -> bytes:
     count, nbytes = len(records), len(entries)
     end64 = b""
     if count >= _ZIP64_COUNT or begin + nbytes >= _ZIP64_LIMIT:
-        end64 = struct.pack(
-            "<4sQ2H2I4Q", b"PK\6\6", 44, _VERSION, _VERSION, 0, 0, count, count, nbytes, begin
-        ) + struct.pack("<4sIQI", b"PK\6\7", 0, begin + nbytes, 1)
+        end64 = END_64.pack(b"PK\6\6", 44, _VERSION, _VERSION, 0, 0, count, count, nbytes, begin)
+        end64 += END_64_LOCATOR.pack(b"PK\6\7", 0, begin + nbytes, 1)
     short = min(count, _ZIP64_COUNT)
     sizes = min(nbytes, _ZIP64_LIMIT), min(begin, _ZIP64_LIMIT)
-    return entries + end64 + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, short, short, *sizes, 0)
+    return entries + end64 + END.pack(b"PK\5\6", 0, 0, short, short, *sizes, 0)
 
 
 def _entry(record: _Record, crc: int) -> bytes:
     wide = [number for number in (record.nbytes, record.nbytes, record.offset) if number >= _ZIP64_LIMIT]
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
     size, offset = min(record.nbytes, _ZIP64_LIMIT), min(record.offset, _ZIP64_LIMIT)
-    return (
-        struct.pack(
-            "<4s6H3I5H2I", b"PK\1\2", _VERSION, _VERSION, 0, 0, 0, _DOS_DATE, crc, size, size,
-            len(record.name), len(extra), 0, 0, 0, 0, offset,
-        ) + record.name + extra
-    )  # fmt: skip
+    names = len(record.name), len(extra)
+    fixed = ENTRY.pack(b"PK\1\2", _VERSION, _VERSION, 0, 0, 0, _DOS_DATE, crc, size, size, *names, 0, 0, 0, 0, offset)
+    return fixed + record.name + extra
 
 
 def build_pickle(tensors: Sequence[TensorSpec], ties: Mapping[str, str]) -> bytes:
