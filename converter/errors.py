@@ -96,7 +96,9 @@ class SystemRefused(WconvError, OSError):
 
     @classmethod
     def from_os_error(cls, error: OSError, where: Where | None = None) -> SystemRefused:
-        """Word an OSError as one of ours."""
+        """Word an OSError as one of ours, if it is none."""
+        if isinstance(error, cls):
+            return error
         place = where or error.filename or "the operating system"
         problem = (error.strerror or str(error)).lower()
         advice = "Free some room, or write elsewhere with -o." if error.errno == errno.ENOSPC else ""

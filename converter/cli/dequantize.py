@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import FULL_TARGETS, DTypeName, PlaceType, some_conversion_options, source_arg
+from converter.cli.options import FULL_TARGETS, DTypeName, new_folder_option, some_conversion_options, source_arg
 
 if TYPE_CHECKING:
     from converter.storage import Place
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.command("dequantize")
 @source_arg
-@click.option("-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder.")
+@new_folder_option
 @click.option("--dtype", type=DTypeName(FULL_TARGETS), metavar="DTYPE", required=True, help="fp32, bf16 or fp16.")
 @some_conversion_options(
     "from-variant", "component", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "follow-links", "verify",

@@ -187,7 +187,7 @@ def _show(diagnosis: Diagnosis, verbose: bool) -> None:
         echo(printable(f"{finding.severity} {finding.code}: {where if where != '.' else root}"))
         echo(printable(f"    {finding.problem}."))
         for text in filter(None, (finding.kind.effect, finding.kind.mending)):
-            click.echo(click.wrap_text(text, 96, "    ", "    "))
+            echo(click.wrap_text(text, 96, "    ", "    "))
     hint = " (-v shows notes)" if len(shown) < len(diagnosis.findings) else ""
     echo(("\n" if shown else "") + _sum_up(diagnosis) + hint + ".")
 

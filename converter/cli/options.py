@@ -74,6 +74,10 @@ FULL_TARGETS = ("fp32", "bf16", "fp16")
 
 source_arg = click.argument("source", metavar="[SRC]", default=".", type=PlaceType())
 
+new_folder_option = click.option(
+    "-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder."
+)
+
 _RUN_OPTIONS = (
     click.option(
         "--workers",

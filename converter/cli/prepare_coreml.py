@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import PlaceType, some_conversion_options, source_arg
+from converter.cli.options import PlaceType, new_folder_option, some_conversion_options, source_arg
 from converter.cli.terminal import echo, show_bytes
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _MEMORY_SHARE = 4
 
 @click.command("prepare-coreml")
 @source_arg
-@click.option("-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder.")
+@new_folder_option
 @click.option("--ema", is_flag=True, help="Of a single file, take the UNet's averaged weights.")
 @click.option(
     "--config",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import FULL_TARGETS, DTypeName, PlaceType, some_conversion_options, source_arg
+from converter.cli.options import FULL_TARGETS, DTypeName, new_folder_option, some_conversion_options, source_arg
 from converter.cli.terminal import echo, open_meter, printable, show_bytes, show_table
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("quantize")
 @source_arg
-@click.option("-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder.")
+@new_folder_option
 @click.option("--scheme", type=click.Choice(["int8"]), default="int8", show_default=True, help="LLM.int8.")
 @click.option(
     "--include", multiple=True, metavar="REGEX", help="Quantize only linear modules of these names; repeatable."

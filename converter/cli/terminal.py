@@ -72,10 +72,12 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     columns = range(len(header))
     widths = [min(_WIDEST, max(len(line[column]) for line in lines)) for column in columns]
     right = [{row[column][:1].isdigit() for row in cells if row[column] != "-"} == {True} for column in columns]
+    texts = []
     for line in lines:
         placed = zip(line, widths, right, strict=True)
         text = "  ".join(cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in placed)
-        echo(text.rstrip())
+        texts.append(text.rstrip())
+    echo("\n".join(texts))
 
 
 def show_json(content: Any) -> None:

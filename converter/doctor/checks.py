@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 
 from converter.doctor import facts
 from converter.doctor.findings import Finding
+from converter.dtypes import BY_ALIAS
 from converter.errors import TrainingPiece, name_some
 from converter.libraries import library_of
 from converter.models import faults
 from converter.models.component import nested
 from converter.models.inventory import Inventory, Part
-from converter.models.names import WeightsName
+from converter.models.names import WeightsName, spelled_variant
 from converter.models.sets import ListedSet
 
 _NAMED = 3  # of files, and of what a pickle names
@@ -44,12 +45,12 @@ def _dotless_entries(inventory: Inventory) -> Iterator[Finding]:
 
 def _partial_variants(inventory: Inventory) -> Iterator[Finding]:
     for variant in inventory.variants if inventory.is_pipeline else ():
-        if variant is not None and WeightsName("", variant, "").tagged_dtype is None:
+        if variant is not None and variant.lower() not in BY_ALIAS:
             continue  # such as non_ema: of one part on purpose
         without = facts.lacks(inventory, variant)
         if without and len(without) < len(inventory.loaded_parts):
             code = "variant-partial" if variant else "default-partial"
-            what = facts.spelled_variant(WeightsName("", variant, ""))
+            what = spelled_variant(variant)
             names = ", ".join(part.name for part in without)
             yield Finding(code, inventory.path, without[0].name, f"has {what} in some parts only: not in {names}")
 
@@ -108,7 +109,7 @@ def _twins(part: Part) -> Iterator[Finding]:
     for listed in part.sets:
         first = seen.setdefault(listed.name, listed) if listed.file_names else listed
         if first is not listed:
-            problem = f"holds {facts.spelled_variant(listed.name)} twice: {first.label} and {listed.label}"
+            problem = f"holds {spelled_variant(listed.name.variant)} twice: {first.label} and {listed.label}"
             yield Finding("sets-twice", part.path, part.name, problem)
 
 
@@ -156,7 +157,7 @@ def _two_forms(part: Part) -> Iterator[Finding]:
     for pickled, safe in facts.forms_of(part):
         is_same = facts.same_tensors(pickled, safe)
         if is_same is False:
-            problem = f"holds other tensors than {safe.label}, and both are {facts.spelled_variant(safe.name)}"
+            problem = f"holds other tensors than {safe.label}, and both are {spelled_variant(safe.name.variant)}"
             yield Finding("forms-differ", pickled.path, part.name, problem)
         elif is_same:
             size = sum(header.nbytes for header in part.headers_of(pickled)) / 1e9

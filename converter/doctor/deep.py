@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from converter.doctor.facts import repeated_name
@@ -42,12 +42,17 @@ def run_deep_checks(inventory: Inventory) -> list[Finding]:
         for part in inventory.parts
         for found in part.sound_sets
         if not repeated_name(part, found)
-        for finding in (*_check_values(part, found), *_check_shapes(part, found))
+        for finding in _check(part, found)
     ]
 
 
-def _check_values(part: Part, found: ListedSet) -> Iterator[Finding]:
+def _check(part: Part, found: ListedSet) -> Iterator[Finding]:
     tensors = open_checkpoint(found.without_index, LENIENT).tensors
+    yield from _check_values(part, found, tensors)
+    yield from _check_shapes(part, found, tensors)
+
+
+def _check_values(part: Part, found: ListedSet, tensors: Sequence[Tensor]) -> Iterator[Finding]:
     refuse_growth(found.path, tensors)
     ties = find_ties(tensors)
     alone = [info for info in tensors if info.name not in ties]
@@ -81,7 +86,7 @@ def _look_at(info: Tensor, chunk_nbytes: int) -> _Values:
     return _Values(info, nans, infinite, is_zero, digest.digest())
 
 
-def _check_shapes(part: Part, found: ListedSet) -> Iterator[Finding]:
+def _check_shapes(part: Part, found: ListedSet, tensors: Iterable[Tensor]) -> Iterator[Finding]:
     """Hold shapes against those that the class in the config would give, where its library is there to make it."""
     if not part.component.class_name or "quantization_config" in part.component.config:
         return
@@ -92,7 +97,7 @@ def _check_shapes(part: Part, found: ListedSet) -> Iterator[Finding]:
     except Unsupported as error:
         yield Finding("shapes-unknown", part.path / "config.json", part.name, error.problem)
         return
-    held = {info.name: info.shape for info in open_checkpoint(found.without_index, LENIENT).tensors}
+    held = {info.name: info.shape for info in tensors}
     wrong = [name for name in held if name in expected and held[name] != expected[name]]
     if wrong:
         name = wrong[0]

@@ -35,11 +35,6 @@ def right_name(part: Part, name: WeightsName) -> WeightsName:
     return WeightsName(right, tag, name.ext)
 
 
-def spelled_variant(name: WeightsName) -> str:
-    """Name a variant in a sentence."""
-    return f"the variant {name.variant}" if name.variant else "the untagged weights"
-
-
 def is_foreign(listed: ListedSet) -> bool:
     """Say whether an index names files of another variant or form than its own."""
     return listed.index_name is not None and listed.own_names != listed.file_names

@@ -218,7 +218,7 @@ KINDS: dict[str, Kind] = {
         "Put back the quantization_config that the model had, or take the model from where it came.",
     ),
     "config-shape": Kind(
-        "error", "Tensors that the class in config.json does not have, lacks, or has in another shape",
+        "error", "Tensors of another shape than the class in config.json gives them",
         "from_pretrained fails, or leaves weights random.", "Find the config.json that belongs to these weights.",
     ),
     "shapes-unknown": Kind(

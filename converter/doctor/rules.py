@@ -19,7 +19,7 @@ from converter.libraries import library_of
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.headers import LENIENT
 from converter.models.inventory import Part
-from converter.models.names import WeightsName, check_variant, parse_name
+from converter.models.names import check_variant, parse_name, spelled_variant
 from converter.models.sets import ListedSet
 from converter.plan.make import join
 from converter.recipes.verify import holds_values
@@ -66,7 +66,7 @@ def _gather_foreign(goals: PartGoals, listed: ListedSet) -> None:
     part = goals.part
     sets = [one for one in part.sound_sets if one is not listed and not facts.is_foreign(one)]
     if whole := _same_files(listed, sets):
-        goals.let_go(replace(listed, file_names=()), f"it names the files of {facts.spelled_variant(whole.name)}")
+        goals.let_go(replace(listed, file_names=()), f"it names the files of {spelled_variant(whole.name.variant)}")
         return
     others = [name for name in listed.file_names if name not in listed.own_names]
     own = ListedSet(listed.folder, listed.name, listed.own_names)
@@ -243,7 +243,7 @@ def drop_variants(folder: FolderGoals) -> None:
     choices = folder.choices
     if not choices.keep_default and choices.only_variant is None:
         return
-    kept = facts.spelled_variant(WeightsName("", choices.only_variant, ""))
+    kept = spelled_variant(choices.only_variant)
     for goals in folder.loaded:
         for goal in list(goals.sets):
             if goal.name.variant != choices.only_variant and goals.has(choices.only_variant):

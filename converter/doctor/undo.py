@@ -79,7 +79,7 @@ def purge(given: Given) -> Undone:
             nbytes = _nbytes(keeper.beside, keeper.place(kept))
             keeper.forget(kept)
     except OSError as error:
-        raise error if isinstance(error, SystemRefused) else SystemRefused.from_os_error(error) from error
+        raise SystemRefused.from_os_error(error) from None
     return Undone(len(kept.saved), nbytes)
 
 

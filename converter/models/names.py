@@ -238,3 +238,8 @@ def check_variant(tag: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*", tag) or _SHARD.fullmatch(f"x.{tag}.bin"):
         raise BadRequest(repr(tag), "is no variant", "A tag holds letters, digits, _ and -, such as fp16.")
     return tag
+
+
+def spelled_variant(variant: str | None) -> str:
+    """Name a variant in a sentence."""
+    return f"the variant {variant}" if variant else "the untagged weights"

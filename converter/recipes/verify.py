@@ -20,6 +20,7 @@ from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.growth import find_growth
 from converter.models.model import open_model
+from converter.models.names import spelled_variant
 from converter.models.select import only_set
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
 from converter.storage import Given
@@ -204,7 +205,7 @@ def _pair_variants(a: Component, b: Component, differences: list[Difference], qu
             after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed, "inf")
         yield label, _by_name(before), _by_name(after)
     for variant in sorted(left.keys() ^ right.keys(), key=lambda one: (one in right, one)):
-        which = f"the variant {variant}" if variant else "the untagged weights"
+        which = spelled_variant(variant)
         differences.append(Difference("missing" if variant in left else "extra", a.name, "", which))
 
 

@@ -3,7 +3,7 @@
 A run stages its files in a hidden folder on the target's own disk: beside a new folder, inside one that is there; then
 it publishes them (``journal``).
 
-Where a run stages, and the steps of a commit that has begun, is noted in the user's state folder (``state.Notes``)
+Where a run stages, and the steps of a commit that has begun, is noted in the user's state folder (``notes.Notes``)
 before it is done; nothing that lies in the target is ever taken for such a note, as it may have come with a download.
 After a failure the staging folder is removed. After a hard kill it stays: the next run with the same target finds the
 files in it and takes them up (their bytes are held against the source, not trusted), and where the kill fell into the
@@ -321,7 +321,7 @@ def open_staging(target: Target) -> Iterator[Staging]:
                 yield staging
     except BaseException as error:
         known = error
-        if isinstance(error, OSError) and not isinstance(error, SystemRefused):
+        if isinstance(error, OSError):
             known = SystemRefused.from_os_error(error, error.filename or target.folder)
         if isinstance(known, WconvError) and staging is not None:
             begun = "Its renames had begun: run it again to finish them" if staging.is_committing else ""

@@ -101,14 +101,13 @@ def list_skipped(
     """
     library = library_of(component)
     wanted = set(wanted)
-    others = [module for module in (*linears.weights, *linears.unknown) if module not in wanted]
 
     def is_free(entry: str) -> bool:
         return not any(library.is_skipped(module, [entry]) for module in wanted)
 
     entries = [entry for entry in (*linears.skipped, *linears.kept) if is_free(entry)]
-    for module in others:
-        if not library.is_skipped(module, entries):
-            entry, *others = library.spell_skipped(component, module, weights.get(module, ""))
-            entries += [entry, *filter(is_free, others)]
+    for module in (*linears.weights, *linears.unknown):
+        if module not in wanted and not library.is_skipped(module, entries):
+            entry, *spellings = library.spell_skipped(component, module, weights.get(module, ""))
+            entries += [entry, *filter(is_free, spellings)]
     return tuple(sorted(set(entries)))
