@@ -174,4 +174,4 @@ def _list_after(before: FolderListing, plan: Plan) -> FolderListing:
                 indexes[name] = IndexListing(tuple(sorted(set(content["weight_map"].values()))))
         parts.append(PartListing(part.name, part.path, part.library, (part.names - gone) | added, indexes))
     dotless = tuple(name for name in before.dotless if name not in plan.replaced)
-    return FolderListing(before.path, before.is_pipeline, tuple(parts), before.absent, dotless)
+    return FolderListing(before.is_pipeline, tuple(parts), before.absent, dotless)

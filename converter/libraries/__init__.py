@@ -33,12 +33,11 @@ def library_at(part: Part) -> Library:
     """Give the library of a part that may have no config: by what model_index.json says, or by its weights' names."""
     if part.component.config:
         return library_of(part.component)
-    named = next(
-        (library for library in (DIFFUSERS, TRANSFORMERS) if part.entry and library.package == part.entry[0]), None
-    )
-    if named is None and any(listed.name.stem == DIFFUSERS.stem("safetensors") for listed in part.sets):
-        named = DIFFUSERS
-    return named or TRANSFORMERS
+    for library in (DIFFUSERS, TRANSFORMERS):
+        if part.entry and part.entry[0] == library.package:
+            return library
+    has_stem = any(listed.name.stem == DIFFUSERS.stem("safetensors") for listed in part.sets)
+    return DIFFUSERS if has_stem else TRANSFORMERS
 
 
 def note_tag(folder: Model, variant: str | None) -> tuple[str, ...]:

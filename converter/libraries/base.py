@@ -1,7 +1,7 @@
 """What each model's own loader wants: one question a method, and a module a library that answers.
 
 A rule names the loader that makes it. What is seen of a folder (``FolderListing``) and what of it is opened (``Pick``)
-are plain values here, so that no library looks at a disk.
+are plain values here, so that no pick looks at a disk.
 """
 
 from __future__ import annotations
@@ -192,7 +192,6 @@ class FolderListing:
     names that have no dot in their names.
     """
 
-    path: Place
     is_pipeline: bool
     parts: tuple[PartListing, ...]
     absent: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from typing import Any
 
 from converter.errors import BadFile, Unsupported, WconvError
 from converter.models.component import Component
+from converter.models.inventory import is_class
 from converter.storage import Place
 
 COREML_VARIANT = "fp16"
@@ -94,13 +95,9 @@ def longer_names(class_name: str, names: Iterable[str]) -> tuple[str, dict[str, 
 def old_classes(model_index: Mapping[str, Any]) -> dict[str, Any]:
     """Name classes in a model_index.json as all versions do: without torchvision, transformers 5 writes ``...Pil``."""
     return {
-        name: [entry[0], entry[1].removesuffix("Pil")] if name in _FILES and _is_class(entry) else entry
+        name: [entry[0], entry[1].removesuffix("Pil")] if name in _FILES and is_class(entry) else entry
         for name, entry in model_index.items()
     }
-
-
-def _is_class(entry: object) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
 
 
 @dataclass(frozen=True, slots=True)

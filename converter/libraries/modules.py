@@ -7,7 +7,7 @@ some hundred MB, so the table is asked first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -96,7 +96,8 @@ _TABLE = (
 
 def find_linears(component: Component, tensors: Iterable[Tensor]) -> Linears:
     """Say which of a component's modules are linear; all are ``unknown`` where neither table nor library knows."""
-    matrices = [one.name for one in tensors if len(one.shape) == 2 and one.name.endswith(_WEIGHT)]
+    # A dict, not a list: each module looks up its weight, and models have up to 60,000.
+    matrices = {one.name: None for one in tensors if len(one.shape) == 2 and one.name.endswith(_WEIGHT)}
     found = _by_table(component.class_name, matrices)
     if found and not found.unknown:
         return found
@@ -126,7 +127,7 @@ def _ends_in(module: str, ends: str) -> bool:
     return any(f".{module}".endswith(f".{end}") for end in ends.split())
 
 
-def _by_library(component: Component, matrices: Iterable[str]) -> Linears | str:
+def _by_library(component: Component, matrices: Collection[str]) -> Linears | str:
     """Ask the class itself; gives the cause where it cannot be made, none where its library is not installed."""
     try:
         answer = ask_class(component)
@@ -141,7 +142,7 @@ def _by_library(component: Component, matrices: Iterable[str]) -> Linears | str:
     return Linears(weights, frozenset(answer.transposed), answer.skipped, answer.kept)
 
 
-def _weight_of(module: str, matrices: Iterable[str]) -> str:
+def _weight_of(module: str, matrices: Collection[str]) -> str:
     """Give the name in the file of a module's weight: a base model's prefix may be on either side alone."""
     wanted = module + _WEIGHT
     if wanted in matrices:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from converter.libraries.base import PartListing, Pick
-from converter.libraries.transformers import TRANSFORMERS, Transformers
+from converter.libraries.transformers import Transformers
 from converter.libraries.written import Written, WrittenSet, is_bare, is_found_plain
 from converter.models.component import Component
 from converter.models.configs import read_json
@@ -41,10 +40,6 @@ class Peft(Transformers):
     def ties(self, component: Component, name: WeightsName) -> Tied:
         """An adapter's own tensors are not tied again (``set_peft_model_state_dict``, in the same file)."""
         return "duplicate"
-
-    def pick(self, part: PartListing, variant: str | None, pickles: bool = True) -> Pick:
-        """A loader of models looks for those that the config beside an adapter is of."""
-        return TRANSFORMERS.pick(part, variant, pickles)
 
     def load_set(self, written: Written, one: WrittenSet) -> list[str]:
         """Load an adapter with the model that its config names, or, where it names none, its weights."""

@@ -7,7 +7,7 @@ whole pipeline, from a folder or from the Hub. The tests hold all of it against 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +29,6 @@ LOADERS: dict[Loader, str] = {
 _SHARD = r"\d{5}-of-\d{5}"
 _STEMS = "diffusion_pytorch_model|model|weights|pytorch_model"
 _ENDINGS = "bin|safetensors|onnx|pb"
-_PICKLED = (".bin", ".msgpack")
 # What lets a regular expression try again and again; without it one takes a look at each character.
 _REPEATS = re.compile(r"[*+?{|]")
 
@@ -57,7 +56,7 @@ class Prediction:
 def list_folder(inventory: Inventory) -> FolderListing:
     """Give what a loader sees of a folder."""
     parts = tuple(map(_list_part, inventory.loaded_parts))
-    return FolderListing(inventory.path, inventory.is_pipeline, parts, inventory.absent, inventory.dotless)
+    return FolderListing(inventory.is_pipeline, parts, inventory.absent, inventory.dotless)
 
 
 def _list_part(part: Part) -> PartListing:
@@ -122,10 +121,10 @@ def predict(listing: FolderListing, loader: Loader, variant: str | None) -> Pred
         return Prediction(loader, variant, failure=f"has no folder {listing.absent[0]}, which model_index.json names")
     if loader == "diffusers-hub":
         return _predict_download(listing, variant)
-    return _predict_pipeline(listing, loader, variant, pickles=loader != "coreml")
+    return _predict_pipeline(listing, loader, variant)
 
 
-def _predict_pipeline(listing: FolderListing, loader: Loader, variant: str | None, pickles: bool = True) -> Prediction:
+def _predict_pipeline(listing: FolderListing, loader: Loader, variant: str | None) -> Prediction:
     """Follow ``DiffusionPipeline.from_pretrained`` and its ``_identify_model_variants``."""
     tagged = set()
     if variant is not None:
@@ -133,18 +132,15 @@ def _predict_pipeline(listing: FolderListing, loader: Loader, variant: str | Non
             # Not where the variant comes first as the folder is listed, in whatever order that is.
             failure = f"IndexError: list index out of range ({listing.dotless[0]} has no dot in its name)"
             return Prediction(loader, variant, failure=failure)
-        for part in _in_folders(listing):
-            if any(name.split(".")[1].startswith(variant) for name in part.names | part.others):
+        for part in listing.parts:
+            # One at the root is never asked for a variant.
+            if part.name and any(name.split(".")[1].startswith(variant) for name in part.names | part.others):
                 tagged.add(part.name)
         if not tagged:
             return Prediction(loader, variant, failure=f"ValueError: no modeling files of variant={variant}")
+    pickles = loader != "coreml"
     picks = tuple(part.library.pick(part, variant if part.name in tagged else None, pickles) for part in listing.parts)
     return Prediction(loader, variant, picks)
-
-
-def _in_folders(listing: FolderListing) -> list[PartListing]:
-    """List the parts that have a folder: one at the root is never asked for a variant."""
-    return [part for part in listing.parts if part.name]
 
 
 def _predict_download(listing: FolderListing, variant: str | None) -> Prediction:
@@ -156,12 +152,13 @@ def _predict_download(listing: FolderListing, variant: str | None) -> Prediction
     if _REPEATS.search(variant or ""):
         failure = f"takes {variant} for a regular expression, which may take for ever"
         return Prediction("diffusers-hub", variant, failure=failure)
-    heavy_parts = [part for part in _in_folders(listing) if _weights_in(part)] or listing.parts
-    safe = all(_has_safetensors(part, variant) for part in heavy_parts if _weights_in(part))
+    heavy = [part for part in listing.parts if _weights_in(part)]
+    safe = all(_has_safetensors(part, variant) for part in [part for part in heavy if part.name] or heavy)
+    left = ".bin" if safe else ".safetensors"
     fetched: dict[str, frozenset[str]] = {}
     tagged = set()
     for part in listing.parts:
-        usable = [name for name in part.names if not name.endswith(_PICKLED if safe else (".safetensors", ".msgpack"))]
+        usable = [name for name in part.names if not name.endswith((left, ".msgpack"))]
         fetched[part.name], is_tagged = _compatible(usable, variant)
         if is_tagged:
             tagged.add(part.name)
@@ -169,15 +166,14 @@ def _predict_download(listing: FolderListing, variant: str | None) -> Prediction
         return Prediction("diffusers-hub", variant, failure=f"ValueError: no modeling files of variant={variant}")
     mixed = sorted(name for name, files in fetched.items() if files and name not in tagged)
     warning = f"a mixture of {variant} and non-{variant} filenames: {', '.join(mixed)}" if variant and mixed else ""
-    left = "*.bin" if safe else "*.safetensors"
     parts = []
     for part in listing.parts:
-        names = frozenset(n for n in fetched[part.name] if not n.endswith(f"{left[1:]}.index.json"))
+        names = frozenset(n for n in fetched[part.name] if not n.endswith(f"{left}.index.json"))
         parts.append(PartListing(part.name, part.path, part.library, names | {"config.json"}, part.indexes))
     # Of a folder with weights only these and its config are fetched, of any other folder everything.
-    heavy = {part.name for part in listing.parts if _weights_in(part)}
-    dotless = tuple(name for name in listing.dotless if name.partition("/")[0] not in heavy)
-    found = _predict_pipeline(FolderListing(listing.path, True, tuple(parts), (), dotless), "diffusers-hub", variant)
+    heavy_names = {part.name for part in heavy}
+    dotless = tuple(name for name in listing.dotless if name.partition("/")[0] not in heavy_names)
+    found = _predict_pipeline(FolderListing(True, tuple(parts), (), dotless), "diffusers-hub", variant)
     return Prediction("diffusers-hub", variant, found.picks, found.failure, warning)
 
 
@@ -193,9 +189,8 @@ def _has_safetensors(part: PartListing, variant: str | None) -> bool:
     return any(name.endswith(".safetensors") for name in matched)
 
 
-def _compatible(names: Iterable[str], variant: str | None) -> tuple[frozenset[str], bool]:
+def _compatible(names: Sequence[str], variant: str | None) -> tuple[frozenset[str], bool]:
     """Follow ``variant_compatible_siblings`` for one part: the names to fetch, and whether they are tagged."""
-    names = list(names)
     if variant is not None:
         files = set(_matching(names, rf"({_STEMS})\.({variant}|{variant}-{_SHARD})\.({_ENDINGS})$"))
         index = rf"({_STEMS})\.({_ENDINGS})\.index\.{variant}\.json$"

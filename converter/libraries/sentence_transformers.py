@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from converter.libraries.transformers import Transformers
 from converter.libraries.written import Written, is_found_plain
-from converter.models.component import Component
 from converter.models.model import Model
 
 
 class SentenceTransformers(Transformers):
     """A whole folder; each part by itself is as any other."""
-
-    def owns(self, component: Component) -> bool:
-        return False
 
     def no_variants(self, folder: Model) -> str:
         """See ``Module.load_torch_weights`` in ``sentence_transformers/base/modules/module.py``."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from converter.dtypes import DType
@@ -19,7 +18,7 @@ from converter.models.component import WeightSet
 from converter.models.index import WeightIndex, read_index
 from converter.models.inventory import find_weight_set
 from converter.models.names import WeightsName, parse_name
-from converter.storage import Place
+from converter.storage import Given, Place
 from converter.tensors.base import MAX_TENSORS, Tensor, WeightsFile
 
 
@@ -64,7 +63,7 @@ class Checkpoint:
         return {name: kept for name, kept in notes.items() if kept in names and name != "format"}
 
 
-def open_checkpoint(source: Place | Path | str | WeightSet, reading: Reading = PLAIN) -> Checkpoint:
+def open_checkpoint(source: Given | WeightSet, reading: Reading = PLAIN) -> Checkpoint:
     """Read the headers of a set and hold its index, where it has one, against them.
 
     ``reading`` says how pickled ones are read. Raises BadFile for a shard that is missing, a tensor that is in two

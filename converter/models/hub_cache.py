@@ -126,7 +126,10 @@ def _repos_in(place: Place) -> list[Place]:
 
 
 def lies_outside(path: Place, root: Place) -> bool:
-    """Say whether a path below a folder leads out of it, other than to what the Hub's cache has for a snapshot."""
+    """Say whether a path below a folder leads out of it, other than to what the Hub's cache has for a snapshot.
+
+    ``root`` is the real path of the folder.
+    """
     target = path.real()
     is_blob = target.parent.name == _BLOBS and (target.parent.parent / _SNAPSHOTS).is_folder()
-    return not is_blob and not target.is_below(root.real())
+    return not is_blob and not target.is_below(root)

@@ -34,6 +34,11 @@ class WeightIndex:
     metadata: Mapping[str, Any]
     has_metadata: bool = True
 
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """The shards that it names, sorted."""
+        return tuple(sorted(set(self.weight_map.values())))
+
     def render(self) -> bytes:
         """Spell the index as the libraries do, ``metadata`` always there (both loaders want the key)."""
         content = {"metadata": dict(self.metadata), "weight_map": dict(self.weight_map)}

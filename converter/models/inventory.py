@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import PureWindowsPath
 from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, SystemRefused, WconvError
@@ -22,7 +22,7 @@ from converter.models.headers import Header, read_all
 from converter.models.hub_cache import snapshot_of
 from converter.models.names import WeightsName, is_training_state, parse_name
 from converter.models.sets import ListedSet, group, group_whole, is_weight_file, read_indexed, sets_to_read
-from converter.storage import Place, list_entries, place_of
+from converter.storage import Given, Place, list_entries, place_of
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
 
@@ -106,7 +106,6 @@ class Inventory:
     """
 
     path: Place
-    root: Place
     kind: Kind
     parts: tuple[Part, ...]
     class_name: str = ""
@@ -135,7 +134,7 @@ class Inventory:
         return tuple(sorted(tags, key=lambda tag: tag or ""))
 
 
-def take_inventory(given: Place | Path | str) -> Inventory:
+def take_inventory(given: Given) -> Inventory:
     """See what is at a place: a weight file, an index, or a folder of any known kind.
 
     A model's name in the Hub's cache stands for its snapshot. Raises BadFile where nothing is.
@@ -149,7 +148,7 @@ def take_inventory(given: Place | Path | str) -> Inventory:
         raise BadFile(place, "is no regular file", "Name a weight file or a folder.")
     config, error = look_into(place.parent / "config.json")
     part = Part(Component("", place.parent, (find_weight_set(place),), config), config_error=error)
-    return Inventory(place, place.parent, "file", (part,))
+    return Inventory(place, "file", (part,))
 
 
 def _unless_no_object(error: WconvError | None) -> list[WconvError]:
@@ -167,7 +166,7 @@ def read_headers(inventory: Inventory) -> Inventory:
 
 def _look_at_pipeline(place: Place) -> Inventory:
     content, error = look_into(place / "model_index.json")
-    models = {name: entry for name, entry in content.items() if is_model(name, entry)}
+    models = {name: entry for name, entry in content.items() if _is_model(name, entry)}
     absent = tuple(sorted(name for name in models if not _is_folder(place / name)))
     # Diffusers loads these from the root (``load_sub_model`` in ``diffusers/pipelines/pipeline_loading_utils.py``).
     parts = [_look_at(place, "", models[name], only_standard=True) for name in absent[:1]]
@@ -181,7 +180,6 @@ def _look_at_pipeline(place: Place) -> Inventory:
     ]
     class_name = content.get("_class_name")
     return Inventory(
-        place,
         place,
         "pipeline",
         tuple(parts),
@@ -200,15 +198,20 @@ def _look_at_model(place: Place) -> Inventory:
     elif root.component.config:
         kind = "component" if "_class_name" in root.component.config else "transformers"
     inner = _model_folders(place) if kind == "sentence-transformers" else []
-    return Inventory(place, place, kind, (root, *(_look_at(folder, folder.name) for folder in inner)))
+    return Inventory(place, kind, (root, *(_look_at(folder, folder.name) for folder in inner)))
 
 
-def is_model(name: str, entry: object) -> bool:
+def _is_model(name: str, entry: Any) -> bool:
     """Say whether an entry of a model_index.json is of a part that has weights."""
     # Of a custom pipeline, ``_class_name`` is a module and a class too.
-    if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+    if name.startswith("_") or not is_class(entry):
         return False
     return PureWindowsPath(name).name == name and not _NO_MODEL.fullmatch(entry[1])
+
+
+def is_class(entry: Any) -> bool:
+    """Say whether an entry of a model_index.json names a class, after its library."""
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
 
 
 def _model_folders(place: Place, named: Collection[str] = ()) -> list[Place]:
@@ -289,7 +292,7 @@ def _see(place: Place) -> tuple[Literal["weights", "file", "broken", "other"], W
 # One set.
 
 
-def find_weight_sets(folder: Place | Path | str) -> tuple[WeightSet, ...]:
+def find_weight_sets(folder: Given) -> tuple[WeightSet, ...]:
     """List the weight sets that lie directly in a folder, sorted by name.
 
     Raises BadFile for an index that cannot be read.
@@ -300,7 +303,7 @@ def find_weight_sets(folder: Place | Path | str) -> tuple[WeightSet, ...]:
     return part.component.weight_sets
 
 
-def find_weight_set(path: Place | Path | str) -> WeightSet:
+def find_weight_set(path: Given) -> WeightSet:
     """Give the set that a file belongs to: itself, or all shards where it is an index or a shard."""
     place = place_of(path)
     parsed = parse_name(place.name)

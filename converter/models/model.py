@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from converter.errors import BadFile
 from converter.formats import refuse_folder
 from converter.models.component import Component
 from converter.models.inventory import Inventory, Kind, find_weight_sets, subfolders, take_inventory
-from converter.storage import Place
+from converter.storage import Given, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class Model:
         object.__setattr__(self, "real", self.root.real())
 
 
-def open_model(given: Place | Path | str) -> Model:
+def open_model(given: Given) -> Model:
     """See what is at a place: a weight file, an index, or a folder of any known kind.
 
     A model's name in the Hub's cache stands for its snapshot. Raises BadFile where there are no weights.
@@ -50,7 +49,8 @@ def model_of(inventory: Inventory) -> Model:
             raise problem
         refuse_folder(path)
         raise BadFile(path, "holds no weights", _suggest(path))
-    return Model(path, inventory.root, inventory.kind, components, inventory.class_name)
+    root = path.parent if inventory.kind == "file" else path
+    return Model(path, root, inventory.kind, components, inventory.class_name)
 
 
 def _suggest(path: Place) -> str:

@@ -55,9 +55,10 @@ def find_rest(model: Model, skip: Place | None = None, follow_links: bool = Fals
     for path in _Walk(model, skip, follow_links).entries(model.root):
         if path in own or _LEFT_BY_RUNS.fullmatch(path.name):
             continue
-        if path.is_folder():
+        found = path.info()
+        if found and found.kind == "folder":
             rest.append(Rest(path, False, True))
-        elif path.is_file():
+        elif found and found.kind == "file":
             is_weights = is_weight_file(path) or is_other_runtime(path.name)
             is_elsewhere = not follow_links and is_linked(model, path)
             rest.append(Rest(path, is_weights, is_elsewhere, is_training_state(path.name)))
@@ -87,12 +88,12 @@ def is_linked(model: Model, path: Place) -> bool:
     Of a component that lies elsewhere as a whole, config.json is a part of the model: it says how the weights are read.
     """
     of = [part.path for part in model.components if path == part.path / "config.json" and part.path.is_link()]
-    return lies_outside(path, of[0] if of else model.root)
+    return lies_outside(path, of[0].real() if of else model.real)
 
 
 def is_disguised(model: Model, path: Place) -> bool:
     """Say whether a file of a weight set is a link to something that holds no weights, elsewhere."""
-    return not path.name.endswith(".json") and lies_outside(path, model.root) and not could_be_weights(path)
+    return not path.name.endswith(".json") and lies_outside(path, model.real) and not could_be_weights(path)
 
 
 @dataclass(slots=True)

@@ -48,7 +48,7 @@ class ListedSet(WeightSet):
     @property
     def listed_names(self) -> tuple[str, ...]:
         """The files that the index names, there or not."""
-        return tuple(sorted(set(self.index.weight_map.values()))) if self.index else ()
+        return self.index.shards if self.index else ()
 
     @property
     def is_sharded(self) -> bool:
@@ -150,7 +150,7 @@ def read_indexed(folder: Place, index_name: str, parsed: Mapping[str, ParsedName
         return ListedSet(folder, own.name, (), index_name, own.is_legacy, index_error=error)
     # A name is held once, however often it is listed: of thousands of shards there are hundreds of thousands.
     index = replace(index, weight_map={sys.intern(n): sys.intern(shard) for n, shard in index.weight_map.items()})
-    is_there = {shard: shard in parsed or _is_file(folder / shard) for shard in sorted(set(index.weight_map.values()))}
+    is_there = {shard: shard in parsed or _is_file(folder / shard) for shard in index.shards}
     there = tuple(shard for shard, known in is_there.items() if known)
     missing = [shard for shard, known in is_there.items() if not known]
     is_legacy = own.is_legacy or any(name in parsed and parsed[name].is_legacy for name in there)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
-from pathlib import Path
 from typing import Any
 
 from converter.plan.types import Plan
@@ -11,7 +10,7 @@ from converter.recipes.request import Request, prepare
 from converter.recipes.steps import make_ready, open_job, open_sets, plan_job, select
 from converter.run.execute import Result, run_plan
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress
-from converter.storage import Place
+from converter.storage import Given
 
 
 def plan_conversion(request: Request) -> Plan:
@@ -25,8 +24,8 @@ def plan_conversion(request: Request) -> Plan:
 
 
 def convert(
-    source: Place | Path | str,
-    output: Place | Path | str | None = None,
+    source: Given,
+    output: Given | None = None,
     *,
     executor: Executor | None = None,
     workers: int | None = None,

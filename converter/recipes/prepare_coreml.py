@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from converter.errors import BadRequest, Unsupported
@@ -25,7 +24,7 @@ from converter.models.schemes import quantized_in
 from converter.plan.types import Plan, Rest
 from converter.recipes.request import Request
 from converter.recipes.steps import Job, make_ready, open_job, open_sets, plan_job, select
-from converter.storage import Place
+from converter.storage import Given, Place
 from converter.transforms.names import rename_tensors
 from converter.transforms.stable_diffusion.pipeline import open_single_file
 
@@ -59,7 +58,7 @@ def _refuse(source: Place, lacks: Iterable[Lack]) -> None:
     raise first.error(first.path, first.problem, first.advice + (more if others else ""))
 
 
-def request_coreml(source: Place | Path | str, output: Place | Path | str, **options: Any) -> Request:
+def request_coreml(source: Given, output: Given, **options: Any) -> Request:
     """Give the request for a pipeline in fp16, tagged, one file a part; ``options`` are those of Request."""
     fixed = {"every_variant": False, "dtype": COREML_VARIANT, "variant": COREML_VARIANT, "max_shard_size": math.inf}
     return Request.of(source, output, **options, **fixed)

@@ -162,7 +162,8 @@ def _find_copied(
 ) -> tuple[tuple[tuple[str, FileRef], ...], list[str]]:
     """Give the files that come along as they are, and notes of those that do not: they lie behind links."""
     files = {name: path for name, path in _files_beside(frame.root, index) if name not in generated}
-    linked = [] if follow_links else [name for name, path in files.items() if lies_outside(path, frame.root)]
+    root = frame.root.real()
+    linked = [] if follow_links else [name for name, path in files.items() if lies_outside(path, root)]
     notes = [f"not carried over: {files.pop(name)} (behind a link: --follow-links carries it)" for name in linked]
     return tuple((name, path.ref()) for name, path in files.items()), notes
 
