@@ -195,7 +195,7 @@ def test_a_cast_to_its_own_dtype_is_none(stored: TensorSource) -> None:
     assert cast(tensor, DTYPES["F16"]).dtype is DTYPES["F16"]
 
 
-def test_what_a_cast_cannot_hold_is_counted(tmp_path: Path) -> None:
+def test_what_a_cast_cannot_hold_is_counted() -> None:
     source = Cast(Constant(DTYPES["F32"], (3,), np.array([1e5, -1e6, 1], "<f4").tobytes()), DTYPES["F16"], "saturate")
     out = bytearray(6)
     with RangeReader() as reader:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny import assert_same, make_state, save, snapshot, write_json
+from support.tiny import assert_same, make_state, raw_bytes, save, snapshot, whole_view, write_json
 
 from converter.dtypes import DTYPES
 from converter.errors import BadFile
@@ -19,7 +19,6 @@ from converter.formats.torch.state_dict import Reading
 from converter.storage import OpenFile
 from converter.tensors.base import ByteRange, Tensor, WeightsFile
 from converter.tensors.derived import Box, Boxes
-from converter.tensors.view import View, contiguous_strides
 
 STATE = {"w": torch.randn(6, 4), "v": torch.randn(5).half()}
 TAGS = {torch.float32: "F32", torch.float16: "F16"}
@@ -37,8 +36,7 @@ def read_hive(file: OpenFile, reading: Reading) -> WeightsFile:
             if not info:
                 raise BadFile(folder / name, "is not there, and hive.map names it")
             stored = ByteRange((folder / name).ref(), 0, info.nbytes)
-            view = View(dtype, tuple(shape), stored, 0, contiguous_strides(tuple(shape)))
-            boxes.append(Box((start, *(0 for _ in shape[1:])), view))
+            boxes.append(Box((start, *(0 for _ in shape[1:])), whole_view(dtype, tuple(shape), stored)))
         return Boxes(dtype, tuple(told["shape"]), tuple(boxes))
 
     told = json.loads(file.read(0, file.nbytes))
@@ -53,7 +51,7 @@ def write_hive(folder: Path, state: Mapping[str, torch.Tensor] = STATE) -> Path:
         cells: list[tuple[Any, ...]] = []
         for rows in tensor.split(2):
             cell = f"{name}{len(cells)}.cell"
-            (folder / cell).write_bytes(rows.contiguous().numpy().tobytes())
+            (folder / cell).write_bytes(raw_bytes(rows))
             cells.append((cell, 2 * len(cells), *rows.shape))
         told[name] = {"dtype": TAGS[tensor.dtype], "shape": tensor.shape, "cells": cells}
     (folder / "hive.map").write_text(json.dumps(told))

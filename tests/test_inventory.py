@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
+from support.steps import refuse_to_list
 from support.tiny import make_state, save, save_bin_shards, save_pipeline, save_safetensors_shards, write_json
 
 from converter.errors import BadFile, SystemRefused
@@ -61,14 +61,7 @@ def test_a_folder_that_cannot_be_listed_is_a_part_with_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_pipeline(tmp_path)
-    scandir = os.scandir
-
-    def refuse(path: str) -> object:
-        if os.fspath(path) == str(folder / "vae"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    refuse_to_list(monkeypatch, folder / "vae")
     (error,) = take_inventory(folder).problems
     assert [part.error for part in take_inventory(folder).parts if part.name == "vae"] != [None]
     assert "permission denied" in str(error)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.steps import refuse_to_list
 from support.tiny import (
     assert_same,
     link,
@@ -512,17 +513,7 @@ def test_a_link_to_a_process_ends(tmp_path: Path, wconv: Callable[..., Any], mon
 def test_a_folder_that_cannot_be_read_is_no_silence(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(STATE, tmp_path / "model" / "pytorch_model.bin").parent
     (folder / "sub" / "deep").mkdir(parents=True)
-
-    def refusing(look: Callable[..., Any]) -> Callable[..., Any]:
-        def refuse(path: Any = ".") -> Any:
-            if os.fspath(path) == str(folder / name):
-                raise PermissionError(13, "Permission denied", os.fspath(path))
-            return look(path)
-
-        return refuse
-
-    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
-    monkeypatch.setattr(os, "listdir", refusing(os.listdir))
+    refuse_to_list(monkeypatch, folder / name)
     for made in ("plain", "pipeline"):
         with pytest.raises(SystemRefused, match=f"{name}: permission denied"):
             convert(folder, tmp_path / "out")

@@ -114,7 +114,6 @@ def test_a_source_that_changes_while_it_is_read(
 STOPPING = """
 import os, signal, sys, time
 from converter.cli import main
-from converter.tensors.base import Storage, Tensor
 from converter.tensors.reader import RangeReader
 
 read_into, left, go = RangeReader.read_into, [3], sys.argv[1]

@@ -619,6 +619,10 @@ def test_replacing_the_source_is_verified_however_it_is_spelled(
     assert_same(load_set(source.parent), STATE)
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_heard_where_a_comparison_ends_early(
     which: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -630,9 +634,6 @@ def test_a_signal_is_heard_where_a_comparison_ends_early(
     def signal_and_read(*args: Any) -> Any:
         os.kill(os.getpid(), which)
         return read_into(*args)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
 
     monkeypatch.setattr(RangeReader, "read_into", signal_and_read)
     before = signal.signal(which, interrupt)
@@ -649,9 +650,6 @@ def test_each_signal_has_its_handler_back_though_another_raises(number: int, mon
     both = (signal.SIGINT, signal.SIGTERM)
     set_handler = signal.signal
     sent: list[signal.Signals] = []
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
 
     def set_and_send(which: Any, handler: Any) -> Any:
         result = set_handler(which, handler)
@@ -686,9 +684,6 @@ def test_a_signal_is_not_raised_inside_of_an_executor(which: signal.Signals, tmp
                 pass
             ended.append(1)
             return super().submit(*args, **how)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
 
     save_bin_shards(STATE, tmp_path / "m")
     before = signal.signal(which, interrupt)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import zipfile
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from support.judges import described_by_wconv, saved_by_torch
-from support.tiny import make_state, raw_bytes, rezip, save, save_bin_shards, save_pipeline, snapshot
+from support.judges import described_by_wconv
+from support.tiny import make_state, names_in, raw_bytes, save_bin_shards, save_pipeline, snapshot
+from test_opening import FORMS, save_as
 
 from converter import convert, storage
 from converter.errors import BadFile, BadRequest, Unsupported
@@ -28,7 +28,6 @@ from converter.tensors.base import Tensor
 from converter.tensors.reader import RangeReader
 
 MADE = {"pipeline": save_pipeline, "shards": lambda folder: save_bin_shards(make_state(), folder).parent}
-FORMS = ("safetensors", "torch", "deflated", "stream")
 SMALL = {name: torch.randn(8) for name in "abcdef"}
 # So large that neither its head nor its tail has all of it.
 LARGE = {f"{name}.weight": torch.randn(100_000) for name in "abcdef"}
@@ -89,12 +88,7 @@ class StoreInMemory(Store):
 
 def write(form: str, state: dict[str, torch.Tensor], folder: Path) -> Path:
     """Write a file in one of the forms that are read."""
-    path = folder / ("model.safetensors" if form == "safetensors" else "model.bin")
-    if form == "stream":
-        path.write_bytes(saved_by_torch(state, _use_new_zipfile_serialization=False))
-        return path
-    save(state, path)
-    return rezip(path, compression=zipfile.ZIP_DEFLATED) if form == "deflated" else path
+    return save_as(form, state, folder / ("model.safetensors" if form == "safetensors" else "model.bin"))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -197,8 +191,7 @@ def test_a_url_of_this_machine_is_a_path(begin: str, tmp_path: Path) -> None:
 
 def copied(folder: Path) -> StoreInMemory:
     """Take a folder's files into a store, where they lie in the folder ``m``."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return StoreInMemory({f"m/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in files})
+    return StoreInMemory({f"m/{name}": (folder / name).read_bytes() for name in names_in(folder)})
 
 
 @pytest.fixture

@@ -278,6 +278,7 @@ def test_every_record_is_checked_whole_or_in_parts_that_make_a_whole(
         record for record in {part.of for part in parts} if joined(record, parts) == record.nbytes
     }
     views = [tensor.source for tensor, _ in shard.tensors if isinstance(tensor.source, View)]
+    assert len(views) == len(shard.tensors)
     for record in {view.storage for view in views if view.storage.nbytes}:
         # Views that read it from its begin to its end.
         whole = [view for view in views if view.storage == record and view.is_contiguous and not view.start]

@@ -100,6 +100,18 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StagedFile, "write", refuse)
 
 
+def refuse_to_list(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let nobody list a folder."""
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if os.fspath(path) == str(folder):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
 def run_until_it_ends(template: Path, work: Path, args: list[str]) -> None:
     """Kill the command at every step, each time in a new copy; raise if it does not end, or ends badly."""
     from converter.cli import main

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from converter.dtypes import DType
 from converter.formats import read_file as read_placed
-from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.storage import FileRef, Place, place_of
 from converter.tensors.base import Storage, WeightsFile
 from converter.tensors.view import View, contiguous_strides
@@ -46,9 +45,9 @@ def whole_view(dtype: DType, shape: tuple[int, ...], storage: Storage) -> View:
     return View(dtype, shape, storage, 0, contiguous_strides(shape))
 
 
-def read_file(path: Place | Path, reading: Reading = PLAIN) -> WeightsFile:
+def read_file(path: Place | Path) -> WeightsFile:
     """Read the header of a file by its path, or place."""
-    return read_placed(place_of(path), reading)
+    return read_placed(place_of(path))
 
 
 def save(state: State, path: Path) -> Path:
