@@ -467,7 +467,7 @@ def test_read_only_files_that_a_killed_run_left_are_taken_up(as_somebody: Path, 
     source = save_bin_shards(STATE, as_somebody / "m").parent
     write_json(source / "config.json", {}).chmod(0o444)
     with open_staging(Target.at(place_of(as_somebody / "out"), is_new=True)) as staging:
-        shutil.copy(source / "config.json", staging.path_of("config.json"))
+        shutil.copy(source / "config.json", staging.staged("config.json"))
     wconv("to-safetensors", source, "-o", as_somebody / "out")
     assert_same(load_set(as_somebody / "out"), STATE)
 
@@ -480,8 +480,9 @@ def leave_behind(source: Path, output: Path, damage: Callable[[Path], object]) -
     plan = plan_conversion(Request.of(source, output))
     convert(source, output)
     with open_staging(plan.target) as staging:
-        shutil.copytree(output, staging.tree, dirs_exist_ok=True)
-        damage(staging.tree)
+        tree = staging.staged(".").path
+        shutil.copytree(output, tree, dirs_exist_ok=True)
+        damage(tree)
     shutil.rmtree(output)
 
 
@@ -522,7 +523,7 @@ def test_a_second_name_of_a_source_that_a_killed_run_left_is_not_written_into(tm
     folder = save_safetensors_shards(STATE, tmp_path / "m", ("a", "bc", "def")).parent
     name = "model-00001-of-00003.safetensors"
     with open_staging(Target.at(place_of(folder))) as staging:
-        os.link(folder / name, staging.path_of(name))
+        os.link(folder / name, staging.staged(name))
     options: dict[str, Any] = {"format": None, "in_place": True, "max_shard_size": 64}
     with contextlib.suppress(BadFile):  # it has a name less than when its header was read: that is a change too
         convert(folder, **options)

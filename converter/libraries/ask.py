@@ -129,6 +129,7 @@ def ask_kept(library: Library, class_names: Iterable[str], target: DType) -> tup
     return more, f"{which}, which lacks {', '.join(more)}: these are kept too" if more else ""
 
 
+@lru_cache  # asked twice of each set, and it takes milliseconds
 def _version_of(library: str) -> str:
     try:
         return metadata.version(library)

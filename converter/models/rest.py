@@ -64,11 +64,11 @@ def find_rest(model: Model, skip: Place | None = None, follow_links: bool = Fals
             rest.append(Rest(path, is_weights, is_elsewhere, is_training_state(path.name)))
     shells = _find_shells(model, rest)
     for one in rest:
-        around = next((folder for folder in reversed(_above(one.path, model.root)) if folder in shells), None)
+        around = next((folder for folder in reversed(above(one.path, model.root)) if folder in shells), None)
         yield one._replace(shell=around)
 
 
-def _above(path: Place, root: Place) -> list[Place]:
+def above(path: Place, root: Place) -> list[Place]:
     """List the folders around a place, from the innermost to that below the root."""
     return [root / str(parent) for parent in PurePosixPath(path.relative_to(root)).parents][:-1]
 
@@ -76,9 +76,9 @@ def _above(path: Place, root: Place) -> list[Place]:
 def _find_shells(model: Model, rest: Iterable[Rest]) -> set[Place]:
     """Give the folders that are not the model's own and hold weights, or what a trainer goes on from."""
     parts = [component.path for component in model.components if component.path != model.root]
-    own = {model.root, *(folder for part in parts for folder in (part, *_above(part, model.root)))}
+    own = {model.root, *(folder for part in parts for folder in (part, *above(part, model.root)))}
     shells = {one.path.parent for one in rest if one.is_weights or one.is_training}
-    shells |= {folder for one in rest for folder in _above(one.path, model.root) if is_other_runtime(folder.name)}
+    shells |= {folder for one in rest for folder in above(one.path, model.root) if is_other_runtime(folder.name)}
     return shells - own
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -36,7 +36,7 @@ from converter.plan.types import (
     Writing,
 )
 from converter.storage import Place
-from converter.tensors.base import Tensor, TensorSpec
+from converter.tensors.base import Tensor
 from converter.tensors.view import View
 
 _Existing = Mapping[tuple[str, WeightsName], Sequence[WeightSet]]
@@ -187,7 +187,8 @@ def plan_set(order: Order, writing: Writing) -> PlannedSet:
     if refused:
         raise Unsupported(checkpoint.weight_set.path, *refused)
     paths = [join(component.name, file_name) for file_name in name.files(len(groups))]
-    files = tuple(_plan_file(order, path, group) for path, group in zip(paths, groups, strict=True))
+    noted = checkpoint.ties  # once for all files: there may be hundreds, of 100,000 tensors
+    files = tuple(_plan_file(order, path, group, noted) for path, group in zip(paths, groups, strict=True))
     index = (join(component.name, name.index), _build_index(checkpoint, files).render()) if len(files) > 1 else None
     return PlannedSet(
         component.name, checkpoint.weight_set, name, files, index, ties, checkpoint.kept, checkpoint.notes
@@ -214,19 +215,14 @@ def _units(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return list(units.values())
 
 
-def _notes_of(group: Sequence[Tensor], checkpoint: Checkpoint) -> dict[str, str]:
-    """Give the notes of the source's header that go with these tensors: a tie goes with the tensor it names."""
-    mine = {tensor.name for tensor in group}
-    others = {tensor.name for tensor in checkpoint.tensors} - mine
-    return {key: value for key, value in checkpoint.metadata.items() if key != "format" and value not in others}
-
-
-def _plan_file(order: Order, path: str, tensors: Sequence[Tensor]) -> PlannedFile:
+def _plan_file(order: Order, path: str, tensors: Sequence[Tensor], noted: Container[str]) -> PlannedFile:
+    """Plan a file; with it go the source's notes, but for those (``noted``) that tie a name to a tensor elsewhere."""
     names = {tensor.name for tensor in tensors}
     ties = {dropped: kept for dropped, kept in order.ties.items() if kept in names}
-    specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+    metadata = order.checkpoint.metadata.items()
+    notes = {key: value for key, value in metadata if key != "format" and (key not in noted or value in names)}
     try:
-        layout = WRITERS[order.name.format].lay_out(specs, ties, _notes_of(tensors, order.checkpoint))
+        layout = WRITERS[order.name.format].lay_out([tensor.spec for tensor in tensors], ties, notes)
     except ValueError as error:
         problem, *advice = error.args
         where = order.checkpoint.weight_set.path

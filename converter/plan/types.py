@@ -103,7 +103,7 @@ class PlannedFile:
     @property
     def specs(self) -> list[TensorSpec]:
         """The tensors as a header describes them."""
-        return [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor, _ in self.tensors]
+        return [tensor.spec for tensor, _ in self.tensors]
 
     @property
     def computes(self) -> bool:

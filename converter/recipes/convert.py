@@ -37,8 +37,8 @@ def convert(
     """Convert the weights of ``source``, by default every set to safetensors, beside it or into ``output``.
 
     ``options`` are those of Request, by name: ``dtype="bf16"``, ``max_shard_size="5GB"``. All of the output is there
-    afterwards, or nothing; the source is never changed unless ``delete_source`` says so, and then only after every
-    value was compared. Raises WconvError.
+    afterwards, or nothing; the source is never changed unless ``in_place`` or ``delete_source`` says so, and
+    then only after every value was compared. Raises WconvError.
     """
     prepared = prepare(Request.of(source, output, **options), plan_conversion)
     if prepared.plan is None or not prepared.plan.sets:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
-
 from converter.errors import BadFile, OutputRefused
 from converter.models.model import Model
+from converter.models.rest import above
 from converter.plan.types import Plan, Target
 from converter.storage import Info, Place
 
@@ -57,22 +56,17 @@ def refuse_links(plan: Plan) -> None:
 
 def _refuse_linked(root: Place, name: str) -> None:
     """Raise OutputRefused for a file to be written, renamed or removed in a folder that is a link, by its path."""
-    for parent in _folders_of(root, name):
+    for parent in reversed(above(root / name, root)):
         if parent.is_link():
             advice = "Name that folder itself, or write elsewhere: -o NEW."
             raise OutputRefused(parent, "is a link to another folder, and nothing is changed there", advice)
-
-
-def _folders_of(root: Place, name: str) -> list[Place]:
-    """List the folders that a name leads through, below the one that it begins in."""
-    return [root / parent.as_posix() for parent in list(reversed(PurePosixPath(name).parents))[1:]]
 
 
 def _refuse_blocked(folder: Place, name: str) -> None:
     """Raise OutputRefused for a file that cannot be renamed into place, which would stop a commit halfway."""
     if (folder / name).is_folder() and not (folder / name).is_link():
         raise OutputRefused(folder / name, "is a folder, and a file is to go there", "Move it elsewhere.")
-    for parent in _folders_of(folder, name):
+    for parent in reversed(above(folder / name, folder)):
         if parent.exists() and not parent.is_folder():
             raise OutputRefused(parent, "is no folder, and files are to go into it", "Move it elsewhere.")
 

@@ -43,8 +43,7 @@ def find_lacks(source: Place, inventory: Inventory | None = None) -> Iterator[La
 
 
 def _model_index(source: Place) -> Mapping[str, Any]:
-    content, error = look_into(source / "model_index.json")
-    return {} if error else content
+    return look_into(source / "model_index.json")[0]
 
 
 def _refuse(source: Place, lacks: Iterable[Lack]) -> None:

@@ -42,7 +42,7 @@ from converter.run.tasks import (
 from converter.run.transaction import Transaction, begin
 from converter.storage import Place, hold_same
 from converter.storage.local import open_staged
-from converter.tensors.base import Storage, TensorSpec
+from converter.tensors.base import Storage
 from converter.tensors.reader import CrcPart, check_crc
 
 _NAMED = 5  # tensors, in a message
@@ -92,10 +92,10 @@ def run_plan(
 ) -> Result:
     """Write what a plan says; all of it is there afterwards, or nothing. With ``keep``, ``undo`` can put all back.
 
-    ``verify`` reads every byte back and holds it against the source before anything is published; a plan that deletes
-    its source always does. Where all of it is there already, it is read back and compared, and nothing is written.
-    An ``executor`` whose workers see the same disk has up to twice as many tasks at once as ``workers`` says. Raises
-    BadFile for a source that is damaged or changes, OutputRefused and SystemRefused.
+    ``verify`` reads every byte back and holds it against the source before anything is published; a plan that removes
+    or replaces what it reads always does. Where all of it is there already, it is read back and compared, and nothing
+    is written. An ``executor`` whose workers see the same disk has up to twice as many tasks at once as ``workers``
+    says. Raises BadFile for a source that is damaged or changes, OutputRefused and SystemRefused.
     """
     begun = time.perf_counter()
     verify = verify or plan.destroys_source
@@ -270,7 +270,7 @@ def check_staged(planned: PlannedFile, staged: Place) -> None:
         # The reader is as strict as the reference reader of a format: names, dtypes, shapes and places are right.
         if is_planned and len(planned.header) <= _PARSED_NBYTES:
             tensors = read_file(staged).tensors
-            found = [TensorSpec(one.name, one.dtype, one.shape) for one in tensors if one.name not in planned.ties]
+            found = [one.spec for one in tensors if one.name not in planned.ties]
             is_planned = found == planned.specs
     except BadFile as error:
         problem = f"was written wrongly ({error})"

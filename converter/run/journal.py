@@ -90,7 +90,11 @@ class Entry:
     def at(cls, root: Root, name: str, staged: str = "") -> Entry | None:
         """Note an entry; one that is ``staged`` is noted by the name that it will have."""
         found = root.stat(staged or name)
-        return found and cls(name, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return found and cls.of(name, found)
+
+    @classmethod
+    def of(cls, name: str, found: os.stat_result) -> Entry:
+        return cls(name, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def is_published(self, root: Root) -> bool:
         """Say whether it has its place: a rename keeps size and time, a copy as far as its disk can tell times."""
@@ -100,7 +104,7 @@ class Entry:
     def remove(self, root: Root, published: set[tuple[int, int]]) -> None:
         """Remove the file if it is still that one; a second name of a published file has changed by the rename."""
         found = root.stat(self.name)
-        if found and (Entry.at(root, self.name) == self or _identity(found) in published):
+        if found and (Entry.of(self.name, found) == self or _identity(found) in published):
             root.remove(self.name)
 
 

@@ -95,9 +95,8 @@ class Keeper:
                 advice = f"Move it elsewhere and undo, or forget with --purge what {UNDO_FOLDER}/ keeps."
                 raise OutputRefused(self.root.path / name, "has changed since the folder was mended", advice)
 
-    def keep(self, names: Iterable[str]) -> Kept | None:
-        """Keep what is about to change, all of it on the disk; give what was noted before."""
-        before = self.current()
+    def keep(self, names: Iterable[str], before: Kept | None) -> None:
+        """Keep what is about to change, all of it on the disk, beside what was kept ``before``."""
         if before is not None:
             self.check(before)
         # Read anew, not copied: the lists of the one grow.
@@ -115,7 +114,6 @@ class Keeper:
         self.beside.sync_tree(self.place(kept))
         self.beside.sync(UNDO_FOLDER)
         self.notes.write("undo", asdict(kept))
-        return before
 
     def _keep(self, kept: Kept, name: str) -> None:
         place = self.place(kept, name)

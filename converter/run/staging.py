@@ -24,7 +24,7 @@ from pathlib import Path
 
 from converter.errors import OutputRefused, SystemRefused, WconvError
 from converter.plan.types import Target
-from converter.run.journal import SUFFIX, TREE, Changes, Entry, Journal, OvertakenError, Run, finish
+from converter.run.journal import SUFFIX, Changes, Entry, Journal, OvertakenError, Run, finish
 from converter.run.kept import Keeper
 from converter.run.notes import Notes, make_token
 from converter.run.signals import signals_held
@@ -50,7 +50,6 @@ class Staging:
         self._is_through = False
         self._run, self.finished_request = _take_up(target, notes)
         self.folder = Path(self._run.place) / self._run.name
-        self.tree = self.folder / TREE
 
     def __enter__(self) -> Staging:
         """Make the folder to stage in, which nobody else may look into."""
@@ -72,11 +71,8 @@ class Staging:
     def is_committing(self) -> bool:
         return self._run.journal is not None
 
-    def path_of(self, name: str) -> Path:
-        return self.tree / name
-
     def staged(self, name: str) -> Place:
-        return place_at(self.path_of(name))
+        return place_at(Path(self._run.place) / self._run.staged(name))
 
     def expect(self, parts: Mapping[str, int], others: Mapping[str, int], removed: Iterable[Place]) -> None:
         """Remove what an earlier run left and this one does not write, and see whether there is room for the rest.
@@ -170,7 +166,7 @@ class Staging:
             before = keeper.current() if keeper else None
             try:
                 if keeper:
-                    keeper.keep((*changes.replaced, *changes.move))
+                    keeper.keep((*changes.replaced, *changes.move), before)
                 journal = self._make_journal(changes, target, request)
                 if journal.destroys:
                     # What replaces the only other copy must be on the disk, not in a cache.
@@ -199,7 +195,7 @@ class Staging:
         """Look once more whether all is there, and whether anybody has put a file where one is to go."""
         for name in changes.move:
             if self.root.stat(self._run.staged(name)) is None:
-                raise SystemRefused(self.path_of(name), "was staged, and is gone", "Run it again.")
+                raise SystemRefused(self.staged(name), "was staged, and is gone", "Run it again.")
         taken = None
         if target is None:
             taken = self.notes.folder if is_there(self.notes.folder) else None
@@ -296,12 +292,11 @@ def _take_up(target: Target, notes: Notes) -> tuple[Run, str | None]:
 
 def find_strangers(*folders: Place) -> tuple[str, ...]:
     """Say of each entry that looks like one of a run's, and is of no run of this user, that it is ignored."""
-    found: dict[Place, None] = {}
-    for folder in filter(Place.is_folder, folders):
+    found: list[Place] = []
+    for folder in filter(Place.is_folder, dict.fromkeys(folders)):
         run = Run.read(Notes(folder.real().path)) if is_local(folder) else None
         own = run.name if run else ""
-        entries = (entry for entry in folder.entries() if _LIKE_MINE.fullmatch(entry.name) and entry.name != own)
-        found |= dict.fromkeys(entries)
+        found += (entry for entry in folder.entries() if _LIKE_MINE.fullmatch(entry.name) and entry.name != own)
     what = "is of no run that is noted here, and is ignored: look whether it holds weights that you miss, and remove it"
     return tuple(f"{entry} {what}" for entry in found)
 

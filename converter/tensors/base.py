@@ -122,6 +122,11 @@ class Tensor(NamedTuple):
         return self.source.dtype.nbytes(math.prod(self.source.shape))
 
     @property
+    def spec(self) -> TensorSpec:
+        """It as a header describes it."""
+        return TensorSpec(self.name, self.source.dtype, self.source.shape)
+
+    @property
     def is_made(self) -> bool:
         """Whether it is the work of a transform, and in its right dtype for that: computed, or in no file at all."""
         return self.source.computes or not (self.source.inputs() or 0 in self.source.shape)
