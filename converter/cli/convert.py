@@ -16,7 +16,8 @@ from converter.cli.terminal import open_meter, show_json
 from converter.plan.types import Plan
 from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare
-from converter.run.execute import Result, default_workers, peak_buffer_nbytes, run_plan
+from converter.run.choice import choose_workers, extra_nbytes
+from converter.run.execute import Result, run_plan
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES
 from converter.storage import Place
 
@@ -27,6 +28,7 @@ Options = dict[str, Any]
 class RunOptions(NamedTuple):
     """How a command is to run and what it is to print, whatever comes of it."""
 
+    executor: str | None = None
     workers: int | None = None
     memory: float = DEFAULT_MEMORY_NBYTES
     verify: bool = False
@@ -76,10 +78,12 @@ def _run(plan: Plan | None, request: str, run: RunOptions) -> tuple[Result, int]
     if plan is None or not plan.sets:
         return Result(plan, 0.0), 0
     verify = run.verify or plan.destroys_source
+    choice = choose_workers(plan, int(run.memory), run.executor, run.workers)
     with open_meter(plan.nbytes * (2 if verify else 1), "converting", run.quiet) as meter:
         result = run_plan(
             plan,
-            workers=run.workers,
+            choice.executor,
+            workers=choice.workers,
             memory_nbytes=int(run.memory),
             verify=verify,
             progress=meter,
@@ -90,8 +94,8 @@ def _run(plan: Plan | None, request: str, run: RunOptions) -> tuple[Result, int]
 
 
 def _show_dry_run(plan: Plan, run: RunOptions, more: Mapping[str, Any]) -> None:
-    buffers = peak_buffer_nbytes(plan, int(run.memory), run.workers or default_workers(plan))
-    memory_nbytes = psutil.Process().memory_info().rss + buffers
+    choice = choose_workers(plan, int(run.memory), run.executor, run.workers)
+    memory_nbytes = psutil.Process().memory_info().rss + extra_nbytes(plan, choice, int(run.memory))
     if plan.is_there:
         _run(plan, "", run)  # nothing is written then, and that all is there must be true
     if run.as_json:

@@ -54,6 +54,22 @@ class DTypeName(click.ParamType[DType]):
         return dtype
 
 
+class ExecutorName(click.ParamType[str]):
+    """An engine with its address."""
+
+    name = "NAME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from converter.errors import BadRequest
+        from converter.run.workers import parse
+
+        try:
+            parse(value)
+        except BadRequest as error:
+            self.fail(f"{error.where} {error.problem}. {error.advice}".rstrip(), param, ctx)
+        return str(value)
+
+
 class PlaceType(click.Path):
     """A file or folder; the empty text that a variable holds if it is unset is none, and least the current folder."""
 
@@ -83,7 +99,13 @@ _RUN_OPTIONS = (
         "--workers",
         type=click.IntRange(1, 64),
         metavar="N",
-        help="Threads that copy (default: 4; for casts, the cores if fewer).",
+        help="Tasks at once: how many cores this may take (default: all, up to 16).",
+    ),
+    click.option(
+        "--executor",
+        type=ExecutorName(),
+        metavar="NAME",
+        help="Who does them: threads, processes[=N], dask=ADDRESS|FILE, ray[=ADDRESS], mpi (default: fastest here).",
     ),
     click.option("--memory", type=Size(), default="64MB", show_default=True, help="Memory for buffers."),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -41,6 +42,7 @@ def command(
     cast: bool,
     quantized: bool,
     workers: int | None,
+    executor: str | None,
     memory: float,
     as_json: bool,
     quiet: bool,
@@ -53,7 +55,8 @@ def command(
     from converter.recipes.verify import verify
 
     with open_meter(None, "comparing", quiet) as meter:
-        found = verify(a, b, cast=cast, quantized=quantized, workers=workers, memory_nbytes=int(memory), progress=meter)
+        how = partial(verify, executor=executor, workers=workers, memory_nbytes=int(memory), progress=meter)
+        found = how(a, b, cast=cast, quantized=quantized)
     if as_json:
         show_json({"equal": found.is_equal, **asdict(found, dict_factory=_finite)})
     elif not quiet:

@@ -19,7 +19,7 @@ from converter.models.growth import refuse_growth
 from converter.models.headers import LENIENT
 from converter.models.inventory import Inventory, Part
 from converter.models.sets import ListedSet
-from converter.run.tasks import run_tasks
+from converter.run.tasks import Call, run_tasks
 from converter.tensors.base import Tensor, find_ties
 from converter.tensors.reader import RangeReader, read_chunks
 
@@ -56,7 +56,8 @@ def _check_values(part: Part, found: ListedSet, tensors: Sequence[Tensor]) -> It
     refuse_growth(found.path, tensors)
     ties = find_ties(tensors)
     alone = [info for info in tensors if info.name not in ties]
-    values = sorted(run_tasks((_look_at, info, info.nbytes) for info in alone), key=lambda one: one.info.name)
+    calls = (Call(_look_at, info, info.nbytes, info.name) for info in alone)
+    values = sorted(run_tasks(calls), key=lambda one: one.info.name)
     twins: dict[tuple[bytes, object, tuple[int, ...]], list[str]] = defaultdict(list)
     for one in values:
         if not one.is_zero and one.info.numel > 1:

@@ -27,7 +27,7 @@ def convert(
     source: Given,
     output: Given | None = None,
     *,
-    executor: Executor | None = None,
+    executor: Executor | str | None = None,
     workers: int | None = None,
     memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
     verify: bool = False,

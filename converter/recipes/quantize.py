@@ -25,7 +25,7 @@ from converter.models.schemes import Scheme, quantized_in
 from converter.plan.types import Order, Plan, QuantizedPart, Rest
 from converter.recipes.request import Request
 from converter.recipes.steps import Job, make_ready, open_job, open_sets, plan_job, refuse_file, select
-from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
+from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, run_tasks
 from converter.storage import Place
 from converter.tensors.base import Tensor
 from converter.transforms.quantize import DEQUANTIZERS
@@ -53,7 +53,8 @@ class Measuring:
 
     def find_scales(self, weights: Iterable[Tensor]) -> tuple[dict[str, bytes], set[str]]:
         """Give the scales of each weight by its name, and the names of those that float16 cannot hold."""
-        calls = ((find_scales, block, block.nbytes) for weight in weights for block in cut_rows(weight))
+        blocks = (block for weight in weights for block in cut_rows(weight))
+        calls = (Call(find_scales, block, block.nbytes, block.weight.name) for block in blocks)
         found: dict[str, bytearray] = {}
         lossy: set[str] = set()
         for block, numbers, are_finite in run_tasks(calls, None, self.workers, self.memory_nbytes, self.progress):

@@ -22,9 +22,10 @@ from converter.models.growth import find_growth
 from converter.models.model import open_model
 from converter.models.names import spelled_variant
 from converter.models.select import only_set
-from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress, run_tasks
+from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, open_tasks, run_tasks
+from converter.run.workers.sight import check_workers
 from converter.storage import Given
-from converter.tensors.base import Tensor, find_ties
+from converter.tensors.base import Storage, Tensor, find_ties
 from converter.tensors.reader import PIECE_NBYTES, RangeReader
 from converter.transforms.quantize.bnb_int8 import WidenedRows, dequantized, scales_in
 
@@ -100,6 +101,10 @@ class _Pair:
     def is_quantized(self) -> bool:
         return isinstance(self.b.source, WidenedRows)
 
+    def inputs(self) -> Iterator[Storage]:
+        """Give the ranges of files that both are read from."""
+        return itertools.chain(self.a.source.inputs(), self.b.source.inputs())
+
 
 _T = TypeVar("_T")
 _Key = tuple[str, str]
@@ -116,7 +121,7 @@ def verify(
     *,
     cast: bool = False,
     quantized: bool = False,
-    executor: Executor | None = None,
+    executor: Executor | str | None = None,
     workers: int | None = None,
     memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
     progress: Progress | None = None,
@@ -134,11 +139,13 @@ def verify(
     in_8_bits = [pair for pair in pairs if pair.is_quantized]
     if quantized and not in_8_bits:
         raise BadRequest(b, "has no 8-bit weights that A has too", "Leave out --quantized.")
-    how = (executor, workers, memory_nbytes, progress)
-    compared = run_tasks(_calls(_compare_batch, [pair for pair in pairs if not pair.is_quantized]), *how)
-    values = {key: ValueErrors(key[0], key[1], *_merge(parts)) for key, parts in _by_tensor(compared).items()}
-    measured = run_tasks(_calls(_measure_batch, in_8_bits), *how)
-    roundings = [RoundingErrors(key[0], key[1], *_merge_rounding(parts)) for key, parts in _by_tensor(measured).items()]
+    with open_tasks(executor, workers, memory_nbytes, progress) as tasks:
+        if tasks.workers.are_far:
+            check_workers(tasks.workers, {storage.file for pair in pairs for storage in pair.inputs()}, None)
+        compared = tasks.run(_calls(_compare_batch, [pair for pair in pairs if not pair.is_quantized]))
+        values = {key: ValueErrors(key[0], key[1], *_merge(parts)) for key, parts in _by_tensor(compared).items()}
+        measured = _by_tensor(tasks.run(_calls(_measure_batch, in_8_bits)))
+    roundings = [RoundingErrors(key[0], key[1], *_merge_rounding(parts)) for key, parts in measured.items()]
     roundings.sort(key=lambda one: (-one.max_relative, one.component, one.name))
     differences.extend(_wrong_values(values.values(), roundings))
     return Comparison(
@@ -253,9 +260,7 @@ def _pair_tensors(
             yield _Pair(component, left, right)
 
 
-def _calls(
-    function: Callable[[_Batch, int], _T], pairs: Iterable[_Pair]
-) -> Iterator[tuple[Callable[[_Batch, int], _T], _Batch, int]]:
+def _calls(function: Callable[[_Batch, int], _T], pairs: Iterable[_Pair]) -> Iterator[Call[_Batch, _T]]:
     """Cut pairs into batches of some MB, as calls for ``run_tasks``."""
     batch: _Batch = []
     nbytes = 0
@@ -267,10 +272,10 @@ def _calls(
             batch.append((pair, begin, end))
             nbytes += pair.a.dtype.nbytes(end - begin)
             if nbytes >= PIECE_NBYTES:
-                yield function, batch, nbytes
+                yield Call(function, batch, nbytes, pair.b.name)
                 batch, nbytes = [], 0
     if batch:
-        yield function, batch, nbytes
+        yield Call(function, batch, nbytes, batch[0][0].b.name)
 
 
 def _by_tensor(batches: Iterable[list[tuple[_Key, _T]]]) -> dict[_Key, list[_T]]:

@@ -6,13 +6,13 @@ They go in turn over the files: threads that write one file wait for each other.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from zlib_ng.zlib_ng import crc32_combine
 
@@ -31,20 +31,15 @@ from converter.run.parts import (
     rewrite_piece,
     write_piece,
 )
-from converter.run.tasks import (
-    DEFAULT_MEMORY_NBYTES,
-    DEFAULT_WORKERS,
-    Progress,
-    Tasks,
-    chunk_nbytes_for,
-    open_tasks,
-)
+from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, Tasks, open_tasks
 from converter.run.transaction import Transaction, begin
-from converter.storage import Place, hold_same
+from converter.run.workers.sight import check_workers
+from converter.storage import FileRef, Place, hold_same
 from converter.storage.local import open_staged
 from converter.tensors.base import Storage
-from converter.tensors.reader import CrcPart, check_crc
+from converter.tensors.reader import PIECE_NBYTES, CrcPart, check_crc
 
+_T = TypeVar("_T")
 _NAMED = 5  # tensors, in a message
 _PARSED_NBYTES = 4_000_000  # of a header: one of 10 MB takes 80 to be parsed again. No shard that is known has as much
 
@@ -65,23 +60,9 @@ class Result:
     too_large: Mapping[str, int] = field(default_factory=dict)
 
 
-def default_workers(plan: Plan) -> int:
-    """Say how many threads a run takes: some wait for the disk, or for each other, while others copy.
-
-    Casts hold the interpreter's lock, and take a tenth longer with more threads than there are cores.
-    """
-    return min(DEFAULT_WORKERS, os.cpu_count() or 1) if any(file.computes for file in plan.files) else DEFAULT_WORKERS
-
-
-def peak_buffer_nbytes(plan: Plan, memory_nbytes: int, workers: int) -> int:
-    """Say how much the buffers of a run take at most."""
-    window = max((tensor.source.window for file in plan.files for tensor, _ in file.tensors), default=1)
-    return workers * 2 * max(window, chunk_nbytes_for(memory_nbytes, workers))
-
-
 def run_plan(
     plan: Plan,
-    executor: Executor | None = None,
+    executor: Executor | str | None = None,
     *,
     workers: int | None = None,
     memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
@@ -94,29 +75,35 @@ def run_plan(
 
     ``verify`` reads every byte back and holds it against the source before anything is published; a plan that removes
     or replaces what it reads always does. Where all of it is there already, it is read back and compared, and nothing
-    is written. An ``executor`` whose workers see the same disk has up to twice as many tasks at once as ``workers``
-    says. Raises BadFile for a source that is damaged or changes, OutputRefused and SystemRefused.
+    is written. An ``executor``, or a text as ``--executor`` takes it, is of workers that see the same disk; ``workers``
+    is their number, if it does not tell. Where they may be on other machines a task is a whole file, and the memory a
+    worker's. Raises BadFile for a source that is damaged or changes, OutputRefused and SystemRefused.
     """
     begun = time.perf_counter()
     verify = verify or plan.destroys_source
-    workers = workers or default_workers(plan)
     if plan.is_there:
         with open_tasks(executor, workers, memory_nbytes, progress) as tasks:
+            _check_workers(plan, tasks, None)
             _check_output(plan, tasks)
         return Result(plan, time.perf_counter() - begun, verified=True)
     with begin(plan.target) as output, open_tasks(executor, workers, memory_nbytes, progress) as tasks:
         output.expect(*_expected(plan), plan.removed_sources)
+        _check_workers(plan, tasks, output.staged(""))
         reused, too_large = _write_files(plan, output, tasks)
         for planned in plan.written:
             check_staged(planned, output.staged(planned.path))
         if verify:
-            tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, output.staged))
+            tasks.finish(_call(compare_piece, piece) for piece in _pieces(plan, output.staged, tasks))
         _write_others(plan, output)
         _check_sources(plan)
         for name, source in _second_names(plan):  # only now: they change what a file's stamp says
             output.link(name, source)
         output.commit(Changes.of(plan, keep), request)
     return Result(plan, time.perf_counter() - begun, reused, verify, output.left_over, too_large)
+
+
+def _call(function: Callable[[Piece, int], _T], piece: Piece) -> Call[Piece, _T]:
+    return Call(function, piece, piece.nbytes, piece.place.name)
 
 
 def _expected(plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
@@ -139,8 +126,7 @@ def _write_files(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Co
     parts: list[CrcPart] = []
     written: dict[tuple[Place, int], list[WrittenCrc]] = defaultdict(list)
     too_large: Counter[str] = Counter()
-    pieces = _pieces(plan, output.staged)
-    for report in tasks.run((writers[piece.place], piece, piece.nbytes) for piece in pieces):
+    for report in tasks.run(_call(writers[piece.place], piece) for piece in _pieces(plan, output.staged, tasks)):
         too_large += report.too_large
         checked.update(report.read.checked)
         parts += report.read.parts
@@ -175,7 +161,7 @@ def _check_records(files: Sequence[PlannedFile], checked: set[Storage], parts: I
             checked.add(record)
     records = {record for record in _storages(files) if record.crc32 is not None}
     unread = sorted(records - checked, key=lambda record: record.offset)
-    tasks.finish((check_record, record, 0) for record in unread)
+    tasks.finish(Call(check_record, record, 0, str(record.file.place)) for record in unread)
 
 
 def _storages(files: Iterable[PlannedFile]) -> Iterator[Storage]:
@@ -198,9 +184,10 @@ def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
     )
 
 
-def _pieces(plan: Plan, place_for: Callable[[str], Place]) -> Iterator[Piece]:
-    """Take a piece of each file in turn, as it lies at a place."""
-    rows = [cut_pieces(planned, place_for(planned.path)) for planned in plan.written]
+def _pieces(plan: Plan, place_for: Callable[[str], Place], tasks: Tasks) -> Iterator[Piece]:
+    """Take a piece of each file in turn, as it lies at a place; for workers that are far a file is one."""
+    are_far = tasks.workers.are_far
+    rows = [cut_pieces(one, place_for(one.path), one.nbytes if are_far else PIECE_NBYTES) for one in plan.written]
     while rows:
         for row in list(rows):
             piece = next(row, None)
@@ -227,7 +214,7 @@ def _check_output(plan: Plan, tasks: Tasks) -> None:
     problem = "exists, and is not what would be written"
     advice = "Use --overwrite to write it again, or -o for a new folder."
     try:
-        tasks.finish((compare_piece, piece, piece.nbytes) for piece in _pieces(plan, folder.__truediv__))
+        tasks.finish(_call(compare_piece, piece) for piece in _pieces(plan, folder.__truediv__, tasks))
     except MismatchError as error:
         raise OutputRefused(error.where, f"{problem}: other values near tensor {error.tensor!r}", advice) from None
     for name, file in plan.copied:
@@ -237,8 +224,18 @@ def _check_output(plan: Plan, tasks: Tasks) -> None:
 
 def _check_sources(plan: Plan) -> None:
     """Look a last time whether a source was changed while it was read."""
-    for file in {storage.file for storage in _storages(plan.files)}:
+    for file in _sources(plan):
         file.open().close()
+
+
+def _sources(plan: Plan) -> set[FileRef]:
+    return {storage.file for storage in _storages(plan.files)}
+
+
+def _check_workers(plan: Plan, tasks: Tasks, staged: Place | None) -> None:
+    """Look whether all workers can do what they will be given."""
+    if tasks.workers.are_far:
+        check_workers(tasks.workers, _sources(plan), staged)
 
 
 def _write_others(plan: Plan, output: Transaction) -> None:

@@ -1,4 +1,4 @@
-"""How tasks are run, whatever they do: a few under way at once, on any executor, with signals in good hands.
+"""Tasks of a run, whatever they do: a few under way at once, on any executor, with signals in good hands.
 
 Only a few tasks are under way at once, so memory stays at their buffers and Ctrl-C is heard within a task.
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
+from converter import __version__
+from converter.errors import SystemRefused, WconvError
 from converter.run.parts import CHUNK_NBYTES
 from converter.run.signals import signals_held
+from converter.run.workers import Workers, open_workers
 
 DEFAULT_MEMORY_NBYTES = 1 << 26
-DEFAULT_WORKERS = 4
 _MIN_CHUNK_NBYTES = 1 << 16
 _LISTEN_SECONDS = 0.2  # a signal is heard so soon, however long a task takes
 
@@ -27,69 +29,122 @@ _T = TypeVar("_T")
 _A = TypeVar("_A")
 
 
-def chunk_nbytes_for(memory_nbytes: int, workers: int) -> int:
-    """Share a memory budget among workers as buffers, each of two at most, up to the size that is fastest."""
-    share = memory_nbytes // (2 * workers)
+def chunk_nbytes_for(memory_nbytes: int, sharing: int) -> int:
+    """Share a memory budget among tasks as buffers, each of two at most, up to the size that is fastest."""
+    share = memory_nbytes // (2 * sharing)
     return max(_MIN_CHUNK_NBYTES, min(CHUNK_NBYTES, share // _MIN_CHUNK_NBYTES * _MIN_CHUNK_NBYTES))
 
 
 @dataclass(frozen=True, slots=True)
-class Tasks:
-    """How tasks are run: where, how many at once, with what buffers, and who is told."""
+class Call(Generic[_A, _T]):
+    """A task: what is called with an argument and a chunk size, the bytes it deals with, and what it is about."""
 
-    pool: Executor
-    limit: int
+    function: Callable[[_A, int], _T]
+    argument: _A
+    nbytes: int
+    about: str
+
+
+class Failed(NamedTuple):
+    """What a task came to that raised an error of ours: no engine tries it again, or writes it into its log."""
+
+    error: WconvError
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """How tasks are run: by whom, with what buffers, and who is told."""
+
+    workers: Workers
     chunk_nbytes: int
     progress: Progress
 
-    def run(self, calls: Iterable[tuple[Callable[[_A, int], _T], _A, int]]) -> Generator[_T, None, None]:
-        """Run calls of (function, argument, bytes it deals with), a few at once; yield results as they come."""
+    def run(self, calls: Iterable[Call[_A, _T]]) -> Generator[_T, None, None]:
+        """Run calls, a few at once; yield results as they come.
+
+        Raises what they raise, and SystemRefused for what happens to a worker.
+        """
         queue = iter(calls)
-        waiting: dict[Future[_T], int] = {}
+        waiting: dict[Future[_T | Failed], Call[_A, _T]] = {}
         with signals_held() as let_through:
             try:
                 while True:
-                    for function, argument, nbytes in itertools.islice(queue, self.limit - len(waiting)):
-                        waiting[self.pool.submit(function, argument, self.chunk_nbytes)] = nbytes
+                    for call in itertools.islice(queue, max(0, 2 * self.workers.count - len(waiting))):
+                        waiting[self._submit(call)] = call
                     if not waiting:
                         return
-                    for future in wait(waiting, _LISTEN_SECONDS, FIRST_COMPLETED).done:
-                        nbytes = waiting.pop(future)
-                        yield future.result()
-                        self.progress(nbytes)
+                    done = wait(waiting, _LISTEN_SECONDS, FIRST_COMPLETED).done
+                    for future in done:
+                        call = waiting.pop(future)
+                        yield self._result(future, call)
+                        self.progress(call.nbytes)
+                    if not done:
+                        self.workers.check()
                     let_through()
             finally:
                 # What is cancelled is not waited for: some executors never say that they know.
                 wait([future for future in waiting if not future.cancel()])
 
-    def finish(self, calls: Iterable[tuple[Callable[[_A, int], object], _A, int]]) -> None:
+    def _submit(self, call: Call[_A, _T]) -> Future[_T | Failed]:
+        with self._explained(call):
+            if self.workers.are_far:
+                return self.workers.submit(_attempt, __version__, call, self.chunk_nbytes)
+            return self.workers.submit(call.function, call.argument, self.chunk_nbytes)
+
+    def _result(self, future: Future[_T | Failed], call: Call[_A, _T]) -> _T:
+        with self._explained(call):
+            result = future.result()
+        if isinstance(result, Failed):
+            raise result.error
+        return result
+
+    @contextmanager
+    def _explained(self, call: Call[_A, _T]) -> Iterator[None]:
+        """Say in words what has happened to a worker."""
+        try:
+            yield
+        except Exception as error:
+            trouble = None if isinstance(error, WconvError) else self.workers.explain(error)
+            if trouble is None:
+                raise
+            raise SystemRefused(call.about, *trouble) from error
+
+    def finish(self, calls: Iterable[Call[_A, object]]) -> None:
         """Run calls of which nothing is wanted but an error."""
         for _ in self.run(calls):
             pass
 
 
+def _attempt(version: str, call: Call[_A, _T], chunk_nbytes: int) -> _T | Failed:
+    """Run a task on a worker that may have come since the others were looked at."""
+    if version != __version__:
+        problem = f"was given to a worker with wconv {__version__}, and {version} runs here"
+        return Failed(SystemRefused(call.about, problem, f"Install wconv {version} on all."))
+    try:
+        return call.function(call.argument, chunk_nbytes)
+    except SystemRefused:
+        raise  # a disk elsewhere may have been away for a moment
+    except WconvError as error:
+        return Failed(error)
+
+
 @contextmanager
 def open_tasks(
-    executor: Executor | None, workers: int | None, memory_nbytes: int, progress: Progress | None
+    executor: Executor | str | None, workers: int | None, memory_nbytes: int, progress: Progress | None
 ) -> Iterator[Tasks]:
-    """Give what runs tasks: on an executor of the caller's, or on threads that end with this."""
-    count = workers or DEFAULT_WORKERS
-    pool = executor or ThreadPoolExecutor(count, "wconv")
-    try:
-        yield Tasks(pool, 2 * count, chunk_nbytes_for(memory_nbytes, count), progress or (lambda _: None))
-    finally:
-        if executor is None:
-            pool.shutdown(wait=True, cancel_futures=True)
+    """Give what runs tasks: on an executor of the caller's, or on workers that end with this."""
+    with open_workers(executor, workers) as opened:
+        yield Tasks(opened, chunk_nbytes_for(memory_nbytes, opened.sharing), progress or (lambda _: None))
 
 
 def run_tasks(
-    calls: Iterable[tuple[Callable[[_A, int], _T], _A, int]],
-    executor: Executor | None = None,
+    calls: Iterable[Call[_A, _T]],
+    executor: Executor | str | None = None,
     workers: int | None = None,
     memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
     progress: Progress | None = None,
 ) -> Generator[_T, None, None]:
-    """Run calls of (function, argument, bytes it deals with) on an executor; each is given a chunk size as well.
+    """Run calls on an executor; yield results as they come.
 
     Who may leave before the last result closes this: what a signal raises while an object goes is lost.
     """

@@ -1,0 +1,80 @@
+"""Worker processes on this machine: for casts, which hold the interpreter's lock for too long to keep many cores busy.
+
+Never forked from this process: a network client in it would hang in the child. On Linux they are forked from a server
+that has loaded little more than numpy, and share its memory; elsewhere each starts anew. A worker leaves Ctrl-C to the
+process that it works for, and ends with it, however that ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import forkserver, get_context, parent_process
+
+from converter.errors import Unsupported
+from converter.run.workers.base import Workers
+from converter.run.workers.cores import count_cores
+
+_PRELOADED = ["converter.run.parts", "converter.tensors.kernels"]
+_HAS_SERVER = sys.platform == "linux"
+
+
+@contextmanager
+def open_engine(address: str, workers: int | None) -> Iterator[Workers]:
+    """Give worker processes, as many as there are cores where nobody says. Raises Unsupported on Python 3.10."""
+    count = int(address) if address else workers or count_cores()
+    with _safe_path():
+        start()
+        context = get_context("forkserver" if _HAS_SERVER else "spawn")
+        pool = ProcessPoolExecutor(count, context, _settle)
+        try:
+            yield Workers(pool, count)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def start() -> None:
+    """Have what workers need loaded, on another core, before there is anything to do."""
+    if not _HAS_SERVER:
+        return
+    with _safe_path():
+        forkserver.set_forkserver_preload(_PRELOADED)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which it inherits, and all workers
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keep the current folder, which may be the model's, out of where workers load modules from as they start."""
+    if sys.version_info < (3, 11):
+        problem = "needs Python 3.11, which can keep modules of the current folder out"
+        raise Unsupported("--executor processes", problem, "Take threads.")
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
+def _settle() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,23 @@
+"""Threads of this process: enough for what is only moved, as the system does that without the interpreter's lock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from converter.run.workers.base import Workers
+
+DEFAULT_WORKERS = 4
+"""Some wait for the disk, or for each other, while others copy."""
+
+
+@contextmanager
+def open_engine(_: str, workers: int | None) -> Iterator[Workers]:
+    """Give threads that end with this."""
+    count = workers or DEFAULT_WORKERS
+    pool = ThreadPoolExecutor(count, "wconv")
+    try:
+        yield Workers(pool, count)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
