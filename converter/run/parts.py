@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 CHUNK_NBYTES = 1 << 19  # 128 KiB to 1 MiB take the least processor time: it stays in the cache
 # To have fewer bytes copied takes longer than to read and write them: btrfs waits for what is on its way to the disk.
 _TAKEN_NBYTES = 1 << 19
+_ASKED_NBYTES = 1 << 12  # it takes as long to find out where a smaller tensor lies as to read it
 
 
 class Step(NamedTuple):
@@ -131,10 +132,13 @@ class _Run:
 
 
 def _joined(steps: Iterable[Step]) -> Iterator[_Run]:
-    """Join steps whose bytes follow each other in a file as they do in the output."""
+    """Join steps whose bytes follow each other in a file as they do in the output; small ones only behind others."""
     run = _Run(None, 0, 0, 0, [])
     for step in steps:
         tensor, offset, begin, end = step
+        if run.file is None and end - begin < _ASKED_NBYTES:
+            run.steps.append(step)
+            continue
         found = tensor.source.verbatim(begin, end)
         file, at, nbytes, _ = found or (None, 0, 0, None)
         is_next = file is run.file and at - run.begin == run.nbytes == offset + begin - run.offset
