@@ -2,6 +2,7 @@
 
 A file is cut into pieces of some MB; each is a task of its own, for any executor, in this process or another. A piece
 fills its buffer tensor after tensor, so that many small ones make one write. It does not know what tensors are made of.
+What lies in a file as it is to be written, the system is asked to copy, or to share, before the rest is read.
 
 CRC32s of what is written are computed as the bytes go by.
 """
@@ -10,15 +11,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
 from converter.errors import BadFile, Where
-from converter.storage import OpenFile, Place
-from converter.storage.local import open_staged
+from converter.storage import FileRef, OpenFile, Place
+from converter.storage.local import StagedFile, open_staged
 from converter.tensors.base import Storage, Tensor
 from converter.tensors.reader import ITEM_MULTIPLE, PIECE_NBYTES, RangeReader, Sums
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from converter.plan.types import PlannedFile
 
 CHUNK_NBYTES = 1 << 19  # 128 KiB to 1 MiB take the least processor time: it stays in the cache
+# To have fewer bytes copied takes longer than to read and write them: btrfs waits for what is on its way to the disk.
+_TAKEN_NBYTES = 1 << 19
+_ASKED_NBYTES = 1 << 12  # it takes as long to find out where a smaller tensor lies as to read it
 
 
 class Step(NamedTuple):
@@ -97,7 +101,54 @@ def _part(tensor: Tensor, begin: int, end: int) -> Tensor:
 def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Write a piece into its file, which is there. Raises BadFile for a record that is damaged."""
     with open_staged(piece.place) as out:
-        return _carry(piece, chunk_nbytes, lambda offset, chunk, _: out.write(offset, chunk))
+        left = piece if piece.with_crcs else replace(piece, steps=tuple(_take(piece.steps, out)))
+        return _carry(left, chunk_nbytes, lambda offset, chunk, _: out.write(offset, chunk))
+
+
+def _take(steps: Iterable[Step], out: StagedFile) -> Iterator[Step]:
+    """Have the system copy what lies in files as it is to be written; give the steps that are left."""
+    is_willing = True  # what it has refused once, it would refuse again
+    with RangeReader() as reader:
+        for run in _joined(steps):
+            if is_willing and run.file is not None and run.nbytes >= _TAKEN_NBYTES:
+                is_willing = out.take(run.offset, reader.file(run.file), run.begin, run.nbytes)
+                if is_willing:
+                    continue
+            yield from run.steps
+
+
+@dataclass(slots=True)
+class _Run:
+    """Steps in a row, and what they make together: ``nbytes`` bytes at ``begin`` of a file, which go to ``offset``.
+
+    Where there is no such file, each step is for itself.
+    """
+
+    file: FileRef | None
+    begin: int
+    offset: int
+    nbytes: int
+    steps: list[Step]
+
+
+def _joined(steps: Iterable[Step]) -> Iterator[_Run]:
+    """Join steps whose bytes follow each other in a file as they do in the output; small ones only behind others."""
+    run = _Run(None, 0, 0, 0, [])
+    for step in steps:
+        tensor, offset, begin, end = step
+        if run.file is None and end - begin < _ASKED_NBYTES:
+            run.steps.append(step)
+            continue
+        found = tensor.source.verbatim(begin, end)
+        file, at, nbytes, _ = found or (None, 0, 0, None)
+        is_next = file is run.file and at - run.begin == run.nbytes == offset + begin - run.offset
+        if is_next or file is run.file is None:
+            run.nbytes += nbytes
+            run.steps.append(step)
+        else:
+            yield run
+            run = _Run(file, at, offset + begin, nbytes, [step])
+    yield run
 
 
 def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
@@ -150,6 +201,8 @@ def check_record(record: Storage, chunk_nbytes: int = CHUNK_NBYTES) -> None:
 def _carry(piece: Piece, chunk_nbytes: int, deal_with: Callable[[int, memoryview, str], None]) -> Report:
     """Read a piece in chunks, and hand over each with its offset in the file and the name of its last tensor."""
     report = Report()
+    if not piece.steps:
+        return report
     buffer = _Buffer(_buffer_nbytes(piece, chunk_nbytes), deal_with)
     with RangeReader(with_sums=True) as reader:
         for tensor, offset, begin, end in piece.steps:

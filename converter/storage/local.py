@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from converter.errors import BadFile, BadRequest, SystemRefused
 from converter.storage.base import FileRef, Info, Kind, OpenFile, Place, Store, Tag, changed
-from converter.storage.root import Root, names_in
+from converter.storage.root import Root, names_in, share
 
 # A pipe that takes a file's place after it was looked at is opened at once. Windows has no such flag.
 _WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0)
@@ -190,6 +190,10 @@ class StagedFile(LocalFile):
         while data:
             count = _write_at(self.handle, offset, data)
             offset, data = offset + count, data[count:]
+
+    def take(self, offset: int, source: OpenFile, begin: int, nbytes: int) -> bool:
+        """Have the system copy bytes of another file to an offset, unseen; say whether it did with all of them."""
+        return isinstance(source, LocalFile) and share(source.handle, begin, self.handle, offset, nbytes) == nbytes
 
 
 def _write_at(handle: int, offset: int, data: memoryview) -> int:

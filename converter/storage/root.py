@@ -23,8 +23,7 @@ _WAY = _FOLDER | getattr(os, "O_PATH", os.O_RDONLY)
 _BINARY = getattr(os, "O_BINARY", 0)
 # Some network and FUSE disks cannot sync a folder, and say so in one of these ways.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
-_CANNOT_SHARE = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
-_SHARE_NBYTES = 1 << 30
+_SHARE_NBYTES = 1 << 30  # a signal is heard so often
 _COPY_NBYTES = 1 << 20
 
 
@@ -316,16 +315,42 @@ def _give_mode(file: int, found: os.stat_result) -> None:
 
 
 def _copy_bytes(source: int, out: int) -> None:
-    try:
-        # The system copies by itself where it can, and shares what it need not copy.
-        while os.copy_file_range(source, out, _SHARE_NBYTES):
-            pass
-    except (AttributeError, OSError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in _CANNOT_SHARE:
-            raise
+    done = share(source, 0, out, 0, os.fstat(source).st_size)
     # The rest, or all of it.
+    for file in (source, out):
+        os.lseek(file, done, os.SEEK_SET)
     while chunk := os.read(source, _COPY_NBYTES):
         write_all(out, chunk)
+
+
+def share(source: int, begin: int, out: int, offset: int, nbytes: int) -> int:
+    """Have the system copy bytes from one open file to another, and share those that it need not copy; say how many.
+
+    Whoever reads and writes the rest finds out what is wrong, if anything is.
+    """
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    done = 0
+    try:
+        for end in (min(_ahead_of_blocks(begin, out, offset), nbytes), nbytes):
+            while done < end:
+                count = os.copy_file_range(source, out, min(end - done, _SHARE_NBYTES), begin + done, offset + done)
+                if not count:  # the file ends, or is one that some systems copy nothing of
+                    return done
+                done += count
+    except OSError:  # other disks, and many that cannot: each has its own number
+        pass
+    return done
+
+
+def _ahead_of_blocks(begin: int, out: int, offset: int) -> int:
+    """Count the bytes before the first block of a file, where blocks lie as they do in the file they come from.
+
+    File systems share whole blocks, and only what begins with one (``generic_remap_checks`` in ``fs/remap_range.c`` of
+    Linux); for what is left behind the last one the system sees by itself.
+    """
+    block = os.fstat(out).st_blksize or 1
+    return 0 if (begin - offset) % block else -offset % block
 
 
 def write_all(file: int, raw: bytes) -> None:

@@ -84,6 +84,9 @@ class TensorSource(Protocol):
     def inputs(self) -> tuple[Storage, ...]:
         """Give the ranges of files that it reads; none for what stands in no file."""
 
+    def verbatim(self, begin: int, end: int) -> ByteRange | None:
+        """Give where its bytes ``begin`` to ``end`` lie in a file as they are; None where they have to be read."""
+
     def part(self, begin: int, end: int) -> TensorSource:
         """Give what reads the same from ``begin`` to ``end``, without what only the rest needs."""
 

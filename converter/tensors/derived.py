@@ -36,6 +36,9 @@ class Constant:
     def inputs(self) -> tuple[Storage, ...]:
         return ()
 
+    def verbatim(self, begin: int, end: int) -> None:
+        return None
+
     def part(self, begin: int, end: int) -> Constant:
         return self
 
@@ -92,6 +95,9 @@ class Derived:
 
     def inputs(self) -> tuple[Storage, ...]:
         return self.source.inputs()
+
+    def verbatim(self, begin: int, end: int) -> None:
+        return None
 
     def part(self: _D, begin: int, end: int) -> _D:
         before, after = self.source.dtype.itemsize or 1, self.dtype.itemsize or 1
@@ -220,6 +226,9 @@ class Boxes:
 
     def inputs(self) -> tuple[Storage, ...]:
         return tuple(storage for box in self.boxes for storage in box.source.inputs())
+
+    def verbatim(self, begin: int, end: int) -> None:
+        return None
 
     def part(self, begin: int, end: int) -> Boxes:
         return self

@@ -88,6 +88,10 @@ class RangeReader:
         if self._with_sums and record.crc32 is not None:
             self._sum(record, begin, out)
 
+    def file(self, ref: FileRef) -> OpenFile:
+        """Give a file that is read from, open for now."""
+        return self._turn_to(ref).file
+
     def scratch(self, nbytes: int) -> _Scratch:
         """Give room to work in, for as long as the context is open; what it holds at first is anything."""
         scratch = self._scratch.pop() if self._scratch else _Scratch(self._scratch)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converter.dtypes import DType
-from converter.tensors.base import PackedRange, Reader, Storage
+from converter.tensors.base import ByteRange, PackedRange, Reader, Storage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +52,13 @@ class View(NamedTuple):
 
     def inputs(self) -> tuple[Storage, ...]:
         return (self.storage,)
+
+    def verbatim(self, begin: int, end: int) -> ByteRange | None:
+        storage = self.storage
+        # A CRC32 is of bytes that were read.
+        if storage.crc32 is not None or type(storage) is PackedRange or not self.is_contiguous:
+            return None
+        return ByteRange(storage.file, storage.offset + self.dtype.nbytes(self.start) + begin, end - begin)
 
     def part(self, begin: int, end: int) -> View:
         return self
