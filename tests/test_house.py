@@ -51,6 +51,10 @@ HOMES = {
     "pickle": (),
     "safetensors": (),
     "hypothesis": ("testing.py",),
+    "multiprocessing": ("run/workers/processes.py",),
+    "distributed": ("run/workers/dask.py",),
+    "ray": ("run/workers/ray.py",),
+    "mpi4py": ("run/workers/mpi.py",),
 }
 # What only storage does to a disk; all others ask a Place, or a Root. A ``stat`` without arguments, or an ``open`` of a
 # mode, is a Path's.
@@ -64,8 +68,9 @@ PATH_METHODS = {
     "glob", "hardlink_to", "is_dir", "is_symlink", "iterdir", "lstat", "mkdir", "read_bytes", "read_text", "readlink",
     "resolve", "rglob", "rmdir", "samefile", "symlink_to", "touch", "unlink", "write_bytes", "write_text",
 }  # fmt: skip
-# The null device in place of a closed stream, and a folder of their own for programs that are asked.
-ON_DISK = {"cli/__init__.py", "cli/terminal.py", "libraries/ask.py"}
+# The null device in place of a closed stream, a folder of their own for programs that are asked, and what the system
+# says of itself.
+ON_DISK = {"cli/__init__.py", "cli/terminal.py", "libraries/ask.py", "run/workers/cores.py"}
 # So many modules more than click itself does the command load to show its help; they were 17.
 MOST_MODULES = 30
 

@@ -22,6 +22,7 @@ from support.tiny import make_state, read_file, rezip, save, save_pipeline, snap
 import converter.run.execute
 from converter import Request, convert, plan_conversion, run_plan
 from converter.errors import BadFile
+from converter.run.workers import Workers
 from converter.storage import FileRef, OpenFile, place_of
 from converter.storage.local import LocalFile
 from converter.tensors.base import Storage, Tensor
@@ -446,6 +447,6 @@ def test_futures_that_an_executor_forgets_are_not_waited_for(tmp_path: Path) -> 
     write_json(tmp_path / "m" / "model_index.json", {"_class_name": "P"})
     pool = Forgetful()
     plan = plan_conversion(Request.of(tmp_path / "m", tmp_path / "out"))
-    assert in_time(lambda: run_plan(plan, pool)) is error
+    assert in_time(lambda: run_plan(plan, Workers(pool, 1))) is error
     assert [future.cancelled() for future in pool.futures] == [False, True]
     assert list(tmp_path.iterdir()) == [tmp_path / "m"]

@@ -37,7 +37,7 @@ from converter.run.workers.sight import check_workers
 from converter.storage import FileRef, Place, hold_same
 from converter.storage.local import open_staged
 from converter.tensors.base import Storage
-from converter.tensors.reader import PIECE_NBYTES, CrcPart, check_crc
+from converter.tensors.reader import CrcPart, check_crc
 
 _T = TypeVar("_T")
 _NAMED = 5  # tensors, in a message
@@ -186,8 +186,12 @@ def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
 
 def _pieces(plan: Plan, place_for: Callable[[str], Place], tasks: Tasks) -> Iterator[Piece]:
     """Take a piece of each file in turn, as it lies at a place; for workers that are far a file is one."""
-    are_far = tasks.workers.are_far
-    rows = [cut_pieces(one, place_for(one.path), one.nbytes if are_far else PIECE_NBYTES) for one in plan.written]
+
+    def cut(planned: PlannedFile) -> Iterator[Piece]:
+        place = place_for(planned.path)
+        return cut_pieces(planned, place, planned.nbytes) if tasks.workers.are_far else cut_pieces(planned, place)
+
+    rows = list(map(cut, plan.written))
     while rows:
         for row in list(rows):
             piece = next(row, None)
