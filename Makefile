@@ -51,7 +51,7 @@ test: .venv/installed  ## run the tests but the slow ones (PYTEST_ARGS=... for m
 	.venv/$(BIN)/python $(if $(COVERAGE),-m coverage run )-m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
 	$(if $(COVERAGE),.venv/$(BIN)/python -m coverage combine -q && .venv/$(BIN)/python -m coverage report)
 
-test-all: .venv/installed .venv-coreml/installed  ## run all tests
+test-all: .venv/installed .venv-coreml/installed .venv-engines/installed  ## run all tests
 	.venv/$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: format-check ruff-check type-check readme-check docs-check  ## run all the checks below
@@ -97,7 +97,7 @@ fuzz: .venv-fuzz/installed  ## feed the readers made-up files, a minute each (FU
 	.venv-fuzz/$(BIN)/python scripts/fuzz.py $(FUZZ_ARGS)
 
 clean:  ## remove environments, caches and all that was built
-	rm -rf .venv .venv-demo .venv-lint .venv-fuzz .venv-coreml build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-demo .venv-lint .venv-fuzz .venv-coreml .venv-engines build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find converter scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environments. Each holds an empty file "installed", newer than what it was installed from.
@@ -122,6 +122,12 @@ clean:  ## remove environments, caches and all that was built
 	@$(PYTHON) -m venv .venv-coreml
 	@.venv-coreml/$(BIN)/python -m pip install -q $(TORCH)
 	@.venv-coreml/$(BIN)/python -m pip install -q ".[coreml]"
+	@touch $@
+
+.venv-engines/installed: setup.cfg pyproject.toml
+	@echo "Installing wconv and the engines of clusters into .venv-engines ..."
+	@$(PYTHON) -m venv .venv-engines
+	@.venv-engines/$(BIN)/python -m pip install -q -e ".[engines]"
 	@touch $@
 
 .venv-fuzz/installed: setup.cfg pyproject.toml
