@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from distributed import Client
@@ -43,7 +44,7 @@ def open_engine(address: str, workers: int | None) -> Iterator[Workers]:
     with client:
         try:
             client.wait_for_workers(1, timeout=_COME_SECONDS)
-        except TimeoutError:
+        except asyncio.TimeoutError:  # a class of its own until Python 3.11
             problem = f"is a Dask scheduler to which no worker has come in {_COME_SECONDS} s"
             raise SystemRefused(address, problem, "Start some: dask worker ADDRESS.") from None
         yield DaskWorkers(client.get_executor(pure=False, retries=_RETRIES), client)
@@ -57,8 +58,10 @@ class DaskWorkers(Workers):
     def __init__(self, executor: Executor, client: Client) -> None:
         super().__init__(executor, 1, are_far=True)
         self._client = client
+        self._address: str = client.scheduler.addr
         self._threads: dict[str, int] = {}
         self._asked = -_ASKED_SECONDS
+        self._seen = time.monotonic()
 
     @classmethod
     def of(cls, executor: Executor) -> DaskWorkers:
@@ -66,9 +69,13 @@ class DaskWorkers(Workers):
         return cls(executor, executor._client)  # type: ignore[attr-defined]
 
     def _ask(self) -> dict[str, int]:
+        """Ask how many threads each worker has. A scheduler that says nothing is for ``check``, and for Ctrl-C."""
         if time.monotonic() - self._asked > _ASKED_SECONDS:
-            self._threads = dict(self._client.nthreads())
+            with suppress(OSError, asyncio.TimeoutError):
+                self._threads = dict(self._client.nthreads(callback_timeout=_ASKED_SECONDS))
             self._asked = time.monotonic()
+            if self._threads:
+                self._seen = self._asked
         return self._threads
 
     @property
@@ -93,4 +100,7 @@ class DaskWorkers(Workers):
 
     def check(self) -> None:
         if self._client.status not in ("running", "connecting"):
-            raise SystemRefused(str(self._client.scheduler.addr), "is a Dask scheduler that is gone", "Run this again.")
+            raise SystemRefused(self._address, "is a Dask scheduler that is gone", "Run this again.")
+        if not self._ask() and time.monotonic() - self._seen > _COME_SECONDS:
+            problem = f"is a Dask scheduler that has had no worker for {_COME_SECONDS} s"
+            raise SystemRefused(self._address, problem, "Look into the logs of those that it had.")
