@@ -19,10 +19,18 @@ import psutil
 ROOT = Path(__file__).parents[2]
 BIN = ROOT / ".venv-engines" / "bin"
 PYTHON = BIN / "python"
+WCONV = (PYTHON, "-m", "converter")
 SUPPORT = Path(__file__).parent
-HANGS = 300  # seconds after which what is waited for will not come any more
+HANGS = 60  # seconds after which what is waited for will not come any more
 # Nobody's, and no cluster's: a test that forgets its address must not find one that runs here.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS")}
+
+
+COME = """
+import sys
+from distributed import Client
+Client(sys.argv[1]).wait_for_workers(int(sys.argv[2]), 100)
+"""
 
 
 def wait_until(is_so: Callable[[], object], what: str) -> None:
@@ -124,7 +132,7 @@ class Ended:
 class Driver:
     """A run of wconv that goes on beside us."""
 
-    def __init__(self, arguments: Sequence[object], before: Sequence[object] = (PYTHON, "-m", "converter")) -> None:
+    def __init__(self, arguments: Sequence[object], before: Sequence[object] = WCONV, **more: object) -> None:
         # Whoever starts the tests in the background makes them ignore SIGINT, and all that they start.
         hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
         self.process = subprocess.Popen(
@@ -133,7 +141,7 @@ class Driver:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment(),
+            env=environment(**more),
             preexec_fn=hear,
         )
 
@@ -147,16 +155,9 @@ class Driver:
         return Ended(self.process.returncode, out, err)
 
 
-def run(*arguments: object, before: Sequence[object] = (PYTHON, "-m", "converter")) -> Ended:
+def run(*arguments: object, before: Sequence[object] = WCONV, **more: object) -> Ended:
     """Run wconv to its end."""
-    return Driver(arguments, before).end()
-
-
-def run_script(text: str, *arguments: object) -> str:
-    """Run a script in the environment of engines, and give what it prints."""
-    ended = run(*arguments, before=(PYTHON, "-c", text))
-    assert ended.exit_code == 0, ended.stderr
-    return ended.stdout
+    return Driver(arguments, before, **more).end()
 
 
 @dataclass
@@ -167,6 +168,7 @@ class Dask:
     scheduler: psutil.Process
     stack: contextlib.ExitStack
     more: Mapping[str, object]
+    count: int = 0
 
     @property
     def file(self) -> Path:
@@ -177,25 +179,20 @@ class Dask:
         address: str = json.loads(self.file.read_text())["address"]
         return address
 
-    def add(self, count: int, *options: object, before: Sequence[object] = (), **more: object) -> psutil.Process:
-        """Have so many workers come, each a process."""
-        there = len(self.workers())
+    def add(self, count: int, *options: object, before: Sequence[object] = (), **more: object) -> None:
+        """Have so many workers come, each a process of its own."""
         command = [*before, BIN / "dask", "worker", self.address, "--nthreads", 1, "--no-dashboard"]
-        command += ["--nworkers", count, "--local-directory", self.folder / "local", *options]
-        worker = self.stack.enter_context(held(self.folder / "log", *command, **{**self.more, **more}))
-        wait_until(lambda: len(self.workers()) == there + count, "workers")
-        return worker
-
-    def workers(self) -> dict[str, int]:
-        """Give the processes of workers by their addresses."""
-        script = "import json, os, sys; from distributed import Client; print(json.dumps(Client(sys.argv[1]).run(os.getpid)))"
-        found: dict[str, int] = json.loads(run_script(script, self.address))
-        return found
+        command += ["--local-directory", self.folder / "local", *options]
+        for _ in range(count):
+            self.stack.enter_context(held(self.folder / "log", *command, **{**self.more, **more}))
+        self.count += count
+        ended = run(self.address, self.count, before=(PYTHON, "-c", COME))
+        assert ended.exit_code == 0, ended.stderr
 
 
 @contextlib.contextmanager
 def dask(folder: Path, count: int = 3, *options: object, **more: object) -> Iterator[Dask]:
-    """Give a Dask cluster of so many workers."""
+    """Give a Dask cluster of so many workers; ``options`` are theirs."""
     folder.mkdir()
     file = folder / "scheduler.json"
     command = [BIN / "dask", "scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard"]
@@ -206,3 +203,32 @@ def dask(folder: Path, count: int = 3, *options: object, **more: object) -> Iter
         if count:
             cluster.add(count, *options)
         yield cluster
+
+
+@dataclass
+class Ray:
+    """A head of Ray, which is a node with workers too; ``address`` is what follows ``ray=``."""
+
+    folder: Path
+    address: str
+    head: psutil.Process
+    stack: contextlib.ExitStack
+
+    def add(self, **more: object) -> None:
+        """Have another node come, with one worker."""
+        log = self.folder / "log-of-other"
+        command = [BIN / "ray", "start", "--address", self.address, "--num-cpus", 1, "--disable-usage-stats"]
+        self.stack.enter_context(held(log, *command, **more))
+        wait_until(lambda: "Ray runtime started" in log.read_text(), "a node")
+
+
+@contextlib.contextmanager
+def ray(folder: Path, count: int = 3, **more: object) -> Iterator[Ray]:
+    """Give a Ray cluster of a node with so many workers; ``folder`` must have a short name, for it holds sockets."""
+    port = free_port()
+    command = [BIN / "ray", "start", "--head", "--node-ip-address", "127.0.0.1", "--port", port, "--num-cpus", count]
+    command += ["--include-dashboard", "false", "--disable-usage-stats", "--object-store-memory", 100_000_000]
+    with contextlib.ExitStack() as stack:
+        head = stack.enter_context(held(folder / "log", *command, "--temp-dir", folder, **more))
+        wait_until(lambda: "Ray runtime started" in (folder / "log").read_text(), "a head")
+        yield Ray(folder, f"127.0.0.1:{port}", head, stack)

@@ -87,7 +87,9 @@ class DaskWorkers(Workers):
         return max(self._ask().values(), default=1)
 
     def visit(self, function: Callable[[_A], _T], argument: _A) -> Iterator[tuple[str, _T | BaseException]]:
-        yield from self._client.run(function, argument, on_error="return").items()
+        for name, outcome in self._client.run(function, argument, on_error="return").items():
+            # Where a worker cannot load what it is given, its error comes as a text.
+            yield name, ImportError(str(outcome)) if type(outcome) is Exception else outcome
 
     def explain(self, error: BaseException) -> Trouble | None:
         if isinstance(error, KilledWorker):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -20,6 +21,7 @@ from converter.run.workers.base import Trouble, Workers
 _T = TypeVar("_T")
 _A = TypeVar("_A")
 _RETRIES = 3
+_CONNECT_SECONDS = 20
 _ASKED_SECONDS = 2.0
 _SILENT_SECONDS = 30.0  # it may be started again
 
@@ -30,13 +32,13 @@ def open_engine(address: str, workers: int | None) -> Iterator[Workers]:
 
     Raises SystemRefused where it cannot be reached.
     """
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"  # none: it would start a cluster of its own
+    _knock(address)
     handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
-        # No address: it would start a cluster of its own where none is found.
-        ray.init(address=address or "auto", log_to_driver=False, configure_logging=False)
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        problem = f"is no Ray cluster that answers ({str(error).splitlines()[0]})"
-        raise SystemRefused(address or "ray", problem, "Start one: ray start --head.") from None
+        raise _no_cluster(address, error) from None
     finally:
         with suppress(ValueError):  # not in the main thread
             for which, handler in handlers.items():
@@ -45,6 +47,21 @@ def open_engine(address: str, workers: int | None) -> Iterator[Workers]:
         yield RayWorkers()
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise SystemRefused where nobody listens: Ray itself would try again for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        except OSError as error:
+            raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: Exception) -> SystemRefused:
+    problem = f"is no Ray cluster that answers ({str(error).splitlines()[0]})"
+    return SystemRefused(address, problem, "Start one: ray start --head.")
 
 
 def _outcome(ref: Any) -> Any:
