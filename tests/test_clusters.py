@@ -149,6 +149,11 @@ def save_damaged(folder: Path) -> list[object]:
 
 
 DAMAGED = r"\S*/pytorch_model\.bin: its bytes [\d,]+ to [\d,]+ do not give the CRC32 that it notes\. .*"
+FULL = rf"\S+{SHARD}: no space left on device\. Free some room, or write elsewhere with -o\."
+LACKS_WCONV = (
+    rf"cannot run what this wconv \({__version__}\) asks of it \(.*No module named 'converter'.*\)\. "
+    rf"Install wconv {__version__} there, in the environment that it runs in\."
+)
 CUT_SHORT = rf"\S*/{LAST}: was changed while it was read\. Run this again when nobody writes to it\."
 
 
@@ -200,9 +205,7 @@ def test_dask_overflow(dask: Dask, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("who", ["one worker", "all workers"])
-def test_dask_workers_killed(
-    who: str, gate: Gate, source: Path, expected: dict[str, str], tmp_path: Path
-) -> None:
+def test_dask_workers_killed(who: str, gate: Gate, source: Path, expected: dict[str, str], tmp_path: Path) -> None:
     with clusters.dask(tmp_path / "dask", WORKERS, **gate.environment) as cluster:
         driver = start_held_up(recast(source, tmp_path, f"dask={cluster.address}"), gate)
         kill(*gate.waiting()[: 1 if who == "one worker" else WORKERS])
@@ -214,7 +217,9 @@ def test_dask_workers_gone(gate: Gate, source: Path, tmp_path: Path) -> None:
     with clusters.dask(tmp_path / "dask", WORKERS, "--no-nanny", **gate.environment) as cluster:
         driver = start_held_up(recast(source, tmp_path, f"dask={cluster.address}"), gate, IMPATIENT)
         kill(*gate.waiting())
-        line = r"tcp://\S+: is a Dask scheduler that has had no worker for 3 s\. Look into the logs of those that it had\."
+        line = (
+            r"tcp://\S+: is a Dask scheduler that has had no worker for 3 s\. Look into the logs of those that it had\."
+        )
         assert_refused(driver.end(), 7, line, tmp_path)
 
 
@@ -290,7 +295,7 @@ def test_dask_other_version_that_comes_late(gate: Gate, source: Path, tmp_path: 
         driver = Driver(recast(source, tmp_path, f"dask={cluster.address}"))
         wait_until(gate.waiting, "a worker at the gate")
         cluster.add(1, PYTHONPATH=other_version(tmp_path / "other"))
-        line = rf"was given to a worker with wconv 9\.9, and {__version__} runs here\. Install wconv {__version__} on all\."
+        line = rf"was given to a worker with wconv 9\.9, and {__version__} runs here\. Install wconv .* on all\."
         assert_refused(driver.end(), 7, f"{SHARD}: {line}", tmp_path)
 
 
@@ -298,8 +303,7 @@ def test_dask_without_wconv(source: Path, tmp_path: Path) -> None:
     with clusters.dask(tmp_path / "dask", 1) as cluster:
         cluster.add(1, PYTHONPATH=no_wconv(tmp_path / "other"))
         ended = run(*recast(source, tmp_path, f"dask={cluster.address}"))
-    line = rf"cannot run what this wconv \({__version__}\) asks of it \(.*No module named 'converter'.*\)\. Install wconv .*"
-    assert_refused(ended, 7, rf"worker tcp://\S+: {line}", tmp_path)
+    assert_refused(ended, 7, rf"worker tcp://\S+: {LACKS_WCONV}", tmp_path)
 
 
 def test_dask_without_wconv_that_comes_late(gate: Gate, source: Path, expected: dict[str, str], tmp_path: Path) -> None:
@@ -424,6 +428,18 @@ def test_ray_task_that_kills(source: Path, short_path: Path, tmp_path: Path) -> 
     assert_refused(ended, 7, f"{SHARD}: {line}", tmp_path)
 
 
+def test_dask_disk_full(source: Path, tmp_path: Path) -> None:
+    with clusters.dask(tmp_path / "dask", 1, PYTHONPATH=SUPPORT / "worker_site", WCONV_FULL=1) as cluster:
+        ended = run(*recast(source, tmp_path, f"dask={cluster.address}"))
+    assert_refused(ended, 7, FULL, tmp_path)
+
+
+def test_ray_disk_full(source: Path, short_path: Path, tmp_path: Path) -> None:
+    with clusters.ray(short_path, 1, PYTHONPATH=SUPPORT / "worker_site", WCONV_FULL=1) as cluster:
+        ended = run(*recast(source, tmp_path, f"ray={cluster.address}"))
+    assert_refused(ended, 7, FULL, tmp_path)
+
+
 def test_ray_other_version(source: Path, short_path: Path, tmp_path: Path) -> None:
     with clusters.ray(short_path, 1) as cluster:
         cluster.add(PYTHONPATH=other_version(tmp_path / "other"))
@@ -435,8 +451,17 @@ def test_ray_other_version(source: Path, short_path: Path, tmp_path: Path) -> No
 def test_ray_without_wconv(source: Path, short_path: Path, tmp_path: Path) -> None:
     with clusters.ray(short_path, 1, PYTHONPATH=no_wconv(tmp_path / "other")) as cluster:
         ended = run(*recast(source, tmp_path, f"ray={cluster.address}"))
-    line = rf"cannot run what this wconv \({__version__}\) asks of it \(.*No module named 'converter'.*\)\. Install wconv .*"
-    assert_refused(ended, 7, rf"worker \w+: {line}", tmp_path)
+    assert_refused(ended, 7, rf"worker \w+: {LACKS_WCONV}", tmp_path)
+
+
+def test_ray_in_a_hostile_folder(ray: Ray, source: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    """Workers must not load modules from where wconv runs."""
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    (hostile / "converter.py").write_text(f"open({str(tmp_path / 'obeyed')!r}, 'w')")
+    command = recast(source, tmp_path, f"ray={ray.address}")
+    assert_done(run(*command, before=(clusters.BIN / "wconv",), folder=hostile), tmp_path, expected)
+    assert not (tmp_path / "obeyed").exists()
 
 
 def test_ray_without_a_cluster(source: Path, tmp_path: Path) -> None:
@@ -466,10 +491,10 @@ def test_mpi_without_ranks(source: Path, tmp_path: Path) -> None:
 def test_mpi_rank_killed(gate: Gate, source: Path, expected: dict[str, str], tmp_path: Path) -> None:
     """MPI then ends all ranks; what they have done is taken up."""
     gate.close(PASSING)
-    driver = Driver(recast(source, tmp_path, "mpi"), MPI, **gate.environment)
+    driver = Driver(recast(source, tmp_path, "mpi"), MPI, None, **gate.environment)
     wait_until(lambda: len(gate.waiting()) == WORKERS - 1, "workers at the gate")
     kill(gate.waiting()[0])
-    assert driver.end().exit_code == 128 + signal.SIGKILL
+    assert driver.end().exit_code == signal.SIGKILL
     assert left_behind(tmp_path)
     again = run(*recast(source, tmp_path, "mpi"), before=MPI)
     assert_done(again, tmp_path, expected)

@@ -21,7 +21,7 @@ BIN = ROOT / ".venv-engines" / "bin"
 PYTHON = BIN / "python"
 WCONV = (PYTHON, "-m", "converter")
 SUPPORT = Path(__file__).parent
-HANGS = 60  # seconds after which what is waited for will not come any more
+HANGS = 300  # seconds after which what is waited for will not come any more
 # Nobody's, and no cluster's: a test that forgets its address must not find one that runs here.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS")}
 
@@ -132,7 +132,9 @@ class Ended:
 class Driver:
     """A run of wconv that goes on beside us."""
 
-    def __init__(self, arguments: Sequence[object], before: Sequence[object] = WCONV, **more: object) -> None:
+    def __init__(
+        self, arguments: Sequence[object], before: Sequence[object] = WCONV, folder: Path | None = None, **more: object
+    ) -> None:
         # Whoever starts the tests in the background makes them ignore SIGINT, and all that they start.
         hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
         self.process = subprocess.Popen(
@@ -141,6 +143,7 @@ class Driver:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=folder,
             env=environment(**more),
             preexec_fn=hear,
         )
@@ -155,9 +158,9 @@ class Driver:
         return Ended(self.process.returncode, out, err)
 
 
-def run(*arguments: object, before: Sequence[object] = WCONV, **more: object) -> Ended:
-    """Run wconv to its end."""
-    return Driver(arguments, before, **more).end()
+def run(*arguments: object, before: Sequence[object] = WCONV, folder: Path | None = None) -> Ended:
+    """Run wconv to its end, in a folder."""
+    return Driver(arguments, before, folder).end()
 
 
 @dataclass

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from converter.errors import SystemRefused
@@ -36,7 +38,8 @@ def open_engine(address: str, workers: int | None) -> Iterator[Workers]:
     _knock(address)
     handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        with _elsewhere():
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _no_cluster(address, error) from None
     finally:
@@ -59,6 +62,20 @@ def _knock(address: str) -> None:
             raise _no_cluster(address, error) from None
 
 
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """Be in the folder of this Python: workers load modules first from where ``ray.init`` is called (``connect``).
+
+    The current folder may be the model's, which may come with a converter.py.
+    """
+    before = Path.cwd()
+    os.chdir(sys.prefix)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def _no_cluster(address: str, error: Exception) -> SystemRefused:
     problem = f"is no Ray cluster that answers ({str(error).splitlines()[0]})"
     return SystemRefused(address, problem, "Start one: ray start --head.")
@@ -68,7 +85,16 @@ def _outcome(ref: Any) -> Any:
     try:
         return ray.get(ref)
     except RayError as error:
-        return error
+        return _cause(error)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Give what a task has raised, of which Ray makes an error that reads as a traceback."""
+    if isinstance(error, RayTaskError):
+        error = error.cause
+    if isinstance(error, RuntimeError) and "failed to import on the worker" in str(error):
+        return ImportError(str(error).splitlines()[-1])
+    return error
 
 
 class RayExecutor(Executor):
@@ -80,9 +106,19 @@ class RayExecutor(Executor):
         self._refs: dict[Future[Any], Any] = {}
 
     def submit(self, function: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
-        ref = self._remote.remote(function, *args, **kwargs)
-        future: Future[_T] = ref.future()
-        self._refs[future] = ref  # a task whose reference is gone is not done
+        future: Future[_T] = Future()
+        ref = self._refs[future] = self._remote.remote(function, *args, **kwargs)  # what nobody refers to is not done
+
+        def settle(done: Future[_T]) -> None:
+            self._refs.pop(future, None)
+            if future.set_running_or_notify_cancel():
+                error = done.exception()
+                if error is None:
+                    future.set_result(done.result())
+                else:
+                    future.set_exception(_cause(error))
+
+        ref.future().add_done_callback(settle)
         future.add_done_callback(self._forget)
         return future
 
@@ -142,6 +178,8 @@ class RayWorkers(Workers):
         if isinstance(error, WorkerCrashedError | NodeDiedError):
             problem = f"was under way when {_RETRIES + 1} workers were killed"
             return Trouble(problem, "Perhaps memory ran out there: look into Ray's log.")
+        if isinstance(error, ImportError):
+            return Trouble(f"was given to a worker that cannot load it ({error})", "Install wconv on all.")
         if isinstance(error, RayError):
             return Trouble(f"was given up by Ray ({str(error).splitlines()[0]})", "Look into its log.")
         return super().explain(error)

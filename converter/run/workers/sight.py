@@ -38,15 +38,13 @@ def check_workers(workers: Workers, files: Iterable[FileRef], folder: Place | No
     sight = Sight(__version__, tuple(files), folder)
     refused: dict[tuple[str, str], list[str]] = {}
     for name, outcome in workers.visit(look, sight):
+        if isinstance(outcome, ImportError | AttributeError | TypeError):
+            outcome = Answer("", f"cannot run what this wconv ({__version__}) asks of it ({outcome})", _INSTALL)
         if isinstance(outcome, BaseException):
             trouble = workers.explain(outcome)
-            if trouble is None and isinstance(outcome, ImportError | AttributeError | TypeError):
-                problem = f"cannot run what this wconv ({__version__}) asks of it ({outcome})"
-                refused.setdefault((problem, _INSTALL), []).append(name)
-                continue
             if trouble is None:
                 raise outcome
-            outcome = Answer(name, *trouble)
+            outcome = Answer("", *trouble)
         if outcome.problem:
             who = ", ".join(filter(None, (name, outcome.name)))
             refused.setdefault((outcome.problem, outcome.advice), []).append(who)
@@ -54,7 +52,8 @@ def check_workers(workers: Workers, files: Iterable[FileRef], folder: Place | No
         (problem, advice), names = max(refused.items(), key=lambda item: len(item[1]))
         rest = sum(map(len, refused.values())) - len(names)
         more = f"; {rest} more fail otherwise" if rest else ""
-        raise SystemRefused(f"worker {name_some(names, _NAMED)}", problem + more, advice)
+        known = list(filter(None, names))
+        raise SystemRefused(f"worker {name_some(known, _NAMED)}" if known else workers.engine, problem + more, advice)
 
 
 def look(sight: Sight) -> Answer:
