@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from converter.errors import SystemRefused
@@ -57,7 +64,7 @@ def _knock(address: str) -> None:
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if host and port.isdecimal():
         try:
-            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         except OSError as error:
             raise _no_cluster(address, error) from None
 
@@ -89,9 +96,14 @@ def _outcome(ref: Any) -> Any:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Give what a task has raised, of which Ray makes an error that reads as a traceback."""
+    """Give what a task has raised, of which Ray makes an error that reads as a traceback.
+
+    It is an ImportError where the worker could not load the task: first what it is called with, then what is called.
+    """
     if isinstance(error, RayTaskError):
         error = error.cause
+    if isinstance(error, RaySystemError) and isinstance(error.client_exc, ImportError | AttributeError):
+        return ImportError(str(error.client_exc))
     if isinstance(error, RuntimeError) and "failed to import on the worker" in str(error):
         return ImportError(str(error).splitlines()[-1])
     return error
