@@ -24,8 +24,7 @@ SUPPORT = Path(__file__).parent
 HANGS = 300  # seconds after which what is waited for will not come any more
 # Nobody's, and no cluster's: a test that forgets its address must not find one that runs here.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS")}
-
-
+# Waits until so many workers have come to a Dask scheduler.
 COME = """
 import sys
 from distributed import Client
@@ -66,7 +65,7 @@ class Gate:
         self.environment = {"PYTHONPATH": SUPPORT / "worker_site", "WCONV_GATE": self.folder}
 
     def close(self, passing: int) -> None:
-        """Let each worker do so many writes more than it may have done before, counted from its start."""
+        """Let each worker do so many writes, counted from its start, and no more."""
         (self.folder / "closed.new").write_text(str(passing))
         (self.folder / "closed.new").rename(self.folder / "closed")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,8 @@ from converter.run.workers.base import Workers
 def open_engine(_: str, workers: int | None) -> Iterator[Workers]:
     """Give the ranks but the first as workers. Raises SystemRefused where there are none."""
     if not getattr(_core, "SharedPool", None):  # it would try to start some itself
-        advice = "For four workers: mpiexec -n 5 python -m mpi4py.futures -m converter ..."
+        safely = "-P " if sys.version_info >= (3, 11) else ""  # or the current folder's modules go before all others
+        advice = f"For four workers: mpiexec -n 5 python {safely}-m mpi4py.futures -m converter ..."
         raise SystemRefused("--executor mpi", "has no ranks that wait for work", advice)
     with MPIPoolExecutor(main=False) as pool:
         yield Workers(pool, pool.num_workers, are_far=True)
