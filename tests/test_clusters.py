@@ -58,7 +58,7 @@ import sys
 from distributed import LocalCluster
 from converter import convert
 if __name__ == "__main__":
-    with LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=":0") as cluster:
         with cluster.get_client() as client:
             convert(sys.argv[1], sys.argv[2], dtype="bf16", executor=client.get_executor(pure=False))
 """
