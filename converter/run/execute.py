@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from zlib_ng.zlib_ng import crc32_combine
@@ -93,7 +94,7 @@ def run_plan(
         for planned in plan.written:
             check_staged(planned, output.staged(planned.path))
         if verify:
-            tasks.finish(_call(compare_piece, piece) for piece in _pieces(plan, output.staged, tasks))
+            tasks.finish(map(partial(_call, compare_piece), _pieces(plan, output.staged, tasks)), plan.window)
         _write_others(plan, output)
         _check_sources(plan)
         for name, source in _second_names(plan):  # only now: they change what a file's stamp says
@@ -126,7 +127,8 @@ def _write_files(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Co
     parts: list[CrcPart] = []
     written: dict[tuple[Place, int], list[WrittenCrc]] = defaultdict(list)
     too_large: Counter[str] = Counter()
-    for report in tasks.run(_call(writers[piece.place], piece) for piece in _pieces(plan, output.staged, tasks)):
+    calls = (_call(writers[piece.place], piece) for piece in _pieces(plan, output.staged, tasks))
+    for report in tasks.run(calls, plan.window):
         too_large += report.too_large
         checked.update(report.read.checked)
         parts += report.read.parts
@@ -218,7 +220,7 @@ def _check_output(plan: Plan, tasks: Tasks) -> None:
     problem = "exists, and is not what would be written"
     advice = "Use --overwrite to write it again, or -o for a new folder."
     try:
-        tasks.finish(_call(compare_piece, piece) for piece in _pieces(plan, folder.__truediv__, tasks))
+        tasks.finish(map(partial(_call, compare_piece), _pieces(plan, folder.__truediv__, tasks)), plan.window)
     except MismatchError as error:
         raise OutputRefused(error.where, f"{problem}: other values near tensor {error.tensor!r}", advice) from None
     for name, file in plan.copied:
