@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import psutil
-
 from converter.cli.report import plan_as_json, show_plan, show_result
-from converter.cli.terminal import open_meter, show_json
+from converter.cli.terminal import memory_in_use, open_meter, show_json
 from converter.plan.types import Plan
 from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare
@@ -91,7 +89,7 @@ def _run(plan: Plan | None, request: str, run: RunOptions) -> tuple[Result, int]
 
 def _show_dry_run(plan: Plan, run: RunOptions, more: Mapping[str, Any]) -> None:
     buffers = peak_buffer_nbytes(plan, int(run.memory), run.workers or default_workers(plan))
-    memory_nbytes = psutil.Process().memory_info().rss + buffers
+    memory_nbytes = memory_in_use() + buffers
     if plan.is_there:
         _run(plan, "", run)  # nothing is written then, and that all is there must be true
     if run.as_json:
