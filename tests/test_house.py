@@ -40,7 +40,6 @@ HOMES = {
     "click": ("cli/",),
     "tqdm": ("cli/",),
     "psutil": ("cli/",),
-    "filelock": ("run/notes.py",),
     "platformdirs": ("run/notes.py",),
     "numpy": ("tensors/view.py", "tensors/derived.py", "tensors/kernels.py", "transforms/quantize/row_kernels.py"),
     "ml_dtypes": ("tensors/kernels.py",),
@@ -197,7 +196,7 @@ def test_the_command_line_starts_with_little() -> None:
 
 def test_help_loads_no_command() -> None:
     loaded = loaded_by("import converter.cli as c; c.main(['--help'])")
-    assert not loaded & {"torch", "numpy", "safetensors", "tqdm", "psutil", "filelock", "zlib_ng"}
+    assert not loaded & {"torch", "numpy", "safetensors", "tqdm", "psutil", "zlib_ng"}
 
 
 def test_the_library_starts_with_nothing() -> None:

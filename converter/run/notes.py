@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused
 from converter.storage.local import place_at, real
+from converter.storage.lock import hold
 from converter.storage.root import Root, half_written, make_folders
 
 Kind = Literal["run", "undo"]
@@ -46,7 +46,7 @@ def state_folder() -> Path:
 
 def make_token() -> str:
     """Make a part of a name that nobody can foretell."""
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 class Notes:
@@ -112,35 +112,16 @@ class Notes:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other runs of this user out of the folder. Raises OutputRefused while one is in it."""
-        from filelock import FileLock, Timeout
-
         with self._open():
             pass
-        lock = FileLock(self.place / self._name("lock"), timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise OutputRefused(self.folder, "is being written by another run", "Wait until that has ended.") from None
-        except OSError as error:
-            raise SystemRefused.from_os_error(error, self.place) from None
-        try:
-            with Root(self.place) as root:
-                for name in (self._name("run"), self._name("undo")):
-                    root.remove(half_written(name))  # of a run that was killed
+        with ExitStack() as held:
+            try:
+                root = held.enter_context(Root(self.place))
+                is_mine = held.enter_context(hold(root, self._name("lock")))
+            except OSError as error:
+                raise SystemRefused.from_os_error(error, self.place) from None
+            if not is_mine:
+                raise OutputRefused(self.folder, "is being written by another run", "Wait until that has ended.")
+            for name in (self._name("run"), self._name("undo")):
+                root.remove(half_written(name))  # of a run that was killed
             yield
-        finally:
-            self._release(lock.release)
-
-    def _release(self, release: Callable[[], None]) -> None:
-        # Where an open file can be removed, it goes while it is held, so that nobody takes a lock that is about to go.
-        try:
-            if os.name != "nt":
-                self._remove_lock()
-        finally:
-            release()
-        if os.name == "nt":
-            self._remove_lock()
-
-    def _remove_lock(self) -> None:
-        with suppress(OSError), Root(self.place) as root:
-            root.remove(self._name("lock"))
