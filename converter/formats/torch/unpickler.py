@@ -174,8 +174,8 @@ class _Machine:
     """The stack, the memo and the place in the stream; one method a kind of opcode, listed in _OPCODES below."""
 
     __slots__ = (
-        "asked", "far", "find", "find_persistent", "foreign", "marks", "memo", "place", "raw", "stack", "steps", "strip_code",
-        "where",
+        "asked", "far", "find", "find_persistent", "foreign", "marks", "memo", "place", "raw", "stack", "steps",
+        "strip_code", "where",
     )  # fmt: skip
 
     def __init__(
