@@ -790,9 +790,10 @@ def test_what_is_asked_for_is_kept_in_the_memo_of_a_long_pickle(puts: str) -> No
             assert parse_pickle(raw, PATH).value == ("weight j263", f"weight j{place}")
 
 
-def test_a_pickle_may_ask_for_anything_where_most_looks_like_it() -> None:
+@pytest.mark.parametrize("filler", [b"jg" * 600_000, b"".join(b"j" + struct.pack("<I", n) for n in range(110_000))])
+def test_a_pickle_may_ask_for_anything_where_most_looks_like_it(filler: bytes) -> None:
     numbered = b"".join(b"I%d\nr" % place + place.to_bytes(4, "little") + b"0" for place in range(1_000))
-    raw = b"\x80\x02" + text("jg" * 600_000) + b"0" + numbered + b"(j\xe6\3\0\0g999\nt."
+    raw = b"\x80\x02B" + struct.pack("<I", len(filler)) + filler + b"0" + numbered + b"(j\xe6\3\0\0g999\nt."
     assert parse_pickle(raw, PATH).value == (998, 999)
 
 

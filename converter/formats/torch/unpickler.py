@@ -14,11 +14,11 @@ claim 32 GB), and its REDUCE, NEWOBJ and BUILD call what they find; here there i
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 import struct
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
-from itertools import islice, repeat
 from sys import intern
 from typing import Any, NamedTuple
 
@@ -39,7 +39,9 @@ _MAX_NAME_LENGTH = 1_000  # of a module, and of a name in it: no code has longer
 _NBYTES_A_STEP = 64  # of bytes, and of text that takes a byte a character
 _WIDE_NBYTES_A_STEP = 16  # of other text: it may take four bytes for each byte of the file
 _SMALL_NBYTES = 1 << 16  # of a pickle whose memo is kept as it is
-_MAX_GETS = 1_000_000  # letters that are looked at for it; names of 160,000 tensors hold as many
+# What is looked at to find what the memo is asked for, and kept of it; names of 160,000 tensors hold as many letters.
+_MAX_LETTERS = 1_000_000
+_MAX_ASKED = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ Steps = Iterator[None]
 
 def allow_steps() -> Steps:
     """Give the steps that one file may take."""
-    return repeat(None, MAX_OPCODES)
+    return itertools.repeat(None, MAX_OPCODES)
 
 
 def count_text_steps(encoded: bytes) -> int:
@@ -154,11 +156,18 @@ def _find_asked(raw: bytes) -> Container[int]:
 
     ``torch.save`` puts a dozen objects a tensor there, and asks for a few of the first tensors'.
     """
-    if len(raw) <= _SMALL_NBYTES or raw.count(b"j") + raw.count(b"g") > _MAX_GETS:
-        return range(1 << 63)
-    asked = {_UINT4(raw, found.end())[0] for found in _LONG_BINGET.finditer(raw)}
-    asked.update(int(found[1].replace(b"_", b"")) for found in _GET.finditer(raw))
-    return asked.union(range(256))  # for BINGET
+    if len(raw) <= _SMALL_NBYTES or raw.count(b"j") + raw.count(b"g") > _MAX_LETTERS:
+        return _ALL
+    asked = set(range(256))  # for BINGET
+    numbers = itertools.chain(
+        (_UINT4(raw, found.end())[0] for found in _LONG_BINGET.finditer(raw)),
+        (int(found[1].replace(b"_", b"")) for found in _GET.finditer(raw)),
+    )
+    for number in numbers:
+        asked.add(number)
+        if len(asked) > _MAX_ASKED:
+            return _ALL
+    return asked
 
 
 def _is_inner_class(of: Any, name: Any) -> bool:
@@ -281,7 +290,7 @@ class _Machine:
 
     def charge(self, count: int) -> None:
         """Take steps for what is copied or kept: one list may be handed to many calls."""
-        if next(islice(self.steps, count - 1, None), self) is self:
+        if next(itertools.islice(self.steps, count - 1, None), self) is self:
             raise self.too_many_steps()
 
     def charge_text(self, encoded: bytes) -> None:
@@ -588,6 +597,7 @@ _REDUCE = ord("R")
 _BINUNICODE = ord("X")
 _BINPERSID = ord("Q")
 _UINT4 = struct.Struct("<I").unpack_from
+_ALL = range(1 << 63)
 _LONG_BINGET = re.compile(rb"j(?=.{4})", re.DOTALL)
 _GET = re.compile(rb"g[\s+-]*(\d[\d_]{,%d})\s*\n" % _MAX_LINE_NBYTES)  # whatever ``int`` takes for a number
 _Step = Callable[[_Machine], None]
