@@ -790,6 +790,14 @@ def test_what_is_asked_for_is_kept_in_the_memo_of_a_long_pickle(puts: str) -> No
             assert parse_pickle(raw, PATH).value == ("weight j263", f"weight j{place}")
 
 
+@pytest.mark.parametrize("put", [b"r\x30\x75\0\0", b"\x94"])
+def test_nothing_is_put_into_the_memo_where_there_is_nothing(put: bytes) -> None:
+    numbered = b"".join(text(f"weight{place}") + b"r" + place.to_bytes(4, "little") + b"0" for place in range(30_000))
+    raw = b"\x80\x02" + numbered + put + b"N."
+    with pytest.raises(BadFile, match=f"damaged near byte {len(raw) - len(put) - 2:,}"):
+        parse_pickle(raw, PATH)
+
+
 @pytest.mark.parametrize("filler", [b"jg" * 600_000, b"".join(b"j" + struct.pack("<I", n) for n in range(110_000))])
 def test_a_pickle_may_ask_for_anything_where_most_looks_like_it(filler: bytes) -> None:
     numbered = b"".join(b"I%d\nr" % place + place.to_bytes(4, "little") + b"0" for place in range(1_000))

@@ -223,7 +223,8 @@ class _Machine:
                 if code == _LONG_BINPUT:
                     index = _UINT4(raw, place + 1)[0]
                     if index == len(memo) and not far:
-                        memo.append(stack[-1] if index in asked else None)
+                        top = stack[-1]
+                        memo.append(top if index in asked else None)
                     else:
                         self.stack = stack
                         self.put(index)
@@ -467,7 +468,8 @@ class _Machine:
         if index < len(self.memo):
             self.memo[index] = self.stack[-1]
         elif index == len(self.memo) and not self.far:
-            self.memo.append(self.stack[-1] if index in self.asked else None)
+            top = self.stack[-1]
+            self.memo.append(top if index in self.asked else None)
         else:
             self.charge(1)
             self.far[index] = self.stack[-1]
