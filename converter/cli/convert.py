@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import psutil
-
 from converter.cli.report import plan_as_json, show_plan, show_result
-from converter.cli.terminal import open_meter, show_json
+from converter.cli.terminal import memory_in_use, open_meter, show_json
 from converter.plan.types import Plan
 from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare
@@ -118,7 +116,7 @@ def _run(plan: Plan | None, request: str, job: Run) -> tuple[Result, int]:
 
 def _show_dry_run(plan: Plan, job: Run, more: Mapping[str, Any]) -> None:
     run = job.options
-    memory_nbytes = psutil.Process().memory_info().rss + job.choice.extra_nbytes(plan, int(run.memory))
+    memory_nbytes = memory_in_use() + job.choice.extra_nbytes(plan, int(run.memory))
     if plan.is_there:
         _run(plan, "", job)  # nothing is written then, and that all is there must be true
     if run.as_json:

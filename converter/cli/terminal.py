@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
 
 from converter.errors import shorten
 
+_LOOK_SECONDS = 0.1  # to look at many processes takes some milliseconds
 _WIDEST = 120  # a longer cell pushes its own line aside, and no other
 
 
@@ -87,18 +89,46 @@ def show_json(content: Any) -> None:
     _print(json.dumps(content, indent=2))  # in ASCII, and control characters are spelled
 
 
+def memory_in_use() -> int:
+    """Give the bytes of memory that this process takes, and those that work for it."""
+    return _own_memory() + (_workers_memory() if "multiprocessing.process" in sys.modules else 0)
+
+
+def _workers_memory() -> int:
+    """Count what workers share once, where the system tells."""
+    import psutil
+
+    total = 0
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            info = child.memory_full_info()
+            total += getattr(info, "pss", info.uss)
+    return total
+
+
+def _own_memory() -> int:
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # Linux alone has it; psutil, which knows all systems, takes longer to load than a small run
+        import psutil
+
+        return psutil.Process().memory_info().rss
+
+
 class Meter:
     """Takes the library's progress: moves the bar, where there is one, and looks at the memory in use."""
 
     def __init__(self, update: Callable[[int], object]) -> None:
-        import psutil
-
         self._update = update
-        self._process = psutil.Process()
-        self.peak_nbytes = self._process.memory_info().rss
+        self._looked = 0.0
+        self.peak_nbytes = memory_in_use()
 
     def __call__(self, nbytes: int) -> None:
-        self.peak_nbytes = max(self.peak_nbytes, self._process.memory_info().rss)
+        now = time.monotonic()
+        if now - self._looked > _LOOK_SECONDS:
+            self.peak_nbytes = max(self.peak_nbytes, memory_in_use())
+            self._looked = now
         self._update(nbytes)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeVar
 
 from zlib_ng.zlib_ng import crc32_combine
@@ -94,7 +93,7 @@ def run_plan(
         for planned in plan.written:
             check_staged(planned, output.staged(planned.path))
         if verify:
-            tasks.finish(map(partial(_call, compare_piece), _pieces(plan, output.staged, tasks)), plan.window)
+            _compare(plan, output.staged, tasks)
         _write_others(plan, output)
         _check_sources(plan)
         for name, source in _second_names(plan):  # only now: they change what a file's stamp says
@@ -203,6 +202,11 @@ def _pieces(plan: Plan, place_for: Callable[[str], Place], tasks: Tasks) -> Iter
                 yield piece
 
 
+def _compare(plan: Plan, place_for: Callable[[str], Place], tasks: Tasks) -> None:
+    """Hold files that were written against their source; raises MismatchError where they differ."""
+    tasks.finish((_call(compare_piece, piece) for piece in _pieces(plan, place_for, tasks)), plan.window)
+
+
 def _combine(parts: Iterable[CrcPart | WrittenCrc]) -> tuple[int, int]:
     """Give the CRC32 of parts that follow each other from 0 on, and how many bytes that are."""
     crc, nbytes = 0, 0
@@ -220,7 +224,7 @@ def _check_output(plan: Plan, tasks: Tasks) -> None:
     problem = "exists, and is not what would be written"
     advice = "Use --overwrite to write it again, or -o for a new folder."
     try:
-        tasks.finish(map(partial(_call, compare_piece), _pieces(plan, folder.__truediv__, tasks)), plan.window)
+        _compare(plan, folder.__truediv__, tasks)
     except MismatchError as error:
         raise OutputRefused(error.where, f"{problem}: other values near tensor {error.tensor!r}", advice) from None
     for name, file in plan.copied:
