@@ -9,16 +9,14 @@ from converter.models.names import parse_name
 from converter.plan.types import Plan
 from converter.run.tasks import buffers_nbytes
 from converter.run.workers import parse
-from converter.run.workers.cores import count_cores
-from converter.run.workers.threads import DEFAULT_WORKERS
+from converter.run.workers.cores import default_workers
 from converter.storage import Place
 from converter.storage.base import list_entries
 
-WORKER_NBYTES = 24_000_000
-"""What a worker process takes beside its buffers; much of it is shared with the others."""
+WORKER_NBYTES = 17_000_000
+"""What a worker process takes beside its buffers and what it shares with the others."""
 
-MAX_WORKERS = 16
-"""More are not faster: by then memory is as busy as it can be."""
+_SHARED_NBYTES = 26_000_000  # what the workers share, and what looks after them
 
 # Threads that cast keep no more than three cores busy, whatever their number: for each chunk they take and give the
 # interpreter's lock some ten times. Processes need a quarter of a second before they are there.
@@ -27,7 +25,7 @@ _WORTH_NBYTES = 2_000_000_000
 
 
 class Choice(NamedTuple):
-    """Who runs tasks: an engine, as ``--executor`` spells it, and how many at once; None where it is to be asked."""
+    """Who runs tasks: an engine, as ``--executor`` spells it, and how many at once; None where the engine tells."""
 
     executor: str
     workers: int | None
@@ -36,25 +34,19 @@ class Choice(NamedTuple):
         """Say how much memory a run takes beside this process; on a cluster, how much a worker."""
         nbytes = buffers_nbytes(memory_nbytes, self.workers or 1, plan.window)
         is_apart = parse(self.executor)[0] == "processes"
-        return nbytes + (WORKER_NBYTES * (self.workers or 1) if is_apart else 0)
+        return nbytes + (_SHARED_NBYTES + WORKER_NBYTES * (self.workers or 1) if is_apart else 0)
 
 
 def choose_workers(source: Place, computes: bool, executor: str | None = None, workers: int | None = None) -> Choice:
-    """Choose what is fastest on this machine, as far as nobody has: processes to cast much, and threads for the rest.
-
-    Casts take all cores; of copies some wait for the disk, or for each other, while others go on.
-    """
-    cores = min(MAX_WORKERS, count_cores())
+    """Choose what is fastest on this machine, as far as nobody has: processes to cast much, threads for the rest."""
+    count = workers or default_workers()
     if executor is None:
-        count = workers or cores
         is_worth = computes and count >= _LOCKED_CORES and source_nbytes(source) >= _WORTH_NBYTES
         executor = "processes" if is_worth else "threads"
     engine, address = parse(executor)
     if engine == "processes":
-        return Choice(engine, int(address) if address else workers or cores)
-    if engine == "threads":
-        return Choice(engine, workers or (cores if computes else max(DEFAULT_WORKERS, cores)))
-    return Choice(executor, workers)
+        return Choice(engine, int(address) if address else count)
+    return Choice(executor, count if engine == "threads" else workers)
 
 
 def source_nbytes(source: Place) -> int:
