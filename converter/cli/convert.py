@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from converter.cli.report import plan_as_json, show_plan, show_result
+from converter.cli.report import Needs, plan_as_json, show_plan, show_result
 from converter.cli.terminal import memory_in_use, open_meter, show_json
 from converter.plan.types import Plan
 from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare
 from converter.run.choice import Choice, choose_workers
-from converter.run.execute import Result, run_plan
+from converter.run.execute import Result, guess_seconds, run_plan
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES
 from converter.run.workers import Workers, open_workers
 from converter.storage import Place
+from converter.storage.local import free_nbytes
 
 Options = dict[str, Any]
 """What click gives, by name; some options a command may not have."""
@@ -116,14 +117,19 @@ def _run(plan: Plan | None, request: str, job: Run) -> tuple[Result, int]:
 
 def _show_dry_run(plan: Plan, job: Run, more: Mapping[str, Any]) -> None:
     run = job.options
-    memory_nbytes = memory_in_use() + job.choice.extra_nbytes(plan, int(run.memory))
+    memory_nbytes = memory_in_use()
+    seconds = guess_seconds(plan)
+    if job.choice.executor == "threads":
+        memory_nbytes = memory_in_use()  # now with what casts, which others load for themselves
+    memory_nbytes += job.choice.extra_nbytes(plan, int(run.memory))
     if plan.is_there:
         _run(plan, "", job)  # nothing is written then, and that all is there must be true
+    needs = Needs(str(job.choice), memory_nbytes, free_nbytes(plan.target.real.path), seconds)
     if run.as_json:
-        show_json({**plan_as_json(plan), **more, "dry_run": True, "peak_memory_nbytes": memory_nbytes})
+        show_json({**plan_as_json(plan), **more, "dry_run": True, **needs.as_json()})
     elif run.quiet:
         return
     elif plan.sets and not plan.is_there:
-        show_plan(plan, memory_nbytes)
+        show_plan(plan, needs)
     else:
         show_result(Result(plan, 0.0), 0, False)

@@ -50,6 +50,19 @@ def show_bytes(nbytes: float) -> str:
     return _scale(nbytes, ("B", "kB", "MB", "GB", "TB"))
 
 
+def show_seconds(seconds: float) -> str:
+    """Spell a time for people, roughly.
+
+    >>> show_seconds(0.04), show_seconds(71), show_seconds(5000), show_seconds(40000)
+    ('0.1 s', '71 s', '83 min', '11 h')
+    """
+    if seconds < 10:
+        return f"{max(seconds, 0.1):.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"
+
+
 def show_count(count: int) -> str:
     """Spell a count for people.
 

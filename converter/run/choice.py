@@ -30,11 +30,17 @@ class Choice(NamedTuple):
     executor: str
     workers: int | None
 
+    def __str__(self) -> str:
+        if self.executor not in ("threads", "processes"):
+            return f"the workers of {self.executor}"
+        one = "thread" if self.executor == "threads" else "worker process"
+        return f"1 {one}" if self.workers == 1 else f"{self.workers} {one}{'es' if one.endswith('s') else 's'}"
+
     def extra_nbytes(self, plan: Plan, memory_nbytes: int) -> int:
         """Say how much memory a run takes beside this process; on a cluster, how much a worker."""
         nbytes = buffers_nbytes(memory_nbytes, self.workers or 1, plan.window)
-        is_apart = parse(self.executor)[0] == "processes"
-        return nbytes + (_SHARED_NBYTES + WORKER_NBYTES * (self.workers or 1) if is_apart else 0)
+        apart = _SHARED_NBYTES + WORKER_NBYTES * (self.workers or 1) if self.executor == "processes" else 0
+        return nbytes + apart
 
 
 def choose_workers(source: Place, computes: bool, executor: str | None = None, workers: int | None = None) -> Choice:

@@ -6,6 +6,7 @@ They go in turn over the files: threads that write one file wait for each other.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from converter.run.parts import (
     compare_piece,
     cut_pieces,
     rewrite_piece,
+    try_piece,
     write_piece,
 )
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, Tasks, open_tasks
@@ -100,6 +102,18 @@ def run_plan(
             output.link(name, source)
         output.commit(Changes.of(plan, keep), request)
     return Result(plan, time.perf_counter() - begun, reused, verify, output.left_over, too_large)
+
+
+def guess_seconds(plan: Plan) -> float:
+    """Say how long one worker would take, without what writing takes: by a trial with some of the largest file."""
+    largest = max(plan.written, key=lambda planned: planned.nbytes, default=None)
+    pieces = list(itertools.islice(cut_pieces(largest, plan.target.folder / largest.path), 2)) if largest else []
+    seconds = 0.0
+    for piece in pieces:  # for the first, what casts has to be loaded as well
+        begun = time.perf_counter()
+        try_piece(piece)
+        seconds = (time.perf_counter() - begun) / piece.nbytes
+    return seconds * plan.written_nbytes
 
 
 def _call(function: Callable[[Piece, int], _T], piece: Piece) -> Call[Piece, _T]:
