@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -25,7 +25,7 @@ from converter import Request, convert, plan_conversion
 from converter.cli import main
 from converter.errors import Unsupported
 from converter.run.choice import WORKER_NBYTES, Choice, choose_workers
-from converter.run.parts import write_piece
+from converter.run.parts import cut_pieces, write_piece
 from converter.run.tasks import buffers_nbytes, most_at_once
 from converter.run.workers import open_workers
 from converter.run.workers.base import Workers
@@ -222,42 +222,66 @@ def test_cores_are_those_that_this_process_may_use(tmp_path: Path, monkeypatch: 
     assert counts == [(40, 16), (3, 3), (1, 1), (40, 16)]
 
 
-# How much memory they take.
+# How many work at once, and in how much memory.
 
 
-def test_as_many_work_at_once_as_memory_is_there_for(tmp_path: Path) -> None:
+class Counting(Workers):
+    """Threads that say how many of them wrote at once, at most, and how many tasks waited with those."""
+
+    def __init__(self, pool: Executor, count: int) -> None:
+        super().__init__(pool, count)
+        self._lock = Lock()
+        self._now = self._given = 0
+        self.at_once: list[int] = []
+        self.given: list[int] = []
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if function is not write_piece:  # what only reads has small buffers, and nobody to wait for
+            return super().submit(function, *args, **kwargs)
+        self._given += 1
+        self.given.append(self._given)
+        future = super().submit(self._count_while, function, *args)
+        future.add_done_callback(self._take_off)
+        return future
+
+    def _take_off(self, _: object) -> None:
+        self._given -= 1
+
+    def _count_while(self, function: Any, *args: Any) -> Any:
+        with self._lock:
+            self._now += 1
+            self.at_once.append(self._now)
+        try:
+            return function(*args)
+        finally:
+            with self._lock:
+                self._now -= 1
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
+    monkeypatch.setattr(cut_pieces, "__defaults__", (1 << 12,))
+    with ThreadPoolExecutor(8) as pool:
+        yield Counting(pool, 8)
+
+
+def test_as_many_work_at_once_as_memory_is_there_for(counting: Counting, tmp_path: Path) -> None:
     wide = torch.randn(4, 3000).T
     save({f"t.{number}": wide.clone(memory_format=torch.preserve_format) for number in range(40)}, tmp_path / "m.bin")
-    at_once: list[int] = []
-    lock = Lock()
-    running = 0
-
-    class Counting(Workers):
-        def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-            if function is not write_piece:  # what only reads has small buffers
-                return super().submit(function, *args, **kwargs)
-
-            def call() -> Any:
-                nonlocal running
-                with lock:
-                    running += 1
-                    at_once.append(running)
-                try:
-                    return function(*args, **kwargs)
-                finally:
-                    with lock:
-                        running -= 1
-
-            return super().submit(call)
-
     plan = plan_conversion(Request.of(tmp_path / "m.bin", tmp_path / "out", dtype="bf16"))
     assert plan.window == 4 << 20  # in bf16; as much again, and twice, for what it is gathered from
-    with ThreadPoolExecutor(8) as pool, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(converter.run.parts.cut_pieces, "__defaults__", (1 << 12,))
-        converter.run_plan(plan, Counting(pool, 8), memory_nbytes=32 << 20)
+    converter.run_plan(plan, counting, memory_nbytes=32 << 20)
     assert most_at_once(32 << 20, 8, plan.window) == 4
-    assert max(at_once) <= 4
+    assert 1 < max(counting.at_once) <= 4
     assert buffers_nbytes(32 << 20, 8, plan.window) <= 32 << 20
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, 2), ({"dtype": "bf16"}, 6)])
+def test_few_write_into_one_file_at_once(options: Any, expected: int, counting: Counting, tmp_path: Path) -> None:
+    save({f"t.{number}": torch.randn(64, 64) for number in range(40)}, tmp_path / "m" / "model.safetensors")
+    plan = plan_conversion(Request.of(tmp_path / "m", tmp_path / "out", **options))
+    converter.run_plan(plan, counting)
+    assert max(counting.given) == expected
 
 
 @linux

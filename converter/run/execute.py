@@ -42,6 +42,9 @@ from converter.tensors.base import Storage
 from converter.tensors.reader import CrcPart, check_crc
 
 _T = TypeVar("_T")
+# Of one file at once, those included that wait for a worker: more were not faster on 16 cores.
+_COPIERS = 2
+_CASTERS = 6
 _NAMED = 5  # tensors, in a message
 _PARSED_NBYTES = 4_000_000  # of a header: one of 10 MB takes 80 to be parsed again. No shard that is known has as much
 
@@ -116,6 +119,11 @@ def guess_seconds(plan: Plan) -> float:
     return seconds * plan.written_nbytes
 
 
+def _most_writers(plan: Plan) -> int:
+    """Say how many tasks may write at once: those of one file wait for each other, and use up a core while they do."""
+    return sum(_CASTERS if planned.computes else _COPIERS for planned in plan.written)
+
+
 def _call(function: Callable[[Piece, int], _T], piece: Piece) -> Call[Piece, _T]:
     return Call(function, piece, piece.nbytes, piece.place.name)
 
@@ -141,7 +149,7 @@ def _write_files(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Co
     written: dict[tuple[Place, int], list[WrittenCrc]] = defaultdict(list)
     too_large: Counter[str] = Counter()
     calls = (_call(writers[piece.place], piece) for piece in _pieces(plan, output.staged, tasks))
-    for report in tasks.run(calls, plan.window):
+    for report in tasks.run(calls, plan.window, _most_writers(plan)):
         too_large += report.too_large
         checked.update(report.read.checked)
         parts += report.read.parts

@@ -76,19 +76,21 @@ class Tasks:
         """How much a task reads at a time."""
         return chunk_nbytes_for(self.memory_nbytes, self.workers.sharing)
 
-    def run(self, calls: Iterable[Call[_A, _T]], window: int = 1) -> Generator[_T, None, None]:
-        """Run calls, a few at once; yield results as they come. Each takes twice the ``window``, in bytes, at least.
+    def run(self, calls: Iterable[Call[_A, _T]], window: int = 1, most: int | None = None) -> Generator[_T, None, None]:
+        """Run calls, a few at once and no more than ``most``; yield results as they come.
+
+        Each takes twice the ``window``, in bytes, at least: so many run at once as there is memory for.
 
         Raises what they raise, and SystemRefused for what happens to a worker.
         """
         queue = iter(calls)
         waiting: dict[Future[_T | Failed], Call[_A, _T]] = {}
-        most = most_at_once(self.memory_nbytes, self.workers.sharing, window)
+        limits = [limit for limit in (most, most_at_once(self.memory_nbytes, self.workers.sharing, window)) if limit]
         with signals_held() as let_through:
             try:
                 while True:
-                    limit = 2 * self.workers.count if most is None else most
-                    for call in itertools.islice(queue, max(0, limit - len(waiting))):
+                    room = min([2 * self.workers.count, *limits]) - len(waiting)
+                    for call in itertools.islice(queue, max(0, room)):
                         waiting[self._submit(call)] = call
                     if not waiting:
                         return
