@@ -768,6 +768,43 @@ class Pair(NamedTuple):
     second: int
 
 
+GETS = {
+    b"h\x05": 5, b"j\x05\0\0\0": 5, b"j\x06\x01\0\0": 0x106, b"j\x6a\x6a\0\0": 0x6A6A, b"j\x67\x0a\0\0": 0x0A67,
+    b"g7\n": 7, b"g30000\n": 30_000, b"g 3_0_1\n": 301, b"g+302 \n": 302, b"g-0\n": 0, b"gjjjj\n": None,
+    b"j\0\0\1\0": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("puts", ["numbered", "in order"])
+def test_what_is_asked_for_is_kept_in_the_memo_of_a_long_pickle(puts: str) -> None:
+    def put(place: int) -> bytes:
+        return b"r" + place.to_bytes(4, "little") if puts == "numbered" else b"\x94"
+
+    numbered = b"".join(text(f"weight j{place}") + put(place) + b"0" for place in range(31_000))
+    for get, place in GETS.items():
+        raw = b"\x80\x02" + numbered + b"(" + b"j\x07\x01\0\0" + get + b"t."
+        if place is None:
+            with pytest.raises(BadFile, match="damaged"):
+                parse_pickle(raw, PATH)
+        else:
+            assert parse_pickle(raw, PATH).value == ("weight j263", f"weight j{place}")
+
+
+@pytest.mark.parametrize("put", [b"r\x30\x75\0\0", b"\x94"])
+def test_nothing_is_put_into_the_memo_where_there_is_nothing(put: bytes) -> None:
+    numbered = b"".join(text(f"weight{place}") + b"r" + place.to_bytes(4, "little") + b"0" for place in range(30_000))
+    raw = b"\x80\x02" + numbered + put + b"N."
+    with pytest.raises(BadFile, match=f"damaged near byte {len(raw) - len(put) - 2:,}"):
+        parse_pickle(raw, PATH)
+
+
+@pytest.mark.parametrize("filler", [b"jg" * 600_000, b"".join(b"j" + struct.pack("<I", n) for n in range(110_000))])
+def test_a_pickle_may_ask_for_anything_where_most_looks_like_it(filler: bytes) -> None:
+    numbered = b"".join(b"I%d\nr" % place + place.to_bytes(4, "little") + b"0" for place in range(1_000))
+    raw = b"\x80\x02B" + struct.pack("<I", len(filler)) + filler + b"0" + numbered + b"(j\xe6\3\0\0g999\nt."
+    assert parse_pickle(raw, PATH).value == (998, 999)
+
+
 @pytest.mark.parametrize("protocol", range(6))
 def test_objects_of_a_class_that_is_kept_are_data(protocol: int) -> None:
     def find(named: Global, where: object) -> object:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 from support.tiny import make_state, save
 
 import converter
@@ -209,14 +210,18 @@ def test_the_library_starts_with_nothing() -> None:
     assert not loaded_by("import converter") & {"torch", "numpy", "click", "safetensors"}
 
 
-def test_a_conversion_imports_no_torch(tmp_path: Path) -> None:
-    save(make_state(), tmp_path / "pytorch_model.bin")
+@pytest.mark.parametrize("form", ["pytorch_model.bin", "model.safetensors"])
+def test_a_conversion_loads_what_it_uses(tmp_path: Path, form: str) -> None:
+    (save if form.endswith(".bin") else save_file)(make_state("abc"), tmp_path / form)
     command = (sys.executable, "-X", "importtime", "-m", "converter", "to-safetensors", tmp_path)
-    listed = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in listed.splitlines()}
-    assert "zlib_ng" in imported
-    assert not imported & {"torch", "transformers", "diffusers", "ml_dtypes", "numpy", "safetensors"}
-    assert (tmp_path / "model.safetensors").exists()
+    listed = subprocess.run((*command, "-o", tmp_path / "out"), check=True, capture_output=True, text=True).stderr
+    imported = {line.rpartition("|")[2].strip() for line in listed.splitlines()}
+    assert {"zlib_ng", "converter.run.execute"} <= imported
+    assert not imported & {"torch", "transformers", "diffusers", "ml_dtypes", "numpy", "safetensors", "tqdm"}
+    assert not imported & {"email", "importlib.metadata", "multiprocessing.process", "concurrent.futures.process"}
+    assert not imported & {"converter.doctor", "converter.libraries.ask", "converter.tensors.derived"}
+    assert "psutil" not in imported or sys.platform != "linux"
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_help_loads_little() -> None:

@@ -6,20 +6,21 @@ nothing is an error there, not lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import psutil
-
-from converter.cli.report import plan_as_json, show_plan, show_result
-from converter.cli.terminal import open_meter, show_json
+from converter.cli.report import Needs, plan_as_json, show_plan, show_result
+from converter.cli.terminal import memory_in_use, open_meter, show_json
 from converter.plan.types import Plan
 from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare
-from converter.run.choice import choose_workers, extra_nbytes
-from converter.run.execute import Result, run_plan
+from converter.run.choice import Choice, choose_workers
+from converter.run.execute import Result, guess_seconds, run_plan
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES
+from converter.run.workers import Workers, open_workers
 from converter.storage import Place
+from converter.storage.local import free_nbytes
 
 Options = dict[str, Any]
 """What click gives, by name; some options a command may not have."""
@@ -49,7 +50,8 @@ def run_conversion(
     """Carry out what is asked and what the command fixes, and print what came of it; the rest is as in ``prepare``."""
     run = take_run(options)
     request = Request.of(source, **options, **fixed)
-    run_prepared(prepare(request, make, more, recovering=not run.dry_run), run)
+    with open_run(request, run) as job:
+        run_prepared(prepare(request, make, more, recovering=not run.dry_run), job)
 
 
 def take_run(options: Options) -> RunOptions:
@@ -57,15 +59,36 @@ def take_run(options: Options) -> RunOptions:
     return RunOptions(**{name: options.pop(name) for name in RunOptions._fields if name in options})
 
 
-def run_prepared(prepared: Prepared, run: RunOptions, more: Mapping[str, Any] | None = None) -> None:
+class Run(NamedTuple):
+    """A run whose workers are chosen, and there, unless it is dry."""
+
+    options: RunOptions
+    choice: Choice
+    workers: Workers | None
+
+
+@contextmanager
+def open_run(request: Request, run: RunOptions, computes: bool = False) -> Iterator[Run]:
+    """Choose workers, and have those that take time to be there started while headers are read."""
+    computes = computes or request.casting.dtype is not None
+    choice = choose_workers(request.source, computes, run.executor, run.workers)
+    if run.dry_run:
+        yield Run(run, choice, None)
+        return
+    with open_workers(*choice) as workers:
+        yield Run(run, choice, workers)
+
+
+def run_prepared(prepared: Prepared, job: Run, more: Mapping[str, Any] | None = None) -> None:
     """Print a plan, or run it and print what came of it; ``more`` goes into the JSON."""
     request, plan = prepared
+    run = job.options
     more = more or {}
     if run.dry_run:
         assert plan is not None
-        _show_dry_run(plan, run, more)
+        _show_dry_run(plan, job, more)
         return
-    result, peak_nbytes = _run(plan, request, run)
+    result, peak_nbytes = _run(plan, request, job)
     if run.as_json:
         content = {**plan_as_json(plan), **more} if plan else {}
         content = {**content, "too_large": dict(result.too_large), "seconds": result.seconds}
@@ -74,16 +97,15 @@ def run_prepared(prepared: Prepared, run: RunOptions, more: Mapping[str, Any] | 
         show_result(result, peak_nbytes, run.verbose)
 
 
-def _run(plan: Plan | None, request: str, run: RunOptions) -> tuple[Result, int]:
+def _run(plan: Plan | None, request: str, job: Run) -> tuple[Result, int]:
     if plan is None or not plan.sets:
         return Result(plan, 0.0), 0
+    run = job.options
     verify = run.verify or plan.destroys_source
-    choice = choose_workers(plan, int(run.memory), run.executor, run.workers)
     with open_meter(plan.nbytes * (2 if verify else 1), "converting", run.quiet) as meter:
         result = run_plan(
             plan,
-            choice.executor,
-            workers=choice.workers,
+            job.workers,
             memory_nbytes=int(run.memory),
             verify=verify,
             progress=meter,
@@ -93,16 +115,21 @@ def _run(plan: Plan | None, request: str, run: RunOptions) -> tuple[Result, int]
     return result, meter.peak_nbytes
 
 
-def _show_dry_run(plan: Plan, run: RunOptions, more: Mapping[str, Any]) -> None:
-    choice = choose_workers(plan, int(run.memory), run.executor, run.workers)
-    memory_nbytes = psutil.Process().memory_info().rss + extra_nbytes(plan, choice, int(run.memory))
+def _show_dry_run(plan: Plan, job: Run, more: Mapping[str, Any]) -> None:
+    run = job.options
+    memory_nbytes = memory_in_use()
+    seconds = guess_seconds(plan)
+    if job.choice.executor == "threads":
+        memory_nbytes = memory_in_use()  # now with what casts, which others load for themselves
+    memory_nbytes += job.choice.extra_nbytes(plan, int(run.memory))
     if plan.is_there:
-        _run(plan, "", run)  # nothing is written then, and that all is there must be true
+        _run(plan, "", job)  # nothing is written then, and that all is there must be true
+    needs = Needs(str(job.choice), memory_nbytes, free_nbytes(plan.target.real.path), seconds)
     if run.as_json:
-        show_json({**plan_as_json(plan), **more, "dry_run": True, "peak_memory_nbytes": memory_nbytes})
+        show_json({**plan_as_json(plan), **more, "dry_run": True, **needs.as_json()})
     elif run.quiet:
         return
     elif plan.sets and not plan.is_there:
-        show_plan(plan, memory_nbytes)
+        show_plan(plan, needs)
     else:
         show_result(Result(plan, 0.0), 0, False)

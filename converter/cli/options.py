@@ -107,7 +107,13 @@ _RUN_OPTIONS = (
         metavar="NAME",
         help="Who does them: threads, processes[=N], dask=ADDRESS|FILE, ray[=ADDRESS], mpi (default: fastest here).",
     ),
-    click.option("--memory", type=Size(), default="64MB", show_default=True, help="Memory for buffers."),
+    click.option(
+        "--memory",
+        type=Size(),
+        default="64MB",
+        show_default=True,
+        help="Memory for the buffers of all workers together; on a cluster, of each.",
+    ),
 )
 _OUTPUT_OPTIONS = (
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),

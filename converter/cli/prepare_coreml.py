@@ -48,15 +48,16 @@ def command(source: Place, output: Place, ema: bool, config: Place | None, keep_
     """
     from functools import partial
 
-    from converter.cli.convert import run_prepared, take_run
+    from converter.cli.convert import open_run, run_prepared, take_run
     from converter.recipes.prepare_coreml import plan_coreml, request_coreml
     from converter.recipes.request import prepare
 
     run = take_run(options)
     request = request_coreml(source, output, **options)
     make = partial(plan_coreml, keep_default=keep_default, ema=ema, config=config)
-    prepared = prepare(request, make, ("coreml", keep_default, ema, config), recovering=not run.dry_run)
-    run_prepared(prepared, run)
+    with open_run(request, run, computes=True) as job:
+        prepared = prepare(request, make, ("coreml", keep_default, ema, config), recovering=not run.dry_run)
+        run_prepared(prepared, job)
     plan = prepared.plan
     if plan is not None and plan.sets and run.is_told:
         _show_next(plan)

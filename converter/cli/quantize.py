@@ -54,7 +54,7 @@ def command(source: Place, include: tuple[str, ...], skip: tuple[str, ...], stri
     """
     from functools import partial
 
-    from converter.cli.convert import run_prepared, take_run
+    from converter.cli.convert import open_run, run_prepared, take_run
     from converter.recipes.quantize import Measuring, plan_quantized
     from converter.recipes.request import Request, prepare
     from converter.transforms.quantize.modules import ModuleChoice
@@ -63,14 +63,15 @@ def command(source: Place, include: tuple[str, ...], skip: tuple[str, ...], stri
     run = take_run(options)
     request = Request.of(source, **options)
     choice = ModuleChoice(include, skip, strict)
-    with open_meter(None, "looking", run.quiet) as meter:
-        measuring = Measuring(run.workers, int(run.memory), meter)
-        plan = partial(plan_quantized, choice=choice, measuring=measuring)
-        prepared = prepare(request, plan, ("quantize", choice), recovering=not run.dry_run)
-    parts = prepared.plan.quantized if prepared.plan else ()
-    if run.is_told:
-        _show_parts(parts, every=run.dry_run or run.verbose)
-    run_prepared(prepared, run, {"quantized": _as_json(parts)})
+    with open_run(request, run, computes=True) as job:
+        with open_meter(None, "looking", run.quiet) as meter:
+            measuring = Measuring(job.workers, int(run.memory), meter)
+            plan = partial(plan_quantized, choice=choice, measuring=measuring)
+            prepared = prepare(request, plan, ("quantize", choice), recovering=not run.dry_run)
+        parts = prepared.plan.quantized if prepared.plan else ()
+        if run.is_told:
+            _show_parts(parts, every=run.dry_run or run.verbose)
+        run_prepared(prepared, job, {"quantized": _as_json(parts)})
     if run.is_told and prepared.plan is not None and prepared.plan.sets and not run.dry_run:
         _show_hints(prepared.plan)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from converter.cli.terminal import echo, printable, show_bytes, show_table
+from converter.cli.terminal import echo, printable, show_bytes, show_seconds, show_table
 from converter.errors import name_some
 from converter.plan.types import Plan, PlannedSet
 from converter.recipes.loading import loading_lines
@@ -42,7 +42,28 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def show_plan(plan: Plan, memory_nbytes: int) -> None:
+class Needs(NamedTuple):
+    """What a plan would take: who would carry it out, in how much memory, on a disk with how much room.
+
+    ``seconds`` is how long one worker would take, without what it takes to write.
+    """
+
+    workers: str
+    memory_nbytes: int
+    free_nbytes: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the machine-readable form."""
+        return {
+            "workers": self.workers,
+            "peak_memory_nbytes": self.memory_nbytes,
+            "free_nbytes": self.free_nbytes,
+            "worker_seconds": self.seconds,
+        }
+
+
+def show_plan(plan: Plan, needs: Needs) -> None:
     """Print what a plan would write, and what that takes."""
     rows = [(shard.path, str(len(shard.tensors)), show_bytes(shard.nbytes)) for shard in plan.files]
     rows += [(name, "", show_bytes(len(content))) for name, content in plan.texts]
@@ -55,7 +76,10 @@ def show_plan(plan: Plan, memory_nbytes: int) -> None:
         echo(printable(f"Would remove {name}"))
     _show_remarks(plan, every=True)
     nbytes = plan.nbytes + _carried_nbytes(plan)
-    echo(f"Takes {show_bytes(nbytes)} of disk and about {show_bytes(memory_nbytes)} of memory.")
+    room = f"{'only ' if nbytes > needs.free_nbytes else ''}{show_bytes(needs.free_nbytes)} free"
+    echo(f"Takes {show_bytes(nbytes)} of disk ({room}) and about {show_bytes(needs.memory_nbytes)} of memory.")
+    seconds = show_seconds(needs.seconds)
+    echo(f"Runs on {needs.workers}: {seconds} of work for one of them, and what the disk takes to write.")
 
 
 def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
 
 from converter.errors import shorten
 
+_LOOK_SECONDS = 0.1  # to look at many processes takes some milliseconds
 _WIDEST = 120  # a longer cell pushes its own line aside, and no other
 
 
@@ -46,6 +48,19 @@ def show_bytes(nbytes: float) -> str:
     ('3.44 GB', '999 B')
     """
     return _scale(nbytes, ("B", "kB", "MB", "GB", "TB"))
+
+
+def show_seconds(seconds: float) -> str:
+    """Spell a time for people, roughly.
+
+    >>> show_seconds(0.04), show_seconds(71), show_seconds(5000), show_seconds(40000)
+    ('0.1 s', '71 s', '83 min', '11 h')
+    """
+    if seconds < 10:
+        return f"{max(seconds, 0.1):.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"
 
 
 def show_count(count: int) -> str:
@@ -87,18 +102,46 @@ def show_json(content: Any) -> None:
     _print(json.dumps(content, indent=2))  # in ASCII, and control characters are spelled
 
 
+def memory_in_use() -> int:
+    """Give the bytes of memory that this process takes, and those that work for it."""
+    return _own_memory() + (_workers_memory() if "multiprocessing.process" in sys.modules else 0)
+
+
+def _workers_memory() -> int:
+    """Count what workers share once, where the system tells."""
+    import psutil
+
+    total = 0
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            info = child.memory_full_info()
+            total += getattr(info, "pss", info.uss)
+    return total
+
+
+def _own_memory() -> int:
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # Linux alone has it; psutil, which knows all systems, takes longer to load than a small run
+        import psutil
+
+        return psutil.Process().memory_info().rss
+
+
 class Meter:
     """Takes the library's progress: moves the bar, where there is one, and looks at the memory in use."""
 
     def __init__(self, update: Callable[[int], object]) -> None:
-        import psutil
-
         self._update = update
-        self._process = psutil.Process()
-        self.peak_nbytes = self._process.memory_info().rss
+        self._looked = 0.0
+        self.peak_nbytes = memory_in_use()
 
     def __call__(self, nbytes: int) -> None:
-        self.peak_nbytes = max(self.peak_nbytes, self._process.memory_info().rss)
+        now = time.monotonic()
+        if now - self._looked > _LOOK_SECONDS:
+            self.peak_nbytes = max(self.peak_nbytes, memory_in_use())
+            self._looked = now
         self._update(nbytes)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from converter.dtypes import DTYPES
+from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.texts import MAX_HEADER_MARKS, Pairs, parse_json
 from converter.storage import FileRef, OpenFile, Place
@@ -138,10 +138,8 @@ def lay_out(tensors: Sequence[TensorSpec], ties: Mapping[str, str], notes: Mappi
     """
     order = sorted(range(len(tensors)), key=lambda place: (tensors[place][1].rank, tensors[place][0]))
     header = build_header([tensors[place] for place in order], {**notes, **ties, "format": "pt"})
-    ends = itertools.accumulate(
-        (tensors[place][1].nbytes(math.prod(tensors[place][2])) for place in order), initial=len(header)
-    )
-    *offsets, nbytes = ends
+    sizes = (_describe(*tensors[place][1:])[1] for place in order)
+    *offsets, nbytes = itertools.accumulate(sizes, initial=len(header))
     return Layout(header, tuple(order), tuple(offsets), nbytes)
 
 
@@ -156,10 +154,10 @@ def build_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> 
             raise ValueError(f"holds a tensor named {name!r}, which no safetensors file can hold")
         if len(name) > MAX_NAME:
             raise ValueError(f"holds a tensor with a name of {len(name):,} characters, and {MAX_NAME:,} may be")
-        begin, end = end, end + dtype.nbytes(math.prod(shape))
-        # One json.dumps of all of it takes twice as long.
-        sizes = ",".join(map(str, shape))
-        parts.append(f'{_spell(name)}:{{"dtype":"{dtype.tag}","shape":[{sizes}],"data_offsets":[{begin},{end}]}}')
+        described, nbytes = _describe(dtype, shape)
+        begin, end = end, end + nbytes
+        # One json.dumps of all of it takes three times as long.
+        parts.append(f"{_spell_text(name)}:{{{described}[{begin},{end}]}}")
     raw = ",".join(parts).encode()
     parts.clear()  # as long as the header is, and more
     padding = -(len(raw) + 2) % 8
@@ -173,6 +171,14 @@ def build_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> 
 
 
 _spell = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_spell_text = json.encoder.encode_basestring  # as the encoder spells a text
+
+
+@lru_cache(1024)  # most tensors are of one of a few kinds
+def _describe(dtype: DType, shape: tuple[int, ...]) -> tuple[str, int]:
+    """Spell what a header says of a tensor between its name and its place, and give its bytes."""
+    sizes = ",".join(map(str, shape))
+    return f'"dtype":"{dtype.tag}","shape":[{sizes}],"data_offsets":', dtype.nbytes(math.prod(shape))
 
 
 def _is_text(name: str) -> bool:

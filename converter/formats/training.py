@@ -109,7 +109,7 @@ def check_content(file: WeightsFile) -> None:
 
 def _find_emptied(tensors: Iterable[Tensor]) -> list[str]:
     """Name weights of the one shape ``[0]``, which ZeRO-3 leaves of what it has moved away; none if it is but one."""
-    names = [tensor.name for tensor in tensors if tensor.shape == (0,) and tensor.name.endswith("weight")]
+    names = [name for name, source, _ in tensors if source.shape == (0,) and name.endswith("weight")]
     return names if len(names) > 1 else []
 
 

@@ -43,16 +43,8 @@ class Record(NamedTuple):
     offset: int
 
 
-class _Entry(NamedTuple):
-    """A record as the directory has it."""
-
-    header_offset: int
-    name: bytes
-    flags: int
-    method: int
-    crc32: int
-    packed_nbytes: int
-    nbytes: int
+# A record as the directory has it: where its header lies, its name, flags, method, CRC32, and its bytes packed and not.
+_Entry = tuple[int, bytes, int, int, int, int, int]
 
 
 def read_records(file: OpenFile) -> Iterator[Record]:
@@ -67,7 +59,7 @@ def read_records(file: OpenFile) -> Iterator[Record]:
         entries = sorted(islice(_read_entries(file.read(start, nbytes)), count + 1))
         if len(entries) != count:
             raise BadFile(place, f"its directory has not the {count:,} records that it claims", _INCOMPLETE)
-        _check_names(entries, place)
+        _check_names([name for _, name, *_ in entries], place)
         yield from _find_records(file, entries, start)
     except struct.error:
         raise BadFile(place, "is a zip archive whose directory is damaged", _INCOMPLETE) from None
@@ -111,7 +103,7 @@ def _read_entries(raw: bytes) -> Iterator[_Entry]:
             nbytes, packed_nbytes, offset = (
                 next(wide) if number == _IN_EXTRA else number for number in (nbytes, packed_nbytes, offset)
             )
-        yield _Entry(offset, raw[begin:end], flags, method, crc, packed_nbytes, nbytes)
+        yield offset, raw[begin:end], flags, method, crc, packed_nbytes, nbytes
     if place != len(raw):
         raise struct.error
 
@@ -130,18 +122,18 @@ def _wide_numbers(extra: bytes) -> Iterator[int]:
     raise struct.error
 
 
-def _check_names(entries: list[_Entry], place: Place) -> None:
+def _check_names(names: list[bytes], place: Place) -> None:
     # torch ends a name at a NUL, and takes names that differ in case for one (``mz_zip_reader_locate_file``).
-    if any(b"\0" in entry.name for entry in entries):
+    if b"\0" in b"".join(names):
         raise HostileFile(place, "its archive holds a record whose name not all readers see alike")
-    if len({entry.name.lower() for entry in entries}) != len(entries):
+    if len(set(map(bytes.lower, names))) != len(names):
         raise HostileFile(place, "its archive holds two records of one name")
 
 
 def _find_records(file: OpenFile, entries: list[_Entry], end: int) -> Iterator[Record]:
     place = file.ref.place
     reached = 0
-    headers = file.read_many((entry.header_offset, LOCAL_HEADER.size + len(entry.name)) for entry in entries)
+    headers = file.read_many((offset, LOCAL_HEADER.size + len(name)) for offset, name, *_ in entries)
     for entry, raw in zip(entries, headers, strict=True):
         header_offset, name, flags, method, crc, packed_nbytes, nbytes = entry
         if flags & _ENCRYPTED:

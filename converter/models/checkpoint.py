@@ -107,9 +107,10 @@ def _check_shards(weight_set: WeightSet) -> None:
 def _check_names(files: Iterable[WeightsFile]) -> None:
     places: dict[str, str] = {}
     for file in files:
+        place = file.place.name
         for info in file.tensors:
-            first = places.setdefault(info.name, file.place.name)
-            if first != file.place.name:
+            first = places.setdefault(info.name, place)
+            if first != place:
                 raise BadFile(
                     file.place, f"holds tensor {info.name!r}, which {first} holds too", "Keep one of the two."
                 )
@@ -121,7 +122,8 @@ def _check_index(path: Place, index: WeightIndex, files: Iterable[WeightsFile]) 
     for file in files:
         names = {info.name for info in file.tensors}
         held[file.place.name] = names
-        unlisted.extend(sorted(names - index.weight_map.keys()))
+        # Not ``names - index.weight_map.keys()``, which goes through all keys for each file.
+        unlisted.extend(sorted(names.difference(index.weight_map)))
     for name, shard in index.weight_map.items():
         if name not in held[shard]:
             raise BadFile(path, f"says that {shard} holds tensor {name!r}, and it does not", "Fetch index and shards.")

@@ -20,7 +20,8 @@ _NOTED_GROWTH_NBYTES = 1_000_000
 
 def note_growth(tensors: Sequence[Tensor]) -> tuple[str, ...]:
     """Note how much more tensors take than what holds them: each element is written, however often it is one."""
-    more = sum(max(0, tensor.nbytes - _held(tensor)) for tensor in tensors)
+    grown = (tensor.nbytes - sum([storage.nbytes for storage in tensor.source.inputs()]) for tensor in tensors)
+    more = sum(nbytes for nbytes in grown if nbytes > 0)
     if more < _NOTED_GROWTH_NBYTES:
         return ()
     return (f"its expanded tensors take {more:,} bytes more than in the source",)
@@ -45,10 +46,6 @@ def find_growth(path: Where, tensors: Sequence[Tensor]) -> Unsupported | None:
     problem = f"holds {source_nbytes:,} bytes of tensors, which would come out as {nbytes:,}: the largest is "
     problem += f"{largest.name!r}, of {largest.nbytes:,} bytes in {_stored(largest):,}"
     return Unsupported(path, problem, "'wconv to-safetensors --expand' writes them in full.")
-
-
-def _held(tensor: Tensor) -> int:
-    return sum([storage.nbytes for storage in tensor.source.inputs()])
 
 
 def _stored(tensor: Tensor) -> int:

@@ -198,9 +198,11 @@ def plan_set(order: Order, writing: Writing) -> PlannedSet:
 def _check_tag(order: Order) -> None:
     """Refuse to name weights for a dtype that they do not have, by a tag that is asked for or stays in a recast."""
     named, dtype = order.name.tagged_dtype, order.dtype
+    if named is None:
+        return
     floats = sorted({tensor.dtype.short_name for tensor in order.checkpoint.tensors if tensor.dtype.is_floating})
     held = [dtype.short_name] if dtype else floats
-    if named is None or not floats or named.short_name in held:
+    if not floats or named.short_name in held:
         return
     advice = f"Use --dtype {named.short_name}, or --variant {held[0]}."
     problem = f"would be named {order.name.variant} and hold {' and '.join(held)}"

@@ -210,6 +210,11 @@ class Plan:
         return tuple(file for file in self.files if file.link is None)
 
     @property
+    def window(self) -> int:
+        """How many bytes its tensors are read at a time, at least, where a buffer has less."""
+        return max((tensor.source.window for file in self.written for tensor, _ in file.tensors), default=1)
+
+    @property
     def indexes(self) -> tuple[tuple[str, bytes], ...]:
         """The indexes, as names with content."""
         return tuple(planned.index for planned in self.sets if planned.index)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from converter.dtypes import RECAST_SOURCES
@@ -47,7 +48,7 @@ _PARTS = re.compile(r"(transformer|unet|text_encoder)(_\d+)?")
 class Measuring:
     """How weights are read before there is a plan, and who is told."""
 
-    workers: int | None = None
+    executor: Executor | str | None = None
     memory_nbytes: int = DEFAULT_MEMORY_NBYTES
     progress: Progress | None = None
 
@@ -57,7 +58,7 @@ class Measuring:
         calls = (Call(find_scales, block, block.nbytes, block.weight.name) for block in blocks)
         found: dict[str, bytearray] = {}
         lossy: set[str] = set()
-        for block, numbers, are_finite in run_tasks(calls, None, self.workers, self.memory_nbytes, self.progress):
+        for block, numbers, are_finite in run_tasks(calls, self.executor, None, self.memory_nbytes, self.progress):
             scales = found.setdefault(block.weight.name, bytearray(4 * block.weight.shape[0]))
             scales[4 * block.begin : 4 * block.end] = numbers
             if not are_finite:

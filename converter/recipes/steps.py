@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.libraries import library_of, loader_of, note_tag
-from converter.libraries.ask import ask_kept
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.growth import note_growth, refuse_growth
@@ -179,6 +178,9 @@ def _more_fp32(component: Component, request: Request) -> tuple[tuple[str, ...],
     dtype = request.casting.dtype
     if dtype is None or dtype.bits >= 32 or not component.class_names:
         return (), ""
+    # What asks a library starts programs, and looks its version up: no conversion but a cast loads that.
+    from converter.libraries.ask import ask_kept
+
     return ask_kept(library_of(component), component.class_names, dtype)
 
 

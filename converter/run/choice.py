@@ -1,70 +1,72 @@
-"""Which workers a run takes where nobody says, and how much memory that is."""
+"""Which workers a run takes where nobody says, before a header is read, and how much memory they take."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from converter.models.names import parse_name
 from converter.plan.types import Plan
-from converter.run.tasks import chunk_nbytes_for
+from converter.run.tasks import buffers_nbytes
 from converter.run.workers import parse
-from converter.run.workers.cores import count_cores
-from converter.run.workers.threads import DEFAULT_WORKERS
+from converter.run.workers.cores import default_workers
+from converter.storage import Place
+from converter.storage.base import list_entries
 
-WORKER_NBYTES = 24_000_000
-"""What a worker process takes beside its buffers; much of it is shared with the others."""
+WORKER_NBYTES = 17_000_000
+"""What a worker process takes beside its buffers and what it shares with the others."""
 
-MAX_WORKERS = 16
-"""More are not faster: by then memory is as busy as it can be."""
+_SHARED_NBYTES = 26_000_000  # what the workers share, and what looks after them
 
-# Threads that cast keep no more than three cores busy, whatever their number: each chunk takes and gives the
+# Threads that cast keep no more than three cores busy, whatever their number: for each chunk they take and give the
 # interpreter's lock some ten times. Processes need a quarter of a second before they are there.
 _LOCKED_CORES = 3
 _WORTH_NBYTES = 2_000_000_000
 
 
 class Choice(NamedTuple):
-    """Who runs the tasks of a plan: an engine, as ``--executor`` spells it, and how many at once; None to ask it."""
+    """Who runs tasks: an engine, as ``--executor`` spells it, and how many at once; None where the engine tells."""
 
     executor: str
     workers: int | None
 
-    @property
-    def engine(self) -> str:
-        return parse(self.executor)[0]
+    def __str__(self) -> str:
+        if self.executor not in ("threads", "processes"):
+            return f"the workers of {self.executor}"
+        one = "thread" if self.executor == "threads" else "worker process"
+        return f"1 {one}" if self.workers == 1 else f"{self.workers} {one}{'es' if one.endswith('s') else 's'}"
+
+    def extra_nbytes(self, plan: Plan, memory_nbytes: int) -> int:
+        """Say how much memory a run takes beside this process; on a cluster, how much a worker."""
+        nbytes = buffers_nbytes(memory_nbytes, self.workers or 1, plan.window)
+        apart = _SHARED_NBYTES + WORKER_NBYTES * (self.workers or 1) if self.executor == "processes" else 0
+        return nbytes + apart
 
 
-def choose_workers(plan: Plan, memory_nbytes: int, executor: str | None = None, workers: int | None = None) -> Choice:
-    """Choose what is fastest on this machine, as far as nobody has: threads for what is only moved, or is little.
-
-    Casts of much are for processes; what needs more room at a time than there is memory has fewer workers.
-    """
-    computes = any(file.computes for file in plan.written)
+def choose_workers(source: Place, computes: bool, executor: str | None = None, workers: int | None = None) -> Choice:
+    """Choose what is fastest on this machine, as far as nobody has: processes to cast much, threads for the rest."""
+    count = workers or default_workers()
     if executor is None:
-        count = workers or default_count(computes)
-        is_worth = computes and count >= _LOCKED_CORES and plan.written_nbytes >= _WORTH_NBYTES
+        is_worth = computes and count >= _LOCKED_CORES and source_nbytes(source) >= _WORTH_NBYTES
         executor = "processes" if is_worth else "threads"
     engine, address = parse(executor)
-    if engine not in ("threads", "processes"):
-        return Choice(executor, workers)
-    count = int(address) if address else workers or default_count(computes)
-    if workers is None and not address:
-        count = min(count, max(1, memory_nbytes // (2 * window_of(plan))))
-    return Choice(engine, count)
+    if engine == "processes":
+        return Choice(engine, int(address) if address else count)
+    return Choice(executor, count if engine == "threads" else workers)
 
 
-def default_count(computes: bool) -> int:
-    """Say how many workers there are: as many as cores for casts; copies wait for the disk, or for each other."""
-    cores = min(MAX_WORKERS, count_cores())
-    return cores if computes else max(DEFAULT_WORKERS, cores)
+def source_nbytes(source: Place) -> int:
+    """Say how large the weight files of a file, or of a folder and those in it, are, by their names."""
+    info = source.info()
+    if info is None or info.kind == "file":
+        return info.nbytes if info else 0
+    return sum(_sizes(source, depth=1))
 
 
-def window_of(plan: Plan) -> int:
-    """Give how much the tensors of a plan are read at a time, at least, in bytes."""
-    return max((tensor.source.window for file in plan.written for tensor, _ in file.tensors), default=1)
-
-
-def extra_nbytes(plan: Plan, choice: Choice, memory_nbytes: int) -> int:
-    """Say how much memory a run takes more than this process has, on this machine; on others, how much a worker."""
-    count = choice.workers or 1
-    buffers = count * 2 * max(window_of(plan), chunk_nbytes_for(memory_nbytes, count))
-    return buffers + (count * WORKER_NBYTES if choice.engine == "processes" else 0)
+def _sizes(folder: Place, depth: int) -> Iterator[int]:
+    for place in list_entries(folder):
+        info = place.info()
+        if info is not None and info.kind == "file" and parse_name(place.name) is not None:
+            yield info.nbytes
+        elif info is not None and info.kind == "folder" and depth:
+            yield from _sizes(place, depth - 1)

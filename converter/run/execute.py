@@ -6,6 +6,7 @@ They go in turn over the files: threads that write one file wait for each other.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from converter.run.parts import (
     compare_piece,
     cut_pieces,
     rewrite_piece,
+    try_piece,
     write_piece,
 )
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, Tasks, open_tasks
@@ -40,6 +42,9 @@ from converter.tensors.base import Storage
 from converter.tensors.reader import CrcPart, check_crc
 
 _T = TypeVar("_T")
+# Of one file at once, those included that wait for a worker: more were not faster on 16 cores.
+_COPIERS = 2
+_CASTERS = 6
 _NAMED = 5  # tensors, in a message
 _PARSED_NBYTES = 4_000_000  # of a header: one of 10 MB takes 80 to be parsed again. No shard that is known has as much
 
@@ -93,13 +98,30 @@ def run_plan(
         for planned in plan.written:
             check_staged(planned, output.staged(planned.path))
         if verify:
-            tasks.finish(_call(compare_piece, piece) for piece in _pieces(plan, output.staged, tasks))
+            _compare(plan, output.staged, tasks)
         _write_others(plan, output)
         _check_sources(plan)
         for name, source in _second_names(plan):  # only now: they change what a file's stamp says
             output.link(name, source)
         output.commit(Changes.of(plan, keep), request)
     return Result(plan, time.perf_counter() - begun, reused, verify, output.left_over, too_large)
+
+
+def guess_seconds(plan: Plan) -> float:
+    """Say how long one worker would take, without what writing takes: by a trial with some of the largest file."""
+    largest = max(plan.written, key=lambda planned: planned.nbytes, default=None)
+    pieces = list(itertools.islice(cut_pieces(largest, plan.target.folder / largest.path), 2)) if largest else []
+    seconds = 0.0
+    for piece in pieces:  # for the first, what casts has to be loaded as well
+        begun = time.perf_counter()
+        try_piece(piece)
+        seconds = (time.perf_counter() - begun) / piece.nbytes
+    return seconds * plan.written_nbytes
+
+
+def _most_writers(plan: Plan) -> int:
+    """Say how many tasks may write at once: those of one file wait for each other, and use up a core while they do."""
+    return sum(_CASTERS if planned.computes else _COPIERS for planned in plan.written)
 
 
 def _call(function: Callable[[Piece, int], _T], piece: Piece) -> Call[Piece, _T]:
@@ -126,7 +148,8 @@ def _write_files(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Co
     parts: list[CrcPart] = []
     written: dict[tuple[Place, int], list[WrittenCrc]] = defaultdict(list)
     too_large: Counter[str] = Counter()
-    for report in tasks.run(_call(writers[piece.place], piece) for piece in _pieces(plan, output.staged, tasks)):
+    calls = (_call(writers[piece.place], piece) for piece in _pieces(plan, output.staged, tasks))
+    for report in tasks.run(calls, plan.window, _most_writers(plan)):
         too_large += report.too_large
         checked.update(report.read.checked)
         parts += report.read.parts
@@ -201,6 +224,11 @@ def _pieces(plan: Plan, place_for: Callable[[str], Place], tasks: Tasks) -> Iter
                 yield piece
 
 
+def _compare(plan: Plan, place_for: Callable[[str], Place], tasks: Tasks) -> None:
+    """Hold files that were written against their source; raises MismatchError where they differ."""
+    tasks.finish((_call(compare_piece, piece) for piece in _pieces(plan, place_for, tasks)), plan.window)
+
+
 def _combine(parts: Iterable[CrcPart | WrittenCrc]) -> tuple[int, int]:
     """Give the CRC32 of parts that follow each other from 0 on, and how many bytes that are."""
     crc, nbytes = 0, 0
@@ -218,7 +246,7 @@ def _check_output(plan: Plan, tasks: Tasks) -> None:
     problem = "exists, and is not what would be written"
     advice = "Use --overwrite to write it again, or -o for a new folder."
     try:
-        tasks.finish(_call(compare_piece, piece) for piece in _pieces(plan, folder.__truediv__, tasks))
+        _compare(plan, folder.__truediv__, tasks)
     except MismatchError as error:
         raise OutputRefused(error.where, f"{problem}: other values near tensor {error.tensor!r}", advice) from None
     for name, file in plan.copied:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,7 +45,7 @@ def state_folder() -> Path:
 
 def make_token() -> str:
     """Make a part of a name that nobody can foretell."""
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 class Notes:

@@ -163,6 +163,11 @@ def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
         return _carry(piece, chunk_nbytes, rewrite)
 
 
+def try_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
+    """Read a piece as it would be written, and write nothing."""
+    _carry(replace(piece, with_crcs=False), chunk_nbytes, lambda *_: None)
+
+
 class MismatchError(BadFile):
     """A file that was written is read back otherwise."""
 

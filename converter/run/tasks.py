@@ -35,6 +35,18 @@ def chunk_nbytes_for(memory_nbytes: int, sharing: int) -> int:
     return max(_MIN_CHUNK_NBYTES, min(CHUNK_NBYTES, share // _MIN_CHUNK_NBYTES * _MIN_CHUNK_NBYTES))
 
 
+def most_at_once(memory_nbytes: int, sharing: int, window: int) -> int | None:
+    """Say how many of the tasks that share a budget of memory it is enough for; None for all of them."""
+    most = max(1, memory_nbytes // (2 * window))
+    return most if most < sharing else None
+
+
+def buffers_nbytes(memory_nbytes: int, sharing: int, window: int) -> int:
+    """Say how much the buffers of tasks that share a budget take at most."""
+    count = most_at_once(memory_nbytes, sharing, window) or sharing
+    return count * 2 * max(window, chunk_nbytes_for(memory_nbytes, sharing))
+
+
 @dataclass(frozen=True, slots=True)
 class Call(Generic[_A, _T]):
     """A task: what is called with an argument and a chunk size, the bytes it deals with, and what it is about."""
@@ -53,23 +65,32 @@ class Failed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """How tasks are run: by whom, with what buffers, and who is told."""
+    """How tasks are run: by whom, with what budget of memory, and who is told."""
 
     workers: Workers
-    chunk_nbytes: int
+    memory_nbytes: int
     progress: Progress
 
-    def run(self, calls: Iterable[Call[_A, _T]]) -> Generator[_T, None, None]:
-        """Run calls, a few at once; yield results as they come.
+    @property
+    def chunk_nbytes(self) -> int:
+        """How much a task reads at a time."""
+        return chunk_nbytes_for(self.memory_nbytes, self.workers.sharing)
+
+    def run(self, calls: Iterable[Call[_A, _T]], window: int = 1, most: int | None = None) -> Generator[_T, None, None]:
+        """Run calls, a few at once and no more than ``most``; yield results as they come.
+
+        Each takes twice the ``window``, in bytes, at least: so many run at once as there is memory for.
 
         Raises what they raise, and SystemRefused for what happens to a worker.
         """
         queue = iter(calls)
         waiting: dict[Future[_T | Failed], Call[_A, _T]] = {}
+        limits = [limit for limit in (most, most_at_once(self.memory_nbytes, self.workers.sharing, window)) if limit]
         with signals_held() as let_through:
             try:
                 while True:
-                    for call in itertools.islice(queue, max(0, 2 * self.workers.count - len(waiting))):
+                    room = min([2 * self.workers.count, *limits]) - len(waiting)
+                    for call in itertools.islice(queue, max(0, room)):
                         waiting[self._submit(call)] = call
                     if not waiting:
                         return
@@ -109,9 +130,9 @@ class Tasks:
                 raise
             raise SystemRefused(call.about, *trouble) from error
 
-    def finish(self, calls: Iterable[Call[_A, object]]) -> None:
+    def finish(self, calls: Iterable[Call[_A, object]], window: int = 1) -> None:
         """Run calls of which nothing is wanted but an error."""
-        for _ in self.run(calls):
+        for _ in self.run(calls, window):
             pass
 
 
@@ -134,7 +155,7 @@ def open_tasks(
 ) -> Iterator[Tasks]:
     """Give what runs tasks: on an executor of the caller's, or on workers that end with this."""
     with open_workers(executor, workers) as opened:
-        yield Tasks(opened, chunk_nbytes_for(memory_nbytes, opened.sharing), progress or (lambda _: None))
+        yield Tasks(opened, memory_nbytes, progress or (lambda _: None))
 
 
 def run_tasks(

@@ -238,8 +238,9 @@ def can_write(folder: Path) -> bool:
 
 
 def free_nbytes(folder: Path) -> int:
-    """Say how much room there is on the disk of a folder."""
-    return shutil.disk_usage(folder).free
+    """Say how much room there is on the disk of a folder, or on the one where it would come to be."""
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return shutil.disk_usage(there).free
 
 
 # Links are files elsewhere: read through, never written into, and what they lead to is never renamed or removed.

@@ -122,7 +122,8 @@ class Tensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         """The bytes of its elements, as they are written."""
-        return self.source.dtype.nbytes(math.prod(self.source.shape))
+        source = self.source
+        return source.dtype.nbytes(math.prod(source.shape))
 
     @property
     def spec(self) -> TensorSpec:
@@ -132,7 +133,8 @@ class Tensor(NamedTuple):
     @property
     def is_made(self) -> bool:
         """Whether it is the work of a transform, and in its right dtype for that: computed, or in no file at all."""
-        return self.source.computes or not (self.source.inputs() or 0 in self.source.shape)
+        source = self.source
+        return source.computes or not (source.inputs() or 0 in source.shape)
 
     @property
     def file(self) -> Place | None:

@@ -13,7 +13,6 @@ from converter.models.component import Component
 from converter.models.schemes import find_belongings, quantized_in
 from converter.models.select import check_choice, compiled, texts_of
 from converter.tensors.base import Tensor
-from converter.tensors.derived import cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,8 @@ def recast(component: Component, checkpoint: Checkpoint, casting: Casting) -> Ch
     dtype = casting.dtype
     if dtype is None:
         return checkpoint
+    from converter.tensors.derived import cast  # here, as most conversions are none
+
     untouched = _check_quantized(component, checkpoint, casting.force)
     keep = find_kept(component, dtype, casting.keep_fp32)
 

@@ -666,7 +666,10 @@ def test_a_dry_run_writes_nothing(place: str, wconv: Callable[..., Any], tmp_pat
 def test_a_dry_run_tells_memory_and_disk(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(STATE, tmp_path / "m" / "pytorch_model.bin")
     shown = wconv("to-safetensors", tmp_path / "m", "--dry-run").stdout
-    assert re.search(r"Takes \S+ \w+ of disk and about \S+ [MG]B of memory\.", shown)
+    assert re.search(
+        r"Takes \S+ \w+ of disk \(\S+ \w+ free\) and about \S+ [MG]B of memory\.\nRuns on \d+ threads?: \S+ s of work",
+        shown,
+    )
 
 
 @pytest.mark.parametrize("args", [(), ("-o", "out"), ("--dry-run",), ("--verify",), ("--verify", "-o", "out", "-v")])

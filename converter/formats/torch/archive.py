@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from converter.errors import BadFile, HostileFile, Unsupported
@@ -22,7 +22,6 @@ from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES
 from converter.formats.zip_records import DEFLATED, STORED, Record, read_records, spell
 from converter.storage import FileRef, OpenFile, Place
 from converter.tensors.base import ByteRange, PackedRange, Storage, Tensor, TensorSource, WeightsFile
-from converter.tensors.derived import Swapped
 from converter.tensors.view import GATHER_NBYTES, View, span_of
 
 _DAMAGED = "The file is damaged: fetch it again."
@@ -46,6 +45,8 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
         raise BadFile(place, f"notes an order of bytes that is none ({byteorder!r})", _DAMAGED)
     pickled = parse_pickle(pickle, place, reading.strip_code)
     state_dict, notes = choose_state_dict(pickled, place, reading)
+    foreign = pickled.foreign
+    del pickle, pickled  # what is not of the state dict takes memory, too
 
     folder = root + b"data/"
 
@@ -53,16 +54,17 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
         record = records.get(folder + storage.key.encode("utf-8", "surrogatepass"))
         return None if record is None else _range_of(record, file.ref)
 
-    views = dict(resolve(state_dict, find, place))
-    _check_inflating(views.values(), place)
     is_big = byteorder == b"big"
-    tensors = tuple(
-        Tensor(name, negated(_swapped(view, ref.storage) if is_big else view, ref))
-        for (name, ref), view in zip(state_dict.items(), views.values(), strict=True)
-    )
     if is_big:
         notes += tuple(_note_unswapped(state_dict))
-    return WeightsFile(place, "torch", tensors, {}, notes, pickled.foreign)
+    tensors: list[Tensor] = []
+    packed: list[View] = []
+    for name, ref, view in resolve(state_dict, find, place):
+        tensors.append(Tensor(name, negated(_swapped(view, ref.storage) if is_big else view, ref)))
+        if type(view.storage) is PackedRange:
+            packed.append(view)
+    _check_inflating(packed, place)
+    return WeightsFile(place, "torch", tuple(tensors), {}, notes, foreign)
 
 
 def _range_of(record: Record, file: FileRef) -> Storage:
@@ -80,6 +82,8 @@ def _range_of(record: Record, file: FileRef) -> Storage:
 def _swapped(view: View, storage: StorageRef) -> TensorSource:
     if storage.dtype is None:
         return view  # as torch does (``load_tensor`` in ``torch/serialization.py``): bytes have no order
+    from converter.tensors.derived import Swapped  # few files need it
+
     width = storage.dtype.itemsize // (2 if storage.dtype.tag == "C64" else 1)
     return Swapped(view, width) if width > 1 else view
 
@@ -90,14 +94,11 @@ def _note_unswapped(state_dict: Mapping[str, TensorRef]) -> Iterator[str]:
         yield f"its {' and '.join(sorted(untyped))} tensors are taken as torch takes them: not turned from big-endian"
 
 
-def _check_inflating(views: Iterable[View], place: Place) -> None:
-    """Refuse tensors that lie in deflated records so that those must be inflated again and again.
+def _check_inflating(packed: Sequence[View], place: Place) -> None:
+    """Refuse tensors that lie in deflated records where those must be inflated again and again.
 
     Each tensor is read from its record's start, and so is each part that is gathered of one that is not contiguous.
     """
-    packed = [view for view in views if type(view.storage) is PackedRange]
-    if not packed:
-        return
     inflated = sum(map(_inflated_nbytes, packed))
     once = sum(record.nbytes for record in {view.storage for view in packed})
     if inflated > _MAX_INFLATED * once + _SMALL_NBYTES:

@@ -49,7 +49,7 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     ranges = dict(_find_storages(file, pickles.offset, keys, storages))
     state_dict, notes = choose_state_dict(pickled, place, reading)
     views = resolve(state_dict, lambda storage: ranges.get(storage.key), place)
-    tensors = tuple(Tensor(name, negated(view, state_dict[name])) for name, view in views)
+    tensors = tuple(Tensor(name, negated(view, ref)) for name, ref, view in views)
     return WeightsFile(place, "torch", tensors, {}, notes, pickled.foreign)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from sys import intern
 from typing import Any, NamedTuple
 
@@ -155,7 +156,13 @@ def _tensor(
         ):
             return Unreadable("has a property that no state dict needs")
         negated = 2 * bool(bits.get("conj")) ^ 3 * bool(bits.get("neg"))
-    return TensorRef(storage, dtype, storage.start + start, shape, strides, negated)
+    return TensorRef(storage, dtype, storage.start + start, *_shared(shape, strides), negated)
+
+
+@lru_cache(1024)  # most tensors have one of a few shapes, and then share it
+def _shared(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Give a shape and strides that are all whole numbers by now: a cache takes True for 1."""
+    return shape, strides
 
 
 def _rebuild_parameter(arguments: tuple[Any, ...], where: Where) -> TensorRef | Unreadable:

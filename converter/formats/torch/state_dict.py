@@ -17,7 +17,6 @@ from converter.formats.torch.rebuild import StorageRef, TensorRef, Unreadable
 from converter.formats.torch.unpickler import Inert, Pickled
 from converter.formats.training import check_pickled
 from converter.tensors.base import Storage, TensorSource
-from converter.tensors.derived import Negated
 from converter.tensors.view import View, span_of
 
 _MAX_DEPTH = 16  # trainers nest two or three
@@ -126,14 +125,16 @@ def _refuse_unreadable(chosen: _Found, where: Where) -> None:
 
 
 def resolve(
-    state_dict: Mapping[str, TensorRef], find: Callable[[StorageRef], Storage | None], where: Where
-) -> Iterator[tuple[str, View]]:
-    """Yield the views that tensors are, given where each storage lies.
+    state_dict: dict[str, TensorRef], find: Callable[[StorageRef], Storage | None], where: Where
+) -> Iterator[tuple[str, TensorRef, View]]:
+    """Take the tensors out of a dict, and yield each with the view that it is, given where each storage lies.
 
     Raises BadFile where a storage is not there, or not long enough.
     """
     dtypes: dict[str, DType] = {}
-    for name, ref in state_dict.items():
+    # Each entry goes as its view comes: the one takes the other's memory.
+    for name in list(state_dict):
+        ref = state_dict.pop(name)
         storage = ref.storage
         if storage.dtype and dtypes.setdefault(storage.key, storage.dtype) is not storage.dtype:
             raise BadFile(where, f"tensor {name!r} takes its storage for another dtype than a tensor before it")
@@ -142,18 +143,17 @@ def resolve(
         record = find(storage)
         if record is None:
             raise BadFile(where, f"the record of tensor {name!r} is missing (data/{storage.key})", _INCOMPLETE)
-        if storage.nbytes != record.nbytes:
-            problem = (
-                f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims {storage.nbytes:,}"
-            )
+        nbytes = storage.nbytes
+        if nbytes != record.nbytes:
+            problem = f"the record of tensor {name!r} has {record.nbytes:,} bytes, its storage claims {nbytes:,}"
             raise BadFile(where, problem, _INCOMPLETE)
         shape, strides, numel, span, most = _measure(ref.shape, ref.strides)
         if not numel and most >= 1 << 63:
             raise BadFile(where, f"tensor {name!r} is empty, but its shape has numbers beyond torch's")
         end = (ref.start + span) * ref.dtype.bits if numel else 0
-        if end > record.nbytes * 8 or numel >= 1 << 63:
+        if end > nbytes * 8 or numel >= 1 << 63:
             raise BadFile(where, f"tensor {name!r} reaches past the end of its record")
-        yield name, View(ref.dtype, shape, record, ref.start, strides)
+        yield name, ref, View(ref.dtype, shape, record, ref.start, strides)
 
 
 @lru_cache(1024)  # most tensors have one of a few shapes, and then share it
@@ -166,7 +166,11 @@ def _measure(
 
 def negated(source: TensorSource, ref: TensorRef) -> TensorSource:
     """Give what a tensor reads with the signs that its bits of lazy views ask for."""
-    return Negated(source, ref.negated) if ref.negated else source
+    if not ref.negated:
+        return source
+    from converter.tensors.derived import Negated  # few files need it
+
+    return Negated(source, ref.negated)
 
 
 def _find(value: Any, where: Where) -> Iterator[_Found]:
@@ -193,29 +197,36 @@ def _find(value: Any, where: Where) -> Iterator[_Found]:
             continue
         seen.add(id(content))
         is_mapping = isinstance(content, dict)
-        tensors = _tensors_of(content) if is_mapping else {}
-        unreadable = _unreadable_in(content, bool(tensors)) if is_mapping else {}
+        others = _other_than_tensors(content) if is_mapping else {}
+        tensors = _tensors_of(content, others) if is_mapping else {}
+        unreadable = _unreadable_in(others, bool(tensors))
         count += len(tensors) + len(unreadable)
         if count > MAX_TENSORS:
             raise HostileFile(where, f"its pickle describes more than {MAX_TENSORS:,} tensors")
         if tensors or unreadable:
-            beside = tuple(key for key in content if key not in tensors and key not in unreadable)
+            beside = tuple(key for key in others if key not in unreadable)
             is_beside = path == () and bool(beside) and all(map(_is_training, tensors or unreadable))
             yield _Found(path, tensors, unreadable, beside, is_training or is_beside)
-        for key, inner in content.items() if is_mapping else enumerate(content):
+        for key, inner in others.items() if is_mapping else enumerate(content):
             if isinstance(inner, _CONTAINERS) and type(inner) not in _LEAVES and not is_plain(inner):
                 waiting.append(((*path, _spell(key)), inner, is_training or (is_mapping and _is_training(key))))
                 if len(seen) + len(waiting) > _MAX_CONTAINERS:
                     raise HostileFile(where, f"its pickle holds more than {_MAX_CONTAINERS:,} dicts and lists")
 
 
-def _tensors_of(content: Mapping[Any, Any]) -> dict[str | int, TensorRef]:
-    return {key: inner for key, inner in content.items() if type(inner) is TensorRef and isinstance(key, (str, int))}
+def _other_than_tensors(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Give what a dict holds but tensors under names of their own."""
+    return {k: inner for k, inner in content.items() if type(inner) is not TensorRef or not isinstance(k, (str, int))}
 
 
-def _unreadable_in(content: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
+def _tensors_of(content: Mapping[Any, Any], others: Mapping[Any, Any]) -> Mapping[str | int, TensorRef]:
+    """Give what a dict holds but the ``others``; most hold nothing else."""
+    return {key: inner for key, inner in content.items() if key not in others} if others else content
+
+
+def _unreadable_in(others: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
     """Map the names of tensors that are none of ours to why; arrays and storages only where they stand with tensors."""
-    names = {k: inner for k, inner in content.items() if type(inner) is not TensorRef and isinstance(k, (str, int))}
+    names = {k: inner for k, inner in others.items() if type(inner) is not TensorRef and isinstance(k, (str, int))}
     found = {key: why for key, inner in names.items() if (why := _why_unreadable(inner))}
     others = {key: why for key, inner in names.items() if has_tensors and (why := _why_no_tensor(inner))}
     return {**found, **others}

@@ -14,10 +14,11 @@ claim 32 GB), and its REDUCE, NEWOBJ and BUILD call what they find; here there i
 from __future__ import annotations
 
 import codecs
+import itertools
+import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
-from itertools import islice, repeat
 from sys import intern
 from typing import Any, NamedTuple
 
@@ -37,6 +38,10 @@ _MAX_LINE_NBYTES = 48  # of a number in decimal digits
 _MAX_NAME_LENGTH = 1_000  # of a module, and of a name in it: no code has longer ones, and they are spelled many times
 _NBYTES_A_STEP = 64  # of bytes, and of text that takes a byte a character
 _WIDE_NBYTES_A_STEP = 16  # of other text: it may take four bytes for each byte of the file
+_SMALL_NBYTES = 1 << 16  # of a pickle whose memo is kept as it is
+# What is looked at to find what the memo is asked for, and kept of it; names of 160,000 tensors hold as many letters.
+_MAX_LETTERS = 1_000_000
+_MAX_ASKED = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,7 @@ Steps = Iterator[None]
 
 def allow_steps() -> Steps:
     """Give the steps that one file may take."""
-    return repeat(None, MAX_OPCODES)
+    return itertools.repeat(None, MAX_OPCODES)
 
 
 def count_text_steps(encoded: bytes) -> int:
@@ -146,6 +151,25 @@ def run_pickle(
     return Pickled(machine.run(), machine.place, machine.foreign)
 
 
+def _find_asked(raw: bytes) -> Container[int]:
+    """Give the places of the memo that a pickle may ask for, and more: what looks like a GET may be none.
+
+    ``torch.save`` puts a dozen objects a tensor there, and asks for a few of the first tensors'.
+    """
+    if len(raw) <= _SMALL_NBYTES or raw.count(b"j") + raw.count(b"g") > _MAX_LETTERS:
+        return _ALL
+    asked = set(range(256))  # for BINGET
+    numbers = itertools.chain(
+        (_UINT4(raw, found.end())[0] for found in _LONG_BINGET.finditer(raw)),
+        (int(found[1].replace(b"_", b"")) for found in _GET.finditer(raw)),
+    )
+    for number in numbers:
+        asked.add(number)
+        if len(asked) > _MAX_ASKED:
+            return _ALL
+    return asked
+
+
 def _is_inner_class(of: Any, name: Any) -> bool:
     return type(of) is Global and type(name) is str and (str(of), name) == _INNER_CLASS
 
@@ -159,8 +183,8 @@ class _Machine:
     """The stack, the memo and the place in the stream; one method a kind of opcode, listed in _OPCODES below."""
 
     __slots__ = (
-        "far", "find", "find_persistent", "foreign", "marks", "memo", "place", "raw", "stack", "steps", "strip_code",
-        "where",
+        "asked", "far", "find", "find_persistent", "foreign", "marks", "memo", "place", "raw", "stack", "steps",
+        "strip_code", "where",
     )  # fmt: skip
 
     def __init__(
@@ -183,13 +207,14 @@ class _Machine:
         # beyond a gap is ``far``.
         self.memo: list[Any] = []
         self.far: dict[int, Any] = {}
+        self.asked = _find_asked(raw)  # what is at other places of the memo is not kept
         self.steps = steps
         self.strip_code = strip_code
         self.foreign: dict[str, str] = {}
 
     def run(self) -> Any:  # noqa: C901, PLR0912, PLR0915
         raw, where, find_persistent = self.raw, self.where, self.find_persistent
-        memo, far, marks = self.memo, self.far, self.marks
+        memo, far, marks, asked = self.memo, self.far, self.marks, self.asked
         place, stack = self.place, self.stack
         try:
             for _ in self.steps:
@@ -198,7 +223,8 @@ class _Machine:
                 if code == _LONG_BINPUT:
                     index = _UINT4(raw, place + 1)[0]
                     if index == len(memo) and not far:
-                        memo.append(stack[-1])
+                        top = stack[-1]
+                        memo.append(top if index in asked else None)
                     else:
                         self.stack = stack
                         self.put(index)
@@ -240,8 +266,17 @@ class _Machine:
                         self.charge_text(encoded)
                     stack.append(encoded.decode("utf-8", "surrogatepass"))
                     place = end
+                elif code == _BININT2:
+                    stack.append(raw[place + 1] | raw[place + 2] << 8)
+                    place += 3
                 elif code == _BINPERSID:
                     stack[-1] = find_persistent(stack[-1], where)
+                    place += 1
+                elif code == _NEWFALSE:
+                    stack.append(False)
+                    place += 1
+                elif code == _EMPTY_TUPLE:
+                    stack.append(())
                     place += 1
                 elif code == _STOP:
                     self.place = place + 1
@@ -256,7 +291,7 @@ class _Machine:
 
     def charge(self, count: int) -> None:
         """Take steps for what is copied or kept: one list may be handed to many calls."""
-        if next(islice(self.steps, count - 1, None), self) is self:
+        if next(itertools.islice(self.steps, count - 1, None), self) is self:
             raise self.too_many_steps()
 
     def charge_text(self, encoded: bytes) -> None:
@@ -302,9 +337,6 @@ class _Machine:
         return number
 
     # Values.
-
-    def push_uint2(self) -> None:
-        self.stack.append(self.take_uint(2))
 
     def push_int4(self) -> None:
         self.stack.append(int.from_bytes(self.take(4), "little", signed=True))
@@ -436,7 +468,8 @@ class _Machine:
         if index < len(self.memo):
             self.memo[index] = self.stack[-1]
         elif index == len(self.memo) and not self.far:
-            self.memo.append(self.stack[-1])
+            top = self.stack[-1]
+            self.memo.append(top if index in self.asked else None)
         else:
             self.charge(1)
             self.far[index] = self.stack[-1]
@@ -555,6 +588,9 @@ _STOP = ord(".")
 _LONG_BINPUT = ord("r")
 _BINGET = ord("h")
 _BININT1 = ord("K")
+_BININT2 = ord("M")
+_EMPTY_TUPLE = ord(")")
+_NEWFALSE = 0x89
 _MARK = ord("(")
 _TUPLE = ord("t")
 _TUPLE1 = 0x85
@@ -563,6 +599,9 @@ _REDUCE = ord("R")
 _BINUNICODE = ord("X")
 _BINPERSID = ord("Q")
 _UINT4 = struct.Struct("<I").unpack_from
+_ALL = range(1 << 63)
+_LONG_BINGET = re.compile(rb"j(?=.{4})", re.DOTALL)
+_GET = re.compile(rb"g[\s+-]*(\d[\d_]{,%d})\s*\n" % _MAX_LINE_NBYTES)  # whatever ``int`` takes for a number
 _Step = Callable[[_Machine], None]
 
 _OPCODES: dict[str, _Step] = {
@@ -571,7 +610,6 @@ _OPCODES: dict[str, _Step] = {
     "p": lambda m: m.put(m.take_number()),
     "g": lambda m: m.get(m.take_number()),
     "\x94": lambda m: m.put(len(m.memo) + len(m.far)),
-    "M": _Machine.push_uint2,
     "J": _Machine.push_int4,
     "I": _Machine.push_int_line,
     "L": _Machine.push_int_line,
@@ -592,11 +630,9 @@ _OPCODES: dict[str, _Step] = {
     "F": _Machine.push_float_line,
     "N": lambda m: m.stack.append(None),
     "\x88": lambda m: m.stack.append(True),
-    "\x89": lambda m: m.stack.append(False),
     "0": _Machine.pop,
     "1": _Machine.drop_to_mark,
     "2": lambda m: m.stack.append(m.stack[-1]),
-    ")": lambda m: m.stack.append(()),
     "\x87": _Machine.push_tuple3,
     "]": _Machine.push_empty_list,
     "l": _Machine.push_list,

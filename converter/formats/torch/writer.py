@@ -7,10 +7,11 @@ directory, are known when all bytes have gone by, so those are written last.
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 from zlib import crc32
 
 from converter.dtypes import DType
@@ -32,8 +33,7 @@ _CPU = b"X\3\0\0\0cpu"
 _RESHARD = "Write shards: --max-shard-size."
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
+class _Record(NamedTuple):
     """One record: ``content`` is None for a storage, whose bytes come from elsewhere."""
 
     name: bytes
@@ -73,7 +73,10 @@ def _check_tensors(tensors: Sequence[TensorSpec], ties: Mapping[str, str]) -> No
     lengths = [len(name) for name in (*ties, *(name for name, _, _ in tensors))]
     if max(lengths, default=0) > MAX_NAME_LENGTH or sum(lengths) > MAX_NAMES_LENGTH:
         raise ValueError("holds tensors with too long names for a torch file")
+    first: dict[tuple[DType, tuple[int, ...]], str] = {}
     for name, dtype, shape in tensors:
+        first.setdefault((dtype, shape), name)
+    for (dtype, shape), name in first.items():
         if not dtype.torch_name:
             raise ValueError(f"holds tensors of dtype {dtype}, which torch does not have")
         if len(shape) > MAX_DIMS:
@@ -96,15 +99,15 @@ _FIRST_STORAGE = 4  # the records before the storages
 
 
 def _place_records(tensors: Sequence[TensorSpec], ties: Mapping[str, str]) -> list[_Record]:
-    sizes = [dtype.nbytes(math.prod(shape)) for _, dtype, shape in tensors]
-    contents: list[tuple[str, int, bytes | None]] = [
+    sizes = (dtype.nbytes(math.prod(shape)) for _, dtype, shape in tensors)
+    before = (
         _note("data.pkl", build_pickle(tensors, ties)),
         _note(".format_version", b"1"),
         _note(".storage_alignment", str(_ALIGNMENT).encode()),
         _note("byteorder", b"little"),
-        *((f"data/{number}", nbytes, None) for number, nbytes in enumerate(sizes)),
-        _note("version", b"3\n"),
-    ]
+    )
+    storages = ((f"data/{number}", nbytes, None) for number, nbytes in enumerate(sizes))
+    contents: Iterable[tuple[str, int, bytes | None]] = itertools.chain(before, storages, [_note("version", b"3\n")])
     records = []
     offset = 0
     for name, nbytes, content in contents:
@@ -185,6 +188,8 @@ class _Pickler:
         self.raw = bytearray(b"\x80\x02")
         self.steps = 1
         self._memo: dict[bytes, bytes] = {}
+        # What stands before and after a tensor's number, and the steps of both, of each kind.
+        self._kinds: dict[tuple[DType, tuple[int, ...]], tuple[bytes, bytes, int]] = {}
 
     def codes(self, codes: bytes) -> None:
         self.raw += codes
@@ -227,13 +232,33 @@ class _Pickler:
         self.codes(b"t")
 
     def tensor(self, number: int, dtype: DType, shape: tuple[int, ...]) -> None:
-        """Spell a tensor: ``_rebuild_tensor_v2`` for dtypes with a typed storage, else ``_v3`` (torch/_tensor.py)."""
+        """Spell a tensor; only of the first of a kind it takes more than its number."""
+        if (dtype, shape) in self._kinds:
+            before, after, steps = self._kinds[dtype, shape]
+            self.raw += before
+            self.text(str(number))
+            self.raw += after
+            self.steps += steps
+            return
+        memoized, begin, steps = len(self._memo), len(self.raw), self.steps
+        self._begin_tensor(dtype)
+        before = bytes(self.raw[begin:])
+        self.text(str(number))
+        begin, steps = len(self.raw), steps + 1
+        self._end_tensor(dtype, shape)
+        if len(self._memo) == memoized:  # or else the next one is spelled otherwise
+            self._kinds[dtype, shape] = before, bytes(self.raw[begin:]), self.steps - steps
+
+    def _begin_tensor(self, dtype: DType) -> None:
+        """Begin a call of ``_rebuild_tensor_v2`` for dtypes with a typed storage, else ``_v3`` (torch/_tensor.py)."""
         typed = bool(dtype.storage_class)
         self.global_("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
         self.codes(b"((")
         self._once(_STORAGE)
         self.global_(*(("torch", dtype.storage_class) if typed else ("torch.storage", "UntypedStorage")))
-        self.text(str(number))
+
+    def _end_tensor(self, dtype: DType, shape: tuple[int, ...]) -> None:
+        typed = bool(dtype.storage_class)
         self._once(_CPU)
         numel = math.prod(shape)
         self.number(numel if typed else dtype.nbytes(numel))

@@ -1,4 +1,4 @@
-"""How many cores this process may use."""
+"""How many cores this process may use, and how many it takes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import math
 import os
 from contextlib import suppress
 from pathlib import Path
+
+MAX_WORKERS = 16
+"""More are not faster: by then memory is as busy as it can be."""
+
+
+def default_workers() -> int:
+    """Say how many tasks are done at once where nobody says: more than there are cores wait for each other."""
+    return min(MAX_WORKERS, count_cores())
 
 
 def count_cores() -> int:

@@ -18,7 +18,7 @@ from multiprocessing import forkserver, get_context, parent_process
 
 from converter.errors import Unsupported
 from converter.run.workers.base import Workers
-from converter.run.workers.cores import count_cores
+from converter.run.workers.cores import default_workers
 
 _PRELOADED = ["converter.run.parts", "converter.tensors.kernels"]
 _HAS_SERVER = sys.platform == "linux"
@@ -27,7 +27,7 @@ _HAS_SERVER = sys.platform == "linux"
 @contextmanager
 def open_engine(address: str, workers: int | None) -> Iterator[Workers]:
     """Give worker processes, as many as there are cores where nobody says. Raises Unsupported on Python 3.10."""
-    count = int(address) if address else workers or count_cores()
+    count = int(address) if address else workers or default_workers()
     with _safe_path():
         start()
         context = get_context("forkserver" if _HAS_SERVER else "spawn")

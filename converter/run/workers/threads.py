@@ -7,15 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from converter.run.workers.base import Workers
-
-DEFAULT_WORKERS = 4
-"""Some wait for the disk, or for each other, while others copy."""
+from converter.run.workers.cores import default_workers
 
 
 @contextmanager
 def open_engine(_: str, workers: int | None) -> Iterator[Workers]:
-    """Give threads that end with this."""
-    count = workers or DEFAULT_WORKERS
+    """Give threads that end with this, as many as there are cores where nobody says."""
+    count = workers or default_workers()
     pool = ThreadPoolExecutor(count, "wconv")
     try:
         yield Workers(pool, count)
