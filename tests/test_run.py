@@ -40,7 +40,7 @@ from support.tiny import (
 
 import converter.run.execute
 import converter.run.parts
-from converter import Request, convert, plan_conversion, run_plan
+from converter import Request, convert, plan_conversion, prepare, run_plan
 from converter.cli import main
 from converter.errors import BadFile, OutputRefused, SystemRefused
 from converter.models.checkpoint import open_checkpoint
@@ -477,9 +477,10 @@ def test_read_only_files_that_a_killed_run_left_are_taken_up(as_somebody: Path, 
 
 def leave_behind(source: Path, output: Path, damage: Callable[[Path], object]) -> None:
     """Leave a staging folder as a killed run does, its files damaged."""
-    plan = plan_conversion(Request.of(source, output))
+    request, plan = prepare(Request.of(source, output), plan_conversion)
+    assert plan is not None
     convert(source, output)
-    with open_staging(plan.target) as staging:
+    with open_staging(plan.target, request) as staging:
         tree = staging.staged(".").path
         shutil.copytree(output, tree, dirs_exist_ok=True)
         damage(tree)
@@ -517,6 +518,22 @@ def test_what_a_killed_run_left_of_another_source_is_not_mixed_in(tmp_path: Path
     leave_behind(other, tmp_path / "out", lambda tree: None)
     convert(source, tmp_path / "out")
     assert_same(load_set(tmp_path / "out"), STATE)
+
+
+def test_what_a_killed_run_left_of_another_request_is_not_taken_up(tmp_path: Path) -> None:
+    # A worker on another machine may still write into it, and both have the same size.
+    source = save({"a": torch.randn(1000)}, tmp_path / "m" / "pytorch_model.bin").parent
+    request, plan = prepare(Request.of(source, tmp_path / "out", dtype="bf16"), plan_conversion)
+    assert plan is not None
+    with open_staging(plan.target, request) as staging:
+        staging.prepare(plan.files[0].path, plan.files[0].header, plan.files[0].nbytes)
+        late = staging.staged(plan.files[0].path).path.open("r+b")
+    with late:
+        result = convert(source, tmp_path / "out", dtype="fp16")
+        late.write(b"x" * 2000)
+    assert result.reused_nbytes == 0
+    assert b"xxx" not in (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert not left_behind(tmp_path)
 
 
 def test_a_second_name_of_a_source_that_a_killed_run_left_is_not_written_into(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def run_plan(
             _check_workers(plan, tasks, None)
             _check_output(plan, tasks)
         return Result(plan, time.perf_counter() - begun, verified=True)
-    with begin(plan.target) as output, open_tasks(executor, workers, memory_nbytes, progress) as tasks:
+    with begin(plan.target, request) as output, open_tasks(executor, workers, memory_nbytes, progress) as tasks:
         output.expect(*_expected(plan), plan.removed_sources)
         _check_workers(plan, tasks, output.staged(""))
         reused, too_large = _write_files(plan, output, tasks)

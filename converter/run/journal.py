@@ -140,7 +140,7 @@ class Journal:
 class Run:
     """What is noted of a run: the folder ``name`` below ``place`` that it stages in, and what it began to publish.
 
-    ``finished`` is the request of one that was through, and could not clear up.
+    ``finished`` is the request of one that was through, and could not clear up; ``request`` that of one that stages.
     """
 
     place: str
@@ -148,6 +148,7 @@ class Run:
     is_new: bool
     journal: Journal | None = None
     finished: str = ""
+    request: str = ""
 
     @classmethod
     def read(cls, notes: Notes) -> Run | None:
@@ -157,7 +158,8 @@ class Run:
             return None
         try:
             journal = Journal.read(raw["journal"]) if raw["journal"] is not None else None
-            run = cls(raw["place"], raw["name"], raw["is_new"], journal, str(raw.get("finished", "")))
+            requests = str(raw.get("finished", "")), str(raw.get("request", ""))
+            run = cls(raw["place"], raw["name"], raw["is_new"], journal, *requests)
             if not (_MY_NAME.fullmatch(run.name) and Path(run.place).is_absolute() and type(run.is_new) is bool):
                 raise ValueError("it names no folder of a run")
         except (KeyError, TypeError, ValueError, OSError) as error:

@@ -43,12 +43,12 @@ class Staging:
     could not be cleared up in the end.
     """
 
-    def __init__(self, target: Target, notes: Notes) -> None:
+    def __init__(self, target: Target, notes: Notes, request: str = "") -> None:
         self.target = target
         self.notes = notes
         self.left_over = ""
         self._is_through = False
-        self._run, self.finished_request = _take_up(target, notes)
+        self._run, self.finished_request = _take_up(target, notes, request)
         self.folder = Path(self._run.place) / self._run.name
 
     def __enter__(self) -> Staging:
@@ -266,8 +266,11 @@ class Staging:
         self.notes.remove("run")
 
 
-def _take_up(target: Target, notes: Notes) -> tuple[Run, str | None]:
-    """Find out where a run stages, and note it; finish what a killed run had begun to publish, and give its request."""
+def _take_up(target: Target, notes: Notes, request: str) -> tuple[Run, str | None]:
+    """Find out where a run stages, and note it; finish what a killed run had begun to publish, and give its request.
+
+    What one with another request has staged is not taken up: a worker on another machine may still write into it.
+    """
     place = notes.folder.parent if target.is_new else notes.folder
     run = Run.read(notes)
     if run is not None and not place_at(Path(run.place)).is_folder():
@@ -280,12 +283,11 @@ def _take_up(target: Target, notes: Notes) -> tuple[Run, str | None]:
             run.clear()
             notes.remove("run")
             raise
-    if run is not None and (
-        run.journal is not None or run.finished or (run.place, run.is_new) != (str(place), target.is_new)
-    ):
+    expected = str(place), target.is_new, request
+    if run is not None and (run.journal or run.finished or (run.place, run.is_new, run.request) != expected):
         run.clear()
         run = None
-    run = run or Run(str(place), f".staging-{make_token()}{SUFFIX}", target.is_new)
+    run = run or Run(str(place), f".staging-{make_token()}{SUFFIX}", target.is_new, request=request)
     notes.write("run", asdict(run))
     return run, finished
 
@@ -302,7 +304,7 @@ def find_strangers(*folders: Place) -> tuple[str, ...]:
 
 
 @contextmanager
-def open_staging(target: Target) -> Iterator[Staging]:
+def open_staging(target: Target, request: str = "") -> Iterator[Staging]:
     """Make a target's staging folder and lock it; on any error remove it again, with the folders made for it.
 
     Raises OutputRefused while another run holds it, SystemRefused where the place cannot be written.
@@ -311,7 +313,7 @@ def open_staging(target: Target) -> Iterator[Staging]:
     try:
         notes = Notes(target.real.path)
         with notes.locked():
-            staging = Staging(target, notes)
+            staging = Staging(target, notes, request)
             with staging:
                 yield staging
     except BaseException as error:
@@ -333,7 +335,7 @@ def recover(folder: Place, request: str) -> bool:
     run = Run.read(Notes(folder.real().path))
     if run is None:
         return False
-    with open_staging(Target.at(folder, run.is_new)) as staging:
+    with open_staging(Target.at(folder, run.is_new), run.request) as staging:
         if run.journal is None and not run.finished:
             staging.drop_second_names()
             return False

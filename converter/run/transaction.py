@@ -47,6 +47,6 @@ class Transaction(Protocol):
         """Publish all that is staged, then remove what it replaces."""
 
 
-def begin(target: Target) -> AbstractContextManager[Transaction]:
+def begin(target: Target, request: str = "") -> AbstractContextManager[Transaction]:
     """Begin to write into a target; raises OutputRefused while another run does, SystemRefused where none can."""
-    return open_staging(target)
+    return open_staging(target, request)
