@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from support.tiny import make_state, save, snapshot
+from support.tiny import make_state, save, snapshot, unmeasured
 
 import converter.run.choice
 import converter.run.workers.cores
@@ -205,7 +205,7 @@ def test_they_are_for_casts_of_much_on_many_cores(
 def test_a_small_cast_starts_none(tmp_path: Path) -> None:
     save(make_state(), tmp_path / "m" / "model.bin")
     command = (sys.executable, "-X", "importtime", "-m", "converter", "recast", "m", "--dtype", "bf16", "-o", "out")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=tmp_path, env=unmeasured(), capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "converter.tensors.kernels" in imported
     assert not imported & {"multiprocessing.process", "concurrent.futures.process", "psutil"}
@@ -291,7 +291,8 @@ def test_all_of_them_together_take_what_the_dry_run_says(workers: int, ceiling_n
     command = (*WCONV, "recast", "m", "--dtype", "bf16", "-o", "out", "--json", "--executor", f"processes={workers}")
 
     def peak_of(*more: str) -> int:
-        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=True)
+        how: dict[str, Any] = {"cwd": tmp_path, "env": unmeasured(), "capture_output": True, "text": True}
+        done = subprocess.run([*command, *more], **how, check=True)
         return int(json.loads(done.stdout)["peak_memory_nbytes"])
 
     expected, peak = peak_of("--dry-run"), peak_of()

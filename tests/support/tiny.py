@@ -156,6 +156,11 @@ def snapshot(folder: Path) -> dict[str, str]:
     return entries
 
 
+def unmeasured() -> dict[str, str]:
+    """Give the environment for a program whose memory or modules count: not those of what measures what tests reach."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+
+
 def left_behind(folder: Path) -> list[str]:
     """List what a run should have cleaned up: staging folders and locks."""
     return [name for name in snapshot(folder) if LEFT_BEHIND in name]
