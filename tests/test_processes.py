@@ -166,6 +166,9 @@ def test_they_load_nothing_from_the_folder_that_one_is_in(tmp_path: Path) -> Non
 
 def test_python_310_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 10, 12))
+    monkeypatch.setattr(converter.run.choice, "default_workers", lambda: 8)
+    place = place_of(make_hollow(tmp_path / "m", MANY_NBYTES))
+    assert choose_workers(place, computes=True) == Choice("threads", 8)
     with pytest.raises(Unsupported, match=r"--executor processes: needs Python 3\.11"), open_workers("processes=2"):
         raise AssertionError("it did not look")
 

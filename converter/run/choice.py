@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from converter.models.names import parse_name
 from converter.plan.types import Plan
 from converter.run.tasks import buffers_nbytes
 from converter.run.workers import parse
-from converter.run.workers.cores import default_workers
+from converter.run.workers.cores import SAFE_PYTHON, default_workers
 from converter.storage import Place
 from converter.storage.base import list_entries
 
@@ -47,8 +48,8 @@ def choose_workers(source: Place, computes: bool, executor: str | None = None, w
     """Choose what is fastest on this machine, as far as nobody has: processes to cast much, threads for the rest."""
     count = workers or default_workers()
     if executor is None:
-        is_worth = computes and count >= _LOCKED_CORES and source_nbytes(source) >= _WORTH_NBYTES
-        executor = "processes" if is_worth else "threads"
+        is_much = computes and count >= _LOCKED_CORES and source_nbytes(source) >= _WORTH_NBYTES
+        executor = "processes" if is_much and sys.version_info >= SAFE_PYTHON else "threads"
     engine, address = parse(executor)
     if engine == "processes":
         return Choice(engine, int(address) if address else count)

@@ -20,11 +20,10 @@ import numpy as np
 # isort: split
 import ml_dtypes
 import numkong
-import numpy.typing as npt
 
 from converter.dtypes import DType, OnOverflow
 
-Array = npt.NDArray[Any]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _NUMPY_NAMES = {
     "U64": "u8", "I64": "i8", "F64": "f8", "C64": "c8", "F32": "f4", "U32": "u4", "I32": "i4", "F16": "f2",

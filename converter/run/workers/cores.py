@@ -7,6 +7,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+SAFE_PYTHON = (3, 11)
+"""The first that can start processes which load no modules from the current folder."""
+
 MAX_WORKERS = 16
 """More are not faster: by then memory is as busy as it can be."""
 

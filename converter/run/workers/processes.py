@@ -18,7 +18,7 @@ from multiprocessing import forkserver, get_context, parent_process
 
 from converter.errors import Unsupported
 from converter.run.workers.base import Workers
-from converter.run.workers.cores import default_workers
+from converter.run.workers.cores import SAFE_PYTHON, default_workers
 
 _PRELOADED = ["converter.run.parts", "converter.tensors.kernels"]
 _HAS_SERVER = sys.platform == "linux"
@@ -54,7 +54,7 @@ def start() -> None:
 @contextmanager
 def _safe_path() -> Iterator[None]:
     """Keep the current folder, which may be the model's, out of where workers load modules from as they start."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < SAFE_PYTHON:
         problem = "needs Python 3.11, which can keep modules of the current folder out"
         raise Unsupported("--executor processes", problem, "Take threads.")
     before = os.environ.get("PYTHONSAFEPATH")
