@@ -133,12 +133,14 @@ def measure_baselines(bench: Bench) -> Iterator[Row]:
             continue
         command = [sys.executable, "-c", code, str(source), str(bench.out)]
         runs = run_in_turn(bench, bench.baseline_runs, {"cp": bench.copy_command(source), name: command}, nbytes)
-        judged = judge_by_torch(bench, source) if module == "torch" else ("", "")
+        judged = judge_by_torch(bench, source, name, command) if module == "torch" else ("", "")
         yield Row("baselines", name, Figures(runs[name]), ratios_of(*runs.values()), *judged, read_nbytes=nbytes)
 
 
-def judge_by_torch(bench: Bench, source: Path) -> tuple[str, str]:
-    """Hold what torch and safetensors have just written against what wconv writes."""
+def judge_by_torch(bench: Bench, source: Path, name: str, command: list[str]) -> tuple[str, str]:
+    """Hold what torch and safetensors write against what wconv writes."""
+    clear(bench)
+    run(name, command)
     theirs = hash_files(bench.out)
     clear(bench)
     run(CASES[0].name, bench.command(CASES[0], source))

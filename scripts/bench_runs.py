@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -316,12 +317,12 @@ def read_memory(pid: int) -> dict[str, int]:
 def run_in_turn(
     bench: Bench, rounds: int, commands: Mapping[str, list[str]], warm_nbytes: int = 0
 ) -> dict[str, tuple[Run, ...]]:
-    """Run commands one after the other, several times."""
+    """Run all commands several times, each time in another order: what comes before one leaves its mark on memory."""
     runs: dict[str, list[Run]] = {label: [] for label in commands}
-    for _ in range(rounds):
-        for label, command in commands.items():
+    for i in range(rounds):
+        for label in random.Random(i).sample(list(commands), len(commands)):
             clear(bench, warm_nbytes)
-            runs[label].append(run(label, command))
+            runs[label].append(run(label, commands[label]))
     return {label: tuple(of_one) for label, of_one in runs.items()}
 
 
