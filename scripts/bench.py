@@ -3,19 +3,19 @@
 Strategy: a sharded float32 `.bin` checkpoint with Llama's names and shapes is written once and kept. `cp` of its
 weight files and a conversion then run in turn, each in a process of its own; outputs are removed and the disk is synced
 between them, outside of the timed span. A ratio belongs to one pair, so that a machine that slows down slows down both;
-the median of the ratios counts. Times go from the start of the process to its end, imports included.
+the median of the ratios counts. Times go from the start of the process to its end, imports included; CPU seconds are
+those of all its processes. With `--before`, an older checkout runs in the same turns.
 
-MB and GB are powers of ten. A peak below that of the launcher, some 9 MB, shows as the launcher's: `cp` needs less.
-What comes out wrong ends with exit code 1; a time or a size out of reach is marked in the table, no more. Needs `cp`
-and `os.wait4`: Linux or macOS.
+MB and GB are powers of ten. A peak is that of the largest process, but in the scaling section, where it is that of all
+together. One below that of the launcher, some 9 MB, shows as the launcher's: `cp` needs less. What comes out wrong ends
+with exit code 1; a time or a size out of reach is marked in the table, no more. Needs `cp` and `os.wait4`: Linux or
+macOS.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import math
 import os
 import platform
 import shlex
@@ -25,76 +25,50 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import psutil
-from make_sample import write_json, write_shards, write_torch_file
+from bench_models import GB, ROOT, write_small
+from bench_runs import (
+    CASES,
+    OK,
+    WRONG,
+    Bench,
+    Case,
+    Figures,
+    Row,
+    Run,
+    RunFailed,
+    clear,
+    label_of,
+    llama,
+    made_once,
+    missing_room,
+    ratios_of,
+    run,
+    run_in_turn,
+    say,
+    source_of,
+    wconv_of,
+    weights_nbytes,
+    within,
+)
+from bench_scaling import measure_scaling
+from make_sample import write_json
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "converter" / "configs" / "sd1"
-MB = 1_000_000
-GB = 1_000_000_000
-
-SEED = 2
-SHARDS = 5
 SMALL_RUNS = 3
+START_RUNS = 11  # of a third of a second each
+START_CASES = ("to-safetensors", "recast to bf16")
+START_TENSORS = 10
 SMALL_SECONDS_REACH = 5.0
 RSS_SPREAD_REACH_MB = 4.0
 KILL_POINTS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # of the time that an undisturbed conversion takes
 
-# As a user's Python does it: modules are compiled once, not for every run.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-
-OK, OUT_OF_REACH, WRONG = "ok", "OUT OF REACH", "WRONG"
-
-Shape = tuple[int, ...]
-Source = Literal["torch", "safetensors", "model", "unet"]  # "model" is "torch" for what needs its config
-Arguments = Callable[[Path, Path], list[str]]
 Hashes = dict[str, str]  # file, relative to its folder -> sha256
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A conversion to measure: what follows `wconv`, given the source and the output, and what it should reach."""
-
-    name: str
-    arguments: Arguments
-    ratio_reach: float  # infinity where none is set
-    rss_reach_mb: float
-    source: Source = "torch"
-
-
-def conversion(command: str, *options: str) -> Arguments:
-    """Return what follows `wconv` for a command with these options."""
-    return lambda source, out: [command, str(source), "-o", str(out), *options]
-
-
-def in_shards(command: str, count: int) -> Arguments:
-    """Return what follows `wconv` for a command that cuts the source into so many shards."""
-
-    def arguments(source: Path, out: Path) -> list[str]:
-        # Half as much again as an even share: tensors do not fill a shard to the brim.
-        nbytes = weights_nbytes(source) * 3 // (2 * count)
-        return [command, str(source), "-o", str(out), "--max-shard-size", f"{nbytes}B" if count > 1 else "none"]
-
-    return arguments
-
-
-CASES = (
-    Case("to-safetensors", conversion("to-safetensors"), 1.1, 40.0),
-    Case("recast to bf16", conversion("recast", "--dtype", "bf16"), 0.65, 80.0),
-    Case("recast to fp16", conversion("recast", "--dtype", "fp16"), 0.65, 80.0),
-    Case("reshard 5 to 2", in_shards("reshard", 2), 1.1, 80.0, source="safetensors"),
-    Case("reshard 5 to 1", in_shards("reshard", 1), 1.1, 80.0, source="safetensors"),
-    Case("prepare-coreml", conversion("prepare-coreml"), 0.65, 80.0, source="unet"),
-    Case("to-bin", conversion("to-bin"), 1.2, 80.0, source="safetensors"),
-    Case("quantize to int8", conversion("quantize"), math.inf, 100.0, source="model"),
-)
 
 # Run with the source and the output as arguments.
 TORCH_BASELINE = """
@@ -129,291 +103,6 @@ BASELINES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    seconds: float
-    peak_mb: float
-
-
-class RunFailed(Exception):
-    """A process that should have ended well did not."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table."""
-
-    section: str
-    name: str
-    runs: tuple[Run, ...] = ()
-    ratios: tuple[float, ...] = ()
-    note: str = ""
-    verdict: str = ""  # OK, OUT_OF_REACH, WRONG or nothing
-
-    @property
-    def seconds(self) -> float:
-        return statistics.median(run.seconds for run in self.runs)
-
-    @property
-    def peak_mb(self) -> float:
-        return max(run.peak_mb for run in self.runs)
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What the user asked for."""
-
-    folder: Path
-    gb: float
-    pairs: int
-    baseline_runs: int
-    rss_sizes: tuple[float, ...]
-    small_tensors: int
-    cases: tuple[Case, ...]
-    wconv: list[str] = field(repr=False)
-
-    @property
-    def out(self) -> Path:
-        """Return the output path, alone in its folder, so that anything beside it is a left-over."""
-        return self.folder / "out" / "model"
-
-    def command(self, case: Case, source: Path) -> list[str]:
-        return [*self.wconv, *case.arguments(source, self.out)]
-
-
-# The checkpoints.
-
-
-@dataclass(frozen=True, slots=True)
-class RandomTensor:
-    """Normal float32 values, drawn when their bytes are asked for: one tensor is in memory at a time."""
-
-    shape: Shape
-    seed: int
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * math.prod(self.shape)
-
-    def tobytes(self) -> bytes:
-        values = np.random.default_rng((SEED, self.seed)).standard_normal(self.shape, dtype=np.float32)
-        return (values * np.float32(0.02)).astype("<f4", copy=False).tobytes()
-
-
-def llama_config(gb: float) -> dict[str, Any]:
-    """Choose as many layers as come nearest to so many GB of float32."""
-    hidden = 2048 if gb >= 0.8 else 512
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "head_dim": 64,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": 11 * hidden // 4,
-        "max_position_embeddings": 2048,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": hidden // 64,
-        "num_hidden_layers": 0,
-        "num_key_value_heads": hidden // 256,
-        "rms_norm_eps": 1e-05,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "vocab_size": 32000,
-    }
-    without, with_one = (
-        sum(4 * math.prod(shape) for _, shape in llama_shapes(config | {"num_hidden_layers": n})) for n in (0, 1)
-    )
-    layers = max(1, round((gb * GB - without) / (with_one - without)))
-    return config | {"num_hidden_layers": layers}
-
-
-def llama_shapes(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
-    """Yield names and shapes in the order of `LlamaForCausalLM.state_dict()`."""
-    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    key_value = config["num_key_value_heads"] * config["head_dim"]
-    yield "model.embed_tokens.weight", (vocab, hidden)
-    for i in range(config["num_hidden_layers"]):
-        block = f"model.layers.{i}"
-        yield f"{block}.self_attn.q_proj.weight", (hidden, hidden)
-        yield f"{block}.self_attn.k_proj.weight", (key_value, hidden)
-        yield f"{block}.self_attn.v_proj.weight", (key_value, hidden)
-        yield f"{block}.self_attn.o_proj.weight", (hidden, hidden)
-        yield f"{block}.mlp.gate_proj.weight", (inner, hidden)
-        yield f"{block}.mlp.up_proj.weight", (inner, hidden)
-        yield f"{block}.mlp.down_proj.weight", (hidden, inner)
-        yield f"{block}.input_layernorm.weight", (hidden,)
-        yield f"{block}.post_attention_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (vocab, hidden)
-
-
-def write_llama(folder: Path, gb: float) -> None:
-    """Write config, index and shards: SHARDS, or fewer where one tensor is larger than its share."""
-    config = llama_config(gb)
-    tensors = {name: RandomTensor(shape, i) for i, (name, shape) in enumerate(llama_shapes(config))}
-    write_json(folder / "config.json", config)
-    write_shards(folder, "pytorch_model", cut_evenly(tensors))
-
-
-def cut_evenly(tensors: dict[str, RandomTensor]) -> list[dict[str, RandomTensor]]:
-    """Cut tensors into shards of about the same size."""
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    shards: list[dict[str, RandomTensor]] = [{} for _ in range(SHARDS)]
-    before = 0
-    for name, tensor in tensors.items():
-        shards[before * SHARDS // total][name] = tensor
-        before += tensor.nbytes
-    return [shard for shard in shards if shard]
-
-
-def write_unet(folder: Path, gb: float) -> None:
-    """Write a Stable Diffusion 1 pipeline that is all UNet: 3.4 GB of it for 4, narrower ones for less."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    shutil.copytree(CONFIGS, folder, dirs_exist_ok=True)
-    for name in ("vocab.json", "merges.txt"):
-        (folder / "tokenizer" / name).write_text("{}")
-    config = json.loads((CONFIGS / "unet" / "config.json").read_text())
-    width = max(32, round(320 * math.sqrt(gb / 4) / 32) * 32)
-    config["block_out_channels"] = [width, 2 * width, 4 * width, 4 * width]
-    with torch.device("meta"):
-        state = UNet2DConditionModel.from_config(config).state_dict()
-    tensors = {name: RandomTensor(tuple(tensor.shape), i) for i, (name, tensor) in enumerate(state.items())}
-    write_json(folder / "unet" / "config.json", config)
-    write_shards(folder / "unet", "diffusion_pytorch_model", cut_evenly(tensors))
-    for name in ("vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"):
-        write_torch_file(folder / name, {"weight": RandomTensor((8, 8), 0)})
-
-
-def write_small(folder: Path, tensors: int) -> None:
-    """Write one file with many tensors of 16 to 256 elements."""
-    sides = np.random.default_rng(SEED).integers(4, 17, (tensors, 2)).tolist()
-    state_dict = {f"blocks.{i}.weight": RandomTensor((rows, columns), i) for i, (rows, columns) in enumerate(sides)}
-    write_torch_file(folder / "pytorch_model.bin", state_dict)
-
-
-def made_once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Return the folder, written first unless an earlier run did."""
-    if not folder.exists():
-        say(f"writing {folder.name}")
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        partial.rename(folder)
-    return folder
-
-
-def llama(bench: Bench, gb: float) -> Path:
-    return made_once(bench.folder / f"llama-{gb:g}gb", lambda folder: write_llama(folder, gb))
-
-
-def source_of(bench: Bench, case: Case, gb: float) -> Path:
-    if case.source == "unet":
-        return made_once(bench.folder / f"unet-{gb:g}gb", lambda folder: write_unet(folder, gb))
-    source = llama(bench, gb)
-    if case.source != "safetensors":
-        return source
-    name = f"{source.name}-safetensors"
-    return made_once(bench.folder / name, lambda folder: make_safetensors(bench, source, folder))
-
-
-def make_safetensors(bench: Bench, source: Path, folder: Path) -> None:
-    folder.rmdir()
-    run("to-safetensors, for other cases", [*bench.wconv, "to-safetensors", str(source), "-o", str(folder)])
-
-
-def weights_of(source: Path) -> list[Path]:
-    return sorted(path for path in source.rglob("*") if path.suffix in (".bin", ".safetensors"))
-
-
-def weights_nbytes(source: Path) -> int:
-    return sum(path.stat().st_size for path in weights_of(source))
-
-
-def missing_room(bench: Bench, gb: float) -> int:
-    """Return how many bytes the disk lacks for a source of so many GB and one output."""
-    nbytes = (1 if (bench.folder / f"llama-{gb:g}gb").exists() else 2) * gb * GB
-    return max(0, round(1.1 * nbytes) - shutil.disk_usage(bench.folder).free)
-
-
-# Runs.
-
-# Starts a process and reports on it from a process of its own that is as small as can be: Linux counts into a child's
-# peak what the process that started it held at that moment.
-LAUNCHER = """
-import os, sys, time
-start = time.perf_counter()
-pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])
-_, status, usage = os.wait4(pid, 0)
-print(time.perf_counter() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(status))
-"""
-MAXRSS_NBYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss: bytes on macOS, KiB on Linux
-
-
-# A virtual machine may give memory that was freed back to its host, and then pays for every page again, several times
-# what copying costs. So the pages that an output will need are all written to before a run that is timed.
-WARM_MEMORY = "import sys, numpy; numpy.ones(int(sys.argv[1]), 'u1')"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def clear(bench: Bench, warm_nbytes: int = 0) -> None:
-    """Remove outputs, wait until the disk is at rest, and warm memory: twice as much, for not all is used again."""
-    shutil.rmtree(bench.out.parent, ignore_errors=True)
-    bench.out.parent.mkdir(parents=True)
-    os.sync()
-    # More than is free would push the source out of memory.
-    warm_nbytes = min(2 * warm_nbytes, psutil.virtual_memory().free * 3 // 4)
-    if warm_nbytes:
-        subprocess.run([sys.executable, "-c", WARM_MEMORY, str(warm_nbytes)], check=True)
-
-
-def run(label: str, command: list[str]) -> Run:
-    """Time one process that ends well, and take its peak memory."""
-    launcher = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", LAUNCHER, *command],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    words = launcher.stdout.split()
-    if launcher.returncode or words[2] != "0":
-        say(f"{shlex.join(command)}\n{launcher.stderr}")
-        raise RunFailed(f"{label} failed with exit code {words[2] if words else launcher.returncode}")
-    result = Run(float(words[0]), int(words[1]) * MAXRSS_NBYTES / MB)
-    say(f"  {label:<40} {result.seconds:7.2f} s {result.peak_mb:8.1f} MB")
-    return result
-
-
-def run_pairs(bench: Bench, count: int, source: Path, label: str, command: list[str]) -> tuple[list[Run], list[Run]]:
-    """Run `cp` and a command in turn."""
-    copies, others = [], []
-    for _ in range(count):
-        clear(bench, weights_nbytes(source))
-        bench.out.mkdir()
-        copies.append(run("cp", ["cp", *map(str, weights_of(source)), str(bench.out)]))
-        clear(bench, weights_nbytes(source))
-        others.append(run(label, command))
-    return copies, others
-
-
-def ratios_of(copies: list[Run], others: list[Run]) -> tuple[float, ...]:
-    return tuple(other.seconds / copy.seconds for copy, other in zip(copies, others, strict=True))
-
-
-def within(*reaches: tuple[float, float, str]) -> tuple[str, str]:
-    """Return note and verdict for values, each with what it should reach at most and its unit."""
-    note = ", ".join(f"at most {reach:g} {unit}" for _, reach, unit in reaches if math.isfinite(reach))
-    return note, OK if all(value <= reach for value, reach, _ in reaches) else OUT_OF_REACH
-
-
 # The sections.
 
 
@@ -421,34 +110,37 @@ def measure_ratio(bench: Bench) -> Iterator[Row]:
     """Run `cp` and each case in turn."""
     for case in bench.cases:
         source = source_of(bench, case, bench.gb)
-        command = bench.command(case, source)
-        run_pairs(bench, 1, source, f"{case.name}, warm-up", command)
-        copies, conversions = run_pairs(bench, bench.pairs, source, case.name, command)
-        ratios = ratios_of(copies, conversions)
-        peak_mb = max(run.peak_mb for run in conversions)
+        nbytes = weights_nbytes(source)
+        commands = {"cp": bench.copy_command(source), case.name: bench.command(case, source)}
+        run_in_turn(bench, 1, commands, nbytes)  # for warming up
+        copies, conversions = run_in_turn(bench, bench.pairs, commands, nbytes).values()
+        ratios, figures = ratios_of(copies, conversions), Figures(conversions)
         reach = within(
             (statistics.median(ratios), case.ratio_reach, "x cp"),
-            (peak_mb, case.rss_reach_mb, "MB"),
+            (figures.peak_mb, case.rss_reach_mb, "MB"),
         )
-        yield Row("ratio", f"cp (beside {case.name})", tuple(copies))
-        yield Row("ratio", case.name, tuple(conversions), ratios, *reach)
+        yield Row("ratio", f"cp (beside {case.name})", Figures(copies), read_nbytes=nbytes)
+        yield Row("ratio", case.name, figures, ratios, *reach, read_nbytes=nbytes)
 
 
 def measure_baselines(bench: Bench) -> Iterator[Row]:
     """Run the other ways to do it."""
     source = llama(bench, bench.gb)
+    nbytes = weights_nbytes(source)
     for name, (module, code) in BASELINES.items():
         if not find_spec(module):
             yield Row("baselines", name, note=f"{module} is not installed")
             continue
         command = [sys.executable, "-c", code, str(source), str(bench.out)]
-        copies, others = run_pairs(bench, bench.baseline_runs, source, name, command)
-        judged = judge_by_torch(bench, source) if module == "torch" else ("", "")
-        yield Row("baselines", name, tuple(others), ratios_of(copies, others), *judged)
+        runs = run_in_turn(bench, bench.baseline_runs, {"cp": bench.copy_command(source), name: command}, nbytes)
+        judged = judge_by_torch(bench, source, name, command) if module == "torch" else ("", "")
+        yield Row("baselines", name, Figures(runs[name]), ratios_of(*runs.values()), *judged, read_nbytes=nbytes)
 
 
-def judge_by_torch(bench: Bench, source: Path) -> tuple[str, str]:
-    """Hold what torch and safetensors have just written against what wconv writes."""
+def judge_by_torch(bench: Bench, source: Path, name: str, command: list[str]) -> tuple[str, str]:
+    """Hold what torch and safetensors write against what wconv writes."""
+    clear(bench)
+    run(name, command)
     theirs = hash_files(bench.out)
     clear(bench)
     run(CASES[0].name, bench.command(CASES[0], source))
@@ -472,28 +164,36 @@ def measure_rss(bench: Bench) -> Iterator[Row]:
             converted = run(name, bench.command(case, source))
             peaks.append(converted.peak_mb)
             note, verdict = within((converted.peak_mb, case.rss_reach_mb, "MB"))
-            yield Row("rss", name, (converted,), note=note, verdict=verdict)
+            yield Row("rss", name, Figures((converted,)), note=note, verdict=verdict)
         if len(peaks) > 1:
             spread = max(peaks) - min(peaks)
             note, verdict = within((spread, RSS_SPREAD_REACH_MB, "MB"))
             yield Row("rss", f"{case.name}, all sizes", note=f"{spread:.1f} MB apart, {note}", verdict=verdict)
 
 
+def measure_start(bench: Bench) -> Iterator[Row]:
+    """Convert what is so small that it is the start that is measured."""
+    cases = [case for case in bench.cases if case.name in START_CASES]
+    for name, now, before in measure_tensors(bench, START_TENSORS, START_RUNS, cases):
+        yield Row("start", name, now, before=before)
+
+
 def measure_small(bench: Bench) -> Iterator[Row]:
     """Convert a checkpoint whose tensors are many and small."""
-    count = bench.small_tensors
+    cases = [case for case in bench.cases if case.source not in ("model", "unet")]
+    for name, now, before in measure_tensors(bench, bench.small_tensors, SMALL_RUNS, cases):
+        note, verdict = within((now.seconds, SMALL_SECONDS_REACH, "s"))
+        yield Row("small", name, now, note=note, verdict=verdict, before=before)
+
+
+def measure_tensors(bench: Bench, count: int, rounds: int, cases: list[Case]) -> Iterator[tuple[str, Figures, Figures]]:
+    """Convert one file with so many small tensors, by each tree in turn."""
     source = made_once(bench.folder / f"small-{count}", lambda folder: write_small(folder, count))
-    for case in bench.cases:
-        if case.source in ("model", "unet"):
-            continue
-        label = f"{case.name}, {count:,} tensors"
-        runs = []
-        for _ in range(SMALL_RUNS):
-            clear(bench)
-            runs.append(run(label, bench.command(case, source)))
-        seconds = statistics.median(run.seconds for run in runs)
-        note, verdict = within((seconds, SMALL_SECONDS_REACH, "s"))
-        yield Row("small", label, tuple(runs), note=note, verdict=verdict)
+    for case in cases:
+        name = f"{case.name}, {count:,} tensors"
+        commands = {label_of(name, tree): bench.command(case, source, tree=tree) for tree in bench.trees}
+        runs = run_in_turn(bench, rounds, commands)
+        yield name, Figures(runs[name]), Figures(runs.get(label_of(name, "before"), ()))
 
 
 def check_kills(bench: Bench) -> Iterator[Row]:
@@ -542,7 +242,7 @@ def kill_once(bench: Bench, case: Case, source: Path, seconds: float, expected: 
 
 
 def kill_row(name: str, runs: list[Run], note: str, faults: list[str]) -> Row:
-    return Row("kill", name, tuple(runs), note="; ".join(faults) or note, verdict=WRONG if faults else OK)
+    return Row("kill", name, Figures(tuple(runs)), note="; ".join(faults) or note, verdict=WRONG if faults else OK)
 
 
 def kill_after(seconds: float, command: list[str]) -> bool:
@@ -595,8 +295,10 @@ def fault_of(path: Path) -> str | None:
 
 SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "ratio": measure_ratio,
+    "scaling": measure_scaling,
     "baselines": measure_baselines,
     "rss": measure_rss,
+    "start": measure_start,
     "small": measure_small,
     "kill": check_kills,
 }
@@ -614,14 +316,41 @@ def run_section(bench: Bench, section: str) -> Iterator[Row]:
 
 
 def show(rows: list[Row]) -> None:
-    """Print the table."""
-    width = max(len(row.name) for row in rows)
-    print(f"\n{'':9} {'':{width}} {'seconds':>8} {'x cp, median [min, max]':>24} {'peak MB':>8}")
-    for row in rows:
-        ratios = row.ratios and f"{statistics.median(row.ratios):.2f} [{min(row.ratios):.2f}, {max(row.ratios):.2f}]"
-        seconds, peak = (f"{row.seconds:.2f}", f"{row.peak_mb:.1f}") if row.runs else ("", "")
-        said = ": ".join(filter(None, (row.verdict, row.note)))
-        print(f"{row.section:9} {row.name:{width}} {seconds:>8} {ratios or '':>24} {peak:>8}  {said}".rstrip())
+    """Print the table, without the columns that no row fills."""
+    head = ("", "", "seconds", "x cp, median [min, max]", "x as many cp", "CPU s", "CPU s/GB", "peak MB", "")
+    columns = [column for column in zip(head, *map(cells, rows), strict=True) if any(column[1:])]
+    is_text = [column[0] == "" for column in columns]
+    widths = [max(map(len, column)) for column in columns]
+    print()
+    for line in zip(*columns, strict=True):
+        aligned = zip(line, widths, is_text, strict=True)
+        print("  ".join(f"{cell:{'<' if text else '>'}{width}}" for cell, width, text in aligned).rstrip())
+    if any(row.before.runs for row in rows):
+        print("\nIn brackets: what the older tree took, in turn with this one.")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.section,
+        row.name,
+        of_both(row, lambda figures: f"{figures.seconds:.2f}"),
+        spread(row.ratios),
+        spread(row.parallel_ratios),
+        of_both(row, lambda figures: f"{figures.cpu_seconds:.2f}"),
+        of_both(row, lambda figures: f"{figures.cpu_seconds * GB / row.read_nbytes:.3f}") if row.read_nbytes else "",
+        of_both(row, lambda figures: f"{figures.peak_mb:.1f}"),
+        ": ".join(filter(None, (row.verdict, row.note))),
+    )
+
+
+def of_both(row: Row, text: Callable[[Figures], str]) -> str:
+    """Return a figure of a row, and in brackets that of the older tree."""
+    now, before = (text(figures) if figures.runs else "" for figures in (row.now, row.before))
+    return f"{now} ({before})" if before else now
+
+
+def spread(ratios: tuple[float, ...]) -> str:
+    return f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if ratios else ""
 
 
 def machine() -> dict[str, Any]:
@@ -655,11 +384,17 @@ def parse_arguments() -> tuple[Bench, list[str], Path | None]:
     parser.add_argument("--only", action="append", choices=SECTIONS, help="run this section; can be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--wconv", type=shlex.split, metavar="COMMAND", help="measure this, not the working tree")
+    parser.add_argument("--before", type=Path, metavar="TREE", help="hold some sections against this checkout")
     options = parser.parse_args()
     if min(options.gb, options.pairs, options.baseline_runs, options.small_tensors, *options.rss_sizes) <= 0:
         parser.error("sizes and counts must be above 0")
     if not hasattr(os, "wait4") or not shutil.which("cp"):
         parser.error("needs cp and os.wait4: Linux or macOS")
+    if options.before and not (options.before / "converter").is_dir():
+        parser.error(f"{options.before}: no checkout of wconv")
+    trees = {"now": options.wconv or wconv_of(ROOT)}
+    if options.before:
+        trees["before"] = wconv_of(options.before.resolve())
     bench = Bench(
         folder=options.dir.resolve(),
         gb=options.gb,
@@ -668,7 +403,7 @@ def parse_arguments() -> tuple[Bench, list[str], Path | None]:
         rss_sizes=options.rss_sizes,
         small_tensors=options.small_tensors,
         cases=tuple(case for case in CASES if case.name in (options.case or [case.name])),
-        wconv=options.wconv or [sys.executable, "-m", "converter"],
+        trees=trees,
     )
     return bench, options.only or list(SECTIONS), options.json
 
