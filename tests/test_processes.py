@@ -279,9 +279,14 @@ def test_as_many_work_at_once_as_memory_is_there_for(counting: Counting, tmp_pat
     assert buffers_nbytes(32 << 20, 8, plan.window) <= 32 << 20
 
 
-@pytest.mark.parametrize(("options", "expected"), [({}, 2), ({"dtype": "bf16"}, 6)])
-def test_few_write_into_one_file_at_once(options: Any, expected: int, counting: Counting, tmp_path: Path) -> None:
-    save({f"t.{number}": torch.randn(64, 64) for number in range(40)}, tmp_path / "m" / "model.safetensors")
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [("model.safetensors", {}, 1), ("model.bin", {}, 2), ("model.safetensors", {"dtype": "bf16"}, 6)],
+)
+def test_few_write_into_one_file_at_once(
+    name: str, options: Any, expected: int, counting: Counting, tmp_path: Path
+) -> None:
+    save({f"t.{number}": torch.randn(64, 64) for number in range(40)}, tmp_path / "m" / name)
     plan = plan_conversion(Request.of(tmp_path / "m", tmp_path / "out", **options))
     converter.run_plan(plan, counting)
     assert max(counting.given) == expected

@@ -42,7 +42,8 @@ from converter.tensors.base import Storage
 from converter.tensors.reader import CrcPart, check_crc
 
 _T = TypeVar("_T")
-# Of one file at once, those included that wait for a worker: more were not faster on 16 cores.
+# Tasks of one file at once, those included that wait for a worker: more were not faster on 16 cores.
+_TAKERS = 1  # where the system copies
 _COPIERS = 2
 _CASTERS = 6
 _NAMED = 5  # tensors, in a message
@@ -121,7 +122,15 @@ def guess_seconds(plan: Plan) -> float:
 
 def _most_writers(plan: Plan) -> int:
     """Say how many tasks may write at once: those of one file wait for each other, and use up a core while they do."""
-    return sum(_CASTERS if planned.computes else _COPIERS for planned in plan.written)
+    return sum(map(_most_writers_of, plan.written))
+
+
+def _most_writers_of(planned: PlannedFile) -> int:
+    if planned.computes:
+        return _CASTERS
+    some = next((tensor for tensor, _ in planned.tensors if tensor.nbytes), None)
+    is_taken = some is not None and planned.format != "torch" and some.source.verbatim(0, some.nbytes) is not None
+    return _TAKERS if is_taken else _COPIERS
 
 
 def _call(function: Callable[[Piece, int], _T], piece: Piece) -> Call[Piece, _T]:
