@@ -281,7 +281,7 @@ def test_as_many_work_at_once_as_memory_is_there_for(counting: Counting, tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
-    [("model.safetensors", {}, 1), ("model.bin", {}, 2), ("model.safetensors", {"dtype": "bf16"}, 6)],
+    [("model.safetensors", {}, 2), ("model.bin", {}, 2), ("model.safetensors", {"dtype": "bf16"}, 6)],
 )
 def test_few_write_into_one_file_at_once(
     name: str, options: Any, expected: int, counting: Counting, tmp_path: Path
@@ -290,6 +290,14 @@ def test_few_write_into_one_file_at_once(
     plan = plan_conversion(Request.of(tmp_path / "m", tmp_path / "out", **options))
     converter.run_plan(plan, counting)
     assert max(counting.given) == expected
+
+
+def test_each_of_many_files_has_one_that_copies(counting: Counting, tmp_path: Path) -> None:
+    save({f"t.{number}": torch.randn(64, 64) for number in range(40)}, tmp_path / "m" / "model.safetensors")
+    plan = plan_conversion(Request.of(tmp_path / "m", tmp_path / "out", max_shard_size="70kB"))
+    assert len(plan.files) == 10
+    converter.run_plan(plan, counting)
+    assert max(counting.given) == 10
 
 
 @linux

@@ -36,11 +36,12 @@ from converter import convert
 from converter.dtypes import DTYPES
 from converter.errors import BadFile
 from converter.plan.types import PlannedFile, PlannedTensor
-from converter.run import parts
+from converter.run import choice, parts
 from converter.run.parts import cut_pieces, write_piece
+from converter.run.workers import threads
 from converter.storage import Place, place_of
 from converter.storage.local import open_staged
-from converter.storage.root import Root, share
+from converter.storage.root import Root, can_share, share
 from converter.tensors.base import ByteRange, PackedRange, TensorSource
 from converter.tensors.derived import Boxes, Cast, Constant, Swapped
 
@@ -85,6 +86,13 @@ def own_nbytes(path: Path) -> int:
     return BLOCK_NBYTES * sum(int(length) for length, flags in extents if "shared" not in flags)
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one worker write, as if there were no more than files: where others wait, the system only shares."""
+    monkeypatch.setattr(choice, "default_workers", lambda: 1)
+    monkeypatch.setattr(threads, "default_workers", lambda: 1)
+
+
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut files as if they were large ones."""
@@ -111,14 +119,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     return noted
 
 
+@pytest.mark.parametrize("workers", [1, 8])
 def test_files_that_come_out_as_they_lie_are_shared(
-    sharing_disk: Path, small_pieces: None, wconv: Callable[..., Any]
+    workers: int, sharing_disk: Path, small_pieces: None, wconv: Callable[..., Any]
 ) -> None:
     source, out = sharing_disk / "m", sharing_disk / "out"
     save_safetensors_shards(LARGE, source)
     (source / "tokenizer.model").write_bytes(os.urandom(BLOCK_NBYTES * 100 + 5))
     before = snapshot(source)
-    wconv("to-safetensors", source, "-o", out, "--verify")
+    wconv("to-safetensors", source, "-o", out, "--verify", "--workers", workers)
     for path in source.glob("*model*"):
         assert path.suffix == ".json" or (out / path.name).read_bytes() == path.read_bytes()
     assert own_nbytes(out / "tokenizer.model") == 0
@@ -189,6 +198,18 @@ def test_tensors_in_a_row_are_copied_at_once(ask_for_all: None, calls: list[Any]
     source = save_safetensors_shards(make_state(), tmp_path / "m", ("abc", "def")).parent
     convert(source, tmp_path / "out", max_shard_size="1GB")
     assert [nbytes for nbytes, _, _ in calls] == [96, 96]
+
+
+def test_where_others_wait_to_write_it_is_read(ask_for_all: None, calls: list[Any], tmp_path: Path) -> None:
+    path = save_safetensors_shards(make_state(), tmp_path / "m", ["abcdef"])
+    with path.open("rb") as source, (tmp_path / "other").open("wb") as out:
+        if can_share(source.fileno(), 0, out.fileno(), 0):
+            pytest.skip("is on a disk that shares")
+    convert(path.parent, tmp_path / "out", workers=2)
+    assert calls == []
+    convert(path.parent, tmp_path / "alone", workers=1)
+    assert len(calls) == 1
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "alone")
 
 
 def test_small_parts_are_read(calls: list[Any], tmp_path: Path) -> None:

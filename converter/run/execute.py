@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from zlib_ng.zlib_ng import crc32_combine
@@ -43,7 +43,6 @@ from converter.tensors.reader import CrcPart, check_crc
 
 _T = TypeVar("_T")
 # Tasks of one file at once, those included that wait for a worker: more were not faster on 16 cores.
-_TAKERS = 1  # where the system copies
 _COPIERS = 2
 _CASTERS = 6
 _NAMED = 5  # tensors, in a message
@@ -120,17 +119,16 @@ def guess_seconds(plan: Plan) -> float:
     return seconds * plan.written_nbytes
 
 
-def _most_writers(plan: Plan) -> int:
+def _most_writers(plan: Plan, tasks: Tasks) -> int:
     """Say how many tasks may write at once: those of one file wait for each other, and use up a core while they do."""
-    return sum(map(_most_writers_of, plan.written))
+    return sum(
+        _CASTERS if planned.computes else _COPIERS if _is_crowded(plan, tasks) else 1 for planned in plan.written
+    )
 
 
-def _most_writers_of(planned: PlannedFile) -> int:
-    if planned.computes:
-        return _CASTERS
-    some = next((tensor for tensor, _ in planned.tensors if tensor.nbytes), None)
-    is_taken = some is not None and planned.format != "torch" and some.source.verbatim(0, some.nbytes) is not None
-    return _TAKERS if is_taken else _COPIERS
+def _is_crowded(plan: Plan, tasks: Tasks) -> bool:
+    """Say whether several workers write into one file at once."""
+    return not tasks.workers.are_far and len(plan.written) < tasks.workers.count
 
 
 def _call(function: Callable[[Piece, int], _T], piece: Piece) -> Call[Piece, _T]:
@@ -157,8 +155,10 @@ def _write_files(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Co
     parts: list[CrcPart] = []
     written: dict[tuple[Place, int], list[WrittenCrc]] = defaultdict(list)
     too_large: Counter[str] = Counter()
-    calls = (_call(writers[piece.place], piece) for piece in _pieces(plan, output.staged, tasks))
-    for report in tasks.run(calls, plan.window, _most_writers(plan)):
+    is_crowded = _is_crowded(plan, tasks)
+    pieces = (replace(piece, is_crowded=is_crowded) for piece in _pieces(plan, output.staged, tasks))
+    calls = (_call(writers[piece.place], piece) for piece in pieces)
+    for report in tasks.run(calls, plan.window, _most_writers(plan, tasks)):
         too_large += report.too_large
         checked.update(report.read.checked)
         parts += report.read.parts

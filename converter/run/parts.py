@@ -43,11 +43,15 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of one output file: steps in the order of their offsets. ``with_crcs`` asks for CRC32s of the output."""
+    """A part of one output file: steps in the order of their offsets. ``with_crcs`` asks for CRC32s of the output.
+
+    With ``is_crowded`` other tasks wait to write into the file: it is theirs while the system copies into it.
+    """
 
     place: Place
     steps: tuple[Step, ...]
     with_crcs: bool = False
+    is_crowded: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -101,17 +105,20 @@ def _part(tensor: Tensor, begin: int, end: int) -> Tensor:
 def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Write a piece into its file, which is there. Raises BadFile for a record that is damaged."""
     with open_staged(piece.place) as out:
-        left = piece if piece.with_crcs else replace(piece, steps=tuple(_take(piece.steps, out)))
+        left = piece if piece.with_crcs else replace(piece, steps=tuple(_take(piece, out)))
         return _carry(left, chunk_nbytes, lambda offset, chunk, _: out.write(offset, chunk))
 
 
-def _take(steps: Iterable[Step], out: StagedFile) -> Iterator[Step]:
-    """Have the system copy what lies in files as it is to be written; give the steps that are left."""
+def _take(piece: Piece, out: StagedFile) -> Iterator[Step]:
+    """Have the system copy what lies in files as it is to be written; give the steps that are left.
+
+    It keeps all others from writing into the file meanwhile, who could read: so where they would, it is to share alone.
+    """
     is_willing = True  # what it has refused once, it would refuse again
     with RangeReader() as reader:
-        for run in _joined(steps):
+        for run in _joined(piece.steps):
             if is_willing and run.file is not None and run.nbytes >= _TAKEN_NBYTES:
-                is_willing = out.take(run.offset, reader.file(run.file), run.begin, run.nbytes)
+                is_willing = out.take(run.offset, reader.file(run.file), run.begin, run.nbytes, piece.is_crowded)
                 if is_willing:
                     continue
             yield from run.steps

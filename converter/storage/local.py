@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from converter.errors import BadFile, BadRequest, SystemRefused
 from converter.storage.base import FileRef, Info, Kind, OpenFile, Place, Store, Tag, changed
-from converter.storage.root import Root, names_in, share
+from converter.storage.root import Root, can_share, names_in, share
 
 # A pipe that takes a file's place after it was looked at is opened at once. Windows has no such flag.
 _WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0)
@@ -191,9 +191,16 @@ class StagedFile(LocalFile):
             count = _write_at(self.handle, offset, data)
             offset, data = offset + count, data[count:]
 
-    def take(self, offset: int, source: OpenFile, begin: int, nbytes: int) -> bool:
-        """Have the system copy bytes of another file to an offset, unseen; say whether it did with all of them."""
-        return isinstance(source, LocalFile) and share(source.handle, begin, self.handle, offset, nbytes) == nbytes
+    def take(self, offset: int, source: OpenFile, begin: int, nbytes: int, only_shared: bool = False) -> bool:
+        """Have the system copy bytes of another file to an offset, unseen; say whether it did with all of them.
+
+        If they are to be ``only_shared`` it does so only where the disk can share them.
+        """
+        if not isinstance(source, LocalFile):
+            return False
+        if only_shared and not can_share(source.handle, begin, self.handle, offset):
+            return False
+        return share(source.handle, begin, self.handle, offset, nbytes) == nbytes
 
 
 def _write_at(handle: int, offset: int, data: memoryview) -> int:

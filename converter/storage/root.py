@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ _BINARY = getattr(os, "O_BINARY", 0)
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 _SHARE_NBYTES = 1 << 30  # a signal is heard so often
 _COPY_NBYTES = 1 << 20
+_SHARE_RANGE = 0x4020940D  # FICLONERANGE of Linux' linux/fs.h, whose struct has a file, an offset, a length, an offset
 
 
 class Root:
@@ -341,6 +343,20 @@ def share(source: int, begin: int, out: int, offset: int, nbytes: int) -> int:
     except OSError:  # other disks, and many that cannot: each has its own number
         pass
     return done
+
+
+def can_share(source: int, begin: int, out: int, offset: int) -> bool:
+    """Say whether bytes of one open file may share blocks with another's, on a disk that can.
+
+    Asked for a single byte, such a disk says that it takes whole blocks alone, and others that they cannot share.
+    """
+    try:
+        import fcntl
+
+        fcntl.ioctl(out, _SHARE_RANGE, struct.pack("=qQQQ", source, begin, 1, offset))
+    except (ImportError, OSError) as error:
+        return getattr(error, "errno", 0) == errno.EINVAL
+    return True
 
 
 def _ahead_of_blocks(begin: int, out: int, offset: int) -> int:
