@@ -121,9 +121,8 @@ def guess_seconds(plan: Plan) -> float:
 
 def _most_writers(plan: Plan, tasks: Tasks) -> int:
     """Say how many tasks may write at once: those of one file wait for each other, and use up a core while they do."""
-    return sum(
-        _CASTERS if planned.computes else _COPIERS if _is_crowded(plan, tasks) else 1 for planned in plan.written
-    )
+    copiers = _COPIERS if _is_crowded(plan, tasks) else 1
+    return sum(_CASTERS if planned.computes else copiers for planned in plan.written)
 
 
 def _is_crowded(plan: Plan, tasks: Tasks) -> bool:
