@@ -32,8 +32,9 @@ def open_engine(address: str, workers: int | None) -> Iterator[Workers]:
     Raises SystemRefused where it cannot be reached, or no worker comes.
     """
     for name in list(logging.root.manager.loggerDict):
-        if name.partition(".")[0] == "distributed":
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what happens comes as an error, once
+        # What happens comes as an error, once. A result may come when its task was cancelled (``_cascade_future``).
+        if name.partition(".")[0] in ("distributed", "tornado"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     is_file = "://" not in address and address.endswith(".json")
     where = {"scheduler_file" if is_file else "address": address}
     try:
