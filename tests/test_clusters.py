@@ -285,6 +285,14 @@ def test_dask_source_cut_short(gate: Gate, source: Path, tmp_path: Path) -> None
         assert_refused(driver.end(), 3, CUT_SHORT, tmp_path)
 
 
+def test_dask_scheduler_file_that_does_not_come(source: Path, tmp_path: Path) -> None:
+    ended = run(*recast(source, tmp_path, f"dask={tmp_path / 'none.json'}"))
+    line = (
+        r"\S+none\.json: is no file of a Dask scheduler, after 20 s\. Start one: dask scheduler --scheduler-file FILE\."
+    )
+    assert_refused(ended, 7, line, tmp_path)
+
+
 def test_dask_task_that_kills(source: Path, tmp_path: Path) -> None:
     site = SUPPORT / "worker_site"
     with clusters.dask(tmp_path / "dask", 2, PYTHONPATH=site, WCONV_DEADLY=1) as cluster:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 from distributed import Client
@@ -16,6 +17,8 @@ from distributed.scheduler import KilledWorker
 
 from converter.errors import SystemRefused
 from converter.run.workers.base import Trouble, Workers
+from converter.storage import Place
+from converter.storage.local import place_at
 
 _T = TypeVar("_T")
 _A = TypeVar("_A")
@@ -23,6 +26,7 @@ _RETRIES = 3  # of a task whose machine said no: a network file system does for 
 _CONNECT_SECONDS = 20
 _COME_SECONDS = 60
 _ASKED_SECONDS = 5.0
+_WAIT_SECONDS = 0.1
 
 
 @contextmanager
@@ -37,6 +41,8 @@ def open_engine(address: str, workers: int | None) -> Iterator[Workers]:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     is_file = "://" not in address and address.endswith(".json")
     where = {"scheduler_file" if is_file else "address": address}
+    if is_file:
+        _wait_for(place_at(Path(address)))
     try:
         client = Client(**where, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError) as error:
@@ -49,6 +55,16 @@ def open_engine(address: str, workers: int | None) -> Iterator[Workers]:
             problem = f"is a Dask scheduler to which no worker has come in {_COME_SECONDS} s"
             raise SystemRefused(address, problem, "Start some: dask worker ADDRESS.") from None
         yield DaskWorkers(client.get_executor(pure=False, retries=_RETRIES), client)
+
+
+def _wait_for(file: Place) -> None:
+    """Wait for the file of a scheduler that starts meanwhile; the client itself would do so for ever."""
+    begun = time.monotonic()
+    while not file.is_file():
+        if time.monotonic() - begun > _CONNECT_SECONDS:
+            problem = f"is no file of a Dask scheduler, after {_CONNECT_SECONDS} s"
+            raise SystemRefused(file, problem, "Start one: dask scheduler --scheduler-file FILE.")
+        time.sleep(_WAIT_SECONDS)
 
 
 class DaskWorkers(Workers):
