@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import forkserver, get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 
 from converter.errors import Unsupported
 from converter.run.workers.base import Workers
@@ -44,6 +44,7 @@ def start() -> None:
         return
     with _safe_path():
         forkserver.set_forkserver_preload(_PRELOADED)
+        resource_tracker.ensure_running()  # else the server starts it, and lets signals through again for that
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which it inherits, and all workers
         try:
             forkserver.ensure_running()
