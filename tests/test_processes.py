@@ -131,7 +131,12 @@ def test_one_that_is_killed_is_one_line(tmp_path: Path) -> None:
 def test_they_end_with_whom_they_work_for(number: signal.Signals, tmp_path: Path) -> None:
     make_hollow(tmp_path / "m", 8 * HOLLOW_NBYTES)
     command = (*WCONV, "recast", "m", "--dtype", "bf16", "-o", "out", "--executor", "processes=2")
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    start = (
+        f"import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({sys.executable!r}, {command!r})"
+    )
+    # Who runs the tests in the background of a shell has Ctrl-C ignored.
+    listening = (sys.executable, "-c", start)
+    process = subprocess.Popen(listening, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: len(in_session(process.pid)) >= 4 or process.poll() is not None)
     # Ctrl-C goes to all that a terminal has started.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
