@@ -138,6 +138,18 @@ def assert_done(ended: Ended, folder: Path, expected: dict[str, str]) -> None:
     assert not left_behind(folder)
 
 
+def assert_taken_up(command: Sequence[object], gate: Gate, folder: Path, expected: dict[str, str]) -> None:
+    """Kill a run in the middle of a file, and have the same command finish what it had begun."""
+    driver = start_held_up(command, gate)
+    driver.process.kill()
+    driver.end()
+    assert left_behind(folder)
+    gate.open()
+    again = run(*command)
+    assert_done(again, folder, expected)
+    assert "that an earlier run had left" in again.stdout
+
+
 def assert_refused(ended: Ended, exit_code: int, line: str, folder: Path) -> None:
     """Hold what a run said against a pattern: one line, with nothing left behind."""
     assert ended.exit_code == exit_code, ended
@@ -246,15 +258,7 @@ def test_dask_scheduler_killed(gate: Gate, source: Path, tmp_path: Path) -> None
 
 def test_dask_driver_killed(gate: Gate, source: Path, expected: dict[str, str], tmp_path: Path) -> None:
     with clusters.dask(tmp_path / "dask", WORKERS, **gate.environment) as cluster:
-        command = recast(source, tmp_path, f"dask={cluster.address}")
-        driver = start_held_up(command, gate)
-        driver.process.kill()
-        driver.end()
-        assert left_behind(tmp_path)
-        gate.open()
-        again = run(*command)
-        assert_done(again, tmp_path, expected)
-        assert "that an earlier run had left" in again.stdout
+        assert_taken_up(recast(source, tmp_path, f"dask={cluster.address}"), gate, tmp_path, expected)
 
 
 def test_dask_interrupted(gate: Gate, source: Path, tmp_path: Path) -> None:
@@ -411,15 +415,7 @@ def test_ray_driver_killed(
     gate: Gate, source: Path, expected: dict[str, str], short_path: Path, tmp_path: Path
 ) -> None:
     with clusters.ray(short_path, WORKERS, **gate.environment) as cluster:
-        command = recast(source, tmp_path, f"ray={cluster.address}")
-        driver = start_held_up(command, gate)
-        driver.process.kill()
-        driver.end()
-        assert left_behind(tmp_path)
-        gate.open()
-        again = run(*command)
-        assert_done(again, tmp_path, expected)
-        assert "that an earlier run had left" in again.stdout
+        assert_taken_up(recast(source, tmp_path, f"ray={cluster.address}"), gate, tmp_path, expected)
 
 
 def test_ray_interrupted(gate: Gate, source: Path, short_path: Path, tmp_path: Path) -> None:

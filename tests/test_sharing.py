@@ -106,6 +106,13 @@ def ask_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "_ASKED_NBYTES", 1)
 
 
+def save_single(folder: Path) -> Path:
+    """Save a model as one shard, and name it."""
+    save_safetensors_shards(make_state(), folder, ["abcdef"])
+    [path] = folder.glob("*.safetensors")
+    return path
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """Note what the system copies: bytes, where they begin, and where they go."""
@@ -201,7 +208,7 @@ def test_tensors_in_a_row_are_copied_at_once(ask_for_all: None, calls: list[Any]
 
 
 def test_where_others_wait_to_write_it_is_read(ask_for_all: None, calls: list[Any], tmp_path: Path) -> None:
-    path = save_safetensors_shards(make_state(), tmp_path / "m", ["abcdef"])
+    path = save_single(tmp_path / "m")
     with path.open("rb") as source, (tmp_path / "other").open("wb") as out:
         if can_share(source.fileno(), 0, out.fileno(), 0):
             pytest.skip("is on a disk that shares")
@@ -280,9 +287,7 @@ def test_a_system_that_copies_less_than_it_is_asked_for(
 def test_a_source_that_becomes_shorter_while_it_is_copied(
     ask_for_all: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = save_safetensors_shards(make_state(), tmp_path / "m", ["abcdef"]).parent
-    [path] = source.glob("*.safetensors")
-    copy = os.copy_file_range
+    copy, path = os.copy_file_range, save_single(tmp_path / "m")
 
     def cut_and_copy(*args: Any) -> int:
         os.truncate(path, path.stat().st_size - 40)
@@ -290,17 +295,15 @@ def test_a_source_that_becomes_shorter_while_it_is_copied(
 
     monkeypatch.setattr(os, "copy_file_range", cut_and_copy)
     with pytest.raises(BadFile, match="was changed while it was read") as caught:
-        convert(source, tmp_path / "out")
+        convert(path.parent, tmp_path / "out")
     assert caught.value.where == str(path)
-    assert list(tmp_path.iterdir()) == [source]
+    assert list(tmp_path.iterdir()) == [path.parent]
 
 
 def test_a_source_that_changes_after_it_was_copied(
     ask_for_all: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = save_safetensors_shards(make_state(), tmp_path / "m", ["abcdef"]).parent
-    [path] = source.glob("*.safetensors")
-    copy = os.copy_file_range
+    copy, path = os.copy_file_range, save_single(tmp_path / "m")
 
     def copy_and_change(*args: Any) -> int:
         count = copy(*args)
@@ -310,8 +313,8 @@ def test_a_source_that_changes_after_it_was_copied(
 
     monkeypatch.setattr(os, "copy_file_range", copy_and_change)
     with pytest.raises(BadFile, match="changed while it was read"):
-        convert(source, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == [source]
+        convert(path.parent, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [path.parent]
 
 
 def test_a_disk_that_fills_up_while_it_is_copied(

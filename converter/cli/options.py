@@ -66,7 +66,7 @@ class ExecutorName(click.ParamType[str]):
         try:
             parse(value)
         except BadRequest as error:
-            self.fail(f"{error.where} {error.problem}. {error.advice}".rstrip(), param, ctx)
+            self.fail(f"{error.where} {error.problem}.", param, ctx)
         return str(value)
 
 

@@ -140,8 +140,7 @@ def verify(
     if quantized and not in_8_bits:
         raise BadRequest(b, "has no 8-bit weights that A has too", "Leave out --quantized.")
     with open_tasks(executor, workers, memory_nbytes, progress) as tasks:
-        if tasks.workers.are_far:
-            check_workers(tasks.workers, {storage.file for pair in pairs for storage in pair.inputs()}, None)
+        check_workers(tasks.workers, (storage for pair in pairs for storage in pair.inputs()), None)
         compared = tasks.run(_calls(_compare_batch, [pair for pair in pairs if not pair.is_quantized]))
         values = {key: ValueErrors(key[0], key[1], *_merge(parts)) for key, parts in _by_tensor(compared).items()}
         measured = _by_tensor(tasks.run(_calls(_measure_batch, in_8_bits)))

@@ -11,8 +11,7 @@ from converter.plan.types import Plan
 from converter.run.tasks import buffers_nbytes
 from converter.run.workers import parse
 from converter.run.workers.cores import SAFE_PYTHON, default_workers
-from converter.storage import Place
-from converter.storage.base import list_entries
+from converter.storage import Place, list_entries
 
 WORKER_NBYTES = 17_000_000
 """What a worker process takes beside its buffers and what it shares with the others."""

@@ -36,7 +36,7 @@ from converter.run.parts import (
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, Tasks, open_tasks
 from converter.run.transaction import Transaction, begin
 from converter.run.workers.sight import check_workers
-from converter.storage import FileRef, Place, hold_same
+from converter.storage import Place, hold_same
 from converter.storage.local import open_staged
 from converter.tensors.base import Storage
 from converter.tensors.reader import CrcPart, check_crc
@@ -88,12 +88,12 @@ def run_plan(
     verify = verify or plan.destroys_source
     if plan.is_there:
         with open_tasks(executor, workers, memory_nbytes, progress) as tasks:
-            _check_workers(plan, tasks, None)
+            check_workers(tasks.workers, _storages(plan.files), None)
             _check_output(plan, tasks)
         return Result(plan, time.perf_counter() - begun, verified=True)
     with begin(plan.target, request) as output, open_tasks(executor, workers, memory_nbytes, progress) as tasks:
         output.expect(*_expected(plan), plan.removed_sources)
-        _check_workers(plan, tasks, output.staged(""))
+        check_workers(tasks.workers, _storages(plan.files), output.staged(""))
         reused, too_large = _write_files(plan, output, tasks)
         for planned in plan.written:
             check_staged(planned, output.staged(planned.path))
@@ -119,15 +119,10 @@ def guess_seconds(plan: Plan) -> float:
     return seconds * plan.written_nbytes
 
 
-def _most_writers(plan: Plan, tasks: Tasks) -> int:
+def _most_writers(plan: Plan, is_crowded: bool) -> int:
     """Say how many tasks may write at once: those of one file wait for each other, and use up a core while they do."""
-    copiers = _COPIERS if _is_crowded(plan, tasks) else 1
+    copiers = _COPIERS if is_crowded else 1
     return sum(_CASTERS if planned.computes else copiers for planned in plan.written)
-
-
-def _is_crowded(plan: Plan, tasks: Tasks) -> bool:
-    """Say whether several workers write into one file at once."""
-    return not tasks.workers.are_far and len(plan.written) < tasks.workers.count
 
 
 def _call(function: Callable[[Piece, int], _T], piece: Piece) -> Call[Piece, _T]:
@@ -154,10 +149,11 @@ def _write_files(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Co
     parts: list[CrcPart] = []
     written: dict[tuple[Place, int], list[WrittenCrc]] = defaultdict(list)
     too_large: Counter[str] = Counter()
-    is_crowded = _is_crowded(plan, tasks)
+    # Whether several workers write into one file at once.
+    is_crowded = not tasks.workers.are_far and len(plan.written) < tasks.workers.count
     pieces = (replace(piece, is_crowded=is_crowded) for piece in _pieces(plan, output.staged, tasks))
     calls = (_call(writers[piece.place], piece) for piece in pieces)
-    for report in tasks.run(calls, plan.window, _most_writers(plan, tasks)):
+    for report in tasks.run(calls, plan.window, _most_writers(plan, is_crowded)):
         too_large += report.too_large
         checked.update(report.read.checked)
         parts += report.read.parts
@@ -264,18 +260,8 @@ def _check_output(plan: Plan, tasks: Tasks) -> None:
 
 def _check_sources(plan: Plan) -> None:
     """Look a last time whether a source was changed while it was read."""
-    for file in _sources(plan):
+    for file in {storage.file for storage in _storages(plan.files)}:
         file.open().close()
-
-
-def _sources(plan: Plan) -> set[FileRef]:
-    return {storage.file for storage in _storages(plan.files)}
-
-
-def _check_workers(plan: Plan, tasks: Tasks, staged: Place | None) -> None:
-    """Look whether all workers can do what they will be given."""
-    if tasks.workers.are_far:
-        check_workers(tasks.workers, _sources(plan), staged)
 
 
 def _write_others(plan: Plan, output: Transaction) -> None:

@@ -89,15 +89,12 @@ def workers_of(executor: Executor, count: int | None) -> Workers:
         from converter.run.workers.dask import DaskWorkers
 
         return DaskWorkers.of(executor)
-    is_near = isinstance(executor, ThreadPoolExecutor) or _is_process_pool(executor)
+    from concurrent.futures import ProcessPoolExecutor  # takes long to load, and most runs have none
+
+    is_near = isinstance(executor, ThreadPoolExecutor | ProcessPoolExecutor)
     # Threads and processes of the standard library and of loky, and mpi4py's.
     count = count or getattr(executor, "_max_workers", None) or getattr(executor, "num_workers", None)
     if not count:
         problem = "does not tell how many tasks it does at once"
         raise BadRequest(type(executor).__name__, problem, "Say so with workers=.")
     return Workers(executor, count, are_far=not is_near)
-
-
-def _is_process_pool(executor: Executor) -> bool:
-    return any(f"{one.__module__}.{one.__qualname__}" == "concurrent.futures.process.ProcessPoolExecutor"
-               for one in type(executor).__mro__)  # fmt: skip

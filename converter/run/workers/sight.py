@@ -12,6 +12,7 @@ from converter.errors import SystemRefused, WconvError, name_some
 from converter.run.workers.base import Workers
 from converter.storage import FileRef, Place
 from converter.storage.root import Root
+from converter.tensors.base import Storage
 
 _NAMED = 5  # workers, in a message
 _INSTALL = f"Install wconv {__version__} there, in the environment that it runs in."
@@ -33,9 +34,11 @@ class Answer(NamedTuple):
     advice: str = ""
 
 
-def check_workers(workers: Workers, files: Iterable[FileRef], folder: Place | None) -> None:
-    """Raise SystemRefused where a worker has another wconv, or does not see what it will read and write."""
-    sight = Sight(__version__, tuple(files), folder)
+def check_workers(workers: Workers, inputs: Iterable[Storage], folder: Place | None) -> None:
+    """Raise SystemRefused where a worker that is far has another wconv, or does not see what it will read and write."""
+    if not workers.are_far:
+        return
+    sight = Sight(__version__, tuple({storage.file for storage in inputs}), folder)
     refused: dict[tuple[str, str], list[str]] = {}
     for name, outcome in workers.visit(look, sight):
         if isinstance(outcome, ImportError | AttributeError | TypeError):
