@@ -8,7 +8,8 @@ from converter.cli.terminal import echo, printable, show_bytes, show_seconds, sh
 from converter.errors import name_some
 from converter.plan.types import Plan, PlannedSet
 from converter.recipes.loading import loading_lines
-from converter.run.execute import Result, name_counts
+from converter.run.execute import Result
+from converter.run.parts import name_counts
 
 _NAMED = 5  # of what is carried over; -v lists all
 

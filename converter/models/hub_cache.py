@@ -43,6 +43,8 @@ def refuse_cache(given: Given, advice: str = "") -> None:
     Without other advice, a copy is to be worked on.
     """
     place = place_of(given)
+    if place.store.is_far:
+        return
     advice = advice or f"Copy it first: cp -rL {shlex.quote(str(place))} NEW."
     spelled, real = place.absolute(), place.real()
     if any(map(_is_of_cache, (spelled, *spelled.parents, real, *real.parents))) or _repos_in(place):

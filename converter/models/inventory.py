@@ -139,7 +139,8 @@ def take_inventory(given: Given) -> Inventory:
 
     A model's name in the Hub's cache stands for its snapshot. Raises BadFile where nothing is.
     """
-    place = snapshot_of(place_of(given))
+    place = place_of(given).pinned()
+    place = place if place.store.is_far else snapshot_of(place)
     if not place.exists():
         raise BadFile(place, "is a link to nothing" if place.is_link() else "does not exist", "Check the path.")
     if place.is_folder():

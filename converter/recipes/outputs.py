@@ -105,7 +105,7 @@ def _differs(place: Place, nbytes: int, head: bytes, changed_ns: int) -> str:
         return "is not there"
     if found.nbytes != nbytes:
         return f"has {found.nbytes:,} bytes and not {nbytes:,}"
-    if found.modified_ns < changed_ns:
+    if found.modified_ns < changed_ns and found.modified_ns:  # the Hub does not tell
         return "is older than its source"
     with place.open() as file:
         return "" if file.read(0, len(head)) == head else "begins otherwise"

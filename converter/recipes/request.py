@@ -12,7 +12,9 @@ from converter.models.select import Selection
 from converter.plan.types import Plan, Publishing, Writing
 from converter.recipes.outputs import find_difference
 from converter.run.staging import recover
+from converter.run.upload import find_other
 from converter.storage import Given, Place, place_of
+from converter.storage.far import WritableStore
 from converter.storage.local import is_local
 from converter.transforms.dtype import Casting
 
@@ -49,7 +51,7 @@ class Request:
             name: group(**{key: options[key] for key in known[name] & options.keys()})
             for name, group in _GROUPS.items()
         }
-        return cls(place_of(source), None if output is None else place_of(output), **groups, **mine)
+        return cls(place_of(source).pinned(), None if output is None else place_of(output), **groups, **mine)
 
     @property
     def folder(self) -> Place:
@@ -73,16 +75,17 @@ def prepare(request: Request, make: Callable[[Request], Plan], more: object = ""
     not touched.
     """
     _refuse_elsewhere(request)
+    is_near = is_local(request.folder)
     places = (str(place.absolute()) if place else "" for place in (request.source, request.output))
     asked = (request.selection, request.casting, request.writing, request.publishing, request.strip_prefix)
     name = repr((*places, more, *asked))
-    finished = recovering and recover(request.folder.absolute(), name)
+    finished = recovering and is_near and recover(request.folder.absolute(), name)
     publishing = request.publishing
     # What was to be removed or replaced is gone by then, and not looked for.
     if finished and (publishing.delete_source or publishing.in_place):
         return Prepared(name, None)
     try:
-        plan = _unless_done(request, make)
+        plan = _unless_done(request, make, name)
     except BadRequest:
         if finished:  # what it asks for, such as a tag to be renamed, is gone by then too
             return Prepared(name, None)
@@ -93,17 +96,19 @@ def prepare(request: Request, make: Callable[[Request], Plan], more: object = ""
 
 def _refuse_elsewhere(request: Request) -> None:
     """Raise Unsupported for what would be written, or removed, where files are only read."""
-    source, output = request.source, request.output
-    advice = "Name a folder of this machine." if output else "Fetch it first, or write to a new folder: -o NEW."
-    changed = [(output or source, advice)]
-    if request.publishing.delete_source:
-        changed.append((source, "Leave --delete-source out."))
-    for place, advice in changed:
-        if not is_local(place):
-            raise Unsupported(place, "is not on this machine's disk, and wconv writes nowhere else", advice)
+    source, output, publishing = request.source, request.output, request.publishing
+    for is_asked, option in ((publishing.delete_source, "--delete-source"), (publishing.in_place, "--in-place")):
+        if is_asked and not is_local(source):
+            problem = f"is not on this machine's disk, and {option} is for what is"
+            raise Unsupported(source, problem, "Leave it out, and write to a new place: -o NEW.")
+    if output is None and not is_local(source):
+        advice = "Write to a new place: -o NEW, which may be a folder, a bucket or the Hub."
+        raise Unsupported(source, "is not on this machine's disk, and nothing is added there unless you name it", advice)
+    if output is not None and not is_local(output) and not isinstance(output.store, WritableStore):
+        raise Unsupported(output, "cannot be written to", "Name a folder, a bucket (s3://, gs://, az://) or hf://.")
 
 
-def _unless_done(request: Request, make: Callable[[Request], Plan]) -> Plan:
+def _unless_done(request: Request, make: Callable[[Request], Plan], name: str) -> Plan:
     """Plan a request; where its output is refused since it is there, and seems right, say so in the plan.
 
     Raises OutputRefused where what is there is not what would be written.
@@ -114,6 +119,13 @@ def _unless_done(request: Request, make: Callable[[Request], Plan]) -> Plan:
         if request.publishing.overwrite:
             raise
         plan = make(replace(request, publishing=replace(request.publishing, overwrite=True)))
+        if getattr(plan.target.folder.store, "keeps_notes", False):
+            lacking, strange = find_other(plan, name)
+            if strange:
+                what = f"{strange[0]} is of something else, or of another command"
+                refused.problem = f"{refused.problem}, and is not what would be written: {what}"
+                raise
+            return replace(plan, is_there=not lacking, replaced=())
         difference = find_difference(plan)
         if difference:
             refused.problem = f"{refused.problem}, and is not what would be written: {difference}"

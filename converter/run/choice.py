@@ -22,6 +22,7 @@ _SHARED_NBYTES = 26_000_000  # what the workers share, and what looks after them
 # interpreter's lock some ten times. Processes need a quarter of a second before they are there.
 _LOCKED_CORES = 3
 _WORTH_NBYTES = 2_000_000_000
+_FAR_TASKS = 4  # one stream of a store brings some 85 MB/s
 
 
 class Choice(NamedTuple):
@@ -45,7 +46,8 @@ class Choice(NamedTuple):
 
 def choose_workers(source: Place, computes: bool, executor: str | None = None, workers: int | None = None) -> Choice:
     """Choose what is fastest on this machine, as far as nobody has: processes to cast much, threads for the rest."""
-    count = workers or default_workers()
+    is_far = source.store.is_far
+    count = workers or max(default_workers(), _FAR_TASKS if is_far else 1)
     if executor is None:
         is_much = computes and count >= _LOCKED_CORES and source_nbytes(source) >= _WORTH_NBYTES
         executor = "processes" if is_much and sys.version_info >= SAFE_PYTHON else "threads"

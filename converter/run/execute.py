@@ -15,9 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from zlib_ng.zlib_ng import crc32_combine
-
-from converter.errors import BadFile, LossyCast, OutputRefused, WconvError, name_some
+from converter.errors import BadFile, OutputRefused, WconvError
 from converter.formats import WRITERS, read_file
 from converter.plan.types import Plan, PlannedFile
 from converter.run.journal import Changes
@@ -27,25 +25,28 @@ from converter.run.parts import (
     Report,
     WrittenCrc,
     check_record,
+    combine,
     compare_piece,
     cut_pieces,
+    find_unread,
     rewrite_piece,
+    too_large_error,
     try_piece,
     write_piece,
 )
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, Tasks, open_tasks
 from converter.run.transaction import Transaction, begin
+from converter.run.upload import upload_plan
 from converter.run.workers.sight import check_workers
 from converter.storage import Place, hold_same
 from converter.storage.local import open_staged
 from converter.tensors.base import Storage
-from converter.tensors.reader import CrcPart, check_crc
+from converter.tensors.reader import Sums, are_far
 
 _T = TypeVar("_T")
 # Tasks of one file at once, those included that wait for a worker: more were not faster on 16 cores.
 _COPIERS = 2
 _CASTERS = 6
-_NAMED = 5  # tensors, in a message
 _PARSED_NBYTES = 4_000_000  # of a header: one of 10 MB takes 80 to be parsed again. No shard that is known has as much
 
 
@@ -53,7 +54,7 @@ _PARSED_NBYTES = 4_000_000  # of a header: one of 10 MB takes 80 to be parsed ag
 class Result:
     """What a run did. ``reused_nbytes`` lay there from an earlier run that was killed; ``seconds`` is wall time.
 
-    ``plan`` is None where that earlier run had only its last renames left. ``left_over`` names what could not be
+    ``told`` is what a store says of what it has taken. ``plan`` is None where that earlier run had only its last renames left. ``left_over`` names what could not be
     cleared up, ``too_large`` how many values of which tensors a cast could not hold.
     """
 
@@ -62,6 +63,7 @@ class Result:
     reused_nbytes: int = 0
     verified: bool = False
     left_over: str = ""
+    told: str = ""
     too_large: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -86,6 +88,9 @@ def run_plan(
     """
     begun = time.perf_counter()
     verify = verify or plan.destroys_source
+    if plan.target.folder.store.is_far:
+        with open_tasks(executor, workers, memory_nbytes, progress) as tasks:
+            return _run_far(plan, tasks, request, verify, begun)
     if plan.is_there:
         with open_tasks(executor, workers, memory_nbytes, progress) as tasks:
             check_workers(tasks.workers, _storages(plan.files), None)
@@ -107,6 +112,18 @@ def run_plan(
     return Result(plan, time.perf_counter() - begun, reused, verify, output.left_over, too_large)
 
 
+def _run_far(plan: Plan, tasks: Tasks, request: str, verify: bool, begun: float) -> Result:
+    """Write what a plan says into a store that is far, or look whether all of it is there."""
+    folder = plan.target.folder
+    check_workers(tasks.workers, _storages(plan.files), None if plan.is_there else folder)
+    if plan.is_there:
+        if verify or not getattr(folder.store, "keeps_notes", False):
+            _check_output(plan, tasks)
+        return Result(plan, time.perf_counter() - begun, verified=True)
+    reused, too_large, told = upload_plan(plan, tasks, request, verify)
+    return Result(plan, time.perf_counter() - begun, reused, verify, too_large=too_large, told=told)
+
+
 def guess_seconds(plan: Plan) -> float:
     """Say how long one worker would take, without what writing takes: by a trial with some of the largest file."""
     largest = max(plan.written, key=lambda planned: planned.nbytes, default=None)
@@ -119,8 +136,18 @@ def guess_seconds(plan: Plan) -> float:
     return seconds * plan.written_nbytes
 
 
-def _most_writers(plan: Plan, is_crowded: bool) -> int:
-    """Say how many tasks may write at once: those of one file wait for each other, and use up a core while they do."""
+def reads_far(plan: Plan) -> bool:
+    """Say whether a plan reads anything over a network."""
+    return are_far(tensor.source for planned in plan.written for tensor, _ in planned.tensors)
+
+
+def _most_writers(plan: Plan, is_crowded: bool) -> int | None:
+    """Say how many tasks may write at once: those of one file wait for each other, and use up a core while they do.
+
+    Those that read over a network wait for that.
+    """
+    if reads_far(plan):
+        return None
     copiers = _COPIERS if is_crowded else 1
     return sum(_CASTERS if planned.computes else copiers for planned in plan.written)
 
@@ -145,8 +172,7 @@ def _write_files(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Co
         taken_up = output.prepare(planned.path, planned.header, planned.nbytes)
         writers[output.staged(planned.path)] = rewrite_piece if taken_up else write_piece
         reused += planned.nbytes if taken_up else 0
-    checked: set[Storage] = set()
-    parts: list[CrcPart] = []
+    sums = Sums()
     written: dict[tuple[Place, int], list[WrittenCrc]] = defaultdict(list)
     too_large: Counter[str] = Counter()
     # Whether several workers write into one file at once.
@@ -155,60 +181,27 @@ def _write_files(plan: Plan, output: Transaction, tasks: Tasks) -> tuple[int, Co
     calls = (_call(writers[piece.place], piece) for piece in pieces)
     for report in tasks.run(calls, plan.window, _most_writers(plan, is_crowded)):
         too_large += report.too_large
-        checked.update(report.read.checked)
-        parts += report.read.parts
+        sums.checked += report.read.checked
+        sums.parts += report.read.parts
         for part in report.written:
             written[part.place, part.offset].append(part)
     if too_large and plan.on_overflow == "error":
-        raise _too_large(plan, too_large)
-    _check_records(plan.written, checked, parts, tasks)
+        raise too_large_error(plan.source.path, plan.files, too_large)
+    unread = find_unread(plan.written, sums)
+    tasks.finish(Call(check_record, record, 0, str(record.file.place)) for record in unread)
     for planned in plan.written:
         frame = WRITERS[planned.format].frame
         if frame is not None:
             staged = output.staged(planned.path)
-            crcs = [_combine(written[staged, offset])[0] for _, offset in planned.tensors]
+            crcs = [combine(written[staged, offset])[0] for _, offset in planned.tensors]
             with open_staged(staged) as file:
                 for offset, raw in frame(planned.specs, planned.ties, crcs):
                     file.write(offset, memoryview(raw))
     return reused, too_large
 
 
-def _check_records(files: Sequence[PlannedFile], checked: set[Storage], parts: Iterable[CrcPart], tasks: Tasks) -> None:
-    """Raise BadFile for a record that is damaged: put the parts of those together that were read in parts.
-
-    What was not read as a whole is read once more.
-    """
-    by_record: dict[Storage, list[CrcPart]] = defaultdict(list)
-    for part in parts:
-        by_record[part.of].append(part)
-    for record, found in by_record.items():
-        crc, nbytes = _combine(found)
-        if nbytes == record.nbytes:
-            check_crc(record, crc)
-            checked.add(record)
-    records = {record for record in _storages(files) if record.crc32 is not None}
-    unread = sorted(records - checked, key=lambda record: record.offset)
-    tasks.finish(Call(check_record, record, 0, str(record.file.place)) for record in unread)
-
-
 def _storages(files: Iterable[PlannedFile]) -> Iterator[Storage]:
     return (storage for file in files for tensor, _ in file.tensors for storage in tensor.source.inputs())
-
-
-def name_counts(counts: Mapping[str, int]) -> str:
-    """Name the tensors with the largest counts."""
-    largest = [f"{name} ({count:,})" for name, count in Counter(counts).most_common()]
-    return name_some(largest, _NAMED) + (" tensors" if len(counts) > _NAMED else "")
-
-
-def _too_large(plan: Plan, counts: Counter[str]) -> LossyCast:
-    tensors = (tensor for file in plan.files for tensor, _ in file.tensors)
-    dtypes = {tensor.dtype.tag for tensor in tensors if tensor.name in counts and tensor.source.computes}
-    return LossyCast(
-        plan.source.path,
-        f"holds values that are too large for {' and '.join(sorted(dtypes))}: {name_counts(counts)}",
-        "Keep them with --keep-fp32, take bf16, or say --on-overflow saturate or inf.",
-    )
 
 
 def _pieces(plan: Plan, place_for: Callable[[str], Place], tasks: Tasks) -> Iterator[Piece]:
@@ -231,17 +224,6 @@ def _pieces(plan: Plan, place_for: Callable[[str], Place], tasks: Tasks) -> Iter
 def _compare(plan: Plan, place_for: Callable[[str], Place], tasks: Tasks) -> None:
     """Hold files that were written against their source; raises MismatchError where they differ."""
     tasks.finish((_call(compare_piece, piece) for piece in _pieces(plan, place_for, tasks)), plan.window)
-
-
-def _combine(parts: Iterable[CrcPart | WrittenCrc]) -> tuple[int, int]:
-    """Give the CRC32 of parts that follow each other from 0 on, and how many bytes that are."""
-    crc, nbytes = 0, 0
-    for part in sorted(parts, key=lambda part: part.begin):
-        # A record that is written twice under two names comes twice, perhaps cut elsewhere.
-        if part.begin == nbytes:
-            crc = crc32_combine(crc, part.crc32, part.nbytes)
-            nbytes += part.nbytes
-    return crc, nbytes
 
 
 def _check_output(plan: Plan, tasks: Tasks) -> None:

@@ -11,25 +11,37 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from zlib_ng.zlib_ng import crc32
+from zlib_ng.zlib_ng import crc32, crc32_combine
 
-from converter.errors import BadFile, Where
+from converter.errors import BadFile, LossyCast, Where, name_some
 from converter.storage import FileRef, OpenFile, Place
 from converter.storage.local import StagedFile, open_staged
-from converter.tensors.base import Storage, Tensor
-from converter.tensors.reader import ITEM_MULTIPLE, PIECE_NBYTES, RangeReader, Sums
+from converter.tensors.base import ByteRange, Storage, Tensor
+from converter.tensors.reader import (
+    ITEM_MULTIPLE,
+    PIECE_NBYTES,
+    CrcPart,
+    RangeReader,
+    Sums,
+    are_far,
+    check_crc,
+)
 
 if TYPE_CHECKING:
-    from converter.plan.types import PlannedFile
+    from converter.plan.types import PlannedFile, PlannedTensor
 
 CHUNK_NBYTES = 1 << 19  # 128 KiB to 1 MiB take the least processor time: it stays in the cache
 # To have fewer bytes copied takes longer than to read and write them: btrfs waits for what is on its way to the disk.
 _TAKEN_NBYTES = 1 << 19
+_STREAM_NBYTES = 1 << 27
 _ASKED_NBYTES = 1 << 12  # it takes as long to find out where a smaller tensor lies as to read it
+
+
+_NAMED = 5  # tensors, in a message
 
 
 class Step(NamedTuple):
@@ -78,11 +90,18 @@ class Report:
 
 
 def cut_pieces(planned: PlannedFile, place: Place, piece_nbytes: int = PIECE_NBYTES) -> Iterator[Piece]:
-    """Cut the data of a file, to be written at ``place``, into pieces of about ``piece_nbytes`` bytes."""
+    """Cut the data of a file, to be written at ``place``, into pieces of about ``piece_nbytes`` bytes.
+
+    What comes over a network is read as it lies there, in larger ones: a piece is a stream.
+    """
     with_crcs = planned.format == "torch"
     steps: list[Step] = []
+    tensors = planned.tensors
+    if are_far(tensor.source for tensor, _ in tensors):
+        tensors = tuple(sorted(tensors, key=_place_in_source))
+        piece_nbytes = max(piece_nbytes, _STREAM_NBYTES)
     room = piece_nbytes
-    for tensor, offset in planned.tensors:
+    for tensor, offset in tensors:
         begin, nbytes = 0, tensor.nbytes
         cut = math.lcm(ITEM_MULTIPLE, tensor.source.grain)  # no element is cut
         while begin < nbytes:
@@ -97,6 +116,11 @@ def cut_pieces(planned: PlannedFile, place: Place, piece_nbytes: int = PIECE_NBY
         yield Piece(place, tuple(steps), with_crcs)
 
 
+def _place_in_source(planned: PlannedTensor) -> tuple[str, int]:
+    first = next(planned.tensor.source.extents(0, planned.tensor.nbytes), None)
+    return (str(first.file.place), first.offset) if first else ("", 0)
+
+
 def _part(tensor: Tensor, begin: int, end: int) -> Tensor:
     source = tensor.source.part(begin, end)
     return tensor if source is tensor.source else tensor._replace(source=source)
@@ -106,7 +130,7 @@ def write_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
     """Write a piece into its file, which is there. Raises BadFile for a record that is damaged."""
     with open_staged(piece.place) as out:
         left = piece if piece.with_crcs else replace(piece, steps=tuple(_take(piece, out)))
-        return _carry(left, chunk_nbytes, lambda offset, chunk, _: out.write(offset, chunk))
+        return carry(left, chunk_nbytes, lambda offset, chunk, _: out.write(offset, chunk))
 
 
 def _take(piece: Piece, out: StagedFile) -> Iterator[Step]:
@@ -167,12 +191,12 @@ def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:
             if not _is_at(out, offset, chunk, there):
                 out.write(offset, chunk)
 
-        return _carry(piece, chunk_nbytes, rewrite)
+        return carry(piece, chunk_nbytes, rewrite)
 
 
 def try_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Read a piece as it would be written, and write nothing."""
-    _carry(replace(piece, with_crcs=False), chunk_nbytes, lambda *_: None)
+    carry(replace(piece, with_crcs=False), chunk_nbytes, lambda *_: None)
 
 
 class MismatchError(BadFile):
@@ -188,12 +212,13 @@ def compare_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Hold a written piece against its source; raises MismatchError where they differ."""
     there = bytearray(_buffer_nbytes(piece, chunk_nbytes))
     with piece.place.open() as out:
+        out.expect((step.offset + step.begin, step.end - step.begin) for step in piece.steps)
 
         def compare(offset: int, chunk: memoryview, name: str) -> None:
             if not _is_at(out, offset, chunk, there):
                 raise MismatchError(piece.place, name)
 
-        _carry(replace(piece, with_crcs=False), chunk_nbytes, compare)
+        carry(replace(piece, with_crcs=False), chunk_nbytes, compare)
 
 
 def _is_at(file: OpenFile, offset: int, chunk: memoryview, scratch: bytearray) -> bool:
@@ -206,17 +231,69 @@ def check_record(record: Storage, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Read a record for its CRC32 alone; raises BadFile where that is wrong."""
     buffer = memoryview(bytearray(chunk_nbytes))
     with RangeReader(with_sums=True) as reader:
+        reader.expect([ByteRange(record.file, record.offset, record.stored_nbytes)])
         for begin in range(0, record.nbytes, chunk_nbytes):
             reader.read_into(record, begin, buffer[: min(chunk_nbytes, record.nbytes - begin)])
 
 
-def _carry(piece: Piece, chunk_nbytes: int, deal_with: Callable[[int, memoryview, str], None]) -> Report:
+def find_unread(files: Iterable[PlannedFile], sums: Sums) -> list[Storage]:
+    """Give the records of files that have a CRC32 and were not read as a whole, or in parts that make one.
+
+    Raises BadFile for one whose parts do not give its CRC32.
+    """
+    checked = set(sums.checked)
+    by_record: dict[Storage, list[CrcPart]] = {}
+    for part in sums.parts:
+        by_record.setdefault(part.of, []).append(part)
+    for record, found in by_record.items():
+        crc, nbytes = combine(found)
+        if nbytes == record.nbytes:
+            check_crc(record, crc)
+            checked.add(record)
+    inputs = (storage for file in files for tensor, _ in file.tensors for storage in tensor.source.inputs())
+    unread = {record for record in inputs if record.crc32 is not None} - checked
+    return sorted(unread, key=lambda record: record.offset)
+
+
+def combine(parts: Iterable[CrcPart | WrittenCrc]) -> tuple[int, int]:
+    """Give the CRC32 of parts that follow each other from 0 on, and how many bytes that are."""
+    crc, nbytes = 0, 0
+    for part in sorted(parts, key=lambda part: part.begin):
+        # A record that is written twice under two names comes twice, perhaps cut elsewhere.
+        if part.begin == nbytes:
+            crc = crc32_combine(crc, part.crc32, part.nbytes)
+            nbytes += part.nbytes
+    return crc, nbytes
+
+
+def name_counts(counts: Mapping[str, int]) -> str:
+    """Name the tensors with the largest counts."""
+    largest = [f"{name} ({count:,})" for name, count in Counter(counts).most_common()]
+    return name_some(largest, _NAMED) + (" tensors" if len(counts) > _NAMED else "")
+
+
+def too_large_error(source: Place, files: Iterable[PlannedFile], counts: Counter[str]) -> LossyCast:
+    """Name the tensors of files with values that a cast cannot hold."""
+    tensors = (tensor for file in files for tensor, _ in file.tensors)
+    dtypes = {tensor.dtype.tag for tensor in tensors if tensor.name in counts and tensor.source.computes}
+    return LossyCast(
+        source,
+        f"holds values that are too large for {' and '.join(sorted(dtypes))}: {name_counts(counts)}",
+        "Keep them with --keep-fp32, take bf16, or say --on-overflow saturate or inf.",
+    )
+
+
+def carry(piece: Piece, chunk_nbytes: int, deal_with: Callable[[int, memoryview, str], None]) -> Report:
     """Read a piece in chunks, and hand over each with its offset in the file and the name of its last tensor."""
     report = Report()
     if not piece.steps:
         return report
     buffer = _Buffer(_buffer_nbytes(piece, chunk_nbytes), deal_with)
     with RangeReader(with_sums=True) as reader:
+        if are_far(step.tensor.source for step in piece.steps):
+            reader.expect(
+                part for step in piece.steps for part in step.tensor.source.extents(step.begin, step.end)
+            )
         for tensor, offset, begin, end in piece.steps:
             buffer.turn_to(offset + begin, tensor.name)
             crc = 0

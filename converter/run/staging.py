@@ -295,8 +295,8 @@ def _take_up(target: Target, notes: Notes, request: str) -> tuple[Run, str | Non
 def find_strangers(*folders: Place) -> tuple[str, ...]:
     """Say of each entry that looks like one of a run's, and is of no run of this user, that it is ignored."""
     found: list[Place] = []
-    for folder in filter(Place.is_folder, dict.fromkeys(folders)):
-        run = Run.read(Notes(folder.real().path)) if is_local(folder) else None
+    for folder in filter(Place.is_folder, filter(is_local, dict.fromkeys(folders))):
+        run = Run.read(Notes(folder.real().path))
         own = run.name if run else ""
         found += (entry for entry in folder.entries() if _LIKE_MINE.fullmatch(entry.name) and entry.name != own)
     what = "is of no run that is noted here, and is ignored: look whether it holds weights that you miss, and remove it"

@@ -16,6 +16,7 @@ from converter import __version__
 from converter.errors import SystemRefused, WconvError
 from converter.run.parts import CHUNK_NBYTES
 from converter.run.signals import signals_held
+from converter.run.watch import Watch
 from converter.run.workers import Workers, open_workers
 
 DEFAULT_MEMORY_NBYTES = 1 << 26
@@ -55,6 +56,8 @@ class Call(Generic[_A, _T]):
     argument: _A
     nbytes: int
     about: str
+    advances: bool = False
+    """Whether the task itself tells how far it is, where it can (``watch.advance``)."""
 
 
 class Failed(NamedTuple):
@@ -85,29 +88,39 @@ class Tasks:
         """
         queue = iter(calls)
         waiting: dict[Future[_T | Failed], Call[_A, _T]] = {}
+        watch = Watch() if self.workers.are_threads else None
+        self.workers.tell(is_over=False)
         limits = [limit for limit in (most, most_at_once(self.memory_nbytes, self.workers.sharing, window)) if limit]
         with signals_held() as let_through:
             try:
                 while True:
                     room = min([2 * self.workers.count, *limits]) - len(waiting)
                     for call in itertools.islice(queue, max(0, room)):
-                        waiting[self._submit(call)] = call
+                        waiting[self._submit(call, watch)] = call
                     if not waiting:
                         return
                     done = wait(waiting, _LISTEN_SECONDS, FIRST_COMPLETED).done
                     for future in done:
                         call = waiting.pop(future)
                         yield self._result(future, call)
-                        self.progress(call.nbytes)
+                        self.progress(0 if watch and call.advances else call.nbytes)
+                    if watch:
+                        self.progress(watch.take())
                     if not done:
                         self.workers.check()
                     let_through()
             finally:
+                if watch:
+                    watch.is_over = True
+                if waiting:
+                    self.workers.tell(is_over=True)
                 # What is cancelled is not waited for: some executors never say that they know.
                 wait([future for future in waiting if not future.cancel()])
 
-    def _submit(self, call: Call[_A, _T]) -> Future[_T | Failed]:
+    def _submit(self, call: Call[_A, _T], watch: Watch | None) -> Future[_T | Failed]:
         with self._explained(call):
+            if watch:
+                return self.workers.submit(watch.call, call.function, call.argument, self.chunk_nbytes)
             if self.workers.are_far:
                 return self.workers.submit(_attempt, __version__, call, self.chunk_nbytes)
             return self.workers.submit(call.function, call.argument, self.chunk_nbytes)

@@ -7,7 +7,8 @@ path of this machine.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 from converter.errors import BadRequest
@@ -19,7 +20,13 @@ __all__ = ["FileRef", "Given", "Info", "OpenFile", "Place", "Store", "hold_same"
 Given = Place | Path | str
 """What a caller names a file or folder by."""
 
-_STORES: Mapping[str, Callable[[str], Place]] = {"file": local.open_url}
+# Which module of this package reads URLs that begin so: one is loaded when it is needed.
+_STORES: Mapping[str, str] = {
+    "file": "local",
+    **dict.fromkeys(("s3", "s3a", "gs", "gcs", "az", "azure", "abfs"), "objects"),
+    **dict.fromkeys(("https", "http"), "web"),
+    "hf": "hub",
+}
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 
@@ -30,8 +37,10 @@ def place_of(given: Given) -> Place:
     if given == "":  # what a variable holds if it is unset
         raise BadRequest("''", "is no path", "Name a file or folder; the current folder is '.'.")
     if isinstance(given, str) and (scheme := _SCHEME.match(given)):
-        open_url = _STORES.get(scheme[1].lower())
-        if open_url is None:
+        module = _STORES.get(scheme[1].lower())
+        if module is None:
             raise BadRequest(given, f"is a URL, and wconv reads none of {scheme[0]}", "Fetch it, and name the folder.")
-        return open_url(given)
+        place = import_module(f"converter.storage.{module}").open_url(given)
+        assert isinstance(place, Place)
+        return place
     return local.place_at(Path(given))

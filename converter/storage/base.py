@@ -44,7 +44,12 @@ class Info(NamedTuple):
 
 
 class OpenFile(ABC):
-    """A file that is open to be read by ranges, from any offset and in any order; ``nbytes`` is its size."""
+    """A file that is open to be read by ranges, from any offset and in any order; ``nbytes`` is its size.
+
+    Of one that ``is_far`` each read may be a request over a network.
+    """
+
+    is_far: bool = False
 
     def __init__(self, ref: FileRef, nbytes: int) -> None:
         self.ref = ref
@@ -99,18 +104,32 @@ class OpenFile(ABC):
             self._ahead, self._ahead_begin, begin = self.read(offset, max(nbytes, _AHEAD_NBYTES)), offset, 0
         return self._ahead[begin : begin + nbytes]
 
+    def expect(self, wanted: Iterable[tuple[int, int]]) -> None:
+        """Take note of what will be read, in order: offsets and numbers of bytes."""
+
     def read_many(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         """Read small parts, each an offset and so many bytes; a store may ask for all of them at once."""
         return starmap(self.read_small, ranges)
 
     def chunks(self) -> Iterator[bytes]:
         """Read all of it, from its begin to its end."""
+        self.expect(((0, self.nbytes),))
         for offset in range(0, self.nbytes, _CHUNK_NBYTES):
             yield self.read(offset, _CHUNK_NBYTES)
 
 
 class Store(Protocol):
-    """Where files lie: a folder of this machine, a bucket, a repository at one revision. Errors are WconvErrors."""
+    """Where files lie: a folder of this machine, a bucket, a repository at one revision. Errors are WconvErrors.
+
+    One that does not ``lists_all`` knows of its files only those whose names are looked for.
+    """
+
+    lists_all: bool = True
+    is_far: bool = False
+
+    def pinned(self) -> Store:
+        """Give the store as it is now, for one whose names stand for something else later."""
+        return self
 
     def absolute(self, key: str) -> Place:
         """Give what lies at a key as a place that says the same wherever one is."""
@@ -176,6 +195,11 @@ class Place:
     @property
     def parent(self) -> Place:
         return Place(self.store, PurePosixPath(self.key).parent.as_posix())
+
+    def pinned(self) -> Place:
+        """Give this place in its store as that is now."""
+        store = self.store.pinned()
+        return self if store is self.store else Place(store, self.key)
 
     def absolute(self) -> Place:
         """Give this place by its full key, so that all folders above have their names."""

@@ -182,6 +182,31 @@ class LocalFile(OpenFile):
         os.close(self.handle)
 
 
+class _Copy(LocalFile):
+    """A copy that a cache has of a file that lies elsewhere."""
+
+    def __init__(self, ref: FileRef, file: LocalFile) -> None:
+        super().__init__(ref, file.handle, file.nbytes)
+        self._seen = file
+
+    def check(self) -> None:
+        self._seen.check()
+
+
+def open_copy(ref: FileRef, path: str, nbytes: int) -> OpenFile | None:
+    """Open the copy of a file, if it is one of its size."""
+    place = place_at(Path(path))
+    try:
+        copy = place.store.open(place, None)
+    except (BadFile, SystemRefused):
+        return None
+    if copy.nbytes != nbytes:
+        copy.close()
+        return None
+    assert isinstance(copy, LocalFile)
+    return _Copy(ref, copy)
+
+
 class StagedFile(LocalFile):
     """A file of a transaction, to be written at any offset and in any order."""
 

@@ -10,7 +10,7 @@ What exists once a tensor is a NamedTuple here and elsewhere: a frozen dataclass
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -83,6 +83,9 @@ class TensorSource(Protocol):
 
     def inputs(self) -> tuple[Storage, ...]:
         """Give the ranges of files that it reads; none for what stands in no file."""
+
+    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
+        """Give the parts of files that its bytes ``begin`` to ``end`` are read from, in order, where that is known."""
 
     def verbatim(self, begin: int, end: int) -> ByteRange | None:
         """Give where its bytes ``begin`` to ``end`` lie in a file as they are; None where they have to be read."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from converter.dtypes import DType, OnOverflow
-from converter.tensors.base import Reader, Storage, Tensor, TensorSource
+from converter.tensors.base import ByteRange, Reader, Storage, Tensor, TensorSource
 from converter.tensors.view import blocks_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ class Constant:
 
     def inputs(self) -> tuple[Storage, ...]:
         return ()
+
+    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
+        return iter(())
 
     def verbatim(self, begin: int, end: int) -> None:
         return None
@@ -96,12 +99,19 @@ class Derived:
     def inputs(self) -> tuple[Storage, ...]:
         return self.source.inputs()
 
+    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
+        return self.source.extents(*self._below(begin, end))
+
     def verbatim(self, begin: int, end: int) -> None:
         return None
 
-    def part(self: _D, begin: int, end: int) -> _D:
+    def _below(self, begin: int, end: int) -> tuple[int, int]:
+        """Give the bytes of the source that some here are made of."""
         before, after = self.source.dtype.itemsize or 1, self.dtype.itemsize or 1
-        source = self.source.part(begin // after * before, end // after * before)
+        return begin // after * before, end // after * before
+
+    def part(self: _D, begin: int, end: int) -> _D:
+        source = self.source.part(*self._below(begin, end))
         return self if source is self.source else replace(self, source=source)
 
     def box(self: _D, start: tuple[int, ...], shape: tuple[int, ...]) -> _D:
@@ -226,6 +236,10 @@ class Boxes:
 
     def inputs(self) -> tuple[Storage, ...]:
         return tuple(storage for box in self.boxes for storage in box.source.inputs())
+
+    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
+        for _, source in self.boxes:
+            yield from source.extents(0, source.dtype.nbytes(math.prod(source.shape)))
 
     def verbatim(self, begin: int, end: int) -> None:
         return None

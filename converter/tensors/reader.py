@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from zlib_ng.zlib_ng import crc32
 from converter.errors import BadFile
 from converter.storage import FileRef, OpenFile
 from converter.storage.base import NEAR_NBYTES
-from converter.tensors.base import PackedRange, Storage, TensorSource
+from converter.tensors.base import ByteRange, PackedRange, Storage, TensorSource
 
 ITEM_MULTIPLE = 16  # a multiple of the size of any element, in bytes
 PIECE_NBYTES = 1 << 25  # 100 and more tasks for a checkpoint of some GB, each well above the cost of a task
@@ -60,6 +60,7 @@ class RangeReader:
         self._with_sums = with_sums
         self.sums = Sums()
         self._files: dict[FileRef, _SourceFile] = {}
+        self._expected: dict[FileRef, list[tuple[int, int]]] = {}
         self._current: _SourceFile | None = None
         self._scratch: list[_Scratch] = []
         self._summed: Storage | None = None
@@ -77,6 +78,15 @@ class RangeReader:
                 closing.callback(source.close, is_checked)
         if kind is None:
             self._note_part()
+
+    def expect(self, parts: Iterable[ByteRange]) -> None:
+        """Take note of what will be read, in order, so that what is far comes in few streams."""
+        for file, offset, nbytes, *_ in parts:
+            if file.place.store.is_far:
+                self._expected.setdefault(file, []).append((offset, nbytes))
+        for ref, source in self._files.items():
+            if ref in self._expected:
+                source.file.expect(self._expected.pop(ref))
 
     def read_into(self, record: Storage, begin: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``begin`` of a range on."""
@@ -107,6 +117,8 @@ class RangeReader:
             if len(self._files) == _MAX_OPEN:
                 self._files.pop(next(iter(self._files))).close()
             source = _SourceFile(ref, ref.open())
+            if ref in self._expected:
+                source.file.expect(self._expected.pop(ref))
         self._files[ref] = self._current = source
         return source
 
@@ -153,6 +165,11 @@ class _Scratch:
 
     def __exit__(self, *_: object) -> None:
         self._free.append(self)
+
+
+def are_far(sources: Iterable[TensorSource]) -> bool:
+    """Say whether any of some tensors is read over a network, as far as the first file of each tells."""
+    return any(storage.file.place.store.is_far for source in sources for storage in source.inputs()[:1])
 
 
 def check_crc(record: Storage, crc: int) -> None:

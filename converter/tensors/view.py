@@ -53,6 +53,13 @@ class View(NamedTuple):
     def inputs(self) -> tuple[Storage, ...]:
         return (self.storage,)
 
+    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
+        storage = self.storage
+        if type(storage) is PackedRange:
+            yield ByteRange(storage.file, storage.offset, storage.stored_nbytes)
+        elif self.is_contiguous:
+            yield ByteRange(storage.file, storage.offset + self.dtype.nbytes(self.start) + begin, end - begin)
+
     def verbatim(self, begin: int, end: int) -> ByteRange | None:
         storage = self.storage
         # A CRC32 is of bytes that were read.

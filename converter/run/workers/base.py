@@ -42,6 +42,14 @@ class Workers(Executor):
         return self._count
 
     @property
+    def are_threads(self) -> bool:
+        """Whether tasks are done in this process."""
+        return isinstance(self._executor, ThreadPoolExecutor)
+
+    def tell(self, is_over: bool) -> None:
+        """Tell tasks that are under way to stop, or that they need not, where they can hear it."""
+
+    @property
     def sharing(self) -> int:
         return 1 if self.are_far else self._count
 

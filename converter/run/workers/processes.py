@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
+from multiprocessing.synchronize import Event
 
 from converter.errors import Unsupported
+from converter.run.watch import listen
 from converter.run.workers.base import Workers
 from converter.run.workers.cores import SAFE_PYTHON, default_workers
 
@@ -31,11 +33,24 @@ def open_engine(address: str, workers: int | None) -> Iterator[Workers]:
     with _safe_path():
         start()
         context = get_context("forkserver" if _HAS_SERVER else "spawn")
-        pool = ProcessPoolExecutor(count, context, _settle)
+        is_over = context.Event()
+        pool = ProcessPoolExecutor(count, context, _settle, (is_over,))
         try:
-            yield Workers(pool, count)
+            yield _Processes(pool, count, is_over)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Processes(Workers):
+    def __init__(self, pool: ProcessPoolExecutor, count: int, is_over: Event) -> None:
+        super().__init__(pool, count)
+        self._is_over = is_over
+
+    def tell(self, is_over: bool) -> None:
+        if is_over:
+            self._is_over.set()
+        else:
+            self._is_over.clear()
 
 
 def start() -> None:
@@ -69,7 +84,8 @@ def _safe_path() -> Iterator[None]:
             os.environ["PYTHONSAFEPATH"] = before
 
 
-def _settle() -> None:
+def _settle(is_over: Event) -> None:
+    listen(is_over.is_set)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

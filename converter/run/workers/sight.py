@@ -11,6 +11,7 @@ from converter import __version__
 from converter.errors import SystemRefused, WconvError, name_some
 from converter.run.workers.base import Workers
 from converter.storage import FileRef, Place
+from converter.storage.far import WritableStore
 from converter.storage.root import Root
 from converter.tensors.base import Storage
 
@@ -69,7 +70,13 @@ def look(sight: Sight) -> Answer:
     advice = "All workers must see the same disk, under the same path, as the same user."
     try:
         for file in sight.files:
-            file.open().close()
+            opened = file.open()
+            try:
+                if opened.is_far:
+                    opened.read(0, 1)
+                    break  # who may read one may read all
+            finally:
+                opened.close()
         if sight.folder is not None:
             _try_to_write(sight.folder)
     except WconvError as error:
@@ -80,6 +87,9 @@ def look(sight: Sight) -> Answer:
 
 
 def _try_to_write(folder: Place) -> None:
+    if isinstance(folder.store, WritableStore):
+        folder.store.try_to_write(folder.key)
+        return
     name = f"seen-{platform.node()}-{os.getpid()}"
     with Root(folder.path) as root:
         root.fill(name, (b"",))

@@ -1,0 +1,307 @@
+"""Carries a Plan out into a store that is far: a task is a whole file, which one worker streams there.
+
+A file appears when all of it is there and right, and not at all after an error. What others would take for a set comes
+last: configs, then indexes, or the one commit of a repository. A file is written with a note of what it was made of;
+the same command, after a run that was stopped, keeps those with its own notes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from converter.errors import BadFile, OutputRefused, SystemRefused, WconvError
+from converter.formats import WRITERS
+from converter.plan.types import Plan, PlannedFile
+from converter.run.parts import (
+    CHUNK_NBYTES,
+    Piece,
+    Step,
+    carry,
+    check_record,
+    combine,
+    compare_piece,
+    find_unread,
+    too_large_error,
+)
+from converter.run.tasks import Call, Tasks
+from converter.run.watch import advance
+from converter.storage import FileRef, Place
+from converter.storage.far import Receipt, WritableStore, Writer
+
+_AT_ONCE = 16  # questions
+_SMALL_NBYTES = 1 << 20  # what is copied with what comes last
+_LAST = ("model_index.json",)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A file to be written at ``place``: a planned one, or a copy. ``note`` says what it is made of.
+
+    Values that are too large for a cast are an error, unless they ``may_overflow``. What is in the way is an error,
+    unless it is replaced.
+    """
+
+    place: Place
+    note: str
+    nbytes: int
+    planned: PlannedFile | None = None
+    copied: FileRef | None = None
+    may_overflow: bool = False
+    replaces: bool = False
+
+
+class Uploaded(NamedTuple):
+    """What became of a file; it ``was_there`` where an earlier run had written it."""
+
+    receipt: Receipt
+    too_large: Counter[str]
+    was_there: bool = False
+
+
+def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[int, Counter[str], str]:
+    """Write what a plan says; give the bytes that were there, what was too large for a cast, and what is to be told.
+
+    Raises what a source is wrong with, OutputRefused where somebody else has written there, and SystemRefused for a
+    store that says no.
+    """
+    store = _store_of(plan)
+    folder = plan.target.folder
+    uploads, texts = _split(plan, request)
+    written: list[Receipt] = []
+    reused, too_large = 0, Counter[str]()
+    try:
+        store.withdraw([(folder / name).key for name in plan.replaced if name.endswith(".json")])
+        for one in tasks.run(_calls(upload_file, uploads), plan.window):
+            written += [one.receipt]
+            reused += one.receipt.nbytes if one.was_there else 0
+            too_large += one.too_large
+        if verify and not store.commits:
+            tasks.finish(_calls(compare_file, (upload for upload in uploads if upload.planned)), plan.window)
+        removed = [(folder / name).key for name in plan.replaced if name not in plan.names]
+        told = store.publish(folder.key, written, texts, removed, _message(plan), plan.overwrite)
+    except BaseException as error:
+        kept = [] if store.commits else written
+        if isinstance(error, BadFile | OutputRefused) or (isinstance(error, WconvError) and error.exit_code == 6):
+            store.withdraw([receipt.name for receipt in kept])  # what is wrong with one may be wrong with all
+        elif isinstance(error, WconvError) and kept:
+            files = f"{len(kept):,} of {len(uploads):,} files are whole there, and are kept"
+            error.advice = f"{error.advice} {files} by the same command.".strip()
+        raise
+    return reused, too_large, told
+
+
+def _split(plan: Plan, request: str) -> tuple[list[Upload], list[tuple[str, bytes, str]]]:
+    """Give what is streamed, the largest first, and what comes last: keys with content and notes, in order."""
+    folder = plan.target.folder
+    notes = notes_of(plan, request)
+    may_overflow = plan.on_overflow != "error"
+    uploads, texts = [], []
+    for planned in plan.files:
+        uploads.append(Upload(folder / planned.path, notes[planned.path], planned.nbytes, planned, None, may_overflow,
+                              plan.overwrite))  # fmt: skip
+    for name, file in plan.copied:
+        info = file.place.info()
+        nbytes = info.nbytes if info else 0
+        if nbytes > _SMALL_NBYTES:
+            uploads.append(Upload(folder / name, notes[name], nbytes, None, file, replaces=plan.overwrite))
+        else:
+            texts.append((name, _content(file), notes[name]))
+    texts.sort(key=lambda text: text[0].rpartition("/")[2] in _LAST)
+    generated = sorted(plan.generated, key=lambda text: text[0].rpartition("/")[2] in _LAST)
+    texts += [(name, content, notes[name]) for name, content in (*generated, *plan.indexes)]
+    uploads.sort(key=lambda upload: -upload.nbytes)
+    return uploads, [((folder / name).key, content, note) for name, content, note in texts]
+
+
+def _content(file: FileRef) -> bytes:
+    opened = file.open()
+    try:
+        content = b"".join(opened.chunks())
+        opened.check()
+        return content
+    finally:
+        opened.close()
+
+
+def _calls(function: Callable[[Upload, int], object], uploads: Iterable[Upload]) -> Iterator[Call]:
+    return (Call(function, upload, upload.nbytes, str(upload.place), advances=True) for upload in uploads)
+
+
+def _message(plan: Plan) -> str:
+    """Say what a commit is of."""
+    names = sorted({planned.name.variant or "" for planned in plan.sets} - {""})
+    what = f"{' and '.join(names)} weights" if names else "weights"
+    form = {file.format for file in plan.files} or {"safetensors"}
+    return f"Add {what} in {' and '.join(sorted(form))}, converted from {plan.source.path}"
+
+
+def notes_of(plan: Plan, request: str) -> dict[str, str]:
+    """Give the note of each file: of what was asked, of what it is made of, and of what it begins with."""
+    notes = {}
+    for planned in plan.files:
+        files = {storage.file for tensor, _ in planned.tensors for storage in tensor.source.inputs()}
+        made_of = sorted((str(file.place), repr(file.tag)) for file in files)
+        notes[planned.path] = _digest(request, planned.path, repr(made_of).encode(), planned.header)
+    notes |= {name: _digest(request, name, str(file.place).encode(), repr(file.tag).encode()) for name, file in plan.copied}
+    return notes | {name: _digest(request, name, content) for name, content in plan.texts}
+
+
+def _digest(request: str, name: str, *parts: bytes) -> str:
+    found = hashlib.sha256()
+    for part in (request.encode("utf-8", "surrogateescape"), name.encode("utf-8", "surrogateescape"), *parts):
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
+    return found.hexdigest()
+
+
+def find_other(plan: Plan, request: str) -> tuple[list[str], list[str]]:
+    """Say which files of a plan are not there as this very request writes them, and what else lies at the target."""
+    store = _store_of(plan)
+    notes = notes_of(plan, request)
+    there = dict(_files_in(plan.target.folder))
+    known = [name for name in notes if name in there]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = dict(zip(known, pool.map(store.note_of, (there[name].key for name in known)), strict=True))
+    lacking = [name for name, note in notes.items() if found.get(name) != note]
+    strange = [name for name in there if name not in notes or found[name] != notes[name]]
+    return lacking, strange
+
+
+def _files_in(folder: Place) -> Iterator[tuple[str, Place]]:
+    for entry in folder.entries():
+        if entry.is_folder():
+            yield from ((f"{entry.name}/{name}", place) for name, place in _files_in(entry))
+        else:
+            yield entry.name, entry
+
+
+def _store_of(plan: Plan) -> WritableStore:
+    store = plan.target.folder.store
+    assert isinstance(store, WritableStore)
+    return store
+
+
+# On a worker.
+
+
+def upload_file(upload: Upload, chunk_nbytes: int = CHUNK_NBYTES) -> Uploaded:
+    """Write a file, unless it is there. Raises BadFile for a source that is damaged, LossyCast, OutputRefused."""
+    place, store = upload.place, upload.place.store
+    assert isinstance(store, WritableStore)
+    info = store.look(place.key) if store.keeps_notes else None
+    if info is not None:
+        if info.nbytes == upload.nbytes and store.note_of(place.key) == upload.note:
+            advance(upload.nbytes)
+            return Uploaded(Receipt(place.key, upload.nbytes), Counter(), was_there=True)
+        if not upload.replaces:
+            raise OutputRefused(place, "was made while this ran", "Use --overwrite to replace it, or another -o.")
+    too_large = Counter[str]()
+    with store.writer(place.key, upload.nbytes, upload.note) as out:
+        if upload.planned:
+            too_large = _stream(upload, upload.planned, out, chunk_nbytes)
+        else:
+            _copy(upload, out)
+    assert out.receipt is not None
+    if upload.planned and not store.commits:
+        _check_head(place, upload.planned)
+    return Uploaded(out.receipt, too_large)
+
+
+def _copy(upload: Upload, out: Writer) -> None:
+    assert upload.copied is not None
+    file = upload.copied.open()
+    try:
+        for chunk in file.chunks():
+            out.write(memoryview(chunk))
+            advance(len(chunk))
+        file.check()
+    finally:
+        file.close()
+
+
+def _stream(upload: Upload, planned: PlannedFile, out: Writer, chunk_nbytes: int) -> Counter[str]:
+    """Write all of a file, and raise before its end what makes it wrong."""
+    steps = tuple(Step(tensor, offset, 0, tensor.nbytes) for tensor, offset in planned.tensors if tensor.nbytes)
+    piece = Piece(upload.place, steps)
+    in_order = _InOrder(out, _frame_of(planned, piece, chunk_nbytes))
+    report = carry(piece, chunk_nbytes, in_order.write)
+    in_order.finish(planned.nbytes)
+    if report.too_large and not upload.may_overflow:
+        raise too_large_error(upload.place, [planned], report.too_large)
+    for record in find_unread([planned], report.read):
+        check_record(record, chunk_nbytes)
+    return report.too_large
+
+
+def _frame_of(planned: PlannedFile, piece: Piece, chunk_nbytes: int) -> Iterator[tuple[int, bytes]]:
+    """Give all that is no tensor's bytes, in order. A format that begins with sums of those reads them first."""
+    frame = WRITERS[planned.format].frame
+    if frame is None:
+        return iter([(0, planned.header)])
+    crcs: dict[int, int] = {}
+    if piece.steps:
+        report = carry(Piece(piece.place, piece.steps, with_crcs=True), chunk_nbytes, lambda *_: advance(0))
+        crcs = {part.offset: part.crc32 for part in report.written}
+    return iter(sorted(frame(planned.specs, planned.ties, [crcs.get(offset, combine(())[0]) for _, offset in planned.tensors])))
+
+
+class _InOrder:
+    """Hands over what comes at offsets of a file, and what goes between, one after another."""
+
+    def __init__(self, out: Writer, frame: Iterator[tuple[int, bytes]]) -> None:
+        self._out = out
+        self._frame = frame
+        self._next = next(frame, None)
+        self._at = 0
+
+    def write(self, offset: int, chunk: memoryview, _: str = "") -> None:
+        """Take what is at an offset; what lies before has come by then."""
+        self._fill(offset)
+        self._put(chunk)
+
+    def finish(self, nbytes: int) -> None:
+        """Write the rest, up to the size of the file."""
+        self._fill(nbytes)
+
+    def _fill(self, offset: int) -> None:
+        while self._next is not None and self._next[0] < offset:
+            at, raw = self._next
+            self._next = next(self._frame, None)
+            self._put(memoryview(bytes(at - self._at)))
+            self._put(memoryview(raw))
+        self._put(memoryview(bytes(offset - self._at)))
+
+    def _put(self, data: memoryview) -> None:
+        if data:
+            self._out.write(data)
+            self._at += len(data)
+        advance(len(data))
+
+
+def _check_head(place: Place, planned: PlannedFile) -> None:
+    """Read back how a file begins and hold it against the plan."""
+    store = place.store
+    assert isinstance(store, WritableStore)
+    info = store.look(place.key)
+    if info is None or info.nbytes != planned.nbytes:
+        raise SystemRefused(place, "was written, and is not there as it was", "Run this again.")
+    file = store.open(place, info.tag)
+    try:
+        is_planned = file.read(0, len(planned.header)) == planned.header
+    finally:
+        file.close()
+    if not is_planned:
+        raise SystemRefused(place, "was written, and begins otherwise", "Run this again with --overwrite.")
+
+
+def compare_file(upload: Upload, chunk_nbytes: int = CHUNK_NBYTES) -> None:
+    """Read a file back and hold it against its source; raises MismatchError where they differ."""
+    assert upload.planned is not None
+    steps = tuple(Step(tensor, offset, 0, tensor.nbytes) for tensor, offset in upload.planned.tensors if tensor.nbytes)
+    compare_piece(Piece(upload.place, steps), chunk_nbytes)
+    advance(upload.nbytes)

@@ -1,0 +1,231 @@
+"""The Hugging Face Hub: a repository of models at one commit.
+
+A name that is read stands for the commit that it was when it was looked at first. A file is asked for once, and then
+read in long ranges from where its bytes lie, whose address is good for some time; what huggingface_hub has in its
+cache is read there. Files that are written go into Xet as they come, and nothing of them is seen before the one
+commit. Who asks is for huggingface_hub to know: HF_TOKEN, or ``hf auth login``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, Unsupported
+from converter.storage import web
+from converter.storage.base import FileRef, Info, OpenFile, Place, Tag
+from converter.storage.far import FarStore, mark_of, nbytes_of, tag_of
+from converter.storage.local import open_copy
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_REPO = re.compile(f"{_NAME}/{_NAME}")
+# Revisions with slashes, as HfFileSystem takes them (``hf_file_system.py``); others are spelled with %2F.
+_REVISION = re.compile(r"(refs/(?:pr|convert)/[\w.-]+|[^/]+)(?:/(.*))?")
+_MAX_FILES = 100_000
+_SIGN_IN = "Sign in with 'hf auth login', or set HF_TOKEN."
+
+
+@dataclass(frozen=True, slots=True)
+class HubStore(FarStore):
+    """A repository at a revision, as its user says it, and at the commit that this was, once somebody has looked."""
+
+    repo: str
+    revision: str = "main"
+    commit: str = ""
+
+    def spell(self, key: str) -> str:
+        at = "" if self.revision == "main" else f"@{quote(self.revision, safe='/' if '/pr/' in self.revision else '')}"
+        return f"hf://{self.repo}{at}" + ("" if key in ("", ".") else f"/{key}")
+
+    def is_same(self, key: str, other: Place) -> bool:
+        return isinstance(other.store, HubStore) and (self.repo, key) == (other.store.repo, other.key)
+
+    def pinned(self) -> HubStore:
+        if self.commit:
+            return self
+        found = self.ask_api(f"revision/{quote(self.revision, safe='')}")
+        commit = str(found.get("sha", ""))
+        if not _COMMIT.fullmatch(commit):
+            raise SystemRefused(self.spell(""), "has no commit that the Hub names", "Name a revision: @main.")
+        return replace(self, commit=commit)
+
+    def is_there(self) -> bool:
+        """Say whether the repository is there, and the revision of it."""
+        try:
+            self.pinned()
+        except BadFile:
+            return False
+        return True
+
+    def look(self, key: str) -> Info | None:
+        if key in ("", "."):
+            return Info("folder", 0, "") if self.is_there() else None
+        folder, _, name = key.rpartition("/")
+        return self._entries(folder).get(name)
+
+    def look_in(self, key: str) -> dict[str, Info]:
+        folders = self.snapshot.folders
+        if "" not in folders:
+            folders.update(self._tree())
+        return folders.get(key, {})
+
+    def _tree(self) -> dict[str, dict[str, Info]]:
+        """List all of the repository: each folder with what is in it."""
+        if not self.is_there():
+            return {"": {}}
+        folders: dict[str, dict[str, Info]] = {"": {}}
+        count = 0
+        for entry in self._pages(f"tree/{quote(self.commit or self.revision, safe='')}?recursive=true&limit=1000"):
+            path = str(entry.get("path", ""))
+            parts = path.split("/")
+            if any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts):
+                continue  # git has none of these
+            count += 1
+            if count > _MAX_FILES:
+                raise Unsupported(self.spell(""), f"has more than {_MAX_FILES:,} files", "Name a folder of it.")
+            for depth in range(1, len(parts)):
+                folder, name = "/".join(parts[: depth - 1]), parts[depth - 1]
+                folders.setdefault(folder, {})[name] = Info("folder", 0, "")
+                folders.setdefault("/".join(parts[:depth]), {})
+            if entry.get("type") == "file" and path != ".gitattributes":
+                lfs = entry.get("lfs") or {}
+                nbytes = int(lfs.get("size", entry["size"]))
+                mark = str(lfs.get("oid") or entry.get("oid"))
+                folders.setdefault("/".join(parts[:-1]), {})[parts[-1]] = Info("file", nbytes, tag_of(nbytes, mark))
+        return folders
+
+    def _pages(self, what: str) -> Iterator[dict[str, Any]]:
+        url = f"{self._api()}/{what}"
+        while url:
+            with web.ask("GET", url, Place(self, "."), headers()) as response:
+                self.check(response.status, response.headers)
+                yield from json.loads(response.read(cache_content=False))
+                following = re.match(r'<([^>]+)>;\s*rel="next"', response.headers.get("Link", ""))
+            url, before = urljoin(url, following[1]) if following else "", url
+            if url and urlsplit(url).netloc != urlsplit(before).netloc:
+                raise SystemRefused(self.spell(""), "is listed on another host", "Look at HF_ENDPOINT.")
+
+    def ask_api(self, what: str) -> dict[str, Any]:
+        """Ask the Hub about the repository. Raises BadFile where it, or the revision, is not there."""
+        with web.ask("GET", f"{self._api()}/{what}", Place(self, "."), headers()) as response:
+            self.check(response.status, response.headers)
+            content = json.loads(response.read(cache_content=False))
+        return content if isinstance(content, dict) else {}
+
+    def _api(self) -> str:
+        return f"{endpoint()}/api/models/{self.repo}"
+
+    def check(self, status: int, answered: Mapping[str, str], key: str = "") -> None:
+        """Raise what an answer of the Hub means, if it is not what was asked for."""
+        if status < 400:
+            return
+        code, place = answered.get("X-Error-Code", ""), self.spell(key)
+        if code == "RevisionNotFound":
+            raise BadFile(place, f"has no revision {self.revision!r}", "Check the branch, tag or commit.")
+        if code == "GatedRepo":
+            advice = f"Ask for it at {endpoint()}/{self.repo}, then sign in with 'hf auth login', or set HF_TOKEN."
+            raise SystemRefused(place, "is gated, and its owner has not let you in", advice)
+        if code == "EntryNotFound":
+            raise BadFile(place, "does not exist")
+        if code == "RepoNotFound" or status == 404:
+            raise BadFile(place, "is no repository of the Hub that you can see", f"If it is private: {_SIGN_IN}")
+        if status in (401, 403):
+            raise SystemRefused(place, f"is refused by the Hub ({status})", _SIGN_IN)
+        raise SystemRefused(place, f"is answered by the Hub with {status}", "Run this again later.")
+
+    def open(self, place: Place, tag: Tag | None) -> OpenFile:
+        if tag is None:
+            tag = self.found(place).tag
+        assert isinstance(tag, str)
+        from huggingface_hub import try_to_load_from_cache
+
+        there = try_to_load_from_cache(self.repo, place.key, revision=self.commit) if self.commit else None
+        if isinstance(there, str):
+            copy = open_copy(FileRef(place, tag), there, nbytes_of(tag))
+            if copy is not None:
+                return copy
+        return _File(FileRef(place, tag), nbytes_of(tag))
+
+
+class _File(web.WebFile):
+    can_renew = True
+    mark_is_of_url = False  # it is the SHA-256 of what git has as a pointer, and where the bytes lie answers otherwise
+
+    def locate(self, is_new: bool) -> tuple[str, Mapping[str, str]]:
+        """Ask the Hub where the bytes of the file lie, once a file, and again when the address is no longer good."""
+        place = self.ref.place
+        store = place.store
+        assert isinstance(store, HubStore) and isinstance(self.ref.tag, str)
+        if not is_new and (known := _LOCATED.get((store, place.key))):
+            return known, _own(known)
+        url = f"{endpoint()}/{store.repo}/resolve/{store.commit or quote(store.revision, safe='')}/{quote(place.key)}"
+        with web.ask("HEAD", url, place, headers(), goes_on=False) as response:
+            store.check(response.status, response.headers, place.key)
+            mark = (response.headers.get("X-Linked-ETag") or response.headers.get("ETag") or "").strip('W/"')
+            if mark and mark != mark_of(self.ref.tag):
+                raise BadFile(place, "was changed while it was read", "Run this again when nobody writes to it.")
+            to = response.headers.get("Location")
+        located = _LOCATED[store, place.key] = urljoin(url, to) if to else url
+        return located, _own(located)
+
+
+# Where files lie, by their place; an address may be a secret, and is no part of one.
+_LOCATED: dict[tuple[HubStore, str], str] = {}
+
+
+def _own(url: str) -> dict[str, str]:
+    """Give the headers that say who asks, for an address of the Hub's own alone."""
+    return headers() if urlsplit(url).netloc == urlsplit(endpoint()).netloc else {}
+
+
+def endpoint() -> str:
+    """Give the URL of the Hub, or of what stands in for it."""
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+def headers() -> dict[str, str]:
+    """Say to the Hub who asks."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def open_url(url: str) -> Place:
+    """Give the place that a ``hf:`` URL names. Raises BadRequest for one that names no repository of models."""
+    path = url.partition("://")[2].rstrip("/").removeprefix("models/")
+    parts = path.split("/", 1)
+    if parts[0] in ("datasets", "spaces", "buckets"):
+        raise Unsupported(url, f"is one of the Hub's {parts[0]}, and wconv reads models", "")
+    owner, _, rest = path.partition("/")
+    name, at, rest = rest.partition("@") if "@" in rest.partition("/")[0] else (rest, "", "")
+    revision, inner = "main", ""
+    if at:
+        matched = _REVISION.fullmatch(rest)
+        revision, inner = (unquote(matched[1]), matched[2] or "") if matched else ("", "")
+    else:
+        name, _, inner = name.partition("/")
+    if not _REPO.fullmatch(f"{owner}/{name}") or not revision or not revision.isprintable() or ".." in revision:
+        raise BadRequest(url, "names no model of the Hub", "It is spelled hf://owner/name@revision/folder.")
+    if any(part in (".", "..") or not part.isprintable() for part in inner.split("/")):
+        raise BadRequest(url, "has a part that no folder has", "Name it plainly.")
+    check_installed(url)
+    commit = revision if _COMMIT.fullmatch(revision) else ""
+    return Place(HubStore(f"{owner}/{name}", revision, commit), inner.strip("/") or ".")
+
+
+def check_installed(url: str) -> None:
+    """Raise Unsupported where a library is missing."""
+    try:
+        import huggingface_hub  # noqa: F401
+        import urllib3  # noqa: F401
+    except ImportError as error:
+        raise Unsupported(url, f"needs {error.name}, which is not installed here", "pip install 'wconv[hub]'") from None
