@@ -52,13 +52,17 @@ class Publishing:
     """What may become of what is there: ``overwrite`` what is in the way, the very set that is read ``in_place``.
 
     ``delete_source`` removes what was read. With ``follow_links`` a new folder gets what the source has as links to
-    other places.
+    other places. A repository of the Hub that is written to may be made by that (``create``, ``private``), or be
+    proposed to (``pr``).
     """
 
     overwrite: bool = False
     in_place: bool = False
     delete_source: bool = False
     follow_links: bool = False
+    create: bool = False
+    private: bool = False
+    pr: bool = False
 
 
 class Order(NamedTuple):

@@ -14,7 +14,7 @@ from converter.recipes.outputs import find_difference
 from converter.run.staging import recover
 from converter.run.upload import find_other
 from converter.storage import Given, Place, place_of
-from converter.storage.far import WritableStore
+from converter.storage.far import CommittedStore, WritableStore
 from converter.storage.local import is_local
 from converter.transforms.dtype import Casting
 
@@ -51,7 +51,11 @@ class Request:
             name: group(**{key: options[key] for key in known[name] & options.keys()})
             for name, group in _GROUPS.items()
         }
-        return cls(place_of(source).pinned(), None if output is None else place_of(output), **groups, **mine)
+        publishing: Any = groups["publishing"]
+        if output is None and publishing.pr:
+            output = place_of(source)  # where it lies, as a proposal
+        place = None if output is None else _as_output(place_of(output), publishing)
+        return cls(place_of(source).pinned(), place, **groups, **mine)
 
     @property
     def folder(self) -> Place:
@@ -59,6 +63,17 @@ class Request:
         if self.output is None:
             return self.source if self.source.is_folder() else self.source.parent
         return self.output.parent if names_file(self.output) else self.output
+
+
+def _as_output(place: Place, publishing: Publishing) -> Place:
+    """Give a place as one that is written to. Raises BadRequest for what only the Hub can."""
+    asked = publishing.create, publishing.private, publishing.pr
+    if isinstance(place.store, CommittedStore):
+        return Place(place.store.to_write(*asked), place.key)
+    for option, is_asked in zip(("--create", "--private", "--pr"), asked, strict=True):
+        if is_asked:
+            raise BadRequest(place, f"is not on the Hub, and {option} is for what is", "Write to hf://owner/name.")
+    return place
 
 
 class Prepared(NamedTuple):

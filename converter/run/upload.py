@@ -17,6 +17,7 @@ from typing import NamedTuple
 from converter.errors import BadFile, OutputRefused, SystemRefused, WconvError
 from converter.formats import WRITERS
 from converter.plan.types import Plan, PlannedFile
+from converter.run.journal import is_index
 from converter.run.parts import (
     CHUNK_NBYTES,
     Piece,
@@ -75,7 +76,8 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
     written: list[Receipt] = []
     reused, too_large = 0, Counter[str]()
     try:
-        store.withdraw([(folder / name).key for name in plan.replaced if name.endswith(".json")])
+        store.get_ready()
+        store.withdraw([(folder / name).key for name in plan.replaced if is_index(name)])
         for one in tasks.run(_calls(upload_file, uploads), plan.window):
             written += [one.receipt]
             reused += one.receipt.nbytes if one.was_there else 0

@@ -336,6 +336,9 @@ class WritableStore(FarStore):
     def withdraw(self, keys: Sequence[str]) -> None:
         """Remove files that were written, or that others would take for what is written now."""
 
+    def get_ready(self) -> None:
+        """Make what is to be written to, where that is wanted."""
+
     @abstractmethod
     def publish(
         self,
@@ -354,6 +357,18 @@ class WritableStore(FarStore):
     @abstractmethod
     def try_to_write(self, key: str) -> None:
         """Raise SystemRefused where nothing can be written below a key; nothing is left there."""
+
+
+class CommittedStore(WritableStore):
+    """A store in which all that is written appears with one commit."""
+
+    __slots__ = ()
+
+    commits = True
+
+    @abstractmethod
+    def to_write(self, create: bool, private: bool, pr: bool) -> CommittedStore:
+        """Give the store as it is to be written to: made where it is not there, for its owner alone, as a proposal."""
 
 
 def nbytes_of(tag: str) -> int:

@@ -9,17 +9,18 @@ commit. Who asks is for huggingface_hub to know: HF_TOKEN, or ``hf auth login``.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, Unsupported
+from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, Unsupported, WconvError
 from converter.storage import web
 from converter.storage.base import FileRef, Info, OpenFile, Place, Tag
-from converter.storage.far import FarStore, mark_of, nbytes_of, tag_of
+from converter.storage.far import CommittedStore, Receipt, Writer, mark_of, nbytes_of, tag_of
 from converter.storage.local import open_copy
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -28,16 +29,23 @@ _REPO = re.compile(f"{_NAME}/{_NAME}")
 # Revisions with slashes, as HfFileSystem takes them (``hf_file_system.py``); others are spelled with %2F.
 _REVISION = re.compile(r"(refs/(?:pr|convert)/[\w.-]+|[^/]+)(?:/(.*))?")
 _MAX_FILES = 100_000
+_JSON = {"Content-Type": "application/json"}
 _SIGN_IN = "Sign in with 'hf auth login', or set HF_TOKEN."
 
 
 @dataclass(frozen=True, slots=True)
-class HubStore(FarStore):
-    """A repository at a revision, as its user says it, and at the commit that this was, once somebody has looked."""
+class HubStore(CommittedStore):
+    """A repository at a revision, as its user says it, and at the commit that this was, once somebody has looked.
+
+    One that is written to may be made for that, and ``is_private`` then; ``as_pr`` proposes what is written to its owner.
+    """
 
     repo: str
     revision: str = "main"
     commit: str = ""
+    may_be_made: bool = False
+    is_private: bool = False
+    as_pr: bool = False
 
     def spell(self, key: str) -> str:
         at = "" if self.revision == "main" else f"@{quote(self.revision, safe='/' if '/pr/' in self.revision else '')}"
@@ -139,6 +147,126 @@ class HubStore(FarStore):
             raise SystemRefused(place, f"is refused by the Hub ({status})", _SIGN_IN)
         raise SystemRefused(place, f"is answered by the Hub with {status}", "Run this again later.")
 
+    def to_write(self, create: bool, private: bool, pr: bool) -> HubStore:
+        """Give the repository as it is to be written to. Raises BadRequest where it is not there, or was meant not to be.
+
+        What is committed goes on the commit that it is at now, or it is refused.
+        """
+        if private and not create:
+            raise BadRequest(self.spell(""), "is not made here, and --private is for what is", "Say --create too.")
+        store = replace(self, may_be_made=create, is_private=private, as_pr=pr)
+        try:
+            return store.pinned()
+        except BadFile as error:
+            if error.problem.startswith("has no revision"):
+                raise BadRequest(error.where, error.problem, "Make the branch first, or leave it out.") from None
+            if not create:
+                raise BadRequest(error.where, error.problem, f"--create makes it. {error.advice}") from None
+            return store
+
+    def get_ready(self) -> None:
+        if self.commit or not self.may_be_made:
+            return
+        owner, _, name = self.repo.partition("/")
+        asked = {"name": name, "organization": owner, "type": "model", "private": self.is_private}
+        body = json.dumps(asked).encode()
+        url = f"{endpoint()}/api/repos/create"
+        with web.ask("POST", url, Place(self, "."), {**headers(), **_JSON}, body=body) as response:
+            if response.status != 409:  # it is there, or has just been made
+                self.check(response.status, response.headers)
+
+    @contextmanager
+    def writer(self, key: str, nbytes: int, note: str) -> Iterator[Writer]:
+        import hf_xet
+        from huggingface_hub.utils import get_xet_session, xet_headers_without_auth
+
+        known = headers()
+        if not known:
+            raise SystemRefused(self.spell(key), "is written by who is known to the Hub", _SIGN_IN)
+        url = f"{self._api()}/xet-write-token/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
+        with self._worded(key), get_xet_session().new_upload_commit(
+            token_refresh_url=url, token_refresh_headers=known, custom_headers=xet_headers_without_auth(known)
+        ) as commit:
+            stream = commit.start_upload_stream(name=key, sha256=hf_xet.COMPUTE_SHA256)
+            writer = _Writer(stream)
+            yield writer
+            found = stream.finish().xet_info
+        if found.file_size != nbytes:
+            raise SystemRefused(self.spell(key), f"has come to {found.file_size:,} bytes, not {nbytes:,}", "Run it again.")
+        writer.receipt = Receipt(key, nbytes, found.hash, found.sha256)
+
+    @contextmanager
+    def _worded(self, key: str) -> Iterator[None]:
+        """Say in one line what hf_xet says in many."""
+        try:
+            yield
+        except (WconvError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if not type(error).__module__.startswith(("hf_xet", "builtins")) or isinstance(error, (MemoryError, AssertionError)):
+                raise
+            status = re.search(r"\b(4\d\d|5\d\d)\b", str(error))
+            answer = f" ({status[1]})" if status else ""
+            advice = _SIGN_IN if answer and status and status[1] in ("401", "403") else "Run this again."
+            raise SystemRefused(self.spell(key), f"cannot be sent to the Hub{answer}", advice) from error
+
+    def publish(
+        self,
+        key: str,
+        written: Sequence[Receipt],
+        texts: Sequence[tuple[str, bytes, str]],
+        removed: Sequence[str],
+        message: str,
+        replaces: bool,
+    ) -> str:
+        """Make the one commit that all of it becomes visible with."""
+        contents = {name: content for name, content, _ in texts}
+        receipts = list(written)
+        for name in self._not_in_git(contents):
+            with self.writer(name, len(contents[name]), "") as out:
+                out.write(memoryview(contents.pop(name)))
+            assert out.receipt is not None
+            receipts.append(out.receipt)
+        parent = self.commit or self.pinned().commit
+        lines: list[tuple[str, dict[str, Any]]] = [
+            ("header", {"summary": message, "description": "", "parentCommit": parent}),
+            *(("deletedFile", {"path": name}) for name in removed),
+            *(("lfsFile", {"path": one.name, "algo": "sha256", "oid": one.sha256, "size": one.nbytes}) for one in receipts),
+            *(("file", {"path": name, "content": b64encode(content).decode(), "encoding": "base64"})
+              for name, content in contents.items()),
+        ]  # fmt: skip
+        body = b"".join(json.dumps({"key": what, "value": value}).encode() + b"\n" for what, value in lines)
+        url = f"{self._api()}/commit/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
+        sent = {**headers(), "Content-Type": "application/x-ndjson"}
+        with web.ask("POST", url, Place(self, "."), sent, body=body, is_once=True) as response:
+            if response.status in (409, 412):
+                problem = "has a new commit since it was looked at, and nothing was changed"
+                raise OutputRefused(self.spell(""), problem, "Run this again.")
+            self.check(response.status, response.headers)
+            answer = json.loads(response.read(cache_content=False))
+        self.snapshot.forget()
+        return str(answer.get("pullRequestUrl") or answer.get("commitUrl") or "")
+
+    def _not_in_git(self, contents: Mapping[str, bytes]) -> list[str]:
+        """Ask which of small files the Hub does not take into git itself."""
+        files = [
+            {"path": name, "size": len(content), "sample": b64encode(content[:512]).decode()}
+            for name, content in contents.items()
+        ]
+        if not files:
+            return []
+        url = f"{self._api()}/preupload/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
+        body = json.dumps({"files": files}).encode()
+        with web.ask("POST", url, Place(self, "."), {**headers(), **_JSON}, body=body) as response:
+            self.check(response.status, response.headers)
+            answer = json.loads(response.read(cache_content=False))
+        return [str(one["path"]) for one in answer["files"] if one["uploadMode"] == "lfs" and one["path"] in contents]
+
+    def try_to_write(self, key: str) -> None:
+        url = f"{self._api()}/xet-write-token/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
+        with web.ask("GET", url, Place(self, "."), headers()) as response:
+            self.check(response.status, response.headers)
+
     def open(self, place: Place, tag: Tag | None) -> OpenFile:
         if tag is None:
             tag = self.found(place).tag
@@ -151,6 +279,18 @@ class HubStore(FarStore):
             if copy is not None:
                 return copy
         return _File(FileRef(place, tag), nbytes_of(tag))
+
+
+class _Writer:
+    """Takes the bytes of a file that goes into Xet."""
+
+    receipt: Receipt | None = None
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, data: memoryview) -> None:
+        self._stream.write(bytes(data))
 
 
 class _File(web.WebFile):

@@ -237,12 +237,19 @@ class _Answer:
 
 
 def ask(
-    method: str, url: str, place: Place, headers: Mapping[str, str] = {}, *, body: bytes = b"", goes_on: bool = True
+    method: str,
+    url: str,
+    place: Place,
+    headers: Mapping[str, str] = {},
+    *,
+    body: bytes = b"",
+    goes_on: bool = True,
+    is_once: bool = False,
 ) -> _Answer:
     """Ask a web server, again where it is busy or does not answer, and where it leads to.
 
     Headers go to the first host alone, but for those that say what part is wanted. Unless it ``goes_on``, the answer
-    that leads to another host is given. Raises SystemRefused where nobody answers, Unsupported for where it must not
+    that leads to another host is given; what ``is_once`` may have been done where no answer came. Raises SystemRefused where nobody answers, Unsupported for where it must not
     lead.
     """
     from urllib3.exceptions import HTTPError
@@ -263,11 +270,11 @@ def ask(
                 retries=False,
             )
         except HTTPError as error:
-            if tries == _TRIES:
+            if tries == _TRIES or is_once:
                 raise _unreachable(place, error, tries) from None
             _wait(tries)
             continue
-        if response.status in _BUSY:
+        if response.status in _BUSY and not (is_once and response.status != 429):
             limit = re.search(r";t=(\d+)", response.headers.get("RateLimit", ""))  # as the Hub says it
             after = response.headers.get("Retry-After") or (limit[1] if limit else "")
             status = response.status
