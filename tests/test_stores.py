@@ -36,6 +36,8 @@ LARGE = {f"{name}.weight": torch.randn(100_000) for name in "abcdef"}
 class FileInMemory(OpenFile):
     """A file that notes what is read of it."""
 
+    is_far = True
+
     def __init__(self, store: StoreInMemory, place: Place) -> None:
         super().__init__(FileRef(place, store.tag), len(store.files[place.key]))
         self.store = store

@@ -147,7 +147,7 @@ def _joined(steps: Iterable[Step]) -> Iterator[_Run]:
             run.steps.append(step)
             continue
         found = tensor.source.verbatim(begin, end)
-        file, at, nbytes, _ = found or (None, 0, 0, None)
+        file, at, nbytes = found[:3] if found else (None, 0, 0)
         is_next = file is run.file and at - run.begin == run.nbytes == offset + begin - run.offset
         if is_next or file is run.file is None:
             run.nbytes += nbytes
