@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.storage import OpenFile, Place
-from converter.tensors.local_header import INCOMPLETE, LOCAL_HEADER, STORED, lengths_after
+from converter.tensors.leads import INCOMPLETE, LOCAL_HEADER, STORED, lengths_after
 
 MAX_DIRECTORY_NBYTES = 64_000_000  # as many records as may be, with names of 200 bytes
 MAX_RECORDS = 250_000  # a pickle of all the steps there are describes 160,000 tensors
@@ -27,6 +27,9 @@ DEFLATED = 8
 _ENCRYPTED = 0x2041  # encrypted, strongly, and with masked headers
 _SIZES_BEHIND = 8  # a flag: the CRC32 and the sizes come after the bytes, and not in the header before them
 _IN_EXTRA = 0xFFFFFFFF
+_COMMENT_NBYTES = 0xFFFF
+# Kept of a file that is far: with it come the directory of some 3,000 records, in less time than another request takes.
+_FAR_TAIL_NBYTES = 1 << 18
 _ALIGNMENT = 64  # of records that torch wrote, at least: ``storage_alignment`` may be a multiple
 
 # APPNOTE.TXT 4.3.12, 4.3.14, 4.3.15 and 4.3.16
@@ -76,9 +79,10 @@ def read_records(file: OpenFile) -> Iterator[Record]:
 def _find_directory(file: OpenFile) -> tuple[int, int, int]:
     """Give where the directory begins, its bytes and its number of records."""
     place = file.ref.place
-    tail_start = max(0, file.nbytes - END.size - 0xFFFF)
+    most = END.size + _COMMENT_NBYTES
+    tail_start = max(0, file.nbytes - (_FAR_TAIL_NBYTES if file.is_far else most))
     tail = file.keep(tail_start, file.nbytes)
-    at = tail.rfind(b"PK\x05\x06")
+    at = tail.rfind(b"PK\x05\x06", max(0, len(tail) - most))
     if at < 0:
         raise BadFile(place, "is a zip archive without its directory, which is at the end", INCOMPLETE)
     _, _, _, _, count, nbytes, start, comment_nbytes = END.unpack_from(tail, at)

@@ -104,7 +104,7 @@ class OpenFile(ABC):
         self._end = offset + nbytes
         begin = offset - self._ahead_begin
         if not 0 <= begin <= len(self._ahead) - nbytes:
-            if not is_near:
+            if not is_near or self.kept(offset, nbytes) is not None:
                 return self.read(offset, nbytes)
             self._ahead, self._ahead_begin, begin = self.read(offset, max(nbytes, _AHEAD_NBYTES)), offset, 0
         return self._ahead[begin : begin + nbytes]

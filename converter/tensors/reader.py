@@ -20,7 +20,7 @@ from converter.errors import BadFile
 from converter.storage import FileRef, OpenFile
 from converter.storage.base import NEAR_NBYTES
 from converter.tensors.base import ByteRange, PackedRange, Storage, TensorSource
-from converter.tensors.local_header import check_lead
+from converter.tensors.leads import check_lead
 
 ITEM_MULTIPLE = 16  # a multiple of the size of any element, in bytes
 PIECE_NBYTES = 1 << 25  # 100 and more tasks for a checkpoint of some GB, each well above the cost of a task

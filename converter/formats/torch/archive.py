@@ -22,7 +22,7 @@ from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES
 from converter.formats.zip_records import DEFLATED, Record, read_records, spell
 from converter.storage import FileRef, OpenFile, Place
 from converter.tensors.base import ByteRange, PackedRange, Storage, Tensor, TensorSource, WeightsFile
-from converter.tensors.local_header import STORED, check_lead
+from converter.tensors.leads import STORED, check_lead
 from converter.tensors.view import GATHER_NBYTES, View, span_of
 
 _DAMAGED = "The file is damaged: fetch it again."
