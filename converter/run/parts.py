@@ -171,7 +171,7 @@ def _joined(steps: Iterable[Step]) -> Iterator[_Run]:
             run.steps.append(step)
             continue
         found = tensor.source.verbatim(begin, end)
-        file, at, nbytes, _ = found or (None, 0, 0, None)
+        file, at, nbytes = found[:3] if found else (None, 0, 0)
         is_next = file is run.file and at - run.begin == run.nbytes == offset + begin - run.offset
         if is_next or file is run.file is None:
             run.nbytes += nbytes
@@ -231,7 +231,8 @@ def check_record(record: Storage, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Read a record for its CRC32 alone; raises BadFile where that is wrong."""
     buffer = memoryview(bytearray(chunk_nbytes))
     with RangeReader(with_sums=True) as reader:
-        reader.expect([ByteRange(record.file, record.offset, record.stored_nbytes)])
+        lead = record.lead if type(record) is ByteRange else 0
+        reader.expect([ByteRange(record.file, record.offset - lead, record.stored_nbytes + lead)])
         for begin in range(0, record.nbytes, chunk_nbytes):
             reader.read_into(record, begin, buffer[: min(chunk_nbytes, record.nbytes - begin)])
 

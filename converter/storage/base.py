@@ -46,7 +46,7 @@ class Info(NamedTuple):
 class OpenFile(ABC):
     """A file that is open to be read by ranges, from any offset and in any order; ``nbytes`` is its size.
 
-    Of one that ``is_far`` each read may be a request over a network.
+    Where it ``is_far``, each read may be a request over a network.
     """
 
     is_far: bool = False
@@ -76,10 +76,8 @@ class OpenFile(ABC):
         nbytes = min(nbytes, self.nbytes - offset)
         if nbytes <= 0:
             return b""  # a header may name an offset that no system call takes
-        for begin, raw in self._kept:
-            if begin <= offset and offset + nbytes <= begin + len(raw):
-                return raw[offset - begin : offset - begin + nbytes]
-        return self.fetch(offset, nbytes)
+        raw = self.kept(offset, nbytes)
+        return self.fetch(offset, nbytes) if raw is None else raw
 
     def fetch(self, offset: int, nbytes: int) -> bytes:
         """Give bytes that are not kept, none of them beyond the file's end."""
@@ -93,13 +91,20 @@ class OpenFile(ABC):
         self._kept.append((offset, raw))
         return raw
 
+    def kept(self, offset: int, nbytes: int) -> bytes | None:
+        """Give bytes that are kept, if all of them are."""
+        for begin, raw in self._kept:
+            if begin <= offset and offset + nbytes <= begin + len(raw):
+                return raw[offset - begin : offset - begin + nbytes]
+        return None
+
     def read_small(self, offset: int, nbytes: int) -> bytes:
         """Like ``read``, for small parts: those that lie close behind one another are read at once."""
         is_near = 0 <= offset - self._end <= NEAR_NBYTES
         self._end = offset + nbytes
         begin = offset - self._ahead_begin
         if not 0 <= begin <= len(self._ahead) - nbytes:
-            if not is_near:
+            if not is_near or self.kept(offset, nbytes) is not None:
                 return self.read(offset, nbytes)
             self._ahead, self._ahead_begin, begin = self.read(offset, max(nbytes, _AHEAD_NBYTES)), offset, 0
         return self._ahead[begin : begin + nbytes]

@@ -25,12 +25,16 @@ MAX_NAME = 1_000  # real ones have up to 200 characters; patterns that are searc
 
 
 class ByteRange(NamedTuple):
-    """``nbytes`` bytes at ``offset`` of a file; ``crc32`` is what they should give, if that is known."""
+    """``nbytes`` bytes at ``offset`` of a file; ``crc32`` is what they should give, if that is known.
+
+    The ``lead`` bytes before are the header that says that they begin there, where nobody has looked at it yet.
+    """
 
     file: FileRef
     offset: int
     nbytes: int
     crc32: int | None = None
+    lead: int = 0
 
     @property
     def stored_nbytes(self) -> int:
@@ -47,6 +51,11 @@ class PackedRange(NamedTuple):
     crc32: int | None
     stored_nbytes: int
 
+    @property
+    def lead(self) -> int:
+        """None: where a packed record begins is looked up when its archive is opened."""
+        return 0
+
 
 Storage = ByteRange | PackedRange
 
@@ -57,7 +66,13 @@ class Reader(Protocol):
     too_large: int
 
     def read_into(self, record: Storage, begin: int, out: memoryview) -> None:
-        """Fill ``out`` with the bytes from ``begin`` of a range on. Raises BadFile for one that is not as it was."""
+        """Fill ``out`` with the bytes from ``begin`` of a range on. Raises BadFile for one that is not as it was.
+
+        Whoever reads from its very begin has its ``lead`` looked at.
+        """
+
+    def check_begin(self, record: Storage) -> None:
+        """Look at the ``lead`` of a range, of which other parts are read. Raises BadFile where it begins elsewhere."""
 
     def scratch(self, nbytes: int) -> AbstractContextManager[memoryview]:
         """Give room to work in, for as long as the context is open; what it holds at first is anything."""

@@ -2,8 +2,8 @@
 
 A file that is not, or does not stay, as it was when its header was read is a BadFile. CRC32s are summed while records
 are read in order: those that one task reads whole are checked at once, of others the parts are told to whoever can put
-them together. Deflated records are inflated on the way, from their start for each task: slow for large ones, but
-torch.save writes none.
+them together. What was predicted of where a record begins is looked up when it is read from there. Deflated records are
+inflated on the way, from their start for each task: slow for large ones, but torch.save writes none.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from converter.errors import BadFile
 from converter.storage import FileRef, OpenFile
 from converter.storage.base import NEAR_NBYTES
 from converter.tensors.base import ByteRange, PackedRange, Storage, TensorSource
+from converter.tensors.leads import check_lead
 
 ITEM_MULTIPLE = 16  # a multiple of the size of any element, in bytes
 PIECE_NBYTES = 1 << 25  # 100 and more tasks for a checkpoint of some GB, each well above the cost of a task
@@ -63,6 +64,7 @@ class RangeReader:
         self._expected: dict[FileRef, list[tuple[int, int]]] = {}
         self._current: _SourceFile | None = None
         self._scratch: list[_Scratch] = []
+        self._led: Storage | None = None
         self._summed: Storage | None = None
         self._begin = self._end = self._crc = 0
 
@@ -91,12 +93,18 @@ class RangeReader:
     def read_into(self, record: Storage, begin: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``begin`` of a range on."""
         source = self._turn_to(record.file)
-        if type(record) is PackedRange:
+        if isinstance(record, PackedRange):
             source.inflate(record, begin, out)
-        elif _fill(source.file, record.offset + begin, out) != len(out):
+        elif _fill(source.file, record, begin, out) != len(out):
             raise BadFile(record.file.place, "became shorter while it was read", "Fetch the file again.")
         if self._with_sums and record.crc32 is not None:
             self._sum(record, begin, out)
+
+    def check_begin(self, record: Storage) -> None:
+        """Look at the ``lead`` of a range, of which other parts are read."""
+        if type(record) is ByteRange and record.lead and record != self._led:
+            check_lead(record, self.file(record.file).read(record.offset - record.lead, record.lead))
+            self._led = record
 
     def file(self, ref: FileRef) -> OpenFile:
         """Give a file that is read from, open for now."""
@@ -140,10 +148,17 @@ class RangeReader:
             self.sums.parts.append(CrcPart(record, self._begin, self._end - self._begin, self._crc))
 
 
-def _fill(file: OpenFile, offset: int, out: memoryview) -> int:
+def _fill(file: OpenFile, record: ByteRange, begin: int, out: memoryview) -> int:
+    lead = 0 if begin else record.lead
+    offset = record.offset + begin
     if len(out) > NEAR_NBYTES:
+        if lead:
+            check_lead(record, file.read(offset - lead, lead))
         return file.read_into(offset, out)
-    part = file.read_small(offset, len(out))
+    part = file.read_small(offset - lead, lead + len(out))
+    if lead:
+        check_lead(record, part[:lead])
+        part = part[lead:]
     out[: len(part)] = part
     return len(part)
 

@@ -58,12 +58,15 @@ class View(NamedTuple):
         if type(storage) is PackedRange:
             yield ByteRange(storage.file, storage.offset, storage.stored_nbytes)
         elif self.is_contiguous:
-            yield ByteRange(storage.file, storage.offset + self.dtype.nbytes(self.start) + begin, end - begin)
+            at = self.dtype.nbytes(self.start) + begin
+            lead = 0 if at else storage.lead  # which is read with it
+            yield ByteRange(storage.file, storage.offset + at - lead, end - begin + lead)
 
     def verbatim(self, begin: int, end: int) -> ByteRange | None:
         storage = self.storage
-        # A CRC32 is of bytes that were read.
-        if storage.crc32 is not None or type(storage) is PackedRange or not self.is_contiguous:
+        # A CRC32 is of bytes that were read, and so is a lead.
+        is_whole = storage.crc32 is None and type(storage) is not PackedRange and not storage.lead
+        if not is_whole or not self.is_contiguous:
             return None
         return ByteRange(storage.file, storage.offset + self.dtype.nbytes(self.start) + begin, end - begin)
 
@@ -79,6 +82,8 @@ class View(NamedTuple):
         return self._replace(shape=shape, strides=strides)
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        if not begin and self.storage.lead and (self.start or not self.is_contiguous):
+            reader.check_begin(self.storage)
         if self.is_contiguous:
             reader.read_into(self.storage, self.dtype.nbytes(self.start) + begin, out)
         else:
@@ -165,8 +170,9 @@ class _Gather:
     """Reads blocks of a strided view. Shapes, strides and starts are in elements, as in View."""
 
     def __init__(self, view: View, reader: Reader) -> None:
-        # What is read out of order has no sum of its own: such a record is read once more for it.
-        self.storage = view.storage._replace(crc32=None)
+        # What is read out of order has no sum of its own: such a record is read once more for it. Its lead was checked.
+        storage = view.storage._replace(crc32=None)
+        self.storage = storage._replace(lead=0) if type(storage) is ByteRange else storage
         self.itemsize = view.dtype.itemsize
         self.reader = reader
 

@@ -19,9 +19,10 @@ from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.torch.rebuild import StorageRef, TensorRef, parse_pickle
 from converter.formats.torch.state_dict import Reading, choose_state_dict, negated, resolve
 from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES
-from converter.formats.zip_records import DEFLATED, STORED, Record, read_records, spell
+from converter.formats.zip_records import DEFLATED, Record, read_records, spell
 from converter.storage import FileRef, OpenFile, Place
 from converter.tensors.base import ByteRange, PackedRange, Storage, Tensor, TensorSource, WeightsFile
+from converter.tensors.leads import STORED, check_lead
 from converter.tensors.view import GATHER_NBYTES, View, span_of
 
 _DAMAGED = "The file is damaged: fetch it again."
@@ -32,15 +33,16 @@ _MAX_INFLATED = 8
 _SMALL_NBYTES = 2_000_000_000
 _SCATTERED_NBYTES = 1 << 16
 
+_MAX_NOTE_NBYTES = 16
+_MAX_BETWEEN = 1 << 14  # of the pickle and the note that torch writes near it: small records, each of them aligned
+
 
 def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     """Read the directory and the pickle of an archive; no storage is read."""
     place = file.ref.place
     records = {record.name: record for record in read_records(file)}
     root = _find_root(records, place)
-    pickle = _read_small(file, records[root + b"data.pkl"], MAX_PICKLE_NBYTES)
-    note = records.get(root + b"byteorder")
-    byteorder = _read_small(file, note, 16).strip() if note else b"little"
+    pickle, byteorder = _read_descriptions(file, records[root + b"data.pkl"], records.get(root + b"byteorder"))
     if byteorder not in (b"little", b"big"):
         raise BadFile(place, f"notes an order of bytes that is none ({byteorder!r})", _DAMAGED)
     pickled = parse_pickle(pickle, place, reading.strip_code)
@@ -76,7 +78,7 @@ def _range_of(record: Record, file: FileRef) -> Storage:
         raise Unsupported(file.place, problem, "Save it again with torch.save.")
     if record.packed_nbytes != record.nbytes:
         raise HostileFile(file.place, f"its record {spell(record.name)} claims two sizes")
-    return ByteRange(file, record.offset, record.nbytes, crc)
+    return ByteRange(file, record.offset, record.nbytes, crc, record.lead)
 
 
 def _swapped(view: View, storage: StorageRef) -> TensorSource:
@@ -136,19 +138,47 @@ def _find_root(names: Mapping[bytes, Any], place: Place) -> bytes:
     return root
 
 
-def _read_small(file: OpenFile, record: Record, max_nbytes: int) -> bytes:
-    stored, place = _range_of(record, file.ref), file.ref.place
+def _read_descriptions(file: OpenFile, pickle: Record, note: Record | None) -> tuple[bytes, bytes]:
+    """Read the pickle and the order of bytes; at once what lies close together, where that saves a request."""
+    stored = _check_small(file, pickle, MAX_PICKLE_NBYTES)
+    if note is None:
+        return _unpacked(stored, file.read(*_span(stored))), b"little"
+    stored_note = _check_small(file, note, _MAX_NOTE_NBYTES)
+    (begin, nbytes), (note_begin, note_nbytes) = _span(stored), _span(stored_note)
+    between = note_begin - begin - nbytes
+    if file.is_far and 0 <= between <= _MAX_BETWEEN and file.kept(note_begin, note_nbytes) is None:
+        raw = file.read(begin, nbytes + between + note_nbytes)
+        raw, raw_note = raw[:nbytes], raw[nbytes + between :]
+    else:
+        raw, raw_note = file.read(begin, nbytes), file.read(note_begin, note_nbytes)
+    return _unpacked(stored, raw), _unpacked(stored_note, raw_note).strip()
+
+
+def _check_small(file: OpenFile, record: Record, max_nbytes: int) -> Storage:
+    stored = _range_of(record, file.ref)
     nbytes = max(stored.nbytes, stored.stored_nbytes)
     if nbytes > max_nbytes:
-        raise HostileFile(place, f"a record that describes tensors claims {nbytes:,} bytes")
-    raw = file.read(stored.offset, stored.stored_nbytes)
-    if type(stored) is PackedRange:
+        raise HostileFile(file.ref.place, f"a record that describes tensors claims {nbytes:,} bytes")
+    return stored
+
+
+def _span(stored: Storage) -> tuple[int, int]:
+    """Give what is to be read for a record: an offset, and so many bytes."""
+    return stored.offset - stored.lead, stored.lead + stored.stored_nbytes
+
+
+def _unpacked(stored: Storage, raw: bytes) -> bytes:
+    place = stored.file.place
+    if isinstance(stored, PackedRange):
         try:
             raw = zlib.decompressobj(-zlib.MAX_WBITS).decompress(raw, stored.nbytes + 1)
         except zlib.error:
             raw = b""
         if len(raw) != stored.nbytes:
             raise BadFile(place, "the description of its tensors does not unpack", _DAMAGED)
+    elif stored.lead:
+        check_lead(stored, raw[: stored.lead])
+        raw = raw[stored.lead :]
     if stored.crc32 is not None and zlib.crc32(raw) != stored.crc32:
         raise BadFile(place, "the description of its tensors does not give the CRC32 that is noted", _DAMAGED)
     return raw

@@ -3,7 +3,8 @@
 It is a magic number, a protocol number, a few facts on the machine, the object, a list of storage keys, each a pickle;
 then, for each key, the storage's number of elements in 8 bytes and its bytes (``_legacy_save`` in
 ``torch/serialization.py``). So a storage is a byte range of the file here too, though nothing guards it: there are no
-checksums. Numbers are little-endian whatever the facts say (``THPStorage_writeFileRaw``).
+checksums. Numbers are little-endian whatever the facts say (``THPStorage_writeFileRaw``). Those of a file that is far
+would take a request each, and are looked at when the storages are read.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from converter.formats.torch.state_dict import Reading, choose_state_dict, negat
 from converter.formats.torch.unpickler import FREE_NBYTES, MAX_PICKLE_NBYTES, Pickled, allow_steps
 from converter.storage import OpenFile
 from converter.tensors.base import ByteRange, Tensor, WeightsFile
+from converter.tensors.leads import COUNT_NBYTES
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _LONG = b"\x8a\x0a" + MAGIC.to_bytes(10, "little")
@@ -88,14 +90,17 @@ def _find_storages(
     file: OpenFile, begin: int, keys: Sequence[Any], storages: Mapping[str, StorageRef]
 ) -> Iterator[tuple[str, ByteRange]]:
     listed = [storages.get(key) if type(key) is str else None for key in keys]
-    lengths = (8 + storage.nbytes if storage else 0 for storage in listed)
-    offsets = list(itertools.accumulate(lengths, initial=begin))
-    counts = file.read_many((offset, 8) for offset in offsets[:-1])
-    for key, storage, offset, raw in zip(keys, listed, offsets, counts, strict=False):
+    lengths = (COUNT_NBYTES + storage.nbytes if storage else 0 for storage in listed)
+    *offsets, end = itertools.accumulate(lengths, initial=begin)
+    # Each lies behind another, so where the last one ends with the file, all can only be where they should.
+    is_known = file.is_far and end == file.nbytes
+    leads = [COUNT_NBYTES if is_known and file.kept(offset, COUNT_NBYTES) is None else 0 for offset in offsets]
+    counts = file.read_many((offset, COUNT_NBYTES) for offset, lead in zip(offsets, leads, strict=True) if not lead)
+    for key, storage, offset, lead in zip(keys, listed, offsets, leads, strict=True):
         if storage is None:
             raise BadFile(file.ref.place, "lists a storage that it does not describe", _DAMAGED)
-        numel = int.from_bytes(raw, "little")
-        if numel != storage.numel or offset + 8 + storage.nbytes > file.nbytes:
+        numel = storage.numel if lead else int.from_bytes(next(counts), "little")
+        if numel != storage.numel or offset + COUNT_NBYTES + storage.nbytes > file.nbytes:
             problem = f"its storage {key} is cut short, or is not where it should be"
             raise BadFile(file.ref.place, problem, _DAMAGED)
-        yield key, ByteRange(file.ref, offset + 8, storage.nbytes)
+        yield key, ByteRange(file.ref, offset + COUNT_NBYTES, storage.nbytes, None, lead)

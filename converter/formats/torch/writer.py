@@ -18,8 +18,9 @@ from converter.dtypes import DType
 from converter.formats.torch.rebuild import AXES_A_STEP
 from converter.formats.torch.state_dict import MAX_NAME_LENGTH, MAX_NAMES_LENGTH, MAX_TENSORS
 from converter.formats.torch.unpickler import FREE_NBYTES, GLOBAL_STEPS, MAX_OPCODES, count_text_steps
-from converter.formats.zip_records import END, END_64, END_64_LOCATOR, ENTRY, LOCAL_HEADER
+from converter.formats.zip_records import END, END_64, END_64_LOCATOR, ENTRY
 from converter.tensors.base import MAX_DIMS, Layout, TensorSpec
+from converter.tensors.leads import LOCAL_HEADER
 from converter.tensors.view import contiguous_strides
 
 _ALIGNMENT = 64
