@@ -14,6 +14,7 @@ from typing import TypeVar
 import pytest
 
 from remote import servers, stores
+from remote.hub_server import Hub
 from remote.wire import Wire
 
 AMBIENT = ("AWS_", "AZURE_", "AZURITE_", "GOOGLE_", "HF_", "HUGGING", "HUGGINGFACE_")
@@ -107,3 +108,24 @@ def web(web_port: int, web_root: Path, nowhere: None) -> Iterator[stores.Web]:
         name = stores.new_name()
         (web_root / name).mkdir()
         yield stores.Web(web_root / name, f"{wire.url}/{name}", wire)
+
+
+@pytest.fixture
+def hub(nowhere: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """Give a Hub without repositories; whoever asks in this process may write to those of ``me`` and ``org``."""
+    from huggingface_hub import constants
+
+    hub = Hub(tmp_path / "hub")
+    home = tmp_path / "hf_home"
+    caches = {"HF_HOME": home, "HF_XET_CACHE": home / "xet"}
+    for name, value in {**hub.env, **caches, "HF_HUB_DISABLE_PROGRESS_BARS": 1, "HF_HUB_DISABLE_TELEMETRY": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    # What the library read when it was loaded, which may be long ago.
+    for name, value in list(vars(constants).items()):
+        if isinstance(value, str) and value.startswith(constants.HF_HOME):
+            monkeypatch.setattr(constants, name, value.replace(constants.HF_HOME, str(home), 1))
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    yield hub
+    hub.close()

@@ -1,17 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import obstore
 import pytest
-import urllib3
 from obstore.store import AzureStore, HTTPStore, S3Store
 
-from remote import stores, wire
-from remote.wire import Asked, Wire
+from remote import stores
 
 DATA = bytes(range(256)) * 4096 * 6  # 6 MiB, more than one part
 CLIENT: Any = {"allow_http": True}
