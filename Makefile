@@ -11,13 +11,15 @@ BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PACKAGE := setup.cfg pyproject.toml $(wildcard converter/*.py converter/*/*.py converter/*/*/*.py)
 # The torch that the tests are pinned to, as setup.cfg has it.
 TORCH := $(shell sed -n 's/^ *\(torch==[^ ]*\).*/\1/p' setup.cfg)
+# Azure's stores for the tests; all else that they need is in setup.cfg.
+AZURITE := azurite@3.35.0
 # Every file of a folder with its size.
 SIZES = find $(1) -type f | sort | xargs ls -lh | awk '{ printf "%8s  %s\n", $$5, $$NF }'
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench same matrix clean
+.PHONY: help demo test test-remote test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench same matrix clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F '|' '{ printf "make %-14s%s\n", $$1, $$2 }'
@@ -46,12 +48,15 @@ demo: .venv-demo/installed  ## convert a small Stable Diffusion folder, without 
 	@echo "That was all. Try it on a folder of yours: .venv-demo/$(BIN)/wconv to-safetensors FOLDER -o NEW_FOLDER"
 
 # Measuring takes a third more time; what is run while something is written need not wait for it.
-test: .venv/installed  ## run the tests but the slow ones (PYTEST_ARGS=... for more options, COVERAGE=1 to hold what they reach)
+test: .venv/installed  ## run the tests but the slow and the remote ones (PYTEST_ARGS=... for more options, COVERAGE=1 to hold what they reach)
 	@rm -rf build/coverage && mkdir -p build/coverage
-	.venv/$(BIN)/python $(if $(COVERAGE),-m coverage run )-m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+	.venv/$(BIN)/python $(if $(COVERAGE),-m coverage run )-m pytest -n 2 -m "not slow and not remote" $(PYTEST_ARGS)
 	$(if $(COVERAGE),.venv/$(BIN)/python -m coverage combine -q && .venv/$(BIN)/python -m coverage report)
 
-test-all: .venv/installed .venv-coreml/installed .venv-engines/installed  ## run all tests
+test-remote: .venv/installed .venv-servers/installed  ## run the tests with stores: S3, Azure, the web and the Hub, all on this machine
+	.venv/$(BIN)/python -m pytest -m remote $(PYTEST_ARGS)
+
+test-all: .venv/installed .venv-coreml/installed .venv-engines/installed .venv-servers/installed  ## run all tests
 	.venv/$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: format-check ruff-check type-check readme-check docs-check  ## run all the checks below
@@ -97,7 +102,7 @@ fuzz: .venv-fuzz/installed  ## feed the readers made-up files, a minute each (FU
 	.venv-fuzz/$(BIN)/python scripts/fuzz.py $(FUZZ_ARGS)
 
 clean:  ## remove environments, caches and all that was built
-	rm -rf .venv .venv-demo .venv-lint .venv-fuzz .venv-coreml .venv-engines build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-demo .venv-lint .venv-fuzz .venv-coreml .venv-engines .venv-servers build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find converter scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environments. Each holds an empty file "installed", newer than what it was installed from.
@@ -128,6 +133,15 @@ clean:  ## remove environments, caches and all that was built
 	@echo "Installing wconv and the engines of clusters into .venv-engines ..."
 	@$(PYTHON) -m venv .venv-engines
 	@.venv-engines/$(BIN)/python -m pip install -q -e ".[engines]"
+	@touch $@
+
+# Azurite needs npm; without, its tests are left out.
+.venv-servers/installed: setup.cfg pyproject.toml Makefile
+	@echo "Installing Swift, snailmail and Azurite into .venv-servers ..."
+	@$(PYTHON) -m venv .venv-servers
+	@.venv-servers/$(BIN)/python -m pip install -q ".[servers]"
+	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix .venv-servers $(AZURITE); \
+		else echo "There is no npm: the tests with Azure's store will be left out."; fi
 	@touch $@
 
 .venv-fuzz/installed: setup.cfg pyproject.toml

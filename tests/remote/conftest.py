@@ -1,0 +1,131 @@
+"""Fixtures for tests of what is elsewhere: servers for the whole run, and for each test a bucket and a wire of its own.
+
+A fixture sets the variables that lead to its server, and takes away all that would lead anywhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from remote import servers, stores
+from remote.hub_server import Hub
+from remote.wire import Wire
+
+AMBIENT = ("AWS_", "AZURE_", "AZURITE_", "GOOGLE_", "HF_", "HUGGING", "HUGGINGFACE_")
+HERE = Path(__file__).parent
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+_Store = TypeVar("_Store", bound=stores.Store)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is in this folder."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.remote)
+
+
+@pytest.fixture(scope="session")
+def needs_servers() -> None:
+    """Skip what needs servers that are not installed."""
+    if not servers.is_ready():
+        pytest.skip("the servers are not installed: make test-remote")
+
+
+@pytest.fixture(scope="session")
+def swift_port(needs_servers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Give the port of the run's Swift."""
+    with servers.swift(tmp_path_factory.mktemp("swift")) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def azurite_port(needs_servers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Give the port of the run's Azurite."""
+    if not servers.has_azurite():
+        pytest.skip("Azurite is not installed, for npm or node was not found: have them, then make clean test-remote")
+    with servers.azurite(tmp_path_factory.mktemp("azurite")) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def web_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder that the run's web server serves."""
+    return tmp_path_factory.mktemp("web")
+
+
+@pytest.fixture(scope="session")
+def web_port(needs_servers: None, web_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Give the port of the run's web server."""
+    with servers.web(web_root, tmp_path_factory.mktemp("web_log") / "log") as port:
+        yield port
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away all variables that lead to a store."""
+    for name in list(os.environ):
+        if name.startswith(AMBIENT) or name.lower() in PROXIES:
+            monkeypatch.delenv(name)
+    # Where a client asks that has no credentials; nobody listens there.
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+
+
+@pytest.fixture
+def s3(swift_port: int, nowhere: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[stores.S3]:
+    """Give an empty bucket."""
+    with _opened(stores.S3, swift_port, monkeypatch) as store:
+        yield store
+
+
+@pytest.fixture
+def az(azurite_port: int, nowhere: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[stores.Azure]:
+    """Give an empty container."""
+    with _opened(stores.Azure, azurite_port, monkeypatch) as store:
+        yield store
+
+
+@contextlib.contextmanager
+def _opened(kind: type[_Store], port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Store]:
+    with Wire(port) as wire:
+        store = kind(port, wire)
+        store.create()
+        for name, value in store.env.items():
+            monkeypatch.setenv(name, value)
+        yield store
+        store.close()
+
+
+@pytest.fixture
+def web(web_port: int, web_root: Path, nowhere: None) -> Iterator[stores.Web]:
+    """Give an empty folder that is served."""
+    with Wire(web_port) as wire:
+        name = stores.new_name()
+        (web_root / name).mkdir()
+        yield stores.Web(web_root / name, f"{wire.url}/{name}", wire)
+
+
+@pytest.fixture
+def hub(nowhere: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """Give a Hub without repositories; whoever asks in this process may write to those of ``me`` and ``org``."""
+    from huggingface_hub import constants
+
+    hub = Hub(tmp_path / "hub")
+    home = tmp_path / "hf_home"
+    caches = {"HF_HOME": home, "HF_XET_CACHE": home / "xet"}
+    for name, value in {**hub.env, **caches, "HF_HUB_DISABLE_PROGRESS_BARS": 1, "HF_HUB_DISABLE_TELEMETRY": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    # What the library read when it was loaded, which may be long ago.
+    for name, value in list(vars(constants).items()):
+        if isinstance(value, str) and value.startswith(constants.HF_HOME):
+            monkeypatch.setattr(constants, name, value.replace(constants.HF_HOME, str(home), 1))
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    yield hub
+    hub.close()
