@@ -17,6 +17,7 @@ from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare
 from converter.run.choice import Choice, choose_workers
 from converter.run.execute import Result, guess_seconds, run_plan
+from converter.run.upload import traffic_of
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES
 from converter.run.workers import Workers, open_workers
 from converter.storage import Place
@@ -118,13 +119,15 @@ def _run(plan: Plan | None, request: str, job: Run) -> tuple[Result, int]:
 def _show_dry_run(plan: Plan, job: Run, more: Mapping[str, Any]) -> None:
     run = job.options
     memory_nbytes = memory_in_use()
-    seconds = guess_seconds(plan)
+    read, sent = traffic_of(plan)
+    seconds = None if read or sent else guess_seconds(plan)
     if job.choice.executor == "threads":
         memory_nbytes = memory_in_use()  # now with what casts, which others load for themselves
     memory_nbytes += job.choice.extra_nbytes(plan, int(run.memory))
     if plan.is_there:
         _run(plan, "", job)  # nothing is written then, and that all is there must be true
-    needs = Needs(str(job.choice), memory_nbytes, free_nbytes(plan.target.real.path), seconds)
+    free = None if plan.target.folder.store.is_far else free_nbytes(plan.target.real.path)
+    needs = Needs(str(job.choice), memory_nbytes, free, seconds, read, sent)
     if run.as_json:
         show_json({**plan_as_json(plan), **more, "dry_run": True, **needs.as_json()})
     elif run.quiet:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from converter.dtypes import BY_ALIAS, RECAST_TARGETS, DType
+
+if TYPE_CHECKING:
+    from converter.storage import Place
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -71,7 +74,14 @@ class ExecutorName(click.ParamType[str]):
 
 
 class PlaceType(click.Path):
-    """A file or folder; the empty text that a variable holds if it is unset is none, and least the current folder."""
+    """A file or folder; the empty text that a variable holds if it is unset is none, and least the current folder.
+
+    One that ``is_read`` may be the bare name of a model on the Hub, where a user says that it is meant.
+    """
+
+    def __init__(self, is_read: bool = False) -> None:
+        super().__init__()
+        self.is_read = is_read
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
@@ -80,15 +90,35 @@ class PlaceType(click.Path):
         from converter.storage.local import is_local
 
         place = place_of(value)
+        if self.is_read and isinstance(value, str) and is_local(place) and not place.is_taken():
+            place = _meant(value, place)
         if is_local(place):
             super().convert(str(place), param, ctx)  # which refuses what is not there, if it must be
         return place
 
 
+def _meant(text: str, place: Place) -> Place:
+    """Give the model of the Hub that a name may stand for that is no path here, if the user says so.
+
+    Raises BadFile where nobody can be asked.
+    """
+    import re
+    import sys
+
+    from converter.errors import BadFile
+    from converter.storage import place_of
+
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) or place.parent.exists():
+        return place
+    if sys.stdin.isatty() and click.confirm(f"{text} is no path here. Take it from the Hub?", err=True):
+        return place_of(f"hf://{text}")
+    raise BadFile(text, "does not exist", f"If it is a model of the Hub, name it hf://{text}.")
+
+
 FULL_TARGETS = ("fp32", "bf16", "fp16")
 """The dtypes that a model runs in."""
 
-source_arg = click.argument("source", metavar="[SRC]", default=".", type=PlaceType())
+source_arg = click.argument("source", metavar="[SRC]", default=".", type=PlaceType(is_read=True))
 
 new_folder_option = click.option(
     "-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder."
@@ -198,6 +228,11 @@ _CONVERSION_OPTIONS = {
     ),
     "follow-links": click.option(
         "--follow-links", is_flag=True, help="With -o: carry over what SRC has as links to other places, too."
+    ),
+    "create": click.option("--create", is_flag=True, help="With -o hf://owner/name: make it, where it is not there."),
+    "private": click.option("--private", is_flag=True, help="With --create: for its owner alone."),
+    "pr": click.option(
+        "--pr", is_flag=True, help="Propose the output as a pull request: to -o hf://owner/name, or where SRC lies."
     ),
     "verify": click.option(
         "--verify", is_flag=True, help="Read the output back and compare every value before publishing it."

@@ -33,7 +33,7 @@ _MEMORY_SHARE = 4
     help="For a single file: a pipeline folder to take configs, tokenizer and scheduler from.",
 )
 @click.option("--keep-default", is_flag=True, help="Write the untagged weights as well, in their own dtype.")
-@some_conversion_options("on-overflow", "overwrite", "follow-links", "verify", "dry-run")
+@some_conversion_options("on-overflow", "overwrite", "follow-links", "create", "private", "pr", "verify", "dry-run")
 def command(source: Place, output: Place, ema: bool, config: Place | None, keep_default: bool, **options: Any) -> None:
     """Make a Stable Diffusion pipeline ready for Core ML: in fp16, tagged, one file a part, in a new folder.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, NamedTuple
 
 from converter.cli.terminal import echo, printable, show_bytes, show_seconds, show_table
@@ -10,6 +11,7 @@ from converter.plan.types import Plan, PlannedSet
 from converter.recipes.loading import loading_lines
 from converter.run.execute import Result
 from converter.run.parts import name_counts
+from converter.run.upload import Traffic
 
 _NAMED = 5  # of what is carried over; -v lists all
 
@@ -46,13 +48,16 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 class Needs(NamedTuple):
     """What a plan would take: who would carry it out, in how much memory, on a disk with how much room.
 
-    ``seconds`` is how long one worker would take, without what it takes to write.
+    ``seconds`` is how long one worker would take, without what it takes to write. What is ``read`` and ``sent`` over a
+    network is known in its place, where anything is.
     """
 
     workers: str
     memory_nbytes: int
-    free_nbytes: int
-    seconds: float
+    free_nbytes: int | None
+    seconds: float | None
+    read: Traffic | None = None
+    sent: Traffic | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Give the machine-readable form."""
@@ -61,6 +66,9 @@ class Needs(NamedTuple):
             "peak_memory_nbytes": self.memory_nbytes,
             "free_nbytes": self.free_nbytes,
             "worker_seconds": self.seconds,
+            **{f"{what}_{name}": value
+               for what, traffic in (("read", self.read), ("sent", self.sent)) if traffic is not None
+               for name, value in traffic._asdict().items()},
         }
 
 
@@ -77,8 +85,18 @@ def show_plan(plan: Plan, needs: Needs) -> None:
         echo(printable(f"Would remove {name}"))
     _show_remarks(plan, every=True)
     nbytes = plan.nbytes + _carried_nbytes(plan)
-    room = f"{'only ' if nbytes > needs.free_nbytes else ''}{show_bytes(needs.free_nbytes)} free"
-    echo(f"Takes {show_bytes(nbytes)} of disk ({room}) and about {show_bytes(needs.memory_nbytes)} of memory.")
+    where = ""
+    if needs.free_nbytes is not None:
+        room = f"{'only ' if nbytes > needs.free_nbytes else ''}{show_bytes(needs.free_nbytes)} free"
+        where = f"{show_bytes(nbytes)} of disk ({room}) and "
+    echo(f"Takes {where}about {show_bytes(needs.memory_nbytes)} of memory.")
+    for traffic, verb, place in ((needs.read, "Reads", plan.source.path), (needs.sent, "Sends", plan.target.folder)):
+        if traffic is not None:
+            what = f"{show_bytes(traffic.nbytes)} in about {traffic.requests:,} requests"
+            echo(printable(f"{verb} {what} {'from' if verb == 'Reads' else 'to'} {place}."))
+    if needs.seconds is None:
+        echo(f"Runs on {needs.workers}.")
+        return
     seconds = show_seconds(needs.seconds)
     echo(f"Runs on {needs.workers}: {seconds} of work for one of them, and what the disk takes to write.")
 
@@ -111,9 +129,12 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     echo(_how_it_went(result, peak_nbytes))
     if result.left_over:
         echo(printable(f"Left over: {result.left_over}."))
-    echo("\nLoad it with:\n")
-    for line in loading_lines(plan):
-        echo(f"    {line}")
+    if result.told:
+        echo(printable(f"See {result.told}"))
+    lines = loading_lines(plan)
+    echo("\nLoad it with:\n" if lines else "\nLook at it with:\n")
+    for line in lines or [f"wconv inspect {shlex.quote(str(plan.target.folder))}"]:
+        echo(f"    {printable(line)}")
 
 
 def _row_of(planned: PlannedSet) -> tuple[str, ...]:

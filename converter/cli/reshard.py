@@ -29,6 +29,6 @@ def command(source: Place, **options: Any) -> None:
 
     if options["max_shard_size"] is None:
         raise click.UsageError("Say how large a shard may be: --max-shard-size 5GB, or none.")
-    if options["output"] is None and not options["in_place"]:
-        raise click.UsageError("Say where to write: -o OUT, or --in-place.")
+    if options["output"] is None and not (options["in_place"] or options["pr"]):
+        raise click.UsageError("Say where to write: -o OUT, --in-place, or --pr.")
     run_conversion(source, options, format=None)

@@ -28,8 +28,8 @@ _WHAT = {
 
 
 @click.command("verify")
-@click.argument("a", type=PlaceType())
-@click.argument("b", type=PlaceType())
+@click.argument("a", type=PlaceType(is_read=True))
+@click.argument("b", type=PlaceType(is_read=True))
 @click.option("--cast", is_flag=True, help="Allow another dtype in B, if its values are those of A, rounded.")
 @click.option(
     "--quantized", is_flag=True, help="Allow 8 bits in B, as 'wconv quantize' writes them, and show the errors."

@@ -6,7 +6,9 @@ together, by the names in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import filter as matching
 
@@ -34,6 +36,7 @@ class Writer:
 
 
 _HEAD_NBYTES = 512
+_AT_ONCE = 16
 _KEPT_NBYTES = 1 << 16  # most headers are within it, and need no second request over a network
 
 
@@ -140,6 +143,20 @@ def refuse_folder(folder: Place) -> None:
         for place in entries:
             if place.name.endswith(".pt"):
                 training.check_name(place)
+
+
+def read_files(places: Iterable[Place], reading: Reading = PLAIN) -> Iterator[WeightsFile]:
+    """Read the headers of files, in order; of those that are far some at once, as each takes its time to come."""
+    places = list(places)
+    if len(places) < 2 or not places[0].store.is_far:
+        yield from (read_file(place, reading) for place in places)
+        return
+    with ThreadPoolExecutor(min(_AT_ONCE, len(places))) as pool:
+        try:
+            yield from pool.map(read_file, places, itertools.repeat(reading))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def read_file(place: Place, reading: Reading = PLAIN) -> WeightsFile:

@@ -12,7 +12,7 @@ from typing import Any
 
 from converter.dtypes import DType
 from converter.errors import BadFile, HostileFile
-from converter.formats import read_file
+from converter.formats import read_files
 from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.models.component import WeightSet
 from converter.models.index import WeightIndex, read_index
@@ -82,8 +82,7 @@ def open_checkpoint(source: Given | WeightSet, reading: Reading = PLAIN) -> Chec
 
 def _read_files(weight_set: WeightSet, reading: Reading) -> Iterator[WeightsFile]:
     room = MAX_TENSORS
-    for name in weight_set.file_names:
-        file = read_file(weight_set.folder / name, reading)
+    for file in read_files((weight_set.folder / name for name in weight_set.file_names), reading):
         room -= len(file.tensors)
         if room < 0:
             raise HostileFile(weight_set.path, f"describes more than {MAX_TENSORS:,} tensors, and no model has them")

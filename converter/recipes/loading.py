@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from converter.libraries import LIBRARIES, loader_of
 from converter.libraries.written import Written, WrittenSet, load_files
 from converter.plan.types import Plan, PlannedSet
+from converter.storage import Place
 
 _MOST_SETS = 8  # more lines than that nobody reads
 
 
 def loading_lines(plan: Plan) -> list[str]:
     """Give the Python lines that load what a plan writes; comments say what of it they leave to the reader."""
+    folder = _loaded_from(plan)
+    if folder is None:
+        return []
     loader = loader_of(plan.source)
     sets = tuple(_describe(plan, planned) for planned in plan.sets)
     is_variantless = bool(loader.no_variants(plan.source))
-    written = Written(plan.source, plan.target.folder.spelled, plan.target.is_new, is_variantless, plan.dtype, sets)
+    written = Written(plan.source, folder, plan.target.is_new, is_variantless, plan.dtype, sets)
     lines = loader.load_folder(written)
-    if lines:
+    if lines or plan.target.folder.store.is_far:
         return lines
     for one in sets[:_MOST_SETS]:
         lines += (line for line in _lines_of(written, one) if line not in lines)
@@ -24,9 +30,22 @@ def loading_lines(plan: Plan) -> list[str]:
     return [*lines, f"# and so on, for {more} more"] if more > 0 else lines
 
 
+def _loaded_from(plan: Plan) -> Path | None:
+    """Give what loaders are told: a folder of this machine, or a repository at its main branch; they know no bucket."""
+    folder = plan.target.folder
+    if not folder.store.is_far:
+        return folder.spelled
+    name = folder.store.loaders_name
+    return Path(name) if name and folder.key == "." else None
+
+
+def _spelled(place: Place) -> Path:
+    return Path(str(place)) if place.store.is_far else place.spelled
+
+
 def _describe(plan: Plan, planned: PlannedSet) -> WrittenSet:
     component = next(component for component in plan.source.components if component.name == planned.component)
-    files = tuple((plan.target.folder / file.path).spelled for file in planned.files)
+    files = tuple(_spelled(plan.target.folder / file.path) for file in planned.files)
     tensors = (tensor for file in planned.files for tensor, _ in file.tensors)
     is_int8 = any(tensor.dtype.tag == "I8" and tensor.source.computes for tensor in tensors)
     return WrittenSet(component, planned.name, files, is_int8)

@@ -7,6 +7,7 @@ from converter.models.model import Model
 from converter.models.rest import above
 from converter.plan.types import Plan, Target
 from converter.storage import Info, Place
+from converter.storage.far import CommittedStore
 
 
 def open_target(model: Model, output: Place | None, overwrite: bool) -> Target:
@@ -20,14 +21,22 @@ def open_target(model: Model, output: Place | None, overwrite: bool) -> Target:
         return Target.at(output, is_new=True)
     if not output.is_folder():
         raise OutputRefused(output, "exists and is no folder", "Name a folder for the output.")
+    is_same = output.is_same(model.root)
+    if is_same and isinstance(output.store, CommittedStore):
+        return Target.at(output)  # what is there stays in its history
     if model.kind != "file":
-        if output.is_same(model.root):
+        if is_same:
             raise OutputRefused(output, "is the source itself", "Leave -o out to add files beside it.")
         if model.root.real().is_below(output.real()):
             raise OutputRefused(output, "holds the source", "Name a new folder.")
-        if output.entries() and not overwrite:
+        if any(not _is_card(entry) for entry in output.entries()) and not overwrite:
             raise OutputRefused(output, "exists and is not empty", "Name a new folder, or use --overwrite.")
     return Target.at(output)
+
+
+def _is_card(entry: Place) -> bool:
+    """Say whether an entry is one of those that a new repository of the Hub has."""
+    return isinstance(entry.store, CommittedStore) and entry.name in ("README.md", "LICENSE")
 
 
 def refuse_links(plan: Plan) -> None:

@@ -26,13 +26,15 @@ from converter.run.parts import (
     check_record,
     combine,
     compare_piece,
+    cut_pieces,
     find_unread,
     too_large_error,
 )
 from converter.run.tasks import Call, Tasks
 from converter.run.watch import advance
 from converter.storage import FileRef, Place
-from converter.storage.far import Receipt, WritableStore, Writer
+from converter.storage.far import PART_NBYTES, Receipt, WritableStore, Writer, count_streams
+from converter.tensors.reader import are_far
 
 _AT_ONCE = 16  # questions
 _SMALL_NBYTES = 1 << 20  # what is copied with what comes last
@@ -182,6 +184,44 @@ def _files_in(folder: Place) -> Iterator[tuple[str, Place]]:
             yield entry.name, entry
 
 
+class Traffic(NamedTuple):
+    """What goes over a network: bytes, and in about how many requests."""
+
+    nbytes: int
+    requests: int
+
+
+def traffic_of(plan: Plan) -> tuple[Traffic | None, Traffic | None]:
+    """Say what a plan will read of a store that is far, and send to one; what was read for planning is not counted."""
+    read = sent = None
+    is_sent = plan.target.folder.store.is_far
+    copied = [(file.place.store.is_far, info.nbytes) for _, file in plan.copied if (info := file.place.info())]
+    if any(is_far for is_far, _ in copied) or are_far(tensor.source for file in plan.written for tensor, _ in file.tensors):
+        nbytes = requests = 0
+        for planned in plan.written:
+            place = plan.target.folder / planned.path
+            pieces = [_whole(planned, place)] if is_sent else cut_pieces(planned, place)
+            for piece in pieces:
+                wanted: dict[FileRef, list[tuple[int, int]]] = {}
+                for step in piece.steps:
+                    for file, offset, count, *_ in step.tensor.source.extents(step.begin, step.end):
+                        wanted.setdefault(file, []).append((offset, count))
+                        nbytes += count
+                requests += sum(map(count_streams, wanted.values()))
+        far = [count for is_far, count in copied if is_far]
+        read = Traffic(nbytes + sum(far), requests + len(far))
+    if is_sent:
+        sizes = [planned.nbytes for planned in plan.written] + [count for _, count in copied]
+        texts = [len(content) for _, content in plan.texts]
+        parts = sum(3 + -(-nbytes // PART_NBYTES) for nbytes in sizes) + len(texts)
+        sent = Traffic(sum(sizes) + sum(texts), parts)
+    return read, sent
+
+
+def _whole(planned: PlannedFile, place: Place) -> Piece:
+    return Piece(place, tuple(Step(tensor, at, 0, tensor.nbytes) for tensor, at in planned.tensors if tensor.nbytes))
+
+
 def _store_of(plan: Plan) -> WritableStore:
     store = plan.target.folder.store
     assert isinstance(store, WritableStore)
@@ -228,8 +268,7 @@ def _copy(upload: Upload, out: Writer) -> None:
 
 def _stream(upload: Upload, planned: PlannedFile, out: Writer, chunk_nbytes: int) -> Counter[str]:
     """Write all of a file, and raise before its end what makes it wrong."""
-    steps = tuple(Step(tensor, offset, 0, tensor.nbytes) for tensor, offset in planned.tensors if tensor.nbytes)
-    piece = Piece(upload.place, steps)
+    piece = _whole(planned, upload.place)
     in_order = _InOrder(out, _frame_of(planned, piece, chunk_nbytes))
     report = carry(piece, chunk_nbytes, in_order.write)
     in_order.finish(planned.nbytes)
@@ -304,6 +343,5 @@ def _check_head(place: Place, planned: PlannedFile) -> None:
 def compare_file(upload: Upload, chunk_nbytes: int = CHUNK_NBYTES) -> None:
     """Read a file back and hold it against its source; raises MismatchError where they differ."""
     assert upload.planned is not None
-    steps = tuple(Step(tensor, offset, 0, tensor.nbytes) for tensor, offset in upload.planned.tensors if tensor.nbytes)
-    compare_piece(Piece(upload.place, steps), chunk_nbytes)
+    compare_piece(_whole(upload.planned, upload.place), chunk_nbytes)
     advance(upload.nbytes)

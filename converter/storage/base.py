@@ -131,6 +131,8 @@ class Store(Protocol):
 
     lists_all: bool = True
     is_far: bool = False
+    loaders_name: str = ""
+    """What loaders know it by, if they do."""
 
     def pinned(self) -> Store:
         """Give the store as it is now, for one whose names stand for something else later."""

@@ -24,6 +24,9 @@ _LARGE_NBYTES = _BUFFER_NBYTES // 2  # worth a request of its own
 _GAP_NBYTES = 1 << 16  # is read with what is around it
 _HEAVY_NBYTES = 1 << 21
 
+PART_NBYTES = 8 << 20
+"""How much goes up at once, at least, where a file goes up in parts."""
+
 TASK_NBYTES = 48_000_000
 """What a task takes, at most, beside its buffers, when it reads and writes over a network."""
 
@@ -56,6 +59,16 @@ def _windows_of(wanted: Iterable[Range]) -> Iterator[_Window]:
             held.append(one)
     if held:
         yield _held(held)
+
+
+def count_streams(wanted: Iterable[tuple[int, int]]) -> int:
+    """Say in how many streams a file comes, given what is read of it, in order: offsets and numbers of bytes."""
+    count, at = 0, -1
+    for window in _windows_of(Range(offset, offset + nbytes) for offset, nbytes in wanted if nbytes):
+        for begin, end in window.ranges:
+            count += begin != at
+            at = end
+    return count
 
 
 def _held(ranges: Sequence[Range]) -> _Window:

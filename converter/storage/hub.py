@@ -51,6 +51,10 @@ class HubStore(CommittedStore):
         at = "" if self.revision == "main" else f"@{quote(self.revision, safe='/' if '/pr/' in self.revision else '')}"
         return f"hf://{self.repo}{at}" + ("" if key in ("", ".") else f"/{key}")
 
+    @property
+    def loaders_name(self) -> str:  # type: ignore[override]
+        return self.repo if self.revision == "main" and not self.as_pr else ""
+
     def is_same(self, key: str, other: Place) -> bool:
         return isinstance(other.store, HubStore) and (self.repo, key) == (other.store.repo, other.key)
 

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, Unsupported, WconvError
 from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed
-from converter.storage.far import FarFile, Receipt, WritableStore, Writer, mark_of, nbytes_of, tag_of
+from converter.storage.far import PART_NBYTES, FarFile, Receipt, WritableStore, Writer, mark_of, nbytes_of, tag_of
 
 if TYPE_CHECKING:
     from obstore import WritableFile
     from obstore.store import ObjectStore as Client
 
 _STREAMED_NBYTES = 1 << 20
-_PART_NBYTES = 8 << 20
 _MOST_PARTS = 9_000  # S3 takes 10,000
 _PARTS_AT_ONCE = 3
 _NOTE = "wconv-plan"
@@ -112,7 +111,7 @@ class ObjectStore(WritableStore):
     def writer(self, key: str, nbytes: int, note: str) -> Iterator[Writer]:
         import obstore
 
-        part_nbytes = max(_PART_NBYTES, -(-nbytes // _MOST_PARTS))
+        part_nbytes = max(PART_NBYTES, -(-nbytes // _MOST_PARTS))
         with self._worded(key), obstore.open_writer(
             self._client(), key, attributes={_NOTE: note}, buffer_size=part_nbytes, max_concurrency=_PARTS_AT_ONCE
         ) as file:  # aborts what it has begun after an error
@@ -160,15 +159,16 @@ class ObjectStore(WritableStore):
 
         name = f"{key}/.wconv-{os.urandom(8).hex()}"
         try:
-            with self._worded(key), obstore.open_writer(self._client(), name, buffer_size=_PART_NBYTES) as file:
-                file.write(bytes(_PART_NBYTES + 1))
+            with self._worded(key), obstore.open_writer(self._client(), name, buffer_size=PART_NBYTES) as file:
+                file.write(bytes(PART_NBYTES + 1))
                 file.flush()
                 raise Stop
         except Stop:
             pass
 
     def _client(self) -> Client:
-        return _client(self.scheme, self.bucket)
+        asked = frozenset(item for item in os.environ.items() if item[0].startswith(("AWS_", "GOOGLE_", "AZUR")))
+        return _client(self.scheme, self.bucket, asked)
 
     @contextmanager
     def _worded(self, key: str) -> Iterator[None]:
@@ -276,7 +276,7 @@ def check_installed(url: str) -> None:
 
 
 @lru_cache(64)
-def _client(scheme: str, bucket: str) -> Client:
+def _client(scheme: str, bucket: str, _: frozenset[tuple[str, str]]) -> Client:
     """Give what speaks with a bucket; each process makes its own, from what its environment says."""
     from obstore import store
 
