@@ -14,6 +14,7 @@ from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
@@ -182,14 +183,13 @@ class HubStore(CommittedStore):
     @contextmanager
     def writer(self, key: str, nbytes: int, note: str) -> Iterator[Writer]:
         import hf_xet
-        from huggingface_hub.utils import get_xet_session, xet_headers_without_auth
 
         known = headers()
         if not known:
             raise SystemRefused(self.spell(key), "is written by who is known to the Hub", _SIGN_IN)
         url = f"{self._api()}/xet-write-token/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
-        with self._worded(key), get_xet_session().new_upload_commit(
-            token_refresh_url=url, token_refresh_headers=known, custom_headers=xet_headers_without_auth(known)
+        with self._worded(key), _session().new_upload_commit(
+            token_refresh_url=url, token_refresh_headers=known
         ) as commit:
             stream = commit.start_upload_stream(name=key, sha256=hf_xet.COMPUTE_SHA256)
             writer = _Writer(stream)
@@ -326,6 +326,14 @@ _LOCATED: dict[tuple[HubStore, str], str] = {}
 def _own(url: str) -> dict[str, str]:
     """Give the headers that say who asks, for an address of the Hub's own alone."""
     return headers() if urlsplit(url).netloc == urlsplit(endpoint()).netloc else {}
+
+
+@lru_cache(1)
+def _session() -> Any:
+    """Give what speaks with Xet, one a process."""
+    import hf_xet
+
+    return hf_xet.XetSession()
 
 
 def endpoint() -> str:
