@@ -66,9 +66,12 @@ class Needs(NamedTuple):
             "peak_memory_nbytes": self.memory_nbytes,
             "free_nbytes": self.free_nbytes,
             "worker_seconds": self.seconds,
-            **{f"{what}_{name}": value
-               for what, traffic in (("read", self.read), ("sent", self.sent)) if traffic is not None
-               for name, value in traffic._asdict().items()},
+            **{
+                f"{what}_{name}": value
+                for what, traffic in (("read", self.read), ("sent", self.sent))
+                if traffic is not None
+                for name, value in traffic._asdict().items()
+            },
         }
 
 
