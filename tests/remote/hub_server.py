@@ -151,7 +151,7 @@ class Hub:
     def _repo(self, request: Request, name: str, does_write: bool = False) -> Repo:
         level = self._level(request)
         repo = self.repos.get(name)
-        if repo is None or (repo.is_private and level is None):
+        if repo is None or (repo.is_private and (level is None or not self._is_own(name))):
             if level is None:
                 raise RefusedError(401, "Invalid username or password.", "RepoNotFound")
             raise RefusedError(404, "Repository not found", "RepoNotFound")
@@ -159,12 +159,15 @@ class Hub:
             self._check_write(level, name, request.is_set("create_pr"))
         return repo
 
+    def _is_own(self, name: str) -> bool:
+        return name.split("/")[0] in self.owners
+
     def _check_write(self, level: str | None, name: str, is_pull_request: bool) -> None:
         if level is None:
             raise RefusedError(401, "Invalid username or password.")
         if level != "write":
             raise RefusedError(403, NEEDS_WRITE)
-        if name.split("/")[0] not in self.owners and not is_pull_request:
+        if not self._is_own(name) and not is_pull_request:
             raise RefusedError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
 
     # The API.
@@ -293,7 +296,7 @@ class Hub:
     # Reading a file.
 
     def _check_gate(self, request: Request, repo: Repo) -> None:
-        if repo.is_gated and repo.name.split("/")[0] not in self.owners:
+        if repo.is_gated and not self._is_own(repo.name):
             message = f"Access to model {repo.name} is restricted and you are not in the authorized list."
             raise RefusedError(403 if self._level(request) else 401, message, "GatedRepo")
 
