@@ -105,10 +105,11 @@ def _split(plan: Plan, request: str) -> tuple[list[Upload], list[tuple[str, byte
     folder = plan.target.folder
     notes = notes_of(plan, request)
     may_overflow = plan.on_overflow != "error"
-    uploads, texts = [], []
-    for planned in plan.files:
-        uploads.append(Upload(folder / planned.path, notes[planned.path], planned.nbytes, planned, None, may_overflow,
-                              plan.overwrite))  # fmt: skip
+    uploads = [
+        Upload(folder / one.path, notes[one.path], one.nbytes, one, None, may_overflow, plan.overwrite)
+        for one in plan.files
+    ]
+    texts = []
     for name, file in plan.copied:
         info = file.place.info()
         nbytes = info.nbytes if info else 0
