@@ -83,6 +83,7 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
         store.withdraw([(folder / name).key for name in plan.replaced if is_index(name)])
         for one in tasks.run(_calls(upload_file, uploads), plan.window):
             written += [one.receipt]
+            tasks.name_file(f"{len(written):,} of {len(uploads):,}: {one.receipt.name}")
             reused += one.receipt.nbytes if one.was_there else 0
             too_large += one.too_large
         if verify and not store.commits:
