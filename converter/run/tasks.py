@@ -113,8 +113,8 @@ class Tasks:
                         call = waiting.pop(future)
                         yield self._result(future, call)
                         self.progress(0 if watch and call.advances else call.nbytes)
-                    if watch:
-                        self.progress(watch.take())
+                    if watch and (nbytes := watch.take()):
+                        self.progress(nbytes)
                     if not done:
                         self.workers.check()
                     let_through()
@@ -128,7 +128,7 @@ class Tasks:
 
     def _submit(self, call: Call[_A, _T], watch: Watch | None) -> Future[_T | Failed]:
         with self._explained(call):
-            if watch:
+            if watch and call.advances:
                 return self.workers.submit(watch.call, call.function, call.argument, self.chunk_nbytes)
             if self.workers.are_far:
                 return self.workers.submit(_attempt, __version__, call, self.chunk_nbytes)
