@@ -48,7 +48,7 @@ def swift_port(needs_servers: None, tmp_path_factory: pytest.TempPathFactory) ->
 def azurite_port(needs_servers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """Give the port of the run's Azurite."""
     if not servers.has_azurite():
-        pytest.skip("Azurite is not installed, for npm or node was not found: have them, then make clean test-remote")
+        pytest.skip("Azurite is not installed: have node and npm, remove .venv-servers, and make test-remote again")
     with servers.azurite(tmp_path_factory.mktemp("azurite")) as port:
         yield port
 

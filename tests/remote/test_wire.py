@@ -195,6 +195,7 @@ def test_requests_wait(wire: Wire, pool: urllib3.PoolManager) -> None:
     wire.fault(Wait(0.2), after=1)
     for _ in range(2):
         get(pool, wire)
+    wire.settle()
     first, second = (asked.ended - asked.began for asked in wire.asked if asked.ended)
     assert 0.05 <= first < 0.2
     assert second >= 0.25

@@ -356,31 +356,39 @@ class Wire:
         with self._lock:
             self.asked.clear()
 
+    def settle(self) -> None:
+        """Wait until no request is under way: a client may know its answer before the log knows that this has ended."""
+        end = time.monotonic() + LATE
+        while any(asked.ended is None for asked in self.asked):
+            assert time.monotonic() < end, "a request never ended"
+            time.sleep(0.002)
+
     def up(self) -> Wire:
         """Take connections."""
-        assert self._listener is None
-        self._closing.clear()
-        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=BACKLOG)
-        self.port = self._listener.getsockname()[1]
+        with self._lock:
+            assert self._listener is None
+            self._closing.clear()
+            self._listener = socket.create_server(("127.0.0.1", self.port), backlog=BACKLOG)
+            self.port = self._listener.getsockname()[1]
         self._start(self._accept, self._listener)
         return self
 
     def down(self) -> None:
         """Refuse connections, and end those that there are; ``up`` has them taken again, at the same port."""
-        if self._listener is None:
-            return
-        self._closing.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._listener = None
         with self._lock:
+            self._closing.set()
+            if self._listener:
+                with contextlib.suppress(OSError):
+                    self._listener.shutdown(socket.SHUT_RDWR)
+                self._listener.close()
+                self._listener = None
             for peer in self._peers:
                 peer.shut()
-        for thread in self._threads:
+            threads, self._threads = self._threads, []
+        # A test may call this in the middle of a request, which then goes on until it meets the end of its connections.
+        for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(LATE)
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
 
     def __enter__(self) -> Wire:
         return self.up()
