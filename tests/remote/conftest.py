@@ -116,14 +116,12 @@ def hub(nowhere: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     from huggingface_hub import constants
 
     hub = Hub(tmp_path / "hub")
-    home = tmp_path / "hf_home"
-    caches = {"HF_HOME": home, "HF_XET_CACHE": home / "xet"}
-    for name, value in {**hub.env, **caches, "HF_HUB_DISABLE_PROGRESS_BARS": 1, "HF_HUB_DISABLE_TELEMETRY": 1}.items():
-        monkeypatch.setenv(name, str(value))
+    for name, value in hub.env.items():
+        monkeypatch.setenv(name, value)
     # What the library read when it was loaded, which may be long ago.
     for name, value in list(vars(constants).items()):
         if isinstance(value, str) and value.startswith(constants.HF_HOME):
-            monkeypatch.setattr(constants, name, value.replace(constants.HF_HOME, str(home), 1))
+            monkeypatch.setattr(constants, name, value.replace(constants.HF_HOME, hub.env["HF_HOME"], 1))
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)

@@ -79,7 +79,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Drop:
-    """End the connection after so many bytes of a body; None is before the answer's head.
+    """End the connection after so many bytes of a body; None is before the head goes on.
 
     With a reset the client may lose bytes that it has not read yet; without, the body ends short of its length.
     """
@@ -519,7 +519,7 @@ class _Line:
         """Do what is to be done before a request goes on."""
         self.wire._pause(self.wire.delay + sum(one.seconds for one in met if isinstance(one, Wait)))
         for one in met:
-            if isinstance(one, Call) and one.at is None:
+            if isinstance(one, Mark) and one.at is None and (isinstance(one, Call) or one.way == FORWARD):
                 self._happen(one, asked)
             elif isinstance(one, Hang):
                 self.wire._pause(None)
@@ -556,7 +556,7 @@ class _Line:
     def _back(self, server: _Peer, back: _Head, asked: Asked, met: Sequence[Fault]) -> None:
         """Pass the server's answer on, with what befalls it."""
         for drop in met:
-            if isinstance(drop, Drop) and drop.at is None:
+            if isinstance(drop, Drop) and drop.at is None and drop.way == BACK:
                 raise _CutError(drop.reset)
         told, most = _Head(back.lines), back.length
         for one in met:
