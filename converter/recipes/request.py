@@ -118,7 +118,9 @@ def _refuse_elsewhere(request: Request) -> None:
             raise Unsupported(source, problem, "Leave it out, and write to a new place: -o NEW.")
     if output is None and not is_local(source):
         advice = "Write to a new place: -o NEW, which may be a folder, a bucket or the Hub."
-        raise Unsupported(source, "is not on this machine's disk, and nothing is added there unless you name it", advice)
+        raise Unsupported(
+            source, "is not on this machine's disk, and nothing is added there unless you name it", advice
+        )
     if output is not None and not is_local(output) and not isinstance(output.store, WritableStore):
         raise Unsupported(output, "cannot be written to", "Name a folder, a bucket (s3://, gs://, az://) or hf://.")
 
@@ -140,7 +142,7 @@ def _unless_done(request: Request, make: Callable[[Request], Plan], name: str) -
                 what = f"{strange[0]} is of something else, or of another command"
                 refused.problem = f"{refused.problem}, and is not what would be written: {what}"
                 raise
-            return replace(plan, is_there=not lacking, replaced=())
+            return replace(plan, is_there=not lacking, replaced=(), overwrite=False)
         difference = find_difference(plan)
         if difference:
             refused.problem = f"{refused.problem}, and is not what would be written: {difference}"

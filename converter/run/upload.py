@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from converter.errors import BadFile, OutputRefused, SystemRefused, WconvError
+from converter.errors import BadFile, LossyCast, OutputRefused, SystemRefused, WconvError
 from converter.formats import WRITERS
 from converter.plan.types import Plan, PlannedFile
 from converter.run.journal import is_index
@@ -89,14 +89,26 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
         removed = [(folder / name).key for name in plan.replaced if name not in plan.names]
         told = store.publish(folder.key, written, texts, removed, _message(plan), plan.overwrite)
     except BaseException as error:
-        kept = [] if store.commits else written
-        if isinstance(error, BadFile | OutputRefused) or (isinstance(error, WconvError) and error.exit_code == 6):
-            store.withdraw([receipt.name for receipt in kept])  # what is wrong with one may be wrong with all
-        elif isinstance(error, WconvError) and kept:
-            files = f"{len(kept):,} of {len(uploads):,} files are whole there, and are kept"
-            error.advice = f"{error.advice} {files} by the same command.".strip()
+        store.snapshot.forget()
+        if isinstance(error, WconvError) and not store.commits:
+            notes = {upload.place.key: upload.note for upload in uploads} | {key: note for key, _, note in texts}
+            _settle(store, error, notes, len(written), len(uploads))
         raise
     return reused, too_large, told
+
+
+def _settle(store: WritableStore, error: WconvError, notes: Mapping[str, str], written: int, of: int) -> None:
+    """Take back what a run has written that came to an error of its source, or say what is kept after any other."""
+    if isinstance(error, BadFile | OutputRefused | LossyCast):
+        try:  # what is wrong with one may be wrong with all; a task that was past its end has told nobody
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                found = list(pool.map(store.note_of, notes))
+            store.withdraw([key for (key, note), there in zip(notes.items(), found, strict=True) if there == note])
+        except WconvError:
+            error.advice = f"{error.advice} What was written before is still there.".strip()
+    elif written:
+        kept = f"{written:,} of {of:,} files are whole there, and are kept by the same command."
+        error.advice = f"{error.advice} {kept}".strip()
 
 
 def _split(plan: Plan, request: str) -> tuple[list[Upload], list[tuple[str, bytes, str]]]:
@@ -104,10 +116,11 @@ def _split(plan: Plan, request: str) -> tuple[list[Upload], list[tuple[str, byte
     folder = plan.target.folder
     notes = notes_of(plan, request)
     may_overflow = plan.on_overflow != "error"
-    uploads, texts = [], []
-    for planned in plan.files:
-        uploads.append(Upload(folder / planned.path, notes[planned.path], planned.nbytes, planned, None, may_overflow,
-                              plan.overwrite))  # fmt: skip
+    uploads = [
+        Upload(folder / file.path, notes[file.path], file.nbytes, file, None, may_overflow, plan.overwrite)
+        for file in plan.files
+    ]
+    texts = []
     for name, file in plan.copied:
         info = file.place.info()
         nbytes = info.nbytes if info else 0
@@ -132,7 +145,7 @@ def _content(file: FileRef) -> bytes:
         opened.close()
 
 
-def _calls(function: Callable[[Upload, int], object], uploads: Iterable[Upload]) -> Iterator[Call]:
+def _calls(function: Callable[[Upload, int], Any], uploads: Iterable[Upload]) -> Iterator[Call[Upload, Any]]:
     return (Call(function, upload, upload.nbytes, str(upload.place), advances=True) for upload in uploads)
 
 
@@ -151,7 +164,9 @@ def notes_of(plan: Plan, request: str) -> dict[str, str]:
         files = {storage.file for tensor, _ in planned.tensors for storage in tensor.source.inputs()}
         made_of = sorted((str(file.place), repr(file.tag)) for file in files)
         notes[planned.path] = _digest(request, planned.path, repr(made_of).encode(), planned.header)
-    notes |= {name: _digest(request, name, str(file.place).encode(), repr(file.tag).encode()) for name, file in plan.copied}
+    notes |= {
+        name: _digest(request, name, str(file.place).encode(), repr(file.tag).encode()) for name, file in plan.copied
+    }
     return notes | {name: _digest(request, name, content) for name, content in plan.texts}
 
 
@@ -172,7 +187,10 @@ def find_other(plan: Plan, request: str) -> tuple[list[str], list[str]]:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         found = dict(zip(known, pool.map(store.note_of, (there[name].key for name in known)), strict=True))
     lacking = [name for name, note in notes.items() if found.get(name) != note]
-    strange = [name for name in there if name not in notes or found[name] != notes[name]]
+    # A single file may go into a folder that holds others.
+    is_shared = plan.source.kind == "file"
+    theirs = (name for name in there if name not in notes and (name in plan.replaced or not is_shared))
+    strange = [*theirs, *(name for name in known if found[name] != notes[name])]
     return lacking, strange
 
 
@@ -196,7 +214,9 @@ def traffic_of(plan: Plan) -> tuple[Traffic | None, Traffic | None]:
     read = sent = None
     is_sent = plan.target.folder.store.is_far
     copied = [(file.place.store.is_far, info.nbytes) for _, file in plan.copied if (info := file.place.info())]
-    if any(is_far for is_far, _ in copied) or are_far(tensor.source for file in plan.written for tensor, _ in file.tensors):
+    if any(is_far for is_far, _ in copied) or are_far(
+        tensor.source for file in plan.written for tensor, _ in file.tensors
+    ):
         nbytes = requests = 0
         for planned in plan.written:
             place = plan.target.folder / planned.path
@@ -235,23 +255,34 @@ def upload_file(upload: Upload, chunk_nbytes: int = CHUNK_NBYTES) -> Uploaded:
     """Write a file, unless it is there. Raises BadFile for a source that is damaged, LossyCast, OutputRefused."""
     place, store = upload.place, upload.place.store
     assert isinstance(store, WritableStore)
-    info = store.look(place.key) if store.keeps_notes else None
-    if info is not None:
-        if info.nbytes == upload.nbytes and store.note_of(place.key) == upload.note:
-            advance(upload.nbytes)
-            return Uploaded(Receipt(place.key, upload.nbytes), Counter(), was_there=True)
-        if not upload.replaces:
-            raise OutputRefused(place, "was made while this ran", "Use --overwrite to replace it, or another -o.")
+    if _is_done(upload, store):
+        advance(upload.nbytes)
+        return Uploaded(Receipt(place.key, upload.nbytes), Counter(), was_there=True)
     too_large = Counter[str]()
     with store.writer(place.key, upload.nbytes, upload.note) as out:
         if upload.planned:
             too_large = _stream(upload, upload.planned, out, chunk_nbytes)
         else:
             _copy(upload, out)
+        if upload.nbytes > PART_NBYTES:  # that has taken time
+            _is_done(upload, store)
     assert out.receipt is not None
     if upload.planned and not store.commits:
         _check_head(place, upload.planned)
     return Uploaded(out.receipt, too_large)
+
+
+def _is_done(upload: Upload, store: WritableStore) -> bool:
+    """Say whether a file is there as it would be written; raises OutputRefused for another that must stay."""
+    stored = store.stored(upload.place.key) if store.keeps_notes else None
+    if stored is None:
+        return False
+    info, note = stored
+    is_ours = info.nbytes == upload.nbytes and note == upload.note
+    if not is_ours and not upload.replaces:
+        problem = "was made while this ran"
+        raise OutputRefused(upload.place, problem, "Use --overwrite to replace it, or another -o.")
+    return is_ours
 
 
 def _copy(upload: Upload, out: Writer) -> None:
@@ -288,7 +319,9 @@ def _frame_of(planned: PlannedFile, piece: Piece, chunk_nbytes: int) -> Iterator
     if piece.steps:
         report = carry(Piece(piece.place, piece.steps, with_crcs=True), chunk_nbytes, lambda *_: advance(0))
         crcs = {part.offset: part.crc32 for part in report.written}
-    return iter(sorted(frame(planned.specs, planned.ties, [crcs.get(offset, combine(())[0]) for _, offset in planned.tensors])))
+    return iter(
+        sorted(frame(planned.specs, planned.ties, [crcs.get(offset, combine(())[0]) for _, offset in planned.tensors]))
+    )
 
 
 class _InOrder:
