@@ -11,11 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from converter.errors import shorten
+
+if TYPE_CHECKING:
+    from converter.storage import Place
 
 _LOOK_SECONDS = 0.1  # to look at many processes takes some milliseconds
 _WIDEST = 120  # a longer cell pushes its own line aside, and no other
@@ -39,6 +42,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def show_commits(*places: Place) -> None:
+    """Say which state of a repository is read, where a name stands for any number of them."""
+    for place in places:
+        if place.store.commit_id:
+            echo(f"{place} is at commit {place.store.commit_id}.")
 
 
 def show_bytes(nbytes: float) -> str:

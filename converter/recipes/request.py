@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from converter.errors import BadRequest, OutputRefused, Unsupported
+from converter.models.hub_cache import refuse_cache
 from converter.models.names import parse_name
 from converter.models.select import Selection
 from converter.plan.types import Plan, Publishing, Writing
@@ -105,6 +106,9 @@ def prepare(request: Request, make: Callable[[Request], Plan], more: object = ""
         if finished:  # what it asks for, such as a tag to be renamed, is gone by then too
             return Prepared(name, None)
         raise
+    if plan.destroys_source and not is_near and not isinstance(request.folder.store, CommittedStore):
+        # Files there are not staged: one that is read would be gone before all that is made of it is there.
+        raise OutputRefused(request.folder, "holds what is read, and it would be written over", "Name another: -o NEW.")
     is_done = finished and (not plan.sets or plan.is_there or not find_difference(plan))
     return Prepared(name, None if is_done else plan)
 
@@ -112,10 +116,8 @@ def prepare(request: Request, make: Callable[[Request], Plan], more: object = ""
 def _refuse_elsewhere(request: Request) -> None:
     """Raise Unsupported for what would be written, or removed, where files are only read."""
     source, output, publishing = request.source, request.output, request.publishing
-    for is_asked, option in ((publishing.delete_source, "--delete-source"), (publishing.in_place, "--in-place")):
-        if is_asked and not is_local(source):
-            problem = f"is not on this machine's disk, and {option} is for what is"
-            raise Unsupported(source, problem, "Leave it out, and write to a new place: -o NEW.")
+    if source.store.is_far and (publishing.delete_source or publishing.in_place):
+        refuse_cache(source)
     if output is None and not is_local(source):
         advice = "Write to a new place: -o NEW, which may be a folder, a bucket or the Hub."
         raise Unsupported(

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from converter.errors import BadFile, LossyCast, OutputRefused, SystemRefused, WconvError
 from converter.formats import WRITERS
@@ -36,6 +36,7 @@ from converter.storage import FileRef, Place
 from converter.storage.far import PART_NBYTES, Receipt, WritableStore, Writer, count_streams
 from converter.tensors.reader import are_far
 
+_T = TypeVar("_T")
 _AT_ONCE = 16  # questions
 _SMALL_NBYTES = 1 << 20  # what is copied with what comes last
 _LAST = ("model_index.json",)
@@ -117,8 +118,8 @@ def _split(plan: Plan, request: str) -> tuple[list[Upload], list[tuple[str, byte
     notes = notes_of(plan, request)
     may_overflow = plan.on_overflow != "error"
     uploads = [
-        Upload(folder / file.path, notes[file.path], file.nbytes, file, None, may_overflow, plan.overwrite)
-        for file in plan.files
+        Upload(folder / one.path, notes[one.path], one.nbytes, one, None, may_overflow, plan.overwrite)
+        for one in plan.files
     ]
     texts = []
     for name, file in plan.copied:
@@ -145,7 +146,7 @@ def _content(file: FileRef) -> bytes:
         opened.close()
 
 
-def _calls(function: Callable[[Upload, int], Any], uploads: Iterable[Upload]) -> Iterator[Call[Upload, Any]]:
+def _calls(function: Callable[[Upload, int], _T], uploads: Iterable[Upload]) -> Iterator[Call[Upload, _T]]:
     return (Call(function, upload, upload.nbytes, str(upload.place), advances=True) for upload in uploads)
 
 

@@ -53,6 +53,10 @@ class HubStore(CommittedStore):
         return f"hf://{self.repo}{at}" + ("" if key in ("", ".") else f"/{key}")
 
     @property
+    def commit_id(self) -> str:  # type: ignore[override]
+        return self.commit
+
+    @property
     def loaders_name(self) -> str:  # type: ignore[override]
         return self.repo if self.revision == "main" and not self.as_pr else ""
 
@@ -188,15 +192,18 @@ class HubStore(CommittedStore):
         if not known:
             raise SystemRefused(self.spell(key), "is written by who is known to the Hub", _SIGN_IN)
         url = f"{self._api()}/xet-write-token/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
-        with self._worded(key), _session().new_upload_commit(
-            token_refresh_url=url, token_refresh_headers=known
-        ) as commit:
+        with (
+            self._worded(key),
+            _session().new_upload_commit(token_refresh_url=url, token_refresh_headers=known) as commit,
+        ):
             stream = commit.start_upload_stream(name=key, sha256=hf_xet.COMPUTE_SHA256)
             writer = _Writer(stream)
             yield writer
             found = stream.finish().xet_info
         if found.file_size != nbytes:
-            raise SystemRefused(self.spell(key), f"has come to {found.file_size:,} bytes, not {nbytes:,}", "Run it again.")
+            raise SystemRefused(
+                self.spell(key), f"has come to {found.file_size:,} bytes, not {nbytes:,}", "Run it again."
+            )
         writer.receipt = Receipt(key, nbytes, found.hash, found.sha256)
 
     @contextmanager
@@ -207,7 +214,9 @@ class HubStore(CommittedStore):
         except (WconvError, KeyboardInterrupt):
             raise
         except Exception as error:
-            if not type(error).__module__.startswith(("hf_xet", "builtins")) or isinstance(error, (MemoryError, AssertionError)):
+            if not type(error).__module__.startswith(("hf_xet", "builtins")) or isinstance(
+                error, (MemoryError, AssertionError)
+            ):
                 raise
             status = re.search(r"\b(4\d\d|5\d\d)\b", str(error))
             answer = f" ({status[1]})" if status else ""

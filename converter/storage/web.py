@@ -158,7 +158,9 @@ class WebFile(FarFile):
         url, headers = self.locate(False)
         while at < end:
             try:
-                with ask("GET", url, self.ref.place, {**headers, **self._condition(), "Range": f"bytes={at}-{end - 1}"}) as response:
+                with ask(
+                    "GET", url, self.ref.place, {**headers, **self._condition(), "Range": f"bytes={at}-{end - 1}"}
+                ) as response:
                     if response.status in (401, 403) and self.can_renew and not was_renewed:
                         was_renewed = True
                         url, headers = self.locate(True)
@@ -328,14 +330,18 @@ def _wait(tries: int, after: str = "") -> None:
 
 
 def _refused(place: Place, status: int) -> SystemRefused:
-    advice = "It wants to know who asks, and wconv sends no passwords: fetch it otherwise." if status in (401, 403) else ""
+    advice = (
+        "It wants to know who asks, and wconv sends no passwords: fetch it otherwise." if status in (401, 403) else ""
+    )
     return SystemRefused(place, f"is answered with {status}", advice)
 
 
 def _unreachable(place: Place, error: Exception, tries: int) -> SystemRefused:
     what = type(error).__name__.removesuffix("Error")
     words = re.sub(r"(?<!^)(?=[A-Z])", " ", what).lower()
-    return SystemRefused(place, f"cannot be reached ({words}), after {tries} tries", "Look at the network, and run this again.")
+    return SystemRefused(
+        place, f"cannot be reached ({words}), after {tries} tries", "Look at the network, and run this again."
+    )
 
 
 def _proxy_for(url: str) -> str:
