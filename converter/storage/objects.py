@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 _STREAMED_NBYTES = 1 << 20
 _MOST_PARTS = 9_000  # S3 takes 10,000
 _PARTS_AT_ONCE = 3
-_NOTE = "wconv-plan"
+_NOTE = "wconvplan"  # one word of letters: Azure takes no others
 # obstore's own limit is 30 s for a whole request, and streams take minutes. A server that says nothing is given up.
 _SILENT = timedelta(seconds=60)
 _CONNECTING = timedelta(seconds=10)
