@@ -106,6 +106,9 @@ def prepare(request: Request, make: Callable[[Request], Plan], more: object = ""
         if finished:  # what it asks for, such as a tag to be renamed, is gone by then too
             return Prepared(name, None)
         raise
+    if plan.destroys_source and not is_near and not isinstance(request.folder.store, CommittedStore):
+        # Files there are not staged: one that is read would be gone before all that is made of it is there.
+        raise OutputRefused(request.folder, "holds what is read, and it would be written over", "Name another: -o NEW.")
     is_done = finished and (not plan.sets or plan.is_there or not find_difference(plan))
     return Prepared(name, None if is_done else plan)
 
@@ -142,7 +145,7 @@ def _unless_done(request: Request, make: Callable[[Request], Plan], name: str) -
                 what = f"{strange[0]} is of something else, or of another command"
                 refused.problem = f"{refused.problem}, and is not what would be written: {what}"
                 raise
-            return replace(plan, is_there=not lacking, replaced=())
+            return replace(plan, is_there=not lacking, replaced=(), overwrite=False)
         difference = find_difference(plan)
         if difference:
             refused.problem = f"{refused.problem}, and is not what would be written: {difference}"

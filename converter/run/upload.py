@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from converter.errors import BadFile, OutputRefused, SystemRefused, WconvError
+from converter.errors import BadFile, LossyCast, OutputRefused, SystemRefused, WconvError
 from converter.formats import WRITERS
 from converter.plan.types import Plan, PlannedFile
 from converter.run.journal import is_index
@@ -91,14 +91,26 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
         removed = [(folder / name).key for name in plan.replaced if name not in plan.names]
         told = store.publish(folder.key, written, texts, removed, _message(plan), plan.overwrite)
     except BaseException as error:
-        kept = [] if store.commits else written
-        if isinstance(error, BadFile | OutputRefused) or (isinstance(error, WconvError) and error.exit_code == 6):
-            store.withdraw([receipt.name for receipt in kept])  # what is wrong with one may be wrong with all
-        elif isinstance(error, WconvError) and kept:
-            files = f"{len(kept):,} of {len(uploads):,} files are whole there, and are kept"
-            error.advice = f"{error.advice} {files} by the same command.".strip()
+        store.snapshot.forget()
+        if isinstance(error, WconvError) and not store.commits:
+            notes = {upload.place.key: upload.note for upload in uploads} | {key: note for key, _, note in texts}
+            _settle(store, error, notes, len(written), len(uploads))
         raise
     return reused, too_large, told
+
+
+def _settle(store: WritableStore, error: WconvError, notes: Mapping[str, str], written: int, of: int) -> None:
+    """Take back what a run has written that came to an error of its source, or say what is kept after any other."""
+    if isinstance(error, BadFile | OutputRefused | LossyCast):
+        try:  # what is wrong with one may be wrong with all; a task that was past its end has told nobody
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                found = list(pool.map(store.note_of, notes))
+            store.withdraw([key for (key, note), there in zip(notes.items(), found, strict=True) if there == note])
+        except WconvError:
+            error.advice = f"{error.advice} What was written before is still there.".strip()
+    elif written:
+        kept = f"{written:,} of {of:,} files are whole there, and are kept by the same command."
+        error.advice = f"{error.advice} {kept}".strip()
 
 
 def _split(plan: Plan, request: str) -> tuple[list[Upload], list[tuple[str, bytes, str]]]:
@@ -177,7 +189,10 @@ def find_other(plan: Plan, request: str) -> tuple[list[str], list[str]]:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         found = dict(zip(known, pool.map(store.note_of, (there[name].key for name in known)), strict=True))
     lacking = [name for name, note in notes.items() if found.get(name) != note]
-    strange = [name for name in there if name not in notes or found[name] != notes[name]]
+    # A single file may go into a folder that holds others.
+    is_shared = plan.source.kind == "file"
+    theirs = (name for name in there if name not in notes and (name in plan.replaced or not is_shared))
+    strange = [*theirs, *(name for name in known if found[name] != notes[name])]
     return lacking, strange
 
 
@@ -242,23 +257,34 @@ def upload_file(upload: Upload, chunk_nbytes: int = CHUNK_NBYTES) -> Uploaded:
     """Write a file, unless it is there. Raises BadFile for a source that is damaged, LossyCast, OutputRefused."""
     place, store = upload.place, upload.place.store
     assert isinstance(store, WritableStore)
-    info = store.look(place.key) if store.keeps_notes else None
-    if info is not None:
-        if info.nbytes == upload.nbytes and store.note_of(place.key) == upload.note:
-            advance(upload.nbytes)
-            return Uploaded(Receipt(place.key, upload.nbytes), Counter(), was_there=True)
-        if not upload.replaces:
-            raise OutputRefused(place, "was made while this ran", "Use --overwrite to replace it, or another -o.")
+    if _is_done(upload, store):
+        advance(upload.nbytes)
+        return Uploaded(Receipt(place.key, upload.nbytes), Counter(), was_there=True)
     too_large = Counter[str]()
     with store.writer(place.key, upload.nbytes, upload.note) as out:
         if upload.planned:
             too_large = _stream(upload, upload.planned, out, chunk_nbytes)
         else:
             _copy(upload, out)
+        if upload.nbytes > PART_NBYTES:  # that has taken time
+            _is_done(upload, store)
     assert out.receipt is not None
     if upload.planned and not store.commits:
         _check_head(place, upload.planned)
     return Uploaded(out.receipt, too_large)
+
+
+def _is_done(upload: Upload, store: WritableStore) -> bool:
+    """Say whether a file is there as it would be written; raises OutputRefused for another that must stay."""
+    stored = store.stored(upload.place.key) if store.keeps_notes else None
+    if stored is None:
+        return False
+    info, note = stored
+    is_ours = info.nbytes == upload.nbytes and note == upload.note
+    if not is_ours and not upload.replaces:
+        problem = "was made while this ran"
+        raise OutputRefused(upload.place, problem, "Use --overwrite to replace it, or another -o.")
+    return is_ours
 
 
 def _copy(upload: Upload, out: Writer) -> None:

@@ -298,7 +298,7 @@ class FarStore(Store):
         seen, (folder, _, name) = self.snapshot, key.rpartition("/")
         with seen.lock:
             if key not in seen.infos:
-                if folder in seen.folders or folder in seen.asked:
+                if key not in ("", ".") and (folder in seen.folders or folder in seen.asked):
                     found = self._entries(folder).get(name)
                 else:
                     seen.asked.add(folder)
@@ -345,6 +345,11 @@ class WritableStore(FarStore):
     def note_of(self, key: str) -> str:
         """Give the note that a file was written with; nothing for one that has none, or is not there."""
         return ""
+
+    def stored(self, key: str) -> tuple[Info, str] | None:
+        """Ask for a file and its note, whatever was seen before; None where there is none."""
+        info = self.look(key)
+        return (info, self.note_of(key)) if info else None
 
     def withdraw(self, keys: Sequence[str]) -> None:
         """Remove files that were written, or that others would take for what is written now."""

@@ -2,7 +2,8 @@
 
 A key is a path from the bucket, a folder what begins with it and a slash. obstore asks again by itself where a server
 is busy or a connection breaks, and goes on where a stream was. Credentials are those that each of these worlds has in
-its environment and files; they are looked up in each process, and never are a part of a Place.
+its environment and files; they are looked up in each process, and never are a part of a Place. Where there are none,
+that is said at once: only a machine of these clouds is asked for its own.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 import configparser
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, Unsupported, WconvError
 from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed
@@ -26,35 +30,52 @@ if TYPE_CHECKING:
     from obstore import WritableFile
     from obstore.store import ObjectStore as Client
 
+_T = TypeVar("_T")
 _STREAMED_NBYTES = 1 << 20
 _MOST_PARTS = 9_000  # S3 takes 10,000
 _PARTS_AT_ONCE = 3
-_NOTE = "wconv-plan"
+_NOTE = "wconvplan"  # one word of letters: Azure takes no others
 # obstore's own limit is 30 s for a whole request, and streams take minutes. A server that says nothing is given up.
 _SILENT = timedelta(seconds=60)
+_CONNECTING = timedelta(seconds=10)
 _FOREVER = timedelta(days=7)
+# Some 20 s in all, and 40 at most, for a server that is busy or away; obstore's own steps are over in 3.
 _RETRIES = 10
 _RETRY_SECONDS = 180
+_FIRST_WAIT, _GROWTH, _LONGEST_WAIT = 0.5, 3, 4.0
+_BREAKS = 3  # a short answer that breaks off is asked for so often: obstore begins again only before one
+_METADATA = "http://169.254.169.254"  # where a machine of a cloud learns who it is
+_METADATA_SECONDS = 1
 
 
 class _Kind(NamedTuple):
-    """A kind of object store: obstore's class, what its users have to set, and what says where another server is."""
+    """A kind of object store: obstore's class, what its users have to set, and what says where another server is.
+
+    ``signs`` are the variables that say who asks, or that nobody need say so.
+    """
 
     store: str
     whose: str
     credentials: str
     endpoints: tuple[str, ...]
+    signs: str
 
 
 _KINDS = {
     "s3": _Kind("S3Store", "S3", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile with AWS_PROFILE.",
-                ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")),
+                ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+                r"AWS_(ACCESS_KEY_ID|WEB_IDENTITY_TOKEN_FILE|CONTAINER_\w+|SKIP_SIGNATURE)"),
     "gs": _Kind("GCSStore", "Google Cloud Storage", "Let GOOGLE_APPLICATION_CREDENTIALS name a key file, or run"
-                " 'gcloud auth application-default login'.", ("GOOGLE_BASE_URL",)),
+                " 'gcloud auth application-default login'.", ("GOOGLE_BASE_URL",),
+                r"GOOGLE_(SERVICE_ACCOUNT\w*|APPLICATION_CREDENTIALS|SKIP_SIGNATURE)"),
     "az": _Kind("AzureStore", "Azure", "Set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or"
                 " AZURE_STORAGE_SAS_TOKEN, or run 'az login' and set AZURE_USE_AZURE_CLI=1.",
-                ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL")),
+                ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL"),
+                r"AZURE_\w*(KEY|SAS|TOKEN|SECRET|CLI|SIGNATURE|EMULATOR)\w*|(IDENTITY|MSI)_ENDPOINT"),
 }  # fmt: skip
+# What servers call it when they do not know who asks, or not any more; S3's status is 400 for some.
+_UNKNOWN = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
+_ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +94,22 @@ class ObjectStore(WritableStore):
         """Ask for an object, and where there is none, whether names of others begin so."""
         import obstore
 
+        info = None
         if key not in ("", "."):
-            try:
-                with self._worded(key):
-                    return _info_of(obstore.head(self._client(), key))
-            except FileNotFoundError:
-                pass
-        return Info("folder", 0, "") if self._entries("" if key == "." else key) else None
+            with suppress(FileNotFoundError), self._worded(key):
+                info = _info_of(_insist(obstore.head, self._client(), key))
+        if info is not None and info.nbytes:
+            return info
+        # An object of no bytes may be all that a folder of another program is.
+        return Info("folder", 0, "") if self._entries("" if key == "." else key) else info
 
     def look_in(self, key: str) -> dict[str, Info]:
         import obstore
 
         with self._worded(key):
-            found = obstore.list_with_delimiter(self._client(), key or None)
-        entries = {name.rstrip("/").rpartition("/")[2]: Info("folder", 0, "") for name in found["common_prefixes"]}
+            found = _insist(obstore.list_with_delimiter, self._client(), key or None)
+        folders = (name.rstrip("/").rpartition("/")[2] for name in found["common_prefixes"])
+        entries = {name: Info("folder", 0, "") for name in folders if name}
         # What some programs write to have a folder: an object whose name is that of one.
         objects = ((one["path"].rpartition("/")[2], one) for one in found["objects"] if one["path"] != key)
         return entries | {name: _info_of(one) for name, one in objects if name and name not in entries}
@@ -99,38 +122,49 @@ class ObjectStore(WritableStore):
 
     def note_of(self, key: str) -> str:
         """Give the note that a file was written with; nothing for one that has none, or is not there."""
+        stored = self.stored(key)
+        return stored[1] if stored else ""
+
+    def stored(self, key: str) -> tuple[Info, str] | None:
         import obstore
 
         try:
             with self._worded(key):
-                return obstore.get(self._client(), key, options={"head": True}).attributes.get(_NOTE, "")
+                found = _insist(obstore.get, self._client(), key, options={"head": True})
         except FileNotFoundError:
-            return ""
+            return None
+        return _info_of(found.meta), found.attributes.get(_NOTE, "")
 
     @contextmanager
     def writer(self, key: str, nbytes: int, note: str) -> Iterator[Writer]:
         import obstore
 
         part_nbytes = max(PART_NBYTES, -(-nbytes // _MOST_PARTS))
-        with (
-            self._worded(key),
-            obstore.open_writer(
+        with self._worded(key):
+            file = obstore.open_writer(
                 self._client(), key, attributes={_NOTE: note}, buffer_size=part_nbytes, max_concurrency=_PARTS_AT_ONCE
-            ) as file,
-        ):  # aborts what it has begun after an error
-            writer = _Writer(file)
+            )
+        writer = _Writer(self, key, file)
+        try:
             yield writer
+        except BaseException as error:
+            writer.abort(error)
+            raise
+        try:
+            with self._worded(key):
+                file.close()  # which aborts where it fails
+        except (FileNotFoundError, SystemRefused) as error:
+            # Where only the last answer was lost, all is there, and nothing is left to be aborted.
+            if not isinstance(error, FileNotFoundError | _BrokenError) or self.note_of(key) != note:
+                raise self._refused(Place(self, key), "") if isinstance(error, FileNotFoundError) else error from None
         writer.receipt = Receipt(key, nbytes)
 
     def withdraw(self, keys: Sequence[str]) -> None:
         import obstore
 
         for key in keys:
-            try:
-                with self._worded(key):
-                    obstore.delete(self._client(), key)
-            except FileNotFoundError:
-                pass
+            with suppress(FileNotFoundError), self._worded(key):
+                _insist(obstore.delete, self._client(), key)
         self.snapshot.forget()
 
     def publish(
@@ -149,25 +183,24 @@ class ObjectStore(WritableStore):
             # What a run of ours that was stopped has written is written again.
             may_replace = replaces or self.note_of(name) == note
             mode: Literal["overwrite", "create"] = "overwrite" if may_replace else "create"
-            with self._worded(name):
-                obstore.put(self._client(), name, content, attributes={_NOTE: note}, mode=mode, use_multipart=False)
+            try:
+                with self._worded(name):
+                    options: dict[str, Any] = {"attributes": {_NOTE: note}, "mode": mode, "use_multipart": False}
+                    _insist(obstore.put, self._client(), name, content, **options)
+            except OutputRefused:
+                if self.note_of(name) != note:  # else it is ours, and the answer was lost
+                    raise
         self.snapshot.forget()
         return ""
 
     def try_to_write(self, key: str) -> None:
-        import obstore
-
         class Stop(Exception):
             """Aborts what was begun."""
 
-        name = f"{key}/.wconv-{os.urandom(8).hex()}"
-        try:
-            with self._worded(key), obstore.open_writer(self._client(), name, buffer_size=PART_NBYTES) as file:
-                file.write(bytes(PART_NBYTES + 1))
-                file.flush()
-                raise Stop
-        except Stop:
-            pass
+        name = f"{'' if key == '.' else key + '/'}.wconv-{os.urandom(8).hex()}"
+        with suppress(Stop), self.writer(name, 0, "") as file:
+            file.write(memoryview(bytes(PART_NBYTES + 1)))
+            raise Stop
 
     def _client(self) -> Client:
         asked = frozenset(item for item in os.environ.items() if item[0].startswith(("AWS_", "GOOGLE_", "AZUR")))
@@ -176,7 +209,7 @@ class ObjectStore(WritableStore):
     @contextmanager
     def _worded(self, key: str) -> Iterator[None]:
         """Say in one line what obstore says in twenty; FileNotFoundError for what is not there."""
-        from obstore.exceptions import AlreadyExistsError, BaseError, InvalidPathError, NotFoundError, PreconditionError
+        from obstore.exceptions import AlreadyExistsError, BaseError, InvalidPathError, PreconditionError
 
         place = Place(self, key)
         try:
@@ -189,37 +222,80 @@ class ObjectStore(WritableStore):
             problem = "was made while this ran"
             raise OutputRefused(place, problem, "Use --overwrite to replace it, or another -o.") from None
         except InvalidPathError:
+            problem = "holds an object whose name has an empty part or control characters"
+            raise BadFile(place, problem, "Rename it, or copy what is meant elsewhere.") from None
+        except ValueError as error:
+            if "parse path" not in str(error):
+                raise
             raise BadRequest(place, "is no name that an object can have", "Name another.") from None
-        except NotFoundError as error:
-            if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
+        except FileNotFoundError as error:
+            if any(code in str(error) for code in _NO_BUCKET):
                 raise self._refused(place, str(error)) from None
             raise FileNotFoundError(str(place)) from None
-        except BaseError as error:
+        except (BaseError, OSError) as error:  # writers raise the latter
             raise self._refused(place, str(error)) from None
 
     def _refused(self, place: Place, text: str) -> SystemRefused:
-        """Word what a server has answered. The text has requests, keys and signatures, of which nothing is passed on."""
+        """Word what a server has answered; nothing is passed on of the text, which has requests and signatures."""
         kind = _KINDS[self.scheme]
         head = text.partition("Debug source")[0]
         code = re.search(r"<Code>(\w{1,60})</Code>", head)
         status = re.search(r"status code: (\d{3}[ \w]{0,40})", head)
         tries = re.search(r"after (\d+) retries", head)
         known = code[1] if code else status[1].strip() if status else ""
-        if known in ("NoSuchBucket", "ContainerNotFound") or (status and status[1][:3] == "404"):
+        if known in _NO_BUCKET or (status and status[1][:3] == "404"):
             bucket = f"{self.scheme}://{self.bucket}"
             return SystemRefused(
                 bucket, "is not there", "Check its name, and AWS_REGION." if self.scheme == "s3" else ""
             )
-        if "169.254.169.254" in head or "metadata.google" in head or "MissingAccount" in text:
-            return SystemRefused(place, f"needs credentials of {kind.whose}, and there are none", kind.credentials)
-        if status and status[1][:3] in ("401", "403"):
+        if "MissingAccount" in text or "InstanceCredential" in text or any(host in head for host in _METADATA_HOSTS):
+            return self._unsigned(place)
+        if known in _ELSEWHERE or "Received redirect" in head:
+            advice = "Set AWS_REGION to that of the bucket." if self.scheme == "s3" else "Check the endpoint."
+            return SystemRefused(place, "is in another region", advice)
+        if known in _UNKNOWN or (status and status[1][:3] in ("401", "403")):
             return SystemRefused(place, f"is refused by {kind.whose} ({known})", kind.credentials)
         if status:
             what = f"{kind.whose} answers {known}"
+        elif _is_broken(text) and "HTTP error" not in head:
+            what = f"{kind.whose} gives an answer that cannot be read"
         else:
             what = f"{kind.whose} does not answer"
         after = f", after {int(tries[1]) + 1} tries" if tries else ""
-        return SystemRefused(place, f"cannot be reached: {what}{after}", "Run this again; what is whole is kept.")
+        made = _BrokenError if _is_broken(text) else SystemRefused
+        return made(place, f"cannot be reached: {what}{after}", "Run this again.")
+
+    def _unsigned(self, place: Place | str) -> SystemRefused:
+        kind = _KINDS[self.scheme]
+        return SystemRefused(place, f"needs credentials of {kind.whose}, and there are none", kind.credentials)
+
+
+class _BrokenError(SystemRefused):
+    """An answer broke off, and nobody knows what has become of the question."""
+
+
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
+_METADATA_HOSTS = ("169.254.169.254", "metadata.google")
+
+
+def _is_broken(text: str) -> bool:
+    """Say whether an error is one that obstore takes for the last word, and is none."""
+    head = text.partition("Debug source")[0]
+    return not any(words in head for words in ("retries", "status code", "Received redirect", "credential"))
+
+
+def _insist(function: Callable[..., _T], *args: Any, **options: Any) -> _T:
+    """Ask what can be asked twice, and again where an answer broke off."""
+    from obstore.exceptions import GenericError
+
+    for attempt in range(1, _BREAKS):
+        try:
+            return function(*args, **options)
+        except GenericError as error:
+            if not _is_broken(str(error)):
+                raise
+        time.sleep(_FIRST_WAIT * attempt)
+    return function(*args, **options)
 
 
 class _Writer:
@@ -227,11 +303,19 @@ class _Writer:
 
     receipt: Receipt | None = None
 
-    def __init__(self, file: WritableFile) -> None:
+    def __init__(self, store: ObjectStore, key: str, file: WritableFile) -> None:
+        self._store = store
+        self._key = key
         self._file = file
 
     def write(self, data: memoryview) -> None:
-        self._file.write(bytes(data))  # what it is given it keeps, and sends later
+        with self._store._worded(self._key):
+            self._file.write(bytes(data))  # what it is given it keeps, and sends later
+
+    def abort(self, error: BaseException) -> None:
+        """Have what was begun forgotten, as far as that can be; what counts is the error that led here."""
+        with suppress(Exception):  # a writer that has failed has done so itself
+            self._file.__exit__(type(error), error, error.__traceback__)
 
 
 class _File(FarFile):
@@ -240,7 +324,8 @@ class _File(FarFile):
 
         place = self.ref.place
         store = place.store
-        assert isinstance(store, ObjectStore) and isinstance(self.ref.tag, str)
+        assert isinstance(store, ObjectStore)
+        assert isinstance(self.ref.tag, str)
         options: dict[str, Any] = {"range": (begin, end)}
         if mark := mark_of(self.ref.tag):
             options["if_match"] = mark
@@ -264,7 +349,7 @@ def open_url(url: str) -> Place:
     scheme = {"s3a": "s3", "gcs": "gs", "abfs": "az", "azure": "az"}.get(scheme.lower(), scheme.lower())
     bucket, _, key = rest.partition("/")
     parts = key.rstrip("/").split("/") if key.rstrip("/") else []
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{1,221}", bucket):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{1,221}", bucket, re.ASCII):
         raise BadRequest(url, "names no bucket", f"It is spelled {scheme}://bucket/folder.")
     if any(part in ("", ".", "..") or not part.isprintable() for part in parts):
         raise BadRequest(url, "has a part that no folder has", "Name it plainly.")
@@ -286,59 +371,93 @@ def _client(scheme: str, bucket: str, _: frozenset[tuple[str, str]]) -> Client:
     from obstore import store
 
     kind = _KINDS[scheme]
-    endpoint = next(filter(None, map(os.environ.get, kind.endpoints)), "")
+    config: dict[str, Any] = _profile() if scheme == "s3" else {}
+    endpoint = next(filter(None, map(os.environ.get, kind.endpoints)), "") or config.get("endpoint", "")
     is_plain = endpoint.lower().startswith("http://")
-    config: dict[str, Any] = {}
     if scheme == "s3":
         # TLS protects what is sent; where there is none, a signature does, for twice the processor time.
-        config = {"unsigned_payload": not is_plain, **_profile()}
+        config["unsigned_payload"] = not is_plain
         if endpoint:
             config["endpoint"] = endpoint
-    options = {"allow_http": is_plain, "timeout": _FOREVER, "read_timeout": _SILENT, "connect_timeout": _SILENT}
-    retries = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)}
+    if not _can_sign(scheme, config):
+        raise ObjectStore(scheme, bucket)._unsigned(f"{scheme}://{bucket}")
+    options = {"allow_http": is_plain, "timeout": _FOREVER, "read_timeout": _SILENT, "connect_timeout": _CONNECTING}
+    waits = {"init_backoff": _FIRST_WAIT, "max_backoff": _LONGEST_WAIT}
+    backoff = {**{name: timedelta(seconds=seconds) for name, seconds in waits.items()}, "base": _GROWTH}
+    retries = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS), "backoff": backoff}
     made: Client = getattr(store, kind.store)(bucket, config=config, client_options=options, retry_config=retries)
     return made
 
 
-def _profile() -> dict[str, Any]:
-    """Give the keys of a profile of AWS, where the environment has none; what is more than keys is left to boto3.
-
-    As in boto3 (``credentials.py`` of botocore), the environment goes before files unless a profile is named.
-    """
-    named = os.environ.get("AWS_PROFILE", "")
-    if "AWS_ACCESS_KEY_ID" in os.environ and not named:
-        return {}
-    where = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
-    files = [Path(os.environ.get(name, usual)).expanduser() for name, usual in where.items()]
-    parser = configparser.ConfigParser(interpolation=None, strict=False)
+def _can_sign(scheme: str, config: dict[str, Any]) -> bool:
+    """Say whether anything tells who asks: variables, files, or the machine, where it is one of a cloud."""
+    if "aws_access_key_id" in config or any(re.fullmatch(_KINDS[scheme].signs, name) for name in os.environ):
+        return True
+    if scheme == "gs" and any((folder / _GCLOUD_FILE).exists() for folder in _gcloud_folders()):
+        return True
+    address = urlsplit((scheme == "s3" and os.environ.get("AWS_METADATA_ENDPOINT")) or _METADATA)
     try:
-        parser.read(files, encoding="utf-8")
-    except (configparser.Error, UnicodeDecodeError):
-        raise BadFile(files[0], "cannot be read as profiles of AWS", "Mend it, or set AWS_ACCESS_KEY_ID.") from None
+        socket.create_connection((address.hostname or "", address.port or 80), _METADATA_SECONDS).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+_GCLOUD_FILE = "gcloud/application_default_credentials.json"
+
+
+def _gcloud_folders() -> Iterator[Path]:
+    yield Path("~/.config").expanduser()
+    if "APPDATA" in os.environ:
+        yield Path(os.environ["APPDATA"])
+
+
+def _profile() -> dict[str, Any]:
+    """Give what a profile of AWS says and the environment does not; what is more than keys is left to boto3.
+
+    As in botocore (``create_credential_resolver`` in ``credentials.py``), keys in the environment go before those of a
+    profile that ``AWS_PROFILE`` names, and the file of credentials before that of all else.
+    """
+    where = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
+    files = [Path(os.environ.get(name) or usual).expanduser() for name, usual in where.items()]
+    named = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE", "")
     name = named or "default"
-    found: dict[str, str] = {}
-    for section in (name, f"profile {name}"):
-        found |= dict(parser[section]) if parser.has_section(section) else {}
-    if named and not found:
-        raise SystemRefused(f"profile {name}", "is in none of the files of AWS", f"They are {files[0]} and {files[1]}.")
-    known = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token", "region", "endpoint_url")
-    config = {key.removesuffix("_url"): found[key] for key in known if key in found}
+    found = _section(files[0], f"profile {name}", name if name == "default" else "") | _section(files[1], name)
+    has_keys = "AWS_ACCESS_KEY_ID" in os.environ
+    if named and not found and not has_keys:
+        raise SystemRefused(f"profile {name}", "is in none of the files of AWS", f"They are {files[1]} and {files[0]}.")
+    known = ("region", "endpoint_url") if has_keys else (*_KEYS, "region", "endpoint_url")
+    config: dict[str, Any] = {key.removesuffix("_url"): found[key] for key in known if key in found}
     if "AWS_REGION" in os.environ or "AWS_DEFAULT_REGION" in os.environ:
         config.pop("region", None)
-    if found and "aws_access_key_id" not in found and any(key in found for key in _MORE_THAN_KEYS):
+    if not has_keys and "aws_access_key_id" not in found and any(key in found for key in _MORE_THAN_KEYS):
         config |= _by_boto3(name)
     return config
 
 
+def _section(file: Path, *names: str) -> dict[str, str]:
+    """Give what sections of a file of AWS say, the first of them the most."""
+    parser = configparser.ConfigParser(interpolation=None, strict=False, default_section="")
+    try:
+        parser.read(file, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        advice = "Mend it, or set AWS_CONFIG_FILE or AWS_SHARED_CREDENTIALS_FILE."
+        raise BadFile(file, "cannot be read as profiles of AWS", advice) from None
+    found: dict[str, str] = {}
+    for name in reversed(names):
+        found |= dict(parser[name]) if parser.has_section(name) else {}
+    return found
+
+
+_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 _MORE_THAN_KEYS = ("sso_session", "sso_start_url", "role_arn", "credential_process", "source_profile")
 
 
 def _by_boto3(profile: str) -> dict[str, Any]:
     try:
-        import boto3
+        import boto3  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         problem = "signs in by more than a key, which takes boto3, and that is not installed here"
         raise Unsupported(f"profile {profile}", problem, "pip install boto3") from None
     frozen = boto3.Session(profile_name=profile).get_credentials().get_frozen_credentials()
-    names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-    return {name: value for name, value in zip(names, frozen, strict=False) if value}
+    return {name: value for name, value in zip(_KEYS, frozen, strict=False) if value}

@@ -61,9 +61,9 @@ def save(state: State, path: Path) -> Path:
 
 
 def save_shards(
-    state: State, folder: Path, parts: Sequence[str], shard: str, index: str | None, **metadata: object
+    state: State, folder: Path, parts: Sequence[Sequence[str]], shard: str, index: str | None, **metadata: object
 ) -> Path:
-    """Write shards named by the pattern ``shard``; ``parts`` has the letters of each; give the index, or shard 1."""
+    """Write shards named by the pattern ``shard``; ``parts`` has the names in each; give the index, or shard 1."""
     weight_map = {}
     for number, names in enumerate(parts, 1):
         file_name = shard.format(number, len(parts))
