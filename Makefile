@@ -19,7 +19,7 @@ SIZES = find $(1) -type f | sort | xargs ls -lh | awk '{ printf "%8s  %s\n", $$5
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help demo test test-remote test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench same matrix clean
+.PHONY: help demo test test-remote coverage test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench same matrix clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F '|' '{ printf "make %-14s%s\n", $$1, $$2 }'
@@ -48,13 +48,19 @@ demo: .venv-demo/installed  ## convert a small Stable Diffusion folder, without 
 	@echo "That was all. Try it on a folder of yours: .venv-demo/$(BIN)/wconv to-safetensors FOLDER -o NEW_FOLDER"
 
 # Measuring takes a third more time; what is run while something is written need not wait for it.
-test: .venv/installed  ## run the tests but the slow and the remote ones (PYTEST_ARGS=... for more options, COVERAGE=1 to hold what they reach)
+PYTEST = .venv/$(BIN)/python $(if $(COVERAGE),-m coverage run )-m pytest
+
+test: .venv/installed  ## run the tests but the slow and the remote ones (PYTEST_ARGS=... for more options)
 	@rm -rf build/coverage && mkdir -p build/coverage
-	.venv/$(BIN)/python $(if $(COVERAGE),-m coverage run )-m pytest -n 2 -m "not slow and not remote" $(PYTEST_ARGS)
-	$(if $(COVERAGE),.venv/$(BIN)/python -m coverage combine -q && .venv/$(BIN)/python -m coverage report)
+	$(PYTEST) -n 2 -m "not slow and not remote" $(PYTEST_ARGS)
 
 test-remote: .venv/installed .venv-servers/installed  ## run the tests with stores: S3, Azure, the web and the Hub, all on this machine
-	.venv/$(BIN)/python -m pytest -m remote $(PYTEST_ARGS)
+	@mkdir -p build/coverage
+	$(PYTEST) -n 2 -m remote $(PYTEST_ARGS)
+
+coverage:  ## hold what "make test test-remote COVERAGE=1" has reached
+	.venv/$(BIN)/python -m coverage combine -q
+	.venv/$(BIN)/python -m coverage report
 
 test-all: .venv/installed .venv-coreml/installed .venv-engines/installed .venv-servers/installed  ## run all tests
 	.venv/$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

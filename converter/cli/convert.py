@@ -17,8 +17,8 @@ from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare
 from converter.run.choice import Choice, choose_workers
 from converter.run.execute import Result, guess_seconds, run_plan
-from converter.run.upload import traffic_of
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES
+from converter.run.upload import traffic_of
 from converter.run.workers import Workers, open_workers
 from converter.storage import Place
 from converter.storage.local import free_nbytes
@@ -103,7 +103,7 @@ def _run(plan: Plan | None, request: str, job: Run) -> tuple[Result, int]:
         return Result(plan, 0.0), 0
     run = job.options
     verify = run.verify or plan.destroys_source
-    with open_meter(plan.nbytes * (2 if verify else 1), "converting", run.quiet) as meter:
+    with open_meter(plan.nbytes * (2 if verify else 1), "converting", run.quiet, run.verbose and run.is_told) as meter:
         result = run_plan(
             plan,
             job.workers,

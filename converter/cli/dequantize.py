@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 @new_folder_option
 @click.option("--dtype", type=DTypeName(FULL_TARGETS), metavar="DTYPE", required=True, help="fp32, bf16 or fp16.")
 @some_conversion_options(
-    "from-variant", "component", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "follow-links", "create", "private", "pr", "verify",
-    "dry-run",
+    "from-variant", "component", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "follow-links", "create",
+    "private", "pr", "verify", "dry-run",
 )  # fmt: skip
 def command(source: Place, **options: Any) -> None:
     """Write the 8-bit modules of SRC (LLM.int8 of bitsandbytes) as numbers again, and the rest in the same dtype.

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import click
 
-from converter.cli.terminal import echo, open_meter, printable, show_bytes, show_json, show_table
+from converter.cli.terminal import echo, open_meter, printable, show_bytes, show_commits, show_json, show_table
 from converter.doctor import Diagnosis, Finding, Mending, diagnose, finish_mending, mend, plan_mending
 from converter.doctor.findings import SEVERITIES
 from converter.doctor.goals import Choices, Keep
@@ -179,8 +179,9 @@ def _predict(asked: Asked, diagnosis: Diagnosis, mending: Mending | None) -> lis
 
 
 def _show(diagnosis: Diagnosis, verbose: bool) -> None:
-    _show_sets(diagnosis)
     root = diagnosis.inventory.path
+    show_commits(root)
+    _show_sets(diagnosis)
     shown = [finding for finding in diagnosis.findings if verbose or finding.severity != "note"]
     for finding in shown:
         where = finding.path.relative_to(root)
@@ -232,6 +233,7 @@ def _as_json(
 ) -> dict[str, Any]:
     content: dict[str, Any] = {
         "path": str(diagnosis.inventory.path),
+        **({"commit": commit} if (commit := diagnosis.inventory.path.store.commit_id) else {}),
         "healthy": diagnosis.is_healthy,
         "findings": [_finding_as_json(finding) for finding in diagnosis.findings],
     }

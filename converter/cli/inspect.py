@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converter.cli.options import source_arg
-from converter.cli.terminal import echo, printable, show_bytes, show_count, show_json, show_table
+from converter.cli.terminal import echo, printable, show_bytes, show_commits, show_count, show_json, show_table
 
 if TYPE_CHECKING:
     from converter.errors import WconvError
@@ -62,6 +62,7 @@ def command(source: Place, with_tensors: bool, as_json: bool) -> int:
     errors |= {str(error): error for error in (*inventory.problems, error) if error}
     content = {
         "path": str(model.path),
+        **({"commit": model.path.store.commit_id} if model.path.store.commit_id else {}),
         "kind": model.kind,
         "class": model.class_name or model.components[0].class_name,
         "weight_sets": [found for found, _ in described],
@@ -71,6 +72,7 @@ def command(source: Place, with_tensors: bool, as_json: bool) -> int:
     if as_json:
         show_json(content)
     else:
+        show_commits(model.path)
         _show(content)
     for text in errors:
         click.echo(printable(text), err=True)

@@ -79,8 +79,8 @@ class PlaceType(click.Path):
     One that ``is_read`` may be the bare name of a model on the Hub, where a user says that it is meant.
     """
 
-    def __init__(self, is_read: bool = False) -> None:
-        super().__init__()
+    def __init__(self, is_read: bool = False, **how: Any) -> None:
+        super().__init__(**how)
         self.is_read = is_read
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:

@@ -38,7 +38,17 @@ if TYPE_CHECKING:
 )
 @click.option("--strict", is_flag=True, help="Refuse a model with weights that float16 cannot hold.")
 @some_conversion_options(
-    "from-variant", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "follow-links", "create", "private", "pr", "verify", "dry-run"
+    "from-variant",
+    "max-shard-size",
+    "keep-fp32",
+    "on-overflow",
+    "overwrite",
+    "follow-links",
+    "create",
+    "private",
+    "pr",
+    "verify",
+    "dry-run",
 )
 def command(source: Place, include: tuple[str, ...], skip: tuple[str, ...], strict: bool, **options: Any) -> None:
     """Write the linear modules of SRC, a model's or a pipeline's folder, in 8 bits: LLM.int8 of bitsandbytes.

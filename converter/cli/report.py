@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any, NamedTuple
 
-from converter.cli.terminal import echo, printable, show_bytes, show_seconds, show_table
+from converter.cli.terminal import echo, printable, show_bytes, show_commits, show_seconds, show_table
 from converter.errors import name_some
 from converter.plan.types import Plan, PlannedSet
 from converter.recipes.loading import loading_lines
@@ -20,6 +20,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     """Give the machine-readable form of a plan."""
     return {
         "source": str(plan.source.path),
+        **({"source_commit": commit} if (commit := plan.source.path.store.commit_id) else {}),
         "target": str(plan.target.folder),
         "weight_sets": [
             {
@@ -66,9 +67,12 @@ class Needs(NamedTuple):
             "peak_memory_nbytes": self.memory_nbytes,
             "free_nbytes": self.free_nbytes,
             "worker_seconds": self.seconds,
-            **{f"{what}_{name}": value
-               for what, traffic in (("read", self.read), ("sent", self.sent)) if traffic is not None
-               for name, value in traffic._asdict().items()},
+            **{
+                f"{what}_{name}": value
+                for what, traffic in (("read", self.read), ("sent", self.sent))
+                if traffic is not None
+                for name, value in traffic._asdict().items()
+            },
         }
 
 
@@ -76,6 +80,7 @@ def show_plan(plan: Plan, needs: Needs) -> None:
     """Print what a plan would write, and what that takes."""
     rows = [(shard.path, str(len(shard.tensors)), show_bytes(shard.nbytes)) for shard in plan.files]
     rows += [(name, "", show_bytes(len(content))) for name, content in plan.texts]
+    show_commits(plan.source.path)
     echo(f"Would write into {plan.target.folder}:\n")
     show_table(("file", "tensors", "size"), rows)
     echo()
@@ -110,6 +115,7 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     if not plan.sets or plan.is_there:
         echo(printable(f"Up to date: {plan.target.folder} is as it would be."))
         return
+    show_commits(plan.source.path)
     show_table(("component", "source", "", "output", "tensors", "size"), map(_row_of, plan.sets))
     echo()
     if verbose:
@@ -129,9 +135,16 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     echo(_how_it_went(result, peak_nbytes))
     if result.left_over:
         echo(printable(f"Left over: {result.left_over}."))
-    if result.told:
-        echo(printable(f"See {result.told}"))
+    _show_next(plan, result.told)
+
+
+def _show_next(plan: Plan, told: str) -> None:
+    """Say where what was written can be seen, and how it is loaded."""
+    if told:
+        echo(printable(f"See {told}"))
     lines = loading_lines(plan)
+    if told and not lines:
+        return
     echo("\nLoad it with:\n" if lines else "\nLook at it with:\n")
     for line in lines or [f"wconv inspect {shlex.quote(str(plan.target.folder))}"]:
         echo(f"    {printable(line)}")

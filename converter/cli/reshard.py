@@ -30,5 +30,5 @@ def command(source: Place, **options: Any) -> None:
     if options["max_shard_size"] is None:
         raise click.UsageError("Say how large a shard may be: --max-shard-size 5GB, or none.")
     if options["output"] is None and not (options["in_place"] or options["pr"]):
-        raise click.UsageError("Say where to write: -o OUT, --in-place, or --pr.")
+        raise click.UsageError("Say where to write: -o OUT, or --in-place.")
     run_conversion(source, options, format=None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converter.cli.options import PlaceType, output_options, run_options
-from converter.cli.terminal import echo, open_meter, show_bytes, show_json, show_table
+from converter.cli.terminal import echo, open_meter, show_bytes, show_commits, show_json, show_table
 
 if TYPE_CHECKING:
     from converter.recipes.verify import Comparison
@@ -54,12 +54,14 @@ def command(
     """
     from converter.recipes.verify import verify
 
+    a, b = a.pinned(), b.pinned()
     with open_meter(None, "comparing", quiet) as meter:
         how = partial(verify, executor=executor, workers=workers, memory_nbytes=int(memory), progress=meter)
         found = how(a, b, cast=cast, quantized=quantized)
     if as_json:
         show_json({"equal": found.is_equal, **asdict(found, dict_factory=_finite)})
     elif not quiet:
+        show_commits(a, b)
         _show(found, verbose)
     return 0 if found.is_equal else 1
 

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator
 
-from converter.errors import BadFile, BadRequest, OutputRefused, name_some
+from converter.errors import BadFile, BadRequest, OutputRefused, Unsupported, name_some
 from converter.models.names import WEIGHT_EXTENSIONS, parse_name
 from converter.storage import Given, Place, list_entries, place_of
 
@@ -30,6 +30,8 @@ def check_places(source: Given, output: Given | None, removes: bool = False) -> 
         refuse_cache(source, "Write to a new folder: -o NEW.")
         return
     place = place_of(output)
+    if place.store.is_far:
+        return
     for dangling in (one for one in (place, *place.parents) if one.is_link() and not one.exists()):
         raise OutputRefused(dangling, "is a link to nothing", "Remove it, or name another folder.")
     refuse_cache(place, "Name another folder: -o NEW.")
@@ -40,11 +42,12 @@ def check_places(source: Given, output: Given | None, removes: bool = False) -> 
 def refuse_cache(given: Given, advice: str = "") -> None:
     """Raise OutputRefused for a place in the Hub's cache, or a model whose files are links into it.
 
-    Without other advice, a copy is to be worked on.
+    And Unsupported for what is on no disk of this machine. Without other advice, a copy is to be worked on.
     """
     place = place_of(given)
     if place.store.is_far:
-        return
+        problem = "is not on this machine's disk, and only what is there is changed where it lies"
+        raise Unsupported(place, problem, "Fetch it first, or have a conversion write to a new place: -o NEW.")
     advice = advice or f"Copy it first: cp -rL {shlex.quote(str(place))} NEW."
     spelled, real = place.absolute(), place.real()
     if any(map(_is_of_cache, (spelled, *spelled.parents, real, *real.parents))) or _repos_in(place):

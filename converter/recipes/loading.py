@@ -22,8 +22,10 @@ def loading_lines(plan: Plan) -> list[str]:
     is_variantless = bool(loader.no_variants(plan.source))
     written = Written(plan.source, folder, plan.target.is_new, is_variantless, plan.dtype, sets)
     lines = loader.load_folder(written)
-    if lines or plan.target.folder.store.is_far:
+    if lines:
         return lines
+    if plan.target.folder.store.is_far:
+        sets = tuple(one for one in sets if not one.component.name and _library_lines(written, one))
     for one in sets[:_MOST_SETS]:
         lines += (line for line in _lines_of(written, one) if line not in lines)
     more = len(sets) - _MOST_SETS
@@ -53,5 +55,8 @@ def _describe(plan: Plan, planned: PlannedSet) -> WrittenSet:
 
 def _lines_of(written: Written, one: WrittenSet) -> list[str]:
     """Give the lines of the first library that finds a set by itself, else those that load its files."""
-    found = filter(None, (library.load_set(written, one) for library in LIBRARIES))
-    return next(found, None) or load_files(one)
+    return _library_lines(written, one) or load_files(one)
+
+
+def _library_lines(written: Written, one: WrittenSet) -> list[str]:
+    return next(filter(None, (library.load_set(written, one) for library in LIBRARIES)), [])

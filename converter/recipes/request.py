@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from converter.errors import BadRequest, OutputRefused, Unsupported
+from converter.models.hub_cache import refuse_cache
 from converter.models.names import parse_name
 from converter.models.select import Selection
 from converter.plan.types import Plan, Publishing, Writing
@@ -112,13 +113,13 @@ def prepare(request: Request, make: Callable[[Request], Plan], more: object = ""
 def _refuse_elsewhere(request: Request) -> None:
     """Raise Unsupported for what would be written, or removed, where files are only read."""
     source, output, publishing = request.source, request.output, request.publishing
-    for is_asked, option in ((publishing.delete_source, "--delete-source"), (publishing.in_place, "--in-place")):
-        if is_asked and not is_local(source):
-            problem = f"is not on this machine's disk, and {option} is for what is"
-            raise Unsupported(source, problem, "Leave it out, and write to a new place: -o NEW.")
+    if source.store.is_far and (publishing.delete_source or publishing.in_place):
+        refuse_cache(source)
     if output is None and not is_local(source):
         advice = "Write to a new place: -o NEW, which may be a folder, a bucket or the Hub."
-        raise Unsupported(source, "is not on this machine's disk, and nothing is added there unless you name it", advice)
+        raise Unsupported(
+            source, "is not on this machine's disk, and nothing is added there unless you name it", advice
+        )
     if output is not None and not is_local(output) and not isinstance(output.store, WritableStore):
         raise Unsupported(output, "cannot be written to", "Name a folder, a bucket (s3://, gs://, az://) or hf://.")
 

@@ -20,11 +20,13 @@ from converter.models.rest import is_linked
 from converter.models.select import Tied, select_sets
 from converter.plan.make import make_plan
 from converter.plan.types import Order, Plan, Rest, Target, Writing
+from converter.recipes.card import CARD, make_card
 from converter.recipes.carry import find_copied
 from converter.recipes.outputs import open_target, refuse_links
 from converter.recipes.request import Request, names_file
 from converter.run.staging import find_strangers
-from converter.storage import Place
+from converter.storage import FileRef, Place
+from converter.storage.far import CommittedStore
 from converter.tensors.base import Tensor, find_ties
 from converter.transforms.dtype import Casting, check_names, recast
 from converter.transforms.names import strip_prefix
@@ -215,7 +217,8 @@ def plan_job(job: Job, selected: _Selected, orders: Sequence[Order], rest: Rest 
     copied, notes = list(rest.copied), list(rest.notes)
     if carries:
         along, left = find_copied(model, selected, target.folder, request.publishing.follow_links)
-        copied, notes = copied + along, notes + left
+        rest, copied = _with_card(job, orders, rest, copied + along)
+        notes = [*rest.notes, *left]
     notes += dict.fromkeys(note for component, _ in selected if (note := _more_fp32(component, request)[1]))
     notes += note_tag(model, request.writing.variant)
     notes += find_strangers(model.root, target.folder)
@@ -230,6 +233,22 @@ def plan_job(job: Job, selected: _Selected, orders: Sequence[Order], rest: Rest 
     if carries and not request.publishing.follow_links:
         _refuse_linked_configs(plan)
     return plan
+
+
+def _with_card(
+    job: Job, orders: Sequence[Order], rest: Rest, copied: Sequence[tuple[str, FileRef]]
+) -> tuple[Rest, list[tuple[str, FileRef]]]:
+    """Add a model card where one is wanted; what a repository of the Hub has of its own is not written over."""
+    others = dict(copied)
+    card = make_card(job.model, job.target, orders, others.get(CARD))
+    if card is not None:
+        rest = replace(rest, generated={**rest.generated, CARD: card})
+    folder = job.target.folder
+    if isinstance(folder.store, CommittedStore) and not job.request.publishing.overwrite:
+        kept = [name for name in (CARD, "LICENSE") if name in others and (folder / name).exists()]
+        rest = replace(rest, notes=(*rest.notes, *(f"{folder / name} is there already, and stays" for name in kept)))
+        others = {name: file for name, file in others.items() if name not in kept}
+    return rest, list(others.items())
 
 
 def _find_existing(target: Target, components: Iterable[Component]) -> dict[str, tuple[WeightSet, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -54,8 +54,9 @@ _PARSED_NBYTES = 4_000_000  # of a header: one of 10 MB takes 80 to be parsed ag
 class Result:
     """What a run did. ``reused_nbytes`` lay there from an earlier run that was killed; ``seconds`` is wall time.
 
-    ``told`` is what a store says of what it has taken. ``plan`` is None where that earlier run had only its last renames left. ``left_over`` names what could not be
-    cleared up, ``too_large`` how many values of which tensors a cast could not hold.
+    ``plan`` is None where that earlier run had only its last renames left. ``left_over`` names what could not be
+    cleared up, ``told`` is what a store says of what it has taken, ``too_large`` how many values of which tensors a
+    cast could not hold.
     """
 
     plan: Plan | None
@@ -109,7 +110,7 @@ def run_plan(
         for name, source in _second_names(plan):  # only now: they change what a file's stamp says
             output.link(name, source)
         output.commit(Changes.of(plan, keep), request)
-    return Result(plan, time.perf_counter() - begun, reused, verify, output.left_over, too_large)
+    return Result(plan, time.perf_counter() - begun, reused, verify, output.left_over, too_large=too_large)
 
 
 def _run_far(plan: Plan, tasks: Tasks, request: str, verify: bool, begun: float) -> Result:

@@ -24,7 +24,10 @@ _MIN_CHUNK_NBYTES = 1 << 16
 _LISTEN_SECONDS = 0.2  # a signal is heard so soon, however long a task takes
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes that were dealt with since the last call."""
+"""Called with the number of bytes that were dealt with since the last call.
+
+What has a method ``name_file`` is told of each file that is through, where files go as a whole.
+"""
 
 _T = TypeVar("_T")
 _A = TypeVar("_A")
@@ -73,6 +76,12 @@ class Tasks:
     workers: Workers
     memory_nbytes: int
     progress: Progress
+
+    def name_file(self, text: str) -> None:
+        """Tell who wants to know that a file is through, as ``3 of 10: unet/model.safetensors``."""
+        tell = getattr(self.progress, "name_file", None)
+        if tell:
+            tell(text)
 
     @property
     def chunk_nbytes(self) -> int:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from converter.errors import BadFile, OutputRefused, SystemRefused, WconvError
 from converter.formats import WRITERS
@@ -36,6 +36,7 @@ from converter.storage import FileRef, Place
 from converter.storage.far import PART_NBYTES, Receipt, WritableStore, Writer, count_streams
 from converter.tensors.reader import are_far
 
+_T = TypeVar("_T")
 _AT_ONCE = 16  # questions
 _SMALL_NBYTES = 1 << 20  # what is copied with what comes last
 _LAST = ("model_index.json",)
@@ -82,6 +83,7 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
         store.withdraw([(folder / name).key for name in plan.replaced if is_index(name)])
         for one in tasks.run(_calls(upload_file, uploads), plan.window):
             written += [one.receipt]
+            tasks.name_file(f"{len(written):,} of {len(uploads):,}: {one.receipt.name}")
             reused += one.receipt.nbytes if one.was_there else 0
             too_large += one.too_large
         if verify and not store.commits:
@@ -104,10 +106,11 @@ def _split(plan: Plan, request: str) -> tuple[list[Upload], list[tuple[str, byte
     folder = plan.target.folder
     notes = notes_of(plan, request)
     may_overflow = plan.on_overflow != "error"
-    uploads, texts = [], []
-    for planned in plan.files:
-        uploads.append(Upload(folder / planned.path, notes[planned.path], planned.nbytes, planned, None, may_overflow,
-                              plan.overwrite))  # fmt: skip
+    uploads = [
+        Upload(folder / one.path, notes[one.path], one.nbytes, one, None, may_overflow, plan.overwrite)
+        for one in plan.files
+    ]
+    texts = []
     for name, file in plan.copied:
         info = file.place.info()
         nbytes = info.nbytes if info else 0
@@ -132,7 +135,7 @@ def _content(file: FileRef) -> bytes:
         opened.close()
 
 
-def _calls(function: Callable[[Upload, int], object], uploads: Iterable[Upload]) -> Iterator[Call]:
+def _calls(function: Callable[[Upload, int], _T], uploads: Iterable[Upload]) -> Iterator[Call[Upload, _T]]:
     return (Call(function, upload, upload.nbytes, str(upload.place), advances=True) for upload in uploads)
 
 
@@ -151,7 +154,9 @@ def notes_of(plan: Plan, request: str) -> dict[str, str]:
         files = {storage.file for tensor, _ in planned.tensors for storage in tensor.source.inputs()}
         made_of = sorted((str(file.place), repr(file.tag)) for file in files)
         notes[planned.path] = _digest(request, planned.path, repr(made_of).encode(), planned.header)
-    notes |= {name: _digest(request, name, str(file.place).encode(), repr(file.tag).encode()) for name, file in plan.copied}
+    notes |= {
+        name: _digest(request, name, str(file.place).encode(), repr(file.tag).encode()) for name, file in plan.copied
+    }
     return notes | {name: _digest(request, name, content) for name, content in plan.texts}
 
 
@@ -196,7 +201,9 @@ def traffic_of(plan: Plan) -> tuple[Traffic | None, Traffic | None]:
     read = sent = None
     is_sent = plan.target.folder.store.is_far
     copied = [(file.place.store.is_far, info.nbytes) for _, file in plan.copied if (info := file.place.info())]
-    if any(is_far for is_far, _ in copied) or are_far(tensor.source for file in plan.written for tensor, _ in file.tensors):
+    if any(is_far for is_far, _ in copied) or are_far(
+        tensor.source for file in plan.written for tensor, _ in file.tensors
+    ):
         nbytes = requests = 0
         for planned in plan.written:
             place = plan.target.folder / planned.path
@@ -288,7 +295,9 @@ def _frame_of(planned: PlannedFile, piece: Piece, chunk_nbytes: int) -> Iterator
     if piece.steps:
         report = carry(Piece(piece.place, piece.steps, with_crcs=True), chunk_nbytes, lambda *_: advance(0))
         crcs = {part.offset: part.crc32 for part in report.written}
-    return iter(sorted(frame(planned.specs, planned.ties, [crcs.get(offset, combine(())[0]) for _, offset in planned.tensors])))
+    return iter(
+        sorted(frame(planned.specs, planned.ties, [crcs.get(offset, combine(())[0]) for _, offset in planned.tensors]))
+    )
 
 
 class _InOrder:

@@ -134,6 +134,8 @@ class Store(Protocol):
     is_far: bool = False
     loaders_name: str = ""
     """What loaders know it by, if they do."""
+    commit_id: str = ""
+    """Which state of it this is, if it has any number of them."""
 
     def pinned(self) -> Store:
         """Give the store as it is now, for one whose names stand for something else later."""

@@ -60,6 +60,10 @@ class HubStore(CommittedStore):
         return f"hf://{self.repo}{at}" + ("" if key in ("", ".") else f"/{key}")
 
     @property
+    def commit_id(self) -> str:  # type: ignore[override]
+        return self.commit
+
+    @property
     def loaders_name(self) -> str:  # type: ignore[override]
         return self.repo if self.revision == "main" and not self.as_pr else ""
 

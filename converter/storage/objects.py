@@ -112,9 +112,12 @@ class ObjectStore(WritableStore):
         import obstore
 
         part_nbytes = max(PART_NBYTES, -(-nbytes // _MOST_PARTS))
-        with self._worded(key), obstore.open_writer(
-            self._client(), key, attributes={_NOTE: note}, buffer_size=part_nbytes, max_concurrency=_PARTS_AT_ONCE
-        ) as file:  # aborts what it has begun after an error
+        with (
+            self._worded(key),
+            obstore.open_writer(
+                self._client(), key, attributes={_NOTE: note}, buffer_size=part_nbytes, max_concurrency=_PARTS_AT_ONCE
+            ) as file,
+        ):  # aborts what it has begun after an error
             writer = _Writer(file)
             yield writer
         writer.receipt = Receipt(key, nbytes)
@@ -204,7 +207,9 @@ class ObjectStore(WritableStore):
         known = code[1] if code else status[1].strip() if status else ""
         if known in ("NoSuchBucket", "ContainerNotFound") or (status and status[1][:3] == "404"):
             bucket = f"{self.scheme}://{self.bucket}"
-            return SystemRefused(bucket, "is not there", "Check its name, and AWS_REGION." if self.scheme == "s3" else "")
+            return SystemRefused(
+                bucket, "is not there", "Check its name, and AWS_REGION." if self.scheme == "s3" else ""
+            )
         if "169.254.169.254" in head or "metadata.google" in head or "MissingAccount" in text:
             return SystemRefused(place, f"needs credentials of {kind.whose}, and there are none", kind.credentials)
         if status and status[1][:3] in ("401", "403"):

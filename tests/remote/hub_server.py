@@ -10,20 +10,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import io
 import json
-import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
-from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+from typing import Any
+from urllib.parse import parse_qs, quote, urlencode
 
 from remote.hub_cas import LIVES, Store
+from remote.hub_http import PIECE, Reply, Request, Server, said
 from remote.hub_repos import DATE, Commit, File, RefusedError, Repo, whole
 from remote.wire import Asked, Wire
 
@@ -32,153 +29,20 @@ WRITES, READS = "hf_writes", "hf_reads"  # the tokens, by what they allow
 LARGE = 10_000_000  # bytes from which a file is not kept in the repository, whatever its name
 LARGE_NAMES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".onnx", ".msgpack", ".h5")
 LFS_PART = 5 << 20  # bytes of a part of a multipart upload
-PIECE = 1 << 20
 NEEDS_WRITE = "Forbidden: you must use a write token to upload to a repository."
 CONFLICT = "A commit has happened since. Please refresh and try again."
 
 
-@dataclass
-class Request:
-    """What is asked for; the parts of the path are unquoted one by one, for a revision has slashes of its own."""
-
-    method: str
-    parts: list[str]
-    query: dict[str, list[str]]
-    headers: Mapping[str, str]
-    body: BinaryIO
-    length: int
-
-    def one(self, name: str, default: str = "") -> str:
-        return self.query.get(name, [default])[0]
-
-    def is_set(self, name: str) -> bool:
-        return self.one(name).lower() in ("1", "true")
-
-    def read(self) -> bytes:
-        return self.body.read(self.length)
-
-    def json(self) -> Any:
-        return json.loads(self.read() or b"{}")
-
-
-@dataclass
-class Reply:
-    """What is answered: bytes, or a file."""
-
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
-    path: Path | None = None
-
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path else len(self.body)
-
-    def pieces(self, first: int, end: int) -> Iterator[bytes]:
-        if not self.path:
-            yield self.body[first:end]
-            return
-        with self.path.open("rb") as file:
-            file.seek(first)
-            while first < end and (data := file.read(min(PIECE, end - first))):
-                first += len(data)
-                yield data
-
-
-def said(value: object, status: int = 200, **headers: str) -> Reply:
-    """Give an answer in JSON."""
-    named = {name.replace("_", "-"): text for name, text in headers.items()}
-    return Reply(status, {"Content-Type": "application/json; charset=utf-8", **named}, json.dumps(value).encode())
-
-
-def refused(error: RefusedError) -> Reply:
-    """Give an answer that the Hub gives to what it does not do."""
-    headers = {"X-Error-Message": error.message, **({"X-Error-Code": error.code} if error.code else {})}
-    reply = said({"error": error.message}, error.status)
-    reply.headers |= headers
-    return reply
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
-
-    def handle_any(self) -> None:
-        split = urlsplit(self.path)
-        length = int(self.headers.get("Content-Length") or 0)
-        parts = [unquote(part) for part in split.path.strip("/").split("/")]
-        query = parse_qs(split.query, keep_blank_values=True)
-        body: Any = self.rfile
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = io.BytesIO(b"".join(self._chunks()))
-            length = len(body.getvalue())
-        request = Request(self.command, parts, query, self.headers, body, length)
-        try:
-            reply = self.server.answer(request)  # type: ignore[attr-defined]
-        except RefusedError as error:
-            reply = refused(error)
-        # What was not read is in the way of the next request.
-        self.close_connection = length > 0 and reply.status >= 400
-        self._send(reply)
-
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
-
-    def _chunks(self) -> Iterator[bytes]:
-        while size := int(self.rfile.readline(), 16):
-            yield self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-
-    def _send(self, reply: Reply) -> None:
-        first, end = 0, reply.size
-        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
-        if asked and reply.status == 200:
-            begin, last = asked.groups()
-            first = int(begin) if begin else max(0, end - int(last))
-            if first >= end:
-                reply = Reply(416, {"Content-Range": f"bytes */{end}"})
-                first = end = 0
-            else:
-                stop = min(end, int(last) + 1) if begin and last else end
-                reply.headers["Content-Range"] = f"bytes {first}-{stop - 1}/{end}"
-                reply.status, end = 206, stop
-        self.send_response(reply.status)
-        if self.close_connection:
-            reply.headers["Connection"] = "close"
-        for name, value in {**reply.headers, "Content-Length": str(end - first)}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            for piece in reply.pieces(first, end):
-                self.wfile.write(piece)
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 256
-
-    def __init__(self, answer: Any) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.answer = answer
-        self.port: int = self.server_address[1]
-        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self.thread.start()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of clients that are gone."""
-
-    def end(self) -> None:
-        self.shutdown()
-        self.server_close()
-        self.thread.join()
+def _revision(parts: list[str]) -> tuple[str, str]:
+    """Tell the revision from the path behind it; a pull request's has slashes, which need not be quoted."""
+    count = 3 if parts[:1] == ["refs"] else 1
+    return "/".join(parts[:count]) or "main", "/".join(parts[count:])
 
 
 class Hub:
     """The Hub; it is reached at ``wire``, and what is large at ``data``, which is another host.
 
-    ``page`` is how many entries a listing gives at once, ``data_lives`` for how many seconds an address of data is good.
+    ``page`` is how many entries a listing gives at once, ``data_lives`` how many seconds an address of data holds.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -190,7 +54,7 @@ class Hub:
         self.data_lives: float = LIVES
         self._secret = secrets.token_bytes(32)
         self._lock = threading.RLock()
-        self._servers = [_Server(self._answer_api), _Server(self._answer_data)]
+        self._servers = [Server(self._answer_api), Server(self._answer_data)]
         self.wire = Wire(self._servers[0].port).up()
         self.data = Wire(self._servers[1].port, "localhost").up()
 
@@ -199,8 +63,9 @@ class Hub:
             wire.down()
         for server in self._servers:
             server.end()
-        for error in (*self.wire.errors, *self.data.errors):
-            raise error
+        for errors in (self.wire.errors, self.data.errors, *(server.errors for server in self._servers)):
+            for error in errors:
+                raise error
 
     @property
     def endpoint(self) -> str:
@@ -216,9 +81,8 @@ class Hub:
 
     def leaks(self) -> list[Asked]:
         """Give the requests that took a token to the other host."""
-        leaks = [asked for asked in self.data.asked if "authorization" in asked.headers]
-        said = [asked for asked in self.data.asked if any(token in str(asked) for token in self.tokens)]
-        return leaks + [asked for asked in said if asked not in leaks]
+        secrets = ("'authorization'", *self.tokens)
+        return [asked for asked in self.data.asked if any(one in f"{asked.target} {asked.headers}" for one in secrets)]
 
     def create(self, name: str, is_private: bool = False, is_gated: bool = False) -> Repo:
         """Make a repository, if there is none; it is one's own if its namespace is among ``owners``."""
@@ -276,7 +140,7 @@ class Hub:
 
     def _level(self, request: Request) -> str | None:
         """Say what the one who asks may do: write, read, or None of anybody."""
-        header = request.headers.get("Authorization")
+        header = request.headers.get("authorization")
         if header is None:
             return None
         level = self.tokens.get(header.removeprefix("Bearer "))
@@ -287,7 +151,7 @@ class Hub:
     def _repo(self, request: Request, name: str, does_write: bool = False) -> Repo:
         level = self._level(request)
         repo = self.repos.get(name)
-        if repo is None or (repo.is_private and level is None):
+        if repo is None or (repo.is_private and (level is None or not self._is_own(name))):
             if level is None:
                 raise RefusedError(401, "Invalid username or password.", "RepoNotFound")
             raise RefusedError(404, "Repository not found", "RepoNotFound")
@@ -295,40 +159,50 @@ class Hub:
             self._check_write(level, name, request.is_set("create_pr"))
         return repo
 
+    def _is_own(self, name: str) -> bool:
+        return name.split("/")[0] in self.owners
+
     def _check_write(self, level: str | None, name: str, is_pull_request: bool) -> None:
         if level is None:
             raise RefusedError(401, "Invalid username or password.")
         if level != "write":
             raise RefusedError(403, NEEDS_WRITE)
-        if name.split("/")[0] not in self.owners and not is_pull_request:
+        if not self._is_own(name) and not is_pull_request:
             raise RefusedError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
 
     # The API.
 
     def _answer_api(self, request: Request) -> Reply:
         match request.parts:
-            case ["api", "whoami-v2"]:
-                if not self._level(request):
-                    raise RefusedError(401, "Invalid username or password.")
-                return said({"type": "user", "id": USER, "name": USER, "fullname": USER, "orgs": [], "auth": {}})
-            case ["api", "repos", "create"]:
-                return self._create(request)
-            case ["api", "validate-yaml"]:
-                request.read()
-                return said({"errors": [], "warnings": []})
-            case ["api", "lfs", "complete", sha256]:
-                return self._complete(request, sha256)
-            case ["api", "models", owner, name, *rest]:
-                return self._answer_model(request, f"{owner}/{name}", rest)
-            case ["api", "resolve-cache", "models", owner, name, revision, *path]:
-                return self._resolve(request, f"{owner}/{name}", revision, "/".join(path), is_last=True)
-            case [owner, name, "resolve", "refs", kind, number, *path]:
-                return self._resolve(request, f"{owner}/{name}", f"refs/{kind}/{number}", "/".join(path))
-            case [owner, name, "resolve", revision, *path]:
-                return self._resolve(request, f"{owner}/{name}", revision, "/".join(path))
+            case ["api", *rest]:
+                return self._answer_below_api(request, rest)
+            case [owner, name, "resolve", *rest]:
+                return self._resolve(request, f"{owner}/{name}", *_revision(rest))
             case [owner, name, "info", "lfs", "objects", "batch"]:
                 return self._batch(request, f"{owner}/{name.removesuffix('.git')}")
         raise RefusedError(404, "Repository not found", "RepoNotFound")
+
+    def _answer_below_api(self, request: Request, parts: list[str]) -> Reply:
+        match parts:
+            case ["whoami-v2"]:
+                return self._who(request)
+            case ["repos", "create"]:
+                return self._create(request)
+            case ["validate-yaml"]:
+                request.read()
+                return said({"errors": [], "warnings": []})
+            case ["lfs", "complete", sha256]:
+                return self._complete(request, sha256)
+            case ["models", owner, name, *rest]:
+                return self._answer_model(request, f"{owner}/{name}", rest)
+            case ["resolve-cache", "models", owner, name, *rest]:
+                return self._resolve(request, f"{owner}/{name}", *_revision(rest), is_last=True)
+        raise RefusedError(404, "there is nothing here")
+
+    def _who(self, request: Request) -> Reply:
+        if not self._level(request):
+            raise RefusedError(401, "Invalid username or password.")
+        return said({"type": "user", "id": USER, "name": USER, "fullname": USER, "orgs": [], "auth": {}})
 
     def _create(self, request: Request) -> Reply:
         asked = request.json()
@@ -338,7 +212,7 @@ class Hub:
         with self._lock:
             if name in self.repos:
                 error = "You already created this model repo"
-                return said({"error": error, "url": url}, 409, X_Error_Message=error)
+                return said({"error": error, "url": url}, 409, {"X-Error-Message": error})
             self.create(name, asked.get("visibility") == "private" or bool(asked.get("private")))
         return said({"url": url, "name": name, "id": self.repos[name].described("main", False)["_id"]})
 
@@ -349,10 +223,7 @@ class Hub:
             raise RefusedError(404, f"there is no {what} here")
         writes = what in ("commit", "preupload", "branch", "tag", "xet-write-token")
         repo = self._repo(request, name, does_write=writes)
-        if rest[:1] == ["refs"]:
-            rest = ["/".join(rest[:3]), *rest[3:]]
-        revision, path = (rest or ["main"])[0], "/".join(rest[1:])
-        reply: Reply = answer(request, repo, revision, path)
+        reply: Reply = answer(request, repo, *_revision(rest))
         return reply
 
     def _model_revision(self, request: Request, repo: Repo, revision: str, path: str) -> Reply:
@@ -384,7 +255,7 @@ class Hub:
 
     def _model_paths_info(self, request: Request, repo: Repo, revision: str, path: str) -> Reply:
         body = request.read()
-        is_json = "json" in request.headers.get("Content-Type", "")
+        is_json = "json" in request.headers.get("content-type", "")
         paths = json.loads(body)["paths"] if is_json else parse_qs(body.decode()).get("paths", [])
         entries = {entry["path"]: entry for entry in repo.listing(revision, "", is_recursive=True)}
         return said([entries[path] for path in paths if path in entries])
@@ -419,13 +290,13 @@ class Hub:
 
     def _xet_token(self, url: str) -> Reply:
         ends, token = int(time.time()) + LIVES, secrets.token_hex(8)
-        headers = {"X_Xet_Cas_Url": url, "X_Xet_Access_Token": token, "X_Xet_Token_Expiration": str(ends)}
-        return said({"casUrl": url, "accessToken": token, "exp": ends}, **headers)
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(ends)}
+        return said({"casUrl": url, "accessToken": token, "exp": ends}, headers=headers)
 
     # Reading a file.
 
     def _check_gate(self, request: Request, repo: Repo) -> None:
-        if repo.is_gated and repo.name.split("/")[0] not in self.owners:
+        if repo.is_gated and not self._is_own(repo.name):
             message = f"Access to model {repo.name} is restricted and you are not in the authorized list."
             raise RefusedError(403 if self._level(request) else 401, message, "GatedRepo")
 
@@ -449,13 +320,10 @@ class Hub:
 
     def _signed(self, method: str, sha256: str, **query: object) -> str:
         """Give an address that is good for one thing and for a time."""
-        named = {
-            **{name: str(value) for name, value in query.items()},
-            "Expires": f"{time.time() + self.data_lives:.3f}",
-        }
-        return (
-            f"{self.data.url}/content/{sha256}?{urlencode({**named, 'Signature': self._sign(method, sha256, named)})}"
-        )
+        named = {name: str(value) for name, value in query.items()}
+        named["Expires"] = f"{time.time() + self.data_lives:.3f}"
+        named["Signature"] = self._sign(method, sha256, named)
+        return f"{self.data.url}/content/{sha256}?{urlencode(named)}"
 
     def _sign(self, method: str, sha256: str, query: Mapping[str, str]) -> str:
         text = json.dumps([method, sha256, sorted(query.items())])
@@ -466,10 +334,12 @@ class Hub:
         query = {name: values[0] for name, values in request.query.items()}
         signature = query.pop("Signature", "")
         method = "GET" if request.method == "HEAD" else request.method
-        if "Authorization" in request.headers:
+        if "authorization" in request.headers:
             return Reply(400, {}, b"<Error><Code>InvalidArgument</Code>Only one auth mechanism allowed</Error>")
         if signature != self._sign(method, sha256, query) or float(query["Expires"]) < time.time():
             return Reply(403, {"Content-Type": "application/xml"}, b"<Error><Code>AccessDenied</Code></Error>")
+        if method == "GET" and not self.store.open(sha256).exists():
+            return Reply(404, {"Content-Type": "application/xml"}, b"<Error><Code>NoSuchKey</Code></Error>")
         if method == "GET":
             headers = {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
             return Reply(200, headers, path=self.store.open(sha256))
@@ -570,9 +440,7 @@ class Hub:
         elif self.store.has(sha256):
             file = File((self.store.whole / sha256).stat().st_size, sha256=sha256)
         else:
-            raise RefusedError(
-                400, f"Your push was rejected because an LFS pointer pointed to a file that does not exist: {sha256}"
-            )
+            raise RefusedError(400, f"an LFS pointer pointed to a file that does not exist: {sha256}")
         if size not in (None, file.size):
             raise RefusedError(400, f"{sha256} has {file.size} bytes, not {size}")
         return file

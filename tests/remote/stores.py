@@ -24,6 +24,7 @@ import urllib3
 from remote.servers import AZURE_ACCOUNT, AZURE_KEY, S3_REGION, S3_SECRET, S3_USER
 from remote.wire import Wire
 
+NOTHING: Mapping[str, str] = {}
 _NUMBERS = itertools.count(1)
 _Store = TypeVar("_Store", bound="Store")
 
@@ -72,7 +73,9 @@ class Store(ABC):
     def create(self) -> None: ...
 
     @abstractmethod
-    def ask(self, method: str, name: str = "", body: bytes = b"", **query: str) -> urllib3.BaseHTTPResponse:
+    def ask(
+        self, method: str, name: str = "", body: bytes = b"", query: Mapping[str, str] = NOTHING
+    ) -> urllib3.BaseHTTPResponse:
         """Make a signed request about an object, or about the bucket."""
 
     @abstractmethod
@@ -139,7 +142,9 @@ class S3(Store):
     def create(self) -> None:
         self.ask("PUT")
 
-    def ask(self, method: str, name: str = "", body: bytes = b"", **query: str) -> urllib3.BaseHTTPResponse:
+    def ask(
+        self, method: str, name: str = "", body: bytes = b"", query: Mapping[str, str] = NOTHING
+    ) -> urllib3.BaseHTTPResponse:
         path = quote(f"/{self.bucket}/{name}" if name else f"/{self.bucket}")
         now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         digest = hashlib.sha256(body).hexdigest()
@@ -160,13 +165,14 @@ class S3(Store):
         names: list[str] = []
         while True:
             after = {"start-after": names[-1]} if names else {}
-            found = list(_texts(self.ask("GET", prefix=prefix, **{"list-type": "2"}, **after).data, "Contents", "Key"))
+            answer = self.ask("GET", query={"list-type": "2", "prefix": prefix, **after})
+            found = list(_texts(answer.data, "Contents", "Key"))
             if not found:
                 return names
             names += found
 
     def open_uploads(self) -> list[str]:
-        return list(_texts(self.ask("GET", uploads="").data, "Upload", "Key"))
+        return list(_texts(self.ask("GET", query={"uploads": ""}).data, "Upload", "Key"))
 
 
 class Azure(Store):
@@ -183,9 +189,11 @@ class Azure(Store):
         }
 
     def create(self) -> None:
-        self.ask("PUT", restype="container")
+        self.ask("PUT", query={"restype": "container"})
 
-    def ask(self, method: str, name: str = "", body: bytes = b"", **query: str) -> urllib3.BaseHTTPResponse:
+    def ask(
+        self, method: str, name: str = "", body: bytes = b"", query: Mapping[str, str] = NOTHING
+    ) -> urllib3.BaseHTTPResponse:
         path = quote(f"/{AZURE_ACCOUNT}/{self.bucket}/{name}" if name else f"/{AZURE_ACCOUNT}/{self.bucket}")
         now = datetime.now(timezone.utc).strftime("%a, %d %b %Y %H:%M:%S GMT")
         headers = {"x-ms-date": now, "x-ms-version": "2023-11-03"}
@@ -204,16 +212,16 @@ class Azure(Store):
         return self._request(method, path, body, query, headers)
 
     def names(self, prefix: str = "") -> list[str]:
-        return self._list(prefix=prefix)
+        return self._list({"prefix": prefix})
 
     def open_uploads(self) -> list[str]:
-        return sorted(set(self._list(include="uncommittedblobs")) - set(self.names()))
+        return sorted(set(self._list({"include": "uncommittedblobs"})) - set(self.names()))
 
-    def _list(self, **query: str) -> list[str]:
+    def _list(self, query: Mapping[str, str]) -> list[str]:
         names: list[str] = []
         marker = ""
         while True:
-            answer = self.ask("GET", restype="container", comp="list", marker=marker, **query).data
+            answer = self.ask("GET", query={"restype": "container", "comp": "list", "marker": marker, **query}).data
             names += _texts(answer, "Blob", "Name")
             marker = next(_texts(answer, "NextMarker"), "")
             if not marker:

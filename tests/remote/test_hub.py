@@ -213,19 +213,19 @@ def test_what_is_not_for_everybody_is_said(
 ) -> None:
     hub.add("other/gated", model)
     hub.create("other/gated").is_gated = True
-    hub.add("other/private", model)
-    hub.create("other/private").is_private = True
+    hub.add("org/private", model)
+    hub.create("org/private").is_private = True
     ways = f"Ask for it at {hub.endpoint}/other/gated, then sign in with 'hf auth login', or set HF_TOKEN."
     said_once(wconv("to-safetensors", "hf://other/gated", "-o", "x", exit_code=7), "is gated", ways)
-    wconv("inspect", "hf://other/private")
+    wconv("inspect", "hf://org/private")
     missing = "is no repository of the Hub that you can see. If it is private: Sign in"
     said_once(wconv("inspect", "hf://other/nothing", exit_code=3), missing)
     monkeypatch.setenv("HF_TOKEN", "hf_wrongwrong")
-    outcome = wconv("inspect", "hf://other/private", exit_code=7)
+    outcome = wconv("inspect", "hf://org/private", exit_code=7)
     said_once(outcome, "is refused by the Hub (401). Sign in with 'hf auth login', or set HF_TOKEN.")
     assert "hf_wrong" not in outcome.stderr
     monkeypatch.delenv("HF_TOKEN")
-    said_once(wconv("inspect", "hf://other/private", exit_code=3), missing)
+    said_once(wconv("inspect", "hf://org/private", exit_code=3), missing)
     said_once(wconv("inspect", "hf://other/gated", exit_code=7), "is gated", ways)
 
 
@@ -245,13 +245,13 @@ def test_the_token_of_who_has_signed_in_is_taken(
 ) -> None:
     from huggingface_hub import constants
 
-    hub.add("other/private", model)
-    hub.create("other/private").is_private = True
+    hub.add("org/private", model)
+    hub.create("org/private").is_private = True
     monkeypatch.delenv("HF_TOKEN")
     path = Path(constants.HF_TOKEN_PATH)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(READS + "\n")
-    wconv("inspect", "hf://other/private")
+    wconv("inspect", "hf://org/private")
     assert {asked.headers.get("authorization") for asked in hub.wire.asked} == {f"Bearer {READS}"}
     assert hub.leaks() == []
 

@@ -10,6 +10,7 @@ request, in the order of the rules. Offsets count the bytes of a body, without i
 from __future__ import annotations
 
 import contextlib
+import io
 import select
 import socket
 import struct
@@ -19,16 +20,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
-from typing import BinaryIO, Literal, TypeVar
+from typing import Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 PIECE = 1 << 18  # bytes of a body that are in memory at once
 LINGER = 2  # seconds
 LATE = 120  # seconds after which a silent server or client is given up
 BACKLOG = 256
-FORWARD, BACK = "request", "answer"
 Way = Literal["request", "answer"]
-_Kind = TypeVar("_Kind")
+FORWARD: Way = "request"
+BACK: Way = "answer"
 
 
 @dataclass
@@ -167,7 +168,7 @@ class _Peer:
         connection.settimeout(LATE)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = connection
-        self.file: BinaryIO = connection.makefile("rb", buffering=PIECE)
+        self.file = io.BufferedReader(connection.makefile("rb", buffering=0), PIECE)
 
     def close(self, reset: bool = False) -> None:
         if reset:
@@ -186,7 +187,7 @@ class _Peer:
 
     def head(self) -> _Head | None:
         """Read the head of a message; None is the end of the connection."""
-        lines = []
+        lines: list[bytes] = []
         while (line := self.file.readline(1 << 16)) not in (b"\r\n", b"\n"):
             if not line.endswith(b"\n"):
                 if lines or line:
@@ -317,7 +318,7 @@ def _cut_at(
 
 
 class Wire:
-    """A proxy in front of one server; ``asked`` is its log, ``delay`` what each request waits, in seconds."""
+    """A proxy in front of one server; ``asked`` is its log, ``delay`` is how many seconds each request waits."""
 
     def __init__(self, to_port: int, host: str = "127.0.0.1") -> None:
         self.to_port = to_port
@@ -325,6 +326,7 @@ class Wire:
         self.port = 0
         self.delay = 0.0
         self.asked: list[Asked] = []
+        self.connections = 0  # that clients have made
         self.errors: list[BaseException] = []
         self._rules: list[Rule] = []
         self._lock = threading.Lock()
@@ -400,6 +402,7 @@ class Wire:
                 connection, _ = listener.accept()
             except OSError:
                 return
+            self.connections += 1
             self._start(self._serve, connection)
 
     def _serve(self, connection: socket.socket) -> None:
