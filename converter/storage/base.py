@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -310,6 +311,17 @@ class FileRef(NamedTuple):
     def open(self) -> OpenFile:
         """Open the file again; raises BadFile where it has changed since."""
         return self.place.store.open(self.place, self.tag)
+
+
+def without_secrets(url: str) -> str:
+    """Leave out of a URL what may be a secret: who asks, a query, and what follows it.
+
+    >>> without_secrets("https://me:word@host/a?signature=b#c")
+    'https://host/a'
+    """
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def list_entries(folder: Place) -> list[Place]:

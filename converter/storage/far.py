@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -23,6 +23,9 @@ _BUFFER_NBYTES = 16 << 20
 _LARGE_NBYTES = _BUFFER_NBYTES // 2  # worth a request of its own
 _GAP_NBYTES = 1 << 16  # is read with what is around it
 _HEAVY_NBYTES = 1 << 21
+
+heeded: list[Callable[[], object]] = []
+"""What is called while somebody waits for a network, and raises where nobody waits for them any more."""
 
 PART_NBYTES = 8 << 20
 """How much goes up at once, at least, where a file goes up in parts."""
@@ -59,6 +62,12 @@ def _windows_of(wanted: Iterable[Range]) -> Iterator[_Window]:
             held.append(one)
     if held:
         yield _held(held)
+
+
+def heed() -> None:
+    """Raise where nobody waits any more for what this thread does."""
+    for listen in heeded:
+        listen()
 
 
 def count_streams(wanted: Iterable[tuple[int, int]]) -> int:
