@@ -109,7 +109,7 @@ def run_plan(
         for name, source in _second_names(plan):  # only now: they change what a file's stamp says
             output.link(name, source)
         output.commit(Changes.of(plan, keep), request)
-    return Result(plan, time.perf_counter() - begun, reused, verify, output.left_over, too_large)
+    return Result(plan, time.perf_counter() - begun, reused, verify, output.left_over, too_large=too_large)
 
 
 def _run_far(plan: Plan, tasks: Tasks, request: str, verify: bool, begun: float) -> Result:
