@@ -292,9 +292,7 @@ def carry(piece: Piece, chunk_nbytes: int, deal_with: Callable[[int, memoryview,
     buffer = _Buffer(_buffer_nbytes(piece, chunk_nbytes), deal_with)
     with RangeReader(with_sums=True) as reader:
         if are_far(step.tensor.source for step in piece.steps):
-            reader.expect(
-                part for step in piece.steps for part in step.tensor.source.extents(step.begin, step.end)
-            )
+            reader.expect(part for step in piece.steps for part in step.tensor.source.extents(step.begin, step.end))
         for tensor, offset, begin, end in piece.steps:
             buffer.turn_to(offset + begin, tensor.name)
             crc = 0
