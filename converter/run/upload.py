@@ -33,7 +33,8 @@ from converter.run.parts import (
 from converter.run.tasks import Call, Tasks
 from converter.run.watch import advance
 from converter.storage import FileRef, Place
-from converter.storage.far import PART_NBYTES, Receipt, WritableStore, Writer, count_streams
+from converter.storage.far import PART_NBYTES, Receipt, WritableStore, Writer
+from converter.storage.streams import count_streams
 from converter.tensors.reader import are_far
 
 _T = TypeVar("_T")
@@ -224,12 +225,13 @@ def traffic_of(plan: Plan) -> tuple[Traffic | None, Traffic | None]:
             place = plan.target.folder / planned.path
             pieces = [_whole(planned, place)] if is_sent else cut_pieces(planned, place)
             for piece in pieces:
-                wanted: dict[FileRef, list[tuple[int, int]]] = {}
-                for step in piece.steps:
-                    for file, offset, count, *_ in step.tensor.source.extents(step.begin, step.end):
-                        wanted.setdefault(file, []).append((offset, count))
-                        nbytes += count
-                requests += sum(map(count_streams, wanted.values()))
+                wanted = [
+                    (file, offset, count)
+                    for step in piece.steps
+                    for file, offset, count, *_ in step.tensor.source.extents(step.begin, step.end)
+                ]
+                nbytes += sum(count for _, _, count in wanted)
+                requests += count_streams(wanted)
         far = [count for is_far, count in copied if is_far]
         read = Traffic(nbytes + sum(far), requests + len(far))
     if is_sent:

@@ -39,7 +39,11 @@ def place_of(given: Given) -> Place:
     if isinstance(given, str) and (scheme := _SCHEME.match(given)):
         module = _STORES.get(scheme[1].lower())
         if module is None:
-            raise BadRequest(without_secrets(given), f"is a URL, and wconv reads none of {scheme[0]}", "Fetch it, and name the folder.")
+            raise BadRequest(
+                without_secrets(given),
+                f"is a URL, and wconv reads none of {scheme[0]}",
+                "Fetch it, and name the folder.",
+            )
         place = import_module(f"converter.storage.{module}").open_url(given)
         assert isinstance(place, Place)
         return place

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, Protocol
 
 from converter.errors import BadFile, SystemRefused, Unsupported
+from converter.storage.streams import Stream
 
 _CHUNK_NBYTES = 1 << 20
 # Small parts that lie close together are read at once, with what is between them: to ask takes as long as 20 kB do.
@@ -112,6 +113,9 @@ class OpenFile(ABC):
 
     def expect(self, wanted: Iterable[tuple[int, int]]) -> None:
         """Take note of what will be read, in order: offsets and numbers of bytes."""
+
+    def follow(self, streams: Iterable[Stream]) -> None:
+        """Like ``expect``, for what was planned with other files."""
 
     def read_many(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         """Read small parts, each an offset and so many bytes; a store may ask for all of them at once."""
