@@ -33,6 +33,12 @@ TASK_NBYTES = 48_000_000
 """What a task takes, at most, beside its buffers, when it reads and writes over a network."""
 
 
+def heed() -> None:
+    """Raise where nobody waits any more for what this thread does."""
+    for listen in heeded:
+        listen()
+
+
 class FarFile(OpenFile):
     """A file of a store that is far; ``fetches`` gives its bytes."""
 
