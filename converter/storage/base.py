@@ -17,7 +17,7 @@ from itertools import starmap
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, Protocol
 
-from converter.errors import BadFile, SystemRefused, Unsupported
+from converter.errors import BadFile, SystemRefused, Unreachable, Unsupported
 from converter.storage.streams import Stream
 
 _CHUNK_NBYTES = 1 << 20
@@ -332,6 +332,8 @@ def list_entries(folder: Place) -> list[Place]:
     """List what lies in a folder; nothing in one that cannot be read."""
     try:
         return folder.entries()
+    except Unreachable:
+        raise
     except SystemRefused:
         return []
 
