@@ -156,8 +156,11 @@ def _message(plan: Plan) -> str:
     """Say what a commit is of."""
     names = sorted({planned.name.variant or "" for planned in plan.sets} - {""})
     what = f"{' and '.join(names)} weights" if names else "weights"
-    form = {file.format for file in plan.files} or {"safetensors"}
-    return f"Add {what} in {' and '.join(sorted(form))}, converted from {plan.source.path}"
+    forms = " and ".join(sorted({file.format for file in plan.files}))
+    source = plan.source.path
+    commit = f" at {source.store.commit_id}" if source.store.commit_id else ""
+    # Where it lies on this machine is nobody's business.
+    return f"Add {what} in {forms}" + (f", converted from {source}{commit}" if source.store.is_far else "")
 
 
 def notes_of(plan: Plan, request: str) -> dict[str, str]:
