@@ -74,6 +74,7 @@ def test_what_is_added_is_downloaded_by_the_real_client(hub: Hub, api: Any, fold
         path = Path(api.hf_hub_download("other/m", name))
         assert path.read_bytes() == (folder / name).read_bytes()
         assert f"/{head}/" in path.as_posix()
+        assert path.is_relative_to(hub.folder)
     assert bool(hub.data.asked) is not in_xet
     assert hub.leaks() == []
 
@@ -161,6 +162,14 @@ def test_a_pull_request_has_a_revision_of_its_own(hub: Hub, api: Any, folder: Pa
     refs = api.list_repo_refs("other/m", include_pull_requests=True)
     assert [one.ref for one in refs.pull_requests] == ["refs/pr/1"]
     assert commit(api, "other/m", {"z": b"2"}, create_pr=True).pr_num == 2
+
+
+def test_what_is_committed_later_is_read_with_a_new_token(hub: Hub, api: Any) -> None:
+    hub.create("me/m")
+    for data in (WEIGHTS, WEIGHTS[::-1]):
+        commit(api, "me/m", {"x.bin": data})
+        assert Path(api.hf_hub_download("me/m", "x.bin")).read_bytes() == data
+    assert hub.data.asked == []
 
 
 def test_branches_and_tags(hub: Hub, api: Any, folder: Path) -> None:
