@@ -107,11 +107,13 @@ def test_several_processes_stream_into_one_commit(hub: Hub, api: Any, folder: Pa
     url = f"{hub.endpoint}/api/models/me/m/xet-write-token/main"
     (folder / "other.bin").write_bytes(WEIGHTS[::-1])
     paths = [folder / "model.safetensors", folder / "other.bin"]
-    workers = [
-        subprocess.Popen([sys.executable, "-c", UPLOAD, path, url, hub.token], stdout=subprocess.PIPE, text=True)
-        for path in paths
-    ]
-    hashes = [worker.communicate(timeout=60)[0].strip() for worker in workers]
+    commands = [[sys.executable, "-c", UPLOAD, str(path), url, hub.token] for path in paths]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    try:
+        hashes = [worker.communicate(timeout=60)[0].strip() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     assert hashes == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     assert len(hub.commits("me/m")) == 2
     changes = [("lfsFile", f"new/{path.name}", sha256) for path, sha256 in zip(paths, hashes, strict=True)]
@@ -293,3 +295,13 @@ def test_faults_of_the_hub(hub: Hub, api: Any, folder: Path) -> None:
     assert len(busy.met) == 1
     assert cut.met[0].sent == 1_000_000
     assert hub.leaks() == []
+
+
+def test_what_goes_wrong_inside_comes_out(nowhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tmp_path)
+    hub.create("me/m")
+    monkeypatch.setattr(hub.store, "lend", lambda: 1 / 0)
+    url = f"{hub.endpoint}/api/models/me/m/xet-write-token/main"
+    assert urllib3.request("GET", url, headers={"Authorization": f"Bearer {hub.token}"}).status == 500
+    with pytest.raises(ZeroDivisionError):
+        hub.close()
