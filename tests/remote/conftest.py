@@ -119,10 +119,10 @@ def hub(nowhere: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     for name, value in hub.env.items():
         monkeypatch.setenv(name, value)
     # What the library read when it was loaded, which may be long ago.
-    read = constants.HF_HOME
+    home = constants.HF_HOME
     for name, value in list(vars(constants).items()):
-        if isinstance(value, str) and value.startswith(read):
-            monkeypatch.setattr(constants, name, value.replace(read, hub.env["HF_HOME"], 1))
+        if isinstance(value, str) and value.startswith(home):
+            monkeypatch.setattr(constants, name, hub.env["HF_HOME"] + value.removeprefix(home))
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)

@@ -103,6 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
             reply = self.server.answer(request)  # type: ignore[attr-defined]
         except RefusedError as error:
             reply = refused(error)
+        except Exception as error:
+            self.server.errors.append(error)  # type: ignore[attr-defined]
+            reply = refused(RefusedError(500, repr(error)))
         # What was not read is in the way of the next request.
         self.close_connection = length > 0 and reply.status >= 400
         self._send(reply)

@@ -29,6 +29,8 @@ WRITES, READS = "hf_writes", "hf_reads"  # the tokens, by what they allow
 LARGE = 10_000_000  # bytes from which a file is not kept in the repository, whatever its name
 LARGE_NAMES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".onnx", ".msgpack", ".h5")
 LFS_PART = 5 << 20  # bytes of a part of a multipart upload
+# Seconds for which a token to read is good: so few that clients ask anew, for what came later is in another folder.
+XET_READS = 60
 NEEDS_WRITE = "Forbidden: you must use a write token to upload to a repository."
 CONFLICT = "A commit has happened since. Please refresh and try again."
 
@@ -290,15 +292,15 @@ class Hub:
     def _model_xet_read_token(self, request: Request, repo: Repo, revision: str, path: str) -> Reply:
         self._check_gate(request, repo)
         contents = [file.sha256 for file in repo.at(revision).files.values() if file.xet_hash and file.sha256]
-        return self._xet_token(self.store.ready_for_reading(contents))
+        return self._xet_token(self.store.ready_for_reading(contents), XET_READS)
 
     def _model_xet_write_token(self, request: Request, repo: Repo, revision: str, path: str) -> Reply:
         if not request.is_set("create_pr"):
             repo.at(revision)
-        return self._xet_token(self.store.lend())
+        return self._xet_token(self.store.lend(), LIVES)
 
-    def _xet_token(self, url: str) -> Reply:
-        ends, token = int(time.time()) + LIVES, secrets.token_hex(8)
+    def _xet_token(self, url: str, seconds: int) -> Reply:
+        ends, token = int(time.time()) + seconds, secrets.token_hex(8)
         headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(ends)}
         return said({"casUrl": url, "accessToken": token, "exp": ends}, headers=headers)
 

@@ -74,6 +74,7 @@ def test_what_is_added_is_downloaded_by_the_real_client(hub: Hub, api: Any, fold
         path = Path(api.hf_hub_download("other/m", name))
         assert path.read_bytes() == (folder / name).read_bytes()
         assert f"/{head}/" in path.as_posix()
+        assert path.is_relative_to(hub.folder)
     assert bool(hub.data.asked) is not in_xet
     assert hub.leaks() == []
 
@@ -106,11 +107,13 @@ def test_several_processes_stream_into_one_commit(hub: Hub, api: Any, folder: Pa
     url = f"{hub.endpoint}/api/models/me/m/xet-write-token/main"
     (folder / "other.bin").write_bytes(WEIGHTS[::-1])
     paths = [folder / "model.safetensors", folder / "other.bin"]
-    workers = [
-        subprocess.Popen([sys.executable, "-c", UPLOAD, path, url, hub.token], stdout=subprocess.PIPE, text=True)
-        for path in paths
-    ]
-    hashes = [worker.communicate(timeout=60)[0].strip() for worker in workers]
+    commands = [[sys.executable, "-c", UPLOAD, str(path), url, hub.token] for path in paths]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    try:
+        hashes = [worker.communicate(timeout=60)[0].strip() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     assert hashes == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     assert len(hub.commits("me/m")) == 2
     changes = [("lfsFile", f"new/{path.name}", sha256) for path, sha256 in zip(paths, hashes, strict=True)]
@@ -161,6 +164,14 @@ def test_a_pull_request_has_a_revision_of_its_own(hub: Hub, api: Any, folder: Pa
     refs = api.list_repo_refs("other/m", include_pull_requests=True)
     assert [one.ref for one in refs.pull_requests] == ["refs/pr/1"]
     assert commit(api, "other/m", {"z": b"2"}, create_pr=True).pr_num == 2
+
+
+def test_what_is_committed_later_is_read_with_a_new_token(hub: Hub, api: Any) -> None:
+    hub.create("me/m")
+    for data in (WEIGHTS, WEIGHTS[::-1]):
+        commit(api, "me/m", {"x.bin": data})
+        assert Path(api.hf_hub_download("me/m", "x.bin")).read_bytes() == data
+    assert hub.data.asked == []
 
 
 def test_branches_and_tags(hub: Hub, api: Any, folder: Path) -> None:
@@ -284,3 +295,13 @@ def test_faults_of_the_hub(hub: Hub, api: Any, folder: Path) -> None:
     assert len(busy.met) == 1
     assert cut.met[0].sent == 1_000_000
     assert hub.leaks() == []
+
+
+def test_what_goes_wrong_inside_comes_out(nowhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tmp_path)
+    hub.create("me/m")
+    monkeypatch.setattr(hub.store, "lend", lambda: 1 / 0)
+    url = f"{hub.endpoint}/api/models/me/m/xet-write-token/main"
+    assert urllib3.request("GET", url, headers={"Authorization": f"Bearer {hub.token}"}).status == 500
+    with pytest.raises(ZeroDivisionError):
+        hub.close()

@@ -409,7 +409,9 @@ class Wire:
             try:
                 connection, _ = listener.accept()
             except OSError:
-                return
+                if listener.fileno() < 0 or self._closing.is_set():
+                    return
+                continue
             self.connections += 1
             self._start(self._serve, connection)
 
