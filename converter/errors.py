@@ -103,3 +103,7 @@ class SystemRefused(WconvError, OSError):
         problem = (error.strerror or str(error)).lower()
         advice = "Free some room, or write elsewhere with -o." if error.errno == errno.ENOSPC else ""
         return cls(place, problem, advice)
+
+
+class Unreachable(SystemRefused):
+    """A store elsewhere does not answer, or says no: nothing is known of what lies there, and nothing is damaged."""

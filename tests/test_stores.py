@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import pytest
@@ -202,8 +204,10 @@ def in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 
     def serve(name: str) -> StoreInMemory:
         store = copied(MADE[name](tmp_path / "local"))
-        stores = cast("MutableMapping[str, Any]", storage._STORES)
-        monkeypatch.setitem(stores, "memory", lambda url: Place(store, url.removeprefix("memory://")))
+        module: Any = ModuleType("converter.storage.memory")
+        module.open_url = lambda url: Place(store, url.removeprefix("memory://"))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(cast("MutableMapping[str, str]", storage._STORES), "memory", "memory")
         return store
 
     return serve

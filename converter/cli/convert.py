@@ -103,7 +103,7 @@ def _run(plan: Plan | None, request: str, job: Run) -> tuple[Result, int]:
         return Result(plan, 0.0), 0
     run = job.options
     verify = run.verify or plan.destroys_source
-    with open_meter(plan.nbytes * (2 if verify else 1), "converting", run.quiet) as meter:
+    with open_meter(plan.nbytes * (2 if verify else 1), "converting", run.quiet, run.verbose and run.is_told) as meter:
         result = run_plan(
             plan,
             job.workers,

@@ -135,10 +135,15 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     echo(_how_it_went(result, peak_nbytes))
     if result.left_over:
         echo(printable(f"Left over: {result.left_over}."))
-    if result.told:
-        echo(printable(f"See {result.told}"))
+    _show_next(plan, result.told)
+
+
+def _show_next(plan: Plan, told: str) -> None:
+    """Say where what was written can be seen, and how it is loaded."""
+    if told:
+        echo(printable(f"See {told}"))
     lines = loading_lines(plan)
-    if result.told and not lines:
+    if told and not lines:
         return
     echo("\nLoad it with:\n" if lines else "\nLook at it with:\n")
     for line in lines or [f"wconv inspect {shlex.quote(str(plan.target.folder))}"]:

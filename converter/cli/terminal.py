@@ -142,8 +142,9 @@ def _own_memory() -> int:
 class Meter:
     """Takes the library's progress: moves the bar, where there is one, and looks at the memory in use."""
 
-    def __init__(self, update: Callable[[int], object]) -> None:
+    def __init__(self, update: Callable[[int], object], name_file: Callable[[str], object]) -> None:
         self._update = update
+        self._name_file = name_file
         self._looked = 0.0
         self.peak_nbytes = memory_in_use()
 
@@ -154,14 +155,18 @@ class Meter:
             self._looked = now
         self._update(nbytes)
 
+    def name_file(self, text: str) -> None:
+        """Say that a file is through, where files go as a whole."""
+        self._name_file(printable(text))
+
 
 @contextmanager
-def open_meter(total_nbytes: int | None, label: str, quiet: bool) -> Iterator[Meter]:
-    """Draw a bar by bytes on a terminal, and none elsewhere."""
+def open_meter(total_nbytes: int | None, label: str, quiet: bool, verbose: bool = False) -> Iterator[Meter]:
+    """Draw a bar by bytes on a terminal, and none elsewhere; there each file is named if that is wanted."""
     if quiet or not sys.stderr.isatty():
-        yield Meter(lambda _: None)
+        yield Meter(lambda _: None, (lambda text: echo(f"sent {text}")) if verbose else (lambda _: None))
         return
     from tqdm import tqdm
 
     with tqdm(total=total_nbytes, desc=label, unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
-        yield Meter(bar.update)
+        yield Meter(bar.update, bar.set_postfix_str)

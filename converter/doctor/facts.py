@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 
 from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
-from converter.errors import WconvError
+from converter.errors import Unreachable, WconvError
 from converter.libraries import library_at
 from converter.models.checkpoint import open_checkpoint
 from converter.models.headers import LENIENT
@@ -174,6 +174,8 @@ def same_tensors(a: ListedSet, b: ListedSet) -> bool | None:
     """
     try:
         opened = [open_checkpoint(listed.without_index, LENIENT) for listed in (a, b)]
+    except Unreachable:
+        raise
     except WconvError:
         return None
     left, right = ({info.name: (info.dtype, info.shape) for info in one.tensors} for one in opened)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from converter.errors import BadFile, WconvError
+from converter.errors import BadFile, Unreachable, WconvError
 from converter.formats.texts import read_config
 from converter.storage import Place
 
@@ -20,6 +20,8 @@ def look_into(place: Place) -> tuple[dict[str, Any], WconvError | None]:
         content = read_config(place) if place.is_file() else {}
     except ValueError as error:
         return {}, BadFile(place, f"is not JSON ({error})", "Fetch it again.")
+    except Unreachable:
+        raise
     except WconvError as error:
         return {}, error
     return (content, None) if isinstance(content, dict) else ({}, BadFile(place, NO_OBJECT, "Fetch it again."))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from converter.dtypes import DType
-from converter.errors import BadFile, HostileFile, SystemRefused, WconvError
+from converter.errors import BadFile, HostileFile, SystemRefused, Unreachable, WconvError
 from converter.formats import read_file
 from converter.formats.torch.state_dict import Reading
 from converter.storage import Place
@@ -65,6 +65,8 @@ def _read(place: Place) -> Header:
         info = place.info()
         nbytes = info.nbytes if info else 0
         file = read_file(place, LENIENT)
+    except Unreachable:
+        raise
     except SystemRefused as error:
         return Header(place.name, nbytes, error=BadFile(place, f"cannot be read ({error.problem})"))
     except WconvError as error:

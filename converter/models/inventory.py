@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PureWindowsPath
 from typing import Any, Literal
 
-from converter.errors import BadFile, BadRequest, SystemRefused, WconvError
+from converter.errors import BadFile, BadRequest, SystemRefused, Unreachable, WconvError
 from converter.formats import is_of_many
 from converter.models.component import Component, WeightSet
 from converter.models.configs import NO_OBJECT, look_into
@@ -232,6 +232,8 @@ def subfolders(place: Place) -> list[Place]:
 def _is_folder(place: Place) -> bool:
     try:
         return place.is_folder()
+    except Unreachable:
+        raise
     except SystemRefused:
         return False
 
@@ -248,6 +250,8 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
     component = Component(name, folder, (), config)
     try:
         seen = {place.name: _see(place) for place in folder.entries()}
+    except Unreachable:
+        raise
     except SystemRefused as refused:
         return Part(component, entry, is_named, error=refused)
     shown = [name for name in seen if not name.startswith(".")]
@@ -286,6 +290,8 @@ def _see(place: Place) -> tuple[Literal["weights", "file", "broken", "other"], W
         if is_named and place.is_link():
             return "broken", BadFile(place, "is a link to nothing", "Fetch the file again.")
         return "other", None
+    except Unreachable:
+        raise
     except WconvError as error:  # for its reader to tell of
         return ("weights", error) if is_named else ("other", None)
 

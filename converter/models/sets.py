@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from converter.errors import SystemRefused, WconvError
+from converter.errors import SystemRefused, Unreachable, WconvError
 from converter.formats import FOLDERS, could_be_weights, find_format
 from converter.models.component import WeightSet
 from converter.models.index import WeightIndex, read_index
@@ -146,6 +146,8 @@ def read_indexed(folder: Place, index_name: str, parsed: Mapping[str, ParsedName
     own = parsed[index_name]
     try:
         index = read_index(folder / index_name)
+    except Unreachable:
+        raise
     except WconvError as error:
         return ListedSet(folder, own.name, (), index_name, own.is_legacy, index_error=error)
     # A name is held once, however often it is listed: of thousands of shards there are hundreds of thousands.
@@ -161,5 +163,7 @@ def read_indexed(folder: Place, index_name: str, parsed: Mapping[str, ParsedName
 def _is_file(place: Place) -> bool:
     try:
         return place.is_file()
+    except Unreachable:
+        raise
     except SystemRefused:
         return False

@@ -124,7 +124,8 @@ def _refuse_elsewhere(request: Request) -> None:
             source, "is not on this machine's disk, and nothing is added there unless you name it", advice
         )
     if output is not None and not is_local(output) and not isinstance(output.store, WritableStore):
-        raise Unsupported(output, "cannot be written to", "Name a folder, a bucket (s3://, gs://, az://) or hf://.")
+        problem = "is not on this machine's disk, and cannot be written to"
+        raise Unsupported(output, problem, "Name a folder, a bucket (s3://, gs://, az://), or hf://owner/name.")
 
 
 def _unless_done(request: Request, make: Callable[[Request], Plan], name: str) -> Plan:

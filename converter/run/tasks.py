@@ -24,7 +24,10 @@ _MIN_CHUNK_NBYTES = 1 << 16
 _LISTEN_SECONDS = 0.2  # a signal is heard so soon, however long a task takes
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes that were dealt with since the last call."""
+"""Called with the number of bytes that were dealt with since the last call.
+
+What has a method ``name_file`` is told of each file that is through, where files go as a whole.
+"""
 
 _T = TypeVar("_T")
 _A = TypeVar("_A")
@@ -74,6 +77,12 @@ class Tasks:
     memory_nbytes: int
     progress: Progress
 
+    def name_file(self, text: str) -> None:
+        """Tell who wants to know that a file is through, as ``3 of 10: unet/model.safetensors``."""
+        tell = getattr(self.progress, "name_file", None)
+        if tell:
+            tell(text)
+
     @property
     def chunk_nbytes(self) -> int:
         """How much a task reads at a time."""
@@ -104,8 +113,8 @@ class Tasks:
                         call = waiting.pop(future)
                         yield self._result(future, call)
                         self.progress(0 if watch and call.advances else call.nbytes)
-                    if watch:
-                        self.progress(watch.take())
+                    if watch and (nbytes := watch.take()):
+                        self.progress(nbytes)
                     if not done:
                         self.workers.check()
                     let_through()
@@ -119,7 +128,7 @@ class Tasks:
 
     def _submit(self, call: Call[_A, _T], watch: Watch | None) -> Future[_T | Failed]:
         with self._explained(call):
-            if watch:
+            if watch and call.advances:
                 return self.workers.submit(watch.call, call.function, call.argument, self.chunk_nbytes)
             if self.workers.are_far:
                 return self.workers.submit(_attempt, __version__, call, self.chunk_nbytes)

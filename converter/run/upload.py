@@ -33,7 +33,8 @@ from converter.run.parts import (
 from converter.run.tasks import Call, Tasks
 from converter.run.watch import advance
 from converter.storage import FileRef, Place
-from converter.storage.far import PART_NBYTES, Receipt, WritableStore, Writer, count_streams
+from converter.storage.far import PART_NBYTES, Receipt, WritableStore, Writer
+from converter.storage.streams import count_streams
 from converter.tensors.reader import are_far
 
 _T = TypeVar("_T")
@@ -83,6 +84,7 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
         store.withdraw([(folder / name).key for name in plan.replaced if is_index(name)])
         for one in tasks.run(_calls(upload_file, uploads), plan.window):
             written += [one.receipt]
+            tasks.name_file(f"{len(written):,} of {len(uploads):,}: {one.receipt.name}")
             reused += one.receipt.nbytes if one.was_there else 0
             too_large += one.too_large
         if verify and not store.commits:
@@ -154,8 +156,11 @@ def _message(plan: Plan) -> str:
     """Say what a commit is of."""
     names = sorted({planned.name.variant or "" for planned in plan.sets} - {""})
     what = f"{' and '.join(names)} weights" if names else "weights"
-    form = {file.format for file in plan.files} or {"safetensors"}
-    return f"Add {what} in {' and '.join(sorted(form))}, converted from {plan.source.path}"
+    forms = " and ".join(sorted({file.format for file in plan.files}))
+    source = plan.source.path
+    commit = f" at {source.store.commit_id}" if source.store.commit_id else ""
+    # Where it lies on this machine is nobody's business.
+    return f"Add {what} in {forms}" + (f", converted from {source}{commit}" if source.store.is_far else "")
 
 
 def notes_of(plan: Plan, request: str) -> dict[str, str]:
@@ -223,12 +228,13 @@ def traffic_of(plan: Plan) -> tuple[Traffic | None, Traffic | None]:
             place = plan.target.folder / planned.path
             pieces = [_whole(planned, place)] if is_sent else cut_pieces(planned, place)
             for piece in pieces:
-                wanted: dict[FileRef, list[tuple[int, int]]] = {}
-                for step in piece.steps:
-                    for file, offset, count, *_ in step.tensor.source.extents(step.begin, step.end):
-                        wanted.setdefault(file, []).append((offset, count))
-                        nbytes += count
-                requests += sum(map(count_streams, wanted.values()))
+                wanted = [
+                    (file, offset, count)
+                    for step in piece.steps
+                    for file, offset, count, *_ in step.tensor.source.extents(step.begin, step.end)
+                ]
+                nbytes += sum(count for _, _, count in wanted)
+                requests += count_streams(wanted)
         far = [count for is_far, count in copied if is_far]
         read = Traffic(nbytes + sum(far), requests + len(far))
     if is_sent:

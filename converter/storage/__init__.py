@@ -13,7 +13,7 @@ from pathlib import Path
 
 from converter.errors import BadRequest
 from converter.storage import local
-from converter.storage.base import FileRef, Info, OpenFile, Place, Store, hold_same, list_entries
+from converter.storage.base import FileRef, Info, OpenFile, Place, Store, hold_same, list_entries, without_secrets
 
 __all__ = ["FileRef", "Given", "Info", "OpenFile", "Place", "Store", "hold_same", "list_entries", "place_of"]
 
@@ -39,7 +39,11 @@ def place_of(given: Given) -> Place:
     if isinstance(given, str) and (scheme := _SCHEME.match(given)):
         module = _STORES.get(scheme[1].lower())
         if module is None:
-            raise BadRequest(given, f"is a URL, and wconv reads none of {scheme[0]}", "Fetch it, and name the folder.")
+            raise BadRequest(
+                without_secrets(given),
+                f"is a URL, and wconv reads none of {scheme[0]}",
+                "Fetch it, and name the folder.",
+            )
         place = import_module(f"converter.storage.{module}").open_url(given)
         assert isinstance(place, Place)
         return place

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from itertools import starmap
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, Protocol
 
-from converter.errors import BadFile, SystemRefused, Unsupported
+from converter.errors import BadFile, SystemRefused, Unreachable, Unsupported
+from converter.storage.streams import Stream
 
 _CHUNK_NBYTES = 1 << 20
 # Small parts that lie close together are read at once, with what is between them: to ask takes as long as 20 kB do.
@@ -111,6 +113,9 @@ class OpenFile(ABC):
 
     def expect(self, wanted: Iterable[tuple[int, int]]) -> None:
         """Take note of what will be read, in order: offsets and numbers of bytes."""
+
+    def follow(self, streams: Iterable[Stream]) -> None:
+        """Like ``expect``, for what was planned with other files."""
 
     def read_many(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         """Read small parts, each an offset and so many bytes; a store may ask for all of them at once."""
@@ -312,10 +317,23 @@ class FileRef(NamedTuple):
         return self.place.store.open(self.place, self.tag)
 
 
+def without_secrets(url: str) -> str:
+    """Leave out of a URL what may be a secret: who asks, a query, and what follows it.
+
+    >>> without_secrets("https://me:word@host/a?signature=b#c")
+    'https://host/a'
+    """
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
 def list_entries(folder: Place) -> list[Place]:
     """List what lies in a folder; nothing in one that cannot be read."""
     try:
         return folder.entries()
+    except Unreachable:
+        raise
     except SystemRefused:
         return []
 

@@ -1,28 +1,30 @@
 """Files that are read, and written, over a network: long streams in place of many requests, and each look but once.
 
 To ask for bytes takes as long as a megabyte of them does, so whoever reads much says first what (``expect``), in the
-order in which it will be read. What follows itself in a file then comes as one stream. What lies near each other in
-another order comes into a buffer of some MB. Every request is for the file as it was when it was seen first, by its
-tag; where that is another by now, it is a BadFile.
+order in which it will be read, and it comes in few streams (``streams``). Every request is for the file as it was when
+it was seen first, by its tag; where that is another by now, it is a BadFile.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import abstractmethod
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from converter.errors import BadFile, SystemRefused
 from converter.storage.base import FileRef, Info, OpenFile, Place, Store
+from converter.storage.streams import HELD_NBYTES, Stream, plan_streams
 
-_BUFFER_NBYTES = 16 << 20
-_LARGE_NBYTES = _BUFFER_NBYTES // 2  # worth a request of its own
-_GAP_NBYTES = 1 << 16  # is read with what is around it
 _HEAVY_NBYTES = 1 << 21
+_MAX_OPEN = 4  # streams of a file at once
+
+heeded: list[Callable[[], object]] = []
+"""What is called while somebody waits for a network, and raises where nobody waits for them any more."""
 
 PART_NBYTES = 8 << 20
 """How much goes up at once, at least, where a file goes up in parts."""
@@ -31,62 +33,10 @@ TASK_NBYTES = 48_000_000
 """What a task takes, at most, beside its buffers, when it reads and writes over a network."""
 
 
-class Range(NamedTuple):
-    """Bytes of a file, from ``begin`` to ``end``."""
-
-    begin: int
-    end: int
-
-
-class _Window(NamedTuple):
-    """Ranges that are held at once, by their places; a single one that is large is read as it comes."""
-
-    ranges: tuple[Range, ...]
-    is_held: bool
-
-
-def _windows_of(wanted: Iterable[Range]) -> Iterator[_Window]:
-    """Group ranges, in the order in which they are read."""
-    held: list[Range] = []
-    for one in _joined(wanted, 0):
-        if one.end - one.begin >= _LARGE_NBYTES or sum(end - begin for begin, end in (*held, one)) > _BUFFER_NBYTES:
-            if held:
-                yield _held(held)
-            held = []
-        if one.end - one.begin >= _LARGE_NBYTES:
-            yield _Window((one,), is_held=False)
-        else:
-            held.append(one)
-    if held:
-        yield _held(held)
-
-
-def count_streams(wanted: Iterable[tuple[int, int]]) -> int:
-    """Say in how many streams a file comes, given what is read of it, in order: offsets and numbers of bytes."""
-    count, at = 0, -1
-    for window in _windows_of(Range(offset, offset + nbytes) for offset, nbytes in wanted if nbytes):
-        for begin, end in window.ranges:
-            count += begin != at
-            at = end
-    return count
-
-
-def _held(ranges: Sequence[Range]) -> _Window:
-    return _Window(tuple(_joined(sorted(ranges), _GAP_NBYTES)), is_held=len(ranges) > 1)
-
-
-def _joined(ranges: Iterable[Range], gap: int) -> Iterator[Range]:
-    """Join ranges that begin where the last one has ended, or a gap later."""
-    last: Range | None = None
-    for one in ranges:
-        if last is not None and last.begin <= one.begin <= last.end + gap:
-            last = Range(last.begin, max(last.end, one.end))
-            continue
-        if last is not None:
-            yield last
-        last = one
-    if last is not None:
-        yield last
+def heed() -> None:
+    """Raise where nobody waits any more for what this thread does."""
+    for listen in heeded:
+        listen()
 
 
 class FarFile(OpenFile):
@@ -96,24 +46,28 @@ class FarFile(OpenFile):
 
     def __init__(self, ref: FileRef, nbytes: int) -> None:
         super().__init__(ref, nbytes)
-        self._windows: deque[_Window] = deque()
-        self._held: list[tuple[int, bytearray]] = []
-        self._stream = iter(())  # type: Iterator[memoryview]
-        self._rest = memoryview(b"")
-        self._at = -1  # the place in the file that the stream has come to
-        self._until = -1
+        self._planned: deque[Stream] = deque()
+        self._open: list[_Coming] = []
+        self._held = _Held()
         self._is_heavy = False
         self._is_told = False
 
     @abstractmethod
     def fetches(self, begin: int, end: int) -> Iterator[memoryview]:
-        """Give the bytes from ``begin`` to ``end`` as they come, with one request where nothing goes wrong."""
+        """Give the bytes from ``begin`` to ``end`` as they come, with one request where nothing goes wrong.
+
+        Several may be under way at once, in threads of their own.
+        """
 
     def expect(self, wanted: Iterable[tuple[int, int]]) -> None:
         """Take note of what will be read, in order: offsets and numbers of bytes."""
-        ranges = (Range(offset, min(offset + nbytes, self.nbytes)) for offset, nbytes in wanted)
-        self._windows = deque(_windows_of(one for one in ranges if one.begin < one.end))
-        self._held = []
+        parts = ((0, offset, min(nbytes, self.nbytes - offset)) for offset, nbytes in wanted)
+        self.follow(plan_streams(parts).get(0, []))
+
+    def follow(self, streams: Iterable[Stream]) -> None:
+        cut = (stream._replace(end=min(stream.end, self.nbytes)) for stream in streams)
+        self._let_go()
+        self._planned = deque(stream for stream in cut if stream.begin < stream.end)
         self._is_told = True
 
     def read_small(self, offset: int, nbytes: int) -> bytes:
@@ -125,84 +79,40 @@ class FarFile(OpenFile):
         at = offset
         while at < end:
             part = out[at - offset : end - offset]
-            count = self._from_held(at, part) or self._from_stream(at, part)
-            if not count and not self._turn_to(at):
-                self._open(at, end)  # nobody has said so
+            count = self._held.take(at, part)
+            if not count:
+                count = self._turn_to(at, end).take(at, part, self._held)
+                self._open = [coming for coming in self._open if coming.at < coming.end]
             at += count
         return max(0, end - offset)
 
-    def _from_held(self, at: int, out: memoryview) -> int:
-        for begin, raw in self._held:
-            if begin <= at < begin + len(raw):
-                part = memoryview(raw)[at - begin : at - begin + len(out)]
-                out[: len(part)] = part
-                return len(part)
-        return 0
+    def _turn_to(self, at: int, end: int) -> _Coming:
+        """Give the stream that comes to a place next, one that is under way if it can be."""
+        for coming in self._open:
+            if coming.rest.reaches(coming.at, at):
+                return coming
+        for place, stream in enumerate(self._planned):
+            if stream.begin <= at < stream.end:
+                del self._planned[place]
+                begin = stream.begin if stream.reaches(stream.begin, at) else at
+                return self._begin(stream._replace(begin=begin))
+        return self._begin(Stream(at, end))  # nobody has said so
 
-    def _from_stream(self, at: int, out: memoryview) -> int:
-        if at != self._at or at >= self._until:
-            return 0
-        if not self._rest:
-            self._rest = next(self._stream, memoryview(b""))
-            if not self._rest:
-                problem = "ended while it was read, before all of it was there"
-                raise SystemRefused(self.ref.place, problem, "Run this again.")
-        count = min(len(out), len(self._rest))
-        out[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
-        self._at += count
-        return count
-
-    def _turn_to(self, at: int) -> bool:
-        """Open what is expected around a place, passing over what nobody has read; say whether there is any."""
-        for place, window in enumerate(self._windows):
-            if any(begin <= at < end for begin, end in window.ranges):
-                break
-        else:
-            return False
-        for _ in range(place):
-            self._windows.popleft()
-        self._windows.popleft()
-        if window.is_held:
-            self._held = []  # goes before the next comes
-            for begin, end in window.ranges:
-                raw = bytearray(end - begin)
-                self._open(begin, self._end_of_stream(window, end))
-                self._fill(begin, memoryview(raw))
-                self._held.append((begin, raw))
-        elif at != self._at:
-            self._open(at, self._end_of_stream(window, window.ranges[0].end))
-        return True
-
-    def _fill(self, begin: int, out: memoryview) -> None:
-        done = 0
-        while done < len(out):
-            done += self._from_stream(begin + done, out[done:])
-
-    def _end_of_stream(self, window: _Window, end: int) -> int:
-        """Say how far a stream may go on: over the windows to come that begin where the last has ended."""
-        if end != window.ranges[-1].end:
-            return end
-        for following in self._windows:
-            if following.ranges[0].begin != end:
-                break
-            end = following.ranges[0].end
-            if len(following.ranges) > 1:
-                break
-        return end
-
-    def _open(self, begin: int, end: int) -> None:
-        if begin == self._at and end <= self._until:
-            return
-        self._let_go()
-        self._stream = self.fetches(begin, end)
-        self._at, self._until = begin, end
+    def _begin(self, stream: Stream) -> _Coming:
+        if len(self._open) == _MAX_OPEN:
+            oldest = self._open.pop(0)
+            oldest.close()
+            self._planned.appendleft(oldest.rest._replace(begin=oldest.at))
+        coming = _Coming(self, stream)
+        self._open.append(coming)
+        return coming
 
     def _let_go(self) -> None:
-        close = getattr(self._stream, "close", None)
-        if close:
-            close()
-        self._stream, self._rest, self._at, self._until = iter(()), memoryview(b""), -1, -1
+        for coming in self._open:
+            coming.close()
+        self._open.clear()
+        self._held = _Held()
+        self._planned.clear()
 
     def fetch(self, offset: int, nbytes: int) -> bytes:
         if nbytes > _HEAVY_NBYTES and not self._is_heavy:
@@ -215,10 +125,100 @@ class FarFile(OpenFile):
 
     def close(self) -> None:
         self._let_go()
-        self._held = []
         if self._is_heavy:
             self._is_heavy = False
             _HEAVY.release()
+
+
+class _Coming:
+    """A stream under way; ``at`` is the place in the file that it has come to, and ``end`` where it ends."""
+
+    def __init__(self, file: FarFile, stream: Stream) -> None:
+        self.rest = stream
+        self.at = stream.begin
+        self.end = stream.end
+        self._place = file.ref.place
+        self._parts = file.fetches(stream.begin, stream.end)
+        self._part = memoryview(b"")
+
+    def take(self, at: int, out: memoryview, held: _Held) -> int:
+        """Go on to a place, keep what is to be held on the way, and fill ``out`` as far as its next bytes are there."""
+        for begin, end in self.rest.held:
+            begin, end = max(begin, self.at), min(end, at)
+            if begin < end:
+                self._pass_to(begin)
+                raw = bytearray(end - begin)
+                self._fill(memoryview(raw))
+                held.put(begin, raw)
+        self._pass_to(at)
+        return self._fill_some(out)
+
+    def close(self) -> None:
+        """Ask for no more of it."""
+        close = getattr(self._parts, "close", None)
+        if close:
+            close()
+
+    def _pass_to(self, at: int) -> None:
+        while self.at < at:
+            self._next_part(at - self.at)
+
+    def _fill(self, out: memoryview) -> None:
+        done = 0
+        while done < len(out):
+            done += self._fill_some(out[done:])
+
+    def _fill_some(self, out: memoryview) -> int:
+        part = self._next_part(min(len(out), self.end - self.at))
+        out[: len(part)] = part
+        return len(part)
+
+    def _next_part(self, nbytes: int) -> memoryview:
+        if not self._part:
+            self._part = next(self._parts, memoryview(b""))
+            if not self._part:
+                problem = "ended while it was read, before all of it was there"
+                raise SystemRefused(self._place, problem, "Run this again.")
+        part, self._part = self._part[:nbytes], self._part[nbytes:]
+        self.at += len(part)
+        return part
+
+
+class _Held:
+    """Parts of a file that came before they are read; each goes when as many bytes were taken of it as it has."""
+
+    def __init__(self) -> None:
+        self._begins: list[int] = []
+        self._parts: dict[int, tuple[bytearray, int]] = {}
+        self.nbytes = 0
+
+    def put(self, begin: int, raw: bytearray) -> None:
+        """Keep a part; where nobody comes for what is there, the oldest goes."""
+        self._drop(begin)
+        while self._parts and self.nbytes + len(raw) > HELD_NBYTES:
+            self._drop(next(iter(self._parts)))
+        insort(self._begins, begin)
+        self._parts[begin] = raw, len(raw)
+        self.nbytes += len(raw)
+
+    def take(self, at: int, out: memoryview) -> int:
+        """Fill ``out`` as far as its bytes are here."""
+        place = bisect_right(self._begins, at) - 1
+        if place < 0:
+            return 0
+        begin = self._begins[place]
+        raw, left = self._parts[begin]
+        part = memoryview(raw)[at - begin : at - begin + len(out)]
+        out[: len(part)] = part
+        self._parts[begin] = raw, left - len(part)
+        if left <= len(part):
+            self._drop(begin)
+        return len(part)
+
+    def _drop(self, begin: int) -> None:
+        if begin in self._parts:
+            self.nbytes -= len(self._parts.pop(begin)[0])
+            del self._begins[bisect_left(self._begins, begin)]
 
 
 # Headers are read many at once, and what is made of one may take a hundred times its bytes: of long ones, one at once.

@@ -3,24 +3,25 @@
 A name that is read stands for the commit that it was when it was looked at first. A file is asked for once, and then
 read in long ranges from where its bytes lie, whose address is good for some time; what huggingface_hub has in its
 cache is read there. Files that are written go into Xet as they come, and nothing of them is seen before the one
-commit. Who asks is for huggingface_hub to know: HF_TOKEN, or ``hf auth login``.
+commit. Who asks is for huggingface_hub to know: HF_TOKEN, or ``hf auth login``; that goes to the Hub's own host alone.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import threading
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, Unsupported, WconvError
 from converter.storage import web
-from converter.storage.base import FileRef, Info, OpenFile, Place, Tag
+from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed, without_secrets
 from converter.storage.far import CommittedStore, Receipt, Writer, mark_of, nbytes_of, tag_of
 from converter.storage.local import open_copy
 
@@ -29,7 +30,12 @@ _NAME = r"[A-Za-z0-9][\w.-]*"
 _REPO = re.compile(f"{_NAME}/{_NAME}")
 # Revisions with slashes, as HfFileSystem takes them (``hf_file_system.py``); others are spelled with %2F.
 _REVISION = re.compile(r"(refs/(?:pr|convert)/[\w.-]+|[^/]+)(?:/(.*))?")
+_PROPOSAL = re.compile(r"refs/(?:pr|convert)/[\w.-]+")
 _MAX_FILES = 100_000
+_MAX_PAGES = 2_000
+_MAX_LOCATED = 10_000
+_WRONG = (400, 413, 422)
+_MAX_SAID = 300
 _JSON = {"Content-Type": "application/json"}
 _SIGN_IN = "Sign in with 'hf auth login', or set HF_TOKEN."
 
@@ -38,7 +44,7 @@ _SIGN_IN = "Sign in with 'hf auth login', or set HF_TOKEN."
 class HubStore(CommittedStore):
     """A repository at a revision, as its user says it, and at the commit that this was, once somebody has looked.
 
-    One that is written to may be made for that, and ``is_private`` then; ``as_pr`` proposes what is written to its owner.
+    One that is written to may be made, ``is_private`` or not; ``as_pr`` proposes to its owner what is written.
     """
 
     repo: str
@@ -49,7 +55,8 @@ class HubStore(CommittedStore):
     as_pr: bool = False
 
     def spell(self, key: str) -> str:
-        at = "" if self.revision == "main" else f"@{quote(self.revision, safe='/' if '/pr/' in self.revision else '')}"
+        safe = "/" if _PROPOSAL.fullmatch(self.revision) else ""
+        at = "" if self.revision == "main" else f"@{quote(self.revision, safe=safe)}"
         return f"hf://{self.repo}{at}" + ("" if key in ("", ".") else f"/{key}")
 
     @property
@@ -66,7 +73,7 @@ class HubStore(CommittedStore):
     def pinned(self) -> HubStore:
         if self.commit:
             return self
-        found = self.ask_api(f"revision/{quote(self.revision, safe='')}")
+        found = self.ask_api(f"revision/{quote(self.revision, safe='')}?expand=sha")
         commit = str(found.get("sha", ""))
         if not _COMMIT.fullmatch(commit):
             raise SystemRefused(self.spell(""), "has no commit that the Hub names", "Name a revision: @main.")
@@ -94,46 +101,62 @@ class HubStore(CommittedStore):
 
     def _tree(self) -> dict[str, dict[str, Info]]:
         """List all of the repository: each folder with what is in it."""
-        if not self.is_there():
-            return {"": {}}
         folders: dict[str, dict[str, Info]] = {"": {}}
-        count = 0
-        for entry in self._pages(f"tree/{quote(self.commit or self.revision, safe='')}?recursive=true&limit=1000"):
-            path = str(entry.get("path", ""))
+        if not self.is_there():
+            return folders
+        for count, entry in enumerate(self._entries_of_tree()):
+            if count == _MAX_FILES:
+                raise Unsupported(self.spell(""), f"has more than {_MAX_FILES:,} files and folders", "Fetch it first.")
+            path = str(entry.get("path"))
             parts = path.split("/")
-            if any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts):
+            if any(part in ("", ".", "..") or part.lower() == ".git" or re.search(r"[\0\\]", part) for part in parts):
                 continue  # git has none of these
-            count += 1
-            if count > _MAX_FILES:
-                raise Unsupported(self.spell(""), f"has more than {_MAX_FILES:,} files", "Name a folder of it.")
             for depth in range(1, len(parts)):
                 folder, name = "/".join(parts[: depth - 1]), parts[depth - 1]
                 folders.setdefault(folder, {})[name] = Info("folder", 0, "")
                 folders.setdefault("/".join(parts[:depth]), {})
             if entry.get("type") == "file" and path != ".gitattributes":
-                lfs = entry.get("lfs") or {}
-                nbytes = int(lfs.get("size", entry["size"]))
-                mark = str(lfs.get("oid") or entry.get("oid"))
-                folders.setdefault("/".join(parts[:-1]), {})[parts[-1]] = Info("file", nbytes, tag_of(nbytes, mark))
+                folders.setdefault("/".join(parts[:-1]), {})[parts[-1]] = self._info_of(entry)
         return folders
 
-    def _pages(self, what: str) -> Iterator[dict[str, Any]]:
-        url = f"{self._api()}/{what}"
-        while url:
-            with web.ask("GET", url, Place(self, "."), headers()) as response:
-                self.check(response.status, response.headers)
-                yield from json.loads(response.read(cache_content=False))
-                following = re.match(r'<([^>]+)>;\s*rel="next"', response.headers.get("Link", ""))
-            url, before = urljoin(url, following[1]) if following else "", url
-            if url and urlsplit(url).netloc != urlsplit(before).netloc:
-                raise SystemRefused(self.spell(""), "is listed on another host", "Look at HF_ENDPOINT.")
+    def _info_of(self, entry: Mapping[str, Any]) -> Info:
+        lfs = entry.get("lfs")
+        nbytes, mark = (
+            (lfs.get("size"), lfs.get("oid")) if isinstance(lfs, dict) else (entry.get("size"), entry.get("oid"))
+        )
+        if not isinstance(nbytes, int) or nbytes < 0 or not re.fullmatch("[0-9a-f]{40}(?:[0-9a-f]{24})?", str(mark)):
+            raise self._unreadable()
+        return Info("file", nbytes, tag_of(nbytes, str(mark)))
 
-    def ask_api(self, what: str) -> dict[str, Any]:
+    def _entries_of_tree(self) -> Iterator[dict[str, Any]]:
+        """List files and folders, a page after another; where the next one is, a server says by its query alone."""
+        begin = f"{self._api()}/tree/{quote(self.commit or self.revision, safe='')}?"
+        query = "recursive=true&limit=1000"
+        for _ in range(_MAX_PAGES):
+            content, answered = web.ask_json("GET", begin + query, Place(self, "."), headers(), self.check)
+            if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+                raise self._unreadable()
+            yield from content
+            following = re.match(r'<[^>?]*\?([^>#]+)[^>]*>;\s*rel="next"', answered.get("Link", ""))
+            if following is None:
+                return
+            query = following[1]
+        raise Unsupported(self.spell(""), f"is listed on more than {_MAX_PAGES:,} pages", "Fetch it first.")
+
+    def ask_api(self, what: str, content: object = None) -> dict[str, Any]:
         """Ask the Hub about the repository. Raises BadFile where it, or the revision, is not there."""
-        with web.ask("GET", f"{self._api()}/{what}", Place(self, "."), headers()) as response:
-            self.check(response.status, response.headers)
-            content = json.loads(response.read(cache_content=False))
-        return content if isinstance(content, dict) else {}
+        url, where = f"{self._api()}/{what}", Place(self, ".")
+        if content is None:
+            answer, _ = web.ask_json("GET", url, where, headers(), self.check)
+        else:
+            body = json.dumps(content).encode()
+            answer, _ = web.ask_json("POST", url, where, {**headers(), **_JSON}, self.check, body=body)
+        if not isinstance(answer, dict):
+            raise self._unreadable()
+        return answer
+
+    def _unreadable(self) -> SystemRefused:
+        return SystemRefused(self.spell(""), "is described in a way that wconv does not know", "Look at HF_ENDPOINT.")
 
     def _api(self) -> str:
         return f"{endpoint()}/api/models/{self.repo}"
@@ -154,18 +177,28 @@ class HubStore(CommittedStore):
             raise BadFile(place, "is no repository of the Hub that you can see", f"If it is private: {_SIGN_IN}")
         if status in (401, 403):
             raise SystemRefused(place, f"is refused by the Hub ({status})", _SIGN_IN)
+        if status in _WRONG:
+            said = re.sub(r"\s+", " ", answered.get("X-Error-Message", ""))[:_MAX_SAID]
+            raise SystemRefused(
+                place, f"is refused by the Hub ({status}{': ' * bool(said)}{said})", "See what it says."
+            )
         raise SystemRefused(place, f"is answered by the Hub with {status}", "Run this again later.")
 
     def to_write(self, create: bool, private: bool, pr: bool) -> HubStore:
-        """Give the repository as it is to be written to. Raises BadRequest where it is not there, or was meant not to be.
+        """Give the repository as it is to be written to. Raises BadRequest where that cannot be.
 
         What is committed goes on the commit that it is at now, or it is refused.
         """
         if private and not create:
             raise BadRequest(self.spell(""), "is not made here, and --private is for what is", "Say --create too.")
         store = replace(self, may_be_made=create, is_private=private, as_pr=pr)
+        if self.commit:
+            raise BadRequest(self.spell(""), "is a commit, and those stay as they are", "Name a branch.")
         try:
-            return store.pinned()
+            pinned = store.pinned()
+            if self.revision != "main" and not pr and self.revision in self._tags():
+                raise BadRequest(self.spell(""), "is a tag, and those stay where they are", "Name a branch.")
+            return pinned
         except BadFile as error:
             if error.problem.startswith("has no revision"):
                 raise BadRequest(error.where, error.problem, "Make the branch first, or leave it out.") from None
@@ -173,16 +206,25 @@ class HubStore(CommittedStore):
                 raise BadRequest(error.where, error.problem, f"--create makes it. {error.advice}") from None
             return store
 
+    def _tags(self) -> set[str]:
+        found = self.ask_api("refs")
+        names = {kind: {str(one.get("name")) for one in found.get(kind) or ()} for kind in ("tags", "branches")}
+        return names["tags"] - names["branches"]
+
     def get_ready(self) -> None:
         if self.commit or not self.may_be_made:
             return
         owner, _, name = self.repo.partition("/")
         asked = {"name": name, "organization": owner, "type": "model", "private": self.is_private}
-        body = json.dumps(asked).encode()
-        url = f"{endpoint()}/api/repos/create"
+        url, body = f"{endpoint()}/api/repos/create", json.dumps(asked).encode()
         with web.ask("POST", url, Place(self, "."), {**headers(), **_JSON}, body=body) as response:
-            if response.status != 409:  # it is there, or has just been made
+            if response.status != 409:
                 self.check(response.status, response.headers)
+                return
+        # Somebody has made it meanwhile, or the first of several tries has.
+        self.snapshot.forget()
+        if self.list("."):
+            raise OutputRefused(self.spell(""), "was made while this ran", "Use --overwrite to replace what it has.")
 
     @contextmanager
     def writer(self, key: str, nbytes: int, note: str) -> Iterator[Writer]:
@@ -244,21 +286,24 @@ class HubStore(CommittedStore):
         lines: list[tuple[str, dict[str, Any]]] = [
             ("header", {"summary": message, "description": "", "parentCommit": parent}),
             *(("deletedFile", {"path": name}) for name in removed),
-            *(("lfsFile", {"path": one.name, "algo": "sha256", "oid": one.sha256, "size": one.nbytes}) for one in receipts),
+            *(("lfsFile", {"path": one.name, "algo": "sha256", "oid": one.sha256, "size": one.nbytes})
+              for one in receipts),
             *(("file", {"path": name, "content": b64encode(content).decode(), "encoding": "base64"})
               for name, content in contents.items()),
         ]  # fmt: skip
         body = b"".join(json.dumps({"key": what, "value": value}).encode() + b"\n" for what, value in lines)
         url = f"{self._api()}/commit/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
         sent = {**headers(), "Content-Type": "application/x-ndjson"}
-        with web.ask("POST", url, Place(self, "."), sent, body=body, is_once=True) as response:
-            if response.status in (409, 412):
-                problem = "has a new commit since it was looked at, and nothing was changed"
-                raise OutputRefused(self.spell(""), problem, "Run this again.")
-            self.check(response.status, response.headers)
-            answer = json.loads(response.read(cache_content=False))
+        answer, _ = web.ask_json("POST", url, Place(self, "."), sent, self._check_commit, body=body, is_once=True)
         self.snapshot.forget()
-        return str(answer.get("pullRequestUrl") or answer.get("commitUrl") or "")
+        told = answer if isinstance(answer, dict) else {}
+        return str(told.get("pullRequestUrl") or told.get("commitUrl") or "")
+
+    def _check_commit(self, status: int, answered: Mapping[str, str]) -> None:
+        if status in (409, 412):
+            problem = "has a new commit since it was looked at, and nothing was changed"
+            raise OutputRefused(self.spell(""), problem, "Run this again.")
+        self.check(status, answered)
 
     def _not_in_git(self, contents: Mapping[str, bytes]) -> list[str]:
         """Ask which of small files the Hub does not take into git itself."""
@@ -268,12 +313,11 @@ class HubStore(CommittedStore):
         ]
         if not files:
             return []
-        url = f"{self._api()}/preupload/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
-        body = json.dumps({"files": files}).encode()
-        with web.ask("POST", url, Place(self, "."), {**headers(), **_JSON}, body=body) as response:
-            self.check(response.status, response.headers)
-            answer = json.loads(response.read(cache_content=False))
-        return [str(one["path"]) for one in answer["files"] if one["uploadMode"] == "lfs" and one["path"] in contents]
+        what = f"preupload/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
+        modes = self.ask_api(what, {"files": files}).get("files")
+        if not isinstance(modes, list) or not all(isinstance(one, dict) for one in modes):
+            raise self._unreadable()
+        return [name for one in modes if (name := str(one.get("path"))) in contents and one.get("uploadMode") == "lfs"]
 
     def try_to_write(self, key: str) -> None:
         url = f"{self._api()}/xet-write-token/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
@@ -314,27 +358,39 @@ class _File(web.WebFile):
         """Ask the Hub where the bytes of the file lie, once a file, and again when the address is no longer good."""
         place = self.ref.place
         store = place.store
-        assert isinstance(store, HubStore) and isinstance(self.ref.tag, str)
-        if not is_new and (known := _LOCATED.get((store, place.key))):
+        assert isinstance(store, HubStore)
+        assert isinstance(self.ref.tag, str)
+        what = (store, place.key, self.ref.tag)
+        if not is_new and (known := _LOCATED.get(what)):
             return known, _own(known)
         url = f"{endpoint()}/{store.repo}/resolve/{store.commit or quote(store.revision, safe='')}/{quote(place.key)}"
         with web.ask("HEAD", url, place, headers(), goes_on=False) as response:
             store.check(response.status, response.headers, place.key)
-            mark = (response.headers.get("X-Linked-ETag") or response.headers.get("ETag") or "").strip('W/"')
+            mark = (
+                (response.headers.get("X-Linked-ETag") or response.headers.get("ETag") or "")
+                .removeprefix("W/")
+                .strip('"')
+            )
             if mark and mark != mark_of(self.ref.tag):
-                raise BadFile(place, "was changed while it was read", "Run this again when nobody writes to it.")
+                raise changed(place)
             to = response.headers.get("Location")
-        located = _LOCATED[store, place.key] = urljoin(url, to) if to else url
+        located = web.leads_to(place, url, to) if to else url
+        with _LOCATING:
+            if len(_LOCATED) >= _MAX_LOCATED:
+                _LOCATED.clear()
+            _LOCATED[what] = located
         return located, _own(located)
 
 
-# Where files lie, by their place; an address may be a secret, and is no part of one.
-_LOCATED: dict[tuple[HubStore, str], str] = {}
+# Where files lie, by what they are; an address may be a secret, and is no part of one.
+_LOCATED: dict[tuple[HubStore, str, str], str] = {}
+_LOCATING = threading.Lock()
 
 
 def _own(url: str) -> dict[str, str]:
     """Give the headers that say who asks, for an address of the Hub's own alone."""
-    return headers() if urlsplit(url).netloc == urlsplit(endpoint()).netloc else {}
+    one, own = urlsplit(url), urlsplit(endpoint())
+    return headers() if (one.scheme, one.netloc) == (own.scheme, own.netloc) else {}
 
 
 @lru_cache(1)
@@ -353,15 +409,26 @@ def endpoint() -> str:
 
 
 def headers() -> dict[str, str]:
-    """Say to the Hub who asks."""
-    from huggingface_hub import get_token
+    """Say to the Hub who asks. Raises SystemRefused where that cannot be told, or nobody is to be asked."""
+    from huggingface_hub import constants, get_token
 
-    token = get_token()
+    if constants.is_offline_mode():
+        raise SystemRefused("the Hub", "is not to be asked: HF_HUB_OFFLINE is set", "Unset it, or name a folder.")
+    try:
+        token = get_token()
+    except Exception as error:  # whatever a way to sign in raises; it may hold what is a secret
+        problem = f"cannot be told who asks ({type(error).__name__})"
+        raise SystemRefused("the Hub", problem, "Look at HF_OIDC_RESOURCE, or set HF_TOKEN.") from None
+    if token and not re.fullmatch("[!-~]+", token):
+        raise SystemRefused(
+            "HF_TOKEN", "or the token of 'hf auth login', has characters that no token has", "Set it anew."
+        )
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def open_url(url: str) -> Place:
     """Give the place that a ``hf:`` URL names. Raises BadRequest for one that names no repository of models."""
+    shown = without_secrets(url) if re.search(r"hf_\w{8}|//[^/@]*:[^/@]*@", url) else url
     path = url.partition("://")[2].rstrip("/").removeprefix("models/")
     parts = path.split("/", 1)
     if parts[0] in ("datasets", "spaces", "buckets"):
@@ -375,9 +442,9 @@ def open_url(url: str) -> Place:
     else:
         name, _, inner = name.partition("/")
     if not _REPO.fullmatch(f"{owner}/{name}") or not revision or not revision.isprintable() or ".." in revision:
-        raise BadRequest(url, "names no model of the Hub", "It is spelled hf://owner/name@revision/folder.")
-    if any(part in (".", "..") or not part.isprintable() for part in inner.split("/")):
-        raise BadRequest(url, "has a part that no folder has", "Name it plainly.")
+        raise BadRequest(shown, "names no model of the Hub", "It is spelled hf://owner/name@revision/folder.")
+    if any(part in (".", "..") or "\0" in part for part in inner.split("/")):
+        raise BadRequest(shown, "has a part that no folder has", "Name it plainly.")
     check_installed(url)
     commit = revision if _COMMIT.fullmatch(revision) else ""
     return Place(HubStore(f"{owner}/{name}", revision, commit), inner.strip("/") or ".")

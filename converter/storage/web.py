@@ -2,8 +2,9 @@
 
 A redirect is followed to http and https alone, never from https to http, and never from the net into this machine's
 own network; no header of one host goes to another. A server that is busy is asked again when it says, a stream that
-breaks goes on where it was. A web server does not list what it has: in a folder the names are looked for that
-loaders look for, and what an index names.
+breaks, or hardly comes, goes on where it was. What an answer says of itself is believed of sizes alone, and what is no
+number there is nothing. A web server does not list what it has: in a folder the names are looked for that loaders look
+for, and what an index names.
 """
 
 from __future__ import annotations
@@ -13,32 +14,40 @@ import json
 import random
 import re
 import socket
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import mktime_tz, parsedate_tz
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from converter.errors import BadFile, BadRequest, SystemRefused, Unsupported
-from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed
-from converter.storage.far import FarFile, FarStore, mark_of, nbytes_of, tag_of
+from converter.errors import BadRequest, SystemRefused, Unsupported
+from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed, without_secrets
+from converter.storage.far import FarFile, FarStore, heed, mark_of, nbytes_of, tag_of
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
 
 _CHUNK_NBYTES = 1 << 20
-_SECONDS = 60.0  # without a byte
+_SECONDS = 30.0  # without a byte
+_TRICKLE_NBYTES = 1 << 14  # a stream that brings no more in that time stands still
 _TRIES = 8
 _WAIT_SECONDS = 0.25  # twice as long each time
 _LONGEST_WAIT = 300.0
+_HEED_SECONDS = 0.2  # so soon whoever waits hears that nobody waits for it
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
+_MISSING = (404, 410)
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_HOPS = 5
 _AT_ONCE = 16
-_MAX_JSON_NBYTES = 40_000_000
+_MAX_JSON_NBYTES = 40_000_000  # of a file; of the largest index that is known a third
+_MAX_ANSWER_NBYTES = 16_000_000  # of what a service says
+_MAX_SHARDS = 10_000
+_MAX_PARTS = 100
+_PACKED = ("gzip", "x-gzip", "deflate", "compress", "br", "zstd")
 
 _CONFIGS = (
     "config.json", "model_index.json", "modules.json", "generation_config.json", "adapter_config.json",
@@ -67,45 +76,91 @@ class WebStore(FarStore):
     lists_all = False
 
     def spell(self, key: str) -> str:
-        return self.root if key in ("", ".") else f"{self.root}/{key}"
+        # What would be read otherwise when it is typed again.
+        path = key.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+        return self.root if key in ("", ".") else f"{self.root}/{path}"
 
     def url(self, key: str) -> str:
         """Give the URL of a key, spelled as a server is asked for it."""
         return f"{self.root}/{quote(key)}"
 
+    def stat(self, key: str) -> Info | None:
+        """Say what lies at a key; a file of a name that nobody looks for is asked for by itself."""
+        seen, (folder, _, name) = self.snapshot, key.rpartition("/")
+        with seen.lock:
+            is_odd = "." in name and name not in LOOKED_FOR and key not in (".", "..")
+            if is_odd and key not in seen.infos and (folder in seen.asked or folder in seen.folders):
+                seen.infos[key] = self._entries(folder).get(name) or self._found(key)
+        return super(WebStore, self).stat(key)
+
     def look(self, key: str) -> Info | None:
-        found = self._head(key) if "." in key.rpartition("/")[2] else None
+        found = self._found(key) if "." in key.rpartition("/")[2] else None
         return found or (Info("folder", 0, "") if self._entries("" if key == "." else key) else None)
 
-    def _head(self, key: str) -> Info | None:
-        """Ask for a file; a page is none, as servers have one for a folder."""
-        with ask("HEAD", self.url(key), Place(self, key)) as response:
-            if response.status in (404, 410):
+    def _found(self, key: str) -> Info | None:
+        """Ask for a file that is named. Raises SystemRefused where it is not for everybody."""
+        found = self._ask_for(key)
+        if isinstance(found, int):
+            raise _refused(Place(self, key), found)
+        return found
+
+    def _ask_for(self, key: str) -> Info | int | None:
+        """Ask for a file; a page is none, as servers have one for a folder. A status is that of a refusal.
+
+        Raises Unsupported for one whose size is not told.
+        """
+        place = Place(self, key)
+        with ask("HEAD", self.url(key), place) as response:
+            if response.status in _MISSING:
                 return None
-            headers = response.headers
-            if response.status == 200 and "Content-Length" in headers:
-                return None if "text/html" in headers.get("Content-Type", "") else _info_of(headers)
-        with ask("GET", self.url(key), Place(self, key), {"Range": "bytes=0-0"}) as response:
+            if response.status == 200 and _length_of(response.headers):
+                return _info_of(response.headers, _length_of(response.headers))
+        with ask("GET", self.url(key), place, {"Range": "bytes=0-0"}) as response:
             total = headers_total(response.headers)
-            if response.status != 206 or total is None:
+            if response.status in _MISSING:
                 return None
-            return _info_of(response.headers, total)
+            if total is not None and (response.status == 206 or (response.status == 416 and total == 0)):
+                return _info_of(response.headers, total)
+            if response.status in (200, 206):
+                length = _length_of(response.headers) if response.status == 200 else None
+                if length is None and not _is_page(response.headers):
+                    raise Unsupported(
+                        place, "is on a server that does not say how long it is", "Fetch it, and name the file."
+                    )
+                return _info_of(response.headers, length)
+            return response.status
 
     def look_in(self, key: str) -> dict[str, Info]:
         prefix = f"{key}/" if key else ""
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        refused: list[int] = []
+        over = threading.Event()
+        pool = ThreadPoolExecutor(_AT_ONCE, initializer=_here.begin, initargs=(over,))
+        try:
 
             def find(names: Iterable[str]) -> dict[str, Info]:
                 asked = list(names)
-                infos = pool.map(self._head, [prefix + name for name in asked])
-                return {name: info for name, info in zip(asked, infos, strict=True) if info}
+                infos = dict(zip(asked, pool.map(self._ask_for, [prefix + name for name in asked]), strict=True))
+                refused.extend(info for info in infos.values() if isinstance(info, int))
+                return {name: info for name, info in infos.items() if isinstance(info, Info)}
 
             found = find(LOOKED_FOR)
+            # Where nobody may list, some servers say so of what is not there.
+            if 401 in refused or (refused and not found):
+                raise _refused(Place(self, key), refused[0])
             named = {shard for name in found if ".index" in name for shard in self._shards(prefix + name, found[name])}
+            if len(named) > _MAX_SHARDS:
+                raise Unsupported(
+                    Place(self, key), f"has an index of more than {_MAX_SHARDS:,} files", "Fetch it first."
+                )
             found |= find(sorted(named - found.keys()))
+        finally:
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
         if "model_index.json" in found:
             content = self._json(f"{prefix}model_index.json", found["model_index.json"])
-            parts = (name for name, entry in content.items() if isinstance(entry, list) and _is_plain(name))
+            parts = [name for name, entry in content.items() if isinstance(entry, list) and _is_plain(name)]
+            if len(parts) > _MAX_PARTS:
+                raise Unsupported(Place(self, key), f"has more than {_MAX_PARTS} components", "Fetch it first.")
             found |= {name: Info("folder", 0, "") for name in parts if self._entries(prefix + name)}
         return found
 
@@ -154,27 +209,26 @@ class WebFile(FarFile):
     def fetches(self, begin: int, end: int) -> Iterator[memoryview]:
         from urllib3.exceptions import HTTPError
 
-        at, tries, was_renewed = begin, 0, False
+        at, tries, was_renewed, since = begin, 0, False, begin
         url, headers = self.locate(False)
         while at < end:
+            part = {**headers, **self._condition(), "Range": f"bytes={at}-{end - 1}"}
             try:
-                with ask(
-                    "GET", url, self.ref.place, {**headers, **self._condition(), "Range": f"bytes={at}-{end - 1}"}
-                ) as response:
+                with ask("GET", url, self.ref.place, part) as response:
                     if response.status in (401, 403) and self.can_renew and not was_renewed:
                         was_renewed = True
                         url, headers = self.locate(True)
                         continue
                     self._check(response, at)
-                    while at < end:
-                        chunk = response.read(min(_CHUNK_NBYTES, end - at))
-                        if not chunk:
-                            raise HTTPError("ended early")
+                    for chunk in _read(response, end - at):
                         at += len(chunk)
-                        tries, was_renewed = 0, False
                         yield memoryview(chunk)
+                        if at - since > _TRICKLE_NBYTES:
+                            tries, was_renewed, since = 0, False, at
+                if at < end:
+                    raise HTTPError("ended early")
             except HTTPError as error:
-                tries += 1
+                tries, since = tries + 1, at
                 if tries == _TRIES:
                     raise _unreachable(self.ref.place, error, tries) from None
                 _wait(tries)
@@ -182,7 +236,7 @@ class WebFile(FarFile):
     def _condition(self) -> dict[str, str]:
         assert isinstance(self.ref.tag, str)
         mark = mark_of(self.ref.tag)
-        return {"If-Match": mark} if self.mark_is_of_url and mark.startswith('"') else {}
+        return {"If-Match": mark} if self.mark_is_of_url and mark.startswith('"') and mark.isprintable() else {}
 
     def _check(self, response: BaseHTTPResponse, at: int) -> None:
         """Raise BadFile where an answer is of another file, or of another part of it."""
@@ -190,7 +244,7 @@ class WebFile(FarFile):
         if response.status in (404, 410, 412):
             raise changed(place)
         if response.status == 200 and at == 0:
-            total: int | None = int(response.headers.get("Content-Length", -1))
+            total = _length_of(response.headers)
         elif response.status == 200:
             raise Unsupported(place, "is on a server that gives no parts of files", "Fetch it, and name the file.")
         elif response.status in (206, 416):
@@ -201,26 +255,68 @@ class WebFile(FarFile):
             raise changed(place)
         if response.status != 200 and not response.headers.get("Content-Range", "").startswith(f"bytes {at}-"):
             raise SystemRefused(place, "is answered with another part of it than was asked for", "Fetch it otherwise.")
+        packing = response.headers.get("Content-Encoding", "").strip().lower()
+        if packing in _PACKED:
+            raise Unsupported(place, f"is sent packed ({packing}), and as it is was asked for", "Fetch it otherwise.")
         assert isinstance(self.ref.tag, str)
-        if self.mark_is_of_url and mark_of(self.ref.tag) and _mark_of(response.headers) != mark_of(self.ref.tag):
+        mark = mark_of(self.ref.tag)
+        if self.mark_is_of_url and mark and _mark_of(response.headers, like=mark) != mark:
             raise changed(place)
 
 
 def headers_total(headers: Mapping[str, str]) -> int | None:
     """Give the size of a file of which a part is answered."""
-    found = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", headers.get("Content-Range", ""))
+    found = re.fullmatch(r"bytes (?:[0-9]+-[0-9]+|\*)/([0-9]{1,18})", headers.get("Content-Range", ""))
     return int(found[1]) if found else None
 
 
-def _mark_of(headers: Mapping[str, str]) -> str:
-    return headers.get("ETag") or headers.get("Last-Modified") or ""
+def _length_of(headers: Mapping[str, str]) -> int | None:
+    length = headers.get("Content-Length", "")
+    return int(length) if re.fullmatch("[0-9]{1,18}", length) else None
 
 
-def _info_of(headers: Mapping[str, str], total: int | None = None) -> Info:
-    nbytes = int(headers["Content-Length"]) if total is None else total
-    parsed = parsedate_tz(headers.get("Last-Modified", ""))
-    when = mktime_tz(parsed) * 10**9 if parsed else 0
+def _is_page(headers: Mapping[str, str]) -> bool:
+    return "text/html" in headers.get("Content-Type", "").lower()
+
+
+def _mark_of(headers: Mapping[str, str], like: str = "") -> str:
+    """Give what changes with a file, of the kind that another is of: servers have one more for some requests."""
+    etag = headers.get("ETag", "")
+    if like and not like.endswith('"'):
+        etag = ""
+    return etag or headers.get("Last-Modified") or ""
+
+
+def _info_of(headers: Mapping[str, str], nbytes: int | None) -> Info | None:
+    """Give what a file is by the answer to a request for it; a page is none."""
+    if nbytes is None or _is_page(headers):
+        return None
+    when = int(_seconds_of(headers.get("Last-Modified", "")) or 0) * 10**9
     return Info("file", nbytes, tag_of(nbytes, _mark_of(headers)), when, when)
+
+
+def _seconds_of(date: str) -> float | None:
+    """Give when a date is that a server names; None for what is none."""
+    try:
+        parsed = parsedate_tz(date)
+        return mktime_tz(parsed) if parsed else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _read(response: BaseHTTPResponse, nbytes: int) -> Iterator[bytes]:
+    """Give so many bytes of an answer as they come, fewer at its end. Raises HTTPError where they hardly come."""
+    from urllib3.exceptions import HTTPError
+
+    left, since, count = nbytes, time.monotonic(), 0
+    while left and (chunk := response.read1(min(_CHUNK_NBYTES, left), decode_content=False)):
+        left, count = left - len(chunk), count + len(chunk)
+        yield chunk
+        now = time.monotonic()
+        if count > _TRICKLE_NBYTES:
+            since, count = now, 0
+        elif now - since > _SECONDS:
+            raise HTTPError("hardly comes")
 
 
 class _Answer:
@@ -250,9 +346,9 @@ def ask(
 ) -> _Answer:
     """Ask a web server, again where it is busy or does not answer, and where it leads to.
 
-    Headers go to the first host alone, but for those that say what part is wanted. Unless it ``goes_on``, the answer
-    that leads to another host is given; what ``is_once`` may have been done where no answer came. Raises SystemRefused where nobody answers, Unsupported for where it must not
-    lead.
+    Headers go to the first host alone, but for those that say what part is wanted, and a body goes to no other. Unless
+    it ``goes_on``, the answer that leads to another host is given; what ``is_once`` is not asked again where it may
+    have been done. Raises SystemRefused where nobody answers, Unsupported for where it must not lead.
     """
     from urllib3.exceptions import HTTPError
 
@@ -261,53 +357,110 @@ def ask(
     while True:
         tries += 1
         try:
-            response = _pool(_proxy_for(url)).request(
-                method,
-                url,
-                headers=sent,
-                body=body or None,
-                redirect=False,
-                preload_content=False,
-                decode_content=False,
-                retries=False,
-            )
+            response = _send(method, url, sent, body)
         except HTTPError as error:
-            if tries == _TRIES or is_once:
+            if tries == _TRIES or not _may_pass(error, is_once):
                 raise _unreachable(place, error, tries) from None
             _wait(tries)
             continue
         if response.status in _BUSY and not (is_once and response.status != 429):
-            limit = re.search(r";t=(\d+)", response.headers.get("RateLimit", ""))  # as the Hub says it
-            after = response.headers.get("Retry-After") or (limit[1] if limit else "")
-            status = response.status
             response.close()
-            if tries == _TRIES:
-                raise SystemRefused(place, f"is answered with {status}, after {tries} tries", "Run this again later.")
-            _wait(tries, after)
+            _wait(tries, _seconds_to_wait(place, response, tries))
             continue
         if response.status not in _REDIRECTS or "Location" not in response.headers:
             return _Answer(response)
-        to = urljoin(url, response.headers["Location"])
-        if not goes_on and urlsplit(to).netloc != urlsplit(url).netloc:
+        to = leads_to(place, url, response.headers["Location"])
+        is_elsewhere = _host_of(to) != _host_of(url)
+        if is_elsewhere and not goes_on:
             return _Answer(response)
         response.close()
         hops += 1
-        _check_redirect(place, url, to, hops)
-        if urlsplit(to).netloc != urlsplit(url).netloc:
+        if hops > _MOST_HOPS:
+            raise Unsupported(place, f"leads elsewhere more than {_MOST_HOPS} times", "Fetch it, and name the file.")
+        if is_elsewhere and body:
+            raise SystemRefused(place, "leads what is sent to another host, which is not followed", "Look who runs it.")
+        if is_elsewhere:
             kept = ("accept-encoding", "user-agent", "range", "if-match")
             sent = {name: value for name, value in sent.items() if name.lower() in kept}
         url, tries = to, 0
 
 
-def _check_redirect(place: Place, url: str, to: str, hops: int) -> None:
-    before, after = urlsplit(url), urlsplit(to)
+def ask_json(
+    method: str,
+    url: str,
+    place: Place,
+    headers: Mapping[str, str],
+    check: Callable[[int, Mapping[str, str]], None],
+    *,
+    body: bytes = b"",
+    is_once: bool = False,
+) -> tuple[Any, Mapping[str, str]]:
+    """Ask a service, and give what it says and the headers of that; ``check`` raises what a status means.
+
+    Raises SystemRefused for an answer that is no JSON, or is longer than one can be.
+    """
+    from urllib3.exceptions import HTTPError
+
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            with ask(method, url, place, headers, body=body, is_once=is_once) as response:
+                check(response.status, response.headers)
+                raw = b"".join(_read(response, _MAX_ANSWER_NBYTES + 1))
+                if len(raw) > _MAX_ANSWER_NBYTES:
+                    raise SystemRefused(place, f"is answered with more than {_MAX_ANSWER_NBYTES:,} bytes", _WHOSE)
+                return json.loads(raw), response.headers
+        except HTTPError as error:
+            if tries == _TRIES or is_once:
+                raise _unreachable(place, error, tries) from None
+            _wait(tries)
+        except (ValueError, RecursionError):
+            raise SystemRefused(place, "is answered with what is no JSON", _WHOSE) from None
+
+
+_WHOSE = "Look at the network: a proxy, or a page to sign in to it, may answer in its place."
+
+
+def _send(method: str, url: str, headers: Mapping[str, str], body: bytes) -> BaseHTTPResponse:
+    return _pool(_proxy_for(url)).request(
+        method,
+        url,
+        headers=headers,
+        body=body or None,
+        redirect=False,
+        preload_content=False,
+        decode_content=False,
+        retries=False,
+    )
+
+
+def _may_pass(error: Exception, is_once: bool) -> bool:
+    """Say whether it can help to ask again; what must be done but once, only where nobody has heard of it."""
+    from urllib3.exceptions import ConnectTimeoutError, LocationValueError, NewConnectionError
+
+    if isinstance(error, LocationValueError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return False
+    return not is_once or isinstance(error, (NewConnectionError, ConnectTimeoutError))
+
+
+def _host_of(url: str) -> str:
+    return urlsplit(url).netloc.lower()
+
+
+def leads_to(place: Place, url: str, location: str) -> str:
+    """Give where an answer leads to. Raises Unsupported for where it must not."""
+    try:
+        to = urljoin(url, location)
+        before, after = urlsplit(url), urlsplit(to)
+    except ValueError:
+        raise Unsupported(place, "leads to what is no URL", "Fetch it, and name the file.") from None
     if after.scheme not in ("http", "https") or (before.scheme == "https" and after.scheme == "http"):
         problem = f"leads from {before.scheme}:// to {after.scheme}://, which is not followed"
         raise Unsupported(place, problem, "Fetch it, and name the file.")
-    if hops > _MOST_HOPS:
-        raise Unsupported(place, f"leads elsewhere more than {_MOST_HOPS} times", "Fetch it, and name the file.")
     if _is_inner(after.hostname or "") and not _is_inner(before.hostname or ""):
         raise Unsupported(place, "leads from the net into your own network, which is not followed", "Look who runs it.")
+    return to
 
 
 @lru_cache(256)
@@ -315,18 +468,48 @@ def _is_inner(host: str) -> bool:
     """Say whether a host is this machine, or one that only its own network reaches."""
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    except OSError:
+    except (OSError, UnicodeError):
         return False  # it cannot be asked either
     return any(not ipaddress.ip_address(address.partition("%")[0]).is_global for address in found)
 
 
-def _wait(tries: int, after: str = "") -> None:
-    seconds = _WAIT_SECONDS * 2 ** (tries - 1) * random.uniform(0.75, 1.25)
-    if after.isdecimal():
-        seconds = max(seconds, float(after))
-    elif after and (parsed := parsedate_tz(after)):
-        seconds = max(seconds, mktime_tz(parsed) - time.time())
-    time.sleep(min(seconds, _LONGEST_WAIT))
+def _seconds_to_wait(place: Place, response: BaseHTTPResponse, tries: int) -> float:
+    """Say how long a server that is busy wants to be left alone. Raises SystemRefused where that is too long.
+
+    And where it has been asked often enough.
+    """
+    # The Hub says in its own way when it has had enough.
+    limit = re.search(r";t=([0-9]{1,9})", response.headers.get("RateLimit", "")) if response.status == 429 else None
+    after = response.headers.get("Retry-After") or (limit[1] if limit else "")
+    when = _seconds_of(after)
+    seconds = float(after) if re.fullmatch("[0-9]{1,9}", after) else when - time.time() if when else 0.0
+    if seconds > _LONGEST_WAIT:
+        problem = f"is answered with {response.status}, and wants to be left alone for {seconds:,.0f} s"
+        raise SystemRefused(place, problem, "Run this again later.")
+    if tries == _TRIES:
+        raise SystemRefused(place, f"is answered with {response.status}, after {tries} tries", "Run this again later.")
+    return seconds
+
+
+class _Here(threading.local):
+    """What a thread knows of whoever waits for it."""
+
+    over: threading.Event | None = None
+
+    def begin(self, over: threading.Event) -> None:
+        self.over = over
+
+
+_here = _Here()
+
+
+def _wait(tries: int, at_least: float = 0.0) -> None:
+    end = time.monotonic() + max(_WAIT_SECONDS * 2 ** (tries - 1) * random.uniform(0.75, 1.25), at_least)
+    while (left := end - time.monotonic()) > 0:
+        heed()
+        if _here.over is not None and _here.over.is_set():
+            raise CancelledError
+        time.sleep(min(left, _HEED_SECONDS))
 
 
 def _refused(place: Place, status: int) -> SystemRefused:
@@ -337,11 +520,16 @@ def _refused(place: Place, status: int) -> SystemRefused:
 
 
 def _unreachable(place: Place, error: Exception, tries: int) -> SystemRefused:
-    what = type(error).__name__.removesuffix("Error")
-    words = re.sub(r"(?<!^)(?=[A-Z])", " ", what).lower()
-    return SystemRefused(
-        place, f"cannot be reached ({words}), after {tries} tries", "Look at the network, and run this again."
-    )
+    """Word what went wrong on the way by what it is called: what it says may name a URL, and that a secret."""
+    what = type(error).__name__.removesuffix("Error").removesuffix("Exception")
+    words = re.sub(r"(?<!^)(?=[A-Z][a-z])", " ", what).lower()
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return SystemRefused(
+            place, "is on a server that does not prove who it is", "Look at the network, and at SSL_CERT_FILE."
+        )
+    many = f", after {tries} tries" if tries > 1 else ""
+    how = f" ({words})" if words else ""
+    return SystemRefused(place, f"cannot be reached{how}{many}", "Look at the network, and run this again.")
 
 
 def _proxy_for(url: str) -> str:
@@ -349,7 +537,10 @@ def _proxy_for(url: str) -> str:
     from urllib.request import getproxies, proxy_bypass
 
     parts = urlsplit(url)
-    return "" if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme, "")
+    if proxy_bypass(parts.hostname or "") or proxy_bypass(parts.netloc):
+        return ""
+    proxies = getproxies()
+    return proxies.get(parts.scheme) or proxies.get("all") or ""
 
 
 @lru_cache(4)
@@ -357,18 +548,26 @@ def _pool(proxy: str) -> PoolManager:
     import urllib3
 
     timeout = urllib3.Timeout(connect=_SECONDS, read=_SECONDS)
-    if proxy:
-        return urllib3.ProxyManager(proxy, maxsize=2 * _AT_ONCE, timeout=timeout)
-    return urllib3.PoolManager(maxsize=2 * _AT_ONCE, timeout=timeout)
+    if not proxy:
+        return urllib3.PoolManager(maxsize=2 * _AT_ONCE, timeout=timeout)
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    known = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+    headers = urllib3.make_headers(proxy_basic_auth=known) if parts.username else None
+    address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return urllib3.ProxyManager(address, proxy_headers=headers, maxsize=2 * _AT_ONCE, timeout=timeout)
 
 
 def open_url(url: str) -> Place:
     """Give the place that a URL of the web names. Raises BadRequest for one that has more than a path."""
-    parts = urlsplit(url)
-    if not parts.hostname:
-        raise BadRequest(url, "names no web server", "It is spelled https://host/folder.")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        shown = f"{parts.scheme}://{parts.hostname}{parts.path}"
+    shown = without_secrets(url)
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host:
+        raise BadRequest(shown, "names no web server", "It is spelled https://host/folder.")
+    if shown != url:
         raise BadRequest(shown, "has a password or a query, which may be a secret", "Fetch it, and name the file.")
     key = unquote(parts.path).strip("/")
     if any(part in (".", "..") or not part.isprintable() for part in key.split("/")):

@@ -19,6 +19,7 @@ from zlib_ng.zlib_ng import crc32
 from converter.errors import BadFile
 from converter.storage import FileRef, OpenFile
 from converter.storage.base import NEAR_NBYTES
+from converter.storage.streams import Stream, plan_streams
 from converter.tensors.base import ByteRange, PackedRange, Storage, TensorSource
 from converter.tensors.leads import check_lead
 
@@ -61,7 +62,7 @@ class RangeReader:
         self._with_sums = with_sums
         self.sums = Sums()
         self._files: dict[FileRef, _SourceFile] = {}
-        self._expected: dict[FileRef, list[tuple[int, int]]] = {}
+        self._expected: dict[FileRef, list[Stream]] = {}
         self._current: _SourceFile | None = None
         self._scratch: list[_Scratch] = []
         self._led: Storage | None = None
@@ -83,12 +84,11 @@ class RangeReader:
 
     def expect(self, parts: Iterable[ByteRange]) -> None:
         """Take note of what will be read, in order, so that what is far comes in few streams."""
-        for file, offset, nbytes, *_ in parts:
-            if file.place.store.is_far:
-                self._expected.setdefault(file, []).append((offset, nbytes))
+        far = ((file, offset, nbytes) for file, offset, nbytes, *_ in parts if file.place.store.is_far)
+        self._expected |= plan_streams(far)
         for ref, source in self._files.items():
             if ref in self._expected:
-                source.file.expect(self._expected.pop(ref))
+                source.file.follow(self._expected.pop(ref))
 
     def read_into(self, record: Storage, begin: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``begin`` of a range on."""
@@ -122,11 +122,13 @@ class RangeReader:
             return current
         source = self._files.pop(ref, None)
         if source is None:
-            if len(self._files) == _MAX_OPEN:
-                self._files.pop(next(iter(self._files))).close()
+            # What is far takes no handle, and has been told what to expect.
+            near = [one for one, source in self._files.items() if not source.file.is_far]
+            if len(near) == _MAX_OPEN:
+                self._files.pop(near[0]).close()
             source = _SourceFile(ref, ref.open())
             if ref in self._expected:
-                source.file.expect(self._expected.pop(ref))
+                source.file.follow(self._expected.pop(ref))
         self._files[ref] = self._current = source
         return source
 

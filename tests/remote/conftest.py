@@ -48,7 +48,7 @@ def swift_port(needs_servers: None, tmp_path_factory: pytest.TempPathFactory) ->
 def azurite_port(needs_servers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """Give the port of the run's Azurite."""
     if not servers.has_azurite():
-        pytest.skip("Azurite is not installed, for npm or node was not found: have them, then make clean test-remote")
+        pytest.skip("Azurite is not installed: have node and npm, remove .venv-servers, and make test-remote again")
     with servers.azurite(tmp_path_factory.mktemp("azurite")) as port:
         yield port
 
@@ -116,14 +116,13 @@ def hub(nowhere: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     from huggingface_hub import constants
 
     hub = Hub(tmp_path / "hub")
-    home = tmp_path / "hf_home"
-    caches = {"HF_HOME": home, "HF_XET_CACHE": home / "xet"}
-    for name, value in {**hub.env, **caches, "HF_HUB_DISABLE_PROGRESS_BARS": 1, "HF_HUB_DISABLE_TELEMETRY": 1}.items():
-        monkeypatch.setenv(name, str(value))
+    for name, value in hub.env.items():
+        monkeypatch.setenv(name, value)
     # What the library read when it was loaded, which may be long ago.
+    read = constants.HF_HOME
     for name, value in list(vars(constants).items()):
-        if isinstance(value, str) and value.startswith(constants.HF_HOME):
-            monkeypatch.setattr(constants, name, value.replace(constants.HF_HOME, str(home), 1))
+        if isinstance(value, str) and value.startswith(read):
+            monkeypatch.setattr(constants, name, value.replace(read, hub.env["HF_HOME"], 1))
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)

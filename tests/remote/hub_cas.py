@@ -101,6 +101,8 @@ class Store:
     def uploaded(self, sha256: str) -> Uploaded | None:
         """Find what was uploaded to Xet under this hash."""
         with self._lock:
+            if sha256 in self._uploaded:
+                return self._uploaded[sha256]
             for shard in self.lent.glob(f"*/{INSIDE}/shards/*.mdb"):
                 if shard not in self._read:
                     self._read.add(shard)

@@ -46,7 +46,8 @@ class Hub:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.store = Store(folder)
+        self.folder = folder
+        self.store = Store(folder / "store")
         self.repos: dict[str, Repo] = {}
         self.owners = {USER, "org"}
         self.tokens = {WRITES: "write", READS: "read"}
@@ -77,7 +78,15 @@ class Hub:
 
     @property
     def env(self) -> dict[str, str]:
-        return {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token}
+        home = self.folder / "home"
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_TOKEN": self.token,
+            "HF_HOME": str(home),
+            "HF_XET_CACHE": str(home / "xet"),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
 
     def leaks(self) -> list[Asked]:
         """Give the requests that took a token to the other host."""
@@ -369,7 +378,10 @@ class Hub:
         return said({"files": modes})
 
     def _batch(self, request: Request, name: str) -> Reply:
-        self._repo(request, name, does_write=True)
+        # Who may only make a pull request uploads as well, and this request does not say what for.
+        self._repo(request, name)
+        if self._level(request) != "write":
+            raise RefusedError(403, NEEDS_WRITE)
         objects = []
         for one in request.json()["objects"]:
             sha256, count = one["oid"], -(-one["size"] // LFS_PART)

@@ -6,6 +6,7 @@ They run in the environment of servers; nothing of them is loaded here. Whatever
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def has_azurite() -> bool:
 @contextlib.contextmanager
 def serving(log: Path, port: int, *command: object) -> Iterator[psutil.Process]:
     """Run a server in the background, and wait until it answers."""
-    with held(log, *command) as holder, urllib3.PoolManager(retries=False, timeout=LATEST) as pool:
+    with held(log, *command) as holder, urllib3.PoolManager(retries=False, timeout=1) as pool:
         end = time.monotonic() + LATEST
         while not _answers(pool, port):
             assert time.monotonic() < end, f"{command} does not answer\n{log.read_text()}"
@@ -59,10 +60,20 @@ def _answers(pool: urllib3.PoolManager, port: int) -> bool:
 @contextlib.contextmanager
 def swift(folder: Path) -> Iterator[int]:
     """Give the port of a Swift with the S3 API."""
+    _check_attributes(folder)
     port = free_port()
     command = [PYTHON, "-W", "ignore", SWIFT_NODE, folder / "node", port, S3_USER, S3_SECRET, S3_REGION]
     with serving(folder / "log", port, *command):
         yield port
+
+
+def _check_attributes(folder: Path) -> None:
+    """Refuse a folder whose files can have no attributes of a user's: Swift keeps there what it knows of an object."""
+    (file := folder / "attributes").touch()
+    try:
+        os.setxattr(file, "user.swift", b"")
+    except OSError as error:
+        raise AssertionError(f"Swift cannot be in {folder}: have PYTEST_ARGS=--basetemp=build/tmp") from error
 
 
 @contextlib.contextmanager

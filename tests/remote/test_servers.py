@@ -133,7 +133,7 @@ def test_blocks_that_were_not_committed_are_seen(az: stores.Azure) -> None:
 
 def test_a_client_meets_faults(bucket: stores.Store) -> None:
     bucket.put("x", DATA)
-    cut = bucket.wire.fault(Drop(PART), lambda asked: asked.method == "GET")
+    cut = bucket.wire.fault(Drop(PART, reset=False), lambda asked: asked.method == "GET")
     assert bytes(obstore.get(opened(bucket, PATIENT), "x").bytes()) == DATA
     assert cut.met[0].sent == PART
     assert bucket.wire.asked[-1].range == (PART, len(DATA))

@@ -79,7 +79,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Drop:
-    """End the connection after so many bytes of a body; None is before the answer's head.
+    """End the connection after so many bytes of a body; None is before the head goes on.
 
     With a reset the client may lose bytes that it has not read yet; without, the body ends short of its length.
     """
@@ -356,31 +356,39 @@ class Wire:
         with self._lock:
             self.asked.clear()
 
+    def settle(self) -> None:
+        """Wait until no request is under way: a client may know its answer before the log knows that this has ended."""
+        end = time.monotonic() + LATE
+        while any(asked.ended is None for asked in self.asked):
+            assert time.monotonic() < end, "a request never ended"
+            time.sleep(0.002)
+
     def up(self) -> Wire:
         """Take connections."""
-        assert self._listener is None
-        self._closing.clear()
-        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=BACKLOG)
-        self.port = self._listener.getsockname()[1]
+        with self._lock:
+            assert self._listener is None
+            self._closing.clear()
+            self._listener = socket.create_server(("127.0.0.1", self.port), backlog=BACKLOG)
+            self.port = self._listener.getsockname()[1]
         self._start(self._accept, self._listener)
         return self
 
     def down(self) -> None:
         """Refuse connections, and end those that there are; ``up`` has them taken again, at the same port."""
-        if self._listener is None:
-            return
-        self._closing.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._listener = None
         with self._lock:
+            self._closing.set()
+            if self._listener:
+                with contextlib.suppress(OSError):
+                    self._listener.shutdown(socket.SHUT_RDWR)
+                self._listener.close()
+                self._listener = None
             for peer in self._peers:
                 peer.shut()
-        for thread in self._threads:
+            threads, self._threads = self._threads, []
+        # A test may call this in the middle of a request, which then goes on until it meets the end of its connections.
+        for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(LATE)
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
 
     def __enter__(self) -> Wire:
         return self.up()
@@ -511,7 +519,7 @@ class _Line:
         """Do what is to be done before a request goes on."""
         self.wire._pause(self.wire.delay + sum(one.seconds for one in met if isinstance(one, Wait)))
         for one in met:
-            if isinstance(one, Call) and one.at is None:
+            if isinstance(one, Mark) and one.at is None and (isinstance(one, Call) or one.way == FORWARD):
                 self._happen(one, asked)
             elif isinstance(one, Hang):
                 self.wire._pause(None)
@@ -548,7 +556,7 @@ class _Line:
     def _back(self, server: _Peer, back: _Head, asked: Asked, met: Sequence[Fault]) -> None:
         """Pass the server's answer on, with what befalls it."""
         for drop in met:
-            if isinstance(drop, Drop) and drop.at is None:
+            if isinstance(drop, Drop) and drop.at is None and drop.way == BACK:
                 raise _CutError(drop.reset)
         told, most = _Head(back.lines), back.length
         for one in met:
