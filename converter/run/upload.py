@@ -131,9 +131,8 @@ def _split(plan: Plan, request: str) -> tuple[list[Upload], list[tuple[str, byte
             uploads.append(Upload(folder / name, notes[name], nbytes, None, file, replaces=plan.overwrite))
         else:
             texts.append((name, _content(file), notes[name]))
+    texts += [(name, content, notes[name]) for name, content in (*plan.generated, *plan.indexes)]
     texts.sort(key=lambda text: text[0].rpartition("/")[2] in _LAST)
-    generated = sorted(plan.generated, key=lambda text: text[0].rpartition("/")[2] in _LAST)
-    texts += [(name, content, notes[name]) for name, content in (*generated, *plan.indexes)]
     uploads.sort(key=lambda upload: -upload.nbytes)
     return uploads, [((folder / name).key, content, note) for name, content, note in texts]
 

@@ -212,6 +212,16 @@ def test_overwriting_another_set(
     assert all(order.index(f"x/{name}") < order.index("x/config.json") for name in SHARD_NAMES)
 
 
+def test_what_leads_to_the_rest_comes_last(s3: stores.S3, sources: dict[str, Path], wconv: Wconv) -> None:
+    wconv("recast", sources["pipeline"], "--dtype", "fp16", "--variant", "none", "-o", f"{s3.url}/x")
+    order = written(s3)
+    index = "x/unet/diffusion_pytorch_model.safetensors.index.json"
+    assert order[-2:] == [index, "x/model_index.json"]
+    weights = [at for at, name in enumerate(order) if name.endswith(".safetensors")]
+    configs = [at for at, name in enumerate(order) if name.endswith("config.json")]
+    assert max(weights) < min(configs)
+
+
 def test_overwriting_what_is_read_is_refused(s3: stores.S3, sources: dict[str, Path], wconv: Wconv) -> None:
     s3.put_folder(sources["linear"], "x/")
     before = s3.get_folder()
