@@ -118,7 +118,14 @@ def hub(nowhere: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     hub = Hub(tmp_path / "hub")
     home = tmp_path / "hf_home"
     caches = {"HF_HOME": home, "HF_XET_CACHE": home / "xet"}
-    for name, value in {**hub.env, **caches, "HF_HUB_DISABLE_PROGRESS_BARS": 1, "HF_HUB_DISABLE_TELEMETRY": 1}.items():
+    hurried = {"HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
+    for name, value in {
+        **hub.env,
+        **caches,
+        **hurried,
+        "HF_HUB_DISABLE_PROGRESS_BARS": 1,
+        "HF_HUB_DISABLE_TELEMETRY": 1,
+    }.items():
         monkeypatch.setenv(name, str(value))
     # What the library read when it was loaded, which may be long ago.
     read = constants.HF_HOME
