@@ -18,6 +18,7 @@ from converter.run.parts import CHUNK_NBYTES
 from converter.run.signals import signals_held
 from converter.run.watch import Watch
 from converter.run.workers import Workers, open_workers
+from converter.storage.far import stop_waiting
 
 DEFAULT_MEMORY_NBYTES = 1 << 26
 _MIN_CHUNK_NBYTES = 1 << 16
@@ -123,6 +124,7 @@ class Tasks:
                     watch.is_over = True
                 if waiting:
                     self.workers.tell(is_over=True)
+                    stop_waiting()
                 # What is cancelled is not waited for: some executors never say that they know.
                 wait([future for future in waiting if not future.cancel()])
 

@@ -26,6 +26,9 @@ _MAX_OPEN = 4  # streams of a file at once
 heeded: list[Callable[[], object]] = []
 """What is called while somebody waits for a network, and raises where nobody waits for them any more."""
 
+stopping: list[Callable[[], object]] = []
+"""What is called where tasks of this process are to stop that wait for a network, and do not hear of it themselves."""
+
 PART_NBYTES = 8 << 20
 """How much goes up at once, at least, where a file goes up in parts."""
 
@@ -37,6 +40,12 @@ def heed() -> None:
     """Raise where nobody waits any more for what this thread does."""
     for listen in heeded:
         listen()
+
+
+def stop_waiting() -> None:
+    """Have those stop that wait for a network."""
+    for stop in list(stopping):
+        stop()
 
 
 class FarFile(OpenFile):

@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote, urlsplit
 from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, Unsupported, WconvError
 from converter.storage import web
 from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed, without_secrets
-from converter.storage.far import CommittedStore, Receipt, Writer, mark_of, nbytes_of, tag_of
+from converter.storage.far import CommittedStore, Receipt, Writer, mark_of, nbytes_of, stopping, tag_of
 from converter.storage.local import open_copy
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -233,10 +233,16 @@ class HubStore(CommittedStore):
         known = headers()
         if not known:
             raise SystemRefused(self.spell(key), "is written by who is known to the Hub", _SIGN_IN)
-        url = f"{self._api()}/xet-write-token/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
+        what = f"xet-write-token/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
+        token = self.ask_api(what)
+        try:
+            access: dict[str, Any] = {"endpoint": str(token["casUrl"]), "token": str(token["accessToken"])}
+            access |= {"token_expiry_unix_secs": int(token["exp"]), "token_refresh_url": f"{self._api()}/{what}"}
+        except (KeyError, ValueError, TypeError):
+            raise self._unreadable() from None
         with (
             self._worded(key),
-            _session().new_upload_commit(token_refresh_url=url, token_refresh_headers=known) as commit,
+            _session().new_upload_commit(token_refresh_headers=known, **access) as commit,
         ):
             stream = commit.start_upload_stream(name=key, sha256=hf_xet.COMPUTE_SHA256)
             writer = _Writer(stream)
@@ -395,10 +401,18 @@ def _own(url: str) -> dict[str, str]:
 
 @lru_cache(1)
 def _session() -> Any:
-    """Give what speaks with Xet, one a process."""
+    """Give what speaks with Xet, one a process until somebody stops what it does."""
     import hf_xet
 
-    return hf_xet.XetSession()
+    session = hf_xet.XetSession()
+
+    def stop() -> None:
+        stopping.remove(stop)
+        _session.cache_clear()
+        session.sigint_abort()
+
+    stopping.append(stop)
+    return session
 
 
 def endpoint() -> str:

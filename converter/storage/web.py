@@ -18,15 +18,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import mktime_tz, parsedate_tz
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urljoin, urlsplit
+from weakref import WeakSet
 
 from converter.errors import BadRequest, SystemRefused, Unsupported
 from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed, without_secrets
-from converter.storage.far import FarFile, FarStore, heed, mark_of, nbytes_of, tag_of
+from converter.storage.far import FarFile, FarStore, heed, mark_of, nbytes_of, stopping, tag_of
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
@@ -356,6 +358,7 @@ def ask(
     hops, tries = 0, 0
     while True:
         tries += 1
+        heed()
         try:
             response = _send(method, url, sent, body)
         except HTTPError as error:
@@ -547,14 +550,44 @@ def _proxy_for(url: str) -> str:
 def _pool(proxy: str) -> PoolManager:
     import urllib3
 
-    timeout = urllib3.Timeout(connect=_SECONDS, read=_SECONDS)
+    how: dict[str, Any] = {"timeout": urllib3.Timeout(connect=_SECONDS, read=_SECONDS), "maxsize": 2 * _AT_ONCE}
     if not proxy:
-        return urllib3.PoolManager(maxsize=2 * _AT_ONCE, timeout=timeout)
+        return _noting(urllib3.PoolManager(**how))
     parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     known = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
     headers = urllib3.make_headers(proxy_basic_auth=known) if parts.username else None
     address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    return urllib3.ProxyManager(address, proxy_headers=headers, maxsize=2 * _AT_ONCE, timeout=timeout)
+    return _noting(urllib3.ProxyManager(address, proxy_headers=headers, **how))
+
+
+_Manager = TypeVar("_Manager", bound="PoolManager")
+_SOCKETS: WeakSet[socket.socket] = WeakSet()
+
+
+def _noting(manager: _Manager) -> _Manager:
+    """Have a manager note its sockets, so that those who wait for one can be woken up."""
+    import urllib3
+
+    def noting(kind: Any) -> Any:
+        def connect(self: Any) -> None:
+            kind.ConnectionCls.connect(self)
+            _SOCKETS.add(self.sock)
+
+        noted = type("Noted", (kind.ConnectionCls,), {"connect": connect})
+        return type("NotedPool", (kind,), {"ConnectionCls": noted})
+
+    pools = {"http": urllib3.HTTPConnectionPool, "https": urllib3.HTTPSConnectionPool}
+    manager.pool_classes_by_scheme = {scheme: noting(kind) for scheme, kind in pools.items()}
+    return manager
+
+
+def _cut() -> None:
+    for one in list(_SOCKETS):
+        with suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
+
+
+stopping.append(_cut)
 
 
 def open_url(url: str) -> Place:

@@ -116,7 +116,7 @@ def hub(nowhere: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     from huggingface_hub import constants
 
     hub = Hub(tmp_path / "hub")
-    for name, value in hub.env.items():
+    for name, value in {**hub.env, "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}.items():
         monkeypatch.setenv(name, value)
     # What the library read when it was loaded, which may be long ago.
     home = constants.HF_HOME
