@@ -264,3 +264,44 @@ def test_many_files_are_read_in_turn_without_being_opened_twice() -> None:
     assert read_announced(rows) == [DATA[row * 16384 : (row + 1) * 16384] for row in range(4) for _ in range(20)]
     assert len(store.opened) == 20
     assert sum(end - begin for begin, end in store.asked) == 20 * len(DATA)
+
+
+VIEWS = {
+    "transposed": lambda view: view.permuted((1, 0)),
+    "columns": lambda view: view.box((0, 3), (view.shape[0], 2)),
+    "one column": lambda view: view.box((0, 3), (view.shape[0], 1)),
+    "every other row": lambda view: view._replace(
+        shape=(view.shape[0] // 2, view.shape[1]), strides=(2 * view.shape[1], 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", VIEWS)
+@pytest.mark.parametrize(("shape", "most"), [((300, 200), 1), ((3000, 2000), 15)], ids=["small", "large"])
+def test_what_is_gathered_takes_few_requests(way: str, shape: tuple[int, int], most: int) -> None:
+    import numpy as np
+
+    raw = np.random.default_rng(0).integers(0, 256, shape[0] * shape[1] * 4, dtype=np.uint8).tobytes()
+    store = FarStoreInMemory({"w": raw})
+    view = VIEWS[way](view_of(store, "w", shape))
+    steps = [4 * stride for stride in view.strides]
+    whole = np.frombuffer(raw, "u4")[view.start :]
+    expected = np.lib.stride_tricks.as_strided(whole, view.shape, steps).tobytes()
+    assert read_announced([view]) == [expected]
+    assert len(store.asked) <= most
+    assert sum(end - begin for begin, end in store.asked) <= most * len(raw)
+
+
+def test_boxes_of_many_files() -> None:
+    store = FarStoreInMemory(dict.fromkeys("abcd", DATA))
+    parts = [view_of(store, name, (128, 128)) for name in "abcd"]
+    for starts, shape in (
+        ([(0, 0), (128, 0), (256, 0), (384, 0)], (512, 128)),
+        ([(0, 0), (0, 128), (0, 256), (0, 384)], (128, 512)),
+    ):
+        store.opened.clear()
+        boxes = tuple(Box(start, part) for start, part in zip(starts, parts, strict=True))
+        [found] = read_announced([Boxes(DTYPES["F32"], shape, boxes)], size=50_000 // 16 * 16)
+        rows = [DATA[row * 512 : row * 512 + 512] for row in range(128)]
+        assert found == (b"".join(4 * row for row in rows) if shape[1] == 512 else 4 * DATA)
+        assert len(store.asked) <= 4

@@ -107,6 +107,11 @@ class RangeReader:
             check_lead(record, self.file(record.file).read(record.offset - record.lead, record.lead))
             self._led = record
 
+    def announce(self, record: Storage, begin: int, nbytes: int) -> None:
+        """Say that a part of a range is read next, in small parts."""
+        if type(record) is ByteRange:
+            self.file(record.file).read_next(record.offset + begin, nbytes)
+
     def file(self, ref: FileRef) -> OpenFile:
         """Give a file that is read from, open for now."""
         return self._turn_to(ref).file
