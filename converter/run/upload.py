@@ -237,7 +237,7 @@ def upload_file(upload: Upload, chunk_nbytes: int = CHUNK_NBYTES) -> Uploaded:
     """Write a file, unless it is there. Raises BadFile for a source that is damaged, LossyCast, OutputRefused."""
     place, store = upload.place, upload.place.store
     assert isinstance(store, WritableStore)
-    info = store.look(place.key) if store.keeps_notes else None
+    info = store.look_at_file(place.key) if store.keeps_notes else None
     if info is not None:
         if info.nbytes == upload.nbytes and store.note_of(place.key) == upload.note:
             advance(upload.nbytes)
@@ -330,7 +330,7 @@ def _check_head(place: Place, planned: PlannedFile) -> None:
     """Read back how a file begins and hold it against the plan."""
     store = place.store
     assert isinstance(store, WritableStore)
-    info = store.look(place.key)
+    info = store.look_at_file(place.key)
     if info is None or info.nbytes != planned.nbytes:
         raise SystemRefused(place, "was written, and is not there as it was", "Run this again.")
     file = store.open(place, info.tag)

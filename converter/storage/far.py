@@ -336,6 +336,10 @@ class WritableStore(FarStore):
     def writer(self, key: str, nbytes: int, note: str) -> AbstractContextManager[Writer]:
         """Write a file that is there, whole, when the context is left, and not at all after an error."""
 
+    def look_at_file(self, key: str) -> Info | None:
+        """Ask what lies at a key now, where it is no matter whether it is a folder."""
+        return self.look(key)
+
     def note_of(self, key: str) -> str:
         """Give the note that a file was written with; nothing for one that has none, or is not there."""
         return ""

@@ -71,15 +71,18 @@ class ObjectStore(WritableStore):
 
     def look(self, key: str) -> Info | None:
         """Ask for an object, and where there is none, whether names of others begin so."""
+        found = self.look_at_file(key) if key not in ("", ".") else None
+        return found or (Info("folder", 0, "") if self._entries("" if key == "." else key) else None)
+
+    def look_at_file(self, key: str) -> Info | None:
+        """Ask for an object, and for nothing else."""
         import obstore
 
-        if key not in ("", "."):
-            try:
-                with self._worded(key):
-                    return _info_of(obstore.head(self._client(), key))
-            except FileNotFoundError:
-                pass
-        return Info("folder", 0, "") if self._entries("" if key == "." else key) else None
+        try:
+            with self._worded(key):
+                return _info_of(obstore.head(self._client(), key))
+        except FileNotFoundError:
+            return None
 
     def look_in(self, key: str) -> dict[str, Info]:
         import obstore
