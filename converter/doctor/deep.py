@@ -6,6 +6,7 @@ Reads every byte of every sound set once, streaming.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from converter.models.inventory import Inventory, Part
 from converter.models.sets import ListedSet
 from converter.run.tasks import Call, run_tasks
 from converter.tensors.base import Tensor, find_ties
-from converter.tensors.reader import RangeReader, read_chunks
+from converter.tensors.reader import RangeReader, are_far, piece_nbytes_for, read_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ def _check_values(part: Part, found: ListedSet, tensors: Sequence[Tensor]) -> It
     refuse_growth(found.path, tensors)
     ties = find_ties(tensors)
     alone = [info for info in tensors if info.name not in ties]
-    calls = (Call(_look_at, info, info.nbytes, info.name) for info in alone)
-    values = sorted(run_tasks(calls), key=lambda one: one.info.name)
+    looked_at = run_tasks(_calls(alone))
+    values = sorted(itertools.chain.from_iterable(looked_at), key=lambda one: one.info.name)
     twins: dict[tuple[bytes, object, tuple[int, ...]], list[str]] = defaultdict(list)
     for one in values:
         if not one.is_zero and one.info.numel > 1:
@@ -73,17 +74,37 @@ def _check_values(part: Part, found: ListedSet, tensors: Sequence[Tensor]) -> It
             yield Finding(code, found.path, part.name, f"holds {what} in {name_some(names, 3)}")
 
 
-def _look_at(info: Tensor, chunk_nbytes: int) -> _Values:
+def _calls(tensors: Sequence[Tensor]) -> Iterator[Call[list[Tensor], list[_Values]]]:
+    """Give a task for each tensor; of those that are far, for as many as come well in one stream."""
+    room = piece_nbytes_for(info.source for info in tensors) if are_far(info.source for info in tensors) else 0
+    batch: list[Tensor] = []
+    nbytes = 0
+    for info in tensors:
+        if batch and nbytes + info.nbytes > room:
+            yield Call(_look_at, batch, nbytes, batch[0].name)
+            batch, nbytes = [], 0
+        batch.append(info)
+        nbytes += info.nbytes
+    if batch:
+        yield Call(_look_at, batch, nbytes, batch[0].name)
+
+
+def _look_at(tensors: list[Tensor], chunk_nbytes: int) -> list[_Values]:
+    with RangeReader() as reader:
+        reader.expect(part for info in tensors for part in info.source.extents(0, info.nbytes))
+        return [_look_at_one(info, reader, chunk_nbytes) for info in tensors]
+
+
+def _look_at_one(info: Tensor, reader: RangeReader, chunk_nbytes: int) -> _Values:
     from converter.tensors.kernels import count_odd
 
     nans = infinite = 0
     is_zero = True
     digest = hashlib.blake2b(digest_size=16)
-    with RangeReader() as reader:
-        for chunk in read_chunks(info.source, reader, bytearray(chunk_nbytes)):
-            odd = count_odd(chunk, info.dtype)
-            nans, infinite, is_zero = nans + odd[0], infinite + odd[1], is_zero and not odd[2]
-            digest.update(chunk)
+    for chunk in read_chunks(info.source, reader, bytearray(chunk_nbytes)):
+        odd = count_odd(chunk, info.dtype)
+        nans, infinite, is_zero = nans + odd[0], infinite + odd[1], is_zero and not odd[2]
+        digest.update(chunk)
     return _Values(info, nans, infinite, is_zero, digest.digest())
 
 

@@ -25,8 +25,8 @@ from converter.models.select import only_set
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, open_tasks, run_tasks
 from converter.run.workers.sight import check_workers
 from converter.storage import Given
-from converter.tensors.base import Storage, Tensor, find_ties
-from converter.tensors.reader import PIECE_NBYTES, RangeReader
+from converter.tensors.base import ByteRange, Storage, Tensor, find_ties
+from converter.tensors.reader import RangeReader, piece_nbytes_for
 from converter.transforms.quantize.bnb_int8 import WidenedRows, dequantized, scales_in
 
 Kind = Literal["missing", "extra", "shape", "dtype", "values"]
@@ -263,14 +263,16 @@ def _calls(function: Callable[[_Batch, int], _T], pairs: Iterable[_Pair]) -> Ite
     """Cut pairs into batches of some MB, as calls for ``run_tasks``."""
     batch: _Batch = []
     nbytes = 0
+    pairs = list(pairs)
+    piece_nbytes = piece_nbytes_for(source for pair in pairs for source in (pair.a.source, pair.b.source))
     for pair in pairs:
         numel = pair.a.numel
-        step = max(1, PIECE_NBYTES * 8 // pair.a.dtype.bits) // 16 * 16
+        step = max(1, piece_nbytes * 8 // pair.a.dtype.bits) // 16 * 16
         for begin in range(0, numel, step):
             end = min(numel, begin + step)
             batch.append((pair, begin, end))
             nbytes += pair.a.dtype.nbytes(end - begin)
-            if nbytes >= PIECE_NBYTES:
+            if nbytes >= piece_nbytes:
                 yield Call(function, batch, nbytes, pair.b.name)
                 batch, nbytes = [], 0
     if batch:
@@ -284,11 +286,19 @@ def _by_tensor(batches: Iterable[list[tuple[_Key, _T]]]) -> dict[_Key, list[_T]]
     return found
 
 
+def _extents(batch: _Batch) -> Iterator[ByteRange]:
+    """Give what a batch is read from, in order."""
+    for pair, begin, end in batch:
+        for one in (pair.a, pair.b):
+            yield from one.source.extents(one.dtype.nbytes(begin), one.dtype.nbytes(end))
+
+
 def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, _Errors]]:
     """Compare the pairs of a batch; give errors for those that differ, and for all that were recast."""
     found = []
     left, right = bytearray(chunk_nbytes), bytearray(chunk_nbytes)
     with RangeReader() as reader:
+        reader.expect(_extents(batch))
         for pair, begin, end in batch:
             a, b = pair.a, pair.b
             parts = []
@@ -315,6 +325,7 @@ def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, _Roundi
     room = max(chunk_nbytes, *(pair.b.source.window for pair, _, _ in batch))
     left, right = memoryview(bytearray(room)), memoryview(bytearray(room))
     with RangeReader() as reader:
+        reader.expect(_extents(batch))
         for pair, begin, end in batch:
             a, rows = pair.a, pair.b.source
             assert isinstance(rows, WidenedRows)

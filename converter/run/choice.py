@@ -12,6 +12,8 @@ from converter.run.tasks import buffers_nbytes
 from converter.run.workers import parse
 from converter.run.workers.cores import SAFE_PYTHON, default_workers
 from converter.storage import Place, list_entries
+from converter.storage.far import TASK_NBYTES
+from converter.tensors.reader import are_far
 
 WORKER_NBYTES = 17_000_000
 """What a worker process takes beside its buffers and what it shares with the others."""
@@ -40,6 +42,10 @@ class Choice(NamedTuple):
     def extra_nbytes(self, plan: Plan, memory_nbytes: int) -> int:
         """Say how much memory a run takes beside this process; on a cluster, how much a worker."""
         nbytes = buffers_nbytes(memory_nbytes, self.workers or 1, plan.window)
+        if plan.target.folder.store.is_far or are_far(
+            tensor.source for file in plan.written for tensor, _ in file.tensors
+        ):
+            nbytes += TASK_NBYTES * (self.workers or 1)
         apart = _SHARED_NBYTES + WORKER_NBYTES * (self.workers or 1) if self.executor == "processes" else 0
         return nbytes + apart
 

@@ -29,6 +29,7 @@ from converter.tensors.reader import (
     Sums,
     are_far,
     check_crc,
+    piece_nbytes_for,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 CHUNK_NBYTES = 1 << 19  # 128 KiB to 1 MiB take the least processor time: it stays in the cache
 # To have fewer bytes copied takes longer than to read and write them: btrfs waits for what is on its way to the disk.
 _TAKEN_NBYTES = 1 << 19
-_STREAM_NBYTES = 1 << 27
 _ASKED_NBYTES = 1 << 12  # it takes as long to find out where a smaller tensor lies as to read it
 
 
@@ -99,7 +99,7 @@ def cut_pieces(planned: PlannedFile, place: Place, piece_nbytes: int = PIECE_NBY
     tensors = planned.tensors
     if are_far(tensor.source for tensor, _ in tensors):
         tensors = tuple(sorted(tensors, key=_place_in_source))
-        piece_nbytes = max(piece_nbytes, _STREAM_NBYTES)
+        piece_nbytes = max(piece_nbytes, piece_nbytes_for(tensor.source for tensor, _ in tensors))
     room = piece_nbytes
     for tensor, offset in tensors:
         begin, nbytes = 0, tensor.nbytes

@@ -367,10 +367,10 @@ def _check_head(place: Place, planned: PlannedFile) -> None:
     """Read back how a file begins and hold it against the plan."""
     store = place.store
     assert isinstance(store, WritableStore)
-    info = store.look(place.key)
-    if info is None or info.nbytes != planned.nbytes:
+    stored = store.stored(place.key)
+    if stored is None or stored[0].nbytes != planned.nbytes:
         raise SystemRefused(place, "was written, and is not there as it was", "Run this again.")
-    file = store.open(place, info.tag)
+    file = store.open(place, stored[0].tag)
     try:
         is_planned = file.read(0, len(planned.header)) == planned.header
     finally:

@@ -114,6 +114,9 @@ class OpenFile(ABC):
     def expect(self, wanted: Iterable[tuple[int, int]]) -> None:
         """Take note of what will be read, in order: offsets and numbers of bytes."""
 
+    def read_next(self, offset: int, nbytes: int) -> None:
+        """Take note of what is read before all that is expected."""
+
     def follow(self, streams: Iterable[Stream]) -> None:
         """Like ``expect``, for what was planned with other files."""
 

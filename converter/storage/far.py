@@ -79,6 +79,9 @@ class FarFile(OpenFile):
         self._planned = deque(stream for stream in cut if stream.begin < stream.end)
         self._is_told = True
 
+    def read_next(self, offset: int, nbytes: int) -> None:
+        self._planned.appendleft(Stream(offset, min(offset + nbytes, self.nbytes)))
+
     def read_small(self, offset: int, nbytes: int) -> bytes:
         # What lies behind is on its way, where it is wanted.
         return self.read(offset, nbytes) if self._is_told else super().read_small(offset, nbytes)

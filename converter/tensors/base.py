@@ -74,6 +74,9 @@ class Reader(Protocol):
     def check_begin(self, record: Storage) -> None:
         """Look at the ``lead`` of a range, of which other parts are read. Raises BadFile where it begins elsewhere."""
 
+    def announce(self, record: Storage, begin: int, nbytes: int) -> None:
+        """Say that a part of a range is read next, in small parts."""
+
     def scratch(self, nbytes: int) -> AbstractContextManager[memoryview]:
         """Give room to work in, for as long as the context is open; what it holds at first is anything."""
 

@@ -25,6 +25,7 @@ from converter.tensors.leads import check_lead
 
 ITEM_MULTIPLE = 16  # a multiple of the size of any element, in bytes
 PIECE_NBYTES = 1 << 25  # 100 and more tasks for a checkpoint of some GB, each well above the cost of a task
+_STREAM_NBYTES = 1 << 27  # of what is far, where a task begins with a request
 _PACKED_NBYTES = 1 << 16
 # A comparison takes turns between two files, a merge goes through its shards: more open files would save little, and
 # eight tasks at once are to get along with 64.
@@ -105,6 +106,11 @@ class RangeReader:
         if type(record) is ByteRange and record.lead and record != self._led:
             check_lead(record, self.file(record.file).read(record.offset - record.lead, record.lead))
             self._led = record
+
+    def announce(self, record: Storage, begin: int, nbytes: int) -> None:
+        """Say that a part of a range is read next, in small parts."""
+        if type(record) is ByteRange:
+            self.file(record.file).read_next(record.offset + begin, nbytes)
 
     def file(self, ref: FileRef) -> OpenFile:
         """Give a file that is read from, open for now."""
@@ -187,6 +193,11 @@ class _Scratch:
 def are_far(sources: Iterable[TensorSource]) -> bool:
     """Say whether any of some tensors is read over a network, as far as the first file of each tells."""
     return any(storage.file.place.store.is_far for source in sources for storage in source.inputs()[:1])
+
+
+def piece_nbytes_for(sources: Iterable[TensorSource]) -> int:
+    """Say how much of some tensors one task should read."""
+    return _STREAM_NBYTES if are_far(sources) else PIECE_NBYTES
 
 
 def check_crc(record: Storage, crc: int) -> None:

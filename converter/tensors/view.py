@@ -7,7 +7,7 @@ mapped, because mapped pages count as memory and a file cut short would kill the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 GATHER_NBYTES = 1 << 23  # a transposed matrix needs many rows at once, or it is read in single elements
 _SLAB_NBYTES = 1 << 20
 _SPARSE = 16  # a slab of which less than this share is wanted is read in parts
+_FAR_SPAN_NBYTES = 1 << 24  # comes at once where it is far, whatever is wanted of it
 
 
 class View(NamedTuple):
@@ -135,12 +136,12 @@ def _gather(view: View, first: int, out: memoryview, reader: Reader) -> None:
     axes = [(length, stride) for length, stride in zip(view.shape, view.strides, strict=True) if length != 1]
     shape, strides = tuple(length for length, _ in axes), tuple(stride for _, stride in axes)
     gather = _Gather(view, reader)
-    done = 0
-    for begin, block in blocks_of(shape, first, len(values)):
-        count = math.prod(block)
-        start = view.start + sum(at * stride for at, stride in zip(begin, strides, strict=True))
-        gather.read_block(block, strides, start, values[done : done + count].reshape(block))
-        done += count
+    blocks = [
+        (view.start + sum(at * stride for at, stride in zip(begin, strides, strict=True)), block)
+        for begin, block in blocks_of(shape, first, len(values))
+    ]
+    deal_with = gather.read_far if view.storage.file.place.store.is_far else gather.read
+    deal_with(blocks, strides, values)
 
 
 def blocks_of(shape: tuple[int, ...], first: int, count: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -166,15 +167,51 @@ def blocks_of(shape: tuple[int, ...], first: int, count: int) -> Iterator[tuple[
         first, count = first + taken, count - taken
 
 
+_Block = tuple[int, tuple[int, ...]]
+"""Where a part of a view begins, and its shape."""
+
+
 class _Gather:
     """Reads blocks of a strided view. Shapes, strides and starts are in elements, as in View."""
 
     def __init__(self, view: View, reader: Reader) -> None:
+        self.is_far = view.storage.file.place.store.is_far
         # What is read out of order has no sum of its own: such a record is read once more for it. Its lead was checked.
         storage = view.storage._replace(crc32=None)
         self.storage = storage._replace(lead=0) if type(storage) is ByteRange else storage
         self.itemsize = view.dtype.itemsize
         self.reader = reader
+
+    def read(self, blocks: Iterable[_Block], strides: tuple[int, ...], values: np.ndarray[Any, Any]) -> None:
+        """Fill ``values`` with blocks, one after another."""
+        done = 0
+        for start, shape in blocks:
+            count = math.prod(shape)
+            if self.is_far:
+                self.reader.announce(self.storage, start * self.itemsize, span_of(shape, strides) * self.itemsize)
+            self.read_block(shape, strides, start, values[done : done + count].reshape(shape))
+            done += count
+
+    def read_far(self, blocks: Sequence[_Block], strides: tuple[int, ...], values: np.ndarray[Any, Any]) -> None:
+        """Fill ``values`` from all that lies from the first byte of them to the last, where that is not too much."""
+        import numpy as np
+
+        first = min(start for start, _ in blocks)
+        nbytes = (max(start + span_of(shape, strides) for start, shape in blocks) - first) * self.itemsize
+        if nbytes > _FAR_SPAN_NBYTES:
+            self.read(blocks, strides, values)
+            return
+        steps = [stride * self.itemsize for stride in strides]
+        with self.reader.scratch(nbytes) as room:
+            self.reader.read_into(self.storage, first * self.itemsize, room)
+            whole = np.frombuffer(room, values.dtype)
+            done = 0
+            for start, shape in blocks:
+                count = math.prod(shape)
+                found = np.lib.stride_tricks.as_strided(whole[start - first :], shape, steps, writeable=False)
+                values[done : done + count].reshape(shape)[...] = found
+                done += count
+            del whole, found
 
     def read_block(
         self, shape: tuple[int, ...], strides: tuple[int, ...], start: int, out: np.ndarray[Any, Any]
@@ -184,7 +221,7 @@ class _Gather:
 
         extents = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
         span = 1 + sum(extents)
-        if span == 1 or (span * self.itemsize <= _SLAB_NBYTES and span <= _SPARSE * out.size):
+        if span == 1 or (span * self.itemsize <= _SLAB_NBYTES and (self.is_far or span <= _SPARSE * out.size)):
             slab = np.empty(span, dtype=out.dtype)
             self.reader.read_into(self.storage, start * self.itemsize, slab.data.cast("B"))
             out[...] = np.lib.stride_tricks.as_strided(slab, shape, [stride * self.itemsize for stride in strides])

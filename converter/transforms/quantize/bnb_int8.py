@@ -18,7 +18,7 @@ from converter.errors import BadFile, HostileFile, Unsupported, Where
 from converter.models.checkpoint import Checkpoint
 from converter.tensors.base import Reader, Tensor
 from converter.tensors.derived import Constant, Derived, cast
-from converter.tensors.reader import PIECE_NBYTES, RangeReader
+from converter.tensors.reader import RangeReader, piece_nbytes_for
 
 if TYPE_CHECKING:
     from converter.transforms.quantize.row_kernels import RowScales
@@ -133,7 +133,7 @@ class RowBlock:
 
 def cut_rows(weight: Tensor) -> Iterator[RowBlock]:
     """Cut a matrix into blocks of rows, each of some MB, for one task each."""
-    step = max(1, PIECE_NBYTES // weight.dtype.nbytes(weight.shape[1]))
+    step = max(1, piece_nbytes_for([weight.source]) // weight.dtype.nbytes(weight.shape[1]))
     for begin in range(0, weight.shape[0], step):
         yield RowBlock(weight, begin, min(weight.shape[0], begin + step))
 
@@ -156,6 +156,7 @@ def find_scales(block: RowBlock, chunk_nbytes: int) -> Scales:
     room = len(buffer) // dtype.itemsize
     found = []
     with RangeReader() as reader:
+        reader.expect(weight.source.extents(*(dtype.nbytes(row * columns) for row in (block.begin, block.end))))
 
         def read(first: int, count: int) -> memoryview:
             view = buffer[: dtype.nbytes(count)]
@@ -234,7 +235,10 @@ def dequantized(checkpoint: Checkpoint, target: DType, transposed: Container[str
     """
     scales = scales_in(checkpoint)
     _check_sizes(checkpoint, scales)
+    formats = [tensor for tensor in checkpoint.tensors if tensor.name.endswith(_FORMAT)]
     with RangeReader() as reader:
+        read_first = (*scales.values(), *formats)
+        reader.expect(part for tensor in read_first for part in tensor.source.extents(0, tensor.nbytes))
 
         def read(tensor: Tensor) -> bytes:
             raw = bytearray(tensor.nbytes)
@@ -242,8 +246,8 @@ def dequantized(checkpoint: Checkpoint, target: DType, transposed: Container[str
             return bytes(raw)
 
         contents = {name: read(tensor) for name, tensor in scales.items()}
-        for tensor in checkpoint.tensors:
-            if tensor.name.endswith(_FORMAT) and any(read(tensor)):
+        for tensor in formats:
+            if any(read(tensor)):
                 problem = f"has weights that are not laid out row by row, as {tensor.name!r} says"
                 raise Unsupported(tensor.where, problem, "Load it with the bitsandbytes that wrote it.")
     modules = {name.removesuffix(_WEIGHT) for name in scales}
