@@ -353,6 +353,8 @@ def open_url(url: str) -> Place:
         raise BadRequest(url, "names no bucket", f"It is spelled {scheme}://bucket/folder.")
     if any(part in ("", ".", "..") or not part.isprintable() for part in parts):
         raise BadRequest(url, "has a part that no folder has", "Name it plainly.")
+    if scheme == "az" and "\\" in key:  # which would come out as a slash there
+        raise BadRequest(url, "has a backslash, which Azure takes for a slash", "Name it plainly.")
     check_installed(url)
     return Place(ObjectStore(scheme, bucket), "/".join(parts) or ".")
 

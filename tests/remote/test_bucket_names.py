@@ -83,10 +83,11 @@ def test_how_places_are_spelled(url: str, spelled: str) -> None:
 @pytest.mark.parametrize("folder", ["a b", "ü", "a+b", "a%b", "%2e%2e", "a#b", "a?b", "a&b=c", "*", "a\\b", "'\"", "~"])
 @pytest.mark.parametrize("store", ["s3", "az"])
 def test_odd_names(store: str, folder: str, model: Path, wconv: Wconv, request: pytest.FixtureRequest) -> None:
-    if store == "az" and folder in ("a\\b", "a#b"):
-        pytest.skip("Azurite takes it for another")
     bucket: stores.Store = request.getfixturevalue(store)
     url = f"{bucket.url}/{folder}/out"
+    if store == "az" and "\\" in folder:
+        assert "has a backslash, which Azure takes for a slash" in line(wconv("to-bin", model, "-o", url, exit_code=2))
+        return
     wconv("to-bin", model, "-o", url)
     assert {name.rpartition("/")[0] for name in bucket.names()} == {f"{folder}/out"}
     wconv("verify", url, model)
