@@ -93,7 +93,7 @@ def test_whatever_is_read_it_is_right(
                 count = min(max(size, nbytes // 20 + 1), offset + nbytes - at)
                 assert file.read(at, count) == DATA[at : at + count]
                 assert file.read_small(at, 7) == DATA[at : at + 7]
-                assert file.held_nbytes <= far_module.HELD_NBYTES
+                assert file.held_nbytes <= planning.HELD_NBYTES
                 assert len(file._open) <= far_module._MAX_OPEN
 
 

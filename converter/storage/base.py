@@ -111,13 +111,15 @@ class OpenFile(ABC):
             self._ahead, self._ahead_begin, begin = self.read(offset, max(nbytes, _AHEAD_NBYTES)), offset, 0
         return self._ahead[begin : begin + nbytes]
 
-    def expect(self, wanted: Iterable[tuple[int, int]]) -> None:
+    # What follows is for those that are far.
+
+    def expect(self, wanted: Iterable[tuple[int, int]]) -> None:  # noqa: B027
         """Take note of what will be read, in order: offsets and numbers of bytes."""
 
-    def read_next(self, offset: int, nbytes: int) -> None:
+    def read_next(self, offset: int, nbytes: int) -> None:  # noqa: B027
         """Take note of what is read before all that is expected."""
 
-    def follow(self, streams: Iterable[Stream]) -> None:
+    def follow(self, streams: Iterable[Stream]) -> None:  # noqa: B027
         """Like ``expect``, for what was planned with other files."""
 
     def read_many(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:

@@ -44,7 +44,7 @@ def heed() -> None:
 
 def stop_waiting() -> None:
     """Have those stop that wait for a network."""
-    for stop in list(stopping):
+    for stop in stopping.copy():  # one may end meanwhile
         stop()
 
 
