@@ -47,6 +47,8 @@ _REST = {
 def command(source: Place, with_tensors: bool, as_json: bool) -> int:
     """Show which weights SRC holds, by component and variant, and what else is there. Reads headers only.
 
+    SRC is a file, an index or a folder, or a URL of one, such as hf://owner/name or s3://bucket/folder.
+
     What cannot be read is shown with what is wrong; the exit code is then that of the worst.
     """
     from converter.models.inventory import take_inventory

@@ -121,7 +121,7 @@ FULL_TARGETS = ("fp32", "bf16", "fp16")
 source_arg = click.argument("source", metavar="[SRC]", default=".", type=PlaceType(is_read=True))
 
 new_folder_option = click.option(
-    "-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder."
+    "-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder, or URL of one."
 )
 
 _RUN_OPTIONS = (
@@ -159,7 +159,7 @@ _CONVERSION_OPTIONS = {
         "--output",
         type=PlaceType(),
         metavar="OUT",
-        help="Write to this new folder (or file) instead of beside the source.",
+        help="Write to this new folder (or file), or URL of one, instead of beside the source.",
     ),
     "variant": click.option(
         "--variant", metavar="TAG|none", help="Tag the output's names with this; none takes a tag away."

@@ -23,6 +23,8 @@ def command(source: Place, **options: Any) -> None:
     Integers and booleans stay as they are, and so does what the model's own library keeps in fp32; 8 bits leave norms
     and biases as they are, too. Values are rounded to nearest even.
 
+    SRC and OUT may be URLs, such as hf://owner/name or s3://bucket/folder.
+
     \b
     wconv recast ./model --dtype bf16                      add a bf16 variant
     wconv recast ./model --dtype fp16 -o ./small           a new folder with that alone

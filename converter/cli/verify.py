@@ -50,7 +50,7 @@ def command(
 ) -> int:
     """Compare all weights at A with those at B, bit for bit; exit code 1 if they differ.
 
-    A and B are files, indexes or folders, in any of the formats that wconv reads.
+    A and B are files, indexes or folders, or URLs of them, in any of the formats that wconv reads.
     """
     from converter.recipes.verify import verify
 
