@@ -32,7 +32,7 @@ stopping: list[Callable[[], object]] = []
 PART_NBYTES = 8 << 20
 """How much goes up at once, at least, where a file goes up in parts."""
 
-TASK_NBYTES = 48_000_000
+TASK_NBYTES = 56_000_000
 """What a task takes, at most, beside its buffers, when it reads and writes over a network."""
 
 
@@ -101,7 +101,7 @@ class FarFile(OpenFile):
     def _turn_to(self, at: int, end: int) -> _Coming:
         """Give the stream that comes to a place next, one that is under way if it can be."""
         for coming in self._open:
-            if coming.rest.reaches(coming.at, at):
+            if coming.reaches(at):
                 return coming
         for place, stream in enumerate(self._planned):
             if stream.begin <= at < stream.end:
@@ -147,21 +147,28 @@ class _Coming:
 
     def __init__(self, file: FarFile, stream: Stream) -> None:
         self.rest = stream
+        self._passed = 0  # of what is to be held
         self.at = stream.begin
         self.end = stream.end
         self._place = file.ref.place
         self._parts = file.fetches(stream.begin, stream.end)
         self._part = memoryview(b"")
 
+    def reaches(self, at: int) -> bool:
+        """Say whether it comes to a place with little on the way that is not held."""
+        return self.rest.reaches(self.at, at, self._passed)
+
     def take(self, at: int, out: memoryview, held: _Held) -> int:
         """Go on to a place, keep what is to be held on the way, and fill ``out`` as far as its next bytes are there."""
-        for begin, end in self.rest.held:
-            begin, end = max(begin, self.at), min(end, at)
+        while self._passed < len(self.rest.held) and self.rest.held[self._passed].begin < at:
+            one = self.rest.held[self._passed]
+            begin, end = max(one.begin, self.at), min(one.end, at)
             if begin < end:
                 self._pass_to(begin)
                 raw = bytearray(end - begin)
                 self._fill(memoryview(raw))
                 held.put(begin, raw)
+            self._passed += 1
         self._pass_to(at)
         return self._fill_some(out)
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
-HELD_NBYTES = 1 << 24
+HELD_NBYTES = 3 << 23
 """What is held at once at most, of all files of a task."""
 
 GAP_NBYTES = 1 << 16
@@ -24,8 +24,8 @@ _WASTED_SHARE = 64
 _TINY_NBYTES = 128
 # So many bytes at most may be held for so many that are read meanwhile. No one limit is best for all models: of long
 # lists the first is taken, of others that with the fewest streams.
-_HELD_TIMES = (HELD_NBYTES << 23, HELD_NBYTES << 20, HELD_NBYTES << 25)
-_MANY = 10_000
+_HELD_TIMES = tuple(HELD_NBYTES << bits for bits in (23, 20, 21, 22, 24, 25))
+_MANY = 5_000
 _TRIES = 16  # ranges in a row that are not to be held
 _STREAMS = 3  # at once: what lies elsewhere, while a long one waits
 
@@ -46,11 +46,12 @@ class Stream(NamedTuple):
     end: int
     held: tuple[Range, ...] = ()
 
-    def reaches(self, at: int, to: int) -> bool:
-        """Say whether little goes by between two places that is not held."""
+    def reaches(self, at: int, to: int, passed: int = 0) -> bool:
+        """Say whether little goes by between two places that is not held; so many of ``held`` have been passed."""
         if not self.begin <= at <= to < self.end:
             return False
-        for begin, end in self.held:
+        for place in range(passed, len(self.held)):
+            begin, end = self.held[place]
             if begin >= to or begin - at > GAP_NBYTES:
                 break
             at = max(at, end)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
+from converter.storage.far import TASK_NBYTES
 from remote import stores
 from remote.hub_server import Hub
 from remote.wire import Asked, Wire
@@ -113,6 +114,15 @@ class Log:
         return f"{len(self.read)} requests for weights, {self.others} others, {self.sent:,} bytes"
 
 
+def longest_row(asked: Iterable[Asked]) -> int:
+    """Say how many requests there were at most of which each began when the one before had ended."""
+    rows: list[tuple[float, int]] = []
+    for one in sorted(asked, key=lambda one: one.began):
+        before = max((count for ended, count in rows if ended <= one.began), default=0)
+        rows.append((one.ended or math.inf, before + 1))
+    return max(count for _, count in rows)
+
+
 def assert_few(log: Log, nbytes: Mapping[str, int], headers: int = 3, streams: int = 1) -> None:
     """Hold the requests and the bytes against what the files, by the ends of their names, have."""
     assert log.sent <= 1.05 * sum(nbytes.values()), log
@@ -141,10 +151,12 @@ def put_many(store: stores.Store, folder: Path, prefix: str) -> None:
 def test_the_headers_of_a_bucket_take_few_requests(s3: stores.S3, many: Path, wconv: Any) -> None:
     put_many(s3, many, "m/")
     s3.wire.clear()
+    s3.wire.delay = 0.02
     wconv("inspect", f"{s3.url}/m")
     log = Log([s3.wire])
     assert len(log.read) == SHARDS, log
     assert log.others <= 9, log  # the folder twice, 100 names a page, the config, the index twice
+    assert longest_row(log.asked) <= SHARDS // 4
 
 
 def test_the_headers_of_a_repository_take_few_requests(hub: Hub, many: Path, wconv: Any) -> None:
@@ -199,6 +211,19 @@ def test_what_a_bin_is_read_with(
     wconv("to-safetensors", f"{s3.url}/m", "-o", target)
     assert_few(read_of([s3.wire]), sizes_in(bins))
     assert_written(files_at(target, s3), states, torch.float32)
+
+
+def test_a_dry_run_counts_what_each_worker_takes(s3: stores.S3, tmp_path: Path, wconv: Any) -> None:
+    s3.put_folder(write_shards([made(small(range(10)))], tmp_path / "m", ".safetensors"), "m/")
+    taken = {}
+    for workers in (1, 5):
+        target = f"{s3.url}/out"
+        told = wconv(
+            "recast", f"{s3.url}/m", "--dtype", "bf16", "-o", target, "--workers", workers, "--dry-run", "--json"
+        )
+        taken[workers] = json.loads(told.stdout)
+    assert taken[5]["peak_memory_nbytes"] - taken[1]["peak_memory_nbytes"] >= 4 * TASK_NBYTES
+    assert taken[5]["read_requests"] == 1
 
 
 @pytest.fixture(scope="module")
