@@ -22,7 +22,7 @@ from converter.libraries.coreml import Lack
 from converter.libraries.predict import Loader, Prediction, list_folder, predict_all, variants_in
 from converter.models.hub_cache import refuse_cache
 from converter.recipes.prepare_coreml import find_lacks
-from converter.storage import Place
+from converter.storage import UNLISTED, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +189,8 @@ def _show(diagnosis: Diagnosis, verbose: bool) -> None:
         echo(printable(f"    {finding.problem}."))
         for text in filter(None, (finding.kind.effect, finding.kind.mending)):
             echo(click.wrap_text(text, 96, "    ", "    "))
+    if not root.store.lists_all:
+        echo(f"note: {UNLISTED} looked at")
     hint = " (-v shows notes)" if len(shown) < len(diagnosis.findings) else ""
     echo(("\n" if shown else "") + _sum_up(diagnosis) + hint + ".")
 

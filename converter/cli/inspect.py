@@ -53,6 +53,7 @@ def command(source: Place, with_tensors: bool, as_json: bool) -> int:
     """
     from converter.models.inventory import take_inventory
     from converter.models.model import model_of
+    from converter.storage import UNLISTED
 
     inventory = take_inventory(source)
     model = model_of(inventory)
@@ -69,6 +70,7 @@ def command(source: Place, with_tensors: bool, as_json: bool) -> int:
         "class": model.class_name or model.components[0].class_name,
         "weight_sets": [found for found, _ in described],
         **rest,
+        **({"notes": [f"{UNLISTED} shown"]} if model.kind != "file" and not model.root.store.lists_all else {}),
         **({"errors": list(errors)} if errors else {}),
     }
     if as_json:
@@ -154,6 +156,8 @@ def _show(content: dict[str, Any]) -> None:
     for key, title in _REST.items():
         if content[key]:
             echo(f"{title}: {', '.join(map(printable, content[key]))}")
+    for note in content.get("notes", ()):
+        echo(f"note: {note}")
     for described in content["weight_sets"]:
         if "all_tensors" in described:
             _show_tensors(described)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from converter.models.component import Component, WeightSet
 from converter.models.model import Model
 from converter.models.rest import Rest, find_rest, is_disguised
-from converter.storage import FileRef, Place
+from converter.storage import UNLISTED, FileRef, Place
 
 
 def find_copied(
@@ -42,6 +42,8 @@ def find_copied(
                 copied.append(path)
     reasons |= {path: _why_left(rest) for path, rest in shells.items()}
     notes = [f"not carried over: {path.relative_to(model.root)}{reasons[path]}" for path in sorted(reasons)]
+    if not model.root.store.lists_all:
+        notes.append(f"{UNLISTED} carried over")
     return [(path.relative_to(model.root), path.ref()) for path in sorted(copied)], notes
 
 

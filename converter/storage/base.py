@@ -25,6 +25,9 @@ _CHUNK_NBYTES = 1 << 20
 NEAR_NBYTES = 1 << 12
 _AHEAD_NBYTES = 1 << 16
 
+UNLISTED = "a web server does not list what it has: files of other names are not"
+"""How a note begins on a store that does not list all."""
+
 Kind = Literal["file", "folder", "other"]
 Tag = tuple[int, ...] | str
 """What changes when a file does, such as an ETag; two files with the same bytes may have two."""

@@ -266,7 +266,7 @@ class HubStore(CommittedStore):
                 error, (MemoryError, AssertionError)
             ):
                 raise
-            status = re.search(r"\b(4\d\d|5\d\d)\b", str(error))
+            status = re.search(r"\(([45]\d\d)\b", str(error))  # as reqwest spells it, after what may have a port
             answer = f" ({status[1]})" if status else ""
             advice = _SIGN_IN if answer and status and status[1] in ("401", "403") else "Run this again."
             raise SystemRefused(self.spell(key), f"cannot be sent to the Hub{answer}", advice) from error

@@ -96,7 +96,7 @@ class WebStore(FarStore):
         return super(WebStore, self).stat(key)
 
     def look(self, key: str) -> Info | None:
-        found = self._found(key) if "." in key.rpartition("/")[2] else None
+        found = self._found(key) if "." in key.rpartition("/")[2] and key != "." else None
         return found or (Info("folder", 0, "") if self._entries("" if key == "." else key) else None)
 
     def _found(self, key: str) -> Info | None:

@@ -24,7 +24,7 @@ URL = f"hf://{NAME}"
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "_WAIT_SECONDS", 0.005)
+    monkeypatch.setattr(web, "_WAIT_SECONDS", 0.001)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ LATEST = 60  # seconds
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "_WAIT_SECONDS", 0.005)
+    monkeypatch.setattr(web, "_WAIT_SECONDS", 0.001)
 
 
 @pytest.fixture
