@@ -56,7 +56,7 @@ test: .venv/installed  ## run the tests but the slow and the remote ones (PYTEST
 
 test-remote: .venv/installed .venv-servers/installed  ## run the tests with stores: S3, Azure, the web and the Hub, all on this machine
 	@mkdir -p build/coverage
-	$(PYTEST) -n 2 -m remote $(PYTEST_ARGS)
+	$(PYTEST) -n 2 -m "remote and not slow" $(PYTEST_ARGS)
 
 coverage:  ## hold what "make test test-remote COVERAGE=1" has reached
 	.venv/$(BIN)/python -m coverage combine -q

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def command(source: Place, **options: Any) -> None:
     """Write every weight set of SRC in safetensors, beside it or into a new folder.
 
-    SRC is a weight file, an index, a model folder or a Diffusers pipeline folder; the current folder if left out. It and
-    OUT may be URLs: hf://owner/name, s3://, gs://, az://, and SRC https://.
-    The source stays as it is, names of tensors and values too. Nothing in a pickle is run.
+    SRC is a weight file, an index, a model folder or a Diffusers pipeline folder; the current folder if left out.
+    It and OUT may be URLs: hf://owner/name, s3://, gs://, az://, and SRC https://. The source stays as it is, names of
+    tensors and values too. Nothing in a pickle is run.
 
     \b
     wconv to-safetensors ./model                    add safetensors files beside the .bin ones

@@ -13,9 +13,30 @@ from pathlib import Path
 
 from converter.errors import BadRequest
 from converter.storage import local
-from converter.storage.base import UNLISTED, FileRef, Info, OpenFile, Place, Store, hold_same, list_entries, without_secrets
+from converter.storage.base import (
+    UNLISTED,
+    FileRef,
+    Info,
+    OpenFile,
+    Place,
+    Store,
+    hold_same,
+    list_entries,
+    without_secrets,
+)
 
-__all__ = ["UNLISTED", "FileRef", "Given", "Info", "OpenFile", "Place", "Store", "hold_same", "list_entries", "place_of"]
+__all__ = [
+    "UNLISTED",
+    "FileRef",
+    "Given",
+    "Info",
+    "OpenFile",
+    "Place",
+    "Store",
+    "hold_same",
+    "list_entries",
+    "place_of",
+]
 
 Given = Place | Path | str
 """What a caller names a file or folder by."""

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from converter.errors import BadFile, SystemRefused
+from converter.errors import BadFile, Unreachable
 from converter.storage.base import FileRef, Info, OpenFile, Place, Store
 from converter.storage.streams import HELD_NBYTES, Stream, plan_streams
 
@@ -197,7 +197,7 @@ class _Coming:
             self._part = next(self._parts, memoryview(b""))
             if not self._part:
                 problem = "ended while it was read, before all of it was there"
-                raise SystemRefused(self._place, problem, "Run this again.")
+                raise Unreachable(self._place, problem, "Run this again.")
         part, self._part = self._part[:nbytes], self._part[nbytes:]
         self.at += len(part)
         return part
@@ -393,7 +393,7 @@ class WritableStore(FarStore):
 
     @abstractmethod
     def try_to_write(self, key: str) -> None:
-        """Raise SystemRefused where nothing can be written below a key; nothing is left there."""
+        """Raise Unreachable where nothing can be written below a key; nothing is left there."""
 
 
 class CommittedStore(WritableStore):

@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, Unsupported, WconvError
+from converter.errors import BadFile, BadRequest, OutputRefused, Unreachable, Unsupported, WconvError
 from converter.storage import web
 from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed, without_secrets
 from converter.storage.far import CommittedStore, Receipt, Writer, mark_of, nbytes_of, stopping, tag_of
@@ -76,7 +76,7 @@ class HubStore(CommittedStore):
         found = self.ask_api(f"revision/{quote(self.revision, safe='')}?expand=sha")
         commit = str(found.get("sha", ""))
         if not _COMMIT.fullmatch(commit):
-            raise SystemRefused(self.spell(""), "has no commit that the Hub names", "Name a revision: @main.")
+            raise Unreachable(self.spell(""), "has no commit that the Hub names", "Name a revision: @main.")
         return replace(self, commit=commit)
 
     def is_there(self) -> bool:
@@ -155,8 +155,8 @@ class HubStore(CommittedStore):
             raise self._unreadable()
         return answer
 
-    def _unreadable(self) -> SystemRefused:
-        return SystemRefused(self.spell(""), "is described in a way that wconv does not know", "Look at HF_ENDPOINT.")
+    def _unreadable(self) -> Unreachable:
+        return Unreachable(self.spell(""), "is described in a way that wconv does not know", "Look at HF_ENDPOINT.")
 
     def _api(self) -> str:
         return f"{endpoint()}/api/models/{self.repo}"
@@ -170,19 +170,17 @@ class HubStore(CommittedStore):
             raise BadFile(place, f"has no revision {self.revision!r}", "Check the branch, tag or commit.")
         if code == "GatedRepo":
             advice = f"Ask for it at {endpoint()}/{self.repo}, then sign in with 'hf auth login', or set HF_TOKEN."
-            raise SystemRefused(place, "is gated, and its owner has not let you in", advice)
+            raise Unreachable(place, "is gated, and its owner has not let you in", advice)
         if code == "EntryNotFound":
             raise BadFile(place, "does not exist")
         if code == "RepoNotFound" or status == 404:
             raise BadFile(place, "is no repository of the Hub that you can see", f"If it is private: {_SIGN_IN}")
         if status in (401, 403):
-            raise SystemRefused(place, f"is refused by the Hub ({status})", _SIGN_IN)
+            raise Unreachable(place, f"is refused by the Hub ({status})", _SIGN_IN)
         if status in _WRONG:
             said = re.sub(r"\s+", " ", answered.get("X-Error-Message", ""))[:_MAX_SAID]
-            raise SystemRefused(
-                place, f"is refused by the Hub ({status}{': ' * bool(said)}{said})", "See what it says."
-            )
-        raise SystemRefused(place, f"is answered by the Hub with {status}", "Run this again later.")
+            raise Unreachable(place, f"is refused by the Hub ({status}{': ' * bool(said)}{said})", "See what it says.")
+        raise Unreachable(place, f"is answered by the Hub with {status}", "Run this again later.")
 
     def to_write(self, create: bool, private: bool, pr: bool) -> HubStore:
         """Give the repository as it is to be written to. Raises BadRequest where that cannot be.
@@ -232,7 +230,7 @@ class HubStore(CommittedStore):
 
         known = headers()
         if not known:
-            raise SystemRefused(self.spell(key), "is written by who is known to the Hub", _SIGN_IN)
+            raise Unreachable(self.spell(key), "is written by who is known to the Hub", _SIGN_IN)
         what = f"xet-write-token/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
         token = self.ask_api(what)
         try:
@@ -249,7 +247,7 @@ class HubStore(CommittedStore):
             yield writer
             found = stream.finish().xet_info
         if found.file_size != nbytes:
-            raise SystemRefused(
+            raise Unreachable(
                 self.spell(key), f"has come to {found.file_size:,} bytes, not {nbytes:,}", "Run it again."
             )
         writer.receipt = Receipt(key, nbytes, found.hash, found.sha256)
@@ -269,7 +267,7 @@ class HubStore(CommittedStore):
             status = re.search(r"\(([45]\d\d)\b", str(error))  # as reqwest spells it, after what may have a port
             answer = f" ({status[1]})" if status else ""
             advice = _SIGN_IN if answer and status and status[1] in ("401", "403") else "Run this again."
-            raise SystemRefused(self.spell(key), f"cannot be sent to the Hub{answer}", advice) from error
+            raise Unreachable(self.spell(key), f"cannot be sent to the Hub{answer}", advice) from error
 
     def publish(
         self,
@@ -423,18 +421,18 @@ def endpoint() -> str:
 
 
 def headers() -> dict[str, str]:
-    """Say to the Hub who asks. Raises SystemRefused where that cannot be told, or nobody is to be asked."""
+    """Say to the Hub who asks. Raises Unreachable where that cannot be told, or nobody is to be asked."""
     from huggingface_hub import constants, get_token
 
     if constants.is_offline_mode():
-        raise SystemRefused("the Hub", "is not to be asked: HF_HUB_OFFLINE is set", "Unset it, or name a folder.")
+        raise Unreachable("the Hub", "is not to be asked: HF_HUB_OFFLINE is set", "Unset it, or name a folder.")
     try:
         token = get_token()
     except Exception as error:  # whatever a way to sign in raises; it may hold what is a secret
         problem = f"cannot be told who asks ({type(error).__name__})"
-        raise SystemRefused("the Hub", problem, "Look at HF_OIDC_RESOURCE, or set HF_TOKEN.") from None
+        raise Unreachable("the Hub", problem, "Look at HF_OIDC_RESOURCE, or set HF_TOKEN.") from None
     if token and not re.fullmatch("[!-~]+", token):
-        raise SystemRefused(
+        raise Unreachable(
             "HF_TOKEN", "or the token of 'hf auth login', has characters that no token has", "Set it anew."
         )
     return {"Authorization": f"Bearer {token}"} if token else {}

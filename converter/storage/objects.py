@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from converter.errors import BadFile, BadRequest, OutputRefused, SystemRefused, Unsupported, WconvError
+from converter.errors import BadFile, BadRequest, OutputRefused, Unreachable, Unsupported, WconvError
 from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed
 from converter.storage.far import PART_NBYTES, FarFile, Receipt, WritableStore, Writer, mark_of, nbytes_of, tag_of
 
@@ -153,7 +153,7 @@ class ObjectStore(WritableStore):
         try:
             with self._worded(key):
                 file.close()  # which aborts where it fails
-        except (FileNotFoundError, SystemRefused) as error:
+        except (FileNotFoundError, Unreachable) as error:
             # Where only the last answer was lost, all is there, and nothing is left to be aborted.
             if not isinstance(error, FileNotFoundError | _BrokenError) or self.note_of(key) != note:
                 raise self._refused(Place(self, key), "") if isinstance(error, FileNotFoundError) else error from None
@@ -235,7 +235,7 @@ class ObjectStore(WritableStore):
         except (BaseError, OSError) as error:  # writers raise the latter
             raise self._refused(place, str(error)) from None
 
-    def _refused(self, place: Place, text: str) -> SystemRefused:
+    def _refused(self, place: Place, text: str) -> Unreachable:
         """Word what a server has answered; nothing is passed on of the text, which has requests and signatures."""
         kind = _KINDS[self.scheme]
         head = text.partition("Debug source")[0]
@@ -245,16 +245,14 @@ class ObjectStore(WritableStore):
         known = code[1] if code else status[1].strip() if status else ""
         if known in _NO_BUCKET or (status and status[1][:3] == "404"):
             bucket = f"{self.scheme}://{self.bucket}"
-            return SystemRefused(
-                bucket, "is not there", "Check its name, and AWS_REGION." if self.scheme == "s3" else ""
-            )
+            return Unreachable(bucket, "is not there", "Check its name, and AWS_REGION." if self.scheme == "s3" else "")
         if "MissingAccount" in text or "InstanceCredential" in text or any(host in head for host in _METADATA_HOSTS):
             return self._unsigned(place)
         if known in _ELSEWHERE or "Received redirect" in head:
             advice = "Set AWS_REGION to that of the bucket." if self.scheme == "s3" else "Check the endpoint."
-            return SystemRefused(place, "is in another region", advice)
+            return Unreachable(place, "is in another region", advice)
         if known in _UNKNOWN or (status and status[1][:3] in ("401", "403")):
-            return SystemRefused(place, f"is refused by {kind.whose} ({known})", kind.credentials)
+            return Unreachable(place, f"is refused by {kind.whose} ({known})", kind.credentials)
         if status:
             what = f"{kind.whose} answers {known}"
         elif _is_broken(text) and "HTTP error" not in head:
@@ -262,15 +260,15 @@ class ObjectStore(WritableStore):
         else:
             what = f"{kind.whose} does not answer"
         after = f", after {int(tries[1]) + 1} tries" if tries else ""
-        made = _BrokenError if _is_broken(text) else SystemRefused
+        made = _BrokenError if _is_broken(text) else Unreachable
         return made(place, f"cannot be reached: {what}{after}", "Run this again.")
 
-    def _unsigned(self, place: Place | str) -> SystemRefused:
+    def _unsigned(self, place: Place | str) -> Unreachable:
         kind = _KINDS[self.scheme]
-        return SystemRefused(place, f"needs credentials of {kind.whose}, and there are none", kind.credentials)
+        return Unreachable(place, f"needs credentials of {kind.whose}, and there are none", kind.credentials)
 
 
-class _BrokenError(SystemRefused):
+class _BrokenError(Unreachable):
     """An answer broke off, and nobody knows what has become of the question."""
 
 
@@ -427,7 +425,7 @@ def _profile() -> dict[str, Any]:
     found = _section(files[0], f"profile {name}", name if name == "default" else "") | _section(files[1], name)
     has_keys = "AWS_ACCESS_KEY_ID" in os.environ
     if named and not found and not has_keys:
-        raise SystemRefused(f"profile {name}", "is in none of the files of AWS", f"They are {files[1]} and {files[0]}.")
+        raise Unreachable(f"profile {name}", "is in none of the files of AWS", f"They are {files[1]} and {files[0]}.")
     known = ("region", "endpoint_url") if has_keys else (*_KEYS, "region", "endpoint_url")
     config: dict[str, Any] = {key.removesuffix("_url"): found[key] for key in known if key in found}
     if "AWS_REGION" in os.environ or "AWS_DEFAULT_REGION" in os.environ:

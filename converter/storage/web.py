@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urljoin, urlsplit
 from weakref import WeakSet
 
-from converter.errors import BadRequest, SystemRefused, Unsupported
+from converter.errors import BadRequest, Unreachable, Unsupported
 from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed, without_secrets
 from converter.storage.far import FarFile, FarStore, heed, mark_of, nbytes_of, stopping, tag_of
 
@@ -100,7 +100,7 @@ class WebStore(FarStore):
         return found or (Info("folder", 0, "") if self._entries("" if key == "." else key) else None)
 
     def _found(self, key: str) -> Info | None:
-        """Ask for a file that is named. Raises SystemRefused where it is not for everybody."""
+        """Ask for a file that is named. Raises Unreachable where it is not for everybody."""
         found = self._ask_for(key)
         if isinstance(found, int):
             raise _refused(Place(self, key), found)
@@ -256,7 +256,7 @@ class WebFile(FarFile):
         if total != self.nbytes:
             raise changed(place)
         if response.status != 200 and not response.headers.get("Content-Range", "").startswith(f"bytes {at}-"):
-            raise SystemRefused(place, "is answered with another part of it than was asked for", "Fetch it otherwise.")
+            raise Unreachable(place, "is answered with another part of it than was asked for", "Fetch it otherwise.")
         packing = response.headers.get("Content-Encoding", "").strip().lower()
         if packing in _PACKED:
             raise Unsupported(place, f"is sent packed ({packing}), and as it is was asked for", "Fetch it otherwise.")
@@ -350,7 +350,7 @@ def ask(
 
     Headers go to the first host alone, but for those that say what part is wanted, and a body goes to no other. Unless
     it ``goes_on``, the answer that leads to another host is given; what ``is_once`` is not asked again where it may
-    have been done. Raises SystemRefused where nobody answers, Unsupported for where it must not lead.
+    have been done. Raises Unreachable where nobody answers, Unsupported for where it must not lead.
     """
     from urllib3.exceptions import HTTPError
 
@@ -381,7 +381,7 @@ def ask(
         if hops > _MOST_HOPS:
             raise Unsupported(place, f"leads elsewhere more than {_MOST_HOPS} times", "Fetch it, and name the file.")
         if is_elsewhere and body:
-            raise SystemRefused(place, "leads what is sent to another host, which is not followed", "Look who runs it.")
+            raise Unreachable(place, "leads what is sent to another host, which is not followed", "Look who runs it.")
         if is_elsewhere:
             kept = ("accept-encoding", "user-agent", "range", "if-match")
             sent = {name: value for name, value in sent.items() if name.lower() in kept}
@@ -400,7 +400,7 @@ def ask_json(
 ) -> tuple[Any, Mapping[str, str]]:
     """Ask a service, and give what it says and the headers of that; ``check`` raises what a status means.
 
-    Raises SystemRefused for an answer that is no JSON, or is longer than one can be.
+    Raises Unreachable for an answer that is no JSON, or is longer than one can be.
     """
     from urllib3.exceptions import HTTPError
 
@@ -412,14 +412,14 @@ def ask_json(
                 check(response.status, response.headers)
                 raw = b"".join(_read(response, _MAX_ANSWER_NBYTES + 1))
                 if len(raw) > _MAX_ANSWER_NBYTES:
-                    raise SystemRefused(place, f"is answered with more than {_MAX_ANSWER_NBYTES:,} bytes", _WHOSE)
+                    raise Unreachable(place, f"is answered with more than {_MAX_ANSWER_NBYTES:,} bytes", _WHOSE)
                 return json.loads(raw), response.headers
         except HTTPError as error:
             if tries == _TRIES or is_once:
                 raise _unreachable(place, error, tries) from None
             _wait(tries)
         except (ValueError, RecursionError):
-            raise SystemRefused(place, "is answered with what is no JSON", _WHOSE) from None
+            raise Unreachable(place, "is answered with what is no JSON", _WHOSE) from None
 
 
 _WHOSE = "Look at the network: a proxy, or a page to sign in to it, may answer in its place."
@@ -477,7 +477,7 @@ def _is_inner(host: str) -> bool:
 
 
 def _seconds_to_wait(place: Place, response: BaseHTTPResponse, tries: int) -> float:
-    """Say how long a server that is busy wants to be left alone. Raises SystemRefused where that is too long.
+    """Say how long a server that is busy wants to be left alone. Raises Unreachable where that is too long.
 
     And where it has been asked often enough.
     """
@@ -488,9 +488,9 @@ def _seconds_to_wait(place: Place, response: BaseHTTPResponse, tries: int) -> fl
     seconds = float(after) if re.fullmatch("[0-9]{1,9}", after) else when - time.time() if when else 0.0
     if seconds > _LONGEST_WAIT:
         problem = f"is answered with {response.status}, and wants to be left alone for {seconds:,.0f} s"
-        raise SystemRefused(place, problem, "Run this again later.")
+        raise Unreachable(place, problem, "Run this again later.")
     if tries == _TRIES:
-        raise SystemRefused(place, f"is answered with {response.status}, after {tries} tries", "Run this again later.")
+        raise Unreachable(place, f"is answered with {response.status}, after {tries} tries", "Run this again later.")
     return seconds
 
 
@@ -515,24 +515,24 @@ def _wait(tries: int, at_least: float = 0.0) -> None:
         time.sleep(min(left, _HEED_SECONDS))
 
 
-def _refused(place: Place, status: int) -> SystemRefused:
+def _refused(place: Place, status: int) -> Unreachable:
     advice = (
         "It wants to know who asks, and wconv sends no passwords: fetch it otherwise." if status in (401, 403) else ""
     )
-    return SystemRefused(place, f"is answered with {status}", advice)
+    return Unreachable(place, f"is answered with {status}", advice)
 
 
-def _unreachable(place: Place, error: Exception, tries: int) -> SystemRefused:
+def _unreachable(place: Place, error: Exception, tries: int) -> Unreachable:
     """Word what went wrong on the way by what it is called: what it says may name a URL, and that a secret."""
     what = type(error).__name__.removesuffix("Error").removesuffix("Exception")
     words = re.sub(r"(?<!^)(?=[A-Z][a-z])", " ", what).lower()
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return SystemRefused(
+        return Unreachable(
             place, "is on a server that does not prove who it is", "Look at the network, and at SSL_CERT_FILE."
         )
     many = f", after {tries} tries" if tries > 1 else ""
     how = f" ({words})" if words else ""
-    return SystemRefused(place, f"cannot be reached{how}{many}", "Look at the network, and run this again.")
+    return Unreachable(place, f"cannot be reached{how}{many}", "Look at the network, and run this again.")
 
 
 def _proxy_for(url: str) -> str:

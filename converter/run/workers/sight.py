@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from converter import __version__
-from converter.errors import SystemRefused, WconvError, name_some
+from converter.errors import SystemRefused, Unreachable, WconvError, name_some
 from converter.run.workers.base import Workers
 from converter.storage import FileRef, Place
 from converter.storage.far import WritableStore
@@ -79,6 +79,8 @@ def look(sight: Sight) -> Answer:
                 opened.close()
         if sight.folder is not None:
             _try_to_write(sight.folder)
+    except Unreachable as error:
+        return Answer(name, f"has no way to {error.where}, which {error.problem}", error.advice)
     except WconvError as error:
         return Answer(name, f"does not see what is to be read: {error.where} {error.problem}", advice)
     except OSError as error:
