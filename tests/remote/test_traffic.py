@@ -165,7 +165,8 @@ def test_the_headers_of_a_repository_take_few_requests(hub: Hub, many: Path, wco
     hub.data.clear()
     wconv("inspect", "hf://org/m")
     headers = len([one for one in hub.wire.asked if is_weights(one.path)])
-    assert headers == len(hub.data.asked) == SHARDS
+    assert len(hub.data.asked) == SHARDS
+    assert SHARDS <= headers <= 1.1 * SHARDS  # a connection that the other side has closed is noticed by asking
     assert len(hub.wire.asked) - headers <= 12
 
 
