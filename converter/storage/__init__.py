@@ -13,9 +13,30 @@ from pathlib import Path
 
 from converter.errors import BadRequest
 from converter.storage import local
-from converter.storage.base import UNLISTED, FileRef, Info, OpenFile, Place, Store, hold_same, list_entries, without_secrets
+from converter.storage.base import (
+    UNLISTED,
+    FileRef,
+    Info,
+    OpenFile,
+    Place,
+    Store,
+    hold_same,
+    list_entries,
+    without_secrets,
+)
 
-__all__ = ["UNLISTED", "FileRef", "Given", "Info", "OpenFile", "Place", "Store", "hold_same", "list_entries", "place_of"]
+__all__ = [
+    "UNLISTED",
+    "FileRef",
+    "Given",
+    "Info",
+    "OpenFile",
+    "Place",
+    "Store",
+    "hold_same",
+    "list_entries",
+    "place_of",
+]
 
 Given = Place | Path | str
 """What a caller names a file or folder by."""
@@ -39,7 +60,8 @@ def place_of(given: Given) -> Place:
     if isinstance(given, str) and (scheme := _SCHEME.match(given)):
         module = _STORES.get(scheme[1].lower())
         if module is None:
-            raise BadRequest(without_secrets(given), f"is a URL, and wconv reads none of {scheme[0]}", "Fetch it, and name the folder.")
+            problem = f"is a URL, and wconv reads none of {scheme[0]}"
+            raise BadRequest(without_secrets(given), problem, "Fetch it, and name the folder.")
         place = import_module(f"converter.storage.{module}").open_url(given)
         assert isinstance(place, Place)
         return place
