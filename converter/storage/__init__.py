@@ -60,11 +60,8 @@ def place_of(given: Given) -> Place:
     if isinstance(given, str) and (scheme := _SCHEME.match(given)):
         module = _STORES.get(scheme[1].lower())
         if module is None:
-            raise BadRequest(
-                without_secrets(given),
-                f"is a URL, and wconv reads none of {scheme[0]}",
-                "Fetch it, and name the folder.",
-            )
+            problem = f"is a URL, and wconv reads none of {scheme[0]}"
+            raise BadRequest(without_secrets(given), problem, "Fetch it, and name the folder.")
         place = import_module(f"converter.storage.{module}").open_url(given)
         assert isinstance(place, Place)
         return place

@@ -13,7 +13,7 @@ import re
 import threading
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -405,7 +405,8 @@ def _session() -> Any:
     session = hf_xet.XetSession()
 
     def stop() -> None:
-        stopping.remove(stop)
+        with suppress(ValueError):  # somebody else stops it too
+            stopping.remove(stop)
         _session.cache_clear()
         session.sigint_abort()
 

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
+import pty
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Outcome
+from safetensors.torch import load_file
 from support import tiny
+from support.clusters import ROOT
 
 from converter.storage import place_of, web
 from remote.hub_repos import whole
@@ -436,3 +443,77 @@ def test_an_address_is_of_one_content_alone(wconv: Wconv, hub: Hub, model: Path)
     assert hub.add(NAME, model) != first
     wconv("verify", URL, model)
     wconv("verify", f"{URL}@{first}", model, exit_code=1)
+
+
+# The doctor, and bare names.
+
+
+@pytest.fixture(scope="module")
+def sana(builders: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a pipeline in two dtypes, whose transformer has shards of both that its index does not tell apart."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("sana") / "m"
+    model = builders.shake(builders.make_sana())
+    builders.save_safetensors(model, folder, 3)
+    for name, part in builders.models_in(model.to(torch.bfloat16)).items():
+        limit = builders.shard_limit(part.state_dict(), 2)
+        part.save_pretrained(folder / name, variant="bf16", max_shard_size=limit)
+    part = folder / "transformer"
+    for path in [*part.glob("*.bf16-*"), *part.glob("*.bf16.json")]:
+        # As they lie in the repository that wconv was begun for.
+        path.rename(path.with_name(path.name.replace(".bf16", "", 1)))
+    for path in folder.rglob("*.safetensors"):
+        # How a file begins is read in one piece, and all of one is that is smaller.
+        tiny.save({**load_file(path), "padding": torch.zeros(100_000)}, path)
+    return folder
+
+
+@pytest.mark.parametrize("in_xet", [False, True])
+@pytest.mark.parametrize("options", [(), ("--loader", "diffusers"), ("--loader", "diffusers", "--variant", "bf16")])
+def test_the_doctor_says_the_same_as_of_a_folder(
+    wconv: Wconv, hub: Hub, sana: Path, in_xet: bool, options: tuple[str, ...]
+) -> None:
+    hub.add("org/sana", sana, in_xet=in_xet)
+    there, here = (wconv("doctor", source, "--json", *options, exit_code=1) for source in ("hf://org/sana", sana))
+    expected = {**json.loads(here.stdout), "commit": hub.head("org/sana")}
+    assert json.loads(there.stdout.replace("hf://org/sana", str(sana))) == expected
+    assert json.loads(here.stdout)["findings"]
+    weights = sum(path.stat().st_size for path in sana.rglob("*.safetensors"))
+    assert weights > 4_000_000
+    assert sum(asked.sent for asked in hub.data.asked) < weights / 4
+
+
+def test_a_bare_name_is_not_taken_for_one_of_the_hub(
+    wconv: Wconv, hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(NAME, model)
+    monkeypatch.chdir(tmp_path)
+    advice = f"{NAME}: does not exist. If it is a model of the Hub, name it {URL}."
+    said_once(wconv("inspect", NAME, exit_code=3), advice)
+    assert hub.wire.asked == []
+    shutil.copytree(model, tmp_path / NAME)
+    wconv("inspect", NAME)
+    assert hub.wire.asked == []
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y", 0), ("n", 3)])
+def test_who_sits_at_a_terminal_is_asked_what_a_bare_name_is(
+    hub: Hub, model: Path, tmp_path: Path, answer: str, code: int
+) -> None:
+    hub.add(NAME, model)
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, **hub.env, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "converter", "inspect", NAME]
+    run = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=tmp_path)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # nobody writes any more
+        while data := os.read(ours, 1 << 16):
+            if b"[y/N]" in said + data and b"[y/N]" not in said:
+                os.write(ours, answer.encode() + b"\n")
+            said += data
+    os.close(ours)
+    assert run.wait(60) == code
+    assert f"{NAME} is no path here. Take it from the Hub?" in said.decode()
+    assert bool(hub.wire.asked) is (code == 0)
