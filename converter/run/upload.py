@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -89,6 +89,11 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
             too_large += one.too_large
         if verify and not store.commits:
             tasks.finish(_calls(compare_file, (upload for upload in uploads if upload.planned)), plan.window)
+        if store.keeps_notes:
+            gone = _look_again(store, uploads)
+            if gone:
+                del written[: len(gone)]
+                raise SystemRefused(gone[0], "was written, and is not there any more", "Run this again.")
         removed = [(folder / name).key for name in plan.replaced if name not in plan.names]
         told = store.publish(folder.key, written, texts, removed, _message(plan), plan.overwrite)
     except BaseException as error:
@@ -98,6 +103,17 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
             _settle(store, error, notes, len(written), len(uploads))
         raise
     return reused, too_large, told
+
+
+def _look_again(store: WritableStore, uploads: Sequence[Upload]) -> list[Place]:
+    """Give the files that have gone since they were written; raises OutputRefused for one that is another by now."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = list(pool.map(store.stored, (upload.place.key for upload in uploads)))
+    for upload, stored in zip(uploads, found, strict=True):
+        if stored is not None and (stored[0].nbytes, stored[1]) != (upload.nbytes, upload.note):
+            advice = "Run this again when nobody else writes there."
+            raise OutputRefused(upload.place, "was written over while this ran", advice)
+    return [upload.place for upload, stored in zip(uploads, found, strict=True) if stored is None]
 
 
 def _settle(store: WritableStore, error: WconvError, notes: Mapping[str, str], written: int, of: int) -> None:
