@@ -21,7 +21,8 @@ _MAX_NBYTES = 1_000_000
 def make_card(model: Model, target: Target, orders: Iterable[Order], carried: FileRef | None) -> bytes | None:
     """Give the card that a new repository gets; None where it has one, and elsewhere than on the Hub.
 
-    ``carried`` is the source's own. Raises BadFile for one that is no text.
+    ``carried`` is the source's own; one that is longer than a card can be goes along as it is. Raises BadFile for one
+    that is no text.
     """
     folder = target.folder
     if not isinstance(folder.store, CommittedStore) or folder.key != "." or (folder / CARD).exists():
@@ -32,8 +33,10 @@ def make_card(model: Model, target: Target, orders: Iterable[Order], carried: Fi
         return (_base(model) + f"# {name.rpartition('/')[2]}\n\n{section}").encode()
     file = carried.open()
     try:
-        raw = b"".join(file.chunks()) if file.nbytes <= _MAX_NBYTES else b""
-        text = raw.decode()
+        if file.nbytes > _MAX_NBYTES:
+            return None
+        text = b"".join(file.chunks()).decode()
+        file.check()
     except UnicodeDecodeError:
         raise BadFile(carried.place, "is no text", "Mend it, or take it away.") from None
     finally:

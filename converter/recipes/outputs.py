@@ -9,6 +9,9 @@ from converter.plan.types import Plan, Target
 from converter.storage import Info, Place
 from converter.storage.far import CommittedStore
 
+CARDS = ("README.md", "LICENSE")
+"""What a new repository of the Hub has; it stays as it is, unless it is to be replaced."""
+
 
 def open_target(model: Model, output: Place | None, overwrite: bool) -> Target:
     """Say where a conversion's files go: beside the source, or to ``output``, which for a folder must be a new one.
@@ -36,7 +39,7 @@ def open_target(model: Model, output: Place | None, overwrite: bool) -> Target:
 
 def _is_card(entry: Place) -> bool:
     """Say whether an entry is one of those that a new repository of the Hub has."""
-    return isinstance(entry.store, CommittedStore) and entry.name in ("README.md", "LICENSE")
+    return isinstance(entry.store, CommittedStore) and entry.name in CARDS
 
 
 def refuse_links(plan: Plan) -> None:

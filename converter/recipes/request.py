@@ -11,7 +11,7 @@ from converter.models.hub_cache import refuse_cache
 from converter.models.names import parse_name
 from converter.models.select import Selection
 from converter.plan.types import Plan, Publishing, Writing
-from converter.recipes.outputs import find_difference
+from converter.recipes.outputs import CARDS, find_difference
 from converter.run.staging import recover
 from converter.run.upload import find_other
 from converter.storage import Given, Place, place_of
@@ -146,6 +146,10 @@ def _unless_done(request: Request, make: Callable[[Request], Plan], name: str) -
                 refused.problem = f"{refused.problem}, and is not what would be written: {what}"
                 raise
             return replace(plan, is_there=not lacking, replaced=(), overwrite=False)
+        folder = plan.target.folder
+        if isinstance(folder.store, CommittedStore):  # those that are there stay
+            copied = (one for one in plan.copied if one[0] not in CARDS or not (folder / one[0]).exists())
+            plan = replace(plan, copied=tuple(copied))
         difference = find_difference(plan)
         if difference:
             refused.problem = f"{refused.problem}, and is not what would be written: {difference}"

@@ -22,7 +22,7 @@ from converter.plan.make import make_plan
 from converter.plan.types import Order, Plan, Rest, Target, Writing
 from converter.recipes.card import CARD, make_card
 from converter.recipes.carry import find_copied
-from converter.recipes.outputs import open_target, refuse_links
+from converter.recipes.outputs import CARDS, open_target, refuse_links
 from converter.recipes.request import Request, names_file
 from converter.run.staging import find_strangers
 from converter.storage import FileRef, Place
@@ -245,7 +245,7 @@ def _with_card(
         rest = replace(rest, generated={**rest.generated, CARD: card})
     folder = job.target.folder
     if isinstance(folder.store, CommittedStore) and not job.request.publishing.overwrite:
-        kept = [name for name in (CARD, "LICENSE") if name in others and (folder / name).exists()]
+        kept = [name for name in CARDS if name in others and (folder / name).exists()]
         rest = replace(rest, notes=(*rest.notes, *(f"{folder / name} is there already, and stays" for name in kept)))
         others = {name: file for name, file in others.items() if name not in kept}
     return rest, list(others.items())

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+from converter import __version__
 from converter.errors import BadFile, LossyCast, OutputRefused, SystemRefused, WconvError
 from converter.formats import WRITERS
 from converter.plan.types import Plan, PlannedFile
@@ -32,7 +33,7 @@ from converter.run.parts import (
 )
 from converter.run.tasks import Call, Tasks
 from converter.run.watch import advance
-from converter.storage import FileRef, Place
+from converter.storage import FileRef, Place, Store
 from converter.storage.far import PART_NBYTES, Receipt, WritableStore, Writer
 from converter.storage.streams import count_streams
 from converter.tensors.reader import are_far
@@ -89,6 +90,11 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
             too_large += one.too_large
         if verify and not store.commits:
             tasks.finish(_calls(compare_file, (upload for upload in uploads if upload.planned)), plan.window)
+        if store.keeps_notes:
+            gone = _look_again(store, uploads)
+            if gone:
+                del written[: len(gone)]
+                raise SystemRefused(gone[0], "was written, and is not there any more", "Run this again.")
         removed = [(folder / name).key for name in plan.replaced if name not in plan.names]
         told = store.publish(folder.key, written, texts, removed, _message(plan), plan.overwrite)
     except BaseException as error:
@@ -98,6 +104,17 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
             _settle(store, error, notes, len(written), len(uploads))
         raise
     return reused, too_large, told
+
+
+def _look_again(store: WritableStore, uploads: Sequence[Upload]) -> list[Place]:
+    """Give the files that have gone since they were written; raises OutputRefused for one that is another by now."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = list(pool.map(store.stored, (upload.place.key for upload in uploads)))
+    for upload, stored in zip(uploads, found, strict=True):
+        if stored is not None and (stored[0].nbytes, stored[1]) != (upload.nbytes, upload.note):
+            advice = "Run this again when nobody else writes there."
+            raise OutputRefused(upload.place, "was written over while this ran", advice)
+    return [upload.place for upload, stored in zip(uploads, found, strict=True) if stored is None]
 
 
 def _settle(store: WritableStore, error: WconvError, notes: Mapping[str, str], written: int, of: int) -> None:
@@ -163,16 +180,25 @@ def _message(plan: Plan) -> str:
 
 
 def notes_of(plan: Plan, request: str) -> dict[str, str]:
-    """Give the note of each file: of what was asked, of what it is made of, and of what it begins with."""
-    notes = {}
-    for planned in plan.files:
-        files = {storage.file for tensor, _ in planned.tensors for storage in tensor.source.inputs()}
-        made_of = sorted((str(file.place), repr(file.tag)) for file in files)
-        notes[planned.path] = _digest(request, planned.path, repr(made_of).encode(), planned.header)
+    """Give the note of each file: of what was asked of which wconv, of what it is made of, and how it begins."""
+    asked = f"{__version__} {request}"
+    notes = {planned.path: _digest(asked, planned.path, _made_of(planned), planned.header) for planned in plan.files}
     notes |= {
-        name: _digest(request, name, str(file.place).encode(), repr(file.tag).encode()) for name, file in plan.copied
+        name: _digest(asked, name, str(file.place).encode(), repr(file.tag).encode()) for name, file in plan.copied
     }
-    return notes | {name: _digest(request, name, content) for name, content in plan.texts}
+    return notes | {name: _digest(asked, name, content) for name, content in plan.texts}
+
+
+def _made_of(planned: PlannedFile) -> bytes:
+    """Sum up how each tensor of a file comes about; of a store counts how it is spelled, and not how it was found."""
+    found = hashlib.sha256()
+    places: dict[Store, str] = {}
+    for tensor, _ in planned.tensors:
+        text = repr(tensor.source)
+        for store in dict.fromkeys(storage.file.place.store for storage in tensor.source.inputs()):
+            text = text.replace(places.setdefault(store, repr(store)), store.spell(""))
+        found.update(text.encode("utf-8", "surrogateescape"))
+    return found.digest()
 
 
 def _digest(request: str, name: str, *parts: bytes) -> str:

@@ -68,7 +68,8 @@ class HubStore(CommittedStore):
         return self.repo if self.revision == "main" and not self.as_pr else ""
 
     def is_same(self, key: str, other: Place) -> bool:
-        return isinstance(other.store, HubStore) and (self.repo, key) == (other.store.repo, other.key)
+        one, there = (self.repo, self.revision, key), other.store
+        return isinstance(there, HubStore) and one == (there.repo, there.revision, other.key)
 
     def pinned(self) -> HubStore:
         if self.commit:
@@ -196,6 +197,10 @@ class HubStore(CommittedStore):
             pinned = store.pinned()
             if self.revision != "main" and not pr and self.revision in self._tags():
                 raise BadRequest(self.spell(""), "is a tag, and those stay where they are", "Name a branch.")
+            if private and self.ask_api(f"revision/{pinned.commit}?expand=private").get("private") is False:
+                raise BadRequest(
+                    self.spell(""), "is there, and everybody sees it", "Leave --private out, or name another."
+                )
             return pinned
         except BadFile as error:
             if error.problem.startswith("has no revision"):
@@ -213,7 +218,8 @@ class HubStore(CommittedStore):
         if self.commit or not self.may_be_made:
             return
         owner, _, name = self.repo.partition("/")
-        asked = {"name": name, "organization": owner, "type": "model", "private": self.is_private}
+        asked: dict[str, Any] = {"name": name, "organization": owner, "type": "model"}
+        asked |= {"private": True} if self.is_private else {}  # else as its owner's new ones are
         url, body = f"{endpoint()}/api/repos/create", json.dumps(asked).encode()
         with web.ask("POST", url, Place(self, "."), {**headers(), **_JSON}, body=body) as response:
             if response.status != 409:
@@ -267,7 +273,8 @@ class HubStore(CommittedStore):
             status = re.search(r"\(([45]\d\d)\b", str(error))  # as reqwest spells it, after what may have a port
             answer = f" ({status[1]})" if status else ""
             advice = _SIGN_IN if answer and status and status[1] in ("401", "403") else "Run this again."
-            raise Unreachable(self.spell(key), f"cannot be sent to the Hub{answer}", advice) from error
+            # What it says may hold an address that is signed.
+            raise Unreachable(self.spell(key), f"cannot be sent to the Hub{answer}", advice) from None
 
     def publish(
         self,

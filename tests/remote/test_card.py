@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from support.tiny import make_state, save_bin_shards, write_json
 
+from remote.hub_repos import whole
 from remote.hub_server import Hub
 
 SOURCE = "org/model"
@@ -48,6 +49,12 @@ def test_the_card_of_the_source_keeps_its_words(wconv: Callable[..., Any], hub: 
     assert ModelCard(text).data.license == "mit"
 
 
+def test_a_card_that_is_longer_than_any_is_not_lost(wconv: Callable[..., Any], hub: Hub, model: Path) -> None:
+    (model / CARD).write_text(MINE + "x" * 1_000_000)
+    wconv("to-safetensors", model, "-o", "hf://me/copy", "--create")
+    assert card_of(hub, "me/copy") == MINE + "x" * 1_000_000
+
+
 def test_a_card_that_is_there_stays(wconv: Callable[..., Any], hub: Hub, model: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir()
@@ -57,6 +64,17 @@ def test_a_card_that_is_there_stays(wconv: Callable[..., Any], hub: Hub, model: 
     outcome = wconv("to-safetensors", model, "-o", "hf://me/mine")
     assert card_of(hub, "me/mine") == "Made by hand.\n"
     assert "hf://me/mine/README.md is there already, and stays" in outcome.stdout
+
+
+def test_a_card_is_no_reason_to_write_again(wconv: Callable[..., Any], hub: Hub, model: Path) -> None:
+    (model / CARD).write_text(MINE)
+    (model / "LICENSE").write_text("MIT")
+    command = ("to-safetensors", model, "-o", "hf://me/copy", "--create")
+    wconv(*command)
+    hub.commit("me/copy", {**hub.files("me/copy"), "LICENSE": whole(b"another")})
+    assert wconv(*command).stdout == "Up to date: hf://me/copy is as it would be.\n"
+    hub.commit("me/copy", {**hub.files("me/copy"), "config.json": whole(b"{}")})
+    wconv(*command, exit_code=5)
 
 
 def test_a_proposal_changes_no_card(wconv: Callable[..., Any], hub: Hub, model: Path) -> None:

@@ -338,6 +338,24 @@ def test_somebody_else_writes_what_goes_up(s3: stores.S3, wconv: Wconv, tmp_path
     is_refused(s3, SHARDS[1], model, wconv)
 
 
+def test_somebody_else_writes_over_what_is_whole(s3: stores.S3, source: Path, wconv: Wconv) -> None:
+    s3.wire.fault(Call(lambda _: s3.put(f"x/{SHARDS[0]}", b"another's"), None), COMPLETE, 1, 1)
+    for more in ((), ("--overwrite",)):
+        line = said(wconv("recast", source, *RECAST, "-o", f"{s3.url}/x", *more, exit_code=5))
+        assert line.startswith(f"{s3.url}/x/{SHARDS[0]}: was written over while this ran.")
+        assert s3.get_folder() == {f"x/{SHARDS[0]}": b"another's"}
+        s3.wire.heal()
+        s3.wire.fault(Call(lambda _: s3.put(f"x/{SHARDS[0]}", b"another's"), None), COMPLETE, 1, COUNT - 1)
+
+
+def test_somebody_else_removes_what_is_whole(s3: stores.S3, source: Path, expected: Contents, wconv: Wconv) -> None:
+    s3.wire.fault(Call(lambda _: s3.delete(f"x/{SHARDS[0]}"), None), COMPLETE, 1, 1)
+    line = said(wconv("recast", source, *RECAST, "-o", f"{s3.url}/x", exit_code=7))
+    assert line.startswith(f"{s3.url}/x/{SHARDS[0]}: was written, and is not there any more.")
+    assert WHOLE.format(2) in line
+    goes_on(s3, source, expected, wconv, SHARDS[1:])
+
+
 def test_what_another_command_has_written_stays(s3: stores.S3, source: Path, expected: Contents, wconv: Wconv) -> None:
     """After a run that was stopped its prefix is taken up by the same command alone, and with nothing else in it."""
     url = f"{s3.url}/x"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from conftest import Outcome
 from safetensors.torch import load_file
 from support import tiny
 
+from converter import convert
+from converter.errors import SystemRefused
 from converter.storage import web
 from remote import stores
+from remote.hub_http import Request
 from remote.hub_repos import whole
 from remote.hub_server import READS, WRITES, Hub
 from remote.test_hub import folder_of, no_secret, said_once, without_attributes
@@ -134,6 +138,40 @@ def test_a_branch_is_written_to(wconv: Wconv, hub: Hub, model: Path, expected: d
     assert written(hub) == {}
     said_once(wconv("to-safetensors", model, "-o", f"{URL}@v1", exit_code=2), "is a tag")
     said_once(wconv("to-safetensors", model, "-o", f"{URL}@{hub.head(NAME)}", exit_code=2), "is a commit")
+
+
+def test_another_branch_is_another_place(wconv: Wconv, hub: Hub, model: Path) -> None:
+    """The configs of one do not go with the weights of another."""
+    hub.add(NAME, model)
+    hub.commit(NAME, {**hub.files(NAME), "config.json": whole(b'{"model_type": "llama", "dev": 1}')}, "dev")
+    before = hub.head(NAME)
+    outcome = wconv("recast", f"{URL}@dev", "--dtype", "bf16", "-o", URL, exit_code=5)
+    said_once(outcome, f"{URL}: exists and is not empty")
+    assert hub.head(NAME) == before
+    wconv("recast", f"{URL}@dev", "--dtype", "bf16", "-o", URL, "--overwrite")
+    assert json.loads(hub.download(NAME, "config.json"))["dev"] == 1
+
+
+def test_a_new_repository_is_as_its_owner_has_them(
+    wconv: Wconv, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An organisation may want its new ones private."""
+    asked: list[dict[str, Any]] = []
+
+    def noting(request: Request) -> Any:
+        asked.append(json.loads(request.read()))
+        return asked[-1]
+
+    monkeypatch.setattr(Request, "json", noting)
+    wconv("to-safetensors", model, "-o", URL, "--create")
+    assert asked[0] == {"name": "new", "organization": "me", "type": "model"}
+
+
+def test_what_is_to_be_private_goes_nowhere_else(wconv: Wconv, hub: Hub, model: Path) -> None:
+    hub.create(NAME)
+    outcome = wconv("to-safetensors", model, "-o", URL, "--create", "--private", exit_code=2)
+    said_once(outcome, f"{URL}: is there, and everybody sees it.")
+    assert written(hub) == {}
 
 
 def test_a_folder_of_a_repository_is_written_to(
@@ -355,6 +393,14 @@ def test_what_xet_refuses_is_said(wconv: Wconv, hub: Hub, model: Path, status: i
     said_once(outcome, URL, f"cannot be sent to the Hub ({status})")
     assert "xet_secret" not in outcome.stderr
     assert written(hub) == {}
+
+
+def test_what_xet_says_is_not_passed_on(hub: Hub, model: Path) -> None:
+    hub.create(NAME)
+    lead_to_cas(hub, Answer(403))
+    with pytest.raises(SystemRefused) as refused:
+        convert(model, URL)
+    assert hub.data.url not in "".join(traceback.format_exception(refused.value))
 
 
 @pytest.mark.parametrize("token", [WRITES])

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urljoin
 
 import pytest
+import torch
 from conftest import Outcome
 from support import tiny
 
@@ -75,7 +77,7 @@ def test_a_file_is_read(wconv: Wconv, web: stores.Web, tmp_path: Path) -> None:
     for name in ("my own.bin", "a%20b.bin", "100%.bin", "q?x#y.bin", "ü.bin"):
         path = tiny.save(tiny.make_state(), tmp_path / "f" / name)
         serve(web, path.parent)
-        url = f"{web.url}/{store.quote(name)}"
+        url = f"{web.url}/{quote(name)}"
         wconv("verify", path, url)
         assert "6" in wconv("inspect", url).stdout
         spelled = str(place_of(url))
@@ -216,7 +218,7 @@ def test_a_server_that_never_answers_is_given_up(
 def test_a_file_that_changes_is_an_error(
     wconv: Wconv, web: stores.Web, model: Path, tmp_path: Path, change: str
 ) -> None:
-    tiny.save({"a": tiny.torch.zeros(3_000_000)}, model / "model.safetensors")
+    tiny.save({"a": torch.zeros(3_000_000)}, model / "model.safetensors")
     for path in model.glob("model*0*"):
         path.unlink()
     (model / "model.safetensors.index.json").unlink()
@@ -279,6 +281,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    answer: Any = None
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass
@@ -295,7 +298,7 @@ class serving:
         kind = _Server6 if ":" in host else _Server
         handler: Any = answer if isinstance(answer, type) else Handler
         self.server = kind((host, 0), handler)
-        self.server.answer = answer  # type: ignore[union-attr]
+        self.server.answer = answer
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self.server.server_address[1]}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
@@ -527,7 +530,7 @@ def test_where_an_answer_may_lead(monkeypatch: pytest.MonkeyPatch, before: str, 
             raise UnicodeError("label too long")
         return [(0, 0, 0, "", (address, 0)) for address in known.get(host, [host])]
 
-    monkeypatch.setattr(store.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     store._is_inner.cache_clear()
     place = place_of("https://a.com/x")
     try:
@@ -535,7 +538,7 @@ def test_where_an_answer_may_lead(monkeypatch: pytest.MonkeyPatch, before: str, 
             with pytest.raises(Unsupported, match=problem):
                 store.leads_to(place, before, to)
         else:
-            assert store.leads_to(place, before, to) == store.urljoin(before, to)
+            assert store.leads_to(place, before, to) == urljoin(before, to)
     finally:
         store._is_inner.cache_clear()
 
