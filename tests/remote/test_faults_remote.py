@@ -427,6 +427,15 @@ def test_an_overflow_leaves_nothing(workers: int, s3: stores.S3, wconv: Wconv, t
     assert s3.open_uploads() == []
 
 
+def test_what_an_error_leaves_of_what_is_replaced_is_said(s3: stores.S3, wconv: Wconv, tmp_path: Path) -> None:
+    model = models.save_shards(tmp_path / "m", COUNT, 1000)
+    wconv("recast", model, *RECAST, "-o", f"{s3.url}/x")
+    tiny.save({"layers.2.weight": torch.full((1000,), 1e6)}, model / SHARDS[2])
+    command = ("recast", model, "--dtype", "fp16", "--workers", 1, "-o", f"{s3.url}/x", "--overwrite")
+    assert said(wconv(*command, exit_code=6)).endswith("What was there before may not be whole any more.")
+    assert INDEX not in s3.get_folder("x/")
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_damaged_source_leaves_nothing(workers: int, s3: stores.S3, wconv: Wconv, tmp_path: Path) -> None:
     state = tiny.make_state()
