@@ -42,3 +42,13 @@ def test_where_one_is_makes_no_difference(model: Path, tmp_path: Path, monkeypat
     before = note_of(model, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     assert note_of(model, tmp_path / "out") == before
+
+
+def test_of_many_small_files_few_are_held(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        (model / f"{number}.txt").write_bytes(bytes(100 - number))
+    (model / "config.json").write_text("{}")
+    monkeypatch.setattr(upload, "_HELD_NBYTES", 200)
+    uploads, texts = upload._split(plan_conversion(Request.of(model, tmp_path / "out")), "")
+    assert [key.rpartition("/")[2] for key, *_ in texts] == ["config.json", "4.txt", "3.txt"]
+    assert {one.place.name for one in uploads} == {NAME, "0.txt", "1.txt", "2.txt"}

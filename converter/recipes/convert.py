@@ -10,7 +10,8 @@ from converter.recipes.request import Request, prepare
 from converter.recipes.steps import make_ready, open_job, open_sets, plan_job, select
 from converter.run.execute import Result, run_plan
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Progress
-from converter.storage import Given
+from converter.storage import Given, Place
+from converter.storage.far import FarStore
 
 
 def plan_conversion(request: Request) -> Plan:
@@ -40,6 +41,9 @@ def convert(
     afterwards, or nothing; the source is never changed unless ``in_place`` or ``delete_source`` says so, and
     then only after every value was compared. Raises WconvError.
     """
+    for given in (source, output):  # that may have been looked at long ago
+        if isinstance(given, Place) and isinstance(given.store, FarStore):
+            given.store.snapshot.forget()
     prepared = prepare(Request.of(source, output, **options), plan_conversion)
     if prepared.plan is None or not prepared.plan.sets:
         return Result(prepared.plan, 0.0)

@@ -41,6 +41,7 @@ from converter.tensors.reader import are_far
 _T = TypeVar("_T")
 _AT_ONCE = 16  # questions
 _SMALL_NBYTES = 1 << 20  # what is copied with what comes last
+_HELD_NBYTES = 1 << 25  # of that, the smallest
 _LAST = ("model_index.json",)
 
 
@@ -79,9 +80,10 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
     folder = plan.target.folder
     uploads, texts = _split(plan, request)
     written: list[Receipt] = []
-    reused, too_large = 0, Counter[str]()
+    reused, too_large, has_begun = 0, Counter[str](), False
     try:
         store.get_ready()
+        has_begun = True
         store.withdraw([(folder / name).key for name in plan.replaced if is_index(name)])
         for one in tasks.run(_calls(upload_file, uploads), plan.window):
             written += [one.receipt]
@@ -101,6 +103,8 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
         store.snapshot.forget()
         if isinstance(error, WconvError) and not store.commits:
             notes = {upload.place.key: upload.note for upload in uploads} | {key: note for key, _, note in texts}
+            if has_begun and plan.replaced:
+                error.advice = f"{error.advice} What was there before may not be whole any more.".strip()
             _settle(store, error, notes, len(written), len(uploads))
         raise
     return reused, too_large, told
@@ -141,10 +145,12 @@ def _split(plan: Plan, request: str) -> tuple[list[Upload], list[tuple[str, byte
         for one in plan.files
     ]
     texts = []
-    for name, file in plan.copied:
-        info = file.place.info()
-        nbytes = info.nbytes if info else 0
-        if nbytes > _SMALL_NBYTES:
+    room = _HELD_NBYTES
+    sizes = {name: info.nbytes if (info := file.place.info()) else 0 for name, file in plan.copied}
+    for name, file in sorted(plan.copied, key=lambda one: (sizes[one[0]], one[0])):
+        nbytes = sizes[name]
+        room -= nbytes
+        if nbytes > _SMALL_NBYTES or room < 0:
             uploads.append(Upload(folder / name, notes[name], nbytes, None, file, replaces=plan.overwrite))
         else:
             texts.append((name, _content(file), notes[name]))

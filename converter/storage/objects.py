@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from converter.errors import BadFile, BadRequest, OutputRefused, Unreachable, Unsupported, WconvError
-from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed
+from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed, without_secrets
 from converter.storage.far import PART_NBYTES, FarFile, Receipt, WritableStore, Writer, mark_of, nbytes_of, tag_of
 
 if TYPE_CHECKING:
@@ -76,6 +76,9 @@ _KINDS = {
 # What servers call it when they do not know who asks, or not any more; S3's status is 400 for some.
 _UNKNOWN = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
 _ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed")
+
+# What follows an address that somebody has signed for others.
+_SIGNED = re.compile(r"[?&](sig|signature|x-(amz|goog)-[\w-]+|awsaccesskeyid|googleaccessid)=", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,8 +350,14 @@ def open_url(url: str) -> Place:
     scheme = {"s3a": "s3", "gcs": "gs", "abfs": "az", "azure": "az"}.get(scheme.lower(), scheme.lower())
     bucket, _, key = rest.partition("/")
     parts = key.rstrip("/").split("/") if key.rstrip("/") else []
+    if _SIGNED.search(key):
+        raise BadRequest(
+            without_secrets(url), "has a signature, which is a secret", f"Leave it out. {_KINDS[scheme].credentials}"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{1,221}", bucket, re.ASCII):
-        raise BadRequest(url, "names no bucket", f"It is spelled {scheme}://bucket/folder.")
+        # Keys have slashes.
+        shown = f"{scheme}://{rest.rpartition('@')[2]}" if ":" in bucket else url
+        raise BadRequest(shown, "names no bucket", f"It is spelled {scheme}://bucket/folder.")
     if any(part in ("", ".", "..") or not part.isprintable() for part in parts):
         raise BadRequest(url, "has a part that no folder has", "Name it plainly.")
     if scheme == "az" and "\\" in key:  # which would come out as a slash there

@@ -59,6 +59,23 @@ def test_urls_without_a_bucket(url: str) -> None:
     assert "names no bucket" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:hidden@bucket/x",
+        "s3://key:a/hidden@bucket/x",
+        "az://container/x?sv=1&sig=hidden",
+        "s3://bucket/x?X-Amz-Signature=hidden",
+        "s3://bucket/x?Signature=hidden",
+        "gs://bucket/x?a=b&X-Goog-Signature=hidden",
+    ],
+)
+def test_what_may_be_a_secret_is_not_taken_nor_told(url: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        place_of(url)
+    assert "hidden" not in str(caught.value)
+
+
 @pytest.mark.parametrize("key", ["a//b", "../x", "a/../b", "a/./b", "a\nb", "/a"])
 def test_urls_of_no_folder(key: str) -> None:
     with pytest.raises(BadRequest) as caught:

@@ -14,8 +14,10 @@ import pytest
 import torch
 from support import clusters, tiny
 
+from converter import convert
+from converter.errors import OutputRefused
 from converter.run import upload
-from converter.storage import objects
+from converter.storage import objects, place_of
 from remote import models, stores
 from remote.models import Contents
 from remote.wire import Answer, Asked, Call, Drop, Fault, Matches, Rule, Shorten
@@ -356,6 +358,25 @@ def test_somebody_else_removes_what_is_whole(s3: stores.S3, source: Path, expect
     goes_on(s3, source, expected, wconv, SHARDS[1:])
 
 
+def test_what_has_changed_between_two_calls_is_seen(s3: stores.S3, tmp_path: Path) -> None:
+    for number, model in enumerate(("one", "other")):
+        models.save_shards(tmp_path / model, COUNT + number, 100)
+        convert(tmp_path / model, tmp_path / f"{model} here", dtype="bf16")
+    source, target = place_of(f"{s3.url}/m"), place_of(f"{s3.url}/x")
+    s3.put_folder(tmp_path / "one", "m/")
+    convert(source, target, dtype="bf16")
+    assert s3.get_folder("x/") == models.contents(tmp_path / "one here")
+    for name in s3.names():
+        s3.delete(name)
+    s3.put_folder(tmp_path / "other", "m/")
+    s3.put("x/theirs.bin", b"another's")
+    with pytest.raises(OutputRefused):
+        convert(source, target, dtype="bf16")
+    s3.delete("x/theirs.bin")
+    convert(source, target, dtype="bf16")
+    assert s3.get_folder("x/") == models.contents(tmp_path / "other here")
+
+
 def test_what_another_command_has_written_stays(s3: stores.S3, source: Path, expected: Contents, wconv: Wconv) -> None:
     """After a run that was stopped its prefix is taken up by the same command alone, and with nothing else in it."""
     url = f"{s3.url}/x"
@@ -404,6 +425,15 @@ def test_an_overflow_leaves_nothing(workers: int, s3: stores.S3, wconv: Wconv, t
     assert said(outcome).startswith(f"{s3.url}/x/{SHARDS[2]}: ")
     assert s3.names() == []
     assert s3.open_uploads() == []
+
+
+def test_what_an_error_leaves_of_what_is_replaced_is_said(s3: stores.S3, wconv: Wconv, tmp_path: Path) -> None:
+    model = models.save_shards(tmp_path / "m", COUNT, 1000)
+    wconv("recast", model, *RECAST, "-o", f"{s3.url}/x")
+    tiny.save({"layers.2.weight": torch.full((1000,), 1e6)}, model / SHARDS[2])
+    command = ("recast", model, "--dtype", "fp16", "--workers", 1, "-o", f"{s3.url}/x", "--overwrite")
+    assert said(wconv(*command, exit_code=6)).endswith("What was there before may not be whole any more.")
+    assert INDEX not in s3.get_folder("x/")
 
 
 @pytest.mark.parametrize("workers", [1, 3])
