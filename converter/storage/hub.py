@@ -37,6 +37,7 @@ _MAX_LOCATED = 10_000
 _WRONG = (400, 413, 422)
 _MAX_SAID = 300
 _JSON = {"Content-Type": "application/json"}
+_MADE = "was made while this ran"
 _SIGN_IN = "Sign in with 'hf auth login', or set HF_TOKEN."
 
 
@@ -228,7 +229,7 @@ class HubStore(CommittedStore):
         # Somebody has made it meanwhile, or the first of several tries has.
         self.snapshot.forget()
         if self.list("."):
-            raise OutputRefused(self.spell(""), "was made while this ran", "Use --overwrite to replace what it has.")
+            raise OutputRefused(self.spell(""), _MADE, "Use --overwrite to replace what it has.")
 
     @contextmanager
     def writer(self, key: str, nbytes: int, note: str) -> Iterator[Writer]:
@@ -293,9 +294,11 @@ class HubStore(CommittedStore):
                 out.write(memoryview(contents.pop(name)))
             assert out.receipt is not None
             receipts.append(out.receipt)
-        parent = self.commit or self.pinned().commit
+        at = self.pinned()
+        if not self.commit and not replaces and at.list("."):
+            raise OutputRefused(self.spell(""), _MADE, "Use --overwrite to replace what it has.")
         lines: list[tuple[str, dict[str, Any]]] = [
-            ("header", {"summary": message, "description": "", "parentCommit": parent}),
+            ("header", {"summary": message, "description": "", "parentCommit": at.commit}),
             *(("deletedFile", {"path": name}) for name in removed),
             *(("lfsFile", {"path": one.name, "algo": "sha256", "oid": one.sha256, "size": one.nbytes})
               for one in receipts),

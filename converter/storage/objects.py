@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,6 +75,8 @@ _KINDS = {
 }  # fmt: skip
 # What servers call it when they do not know who asks, or not any more; S3's status is 400 for some.
 _UNKNOWN = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
+# What goes into headers, or is signed with them.
+_SENT = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION")
 _ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed")
 
 # What follows an address that somebody has signed for others.
@@ -378,10 +380,12 @@ def check_installed(url: str) -> None:
 def _client(scheme: str, bucket: str, _: frozenset[tuple[str, str]]) -> Client:
     """Give what speaks with a bucket; each process makes its own, from what its environment says."""
     from obstore import store
+    from obstore.exceptions import BaseError
 
     kind = _KINDS[scheme]
     config: dict[str, Any] = _profile() if scheme == "s3" else {}
     endpoint = next(filter(None, map(os.environ.get, kind.endpoints)), "") or config.get("endpoint", "")
+    _check_settings(kind, endpoint, config)
     is_plain = endpoint.lower().startswith("http://")
     if scheme == "s3":
         # TLS protects what is sent; where there is none, a signature does, for twice the processor time.
@@ -394,8 +398,27 @@ def _client(scheme: str, bucket: str, _: frozenset[tuple[str, str]]) -> Client:
     waits = {"init_backoff": _FIRST_WAIT, "max_backoff": _LONGEST_WAIT}
     backoff = {**{name: timedelta(seconds=seconds) for name, seconds in waits.items()}, "base": _GROWTH}
     retries = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS), "backoff": backoff}
-    made: Client = getattr(store, kind.store)(bucket, config=config, client_options=options, retry_config=retries)
+    try:
+        made: Client = getattr(store, kind.store)(bucket, config=config, client_options=options, retry_config=retries)
+    except BaseError:  # what it says may hold what was set
+        problem = (
+            f"cannot be asked: of what is set for {kind.whose}, or lies where that says, something is not as it must be"
+        )
+        raise SystemRefused(f"{scheme}://{bucket}", problem, kind.credentials) from None
     return made
+
+
+def _check_settings(kind: _Kind, endpoint: str, config: Mapping[str, Any]) -> None:
+    """Raise SystemRefused for what would have obstore panic."""
+    if endpoint and not re.match(r"https?://[^\s/]", endpoint, re.IGNORECASE):
+        name = next(filter(os.environ.get, kind.endpoints), "endpoint_url")
+        raise SystemRefused(name, "names no server", "It is spelled https://host.")
+    known = {**{name: os.environ.get(name, "") for name in _SENT}, **config}
+    for name, value in known.items():
+        if isinstance(value, str) and not re.fullmatch("[ -~]*", value):
+            raise SystemRefused(
+                name, "has characters that no such thing has, such as the end of a line", "Set it anew."
+            )
 
 
 def _can_sign(scheme: str, config: dict[str, Any]) -> bool:

@@ -244,6 +244,35 @@ WRONG = {
 }
 
 
+ODD = {
+    "an endpoint without a scheme": ("AWS_ENDPOINT_URL: names no server.", {"AWS_ENDPOINT_URL": "localhost:9000"}),
+    "an endpoint without a host": ("AWS_ENDPOINT_URL: names no server.", {"AWS_ENDPOINT_URL": "http://"}),
+    "a line too many": ("AWS_ACCESS_KEY_ID: has characters", {"AWS_ACCESS_KEY_ID": "hidden\r"}),
+    "an odd token": ("AWS_SESSION_TOKEN: has characters", {"AWS_SESSION_TOKEN": "hiddenü"}),
+    "no boolean": ("cannot be asked: of what is set for S3", {"AWS_VIRTUAL_HOSTED_STYLE_REQUEST": "hidden"}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_set_wrongly_is_said(
+    name: str, s3: stores.S3, wconv: Wconv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, variables = ODD[name]
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    model = models.save_linear(tmp_path / "m")
+    for command in (("inspect", s3.url), ("to-bin", model, "-o", f"{s3.url}/x")):
+        line = said(wconv(*command, exit_code=7))
+        assert words in line
+        assert "hidden" not in line
+
+
+def test_a_file_of_keys_that_is_not_there_is_said(wconv: Wconv, nowhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/no/such/file")
+    line = said(wconv("inspect", "gs://bucket/x", exit_code=7))
+    assert "something is not as it must be. Let GOOGLE_APPLICATION_CREDENTIALS name a key file" in line
+
+
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Give a home without files of AWS."""

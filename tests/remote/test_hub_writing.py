@@ -212,6 +212,15 @@ def test_a_commit_of_somebody_else_is_not_undone(wconv: Wconv, hub: Hub, model: 
     assert written(hub) == {"config.json": b"theirs"}
 
 
+def test_a_push_to_a_repository_that_was_just_made_is_not_undone(wconv: Wconv, hub: Hub, model: Path) -> None:
+    def push(_: Asked) -> None:
+        hub.commit(NAME, {**hub.files(NAME), "config.json": whole(b"theirs")})
+
+    hub.wire.fault(Call(push, at=None), lambda asked: "/preupload/" in asked.path)
+    said_once(wconv("to-safetensors", model, "-o", URL, "--create", exit_code=5), "was made while this ran")
+    assert written(hub) == {"config.json": b"theirs"}
+
+
 def test_a_repository_of_somebody_else_is_not_filled(wconv: Wconv, hub: Hub, model: Path) -> None:
     def push(_: Asked) -> None:
         hub.commit(NAME, {"config.json": whole(b"theirs")})
