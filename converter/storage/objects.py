@@ -404,21 +404,19 @@ def _client(scheme: str, bucket: str, _: frozenset[tuple[str, str]]) -> Client:
         problem = (
             f"cannot be asked: of what is set for {kind.whose}, or lies where that says, something is not as it must be"
         )
-        raise SystemRefused(f"{scheme}://{bucket}", problem, kind.credentials) from None
+        raise Unreachable(f"{scheme}://{bucket}", problem, kind.credentials) from None
     return made
 
 
 def _check_settings(kind: _Kind, endpoint: str, config: Mapping[str, Any]) -> None:
-    """Raise SystemRefused for what would have obstore panic."""
+    """Raise Unreachable for what would have obstore panic."""
     if endpoint and not re.match(r"https?://[^\s/]", endpoint, re.IGNORECASE):
         name = next(filter(os.environ.get, kind.endpoints), "endpoint_url")
-        raise SystemRefused(name, "names no server", "It is spelled https://host.")
+        raise Unreachable(name, "names no server", "It is spelled https://host.")
     known = {**{name: os.environ.get(name, "") for name in _SENT}, **config}
     for name, value in known.items():
         if isinstance(value, str) and not re.fullmatch("[ -~]*", value):
-            raise SystemRefused(
-                name, "has characters that no such thing has, such as the end of a line", "Set it anew."
-            )
+            raise Unreachable(name, "has characters that no such thing has, such as the end of a line", "Set it anew.")
 
 
 def _can_sign(scheme: str, config: dict[str, Any]) -> bool:
