@@ -92,6 +92,7 @@ def run_prepared(prepared: Prepared, job: Run, more: Mapping[str, Any] | None = 
     result, peak_nbytes = _run(plan, request, job)
     if run.as_json:
         content = {**plan_as_json(plan), **more} if plan else {}
+        content |= {"url": result.told} if result.told else {}
         content = {**content, "too_large": dict(result.too_large), "seconds": result.seconds}
         show_json({**content, "peak_memory_nbytes": peak_nbytes, "dry_run": False})
     elif not run.quiet:

@@ -193,6 +193,8 @@ def _show(diagnosis: Diagnosis, verbose: bool) -> None:
         echo(f"note: {UNLISTED} looked at")
     hint = " (-v shows notes)" if len(shown) < len(diagnosis.findings) else ""
     echo(("\n" if shown else "") + _sum_up(diagnosis) + hint + ".")
+    if shown and root.store.is_far:
+        echo("--fix is for folders of this machine: convert to a new place (-o NEW), or propose weights with --pr.")
 
 
 def _show_sets(diagnosis: Diagnosis) -> None:

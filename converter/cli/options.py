@@ -229,8 +229,12 @@ _CONVERSION_OPTIONS = {
     "follow-links": click.option(
         "--follow-links", is_flag=True, help="With -o: carry over what SRC has as links to other places, too."
     ),
-    "create": click.option("--create", is_flag=True, help="With -o hf://owner/name: make it, where it is not there."),
-    "private": click.option("--private", is_flag=True, help="With --create: for its owner alone."),
+    "create": click.option(
+        "--create",
+        is_flag=True,
+        help="With -o hf://owner/name: make that repository, which all can see, where it is not there.",
+    ),
+    "private": click.option("--private", is_flag=True, help="With --create: one that only its owner sees."),
     "pr": click.option(
         "--pr", is_flag=True, help="Propose the output as a pull request: to -o hf://owner/name, or where SRC lies."
     ),

@@ -70,8 +70,13 @@ def _show_next(plan: Plan) -> None:
     if overflows_in_fp16(class_name, components):
         echo("\nThe VAE of this model gives black images in float16 (its config says force_upcast).")
         echo("Take one made for it: add --custom-vae-version madebyollin/sdxl-vae-fp16-fix to these commands.")
+    folder = plan.target.folder
+    if folder.store.is_far:
+        echo(f"\nFetch {folder} to a Mac with apple/ml-stable-diffusion installed; what to do there, this says:")
+        echo("\n    wconv doctor --loader coreml FOLDER")
+        return
     echo("\nNext, on a Mac with apple/ml-stable-diffusion installed, one of:")
-    for step in next_steps(plan.target.folder.spelled, class_name, components):
+    for step in next_steps(folder.spelled, class_name, components):
         echo(f"\n    # {step.purpose}\n    {shlex.join(step.command)}")
     fp16 = [planned for planned in plan.sets if planned.name.variant == COREML_VARIANT]
     disk = _DISK_SHARE * sum(planned.nbytes for planned in fp16)

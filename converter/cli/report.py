@@ -97,8 +97,9 @@ def show_plan(plan: Plan, needs: Needs) -> None:
     echo(f"Takes {where}about {show_bytes(needs.memory_nbytes)} of memory.")
     for traffic, verb, place in ((needs.read, "Reads", plan.source.path), (needs.sent, "Sends", plan.target.folder)):
         if traffic is not None:
-            what = f"{show_bytes(traffic.nbytes)} in about {traffic.requests:,} requests"
-            echo(printable(f"{verb} {what} {'from' if verb == 'Reads' else 'to'} {place}."))
+            what = f"{show_bytes(traffic.nbytes)} {'from' if verb == 'Reads' else 'to'} {place}"
+            more = " and those for headers" if verb == "Reads" else ""
+            echo(printable(f"{verb} {what}, in about {traffic.requests:,} requests{more}."))
     if needs.seconds is None:
         echo(f"Runs on {needs.workers}.")
         return
@@ -145,8 +146,11 @@ def _show_next(plan: Plan, told: str) -> None:
     lines = loading_lines(plan)
     if told and not lines:
         return
+    target = plan.target.folder
+    if plan.source.kind == "file" and len(plan.files) == 1:
+        target = target / plan.files[0].path
     echo("\nLoad it with:\n" if lines else "\nLook at it with:\n")
-    for line in lines or [f"wconv inspect {shlex.quote(str(plan.target.folder))}"]:
+    for line in lines or [f"wconv inspect {shlex.quote(str(target))}"]:
         echo(f"    {printable(line)}")
 
 

@@ -169,4 +169,4 @@ def open_meter(total_nbytes: int | None, label: str, quiet: bool, verbose: bool 
     from tqdm import tqdm
 
     with tqdm(total=total_nbytes, desc=label, unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
-        yield Meter(bar.update, bar.set_postfix_str)
+        yield Meter(bar.update, lambda text: bar.set_postfix_str(text.partition(":")[0]))

@@ -29,7 +29,8 @@ def open_target(model: Model, output: Place | None, overwrite: bool) -> Target:
         return Target.at(output)  # what is there stays in its history
     if model.kind != "file":
         if is_same:
-            raise OutputRefused(output, "is the source itself", "Leave -o out to add files beside it.")
+            advice = "Name a new place." if output.store.is_far else "Leave -o out to add files beside it."
+            raise OutputRefused(output, "is the source itself", advice)
         if model.root.real().is_below(output.real()):
             raise OutputRefused(output, "holds the source", "Name a new folder.")
         if any(not _is_card(entry) for entry in output.entries()) and not overwrite:

@@ -50,6 +50,8 @@ _STORES: Mapping[str, str] = {
 }
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
+_SLIP = re.compile(r"([a-z][a-z0-9]+):/?(?!/)(.+)", re.IGNORECASE)  # a URL that lacks a slash, or two
+
 
 def place_of(given: Given) -> Place:
     """Give the place that a caller names. Raises BadRequest for one that nobody can read."""
@@ -65,4 +67,8 @@ def place_of(given: Given) -> Place:
         place = import_module(f"converter.storage.{module}").open_url(given)
         assert isinstance(place, Place)
         return place
-    return local.place_at(Path(given))
+    place = local.place_at(Path(given))
+    slip = _SLIP.match(str(given))
+    if slip and slip[1].lower() in _STORES and not place.is_taken() and not place.parent.is_folder():
+        raise BadRequest(without_secrets(str(given)), "is no URL", f"It is spelled {slip[1].lower()}://{slip[2]}.")
+    return place

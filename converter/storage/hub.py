@@ -178,7 +178,8 @@ class HubStore(CommittedStore):
         if code == "RepoNotFound" or status == 404:
             raise BadFile(place, "is no repository of the Hub that you can see", f"If it is private: {_SIGN_IN}")
         if status in (401, 403):
-            raise Unreachable(place, f"is refused by the Hub ({status})", _SIGN_IN)
+            advice = f"If you are signed in, your token may not do that there. {_SIGN_IN}"
+            raise Unreachable(place, f"is refused by the Hub ({status})", advice)
         if status in _WRONG:
             said = re.sub(r"\s+", " ", answered.get("X-Error-Message", ""))[:_MAX_SAID]
             raise Unreachable(place, f"is refused by the Hub ({status}{': ' * bool(said)}{said})", "See what it says.")
@@ -207,7 +208,12 @@ class HubStore(CommittedStore):
             if error.problem.startswith("has no revision"):
                 raise BadRequest(error.where, error.problem, "Make the branch first, or leave it out.") from None
             if not create:
-                raise BadRequest(error.where, error.problem, f"--create makes it. {error.advice}") from None
+                raise BadRequest(
+                    error.where, error.problem, f"--create (create=True) makes it. {error.advice}"
+                ) from None
+            if self.revision != "main" or pr:
+                problem = f"is not there, and {'a proposal' if pr else 'a branch'} needs what is"
+                raise BadRequest(self.spell(""), problem, "Write to its main branch first.") from None
             return store
 
     def _tags(self) -> set[str]:
@@ -237,7 +243,7 @@ class HubStore(CommittedStore):
 
         known = headers()
         if not known:
-            raise Unreachable(self.spell(key), "is written by who is known to the Hub", _SIGN_IN)
+            raise Unreachable(self.spell(""), "is written to by those that the Hub knows", _SIGN_IN)
         what = f"xet-write-token/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
         token = self.ask_api(what)
         try:

@@ -590,6 +590,11 @@ def _cut() -> None:
 stopping.append(_cut)
 
 
+# What a browser shows of a model; what lies under ``resolve`` is a file.
+_HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+_HUB_PAGE = re.compile(r"([\w.-]+/[\w.-]+)(?:/(?:tree|blob|commits?|discussions)(?:/.*)?)?", re.ASCII)
+
+
 def open_url(url: str) -> Place:
     """Give the place that a URL of the web names. Raises BadRequest for one that has more than a path."""
     shown = without_secrets(url)
@@ -603,6 +608,9 @@ def open_url(url: str) -> Place:
     if shown != url:
         raise BadRequest(shown, "has a password or a query, which may be a secret", "Fetch it, and name the file.")
     key = unquote(parts.path).strip("/")
+    page = _HUB_PAGE.fullmatch(key) if host in _HUB_HOSTS else None
+    if page:
+        raise BadRequest(shown, "is a page of the Hub", f"Name the model itself: hf://{page[1]}.")
     if any(part in (".", "..") or not part.isprintable() for part in key.split("/")):
         raise BadRequest(url, "has a part that no folder has", "Name it plainly.")
     check_installed(url)
