@@ -178,7 +178,10 @@ class HubStore(CommittedStore):
         if code == "RepoNotFound" or status == 404:
             raise BadFile(place, "is no repository of the Hub that you can see", f"If it is private: {_SIGN_IN}")
         if status in (401, 403):
-            advice = f"If you are signed in, your token may not do that there. {_SIGN_IN}"
+            # Whoever is known and may not is told 403.
+            advice = (
+                f"If you are signed in, your token may not do that there. {_SIGN_IN}" if status == 403 else _SIGN_IN
+            )
             raise Unreachable(place, f"is refused by the Hub ({status})", advice)
         if status in _WRONG:
             said = re.sub(r"\s+", " ", answered.get("X-Error-Message", ""))[:_MAX_SAID]
@@ -208,9 +211,7 @@ class HubStore(CommittedStore):
             if error.problem.startswith("has no revision"):
                 raise BadRequest(error.where, error.problem, "Make the branch first, or leave it out.") from None
             if not create:
-                raise BadRequest(
-                    error.where, error.problem, f"--create (create=True) makes it. {error.advice}"
-                ) from None
+                raise BadRequest(error.where, error.problem, f"--create makes it. {error.advice}") from None
             if self.revision != "main" or pr:
                 problem = f"is not there, and {'a proposal' if pr else 'a branch'} needs what is"
                 raise BadRequest(self.spell(""), problem, "Write to its main branch first.") from None
