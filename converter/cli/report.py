@@ -133,6 +133,10 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
         echo(printable(f"Carried over {_carried(plan)}."))
     if result.reused_nbytes:
         echo(f"Took up {show_bytes(result.reused_nbytes)} that an earlier run had left.")
+        if plan.target.folder.store.is_far:
+            echo(
+                "If that was killed, parts of files may lie there unseen: docs/remote.rst says how a bucket drops them."
+            )
     echo(_how_it_went(result, peak_nbytes))
     if result.left_over:
         echo(printable(f"Left over: {result.left_over}."))

@@ -12,7 +12,7 @@ from converter.run.tasks import buffers_nbytes
 from converter.run.workers import parse
 from converter.run.workers.cores import SAFE_PYTHON, default_workers
 from converter.storage import Place, list_entries
-from converter.storage.far import TASK_NBYTES
+from converter.storage.far import CommittedStore, TASK_NBYTES
 from converter.tensors.reader import are_far
 
 WORKER_NBYTES = 17_000_000
@@ -24,6 +24,7 @@ _SHARED_NBYTES = 26_000_000  # what the workers share, and what looks after them
 # interpreter's lock some ten times. Processes need a quarter of a second before they are there.
 _LOCKED_CORES = 3
 _WORTH_NBYTES = 2_000_000_000
+_XET_NBYTES = 300_000_000  # a process that sends to the Hub, at any size of what it sends
 _FAR_TASKS = 4  # one stream of a store brings some 85 MB/s
 
 
@@ -46,6 +47,8 @@ class Choice(NamedTuple):
             tensor.source for file in plan.written for tensor, _ in file.tensors
         ):
             nbytes += TASK_NBYTES * (self.workers or 1)
+        if isinstance(plan.target.folder.store, CommittedStore):
+            nbytes += _XET_NBYTES * ((self.workers or 1) if self.executor == "processes" else 1)
         apart = _SHARED_NBYTES + WORKER_NBYTES * (self.workers or 1) if self.executor == "processes" else 0
         return nbytes + apart
 
