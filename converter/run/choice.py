@@ -12,7 +12,7 @@ from converter.run.tasks import buffers_nbytes
 from converter.run.workers import parse
 from converter.run.workers.cores import SAFE_PYTHON, default_workers
 from converter.storage import Place, list_entries
-from converter.storage.far import CommittedStore, TASK_NBYTES
+from converter.storage.far import TASK_NBYTES, CommittedStore
 from converter.tensors.reader import are_far
 
 WORKER_NBYTES = 17_000_000
