@@ -372,7 +372,11 @@ def ask(
             continue
         if response.status not in _REDIRECTS or "Location" not in response.headers:
             return _Answer(response)
-        to = leads_to(place, url, response.headers["Location"])
+        try:
+            to = leads_to(place, url, response.headers["Location"])
+        except Unsupported:
+            response.close()
+            raise
         is_elsewhere = _host_of(to) != _host_of(url)
         if is_elsewhere and not goes_on:
             return _Answer(response)

@@ -19,6 +19,7 @@ from remote.wire import Wire
 
 AMBIENT = ("AWS_", "AZURE_", "AZURITE_", "GOOGLE_", "HF_", "HUGGING", "HUGGINGFACE_")
 HERE = Path(__file__).parent
+LEFT_OPEN = "Exception ignored in. <socket"
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 _Store = TypeVar("_Store", bound=stores.Store)
 
@@ -28,6 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.remote)
+            # What clients keep open for the next request goes when they do, and that may be in any test.
+            item.add_marker(pytest.mark.filterwarnings(f"ignore:{LEFT_OPEN}:pytest.PytestUnraisableExceptionWarning"))
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +116,7 @@ def web(web_port: int, web_root: Path, nowhere: None) -> Iterator[stores.Web]:
 @pytest.fixture
 def hub(nowhere: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """Give a Hub without repositories; whoever asks in this process may write to those of ``me`` and ``org``."""
-    from huggingface_hub import constants
+    from huggingface_hub import close_session, constants
 
     hub = Hub(tmp_path / "hub")
     for name, value in {**hub.env, "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}.items():
@@ -127,4 +130,5 @@ def hub(nowhere: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     yield hub
+    close_session()
     hub.close()
