@@ -180,7 +180,7 @@ def test_who_is_asked_to_wait_waits(wconv: Wconv, hub: Hub, model: Path, where: 
     wconv("inspect", URL)
     (met,) = rule.met
     again = next(asked for asked in wire.asked if asked.target == met.target and asked is not met)
-    assert again.began - met.ended >= 1
+    assert again.began - met.began >= 1  # the other side may note late that it has ended
 
 
 def test_who_is_asked_to_wait_long_says_so(wconv: Wconv, hub: Hub, model: Path) -> None:
