@@ -6,17 +6,17 @@ together, by the names in it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import filter as matching
+from functools import partial
 
 from converter.errors import BadFile, TrainingPiece, Unsupported
 from converter.formats import safetensors, training
 from converter.formats.torch import archive, legacy, writer
 from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.storage import OpenFile, Place, list_entries
+from converter.storage.far import look_at_each
 from converter.tensors.base import Layout, TensorSpec, WeightsFile
 
 ReadFile = Callable[[OpenFile, Reading], WeightsFile]
@@ -36,7 +36,6 @@ class Writer:
 
 
 _HEAD_NBYTES = 512
-_AT_ONCE = 16
 _KEPT_NBYTES = 1 << 16  # most headers are within it, and need no second request over a network
 
 
@@ -147,16 +146,7 @@ def refuse_folder(folder: Place) -> None:
 
 def read_files(places: Iterable[Place], reading: Reading = PLAIN) -> Iterator[WeightsFile]:
     """Read the headers of files, in order; of those that are far some at once, as each takes its time to come."""
-    places = list(places)
-    if len(places) < 2 or not places[0].store.is_far:
-        yield from (read_file(place, reading) for place in places)
-        return
-    with ThreadPoolExecutor(min(_AT_ONCE, len(places))) as pool:
-        try:
-            yield from pool.map(read_file, places, itertools.repeat(reading))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return look_at_each(partial(read_file, reading=reading), list(places))
 
 
 def read_file(place: Place, reading: Reading = PLAIN) -> WeightsFile:

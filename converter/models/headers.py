@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from converter.dtypes import DType
@@ -12,10 +11,10 @@ from converter.errors import BadFile, HostileFile, SystemRefused, Unreachable, W
 from converter.formats import read_file
 from converter.formats.torch.state_dict import Reading
 from converter.storage import Place
+from converter.storage.far import look_at_each
 from converter.tensors.base import MAX_TENSORS
 
 LENIENT = Reading(strip_code=True, lenient=True)
-_AT_ONCE = 16
 _MAX_TENSORS = 2 * MAX_TENSORS  # of all sets in one folder: names and dtypes of all are held at once
 
 
@@ -40,23 +39,14 @@ def read_all(folder: Place, names: Iterable[str]) -> dict[str, Header]:
     """Read the headers of files in a folder; those that would be too much together are errors."""
     headers: dict[str, Header] = {}
     room = _MAX_TENSORS
-    for name, header in _read_some(folder, list(names)):
+    names = list(names)
+    for name, header in zip(names, look_at_each(_read, [folder / name for name in names]), strict=True):
         room -= len(header.names)
         if room < 0:
             problem = f"is one of several that describe more than {_MAX_TENSORS:,} tensors together"
             header = Header(name, header.nbytes, error=HostileFile(folder / name, problem))
         headers[name] = header
     return headers
-
-
-def _read_some(folder: Place, names: Sequence[str]) -> Iterator[tuple[str, Header]]:
-    """Read headers in order; of those that are far some at once."""
-    places = [folder / name for name in names]
-    if len(places) < 2 or not folder.store.is_far:
-        yield from zip(names, map(_read, places), strict=True)
-        return
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield from zip(names, pool.map(_read, places), strict=True)
 
 
 def _read(place: Place) -> Header:

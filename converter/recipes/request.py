@@ -139,7 +139,7 @@ def _unless_done(request: Request, make: Callable[[Request], Plan], name: str) -
         if request.publishing.overwrite:
             raise
         plan = make(replace(request, publishing=replace(request.publishing, overwrite=True)))
-        if getattr(plan.target.folder.store, "keeps_notes", False):
+        if plan.target.folder.store.keeps_notes:
             lacking, strange = find_other(plan, name)
             if strange:
                 what = f"{strange[0]} is of something else, or of another command"

@@ -118,7 +118,7 @@ def _run_far(plan: Plan, tasks: Tasks, request: str, verify: bool, begun: float)
     folder = plan.target.folder
     check_workers(tasks.workers, _storages(plan.files), None if plan.is_there else folder)
     if plan.is_there:
-        if verify or not getattr(folder.store, "keeps_notes", False):
+        if verify or not folder.store.keeps_notes:
             _check_output(plan, tasks)
         return Result(plan, time.perf_counter() - begun, verified=True)
     reused, too_large, told = upload_plan(plan, tasks, request, verify)

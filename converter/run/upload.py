@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -34,12 +33,11 @@ from converter.run.parts import (
 from converter.run.tasks import Call, Tasks
 from converter.run.watch import advance
 from converter.storage import FileRef, Place, Store
-from converter.storage.far import PART_NBYTES, Receipt, WritableStore, Writer
+from converter.storage.far import PART_NBYTES, CommittedStore, Publication, Receipt, WritableStore, Writer, at_once
 from converter.storage.streams import count_streams
 from converter.tensors.reader import are_far
 
 _T = TypeVar("_T")
-_AT_ONCE = 16  # questions
 _SMALL_NBYTES = 1 << 20  # what is copied with what comes last
 _HELD_NBYTES = 1 << 25  # of that, the smallest
 _LAST = ("model_index.json",)
@@ -79,6 +77,7 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
     store = _store_of(plan)
     folder = plan.target.folder
     uploads, texts = _split(plan, request)
+    commits = isinstance(store, CommittedStore)
     written: list[Receipt] = []
     reused, too_large, has_begun = 0, Counter[str](), False
     try:
@@ -90,7 +89,7 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
             tasks.name_file(f"{len(written):,} of {len(uploads):,}: {one.receipt.name}")
             reused += one.receipt.nbytes if one.was_there else 0
             too_large += one.too_large
-        if verify and not store.commits:
+        if verify and not commits:
             tasks.finish(_calls(compare_file, (upload for upload in uploads if upload.planned)), plan.window)
         if store.keeps_notes:
             gone = _look_again(store, uploads)
@@ -98,10 +97,10 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
                 del written[: len(gone)]
                 raise SystemRefused(gone[0], "was written, and is not there any more", "Run this again.")
         removed = [(folder / name).key for name in plan.replaced if name not in plan.names]
-        told = store.publish(folder.key, written, texts, removed, _message(plan), plan.overwrite)
+        told = store.publish(Publication(written, texts, removed, _message(plan), plan.overwrite))
     except BaseException as error:
         store.snapshot.forget()
-        if isinstance(error, WconvError) and not store.commits:
+        if isinstance(error, WconvError) and not commits:
             notes = {upload.place.key: upload.note for upload in uploads} | {key: note for key, _, note in texts}
             if has_begun and plan.replaced:
                 error.advice = f"{error.advice} What was there before may not be whole any more.".strip()
@@ -112,8 +111,7 @@ def upload_plan(plan: Plan, tasks: Tasks, request: str, verify: bool) -> tuple[i
 
 def _look_again(store: WritableStore, uploads: Sequence[Upload]) -> list[Place]:
     """Give the files that have gone since they were written; raises OutputRefused for one that is another by now."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = list(pool.map(store.stored, (upload.place.key for upload in uploads)))
+    found = list(at_once(store.stored, (upload.place.key for upload in uploads)))
     for upload, stored in zip(uploads, found, strict=True):
         if stored is not None and (stored[0].nbytes, stored[1]) != (upload.nbytes, upload.note):
             advice = "Run this again when nobody else writes there."
@@ -125,8 +123,7 @@ def _settle(store: WritableStore, error: WconvError, notes: Mapping[str, str], w
     """Take back what a run has written that came to an error of its source, or say what is kept after any other."""
     if isinstance(error, BadFile | OutputRefused | LossyCast):
         try:  # what is wrong with one may be wrong with all; a task that was past its end has told nobody
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                found = list(pool.map(store.note_of, notes))
+            found = at_once(store.note_of, notes)
             store.withdraw([key for (key, note), there in zip(notes.items(), found, strict=True) if there == note])
         except WconvError:
             error.advice = f"{error.advice} What was written before is still there.".strip()
@@ -221,8 +218,7 @@ def find_other(plan: Plan, request: str) -> tuple[list[str], list[str]]:
     notes = notes_of(plan, request)
     there = dict(_files_in(plan.target.folder))
     known = [name for name in notes if name in there]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = dict(zip(known, pool.map(store.note_of, (there[name].key for name in known)), strict=True))
+    found = dict(zip(known, at_once(store.note_of, (there[name].key for name in known)), strict=True))
     lacking = [name for name, note in notes.items() if found.get(name) != note]
     # A single file may go into a folder that holds others.
     is_shared = plan.source.kind == "file"
@@ -305,7 +301,7 @@ def upload_file(upload: Upload, chunk_nbytes: int = CHUNK_NBYTES) -> Uploaded:
         if upload.nbytes > PART_NBYTES:  # that has taken time
             _is_done(upload, store)
     assert out.receipt is not None
-    if upload.planned and not store.commits:
+    if upload.planned and not isinstance(store, CommittedStore):
         _check_head(place, upload.planned)
     return Uploaded(out.receipt, too_large)
 

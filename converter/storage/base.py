@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import starmap
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, Protocol
@@ -143,6 +144,7 @@ class Store(Protocol):
     """
 
     lists_all: bool = True
+    keeps_notes: bool = False
     is_far: bool = False
     loaders_name: str = ""
     """What loaders know it by, if they do."""
@@ -334,6 +336,16 @@ def without_secrets(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def hold_installed(url: str, extra: str, *names: str) -> None:
+    """Raise Unsupported where a library is missing that a store needs; the ``extra`` of wconv's brings it."""
+    try:
+        for name in names:
+            import_module(name)
+    except ImportError as error:
+        problem = f"needs {error.name}, which is not installed here"
+        raise Unsupported(url, problem, f"pip install 'wconv[{extra}]'") from None
 
 
 def list_entries(folder: Place) -> list[Place]:

@@ -12,16 +12,20 @@ from abc import abstractmethod
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from converter.errors import BadFile, Unreachable
-from converter.storage.base import FileRef, Info, OpenFile, Place, Store
+from converter.storage.base import FileRef, Info, OpenFile, Place, Store, Tag
 from converter.storage.streams import HELD_NBYTES, Stream, plan_streams
 
 _HEAVY_NBYTES = 1 << 21
 _MAX_OPEN = 4  # streams of a file at once
+_AT_ONCE = 16  # questions
+_A = TypeVar("_A")
+_T = TypeVar("_T")
 
 heeded: list[Callable[[], object]] = []
 """What is called while somebody waits for a network, and raises where nobody waits for them any more."""
@@ -46,6 +50,21 @@ def stop_waiting() -> None:
     """Have those stop that wait for a network."""
     for stop in stopping.copy():  # one may end meanwhile
         stop()
+
+
+def at_once(function: Callable[[_A], _T], arguments: Iterable[_A]) -> Iterator[_T]:
+    """Give what a function says of each argument, in order; some are asked at once, as each takes its time."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            yield from pool.map(function, arguments)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def look_at_each(function: Callable[[Place], _T], places: Sequence[Place]) -> Iterator[_T]:
+    """Give what a function says of each place of one store, in order; of those that are far some are asked at once."""
+    return at_once(function, places) if len(places) > 1 and places[0].store.is_far else map(function, places)
 
 
 class FarFile(OpenFile):
@@ -265,16 +284,25 @@ class Snapshot:
 
 
 class Receipt(NamedTuple):
-    """What a file that was written is known by: its path from the target, its size, and what the store says of it.
-
-    ``sha256`` and ``sample``, its first bytes, are for stores that take files by their hashes.
-    """
+    """What a file that was written is known by: its key, its size, and its hash in stores that take files by that."""
 
     name: str
     nbytes: int
-    tag: str = ""
     sha256: str = ""
-    sample: bytes = b""
+
+
+class Publication(NamedTuple):
+    """What makes a set of files that were written: small ``texts``, keys with contents and notes, in order.
+
+    ``removed`` are keys of what goes. Others' files are in the way of texts, unless it ``replaces`` them. ``message``
+    says what it is, where that is kept.
+    """
+
+    written: Sequence[Receipt]
+    texts: Sequence[tuple[str, bytes, str]]
+    removed: Sequence[str]
+    message: str
+    replaces: bool
 
 
 class Writer(Protocol):
@@ -335,27 +363,29 @@ class FarStore(Store):
                 seen.folders[folder] = self.look_in(folder)
             return seen.folders[folder]
 
-    def found(self, place: Place) -> Info:
-        """Give what is known of a file that is to be opened; raises BadFile for what is none."""
-        info = self.stat(place.key)
-        if info is None:
-            raise BadFile(place, "does not exist")
-        if info.kind != "file":
-            raise BadFile(place, "is no file")
-        return info
+    def open(self, place: Place, tag: Tag | None) -> OpenFile:
+        if tag is None:
+            info = self.stat(place.key)
+            if info is None:
+                raise BadFile(place, "does not exist")
+            if info.kind != "file":
+                raise BadFile(place, "is no file")
+            tag = info.tag
+        assert isinstance(tag, str)
+        return self.opened(FileRef(place, tag), tag)
+
+    @abstractmethod
+    def opened(self, ref: FileRef, tag: str) -> OpenFile:
+        """Give a file that is there as its tag says, with no more questions."""
 
 
 class WritableStore(FarStore):
     """A store that can be written to, a whole file at a time, each by one worker.
 
-    One that ``keeps_notes`` can tell what a file was made of. In one that ``commits`` nothing is seen of what is
-    written before all of it is published.
+    One that ``keeps_notes`` can tell what a file was made of.
     """
 
     __slots__ = ()
-
-    keeps_notes = False
-    commits = False
 
     @abstractmethod
     def writer(self, key: str, nbytes: int, note: str) -> AbstractContextManager[Writer]:
@@ -377,16 +407,8 @@ class WritableStore(FarStore):
         """Make what is to be written to, where that is wanted."""
 
     @abstractmethod
-    def publish(
-        self,
-        key: str,
-        written: Sequence[Receipt],
-        texts: Sequence[tuple[str, bytes, str]],
-        removed: Sequence[str],
-        message: str,
-        replaces: bool,
-    ) -> str:
-        """Let what was written be seen below a key: small files with their notes, in order; give what is to be told.
+    def publish(self, what: Publication) -> str:
+        """Let what was written be seen as a set; give what is to be told.
 
         Raises OutputRefused where somebody else has written there meanwhile.
         """
@@ -397,11 +419,9 @@ class WritableStore(FarStore):
 
 
 class CommittedStore(WritableStore):
-    """A store in which all that is written appears with one commit."""
+    """A store in which nothing is seen of what is written before all of it appears, with one commit."""
 
     __slots__ = ()
-
-    commits = True
 
     @abstractmethod
     def to_write(self, create: bool, private: bool, pr: bool) -> CommittedStore:

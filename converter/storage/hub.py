@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,8 +21,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 from converter.errors import BadFile, BadRequest, OutputRefused, Unreachable, Unsupported, WconvError
 from converter.storage import web
-from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed, without_secrets
-from converter.storage.far import CommittedStore, Receipt, Writer, mark_of, nbytes_of, stopping, tag_of
+from converter.storage.base import FileRef, Info, OpenFile, Place, changed, hold_installed, without_secrets
+from converter.storage.far import CommittedStore, Publication, Receipt, Writer, mark_of, nbytes_of, stopping, tag_of
 from converter.storage.local import open_copy
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -160,6 +160,10 @@ class HubStore(CommittedStore):
     def _unreadable(self) -> Unreachable:
         return Unreachable(self.spell(""), "is described in a way that wconv does not know", "Look at HF_ENDPOINT.")
 
+    def _to_write_by(self, what: str) -> str:
+        """Name what is asked of the Hub to write to the repository."""
+        return f"{what}/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
+
     def _api(self) -> str:
         return f"{endpoint()}/api/models/{self.repo}"
 
@@ -245,7 +249,7 @@ class HubStore(CommittedStore):
         known = headers()
         if not known:
             raise Unreachable(self.spell(""), "is written to by those that the Hub knows", _SIGN_IN)
-        what = f"xet-write-token/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
+        what = self._to_write_by("xet-write-token")
         token = self.ask_api(what)
         try:
             access: dict[str, Any] = {"endpoint": str(token["casUrl"]), "token": str(token["accessToken"])}
@@ -264,7 +268,7 @@ class HubStore(CommittedStore):
             raise Unreachable(
                 self.spell(key), f"has come to {found.file_size:,} bytes, not {nbytes:,}", "Run it again."
             )
-        writer.receipt = Receipt(key, nbytes, found.hash, found.sha256)
+        writer.receipt = Receipt(key, nbytes, found.sha256)
 
     @contextmanager
     def _worded(self, key: str) -> Iterator[None]:
@@ -284,36 +288,28 @@ class HubStore(CommittedStore):
             # What it says may hold an address that is signed.
             raise Unreachable(self.spell(key), f"cannot be sent to the Hub{answer}", advice) from None
 
-    def publish(
-        self,
-        key: str,
-        written: Sequence[Receipt],
-        texts: Sequence[tuple[str, bytes, str]],
-        removed: Sequence[str],
-        message: str,
-        replaces: bool,
-    ) -> str:
+    def publish(self, what: Publication) -> str:
         """Make the one commit that all of it becomes visible with."""
-        contents = {name: content for name, content, _ in texts}
-        receipts = list(written)
+        contents = {name: content for name, content, _ in what.texts}
+        receipts = list(what.written)
         for name in self._not_in_git(contents):
             with self.writer(name, len(contents[name]), "") as out:
                 out.write(memoryview(contents.pop(name)))
             assert out.receipt is not None
             receipts.append(out.receipt)
         at = self.pinned()
-        if not self.commit and not replaces and at.list("."):
+        if not self.commit and not what.replaces and at.list("."):
             raise OutputRefused(self.spell(""), _MADE, "Use --overwrite to replace what it has.")
         lines: list[tuple[str, dict[str, Any]]] = [
-            ("header", {"summary": message, "description": "", "parentCommit": at.commit}),
-            *(("deletedFile", {"path": name}) for name in removed),
+            ("header", {"summary": what.message, "description": "", "parentCommit": at.commit}),
+            *(("deletedFile", {"path": name}) for name in what.removed),
             *(("lfsFile", {"path": one.name, "algo": "sha256", "oid": one.sha256, "size": one.nbytes})
               for one in receipts),
             *(("file", {"path": name, "content": b64encode(content).decode(), "encoding": "base64"})
               for name, content in contents.items()),
         ]  # fmt: skip
-        body = b"".join(json.dumps({"key": what, "value": value}).encode() + b"\n" for what, value in lines)
-        url = f"{self._api()}/commit/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
+        body = b"".join(json.dumps({"key": key, "value": value}).encode() + b"\n" for key, value in lines)
+        url = f"{self._api()}/{self._to_write_by('commit')}"
         sent = {**headers(), "Content-Type": "application/x-ndjson"}
         answer, _ = web.ask_json("POST", url, Place(self, "."), sent, self._check_commit, body=body, is_once=True)
         self.snapshot.forget()
@@ -334,29 +330,20 @@ class HubStore(CommittedStore):
         ]
         if not files:
             return []
-        what = f"preupload/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
-        modes = self.ask_api(what, {"files": files}).get("files")
+        modes = self.ask_api(self._to_write_by("preupload"), {"files": files}).get("files")
         if not isinstance(modes, list) or not all(isinstance(one, dict) for one in modes):
             raise self._unreadable()
         return [name for one in modes if (name := str(one.get("path"))) in contents and one.get("uploadMode") == "lfs"]
 
     def try_to_write(self, key: str) -> None:
-        url = f"{self._api()}/xet-write-token/{quote(self.revision, safe='')}{'?create_pr=1' if self.as_pr else ''}"
-        with web.ask("GET", url, Place(self, "."), headers()) as response:
-            self.check(response.status, response.headers)
+        self.ask_api(self._to_write_by("xet-write-token"))
 
-    def open(self, place: Place, tag: Tag | None) -> OpenFile:
-        if tag is None:
-            tag = self.found(place).tag
-        assert isinstance(tag, str)
+    def opened(self, ref: FileRef, tag: str) -> OpenFile:
         from huggingface_hub import try_to_load_from_cache
 
-        there = try_to_load_from_cache(self.repo, place.key, revision=self.commit) if self.commit else None
-        if isinstance(there, str):
-            copy = open_copy(FileRef(place, tag), there, nbytes_of(tag))
-            if copy is not None:
-                return copy
-        return _File(FileRef(place, tag), nbytes_of(tag))
+        there = try_to_load_from_cache(self.repo, ref.place.key, revision=self.commit) if self.commit else None
+        copy = open_copy(ref, there, nbytes_of(tag)) if isinstance(there, str) else None
+        return copy or _File(ref, nbytes_of(tag))
 
 
 class _Writer:
@@ -475,15 +462,6 @@ def open_url(url: str) -> Place:
         raise BadRequest(shown, "names no model of the Hub", "It is spelled hf://owner/name@revision/folder.")
     if any(part in (".", "..") or "\0" in part for part in inner.split("/")):
         raise BadRequest(shown, "has a part that no folder has", "Name it plainly.")
-    check_installed(url)
+    hold_installed(url, "hub", "huggingface_hub", "urllib3")
     commit = revision if _COMMIT.fullmatch(revision) else ""
     return Place(HubStore(f"{owner}/{name}", revision, commit), inner.strip("/") or ".")
-
-
-def check_installed(url: str) -> None:
-    """Raise Unsupported where a library is missing."""
-    try:
-        import huggingface_hub  # noqa: F401
-        import urllib3  # noqa: F401
-    except ImportError as error:
-        raise Unsupported(url, f"needs {error.name}, which is not installed here", "pip install 'wconv[hub]'") from None

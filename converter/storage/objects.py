@@ -23,8 +23,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from converter.errors import BadFile, BadRequest, OutputRefused, Unreachable, Unsupported, WconvError
-from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed, without_secrets
-from converter.storage.far import PART_NBYTES, FarFile, Receipt, WritableStore, Writer, mark_of, nbytes_of, tag_of
+from converter.storage.base import FileRef, Info, OpenFile, Place, changed, hold_installed, without_secrets
+from converter.storage.far import (
+    PART_NBYTES,
+    FarFile,
+    Publication,
+    Receipt,
+    WritableStore,
+    Writer,
+    mark_of,
+    nbytes_of,
+    tag_of,
+)
 
 if TYPE_CHECKING:
     from obstore import WritableFile
@@ -119,11 +129,8 @@ class ObjectStore(WritableStore):
         objects = ((one["path"].rpartition("/")[2], one) for one in found["objects"] if one["path"] != key)
         return entries | {name: _info_of(one) for name, one in objects if name and name not in entries}
 
-    def open(self, place: Place, tag: Tag | None) -> OpenFile:
-        if tag is None:
-            tag = self.found(place).tag
-        assert isinstance(tag, str)
-        return _File(FileRef(place, tag), nbytes_of(tag))
+    def opened(self, ref: FileRef, tag: str) -> OpenFile:
+        return _File(ref, nbytes_of(tag))
 
     def note_of(self, key: str) -> str:
         """Give the note that a file was written with; nothing for one that has none, or is not there."""
@@ -172,21 +179,13 @@ class ObjectStore(WritableStore):
                 _insist(obstore.delete, self._client(), key)
         self.snapshot.forget()
 
-    def publish(
-        self,
-        key: str,
-        written: Sequence[Receipt],
-        texts: Sequence[tuple[str, bytes, str]],
-        removed: Sequence[str],
-        message: str,
-        replaces: bool,
-    ) -> str:
+    def publish(self, what: Publication) -> str:
         import obstore
 
-        self.withdraw(removed)
-        for name, content, note in texts:
+        self.withdraw(what.removed)
+        for name, content, note in what.texts:
             # What a run of ours that was stopped has written is written again.
-            may_replace = replaces or self.note_of(name) == note
+            may_replace = what.replaces or self.note_of(name) == note
             mode: Literal["overwrite", "create"] = "overwrite" if may_replace else "create"
             try:
                 with self._worded(name):
@@ -364,16 +363,8 @@ def open_url(url: str) -> Place:
         raise BadRequest(url, "has a part that no folder has", "Name it plainly.")
     if scheme == "az" and "\\" in key:  # which would come out as a slash there
         raise BadRequest(url, "has a backslash, which Azure takes for a slash", "Name it plainly.")
-    check_installed(url)
+    hold_installed(url, "remote", "obstore")
     return Place(ObjectStore(scheme, bucket), "/".join(parts) or ".")
-
-
-def check_installed(url: str) -> None:
-    """Raise Unsupported where the library is missing."""
-    try:
-        import obstore  # noqa: F401
-    except ImportError:
-        raise Unsupported(url, "needs obstore, which is not installed here", "pip install 'wconv[remote]'") from None
 
 
 @lru_cache(64)

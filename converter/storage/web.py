@@ -27,7 +27,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 from weakref import WeakSet
 
 from converter.errors import BadRequest, Unreachable, Unsupported
-from converter.storage.base import FileRef, Info, OpenFile, Place, Tag, changed, without_secrets
+from converter.storage.base import FileRef, Info, OpenFile, Place, changed, hold_installed, without_secrets
 from converter.storage.far import FarFile, FarStore, heed, mark_of, nbytes_of, stopping, tag_of
 
 if TYPE_CHECKING:
@@ -184,11 +184,8 @@ class WebStore(FarStore):
             file.close()
         return content if isinstance(content, dict) else {}
 
-    def open(self, place: Place, tag: Tag | None) -> OpenFile:
-        if tag is None:
-            tag = self.found(place).tag
-        assert isinstance(tag, str)
-        return WebFile(FileRef(place, tag), nbytes_of(tag))
+    def opened(self, ref: FileRef, tag: str) -> OpenFile:
+        return WebFile(ref, nbytes_of(tag))
 
 
 def _is_plain(name: str) -> bool:
@@ -617,13 +614,5 @@ def open_url(url: str) -> Place:
         raise BadRequest(shown, "is a page of the Hub", f"Name the model itself: hf://{page[1]}.")
     if any(part in (".", "..") or not part.isprintable() for part in key.split("/")):
         raise BadRequest(url, "has a part that no folder has", "Name it plainly.")
-    check_installed(url)
+    hold_installed(url, "remote", "urllib3")
     return Place(WebStore(f"{parts.scheme}://{parts.netloc}"), key or ".")
-
-
-def check_installed(url: str) -> None:
-    """Raise Unsupported where the library is missing."""
-    try:
-        import urllib3  # noqa: F401
-    except ImportError:
-        raise Unsupported(url, "needs urllib3, which is not installed here", "pip install 'wconv[remote]'") from None

@@ -26,6 +26,14 @@ def drive(store: stores.Store, *arguments: object) -> clusters.Driver:
     return clusters.Driver(arguments, (sys.executable, "-m", "converter"), clusters.ROOT, **nobody, **store.env)
 
 
+def save_llama(folder: Path, save: Callable[[tiny.State, Path], object] = tiny.save_bin_shards) -> Path:
+    """Write small shards in one of the forms, with a config and a tokenizer."""
+    save(tiny.make_state(), folder)
+    tiny.write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+    tiny.write_json(folder / "tokenizer.json", {"a": 1})
+    return folder
+
+
 def large_state() -> tiny.State:
     """Make a tensor that goes up in parts, many small ones, one without elements and one without dimensions."""
     torch.manual_seed(0)
