@@ -114,6 +114,12 @@ def web(web_port: int, web_root: Path, nowhere: None) -> Iterator[stores.Web]:
 
 
 @pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask what fails in passing again at once."""
+    monkeypatch.setattr("converter.storage.web._WAIT_SECONDS", 0.001)
+
+
+@pytest.fixture
 def hub(nowhere: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """Give a Hub without repositories; whoever asks in this process may write to those of ``me`` and ``org``."""
     from huggingface_hub import close_session, constants

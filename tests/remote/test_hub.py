@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from support import tiny
 from support.clusters import ROOT
 
-from converter.storage import place_of, web
+from converter.storage import place_of
+from remote import models
 from remote.hub_repos import whole
 from remote.hub_server import READS, WRITES, Hub
 from remote.wire import Answer, Asked, Call, Drop, Fault, Shorten
@@ -29,18 +30,13 @@ NAME = "org/model"
 URL = f"hf://{NAME}"
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "_WAIT_SECONDS", 0.001)
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Make a model with what it needs and what it does not."""
-    folder = tmp_path / "model"
-    tiny.save_bin_shards(tiny.make_state(), folder)
-    tiny.write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
-    tiny.write_json(folder / "tokenizer.json", {"a": 1})
+    folder = models.save_llama(tmp_path / "model")
     (folder / "README.md").write_text("A model.\n")
     return folder
 

@@ -20,8 +20,7 @@ from support import tiny
 
 from converter import convert
 from converter.errors import SystemRefused
-from converter.storage import web
-from remote import stores
+from remote import models, stores
 from remote.hub_http import Request
 from remote.hub_repos import whole
 from remote.hub_server import READS, WRITES, Hub
@@ -34,17 +33,12 @@ URL = f"hf://{NAME}"
 LATEST = 60  # seconds
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "_WAIT_SECONDS", 0.001)
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    tiny.save_bin_shards(tiny.make_state(), folder)
-    tiny.write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
-    tiny.write_json(folder / "tokenizer.json", {"a": 1})
+    folder = models.save_llama(tmp_path / "model")
     (folder / "notes" / "a b.txt").parent.mkdir()
     (folder / "notes" / "a b.txt").write_text("kept")
     return folder

@@ -18,25 +18,19 @@ from support import tiny
 from converter.errors import BadRequest, Unsupported
 from converter.storage import place_of
 from converter.storage import web as store
-from remote import stores
+from remote import models, stores
 from remote.test_hub import folder_of
 from remote.wire import Answer, Asked, Call, Drop, Fault, Hang, Retag, Shorten
 
 Wconv = Callable[..., Outcome]
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_WAIT_SECONDS", 0.001)
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    tiny.save_safetensors_shards(tiny.make_state(), folder)
-    tiny.write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
-    tiny.write_json(folder / "tokenizer.json", {"a": 1})
-    return folder
+    return models.save_llama(tmp_path / "model", tiny.save_safetensors_shards)
 
 
 def serve(web: stores.Web, folder: Path) -> None:
