@@ -22,7 +22,7 @@ MAX_LEN = 4096
 def reader(target: str) -> Callable[[Path, bytes], object]:
     """Give what a target does with the bytes it is fed."""
     from converter.formats import safetensors
-    from converter.formats.torch import archive, legacy
+    from converter.formats.torch import files
     from converter.formats.torch.rebuild import parse_pickle
     from converter.formats.torch.state_dict import Reading, choose_state_dict
     from converter.storage import OpenFile, place_of
@@ -44,8 +44,8 @@ def reader(target: str) -> Callable[[Path, bytes], object]:
                     len(chunk)
 
     return {
-        "zip": lambda path, _: read_values(path, lambda file: archive.read_file(file, lenient)),
-        "stream": lambda path, _: read_values(path, lambda file: legacy.read_file(file, lenient)),
+        "zip": lambda path, _: read_values(path, lambda file: files.read_file(file, lenient)),
+        "stream": lambda path, _: read_values(path, lambda file: files.read_file(file, lenient)),
         "pickle": read_pickle,
         "safetensors": lambda path, _: read_values(path, safetensors.read_file),
     }[target]

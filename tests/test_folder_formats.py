@@ -60,7 +60,7 @@ def write_hive(folder: Path, state: Mapping[str, torch.Tensor] = STATE) -> Path:
 
 @pytest.fixture(autouse=True)
 def hive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FOLDERS, "hive", FolderRow("*.cell", "hive.map", ("hive.map",), read_hive))
+    monkeypatch.setitem(FOLDERS, "hive", FolderRow(r"hive\.map|.+\.cell", r"hive\.map", (), read_hive))
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_it_has_no_variants(wconv: Callable[..., Any], folder: Path) -> None:
 def test_a_row_may_say_why_nothing_reads_it(
     wconv: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = FolderRow("*.cell", "hive.map", (), None, "is a hive", "Let the bees out.")
+    row = FolderRow(r"hive\.map|.+\.cell", r"hive\.map", (), None, "is a hive", "Let the bees out.")
     monkeypatch.setitem(FOLDERS, "hive", row)
     for source in (folder, folder.parent):
         told = wconv("to-safetensors", source, "-o", tmp_path / "out", exit_code=4).stderr

@@ -26,7 +26,7 @@ from support.tiny import read_file, rezip
 from converter.dtypes import BY_TORCH_NAME
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError
 from converter.formats import zip_records
-from converter.formats.torch import archive as torch_archive
+from converter.formats.torch import content as torch_content
 from converter.plan.types import PlannedFile, PlannedTensor
 from converter.run.parts import cut_pieces
 from converter.storage import place_of
@@ -460,14 +460,14 @@ def test_a_deflated_record_of_many_views(tmp_path: Path, monkeypatch: pytest.Mon
     views = {str(place): BASE.view(-1)[place : place + 1] for place in range(24)}
     path = write_deflated(tmp_path, saved_by_torch(views))
     assert_reads_as_torch_does(path)
-    monkeypatch.setattr(torch_archive, "_SMALL_NBYTES", 0)
+    monkeypatch.setattr(torch_content, "_SMALL_NBYTES", 0)
     with pytest.raises(Unsupported, match="unpacked 12 times"):
         read_file(path)
 
 
 def test_a_deflated_record_that_is_gathered_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_deflated(tmp_path, saved_by_torch({"t": torch.zeros(600, 400).t(), "w": torch.zeros(600, 400)}))
-    monkeypatch.setattr(torch_archive, "_SMALL_NBYTES", 0)
+    monkeypatch.setattr(torch_content, "_SMALL_NBYTES", 0)
     assert_reads_as_torch_does(path)
     overlapping = torch.zeros(2000).as_strided((1000, 1000), (1, 1))
     with pytest.raises(Unsupported, match="unpacked 61 times"):

@@ -110,8 +110,7 @@ def test_a_part_of_a_distributed_tensor_is_named(wconv: Callable[..., Any], tmp_
     assert "one rank's part" in wconv("to-safetensors", path, exit_code=4).stderr
     with pytest.raises(TrainingPiece, match=r"tensor 'w' is of the class .*ShardedTensor"):
         open_checkpoint(tmp_path / "old.pt")
-    wconv("to-safetensors", path, "--skip-unreadable")
-    assert_same(load_file(tmp_path / "weights.safetensors"), {"a": PLAIN["a"]})
+    wconv("to-safetensors", path, "--skip-unreadable", exit_code=4)
 
 
 def test_a_later_dtype_of_torch_is_named(tmp_path: Path, wconv: Callable[..., Any]) -> None:

@@ -6,16 +6,16 @@ together, by the names in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import filter as matching
 from functools import partial
 
 from converter.errors import BadFile, TrainingPiece, Unsupported
-from converter.formats import safetensors, training
-from converter.formats.torch import archive, legacy, writer
+from converter.formats import dcp, safetensors, training
+from converter.formats.torch import files, writer
 from converter.formats.torch.state_dict import PLAIN, Reading
-from converter.storage import OpenFile, Place, list_entries
+from converter.storage import OpenFile, Place, list_entries, natural_key
 from converter.storage.far import look_at_each
 from converter.tensors.base import Layout, TensorSpec, WeightsFile
 
@@ -50,8 +50,7 @@ def _is_tar(head: bytes) -> bool:
 # By the first bytes of a file. The first row that matches reads it.
 FILES: tuple[tuple[Callable[[bytes], bool], ReadFile], ...] = (
     (_is_safetensors, lambda file, _: safetensors.read_file(file)),
-    (lambda head: head.startswith(b"PK\x03\x04"), archive.read_file),
-    (lambda head: head.startswith(legacy.HEADS), legacy.read_file),
+    (lambda head: head.startswith(files.HEADS), files.read_file),
 )
 WRITERS: Mapping[str, Writer] = {
     "safetensors": Writer(safetensors.lay_out),
@@ -63,14 +62,14 @@ WRITERS: Mapping[str, Writer] = {
 class FolderRow:
     """One format of many files: by which names in a folder it is recognised, and what reads it, or why nothing does.
 
-    ``pieces`` is a pattern that at least one name has, and files of the names ``beside`` lie there too. ``head`` is the
-    file that says what is in the pieces, and ``read_file`` reads that. Where there is no reader, ``problem`` and
-    ``advice`` are said of the folder.
+    ``pieces`` is a pattern of the names of all its files; a group ``of`` in it tells several checkpoints in one folder
+    apart. ``head`` is a pattern of the file that says what is in the others, and ``read_file`` reads that. Files of the
+    names ``beside`` lie there too. Where there is no reader, ``problem`` and ``advice`` are said of the folder.
     """
 
     pieces: str
     head: str
-    beside: tuple[str, ...]
+    beside: tuple[str, ...] = ()
     read_file: ReadFile | None = None
     problem: str = ""
     advice: str = ""
@@ -79,14 +78,42 @@ class FolderRow:
         """Say why a folder of this format is not read, if it is not."""
         return None if self.read_file else TrainingPiece(folder, self.problem, self.advice)
 
+    def find(self, folder: Place, names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Give, of each checkpoint of this format in a folder with these names, its head and its other files."""
+        members: dict[str, list[str]] = {}
+        for name in names:
+            match = re.fullmatch(self.pieces, name)
+            if match:
+                members.setdefault(match.groupdict().get("of") or "", []).append(name)
+        if not members or not all((folder / name).is_file() for name in self.beside):
+            return
+        for of_one in members.values():
+            ordered = sorted(of_one, key=natural_key)
+            head = next((name for name in ordered if re.fullmatch(self.head, name)), None)
+            if head is not None:
+                yield head, tuple(name for name in ordered if name != head)
 
-# The first row that matches speaks.
+
+# The first row that matches a file speaks of it.
 FOLDERS: dict[str, FolderRow] = {
-    "DCP of Megatron": FolderRow("*.distcp", ".metadata", (".metadata", "metadata.json", "common.pt"),
+    "DCP of Megatron": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", ("metadata.json", "common.pt"),
                                  None, *training.DCP_OF_MEGATRON),
-    "DCP": FolderRow("*.distcp", ".metadata", (".metadata",), None, *training.DCP),
-    "DCP, unfinished": FolderRow("*.distcp", ".metadata", (), None, *training.DCP_UNFINISHED),
+    "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), dcp.read_file),
+    "DCP, unfinished": FolderRow(r".+\.distcp", r".+\.distcp", (), None, *training.DCP_UNFINISHED),
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Files of a folder that make weights only together: their format, the one to be read, and the others."""
+
+    format: str
+    head: str
+    pieces: tuple[str, ...]
+
+    @property
+    def row(self) -> FolderRow:
+        return FOLDERS[self.format]
 
 _LFS = "Run 'git lfs pull' in its repository, or fetch the file itself."
 _FETCH = "Fetch the file again."
@@ -115,30 +142,28 @@ def could_be_weights(place: Place) -> bool:
     return _is_tar(head) or any(matches(head) for matches, _ in FILES)
 
 
-def find_format(folder: Place, names: Iterable[str]) -> tuple[str, tuple[str, ...]] | None:
-    """Give the format of many files that a folder is of, given the names in it, and those of its pieces."""
-    names = tuple(names)
+def gather(folder: Place, names: Iterable[str]) -> Iterator[Gathered]:
+    """Give the checkpoints of many files that lie in a folder with these names."""
+    left = set(names)
     for form, row in FOLDERS.items():
-        pieces = matching(names, row.pieces)
-        if pieces and all((folder / name).is_file() for name in row.beside):
-            return form, tuple(name for name in pieces if name != row.head)
-    return None
+        for head, pieces in row.find(folder, left):
+            left.difference_update((head, *pieces))
+            yield Gathered(form, head, pieces)
 
 
 def is_of_many(name: str) -> bool:
     """Say whether a file may be one of those that are read together, by its name."""
-    rows = (row for row in FOLDERS.values() if row.read_file)
-    return any(name == row.head or matching([name], row.pieces) for row in rows)
+    return any(re.fullmatch(row.pieces, name) for row in FOLDERS.values() if row.read_file)
 
 
 def refuse_folder(folder: Place) -> None:
     """Raise TrainingPiece for a folder, without weights that wconv reads, that holds pieces or folders of them."""
     for inner in (folder, *filter(Place.is_folder, folder.entries())):
         entries = list_entries(inner)
-        known = find_format(inner, (place.name for place in entries))
-        refusal = FOLDERS[known[0]].refusal(inner) if known else None
-        if refusal:
-            raise refusal
+        for one in gather(inner, [place.name for place in entries]):
+            refusal = one.row.refusal(inner)
+            if refusal:
+                raise refusal
         for place in entries:
             if place.name.endswith(".pt"):
                 training.check_name(place)
@@ -155,7 +180,8 @@ def read_file(place: Place, reading: Reading = PLAIN) -> WeightsFile:
     The head of a folder's format tells of all its files. Raises BadFile or Unsupported for a file that is none, and
     says what it is instead; TrainingPiece for a part of one.
     """
-    read = next((row.read_file for row in FOLDERS.values() if row.read_file and row.head == place.name), None)
+    rows = (row for row in FOLDERS.values() if row.read_file and re.fullmatch(row.head, place.name))
+    read = next((row.read_file for row in rows), None)
     if not read:
         training.check_name(place)
     with place.open() as file:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from converter.errors import SystemRefused, Unreachable, WconvError
-from converter.formats import FOLDERS, could_be_weights, find_format
+from converter.formats import could_be_weights, gather
 from converter.models.component import WeightSet
 from converter.models.index import WeightIndex, read_index
 from converter.models.names import STEMS, ParsedName, WeightsName, is_other_runtime, is_training_state, parse_name
@@ -105,16 +105,17 @@ def group(folder: Place, parsed: Mapping[str, ParsedName]) -> tuple[tuple[Listed
 
 
 def group_whole(folder: Place, names: Iterable[str]) -> tuple[tuple[ListedSet, ...], dict[str, WconvError]]:
-    """Give the set that the files of a folder, by its names, make together, or what keeps it from being read."""
-    known = find_format(folder, names)
-    if not known:
-        return (), {}
-    form, pieces = known
-    row = FOLDERS[form]
-    refusal = row.refusal(folder)
-    if refusal:
-        return (), {row.head: refusal}
-    return (ListedSet(folder, WeightsName(STEMS["transformers"]["torch"], None, form), (row.head,), pieces=pieces),), {}
+    """Give the sets that files of a folder, by its names, make only together, and what keeps some from being read."""
+    sets: list[ListedSet] = []
+    unread: dict[str, WconvError] = {}
+    for one in gather(folder, names):
+        refusal = one.row.refusal(folder)
+        if refusal:
+            unread[one.head] = refusal
+        else:
+            name = WeightsName(STEMS["transformers"]["torch"], None, one.format)
+            sets.append(ListedSet(folder, name, (one.head,), pieces=one.pieces))
+    return tuple(sets), unread
 
 
 def _join(sets: list[ListedSet], groups: list[ListedSet]) -> list[ListedSet]:

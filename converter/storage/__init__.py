@@ -20,8 +20,10 @@ from converter.storage.base import (
     OpenFile,
     Place,
     Store,
+    Window,
     hold_same,
     list_entries,
+    natural_key,
     without_secrets,
 )
 
@@ -33,8 +35,10 @@ __all__ = [
     "OpenFile",
     "Place",
     "Store",
+    "Window",
     "hold_same",
     "list_entries",
+    "natural_key",
     "place_of",
 ]
 

@@ -52,10 +52,11 @@ class Info(NamedTuple):
 class OpenFile(ABC):
     """A file that is open to be read by ranges, from any offset and in any order; ``nbytes`` is its size.
 
-    Where it ``is_far``, each read may be a request over a network.
+    Where it ``is_far``, each read may be a request over a network. Offset 0 is the byte ``begin`` of what ``ref`` names.
     """
 
     is_far: bool = False
+    begin: int = 0
 
     def __init__(self, ref: FileRef, nbytes: int) -> None:
         self.ref = ref
@@ -135,6 +136,39 @@ class OpenFile(ABC):
         self.expect(((0, self.nbytes),))
         for offset in range(0, self.nbytes, _CHUNK_NBYTES):
             yield self.read(offset, _CHUNK_NBYTES)
+
+
+class Window(OpenFile):
+    """A part of an open file, as a file of its own; its tag, and where it is closed, are the whole's."""
+
+    def __init__(self, file: OpenFile, begin: int, nbytes: int) -> None:
+        super().__init__(file.ref, nbytes)
+        self.file = file
+        self.is_far = file.is_far
+        self.begin = file.begin + begin
+        self._begin = begin
+
+    def read_into(self, offset: int, out: memoryview) -> int:
+        return self.file.read_into(self._begin + offset, out[: max(0, self.nbytes - offset)])
+
+    def fetch(self, offset: int, nbytes: int) -> bytes:
+        return self.file.read(self._begin + offset, nbytes)
+
+    def check(self) -> None:
+        self.file.check()
+
+    def close(self) -> None:
+        """Nothing: whoever has the whole file open closes it."""
+
+
+def natural_key(name: str) -> tuple[tuple[int, str], ...]:
+    """Give what sorts names with numbers in them by those.
+
+    >>> sorted(["rank_10", "rank_9"], key=natural_key)
+    ['rank_9', 'rank_10']
+    """
+    parts = re.split(r"([0-9]{1,18})", name)
+    return tuple((int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts))
 
 
 class Store(Protocol):

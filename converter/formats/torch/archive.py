@@ -10,34 +10,26 @@ as garbage), so all of it is checked here; CRC32s are held against the bytes whe
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from converter.errors import BadFile, HostileFile, Unsupported
-from converter.formats.torch.rebuild import StorageRef, TensorRef, parse_pickle
-from converter.formats.torch.state_dict import Reading, choose_state_dict, negated, resolve
+from converter.formats.torch.content import Content
+from converter.formats.torch.rebuild import StorageRef, parse_pickle
 from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES
 from converter.formats.zip_records import DEFLATED, Record, read_records, spell
-from converter.storage import FileRef, OpenFile, Place
-from converter.tensors.base import ByteRange, PackedRange, Storage, Tensor, TensorSource, WeightsFile
+from converter.storage import OpenFile, Place
+from converter.tensors.base import ByteRange, PackedRange, Storage
 from converter.tensors.leads import STORED, check_lead
-from converter.tensors.view import GATHER_NBYTES, View, span_of
 
 _DAMAGED = "The file is damaged: fetch it again."
-
-# How often deflated records may be inflated: where each tensor has one to itself it is once. A state dict of views of a
-# few large records would take hours; the same of some GB in all, seconds.
-_MAX_INFLATED = 8
-_SMALL_NBYTES = 2_000_000_000
-_SCATTERED_NBYTES = 1 << 16
 
 _MAX_NOTE_NBYTES = 16
 _MAX_BETWEEN = 1 << 14  # of the pickle and the note that torch writes near it: small records, each of them aligned
 
 
-def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
+def open_content(file: OpenFile, strip_code: bool) -> Content:
     """Read the directory and the pickle of an archive; no storage is read."""
     place = file.ref.place
     records = {record.name: record for record in read_records(file)}
@@ -45,83 +37,25 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     pickle, byteorder = _read_descriptions(file, records[root + b"data.pkl"], records.get(root + b"byteorder"))
     if byteorder not in (b"little", b"big"):
         raise BadFile(place, f"notes an order of bytes that is none ({byteorder!r})", _DAMAGED)
-    pickled = parse_pickle(pickle, place, reading.strip_code)
-    state_dict, notes = choose_state_dict(pickled, place, reading)
-    foreign = pickled.foreign
-    del pickle, pickled  # what is not of the state dict takes memory, too
-
     folder = root + b"data/"
 
     def find(storage: StorageRef) -> Storage | None:
         record = records.get(folder + storage.key.encode("utf-8", "surrogatepass"))
-        return None if record is None else _range_of(record, file.ref)
+        return None if record is None else _range_of(record, file)
 
-    is_big = byteorder == b"big"
-    if is_big:
-        notes += tuple(_note_unswapped(state_dict))
-    tensors: list[Tensor] = []
-    packed: list[View] = []
-    for name, ref, view in resolve(state_dict, find, place):
-        tensors.append(Tensor(name, negated(_swapped(view, ref.storage) if is_big else view, ref)))
-        if type(view.storage) is PackedRange:
-            packed.append(view)
-    _check_inflating(packed, place)
-    return WeightsFile(place, "torch", tuple(tensors), {}, notes, foreign)
+    return Content(file.ref, parse_pickle(pickle, place, strip_code), find, byteorder == b"big")
 
 
-def _range_of(record: Record, file: FileRef) -> Storage:
+def _range_of(record: Record, file: OpenFile) -> Storage:
     crc = record.crc32 or None  # 0 means that none was computed (``torch.serialization.set_crc32_options``)
     if record.method == DEFLATED:
-        return PackedRange(file, record.offset, record.nbytes, crc, record.packed_nbytes)
+        return PackedRange(file.ref, file.begin + record.offset, record.nbytes, crc, record.packed_nbytes)
     if record.method != STORED:
         problem = f"its record {spell(record.name)} is compressed"
-        raise Unsupported(file.place, problem, "Save it again with torch.save.")
+        raise Unsupported(file.ref.place, problem, "Save it again with torch.save.")
     if record.packed_nbytes != record.nbytes:
-        raise HostileFile(file.place, f"its record {spell(record.name)} claims two sizes")
-    return ByteRange(file, record.offset, record.nbytes, crc, record.lead)
-
-
-def _swapped(view: View, storage: StorageRef) -> TensorSource:
-    if storage.dtype is None:
-        return view  # as torch does (``load_tensor`` in ``torch/serialization.py``): bytes have no order
-    from converter.tensors.derived import Swapped  # few files need it
-
-    width = storage.dtype.itemsize // (2 if storage.dtype.tag == "C64" else 1)
-    return Swapped(view, width) if width > 1 else view
-
-
-def _note_unswapped(state_dict: Mapping[str, TensorRef]) -> Iterator[str]:
-    untyped = {ref.dtype.tag for ref in state_dict.values() if ref.storage.dtype is None and ref.dtype.itemsize > 1}
-    if untyped:
-        yield f"its {' and '.join(sorted(untyped))} tensors are taken as torch takes them: not turned from big-endian"
-
-
-def _check_inflating(packed: Sequence[View], place: Place) -> None:
-    """Refuse tensors that lie in deflated records where those must be inflated again and again.
-
-    Each tensor is read from its record's start, and so is each part that is gathered of one that is not contiguous.
-    """
-    inflated = sum(map(_inflated_nbytes, packed))
-    once = sum(record.nbytes for record in {view.storage for view in packed})
-    if inflated > _MAX_INFLATED * once + _SMALL_NBYTES:
-        raise Unsupported(
-            place,
-            f"holds {once:,} bytes of compressed records, which would have to be unpacked {inflated // once:,} times",
-            "Load it with torch and save it again with torch.save.",
-        )
-
-
-def _inflated_nbytes(view: View) -> int:
-    numel = math.prod(view.shape)
-    if not numel:
-        return 0
-    span = span_of(view.shape, view.strides)
-    end = (view.start + span) * view.dtype.itemsize
-    if view.is_contiguous:
-        return end
-    # What leaves nothing out and holds nothing twice is gathered in the order of its bytes, a buffer at a time.
-    part = GATHER_NBYTES if span == numel else _SCATTERED_NBYTES
-    return end * (1 + view.dtype.nbytes(numel) // part)
+        raise HostileFile(file.ref.place, f"its record {spell(record.name)} claims two sizes")
+    return ByteRange(file.ref, file.begin + record.offset, record.nbytes, crc, record.lead)
 
 
 def _find_root(names: Mapping[bytes, Any], place: Place) -> bytes:
@@ -142,9 +76,9 @@ def _read_descriptions(file: OpenFile, pickle: Record, note: Record | None) -> t
     """Read the pickle and the order of bytes; at once what lies close together, where that saves a request."""
     stored = _check_small(file, pickle, MAX_PICKLE_NBYTES)
     if note is None:
-        return _unpacked(stored, file.read(*_span(stored))), b"little"
+        return _unpacked(stored, file.read(*_span(stored, file))), b"little"
     stored_note = _check_small(file, note, _MAX_NOTE_NBYTES)
-    (begin, nbytes), (note_begin, note_nbytes) = _span(stored), _span(stored_note)
+    (begin, nbytes), (note_begin, note_nbytes) = _span(stored, file), _span(stored_note, file)
     between = note_begin - begin - nbytes
     if file.is_far and 0 <= between <= _MAX_BETWEEN and file.kept(note_begin, note_nbytes) is None:
         raw = file.read(begin, nbytes + between + note_nbytes)
@@ -155,16 +89,16 @@ def _read_descriptions(file: OpenFile, pickle: Record, note: Record | None) -> t
 
 
 def _check_small(file: OpenFile, record: Record, max_nbytes: int) -> Storage:
-    stored = _range_of(record, file.ref)
+    stored = _range_of(record, file)
     nbytes = max(stored.nbytes, stored.stored_nbytes)
     if nbytes > max_nbytes:
         raise HostileFile(file.ref.place, f"a record that describes tensors claims {nbytes:,} bytes")
     return stored
 
 
-def _span(stored: Storage) -> tuple[int, int]:
+def _span(stored: Storage, file: OpenFile) -> tuple[int, int]:
     """Give what is to be read for a record: an offset, and so many bytes."""
-    return stored.offset - stored.lead, stored.lead + stored.stored_nbytes
+    return stored.offset - file.begin - stored.lead, stored.lead + stored.stored_nbytes
 
 
 def _unpacked(stored: Storage, raw: bytes) -> bytes:

@@ -20,7 +20,7 @@ SYSTEM = frozenset(
     }
 )  # fmt: skip
 
-_BUILTINS = ("bytearray", "bytes", "complex", "frozenset", "list", "object", "range", "set", "slice", "xrange")
+_BUILTINS = ("bytearray", "bytes", "complex", "frozenset", "list", "object", "range", "slice", "xrange")
 _PATHS = ("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
 _DATES = ("date", "datetime", "time", "timedelta", "timezone")
 _ARRAYS = ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
@@ -42,6 +42,7 @@ HARMLESS = frozenset(
         "torch.Generator",
         "torch.device",
         "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+        "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
         "torch.serialization._get_layout",
         "types.SimpleNamespace",
         "uuid.UUID",

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from converter.errors import BadFile, HostileFile
+from converter.formats.torch.content import Content
 from converter.formats.torch.rebuild import MAX_STORAGES, StorageRef, parse_pickle
-from converter.formats.torch.state_dict import Reading, choose_state_dict, negated, resolve
 from converter.formats.torch.unpickler import FREE_NBYTES, MAX_PICKLE_NBYTES, Pickled, allow_steps
 from converter.storage import OpenFile
-from converter.tensors.base import ByteRange, Tensor, WeightsFile
+from converter.tensors.base import ByteRange
 from converter.tensors.leads import COUNT_NBYTES
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -33,11 +33,11 @@ _FIRST_NBYTES = 1 << 16
 _DAMAGED = "The file is damaged or incomplete: fetch it again."
 
 
-def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
+def open_content(file: OpenFile, strip_code: bool) -> Content:
     """Read the pickles of a stream, and where its storages lie; no storage is read."""
     place = file.ref.place
     file.keep(0, 2 * _FIRST_NBYTES)
-    pickles = _Pickles(file, reading)
+    pickles = _Pickles(file, strip_code)
     magic, protocol, facts = (pickles.read().value for _ in range(3))
     if magic != MAGIC or protocol != _PROTOCOL or not isinstance(facts, dict):
         raise BadFile(place, "is a pickle, but not one that torch.save wrote", "Save its state dict with torch.save.")
@@ -49,18 +49,15 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     if len(keys) > MAX_STORAGES:
         raise HostileFile(place, f"lists more than {MAX_STORAGES:,} storages")
     ranges = dict(_find_storages(file, pickles.offset, keys, storages))
-    state_dict, notes = choose_state_dict(pickled, place, reading)
-    views = resolve(state_dict, lambda storage: ranges.get(storage.key), place)
-    tensors = tuple(Tensor(name, negated(view, ref)) for name, ref, view in views)
-    return WeightsFile(place, "torch", tensors, {}, notes, pickled.foreign)
+    return Content(file.ref, pickled, lambda storage: ranges.get(storage.key))
 
 
 class _Pickles:
     """Reads pickles that follow each other; ``offset`` is where the next one begins."""
 
-    def __init__(self, file: OpenFile, reading: Reading) -> None:
+    def __init__(self, file: OpenFile, strip_code: bool) -> None:
         self.file = file
-        self.strip_code = reading.strip_code
+        self.strip_code = strip_code
         self.steps = allow_steps()
         self.offset = 0
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DTYPES, DType
 from converter.errors import Where
-from converter.formats.torch.unpickler import Global, Pickled, Rebuild, Steps, allow_steps, run_pickle
+from converter.formats.torch.globals import HARMLESS
+from converter.formats.torch.unpickler import Global, Kept, Pickled, Rebuild, Steps, allow_steps, run_pickle
 from converter.tensors.base import MAX_DIMS
 
 AXES_A_STEP = 4
@@ -50,6 +51,27 @@ class TensorRef(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     negated: int = 0  # as in Negated
+
+
+class Listed(NamedTuple):
+    """A tensor of which this file says the dtype and the shape alone; ``of`` tells its reader where the rest lies."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    of: Any
+
+
+class Part(NamedTuple):
+    """What a rank's file holds of a tensor that all ranks hold together: the class of it, and that class's state."""
+
+    kind: str
+    state: Any
+
+
+class Left(NamedTuple):
+    """What stands for something that is no tensor, and takes so many bytes of another file."""
+
+    nbytes: int
 
 
 class Unreadable(NamedTuple):
@@ -172,21 +194,39 @@ def _rebuild_parameter(arguments: tuple[Any, ...], where: Where) -> TensorRef | 
     return tensor
 
 
-def _rebuild_subclass(arguments: tuple[Any, ...], where: Where) -> Unreadable:
+def _rebuild_subclass(arguments: tuple[Any, ...], where: Where) -> Listed | Unreadable:
     """A tensor that holds others: (class, dtype, sizes, ...); what it holds is its state."""
-    return _of_class(arguments[0])
+    kind, dtype, shape = arguments[:3]
+    if type(kind) is not Kept:
+        return _of_class(kind)
+    if type(dtype) is not DType or type(shape) is not tuple or len(shape) > MAX_DIMS:
+        raise TypeError("a tensor of no dtype or shape")
+    return Listed(dtype, shape_of(shape), Part(kind.name, None))
+
+
+def shape_of(sizes: Any) -> tuple[int, ...]:
+    """Give a shape, or the begin of a box. Raises TypeError or ValueError for what is none."""
+    if type(sizes) is not tuple or len(sizes) > MAX_DIMS:
+        raise TypeError("a shape that is none")
+    for number in sizes:
+        if type(number) is not int or not 0 <= number < 1 << 63:
+            raise ValueError("a size that is no whole number")
+    return sizes
 
 
 def _of_class(kind: Any) -> Unreadable:
-    if type(kind) is not Global:
+    if type(kind) not in (Global, Kept):
         raise TypeError("a tensor of no class")
     return Unreadable(intern(f"is of the class {kind}"))
 
 
-def _rebuild_from_type(arguments: tuple[Any, ...], where: Where) -> TensorRef | Unreadable:
+def _rebuild_from_type(arguments: tuple[Any, ...], where: Where) -> TensorRef | Listed | Unreadable:
     """A tensor of a plain type that carries attributes (a buffer does): (function, type, its arguments, attributes)."""
     function, kind, inner = arguments[:3]
-    if type(kind) is Global:
+    if type(kind) is Kept and type(function) is Rebuild and function.rebuild is _rebuild_subclass:
+        part: Listed | Unreadable = function.rebuild(inner, where)
+        return part._replace(of=Part(kind.name, arguments[3])) if type(part) is Listed else part
+    if type(kind) in (Global, Kept):
         return _of_class(kind)
     if (
         type(function) is not Rebuild
@@ -200,6 +240,17 @@ def _rebuild_from_type(arguments: tuple[Any, ...], where: Where) -> TensorRef | 
 
 def _size(arguments: tuple[Any, ...], where: Where) -> tuple[Any, ...]:
     return tuple(_items(arguments)) if arguments else ()
+
+
+def _set(arguments: tuple[Any, ...], where: Where) -> list[Any]:
+    items = arguments[0] if arguments else ()
+    return list(items) if type(items) in (list, tuple) else []
+
+
+def _stage(arguments: tuple[Any, ...], where: Where) -> int:
+    if type(arguments[0]) is not int:
+        raise TypeError("a stage that is no number")
+    return arguments[0]
 
 
 def _find_persistent(identity: Any, where: Where) -> StorageRef | Global:
@@ -228,6 +279,10 @@ def _count_items(arguments: tuple[Any, ...]) -> int:
     return _PAIR_STEPS * len(arguments[0]) if arguments else 0
 
 
+def _count_set(arguments: tuple[Any, ...]) -> int:
+    return len(arguments[0]) // _PAIR_STEPS if arguments and type(arguments[0]) in (list, tuple) else 0
+
+
 def _count_axes(arguments: tuple[Any, ...]) -> int:
     return len(arguments[2]) // AXES_A_STEP
 
@@ -238,7 +293,7 @@ def _count_class(arguments: tuple[Any, ...]) -> int:
 
 def _count_inner(arguments: tuple[Any, ...]) -> int:
     function, kind, inner = arguments[:3]
-    if type(kind) is Global:
+    if type(kind) in (Global, Kept):
         return _count_class((kind,))
     return 0 if function.rebuild is _rebuild_from_type else function.count_steps(inner)
 
@@ -253,6 +308,9 @@ _KNOWN: dict[tuple[str, str], Any] = {
         for module, name, rebuild, count in (
             ("collections", "OrderedDict", _ordered_dict, _count_items),
             ("torch", "Size", _size, _count_items),
+            ("builtins", "set", _set, _count_set),
+            ("__builtin__", "set", _set, _count_set),
+            ("deepspeed.runtime.zero.config", "ZeroStageEnum", _stage, _count_nothing),
             ("torch._tensor", "_rebuild_from_type_v2", _rebuild_from_type, _count_inner),
             ("torch._utils", "_rebuild_parameter", _rebuild_parameter, _count_nothing),
             ("torch._utils", "_rebuild_parameter_with_state", _rebuild_parameter, _count_nothing),
@@ -301,6 +359,8 @@ _OTHER_DTYPES = {
     )
 }
 _OTHER_STORAGES = {dtype.storage_class: dtype for dtype in _OTHER_DTYPES.values() if dtype.storage_class}
+# Where the classes are of which tensors of many processes are made, and what describes checkpoints of those: data.
+_KEPT_MODULES = ("torch.distributed.", "deepspeed.")
 _DTYPE = re.compile(r"(q?u?int|float|complex|bits)\d{1,3}(x\d|_\w{1,20})?")  # of those that a later torch may have
 
 
@@ -308,6 +368,8 @@ def _find(named: Global, where: Where) -> Any:
     known = _KNOWN.get((named.module, named.name))
     if known is not None:
         return known
+    if named.module.startswith(_KEPT_MODULES) and str(named) not in HARMLESS:
+        return Kept(str(named))
     why = _UNREADABLE.get((named.module, named.name))
     if why:
         unreadable = Unreadable(why)

@@ -13,11 +13,12 @@ from typing import Any
 from converter.dtypes import DType
 from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, Where, name_some
 from converter.formats.torch.globals import is_array, is_tensor
-from converter.formats.torch.rebuild import StorageRef, TensorRef, Unreadable
-from converter.formats.torch.unpickler import Inert, Pickled
-from converter.formats.training import check_pickled
+from converter.formats.torch.rebuild import Left, Listed, Part, StorageRef, TensorRef, Unreadable
+from converter.formats.torch.unpickler import Inert, KeptObject, Pickled
 from converter.tensors.base import Storage, TensorSource
 from converter.tensors.view import View, span_of
+
+AnyTensor = TensorRef | Listed
 
 _MAX_DEPTH = 16  # trainers nest two or three
 _MAX_CONTAINERS = 200_000  # an optimizer keeps one or two for each tensor, and three tensors more
@@ -34,8 +35,9 @@ _ADVICE = {
     False: "Save a state dict: names to tensors.",
 }
 _META = "Save it from a model whose weights were loaded."
-_LEAVES = (TensorRef, Unreadable, StorageRef)  # tuples, and no containers
-_RANKED = ("DTensor", "ShardedTensor")  # classes of tensors of which each rank holds a part
+_TENSORS = frozenset({TensorRef, Listed})
+_LEAVES = (TensorRef, Listed, Unreadable, StorageRef, Left)  # tuples, and no containers
+_RANKED = "It is one rank's part of a tensor: name the folder in which the files of all ranks lie."
 _INCOMPLETE = "The file is incomplete: fetch it again."
 
 # What trainers keep beside the weights (Lightning's ``dump_checkpoint``, accelerate, mmengine): no state dict of theirs
@@ -65,7 +67,7 @@ PLAIN = Reading()
 @dataclass(frozen=True, slots=True)
 class _Found:
     path: tuple[str, ...]
-    tensors: Mapping[str | int, TensorRef]
+    tensors: Mapping[str | int, AnyTensor]
     unreadable: Mapping[str | int, str]  # and why, of each
     beside: tuple[Any, ...]  # the keys of what the dict holds but those tensors
     is_training: bool
@@ -83,13 +85,14 @@ class _Found:
         return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {self.nbytes / 1e6:,.1f} MB)"
 
 
-def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+def choose_state_dict(
+    pickled: Pickled, where: Where, reading: Reading
+) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
     """Give the names and tensors of the one state dict in a pickle's value, and notes on what is left out.
 
     Raises BadRequest where several could be meant, or the key names none; Unsupported where there is none.
     """
     value = pickled.value
-    check_pickled(value, where)
     if not isinstance(value, _CONTAINERS) or type(value) in (*_LEAVES, Inert):
         raise Unsupported(where, f"holds {_kind(value)}, not a state dict", _ADVICE[type(value) is Inert])
     found = list(_find(value, where))
@@ -100,7 +103,7 @@ def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> tuple
     chosen = _choose(found, where, reading)
     if chosen.unreadable and not reading.skip_unreadable:
         _refuse_unreadable(chosen, where)
-    state_dict: dict[str, TensorRef] = {}
+    state_dict: dict[str, AnyTensor] = {}
     length = 0
     for key, tensor in chosen.tensors.items():
         name = str(key)
@@ -117,24 +120,24 @@ def _refuse_unreadable(chosen: _Found, where: Where) -> None:
     """Raise Unsupported, and name the first tensor that cannot be read."""
     name, why = next(iter(chosen.unreadable.items()))
     more = f", and {len(chosen.unreadable) - 1:,} more cannot be read" if len(chosen.unreadable) > 1 else ""
-    if any(kind in why for kind in _RANKED):
-        advice = "It is one rank's part of a tensor: gather the state dict as it was trained, and save it whole."
-        raise TrainingPiece(where, f"tensor {_spell(name)!r} {why}{more}", advice)
     advice = "Save it as a plain tensor; 'wconv to-safetensors --skip-unreadable' leaves such tensors out."
     raise Unsupported(where, f"tensor {_spell(name)!r} {why}{more}", advice)
 
 
 def resolve(
-    state_dict: dict[str, TensorRef], find: Callable[[StorageRef], Storage | None], where: Where
+    state_dict: dict[str, AnyTensor], find: Callable[[StorageRef], Storage | None], where: Where
 ) -> Iterator[tuple[str, TensorRef, View]]:
     """Take the tensors out of a dict, and yield each with the view that it is, given where each storage lies.
 
-    Raises BadFile where a storage is not there, or not long enough.
+    Raises BadFile where a storage is not there, or not long enough, and TrainingPiece for a part of a tensor.
     """
     dtypes: dict[str, DType] = {}
     # Each entry goes as its view comes: the one takes the other's memory.
     for name in list(state_dict):
         ref = state_dict.pop(name)
+        if type(ref) is Listed:
+            kind = ref.of.kind if type(ref.of) is Part else "another file"
+            raise TrainingPiece(where, f"tensor {name!r} is of the class {kind}", _RANKED)
         storage = ref.storage
         if storage.dtype and dtypes.setdefault(storage.key, storage.dtype) is not storage.dtype:
             raise BadFile(where, f"tensor {name!r} takes its storage for another dtype than a tensor before it")
@@ -205,28 +208,28 @@ def _find(value: Any, where: Where) -> Iterator[_Found]:
             raise HostileFile(where, f"its pickle describes more than {MAX_TENSORS:,} tensors")
         if tensors or unreadable:
             beside = tuple(key for key in others if key not in unreadable)
-            is_beside = path == () and bool(beside) and all(map(_is_training, tensors or unreadable))
+            is_beside = path == () and bool(beside) and all(map(is_training_key, tensors or unreadable))
             yield _Found(path, tensors, unreadable, beside, is_training or is_beside)
         for key, inner in others.items() if is_mapping else enumerate(content):
             if isinstance(inner, _CONTAINERS) and type(inner) not in _LEAVES and not is_plain(inner):
-                waiting.append(((*path, _spell(key)), inner, is_training or (is_mapping and _is_training(key))))
+                waiting.append(((*path, _spell(key)), inner, is_training or (is_mapping and is_training_key(key))))
                 if len(seen) + len(waiting) > _MAX_CONTAINERS:
                     raise HostileFile(where, f"its pickle holds more than {_MAX_CONTAINERS:,} dicts and lists")
 
 
 def _other_than_tensors(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """Give what a dict holds but tensors under names of their own."""
-    return {k: inner for k, inner in content.items() if type(inner) is not TensorRef or not isinstance(k, (str, int))}
+    return {k: inner for k, inner in content.items() if type(inner) not in _TENSORS or not isinstance(k, (str, int))}
 
 
-def _tensors_of(content: Mapping[Any, Any], others: Mapping[Any, Any]) -> Mapping[str | int, TensorRef]:
+def _tensors_of(content: Mapping[Any, Any], others: Mapping[Any, Any]) -> Mapping[str | int, AnyTensor]:
     """Give what a dict holds but the ``others``; most hold nothing else."""
     return {key: inner for key, inner in content.items() if key not in others} if others else content
 
 
 def _unreadable_in(others: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
     """Map the names of tensors that are none of ours to why; arrays and storages only where they stand with tensors."""
-    names = {k: inner for k, inner in others.items() if type(inner) is not TensorRef and isinstance(k, (str, int))}
+    names = {k: inner for k, inner in others.items() if type(inner) not in _TENSORS and isinstance(k, (str, int))}
     found = {key: why for key, inner in names.items() if (why := _why_unreadable(inner))}
     others = {key: why for key, inner in names.items() if has_tensors and (why := _why_no_tensor(inner))}
     return {**found, **others}
@@ -235,7 +238,7 @@ def _unreadable_in(others: Mapping[Any, Any], has_tensors: bool) -> dict[str | i
 def _why_unreadable(value: Any) -> str:
     if type(value) is Unreadable:
         return value.why
-    return f"is of the class {value.name}" if type(value) is Inert and is_tensor(value.name) else ""
+    return f"is of the class {value.name}" if type(value) in (Inert, KeptObject) and is_tensor(value.name) else ""
 
 
 def _why_no_tensor(value: Any) -> str:
@@ -246,7 +249,8 @@ def _why_no_tensor(value: Any) -> str:
     return "is an array of numpy" if type(value) is Inert and is_array(value.name) else ""
 
 
-def _is_training(key: Any) -> bool:
+def is_training_key(key: Any) -> bool:
+    """Say whether what a dict holds under a key is a trainer's, and no weights."""
     # Optimizers number the tensors that they keep a state of.
     if type(key) is int:
         return True
@@ -281,9 +285,11 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
     if others:
         yield f"only {chosen} is taken, and not {_list(others)}"
     entries = value.items() if isinstance(value, dict) else ()
-    beside = [key for key, _ in entries if chosen.path and _spell(key) != chosen.path[0]]
-    if beside or chosen.beside:
-        yield f"left out: {_list([*beside, *chosen.beside])}"
+    beside = {key: inner for key, inner in entries if chosen.path and _spell(key) != chosen.path[0]}
+    beside |= {key: value[key] for key in chosen.beside} if chosen.path == () else dict.fromkeys(chosen.beside)
+    if beside:
+        nbytes = {key: _nbytes_below(key, inner, found) for key, inner in beside.items()}
+        yield f"left out: {_list([f'{_spell(k)} ({n / 1e6:,.1f} MB)' if n else k for k, n in nbytes.items()])}"
     if chosen.unreadable:
         named = [f"{_spell(name)} ({why})" for name, why in islice(chosen.unreadable.items(), _MAX_NAMED)]
         yield f"tensors that cannot be read are left out ({len(chosen.unreadable):,} in all): {_list(named)}"
@@ -294,6 +300,12 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
         names = [name for name, how in pickled.foreign.items() if how == what]
         if names:
             yield f"{note}: {_list(names)}"
+
+
+def _nbytes_below(key: Any, value: Any, found: list[_Found]) -> int:
+    """Say how many bytes what is under a key of the top takes: tensors, and what is known of the rest."""
+    of_tensors = sum(one.nbytes for one in found if one.path[:1] == (_spell(key),))
+    return of_tensors + (value.nbytes if type(value) is Left else 0)
 
 
 def _list(things: list[Any]) -> str:
@@ -311,5 +323,5 @@ def _describe(value: Any) -> str:
 def _kind(value: Any) -> str:
     if type(value) is Inert:
         return f"a whole {value.name}"
-    kinds = {TensorRef: "a tensor", Unreadable: "a tensor", StorageRef: "a storage", type(None): "None"}
+    kinds = {TensorRef: "a tensor", Listed: "a tensor", Unreadable: "a tensor", StorageRef: "a storage", type(None): "None"}
     return kinds.get(type(value), f"a {type(value).__name__}")

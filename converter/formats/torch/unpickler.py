@@ -56,13 +56,14 @@ class Global:
 
 
 class Inert(dict[Any, Any]):
-    """What stands for an object of a class that is never looked up; what is put into it is kept."""
+    """What stands for an object of a class that is never looked up; what is put into it is kept, and its state."""
 
-    __slots__ = ("name",)
+    __slots__ = ("name", "state")
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.state: Any = None
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -76,6 +77,9 @@ class Kept:
     """A class whose objects a pickle may make, and the caller wants: as data."""
 
     name: str
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class KeptObject:
@@ -171,12 +175,12 @@ def _find_asked(raw: bytes) -> Container[int]:
 
 
 def _is_inner_class(of: Any, name: Any) -> bool:
-    return type(of) is Global and type(name) is str and (str(of), name) == _INNER_CLASS
+    return type(of) is Kept and type(name) is str and (of.name, name) == _INNER_CLASS
 
 
 def _name(value: Any) -> str:
     """Name a value without spelling it out: it may be nested a million deep."""
-    return str(value) if isinstance(value, (Global, Rebuild)) else f"a value of type {type(value).__name__}"
+    return str(value) if isinstance(value, (Global, Kept, Rebuild)) else f"a value of type {type(value).__name__}"
 
 
 class _Machine:
@@ -516,7 +520,7 @@ class _Machine:
             if str(target) in HARMLESS:
                 return self.make(target)
             if target.name == "getattr" and len(arguments) == 2 and _is_inner_class(*arguments):
-                return Global(arguments[0].module, f"{arguments[0].name}.{arguments[1]}")
+                return Kept(f"{arguments[0].name}.{arguments[1]}")
         return self.leave_out(target, "calls")
 
     def make(self, of: Any, arguments: Any = ()) -> Inert | KeptObject:
@@ -565,9 +569,9 @@ class _Machine:
         # needs them.
         state = self.stack.pop()
         target = self.stack[-1]
-        if type(target) is KeptObject:
+        if type(target) in (KeptObject, Inert):
             target.state = state
-        elif not isinstance(target, Inert) and (type(target) is not dict or type(state) is not dict):
+        elif type(target) is not dict or type(state) is not dict:
             self.leave_out(target, "sets the state of")
 
     def skip(self, nbytes: int) -> None:

@@ -1,0 +1,32 @@
+"""Files that ``torch.save`` wrote, told apart by their first bytes, and what is taken of them."""
+
+from __future__ import annotations
+
+from converter.formats.torch import archive, legacy
+from converter.formats.torch.content import Content
+from converter.formats.torch.state_dict import Reading, choose_state_dict
+from converter.formats.training import check_pickled
+from converter.storage import OpenFile
+from converter.tensors.base import Tensor, WeightsFile
+
+HEADS = (b"PK\x03\x04", *legacy.HEADS)
+_HEAD_NBYTES = max(map(len, HEADS))
+
+
+def open_content(file: OpenFile, strip_code: bool = False) -> Content:
+    """Read what a file holds, but for its storages. Raises BadFile for what is none of torch's."""
+    is_legacy = file.read(0, _HEAD_NBYTES).startswith(legacy.HEADS)
+    return (legacy if is_legacy else archive).open_content(file, strip_code)
+
+
+def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
+    """Read which tensors a file holds, and where; no storage is read."""
+    content = open_content(file, reading.strip_code)
+    place = content.place
+    check_pickled(content.pickled.value, place)
+    state_dict, notes = choose_state_dict(content.pickled, place, reading)
+    foreign = content.pickled.foreign
+    notes += tuple(content.notes_on(state_dict))
+    content = content._replace(pickled=content.pickled._replace(value=None))  # what is not taken is memory, too
+    tensors = tuple(Tensor(name, source) for name, source in content.take_sources(state_dict))
+    return WeightsFile(place, "torch", tensors, {}, notes, foreign)
