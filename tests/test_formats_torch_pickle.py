@@ -672,7 +672,7 @@ AGAIN = {
     + b"eq\x020](" + b"h\x01h\x02\x85R" * 300 + b"e.",
     "pairs of a tuple": b"(" + (text("a") + b"N\x86") * 100 + b"tq\x020" + DICT_CLASS + b"q\x010]("
     + b"h\x01h\x02\x85R" * 300 + b"e.",
-    "sizes": b"(" + b"N" * 500 + b"tq\x020" + SIZE_CLASS + b"q\x010](" + b"h\x01h\x02\x85R" * 300 + b"e.",
+    "sizes": b"](" + b"N" * 500 + b"eq\x020" + SIZE_CLASS + b"q\x010](" + b"h\x01h\x02\x85R" * 300 + b"e.",
     "long shapes": REBUILD + b"q\x010" + items(storage(), number(0), LONG_SHAPE, LONG_SHAPE, *NO_GRADIENT)
     + b"q\x020](" + b"h\x01h\x02R" * 600 + b"e.",
     "long shapes of tensors with attributes": FROM_TYPE + b"q\x010" + items(REBUILD, name_of("torch", "Tensor"), items(

@@ -14,17 +14,28 @@ from typing import Any, NamedTuple, TypeVar
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.torch.files import open_content
-from converter.formats.torch.rebuild import Left, Listed, TensorRef, Unreadable, parse_pickle, shape_of
+from converter.formats.torch.rebuild import Left, Listed, TensorRef, Unreadable, parse_metadata, shape_of
 from converter.formats.torch.state_dict import Reading, choose_state_dict, is_training_key
-from converter.formats.torch.unpickler import KeptObject
+from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES, KeptObject
 from converter.storage import OpenFile, Place, Window
-from converter.tensors.base import Tensor, TensorSource, WeightsFile
-from converter.tensors.derived import Box, Boxes
+from converter.tensors.base import MAX_NAME, Tensor, TensorSource, WeightsFile
 
 _T = TypeVar("_T")
 
 _METADATA = "torch.distributed.checkpoint.metadata.Metadata"
-_MAX_NBYTES = 400_000_000
+_INDEX = "torch.distributed.checkpoint.metadata.MetadataIndex"
+_CHUNK = "torch.distributed.checkpoint.metadata.ChunkStorageMetadata"
+_STORED = "torch.distributed.checkpoint.filesystem._StorageInfo"
+# What is kept of each object that there is for each box.
+_FIELDS = {
+    _INDEX: ("fqn", "offset"),
+    _CHUNK: ("offsets", "sizes"),
+    _STORED: ("relative_path", "offset", "length", "transform_descriptors"),
+}
+# Of boxes of all tensors, and of names: a model of 70B, with Adam, on 64 ranks has 139,000 boxes. Each is a file of 1,500
+# bytes at least.
+_MAX_BOXES = 400_000
+_MAX_NAMED = 8
 _MAX_DEPTH = 16  # of the path of a tensor; as deep as a state dict is looked for
 _DAMAGED = "The checkpoint is damaged: fetch .metadata again."
 _INCOMPLETE = "The checkpoint is incomplete: fetch its .distcp files again."
@@ -45,11 +56,11 @@ _Key = tuple[str, tuple[int, ...]]
 def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     """Read which tensors a checkpoint holds, and where each box of those that are taken lies."""
     place = file.ref.place
-    raw = file.read(0, min(file.nbytes, _MAX_NBYTES + 1))
-    pickled = parse_pickle(raw, place, reading.strip_code)
+    pickled = parse_metadata(file.read(0, MAX_PICKLE_NBYTES + 1), place, reading.strip_code, _FIELDS)
     try:
         listed = _Listing(place, pickled.value)
-        state_dict, notes = choose_state_dict(pickled._replace(value=listed.tree()), place, reading)
+        pickled = pickled._replace(value=listed.tree())
+        state_dict, notes = choose_state_dict(pickled, place, reading)
         tensors = tuple(listed.take(state_dict))
     except (AttributeError, KeyError, TypeError) as error:
         raise BadFile(place, "does not describe a checkpoint as torch.distributed.checkpoint does", _DAMAGED) from error
@@ -68,36 +79,55 @@ class _Listing:
         self.paths: Mapping[str, Any] = state.get("planner_data") or {}
         self.items: dict[_Key, _Item] = {}
         self.left_nbytes: dict[str, int] = defaultdict(int)  # of what is no tensor, by name
-        for key, stored in _checked(state["storage_data"], dict).items():
-            self._add_item(key.state, stored.state)
+        stored = _checked(state["storage_data"], dict)
+        self._check_count(len(stored))
+        while stored:  # each goes as its item comes: the one takes the other's memory
+            self._add_item(*stored.popitem())
 
-    def _add_item(self, key: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-        name, begin = _checked(key["fqn"], str), key.get("offset")
-        file_name = _checked(stored["relative_path"], str)
-        if file_name in ("", ".", "..") or "/" in file_name or "\\" in file_name or "\0" in file_name:
+    def _check_count(self, count: int) -> None:
+        if count > _MAX_BOXES:
+            raise HostileFile(self.place, f"describes {count:,} parts of tensors or more")
+
+    def _name(self, name: Any) -> str:
+        """Give a name that is one. Raises TypeError for what is no text."""
+        checked = _checked(name, str)
+        if len(checked) > MAX_NAME:
+            raise HostileFile(self.place, f"holds a name of {len(checked):,} characters")
+        return checked
+
+    def _add_item(self, key: Any, stored: Any) -> None:
+        name, begin = _fields_of(key, _INDEX)
+        file_name, offset, nbytes, packed = _fields_of(stored, _STORED)
+        self._name(name)
+        if self._name(file_name) in ("", ".", "..") or "/" in file_name or "\\" in file_name or "\0" in file_name:
             raise HostileFile(self.place, f"says that {name!r} lies in {file_name!r}, which is no name of a file")
-        if stored.get("transform_descriptors"):
-            problem = f"says that {name!r} is packed ({stored['transform_descriptors']})"
+        if packed:
+            problem = f"says that {name!r} is packed ({_spelled(packed)})"
             raise Unsupported(self.place, problem, "Save it again without extensions of the writer.")
-        offset, nbytes = _number(stored["offset"]), _number(stored["length"])
         if begin is None:
-            self.left_nbytes[name] = nbytes
+            self.left_nbytes[name] = _number(nbytes)
         elif (name, shape_of(begin)) in self.items:
             raise BadFile(self.place, f"says twice where {name!r} lies", _DAMAGED)
         else:
-            self.items[name, begin] = _Item(file_name, offset, nbytes)
+            self.items[name, begin] = _Item(file_name, _number(offset), _number(nbytes))
 
     def tree(self) -> dict[str, Any]:
         """Give the dicts that were saved, with a Listed for each tensor."""
         tree: dict[str, Any] = {}
+        parts = folders = 0
         for name, told in self.tensors.items():
-            *path, last = self._path_of(_checked(name, str))
+            *path, last = self._path_of(self._name(name))
             inner = tree
             for step in path:
-                inner = inner.setdefault(step, {})
+                if type(inner) is dict and step not in inner:
+                    inner[step] = {}
+                    folders += 1
+                inner = inner[step]
             if type(inner) is not dict or last in inner:
                 raise BadFile(self.place, f"has another entry in the place of {name!r}", _DAMAGED)
             inner[last] = self._leaf_of(name, told.state)
+            parts += len(told.state["chunks"]) if type(inner[last]) is Listed else 0
+            self._check_count(max(parts, folders, len(self.tensors)))
         return tree
 
     def _path_of(self, name: str) -> tuple[str, ...]:
@@ -115,6 +145,7 @@ class _Listing:
         dtype = _checked(told["properties"].state[0], DType)
         if dtype.tag not in DTYPES:
             return Unreadable(f"is {dtype.torch_name}, a dtype that safetensors does not have")
+        _checked(told["chunks"], list)
         return Listed(dtype, shape_of(told["size"]), name)
 
     def take(self, state_dict: dict[str, TensorRef | Listed]) -> Iterator[Tensor]:
@@ -127,6 +158,8 @@ class _Listing:
                     raise BadFile(self.place, problem, _DAMAGED)
                 item = self.items[key]
                 wanted[item.file_name].append((item, key))
+        from converter.tensors.derived import Box, Boxes  # few files need it
+
         found = dict(self._read_items(wanted))
         for name, listed in state_dict.items():
             boxes = [Box(key[1], self._check(found[key], listed, key, shape)) for key, shape in self._boxes_of(listed)]
@@ -140,8 +173,8 @@ class _Listing:
 
     def _boxes_of(self, listed: Any) -> Iterator[tuple[_Key, tuple[int, ...]]]:
         """Give where each box of a tensor begins, and its shape; those without elements may begin beyond the end."""
-        for chunk in _checked(self.tensors[listed.of].state["chunks"], list):
-            start, shape = shape_of(chunk.state["offsets"]), shape_of(chunk.state["sizes"])
+        for chunk in self.tensors[listed.of].state["chunks"]:
+            start, shape = map(shape_of, _fields_of(chunk, _CHUNK))
             if 0 not in shape:
                 yield (listed.of, start), shape
 
@@ -154,9 +187,7 @@ class _Listing:
             raise BadFile(self.place, problem, _DAMAGED)
         return source
 
-    def _read_items(
-        self, wanted: Mapping[str, list[tuple[_Item, _Key]]]
-    ) -> Iterator[tuple[_Key, TensorSource]]:
+    def _read_items(self, wanted: Mapping[str, list[tuple[_Item, _Key]]]) -> Iterator[tuple[_Key, TensorSource]]:
         for file_name in sorted(wanted):
             place = self.place.parent / file_name
             if not place.is_file():
@@ -184,6 +215,19 @@ def _checked(value: Any, kind: type[_T]) -> _T:
     if type(value) is not kind:
         raise TypeError(f"no {kind.__name__}")
     return value
+
+
+def _spelled(extensions: Any) -> str:
+    """Name the extensions that packed a box: texts, of a list that may hold anything."""
+    named = [name[:MAX_NAME] for name in _checked(extensions, list)[:_MAX_NAMED] if type(name) is str]
+    return ", ".join(named)
+
+
+def _fields_of(value: Any, name: str) -> Any:
+    """Give the fields that are kept of an object of a class. Raises TypeError for another, and one without a state."""
+    if type(value) is not KeptObject or value.kind.name != name or value.state is None:
+        raise TypeError("an object of another class")
+    return value.state
 
 
 def _number(value: Any) -> int:

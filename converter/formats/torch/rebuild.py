@@ -7,6 +7,7 @@ has the originals). Any other global stands for itself, and is never looked up.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from sys import intern
@@ -15,7 +16,17 @@ from typing import Any, NamedTuple
 from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DTYPES, DType
 from converter.errors import Where
 from converter.formats.torch.globals import HARMLESS
-from converter.formats.torch.unpickler import Global, Kept, Pickled, Rebuild, Steps, allow_steps, run_pickle
+from converter.formats.torch.unpickler import (
+    CONTAINER_STEPS,
+    Global,
+    Kept,
+    Pickled,
+    Rebuild,
+    Steps,
+    allow_metadata,
+    allow_steps,
+    run_pickle,
+)
 from converter.tensors.base import MAX_DIMS
 
 AXES_A_STEP = 4
@@ -108,6 +119,29 @@ def parse_pickle(
         return storage
 
     return run_pickle(raw, where, _find, find, strip_code, steps)
+
+
+def parse_metadata(raw: bytes, where: Where, strip_code: bool, fields: Mapping[str, tuple[str, ...]]) -> Pickled:
+    """Read a pickle that describes a checkpoint of many files: plain values, sizes, dtypes and objects that are kept.
+
+    Of those of the classes in ``fields``, these fields are kept. It may be far longer than that of a state dict, and
+    holds no tensor. Raises what ``parse_pickle`` does.
+    """
+
+    def find(named: Global, where: Where) -> Any:
+        name = str(named)
+        if name in fields:
+            return Kept(name, fields[name])
+        found = _find(named, where)
+        if type(found) is not Rebuild:
+            return found
+        return _WITHOUT_TENSORS.get(name, named)
+
+    return run_pickle(raw, where, find, _find_nothing, strip_code, allow_metadata())
+
+
+def _find_nothing(identity: Any, where: Where) -> Any:
+    raise ValueError("a storage in what holds no tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +313,10 @@ def _count_items(arguments: tuple[Any, ...]) -> int:
     return _PAIR_STEPS * len(arguments[0]) if arguments else 0
 
 
+def _count_sizes(arguments: tuple[Any, ...]) -> int:
+    return 0 if arguments and type(arguments[0]) is tuple else _count_items(arguments)  # a tuple is taken as it is
+
+
 def _count_set(arguments: tuple[Any, ...]) -> int:
     return len(arguments[0]) // _PAIR_STEPS if arguments and type(arguments[0]) in (list, tuple) else 0
 
@@ -307,7 +345,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
         (module, name): Rebuild(f"{module}.{name}", rebuild, count)
         for module, name, rebuild, count in (
             ("collections", "OrderedDict", _ordered_dict, _count_items),
-            ("torch", "Size", _size, _count_items),
+            ("torch", "Size", _size, _count_sizes),
             ("builtins", "set", _set, _count_set),
             ("__builtin__", "set", _set, _count_set),
             ("deepspeed.runtime.zero.config", "ZeroStageEnum", _stage, _count_nothing),
@@ -327,6 +365,15 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch", "UntypedStorage"): _StorageClass(None),
     **{("torch", name): _StorageClass(dtype) for name, dtype in BY_STORAGE_CLASS.items()},
     **{("torch", name): dtype for name, dtype in BY_TORCH_NAME.items()},
+}
+
+# What a pickle without tensors may call.
+_WITHOUT_TENSORS = {
+    rebuild.name: rebuild
+    for rebuild in (
+        Rebuild("collections.OrderedDict", _ordered_dict, lambda arguments: CONTAINER_STEPS + _count_items(arguments)),
+        Rebuild("torch.Size", _size, _count_sizes),
+    )
 }
 
 # Tensors of these kinds are no strided view of one storage; the same names in every torch (``torch/_utils.py``).

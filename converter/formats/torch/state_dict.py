@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -85,9 +85,7 @@ class _Found:
         return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {self.nbytes / 1e6:,.1f} MB)"
 
 
-def choose_state_dict(
-    pickled: Pickled, where: Where, reading: Reading
-) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
+def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
     """Give the names and tensors of the one state dict in a pickle's value, and notes on what is left out.
 
     Raises BadRequest where several could be meant, or the key names none; Unsupported where there is none.
@@ -288,7 +286,11 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
     beside = {key: inner for key, inner in entries if chosen.path and _spell(key) != chosen.path[0]}
     beside |= {key: value[key] for key in chosen.beside} if chosen.path == () else dict.fromkeys(chosen.beside)
     if beside:
-        nbytes = {key: _nbytes_below(key, inner, found) for key, inner in beside.items()}
+        below: dict[str, int] = defaultdict(int)  # of tensors, by the key of the top that they are under
+        for one in found:
+            if one.path:
+                below[one.path[0]] += one.nbytes
+        nbytes = {key: below.get(_spell(key), 0) + _nbytes_of(inner) for key, inner in beside.items()}
         yield f"left out: {_list([f'{_spell(k)} ({n / 1e6:,.1f} MB)' if n else k for k, n in nbytes.items()])}"
     if chosen.unreadable:
         named = [f"{_spell(name)} ({why})" for name, why in islice(chosen.unreadable.items(), _MAX_NAMED)]
@@ -302,10 +304,8 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
             yield f"{note}: {_list(names)}"
 
 
-def _nbytes_below(key: Any, value: Any, found: list[_Found]) -> int:
-    """Say how many bytes what is under a key of the top takes: tensors, and what is known of the rest."""
-    of_tensors = sum(one.nbytes for one in found if one.path[:1] == (_spell(key),))
-    return of_tensors + (value.nbytes if type(value) is Left else 0)
+def _nbytes_of(value: Any) -> int:
+    return value.nbytes if type(value) is Left else 0
 
 
 def _list(things: list[Any]) -> str:
@@ -323,5 +323,11 @@ def _describe(value: Any) -> str:
 def _kind(value: Any) -> str:
     if type(value) is Inert:
         return f"a whole {value.name}"
-    kinds = {TensorRef: "a tensor", Listed: "a tensor", Unreadable: "a tensor", StorageRef: "a storage", type(None): "None"}
+    kinds = {
+        TensorRef: "a tensor",
+        Listed: "a tensor",
+        Unreadable: "a tensor",
+        StorageRef: "a storage",
+        type(None): "None",
+    }
     return kinds.get(type(value), f"a {type(value).__name__}")

@@ -5,7 +5,8 @@ global or a persistent id means is for the caller to say; the only functions app
 a class that the caller keeps becomes data, one of any other an inert one; a call of anything else is a refusal.
 
 All pickles of a file draw on one budget of steps: each opcode takes one, and what copies or keeps more than a few dozen
-bytes takes more, in that measure. So what a step takes at most, times the steps, is what a file takes at most.
+bytes takes more, in that measure. So what a step takes at most, times the steps, is what a file takes at most. Where
+there may be many more opcodes than that, what they keep is counted too (``allow_metadata``).
 
 Why not a subclass of ``pickle.Unpickler``: its memo grows to whatever index the file names (a five-byte opcode can
 claim 32 GB), and its REDUCE, NEWOBJ and BUILD call what they find; here there is nothing to call.
@@ -31,17 +32,38 @@ MAX_OPCODES = 5_000_000  # a tensor takes about 30, so 160,000 tensors; a step t
 GLOBAL_STEPS = 50  # what a name in a module counts for: a pickle says each once
 # How Python names the class that sharded tensors carry along: as an attribute of another.
 _INNER_CLASS = ("torch.distributed._shard.sharded_tensor.api.ShardedTensor", "ProcessGroupState")
-_OBJECT_STEPS = 4  # what an inert object counts for, and an empty list or dict: they take more memory than numbers
-_CONTAINER_STEPS = 2
+# Of metadata of checkpoints: 140,000 boxes have 9.5 million opcodes, and take 5 s. Most push what is there already, in 8
+# bytes; what is taken beside takes up to 80 a step, so all of it is within 512 MB.
+MAX_METADATA_OPCODES = 15_000_000
+MAX_METADATA_EXTRAS = 3_000_000
+MAX_METADATA_NBYTES = 150_000_000
+_UNLIMITED = (1 << 30) - 1  # more than MAX_OPCODES can take, and one digit of CPython's numbers
+# What these count for beside their opcode, as they take more memory than numbers: an inert object, one that is kept,
+# the fields of that, a far place of the memo, an empty list or dict with room for its first items.
+_OBJECT_STEPS = 4
+_KEPT_STEPS = 1
+_FIELDS_STEPS = 1
+_FAR_STEPS = 2
+CONTAINER_STEPS = 3
+# What these take of memory, in bytes: an object of CPython with its place on the stack.
+_INT_NBYTES = 40
+_TUPLE_NBYTES = 56
+_TEXT_NBYTES = 72  # and its letters
+_DICT_NBYTES = 240  # with room for its first items
+_FIRST_ITEMS = 5
+_ENTRY_NBYTES = 60  # of one that has grown
+_MAX_MARKS = 100_000  # that are open at once: of what is nested. Python itself gives up at some thousand
 MAX_LONG_NBYTES = 16  # sizes and offsets fit in 8 bytes
 _MAX_LINE_NBYTES = 48  # of a number in decimal digits
 _MAX_NAME_LENGTH = 1_000  # of a module, and of a name in it: no code has longer ones, and they are spelled many times
+_ITEMS_A_STEP = 8  # of a tuple that is copied
 _NBYTES_A_STEP = 64  # of bytes, and of text that takes a byte a character
 _WIDE_NBYTES_A_STEP = 16  # of other text: it may take four bytes for each byte of the file
 _SMALL_NBYTES = 1 << 16  # of a pickle whose memo is kept as it is
 # What is looked at to find what the memo is asked for, and kept of it; names of 160,000 tensors hold as many letters.
-_MAX_LETTERS = 1_000_000
+_MAX_LETTERS = 4_000_000
 _MAX_ASKED = 100_000
+_PART_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +96,13 @@ class Inert(dict[Any, Any]):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A class whose objects a pickle may make, and the caller wants: as data."""
+    """A class whose objects a pickle may make, and the caller wants: as data.
+
+    Where there are ``fields``, those of the state are kept, in their order and None for each that is not there.
+    """
 
     name: str
+    fields: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -88,12 +114,17 @@ class KeptObject:
     It is the same as itself alone: of keys that are compared a file could choose such as all hash alike.
     """
 
-    __slots__ = ("arguments", "name", "state")
+    __slots__ = ("arguments", "kind", "state")
 
-    def __init__(self, name: str, arguments: Any) -> None:
-        self.name = name
+    def __init__(self, kind: Kept, arguments: Any) -> None:
+        self.kind = kind
         self.arguments = arguments
         self.state: Any = None
+
+    @property
+    def name(self) -> str:
+        """The name of its class."""
+        return self.kind.name
 
 
 class Pickled(NamedTuple):
@@ -119,13 +150,27 @@ class Rebuild:
         return self.name
 
 
-Steps = Iterator[None]
-"""What the pickles of one file may still take."""
+class Steps(NamedTuple):
+    """What the pickles of one file may still take: steps for opcodes, and ``extras`` for what takes more than one.
+
+    Tuples, numbers and texts of each may take ``nbytes``.
+    """
+
+    opcodes: Iterator[None]
+    extras: Iterator[None]
+    nbytes: int = _UNLIMITED
 
 
 def allow_steps() -> Steps:
     """Give the steps that one file may take."""
-    return itertools.repeat(None, MAX_OPCODES)
+    steps = itertools.repeat(None, MAX_OPCODES)
+    return Steps(steps, steps)
+
+
+def allow_metadata() -> Steps:
+    """Give the steps that the description of a checkpoint of many files may take."""
+    opcodes, extras = (itertools.repeat(None, count) for count in (MAX_METADATA_OPCODES, MAX_METADATA_EXTRAS))
+    return Steps(opcodes, extras, MAX_METADATA_NBYTES)
 
 
 def count_text_steps(encoded: bytes) -> int:
@@ -162,13 +207,15 @@ def _find_asked(raw: bytes) -> Container[int]:
     """
     if len(raw) <= _SMALL_NBYTES or raw.count(b"j") + raw.count(b"g") > _MAX_LETTERS:
         return _ALL
+    spelled: set[bytes] = set()
+    for begin in range(0, len(raw), _PART_NBYTES):
+        spelled.update(_GET4.findall(raw, begin, begin + _PART_NBYTES + 4))
+        if len(spelled) > _MAX_ASKED:
+            return _ALL
     asked = set(range(256))  # for BINGET
-    numbers = itertools.chain(
-        (_UINT4(raw, found.end())[0] for found in _LONG_BINGET.finditer(raw)),
-        (int(found[1].replace(b"_", b"")) for found in _GET.finditer(raw)),
-    )
-    for number in numbers:
-        asked.add(number)
+    asked.update(int.from_bytes(number, "little") for number in spelled)
+    for found in _GET.finditer(raw):
+        asked.add(int(found[1].replace(b"_", b"")))
         if len(asked) > _MAX_ASKED:
             return _ALL
     return asked
@@ -187,8 +234,8 @@ class _Machine:
     """The stack, the memo and the place in the stream; one method a kind of opcode, listed in _OPCODES below."""
 
     __slots__ = (
-        "asked", "far", "find", "find_persistent", "foreign", "marks", "memo", "place", "raw", "stack", "steps",
-        "strip_code", "where",
+        "asked", "far", "find", "find_persistent", "foreign", "marks", "memo", "place", "raw", "room", "stack",
+        "steps", "strip_code", "where",
     )  # fmt: skip
 
     def __init__(
@@ -213,15 +260,16 @@ class _Machine:
         self.far: dict[int, Any] = {}
         self.asked = _find_asked(raw)  # what is at other places of the memo is not kept
         self.steps = steps
+        self.room = steps.nbytes
         self.strip_code = strip_code
         self.foreign: dict[str, str] = {}
 
     def run(self) -> Any:  # noqa: C901, PLR0912, PLR0915
         raw, where, find_persistent = self.raw, self.where, self.find_persistent
         memo, far, marks, asked = self.memo, self.far, self.marks, self.asked
-        place, stack = self.place, self.stack
+        place, stack, room = self.place, self.stack, self.room
         try:
-            for _ in self.steps:
+            for _ in self.steps.opcodes:
                 code = raw[place]
                 # Most opcodes of a state dict are these few; a method for each would take twice the time.
                 if code == _LONG_BINPUT:
@@ -241,6 +289,8 @@ class _Machine:
                     stack.append(memo[index] if index < len(memo) else far[index])
                     place += 2
                 elif code == _MARK:
+                    if len(marks) > _MAX_MARKS:
+                        raise HostileFile(where, f"its pickle is nested more than {_MAX_MARKS:,} deep")
                     marks.append(stack)
                     stack = []
                     place += 1
@@ -248,13 +298,19 @@ class _Machine:
                     items = tuple(stack)
                     stack = marks.pop()
                     stack.append(items)
+                    if (room := room - _TUPLE_NBYTES) < 0:
+                        raise self.too_much()
                     place += 1
                 elif code == _TUPLE1:
                     stack[-1] = (stack[-1],)
+                    if (room := room - _TUPLE_NBYTES) < 0:
+                        raise self.too_much()
                     place += 1
                 elif code == _TUPLE2:
                     last = stack.pop()
                     stack[-1] = (stack[-1], last)
+                    if (room := room - _TUPLE_NBYTES) < 0:
+                        raise self.too_much()
                     place += 1
                 elif code == _REDUCE:
                     arguments = stack.pop()
@@ -269,9 +325,13 @@ class _Machine:
                     if end - begin >= _NBYTES_A_STEP or not encoded.isascii():
                         self.charge_text(encoded)
                     stack.append(encoded.decode("utf-8", "surrogatepass"))
+                    if (room := room - _TEXT_NBYTES - end + begin) < 0:
+                        raise self.too_much()
                     place = end
                 elif code == _BININT2:
                     stack.append(raw[place + 1] | raw[place + 2] << 8)
+                    if (room := room - _INT_NBYTES) < 0:
+                        raise self.too_much()
                     place += 3
                 elif code == _BINPERSID:
                     stack[-1] = find_persistent(stack[-1], where)
@@ -282,20 +342,32 @@ class _Machine:
                 elif code == _EMPTY_TUPLE:
                     stack.append(())
                     place += 1
+                elif code == _MEMOIZE:
+                    if far:
+                        self.stack = stack
+                        self.put(len(memo) + len(far))
+                    else:
+                        top = stack[-1]
+                        memo.append(top if len(memo) in asked else None)
+                    place += 1
+                elif code == _LONG_BINGET:
+                    index = _UINT4(raw, place + 1)[0]
+                    stack.append(memo[index] if index < len(memo) else far[index])
+                    place += 5
                 elif code == _STOP:
                     self.place = place + 1
                     return stack.pop()
                 else:
-                    self.place, self.stack = place + 1, stack
+                    self.place, self.stack, self.room = place + 1, stack, room
                     _TABLE[code](self)
-                    place, stack = self.place, self.stack
+                    place, stack, room = self.place, self.stack, self.room
         except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
             raise BadFile(where, f"its pickle is damaged near byte {place:,}", "Fetch the file again.") from error
         raise self.too_many_steps()
 
     def charge(self, count: int) -> None:
         """Take steps for what is copied or kept: one list may be handed to many calls."""
-        if next(itertools.islice(self.steps, count - 1, None), self) is self:
+        if next(itertools.islice(self.steps.extras, count - 1, None), self) is self:
             raise self.too_many_steps()
 
     def charge_text(self, encoded: bytes) -> None:
@@ -303,8 +375,17 @@ class _Machine:
         if count:
             self.charge(count)
 
+    def keep(self, nbytes: int) -> None:
+        """Take room for what an opcode leaves beside a place on the stack."""
+        self.room -= nbytes
+        if self.room < 0:
+            raise self.too_much()
+
     def too_many_steps(self) -> HostileFile:
-        return HostileFile(self.where, f"its pickle takes more than {MAX_OPCODES:,} steps")
+        return HostileFile(self.where, "its pickle takes more steps than a description of tensors may")
+
+    def too_much(self) -> HostileFile:
+        return HostileFile(self.where, "its pickle takes more memory than a description of tensors may")
 
     # Reading arguments.
 
@@ -343,15 +424,18 @@ class _Machine:
     # Values.
 
     def push_int4(self) -> None:
+        self.keep(_INT_NBYTES)
         self.stack.append(int.from_bytes(self.take(4), "little", signed=True))
 
     def push_long(self, count_nbytes: int) -> None:
         nbytes = self.take_uint(count_nbytes)
         if nbytes > MAX_LONG_NBYTES:
             raise HostileFile(self.where, f"its pickle holds a whole number of {nbytes:,} bytes")
+        self.keep(_INT_NBYTES + nbytes)
         self.stack.append(int.from_bytes(self.take(nbytes), "little", signed=True))
 
     def push_int_line(self) -> None:
+        self.keep(2 * _INT_NBYTES)
         line = self.take_short_line().rstrip(b"L")
         self.stack.append({b"00": False, b"01": True}[line] if line in (b"00", b"01") else int(line))
 
@@ -361,9 +445,13 @@ class _Machine:
         if end > len(self.raw):
             raise ValueError("the stream ends early")
         encoded = self.raw[begin:end]
-        self.charge_text(encoded)
+        self.keep_text(encoded)
         self.stack.append(encoded.decode("utf-8", "surrogatepass"))
         self.place = end
+
+    def keep_text(self, encoded: bytes) -> None:
+        self.keep(_TEXT_NBYTES + len(encoded))
+        self.charge_text(encoded)
 
     def push_bytes(self, count_nbytes: int) -> None:
         content = self.take(self.take_uint(count_nbytes))
@@ -376,18 +464,21 @@ class _Machine:
             raise ValueError("a string without quotes")
         self.charge(1 + len(line) // _NBYTES_A_STEP)
         encoded = codecs.escape_decode(line[1:-1])[0]
-        self.charge_text(encoded)
+        self.keep_text(encoded)
         self.stack.append(encoded.decode("utf-8"))
 
     def push_text_line(self) -> None:
         line = self.take_line()
+        self.keep(_TEXT_NBYTES + len(line))
         self.charge(1 + len(line) // _WIDE_NBYTES_A_STEP)  # what is escaped is wide, though its spelling is not
         self.stack.append(line.decode("raw-unicode-escape"))
 
     def push_float(self) -> None:
+        self.keep(_INT_NBYTES)
         self.stack.append(struct.unpack(">d", self.take(8))[0])
 
     def push_float_line(self) -> None:
+        self.keep(_INT_NBYTES)
         self.stack.append(float(self.take_short_line()))
 
     # Containers.
@@ -401,22 +492,25 @@ class _Machine:
         self.pop_mark()
 
     def push_tuple3(self) -> None:
+        self.keep(_TUPLE_NBYTES)
         third, second = self.stack.pop(), self.stack.pop()
         self.stack[-1] = (self.stack[-1], second, third)
 
     def push_empty_list(self) -> None:
-        self.charge(_CONTAINER_STEPS)
+        self.charge(CONTAINER_STEPS)
         self.stack.append([])
 
     def push_empty_dict(self) -> None:
-        self.charge(_CONTAINER_STEPS)
+        self.charge(CONTAINER_STEPS)
         self.stack.append({})
 
     def push_list(self) -> None:
+        self.keep(2 * _TUPLE_NBYTES)
         items = self.pop_mark()
         self.stack.append(items)
 
     def push_dict(self) -> None:
+        self.keep(_DICT_NBYTES)
         items = self.pop_mark()
         self.stack.append(self.fill({}, items))
 
@@ -449,6 +543,8 @@ class _Machine:
     def fill(self, target: Any, items: list[Any]) -> dict[Any, Any]:
         if not isinstance(target, dict) or len(items) % 2:
             raise TypeError("items for what is no dict")
+        if len(target) + len(items) // 2 > _FIRST_ITEMS:
+            self.keep(len(items) // 2 * _ENTRY_NBYTES)
         for key, value in zip(items[::2], items[1::2], strict=True):
             # No tensor has a key that is neither text nor a number. Of large numbers, or of tuples, a file could choose
             # such as all hash alike, and make the dict quadratic.
@@ -475,7 +571,7 @@ class _Machine:
             top = self.stack[-1]
             self.memo.append(top if index in self.asked else None)
         else:
-            self.charge(1)
+            self.charge(_FAR_STEPS)
             self.far[index] = self.stack[-1]
 
     def get(self, index: int) -> None:
@@ -484,10 +580,6 @@ class _Machine:
     def put_uint1(self) -> None:
         self.put(self.raw[self.place])
         self.place += 1
-
-    def get_uint4(self) -> None:
-        self.get(_UINT4(self.raw, self.place)[0])
-        self.place += 4
 
     # Names and what they are applied to.
 
@@ -516,6 +608,7 @@ class _Machine:
             return target.rebuild(arguments, self.where)
         if type(target) is Global:
             if str(target) in RECONSTRUCTORS:
+                self.charge(1 + len(arguments) // _ITEMS_A_STEP)
                 return self.make(arguments[0], arguments[1:])
             if str(target) in HARMLESS:
                 return self.make(target)
@@ -526,8 +619,8 @@ class _Machine:
     def make(self, of: Any, arguments: Any = ()) -> Inert | KeptObject:
         """Make what stands for a new object, which Python makes without a call of anything in the class's module."""
         if type(of) is Kept:
-            self.charge(_OBJECT_STEPS)
-            return KeptObject(of.name, arguments)
+            self.charge(_KEPT_STEPS)
+            return KeptObject(of, arguments)
         if type(of) is not Global or (of.module.partition(".")[0] in SYSTEM and str(of) not in HARMLESS):
             return self.leave_out(of, "makes an object of")
         self.charge(_OBJECT_STEPS)
@@ -556,10 +649,12 @@ class _Machine:
         self.new_object()
 
     def call_marked(self) -> None:
+        self.keep(_TUPLE_NBYTES)
         target, *arguments = self.pop_mark()
         self.stack.append(self.call(target, tuple(arguments)))
 
     def call_named(self) -> None:
+        self.keep(_TUPLE_NBYTES)
         arguments = self.pop_mark()
         self.push_global(self.take_text_line(), self.take_text_line())
         self.stack[-1] = self.call(self.stack[-1], tuple(arguments))
@@ -569,7 +664,10 @@ class _Machine:
         # needs them.
         state = self.stack.pop()
         target = self.stack[-1]
-        if type(target) in (KeptObject, Inert):
+        if type(target) is KeptObject and target.kind.fields:
+            self.charge(_FIELDS_STEPS)
+            target.state = tuple(map(state.get, target.kind.fields))
+        elif type(target) in (KeptObject, Inert):
             target.state = state
         elif type(target) is not dict or type(state) is not dict:
             self.leave_out(target, "sets the state of")
@@ -591,8 +689,10 @@ class _Machine:
 _STOP = ord(".")
 _LONG_BINPUT = ord("r")
 _BINGET = ord("h")
+_LONG_BINGET = ord("j")
 _BININT1 = ord("K")
 _BININT2 = ord("M")
+_MEMOIZE = 0x94
 _EMPTY_TUPLE = ord(")")
 _NEWFALSE = 0x89
 _MARK = ord("(")
@@ -604,16 +704,14 @@ _BINUNICODE = ord("X")
 _BINPERSID = ord("Q")
 _UINT4 = struct.Struct("<I").unpack_from
 _ALL = range(1 << 63)
-_LONG_BINGET = re.compile(rb"j(?=.{4})", re.DOTALL)
+_GET4 = re.compile(rb"j(?=(.{4}))", re.DOTALL)
 _GET = re.compile(rb"g[\s+-]*(\d[\d_]{,%d})\s*\n" % _MAX_LINE_NBYTES)  # whatever ``int`` takes for a number
 _Step = Callable[[_Machine], None]
 
 _OPCODES: dict[str, _Step] = {
     "q": _Machine.put_uint1,
-    "j": _Machine.get_uint4,
     "p": lambda m: m.put(m.take_number()),
     "g": lambda m: m.get(m.take_number()),
-    "\x94": lambda m: m.put(len(m.memo) + len(m.far)),
     "J": _Machine.push_int4,
     "I": _Machine.push_int_line,
     "L": _Machine.push_int_line,
