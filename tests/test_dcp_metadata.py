@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.archives import call, name_of, text
+from support.tiny import assert_same
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -30,6 +32,7 @@ from converter.formats.torch.state_dict import Reading
 from converter.formats.torch.unpickler import Inert
 from converter.storage import place_of
 from converter.tensors.base import WeightsFile
+from converter.tensors.reader import RangeReader, read_chunks
 
 FLOAT = TensorProperties(torch.float32)
 
@@ -44,6 +47,76 @@ def read(folder: Path, raw: bytes | Metadata, strip_code: bool = False) -> Weigh
     path.write_bytes(raw if isinstance(raw, bytes) else pickle.dumps(raw))
     with place_of(path).open() as file:
         return dcp.read_file(file, Reading(strip_code=strip_code))
+
+
+def saved(tensor: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    return buffer.getvalue()
+
+
+def write(folder: Path, state: dict[str, torch.Tensor], ranks: int = 2) -> Path:
+    """Write a checkpoint whose tensors are cut by rows, as so many ranks would."""
+    folder.mkdir(exist_ok=True)
+    files = [bytearray() for _ in range(ranks)]
+    tensors: dict[str, Any] = {}
+    stored: dict[MetadataIndex, _StorageInfo] = {}
+    for name, whole in state.items():
+        boxes, row = [], 0
+        for rank, part in enumerate(whole.chunk(ranks)):
+            begin = [row, *[0] * (whole.dim() - 1)]
+            raw = saved(part.clone())
+            stored[MetadataIndex(name, begin, rank)] = _StorageInfo(f"__{rank}_0.distcp", len(files[rank]), len(raw))
+            files[rank] += raw
+            boxes.append((begin, part.shape))
+            row += len(part)
+        tensors[name] = replace(told(whole.shape, *boxes), properties=TensorProperties(whole.dtype))
+    for rank, raw_file in enumerate(files):
+        (folder / f"__{rank}_0.distcp").write_bytes(raw_file)
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, None, stored)))
+    return folder
+
+
+def values(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a checkpoint."""
+    with place_of(folder / ".metadata").open() as file:
+        tensors = dcp.read_file(file, Reading()).tensors
+    with RangeReader() as reader:
+        raw = {one.name: b"".join(map(bytes, read_chunks(one.source, reader, bytearray(1 << 12)))) for one in tensors}
+    dtypes = {"F32": torch.float32, "F16": torch.float16}
+    return {
+        one.name: torch.frombuffer(bytearray(raw[one.name]), dtype=dtypes[one.dtype.tag]).reshape(one.shape)
+        for one in tensors
+    }
+
+
+STATE = {"w": torch.randn(6, 50), "v": torch.randn(5).half(), "again": torch.randn(6, 50), "long": torch.randn(2, 3000)}
+
+
+def test_boxes_are_those_that_torch_saved(tmp_path: Path) -> None:
+    assert_same(values(write(tmp_path / "a", STATE, 2)), STATE)
+    assert_same(values(write(tmp_path / "b", STATE, 1)), STATE)
+
+
+def test_items_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"w": torch.randn(2, 3)}, 2)
+    boxes = told((2, 3), ((0, 0), (1, 3)), ((1, 0), (1, 3)))
+    stored = {MetadataIndex("w", [row, 0]): _StorageInfo("__0_0.distcp", row, 1000) for row in range(2)}
+    with pytest.raises(HostileFile, match="lies within another"):
+        read(tmp_path, Metadata({"w": boxes}, None, stored))
+
+
+def test_items_take_steps_and_little_to_describe_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, STATE)
+    monkeypatch.setattr(dcp, "_MAX_STEPS", 200)
+    with pytest.raises(HostileFile, match="more steps"):
+        values(tmp_path)
+    monkeypatch.setattr(dcp, "_MAX_STEPS", 10_000)
+    monkeypatch.setattr(dcp, "_MAX_KNOWN", 1)
+    assert_same(values(tmp_path), STATE)
+    monkeypatch.setattr(dcp, "_MAX_PICKLE_NBYTES", 100)
+    with pytest.raises(HostileFile, match="to describe one tensor"):
+        values(tmp_path)
 
 
 def write_big(path: Path, names: int, ranks: int) -> None:

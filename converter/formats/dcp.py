@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from converter.dtypes import DTYPES, DType
-from converter.errors import BadFile, HostileFile, Unsupported
-from converter.formats.torch.files import open_content
-from converter.formats.torch.rebuild import Left, Listed, TensorRef, Unreadable, parse_metadata, shape_of
+from converter.errors import BadFile, HostileFile, Unsupported, Where
+from converter.formats.torch.archive import open_content
+from converter.formats.torch.rebuild import Left, Listed, TensorRef, Unreadable, parse_metadata, parse_pickle, shape_of
 from converter.formats.torch.state_dict import Reading, choose_state_dict, is_training_key
-from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES, KeptObject
+from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES, KeptObject, Pickled, allow_steps
 from converter.storage import OpenFile, Place, Window
 from converter.tensors.base import MAX_NAME, Tensor, TensorSource, WeightsFile
 
@@ -36,6 +36,12 @@ _FIELDS = {
 # bytes at least.
 _MAX_BOXES = 400_000
 _MAX_NAMED = 8
+_MAX_PICKLE_NBYTES = 1 << 14  # of one tensor, which takes 300
+_MAX_STEPS = 20_000_000  # of all such that differ: 350 each
+_MAX_KNOWN_NBYTES = 1 << 10  # of those that are not read again, and how many
+_MAX_KNOWN = 10_000
+_HEAD_NBYTES = 1 << 11
+_TAIL_NBYTES = 1 << 12
 _MAX_DEPTH = 16  # of the path of a tensor; as deep as a state dict is looked for
 _DAMAGED = "The checkpoint is damaged: fetch .metadata again."
 _INCOMPLETE = "The checkpoint is incomplete: fetch its .distcp files again."
@@ -79,6 +85,8 @@ class _Listing:
         self.paths: Mapping[str, Any] = state.get("planner_data") or {}
         self.items: dict[_Key, _Item] = {}
         self.left_nbytes: dict[str, int] = defaultdict(int)  # of what is no tensor, by name
+        self.parsed: dict[bytes, Pickled] = {}
+        self.steps = allow_steps(_MAX_STEPS)
         stored = _checked(state["storage_data"], dict)
         self._check_count(len(stored))
         while stored:  # each goes as its item comes: the one takes the other's memory
@@ -193,21 +201,47 @@ class _Listing:
             if not place.is_file():
                 raise BadFile(place, "is not there, and .metadata names it", _INCOMPLETE)
             with place.open() as file:
-                for item, key in sorted(wanted[file_name]):
-                    if item.offset + item.nbytes > file.nbytes:
+                items = sorted(wanted[file_name])
+                reached = 0
+                for item, key in items:
+                    if item.offset < reached:
+                        raise HostileFile(self.place, f"says that a part of {key[0]!r} lies within another")
+                    reached = item.offset + item.nbytes
+                    if reached > file.nbytes:
                         problem = f"ends before the part of {key[0]!r} that .metadata says is in it"
                         raise BadFile(place, problem, _INCOMPLETE)
-                    yield key, _read_item(Window(file, item.offset, item.nbytes), key[0])
+                file.expect((item.offset + begin, nbytes) for item, _ in items for begin, nbytes in _ends_of(item))
+                for item, key in items:
+                    yield key, self._read_item(Window(file, item.offset, item.nbytes), item, key[0])
+
+    def _read_item(self, window: Window, item: _Item, name: str) -> TensorSource:
+        """Give the one tensor that a file of ``torch.save`` within another holds."""
+        for begin, nbytes in _ends_of(item):
+            window.keep(begin, nbytes)
+        content = open_content(window, self._parse)
+        ref = content.pickled.value
+        if type(ref) is not TensorRef:
+            raise BadFile(window.ref.place, f"holds no tensor where a part of {name!r} should be", _DAMAGED)
+        ((_, source),) = content.take_sources({name: ref})
+        return source
+
+    def _parse(self, raw: bytes, where: Where) -> Pickled:
+        """Read the pickle of an item, of which most are the same as another's."""
+        pickled = self.parsed.get(raw)
+        if pickled is None:
+            if len(raw) > _MAX_PICKLE_NBYTES:
+                raise HostileFile(where, f"takes {len(raw):,} bytes to describe one tensor")
+            pickled = parse_pickle(raw, where, steps=self.steps)
+            if len(raw) <= _MAX_KNOWN_NBYTES and len(self.parsed) < _MAX_KNOWN:
+                self.parsed[raw] = pickled
+        return pickled
 
 
-def _read_item(window: Window, name: str) -> TensorSource:
-    """Give the one tensor that a file of ``torch.save`` within another holds."""
-    content = open_content(window)
-    ref = content.pickled.value
-    if type(ref) is not TensorRef:
-        raise BadFile(window.ref.place, f"holds no tensor where a part of {name!r} should be", _DAMAGED)
-    ((_, source),) = content.take_sources({name: ref})
-    return source
+def _ends_of(item: _Item) -> tuple[tuple[int, int], ...]:
+    """Give the parts of an item that are read of it: all but its storage, which is last but for two small records."""
+    if item.nbytes <= _HEAD_NBYTES + _TAIL_NBYTES:
+        return ((0, item.nbytes),)
+    return (0, _HEAD_NBYTES), (item.nbytes - _TAIL_NBYTES, _TAIL_NBYTES)
 
 
 def _checked(value: Any, kind: type[_T]) -> _T:

@@ -80,8 +80,12 @@ def _find_directory(file: OpenFile) -> tuple[int, int, int]:
     """Give where the directory begins, its bytes and its number of records."""
     place = file.ref.place
     most = END.size + _COMMENT_NBYTES
-    tail_start = max(0, file.nbytes - (_FAR_TAIL_NBYTES if file.is_far else most))
-    tail = file.keep(tail_start, file.nbytes)
+    last = file.kept(file.nbytes - END.size, END.size)
+    if last and last.startswith(b"PK\x05\x06"):
+        tail_start, tail = file.nbytes - END.size, last  # no other can follow it
+    else:
+        tail_start = max(0, file.nbytes - (_FAR_TAIL_NBYTES if file.is_far else most))
+        tail = file.keep(tail_start, file.nbytes)
     at = tail.rfind(b"PK\x05\x06", max(0, len(tail) - most))
     if at < 0:
         raise BadFile(place, "is a zip archive without its directory, which is at the end", INCOMPLETE)

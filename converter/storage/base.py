@@ -95,8 +95,12 @@ class OpenFile(ABC):
     def keep(self, offset: int, nbytes: int) -> bytes:
         """Read a part that the next reads fall into: each may be a request over a network."""
         raw = self.read(offset, nbytes)
-        self._kept.append((offset, raw))
+        self.hold(offset, raw)
         return raw
+
+    def hold(self, offset: int, raw: bytes) -> None:
+        """Keep a part that was read already."""
+        self._kept.append((offset, raw))
 
     def kept(self, offset: int, nbytes: int) -> bytes | None:
         """Give bytes that are kept, if all of them are."""

@@ -11,13 +11,13 @@ as garbage), so all of it is checked here; CRC32s are held against the bytes whe
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.torch.content import Content
-from converter.formats.torch.rebuild import StorageRef, parse_pickle
-from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES
+from converter.formats.torch.rebuild import StorageRef
+from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES, Pickled
 from converter.formats.zip_records import DEFLATED, Record, read_records, spell
 from converter.storage import OpenFile, Place
 from converter.tensors.base import ByteRange, PackedRange, Storage
@@ -29,7 +29,7 @@ _MAX_NOTE_NBYTES = 16
 _MAX_BETWEEN = 1 << 14  # of the pickle and the note that torch writes near it: small records, each of them aligned
 
 
-def open_content(file: OpenFile, strip_code: bool) -> Content:
+def open_content(file: OpenFile, parse: Callable[[bytes, Place], Pickled]) -> Content:
     """Read the directory and the pickle of an archive; no storage is read."""
     place = file.ref.place
     records = {record.name: record for record in read_records(file)}
@@ -43,7 +43,7 @@ def open_content(file: OpenFile, strip_code: bool) -> Content:
         record = records.get(folder + storage.key.encode("utf-8", "surrogatepass"))
         return None if record is None else _range_of(record, file)
 
-    return Content(file.ref, parse_pickle(pickle, place, strip_code), find, byteorder == b"big")
+    return Content(file.ref, parse(pickle, place), find, byteorder == b"big")
 
 
 def _range_of(record: Record, file: OpenFile) -> Storage:

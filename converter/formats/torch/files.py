@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from converter.formats.torch import archive, legacy
 from converter.formats.torch.content import Content
+from converter.formats.torch.rebuild import parse_pickle
 from converter.formats.torch.state_dict import Reading, choose_state_dict
 from converter.formats.training import check_pickled
 from converter.storage import OpenFile
@@ -15,8 +18,9 @@ _HEAD_NBYTES = max(map(len, HEADS))
 
 def open_content(file: OpenFile, strip_code: bool = False) -> Content:
     """Read what a file holds, but for its storages. Raises BadFile for what is none of torch's."""
-    is_legacy = file.read(0, _HEAD_NBYTES).startswith(legacy.HEADS)
-    return (legacy if is_legacy else archive).open_content(file, strip_code)
+    if file.read(0, _HEAD_NBYTES).startswith(legacy.HEADS):
+        return legacy.open_content(file, strip_code)
+    return archive.open_content(file, partial(parse_pickle, strip_code=strip_code))
 
 
 def read_file(file: OpenFile, reading: Reading) -> WeightsFile:

@@ -161,9 +161,9 @@ class Steps(NamedTuple):
     nbytes: int = _UNLIMITED
 
 
-def allow_steps() -> Steps:
-    """Give the steps that one file may take."""
-    steps = itertools.repeat(None, MAX_OPCODES)
+def allow_steps(count: int | None = None) -> Steps:
+    """Give the steps that one file may take, or so many."""
+    steps = itertools.repeat(None, MAX_OPCODES if count is None else count)
     return Steps(steps, steps)
 
 
