@@ -6,10 +6,11 @@ What changes only bits is done here; what rounds or computes is in ``kernels``.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from converter.dtypes import DType, OnOverflow
@@ -198,17 +199,19 @@ class Box(NamedTuple):
 class Boxes:
     """A tensor that is put together from boxes, as checkpoints of many processes and fused weights are.
 
-    Raises ValueError for boxes that reach out of it, overlap, or leave something out.
+    Raises ValueError for boxes that reach out of it, overlap, or leave something out. ``longest`` is the length of the
+    longest of them along the first axis.
     """
 
     dtype: DType
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
+    longest: int = field(init=False, repr=False, compare=False)
     grain = 1
 
     def __post_init__(self) -> None:
         known = sorted((box for box in self.boxes if 0 not in box.source.shape), key=lambda box: box.start)
-        object.__setattr__(self, "boxes", tuple(known))
+        self._take(known)
         if self.dtype.bits % 8 or any(box.source.dtype is not self.dtype for box in known):
             raise ValueError("boxes of other elements than the whole")
         whole = self._whole
@@ -217,9 +220,11 @@ class Boxes:
                 raise ValueError(f"a box at {box.start} of shape {box.source.shape} reaches out of {whole}")
         if sum(math.prod(box.source.shape) for box in known) != math.prod(whole):
             raise ValueError(f"boxes that do not fill {whole}")
-        for place, box in enumerate(known):
-            if any(_overlap(box, other) for other in _reached(box, known[place + 1 :])):
-                raise ValueError(f"two boxes that overlap at {box.start}")
+        _check_apart(known)
+
+    def _take(self, boxes: Sequence[Box]) -> None:
+        object.__setattr__(self, "boxes", tuple(boxes))
+        object.__setattr__(self, "longest", max((box.source.shape[0] for box in boxes if box.start), default=0))
 
     @property
     def _whole(self) -> tuple[int, ...]:
@@ -238,14 +243,37 @@ class Boxes:
         return tuple(storage for box in self.boxes for storage in box.source.inputs())
 
     def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
-        for _, source in self.boxes:
+        for _, source in self._between(begin, end):
             yield from source.extents(0, source.dtype.nbytes(math.prod(source.shape)))
 
     def verbatim(self, begin: int, end: int) -> None:
         return None
 
     def part(self, begin: int, end: int) -> Boxes:
-        return self
+        needed = self._between(begin, end)
+        if len(needed) == len(self.boxes):
+            return self
+        # Those that are left do not fill the whole, which was looked at.
+        part: Boxes = object.__new__(Boxes)
+        object.__setattr__(part, "dtype", self.dtype)
+        object.__setattr__(part, "shape", self.shape)
+        part._take(needed)
+        return part
+
+    def _between(self, begin: int, end: int) -> tuple[Box, ...]:
+        """Give the boxes that bytes of the whole may lie in."""
+        whole = self._whole
+        if not whole or begin >= end:
+            return self.boxes
+        row = self.dtype.nbytes(math.prod(whole[1:]))
+        return self._along(begin // row, -(-end // row))
+
+    def _along(self, begin: int, end: int) -> tuple[Box, ...]:
+        """Give the boxes that may reach into a span of the first axis; they are in the order of their starts."""
+        # What is looked for is shorter than a box, so no source is ever compared.
+        probes: tuple[Any, Any] = ((begin - self.longest + 1,),), ((end,),)
+        first, last = (bisect.bisect_left(self.boxes, probe) for probe in probes)
+        return self.boxes[first:last]
 
     def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Boxes:
         whole = self._whole
@@ -268,7 +296,7 @@ class Boxes:
 
     def _cut(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Box]:
         """Give what of each box lies in a box of the whole; starts are in the whole."""
-        for box in self.boxes:
+        for box in self._along(start[0], start[0] + shape[0]) if start else self.boxes:
             sides = zip(box.start, box.source.shape, start, shape, strict=True)
             spans = [(max(at, base), min(at + length, base + size)) for at, length, base, size in sides]
             if all(begin < end for begin, end in spans):
@@ -307,12 +335,43 @@ def _fits(whole: tuple[int, ...], box: Box) -> bool:
     return all(at >= 0 and at + length <= size for size, at, length in ends)
 
 
-def _reached(box: Box, others: Iterable[Box]) -> Iterator[Box]:
-    """Give those of boxes in order that begin before a box ends, along the first axis."""
-    if not box.start:
-        return iter(others)
-    end = box.start[0] + box.source.shape[0]
-    return itertools.takewhile(lambda other: other.start[0] < end, others)
+def _check_apart(boxes: list[Box]) -> None:
+    """Raise ValueError where two boxes overlap, or where nobody can tell in time.
+
+    Whatever is cut over a mesh of ranks can be parted again, each time along one axis; only what cannot is compared
+    by pairs, and a file could hold more of that than there is time for.
+    """
+    left = _LOOKS * len(boxes) + _MORE_LOOKS
+    waiting = [boxes]
+    while waiting:
+        group = waiting.pop()
+        parts = [group]
+        for axis in range(len(group[0].start) if len(group) > 1 else 0):
+            left -= len(group)
+            parts = _part(group, axis)
+            if len(parts) > 1:
+                break
+        if len(parts) > 1:
+            waiting += parts
+            continue
+        left -= math.comb(len(group), 2)
+        if left < 0:
+            raise ValueError(f"{len(boxes):,} boxes that are in no order")
+        for box, other in itertools.combinations(group, 2):
+            if _overlap(box, other):
+                raise ValueError(f"two boxes that overlap at {max(box.start, other.start)}")
+
+
+def _part(boxes: list[Box], axis: int) -> list[list[Box]]:
+    """Give the groups of boxes between which a cut across an axis goes through no box."""
+    parts: list[list[Box]] = []
+    end = -1
+    for box in sorted(boxes, key=lambda box: box.start[axis]):
+        if box.start[axis] >= end:
+            parts.append([])
+        parts[-1].append(box)
+        end = max(end, box.start[axis] + box.source.shape[axis])
+    return parts
 
 
 def _overlap(box: Box, other: Box) -> bool:
