@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from converter.errors import BadFile, TrainingPiece, Unsupported
-from converter.formats import dcp, safetensors, training
+from converter.formats import dcp, ranks, safetensors, training
 from converter.formats.torch import files, writer
 from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.storage import OpenFile, Place, list_entries, natural_key
@@ -100,6 +100,7 @@ FOLDERS: dict[str, FolderRow] = {
                                  None, *training.DCP_OF_MEGATRON),
     "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), dcp.read_file),
     "DCP, unfinished": FolderRow(r".+\.distcp", r".+\.distcp", (), None, *training.DCP_UNFINISHED),
+    "ranks": FolderRow(ranks.NAMES, ranks.NAMES, (), ranks.read_file),
 }  # fmt: skip
 
 
@@ -114,6 +115,7 @@ class Gathered:
     @property
     def row(self) -> FolderRow:
         return FOLDERS[self.format]
+
 
 _LFS = "Run 'git lfs pull' in its repository, or fetch the file itself."
 _FETCH = "Fetch the file again."

@@ -23,7 +23,6 @@ _DCP_TO_TORCH = (
     "wconv converts; that runs what its pickles say, so do it only where you trust the folder."
 )
 _ACCELERATE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
-_VERL = "'python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir OUT' makes a model of it."
 _CONSOLIDATE = (
     "consolidate_safetensors_files in torch.distributed.checkpoint._consolidate_hf_safetensors makes one model; "
     "in torch 2.13 it writes tensors without axes as 0."
@@ -66,8 +65,9 @@ _NAMES = (
           "is one rank's part of a tensor-parallel DeepSpeed checkpoint", _DEEPSPEED, "mp_rank_*1_model_states.pt"),
     _Name(r".*/(pytorch_model|model)_fsdp(_\d+)?_rank_?\d+\.(bin|pt)",
           "is one rank's part of a model, as accelerate's FSDP saves it", _ACCELERATE),
-    _Name(r".*/(model|optim|extra_state)_world_size_(?!1_)\d+_rank_\d+\.pt",
-          "is one rank's part of a model, as verl saves it", _VERL),
+    _Name(r".*/(optim|extra_state)_world_size_\d+_rank_\d+\.pt",
+          "is what one rank's trainer goes on from, as verl saves it",
+          "The weights are in the files model_world_size_*: name their folder, or one of them."),
     _Name(r"mp_rank_\d+(_\d+)*/.*\.(pt|pth|bin)",
           "is one rank's part of a Megatron checkpoint", _MEGATRON, "../mp_rank_*1*"),
     _Name(r".*/consolidated\.\d+\.pth",
