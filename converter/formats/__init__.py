@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from converter.errors import BadFile, TrainingPiece, Unsupported
-from converter.formats import dcp, ranks, safetensors, training
+from converter.formats import safetensors, training
 from converter.formats.torch import files, writer
 from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.storage import OpenFile, Place, list_entries, natural_key
@@ -45,6 +45,18 @@ def _is_safetensors(head: bytes) -> bool:
 
 def _is_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar"
+
+
+def _read_dcp(file: OpenFile, reading: Reading) -> WeightsFile:
+    from converter.formats import dcp  # few folders need it, or the next
+
+    return dcp.read_file(file, reading)
+
+
+def _read_ranks(file: OpenFile, reading: Reading) -> WeightsFile:
+    from converter.formats import ranks
+
+    return ranks.read_file(file, reading)
 
 
 # By the first bytes of a file. The first row that matches reads it.
@@ -98,9 +110,9 @@ class FolderRow:
 FOLDERS: dict[str, FolderRow] = {
     "DCP of Megatron": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", ("metadata.json", "common.pt"),
                                  None, *training.DCP_OF_MEGATRON),
-    "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), dcp.read_file),
+    "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), _read_dcp),
     "DCP, unfinished": FolderRow(r".+\.distcp", r".+\.distcp", (), None, *training.DCP_UNFINISHED),
-    "ranks": FolderRow(ranks.NAMES, ranks.NAMES, (), ranks.read_file),
+    "ranks": FolderRow(training.RANKS, training.RANKS, (), _read_ranks),
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from converter.errors import BadFile, HostileFile, TrainingPiece, Unsupported, n
 from converter.formats.torch.files import open_content
 from converter.formats.torch.rebuild import TensorRef, Unreadable, shape_of
 from converter.formats.torch.state_dict import AnyTensor, Reading, choose_state_dict
-from converter.formats.training import check_pickled
+from converter.formats.training import RANKS, check_pickled
 from converter.storage import OpenFile, Place, list_entries
 from converter.storage.far import look_at_each
 from converter.tensors.base import MAX_TENSORS, Tensor, TensorSource, WeightsFile
@@ -32,12 +32,6 @@ from converter.tensors.derived import Box, Boxes, Replicas, differ
 from converter.tensors.view import View
 
 _T = TypeVar("_T")
-
-NAMES = (
-    r"(?P<of>model_world_size_(?P<world>\d{1,6})_rank_(?=\d+\.pt)|pytorch_model_fsdp(_\d+)?_rank(?=\d+\.bin))"
-    r"(?P<rank>0|[1-9]\d{0,5})\.(pt|bin)"
-)
-"""The files of ranks: ``of`` is all that those of one checkpoint share."""
 
 _MAX_WORLD = 1_000_000
 _MAX_BOXES = 600_000  # of 500 bytes each; those of 1,100 tensors on 512 ranks
@@ -104,7 +98,7 @@ class _Name(NamedTuple):
 
 
 def _parse_name(name: str) -> _Name:
-    parsed = re.fullmatch(NAMES, name)
+    parsed = re.fullmatch(RANKS, name)
     return _Name(parsed["of"], int(parsed["rank"]), int(parsed["world"] or 0)) if parsed else _Name("", 0, 0)
 
 

@@ -39,6 +39,12 @@ DCP_UNFINISHED = (
     "Take a checkpoint of an earlier step.",
 )
 
+# By verl and SkyRL, and by accelerate; ``of`` is all that those of one checkpoint share.
+RANKS = (
+    r"(?P<of>model_world_size_(?P<world>\d{1,6})_rank_(?=\d+\.pt)|pytorch_model_fsdp(_\d+)?_rank(?=\d+\.bin))"
+    r"(?P<rank>0|[1-9]\d{0,5})\.(pt|bin)"
+)
+
 
 class _Name(NamedTuple):
     """A name that a trainer gives to a piece; with a ``sibling`` only where that lies beside it, by a pattern."""
