@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 
 from converter.errors import BadFile, TrainingPiece, Unsupported
 from converter.formats import safetensors, training
@@ -45,18 +46,6 @@ def _is_safetensors(head: bytes) -> bool:
 
 def _is_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar"
-
-
-def _read_dcp(file: OpenFile, reading: Reading) -> WeightsFile:
-    from converter.formats import dcp  # few folders need it, or the next
-
-    return dcp.read_file(file, reading)
-
-
-def _read_ranks(file: OpenFile, reading: Reading) -> WeightsFile:
-    from converter.formats import ranks
-
-    return ranks.read_file(file, reading)
 
 
 # By the first bytes of a file. The first row that matches reads it.
@@ -106,13 +95,21 @@ class FolderRow:
                 yield head, tuple(name for name in ordered if name != head)
 
 
+def _late(module: str, file: OpenFile, reading: Reading) -> WeightsFile:
+    """Read a file with a module of this package that few need."""
+    read: ReadFile = import_module(f"converter.formats.{module}").read_file
+    return read(file, reading)
+
+
 # The first row that matches a file speaks of it.
 FOLDERS: dict[str, FolderRow] = {
+    "DCP, by ranks": FolderRow(r"__\d+\.metadata|.+\.distcp", r"__\d+\.metadata", (), None, *training.DCP_BY_RANKS),
     "DCP of Megatron": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", ("metadata.json", "common.pt"),
                                  None, *training.DCP_OF_MEGATRON),
-    "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), _read_dcp),
+    "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), partial(_late, "dcp")),
+    "DCP in safetensors": FolderRow(training.DCP_SHARD, training.DCP_SHARD, (), partial(_late, "dcp_safetensors")),
     "DCP, unfinished": FolderRow(r".+\.distcp", r".+\.distcp", (), None, *training.DCP_UNFINISHED),
-    "ranks": FolderRow(training.RANKS, training.RANKS, (), _read_ranks),
+    "ranks": FolderRow(training.RANKS, training.RANKS, (), partial(_late, "ranks")),
 }  # fmt: skip
 
 

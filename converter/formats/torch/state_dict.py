@@ -85,9 +85,7 @@ class _Found:
         return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {self.nbytes / 1e6:,.1f} MB)"
 
 
-def choose_state_dict(
-    pickled: Pickled, where: Where, reading: Reading
-) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
+def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
     """Give the names and tensors of the one state dict in a pickle's value, and notes on what is left out.
 
     Raises BadRequest where several could be meant, or the key names none; Unsupported where there is none.
@@ -135,7 +133,7 @@ def resolve(
     # Each entry goes as its view comes: the one takes the other's memory.
     for name in list(state_dict):
         ref = state_dict.pop(name)
-        if type(ref) is Listed:
+        if isinstance(ref, Listed):
             kind = ref.of.kind if type(ref.of) is Part else "another file"
             raise TrainingPiece(where, f"tensor {name!r} is of the class {kind}", _RANKED)
         storage = ref.storage
@@ -289,7 +287,7 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
     beside |= {key: value[key] for key in chosen.beside} if chosen.path == () else dict.fromkeys(chosen.beside)
     if beside:
         nbytes = {key: _nbytes_below(key, inner, found) for key, inner in beside.items()}
-        yield f"left out: {_list([f'{_spell(k)} ({n / 1e6:,.1f} MB)' if n else k for k, n in nbytes.items()])}"
+        yield f"left out: {_list([f'{_spell(k)} ({_spell_size(n)})' if n else k for k, n in nbytes.items()])}"
     if chosen.unreadable:
         named = [f"{_spell(name)} ({why})" for name, why in islice(chosen.unreadable.items(), _MAX_NAMED)]
         yield f"tensors that cannot be read are left out ({len(chosen.unreadable):,} in all): {_list(named)}"
@@ -308,6 +306,10 @@ def _nbytes_below(key: Any, value: Any, found: list[_Found]) -> int:
     return of_tensors + (value.nbytes if type(value) is Left else 0)
 
 
+def _spell_size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"
+
+
 def _list(things: list[Any]) -> str:
     return name_some([*map(_spell, things[:_MAX_NAMED]), *things[_MAX_NAMED:]], _MAX_NAMED)
 
@@ -323,5 +325,11 @@ def _describe(value: Any) -> str:
 def _kind(value: Any) -> str:
     if type(value) is Inert:
         return f"a whole {value.name}"
-    kinds = {TensorRef: "a tensor", Listed: "a tensor", Unreadable: "a tensor", StorageRef: "a storage", type(None): "None"}
+    kinds = {
+        TensorRef: "a tensor",
+        Listed: "a tensor",
+        Unreadable: "a tensor",
+        StorageRef: "a storage",
+        type(None): "None",
+    }
     return kinds.get(type(value), f"a {type(value).__name__}")
