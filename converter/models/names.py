@@ -45,8 +45,8 @@ _MODEL_STEM = re.compile(
 _KNOWN_TAGS = re.compile(r"(?:fp|bf|f|int)\d+\w*|(?:non_?)?ema", re.IGNORECASE)
 
 # What trainers leave beside the weights, to go on from: ``transformers/trainer.py``, ``accelerate/checkpointing.py``,
-# ``deepspeed/runtime/engine.py``, ``verl/utils/checkpoint/fsdp_checkpoint_manager.py``. It is no weights, and takes twice
-# their room and more.
+# ``deepspeed/runtime/engine.py``, ``verl/utils/checkpoint/fsdp_checkpoint_manager.py``. It is no weights, and takes
+# twice their room and more.
 _TRAINING_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|training_state|trainer_state|"
     r"dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|ckpt|safetensors)(\.index\.json)?|"
