@@ -241,6 +241,15 @@ def test_of_how_many_ranks_accelerate_wrote_the_mesh_tells(tmp_path: Path) -> No
             read_file(checkpoint / "pytorch_model_fsdp_0_rank0.bin")
 
 
+def test_a_store_that_does_not_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_ranks(tmp_path, (3,), rows)
+    monkeypatch.setattr(ranks, "list_entries", lambda _: [])
+    assert_same(state_of(path), {"w": WEIGHT})
+    path_of(tmp_path, 1, 3).unlink()
+    with pytest.raises(BadFile, match="rank 1 of 3 is not there"):
+        read_file(path)
+
+
 def test_two_checkpoints_in_a_folder(wconv: Callable[..., Any], tmp_path: Path) -> None:
     write_ranks(tmp_path, (2,), rows)
     write_ranks(tmp_path, (3,), lambda mesh, rank: {"other": by_torch(Shard(1))(WEIGHT, mesh)})

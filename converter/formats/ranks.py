@@ -36,6 +36,7 @@ _T = TypeVar("_T")
 _MAX_WORLD = 1_000_000
 _MAX_BOXES = 600_000  # of 500 bytes each; those of 1,100 tensors on 512 ranks
 _MAX_MESH_DIMS = 16  # trainers have up to five
+_MAX_ASKED = 4_096
 _MAX_NAMED = 8
 _FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")  # ``torch/distributed/fsdp/_common_utils.py``
 _DAMAGED = "The file is damaged: fetch it again."
@@ -105,8 +106,10 @@ def _parse_name(name: str) -> _Name:
 def _find_others(first: _Rank) -> list[Place]:
     """Give the files of the other ranks, in order. Raises BadFile where some are not there, or there are too many."""
     own = _parse_name(first.place.name)
-    found = {_parse_name(entry.name): entry for entry in list_entries(first.place.parent)} | {own: first.place}
+    found = {_parse_name(entry.name): entry for entry in list_entries(first.place.parent)}
     places = {name.rank: entry for name, entry in found.items() if name.of == own.of}
+    if own.rank not in places:  # a store that does not list, as the web is
+        places = _ask_for(first.place, own, own.world or first.world)
     last = max(places)
     world = own.world or max(first.world, last + 1)
     if last >= world:
@@ -119,6 +122,14 @@ def _find_others(first: _Rank) -> list[Place]:
         )
         raise BadFile(first.place, named, _INCOMPLETE)
     return [places[rank] for rank in sorted(places) if rank != own.rank]
+
+
+def _ask_for(place: Place, own: _Name, world: int) -> dict[int, Place]:
+    """Give the files of ranks that are there, by asking for each."""
+    ending = place.name.removeprefix(f"{own.of}{own.rank}")
+    asked = [place.parent / f"{own.of}{rank}{ending}" for rank in range(min(world, _MAX_ASKED))]
+    there = zip(asked, look_at_each(Place.is_file, asked), strict=True)
+    return {own.rank: place, **{rank: one for rank, (one, is_there) in enumerate(there) if is_there}}
 
 
 def _check_names(rank: _Rank, first: _Rank) -> None:
