@@ -272,8 +272,11 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
     # No loader looks for what is hidden, and macOS leaves such a name beside any file; it is read where that can be.
     hidden = tuple(one for one in listed if one.label.startswith(".") and not one.index_error)
     sets = (*(one for one in listed if not one.label.startswith(".")), *whole)
-    if not sets and not only_standard:
-        sets = group_below(folder, (name for name in shown if seen[name][0] == "other"))
+    if not only_standard:
+        # What torch consolidates of the pieces in ``sharded/`` has 0 in place of every tensor without axes.
+        below = [name for name in shown if seen[name][0] == "other" and (not sets or name == "sharded")]
+        found = group_below(folder, below)
+        sets = (found if not sets else tuple(one for one in found if one.name.ext == "DCP in safetensors")) or sets
     if not config and any(one.is_of_many for one in sets):
         around = next(one.path for one in sets if one.is_of_many).parent
         component = replace(component, companions=find_companions(around))

@@ -43,7 +43,7 @@ _INCOMPLETE = "The file is incomplete: fetch it again."
 # What trainers keep beside the weights (Lightning's ``dump_checkpoint``, accelerate, mmengine): no state dict of theirs
 # is taken for the model's.
 _TRAINING = ("optim", "sched", "scaler", "callback", "loops", "rng", "hyper_param", "hparams", "criterion")
-_TRAINING_NAMES = frozenset({"amp", "args", "cfg", "config"})
+_TRAINING_NAMES = frozenset({"amp", "args", "cfg", "config", "dataloader", "train_state"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class _Found:
 
     def __str__(self) -> str:
         count = len(self.tensors)
-        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {self.nbytes / 1e6:,.1f} MB)"
+        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {_spell_size(self.nbytes)})"
 
 
 def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
