@@ -85,7 +85,7 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
         if count > _MAX_BOXES:
             raise HostileFile(rank.place, f"its ranks cut their tensors into more than {_MAX_BOXES:,} parts")
         notes |= dict.fromkeys(rank.notes)
-        foreign |= rank.foreign
+        foreign |= {name: how for name, how in rank.foreign.items() if foreign.get(name) != "calls"}
     tensors = tuple(Tensor(name, wholes.pop(name).source(first.place)) for name in first.tensors)
     return WeightsFile(first.place, "ranks", tensors, {}, tuple(notes), foreign)
 
