@@ -116,7 +116,7 @@ def test_what_trainers_wrote_is_read(name: str, tmp_path: Path) -> None:
     )
     found = read_file(path)
     assert [tensor.name for tensor in found.tensors] == order
-    assert (found.format, found.notes, found.foreign) == ("ranks", (), {})
+    assert (found.format, found.notes, found.foreign) == ("FSDP ranks", (), {})
     assert_same(state_of(path), judge)
 
 
@@ -130,7 +130,7 @@ def test_a_folder_of_verl(wconv: Callable[..., Any], tmp_path: Path) -> None:
     checkpoint, judge, _ = unpack("ranks-verl", tmp_path)
     before = snapshot(checkpoint)
     told = json.loads(wconv("inspect", checkpoint, "--json").stdout)
-    assert [(one["format"], one["tensors"]) for one in told["weight_sets"]] == [("ranks", len(judge))]
+    assert [(one["format"], one["tensors"]) for one in told["weight_sets"]] == [("FSDP ranks", len(judge))]
     assert not any("world_size_" in name for name in told["not_weights"] + told["other_weights"])
     assert len(told["training_state"]) == 8
     wconv("to-safetensors", checkpoint, "-o", tmp_path / "out")

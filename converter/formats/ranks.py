@@ -87,7 +87,7 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
         notes |= dict.fromkeys(rank.notes)
         foreign |= {name: how for name, how in rank.foreign.items() if foreign.get(name) != "calls"}
     tensors = tuple(Tensor(name, wholes.pop(name).source(first.place)) for name in first.tensors)
-    return WeightsFile(first.place, "ranks", tensors, {}, tuple(notes), foreign)
+    return WeightsFile(first.place, "FSDP ranks", tensors, {}, tuple(notes), foreign)
 
 
 class _Name(NamedTuple):
