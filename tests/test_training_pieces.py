@@ -47,9 +47,7 @@ FILES = {
     "DeepSpeed, a layer": ("layer_03-model_00-model_states.pt", make_state("ab"), "DeepSpeed"),
     "a model saved under ZeRO-3": ("pytorch_model.bin", {**EMPTY, "norm.weight": torch.ones(4)}, "zero_to_fp32.py"),
     "the same in safetensors": ("model.safetensors", {**EMPTY, "norm.weight": torch.ones(4)}, "zero_to_fp32.py"),
-    "accelerate": ("pytorch_model_fsdp_0_rank1.bin", make_state("ab"), "FULL_STATE_DICT"),
-    "accelerate, local": ("pytorch_model_fsdp_rank0.bin", make_state("ab"), "FULL_STATE_DICT"),
-    "verl": ("model_world_size_8_rank_3.pt", make_state("ab"), "verl.model_merger"),
+    "accelerate, by another name": ("model_fsdp_rank_0.pt", make_state("ab"), "FULL_STATE_DICT"),
     "Megatron": ("mp_rank_01/model_optim_rng.pt|mp_rank_00/x.pt", {"model": make_state("ab")}, "Megatron"),
     "Megatron, pipeline": ("mp_rank_00_000/model_optim_rng.pt|mp_rank_00_001/x.pt", make_state(), "Megatron"),
     "Llama of Meta": ("consolidated.00.pth|consolidated.01.pth", make_state("ab"), "convert_llama_weights_to_hf.py"),
@@ -110,20 +108,6 @@ def test_a_folder_of_dcp_that_was_never_finished(wconv: Callable[..., Any], tmp_
     assert [one["code"] for one in found] == ["training-piece"]
 
 
-def test_shards_of_dcp_in_safetensors(wconv: Callable[..., Any], tmp_path: Path) -> None:
-    writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "m"), save_distributed=True)
-    dcp.save(make_state("ab"), storage_writer=writer, no_dist=True)
-    (path,) = (tmp_path / "m").iterdir()
-    before = snapshot(tmp_path)
-    for source in (path, path.parent):
-        done = wconv("reshard", source, "--max-shard-size", "none", "-o", tmp_path / "out", exit_code=4)
-        assert "consolidate_safetensors_files" in done.stderr
-    found = json.loads(wconv("doctor", path.parent, "--json", exit_code=1).stdout)["findings"]
-    assert [one["code"] for one in found] == ["training-piece"]
-    assert "nothing" in wconv("doctor", path.parent, "--fix", exit_code=None).stdout.lower()
-    assert snapshot(tmp_path) == before
-
-
 def test_weights_beside_pieces_in_other_folders_are_read(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(make_state("ab"), tmp_path / "m" / "model.safetensors")
     dcp.save({"model": make_state()}, checkpoint_id=tmp_path / "m" / "pytorch_model_fsdp_0", no_dist=True)
@@ -138,4 +122,4 @@ def test_a_trainers_folder_with_zero_in_it(wconv: Callable[..., Any], tmp_path: 
 
 def test_in_python(tmp_path: Path) -> None:
     with pytest.raises(TrainingPiece, match="rank's part"):
-        open_checkpoint(save(make_state(), tmp_path / "model_world_size_8_rank_3.pt"))
+        open_checkpoint(save(make_state(), tmp_path / "model_fsdp_rank_3.pt"))

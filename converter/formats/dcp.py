@@ -32,8 +32,8 @@ _FIELDS = {
     _CHUNK: ("offsets", "sizes"),
     _STORED: ("relative_path", "offset", "length", "transform_descriptors"),
 }
-# Of boxes of all tensors, and of names: a model of 70B, with Adam, on 64 ranks has 139,000 boxes. Each is a file of 1,500
-# bytes at least.
+# Of boxes of all tensors, and of names: a model of 70B, with Adam, on 64 ranks has 139,000 boxes. Each is a file of
+# 1,500 bytes at least.
 _MAX_BOXES = 400_000
 _MAX_NAMED = 8
 _MAX_PICKLE_NBYTES = 1 << 14  # of one tensor, which takes 300
@@ -42,7 +42,16 @@ _MAX_KNOWN_NBYTES = 1 << 10  # of those that are not read again, and how many
 _MAX_KNOWN = 10_000
 _HEAD_NBYTES = 1 << 11
 _TAIL_NBYTES = 1 << 12
+# What describes how tensors lay in memory, and where the checkpoint was written.
+_OWN = {
+    "torch.serialization._get_layout",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+}
 _MAX_DEPTH = 16  # of the path of a tensor; as deep as a state dict is looked for
+_RESAVE = "torch cannot read it either: save it again without serialization_format=SAFETENSORS."
 _DAMAGED = "The checkpoint is damaged: fetch .metadata again."
 _INCOMPLETE = "The checkpoint is incomplete: fetch its .distcp files again."
 
@@ -65,12 +74,13 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     pickled = parse_metadata(file.read(0, MAX_PICKLE_NBYTES + 1), place, reading.strip_code, _FIELDS)
     try:
         listed = _Listing(place, pickled.value)
-        pickled = pickled._replace(value=listed.tree())
+        foreign = {name: how for name, how in pickled.foreign.items() if name not in _OWN}
+        pickled = pickled._replace(value=listed.tree(), foreign=foreign)
         state_dict, notes = choose_state_dict(pickled, place, reading)
         tensors = tuple(listed.take(state_dict))
     except (AttributeError, KeyError, TypeError) as error:
         raise BadFile(place, "does not describe a checkpoint as torch.distributed.checkpoint does", _DAMAGED) from error
-    return WeightsFile(place, "DCP", tensors, {}, notes, pickled.foreign)
+    return WeightsFile(place, "DCP", tensors, {}, notes, foreign)
 
 
 class _Listing:
@@ -201,7 +211,9 @@ class _Listing:
             if not place.is_file():
                 raise BadFile(place, "is not there, and .metadata names it", _INCOMPLETE)
             with place.open() as file:
-                items = sorted(wanted[file_name])
+                if file.read(8, 1) == b"{":
+                    raise Unsupported(place, "holds safetensors, and .metadata does not fit that", _RESAVE)
+                items = sorted(set(wanted[file_name]))
                 reached = 0
                 for item, key in items:
                     if item.offset < reached:

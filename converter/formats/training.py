@@ -23,21 +23,32 @@ _DCP_TO_TORCH = (
     "wconv converts; that runs what its pickles say, so do it only where you trust the folder."
 )
 _ACCELERATE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
-_VERL = "'python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir OUT' makes a model of it."
-_CONSOLIDATE = (
-    "consolidate_safetensors_files in torch.distributed.checkpoint._consolidate_hf_safetensors makes one model; "
-    "in torch 2.13 it writes tensors without axes as 0."
+_SHARDED = (
+    "Name the folder in which all of them lie, each called shard-00001-model-00001-of-00001.safetensors, as torch does."
 )
 _MEGATRON = "Megatron-LM's tools/checkpoint/convert.py, or Megatron-Bridge, makes a model of all ranks."
 _META = "convert_llama_weights_to_hf.py of transformers makes a model of all of them."
 _DEEPSPEED = "DeepSpeed's own checkpoint tools (ds_to_universal.py) read all ranks."
 
+# A rank's file of torch's writer for Hugging Face (``SHARDED_FILE_NAME`` in ``checkpoint/_hf_utils.py``).
+DCP_SHARD = r"shard-(?P<rank>\d{5,9})-model-\d{5,9}-of-\d{5,9}\.safetensors"
+
 # What is said of folders, and what to do about it.
 DCP = ("is a checkpoint of torch.distributed.checkpoint (DCP)", _DCP_TO_TORCH)
 DCP_OF_MEGATRON = ("is a checkpoint of Megatron (torch_dist)", _MEGATRON)
+DCP_BY_RANKS = (
+    "is a checkpoint of torch.distributed.checkpoint (DCP) of which each rank keeps its own .metadata",
+    "Load it with torch.distributed.checkpoint, as it was saved, and save it with use_collectives=True.",
+)
 DCP_UNFINISHED = (
     "holds pieces of torch.distributed.checkpoint (DCP) and no .metadata: it was never finished",
     "Take a checkpoint of an earlier step.",
+)
+
+# By verl and SkyRL, and by accelerate; ``of`` is all that those of one checkpoint share.
+RANKS = (
+    r"(?P<of>model_world_size_(?P<world>\d{1,6})_rank_(?=\d+\.pt)|pytorch_model_fsdp(_\d+)?_rank(?=\d+\.bin))"
+    r"(?P<rank>0|[1-9]\d{0,5})\.(pt|bin)"
 )
 
 
@@ -66,8 +77,9 @@ _NAMES = (
           "is one rank's part of a tensor-parallel DeepSpeed checkpoint", _DEEPSPEED, "mp_rank_*1_model_states.pt"),
     _Name(r".*/(pytorch_model|model)_fsdp(_\d+)?_rank_?\d+\.(bin|pt)",
           "is one rank's part of a model, as accelerate's FSDP saves it", _ACCELERATE),
-    _Name(r".*/(model|optim|extra_state)_world_size_(?!1_)\d+_rank_\d+\.pt",
-          "is one rank's part of a model, as verl saves it", _VERL),
+    _Name(r".*/(optim|extra_state)_world_size_\d+_rank_\d+\.pt",
+          "is what one rank's trainer goes on from, as verl saves it",
+          "The weights are in the files model_world_size_*: name their folder, or one of them."),
     _Name(r"mp_rank_\d+(_\d+)*/.*\.(pt|pth|bin)",
           "is one rank's part of a Megatron checkpoint", _MEGATRON, "../mp_rank_*1*"),
     _Name(r".*/consolidated\.\d+\.pth",
@@ -100,7 +112,7 @@ def check_content(file: WeightsFile) -> None:
     """Raise TrainingPiece for a file whose header, or whose tensors, say that it is a piece."""
     if "DCP_SHARDING_INFO" in file.metadata:
         problem = "holds pieces of tensors under the names of the whole, as torch.distributed.checkpoint cuts them"
-        raise TrainingPiece(file.place, problem, _CONSOLIDATE)
+        raise TrainingPiece(file.place, problem, _SHARDED)
     emptied = _find_emptied(file.tensors)
     if emptied:
         problem = f"was saved under DeepSpeed ZeRO-3 without its weights: {len(emptied):,} tensors have no elements"

@@ -33,6 +33,8 @@ STEMS: Mapping[str, Mapping[Format, str]] = {
     "transformers": {"safetensors": "model", "torch": "pytorch_model"},
     "peft": {"safetensors": "adapter_model", "torch": "adapter_model"},
 }
+# The whole state dict of a sharded model (``FSDP_MODEL_NAME`` in ``accelerate/utils/constants.py``).
+_FULL_FSDP = "pytorch_model_fsdp"
 # Of these every dotted tail is a variant; of another stem it is one only if it is a well-known tag.
 _STANDARD_STEMS = frozenset(stem for stems in STEMS.values() for stem in stems.values())
 _STANDARD_NAMES = frozenset(
@@ -45,12 +47,15 @@ _MODEL_STEM = re.compile(
 _KNOWN_TAGS = re.compile(r"(?:fp|bf|f|int)\d+\w*|(?:non_?)?ema", re.IGNORECASE)
 
 # What trainers leave beside the weights, to go on from: ``transformers/trainer.py``, ``accelerate/checkpointing.py``,
-# ``deepspeed/runtime/engine.py``. It is no weights, and takes twice their room and more.
+# ``deepspeed/runtime/engine.py``, ``verl/utils/checkpoint/fsdp_checkpoint_manager.py``. It is no weights, and takes
+# twice their room and more.
 _TRAINING_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|training_state|trainer_state|"
     r"dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|ckpt|safetensors)(\.index\.json)?|"
-    r"(trainer|training)_state\.json|zero_to_fp32\.py"
+    r"(optim|extra_state)_world_size_\d+_rank_\d+\.pt|(trainer|training)_state\.json|zero_to_fp32\.py"
 )
+# Folders of an optimizer alone, such as accelerate's (``OPTIMIZER_NAME`` in ``accelerate/utils/constants.py``).
+_TRAINING_FOLDER = re.compile(r"optim(izer)?(_states?)?(_\d+)?")
 # The endings of weights in forms of other runtimes: ONNX Runtime, TensorFlow with Keras and LiteRT, Flax, rust-bert,
 # llama.cpp, Diffusers with FlashPack, Core ML, NeMo, TensorRT, ExecuTorch, and torch where there are many processes.
 _RUNTIME_ENDINGS = "onnx|pb|h5|keras|tflite|msgpack|ot|gguf|ggml|flashpack|mlmodel|nemo|engine|pte|distcp"
@@ -113,6 +118,7 @@ class WeightsName:
             return self
         form = form or "safetensors"
         stems = {stems[self.format]: stems[form] for stems in STEMS.values()}
+        stems[_FULL_FSDP] = STEMS["transformers"][form]
         ext = "safetensors" if form == "safetensors" else "bin"
         return replace(self, stem=stems.get(self.stem, self.stem), ext=ext)
 
@@ -211,6 +217,15 @@ def is_training_state(file_name: str) -> bool:
     (True, False)
     """
     return _TRAINING_STATE.fullmatch(file_name) is not None
+
+
+def is_training_folder(name: str) -> bool:
+    """Say whether a folder holds the state of an optimizer alone.
+
+    >>> is_training_folder("optimizer_0")
+    True
+    """
+    return _TRAINING_FOLDER.fullmatch(name) is not None
 
 
 def is_other_runtime(name: str) -> bool:

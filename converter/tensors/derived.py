@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from converter.dtypes import DType, OnOverflow
+from converter.errors import BadFile
 from converter.tensors.base import ByteRange, Reader, Storage, Tensor, TensorSource
 from converter.tensors.view import blocks_of
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 _D = TypeVar("_D", bound="Derived")
+# What is looked at to see that boxes lie apart: of each so many times, and of few ones all pairs.
+_LOOKS = 16
+_MORE_LOOKS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +187,52 @@ class Cast(Derived):
             reader.too_large += cast_chunk(values, before, out, self.to, self.on_overflow)
 
 
+@dataclass(frozen=True, slots=True)
+class Replicas(Derived):
+    """A tensor of which ``others`` hold the same: all are read together, and BadFile is raised where one differs."""
+
+    others: tuple[TensorSource, ...]
+    name: str = field(compare=False)  # tied tensors have two
+
+    @property
+    def window(self) -> int:
+        return max(source.window for source in (self.source, *self.others))
+
+    def inputs(self) -> tuple[Storage, ...]:
+        return tuple(storage for source in (self.source, *self.others) for storage in source.inputs())
+
+    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
+        for source in (self.source, *self.others):
+            yield from source.extents(begin, end)
+
+    def part(self, begin: int, end: int) -> Replicas:
+        others = tuple(source.part(begin, end) for source in self.others)
+        return replace(self, source=self.source.part(begin, end), others=others)
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Replicas:
+        others = tuple(source.box(start, shape) for source in self.others)
+        return replace(self, source=self.source.box(start, shape), others=others)
+
+    def permuted(self, axes: tuple[int, ...]) -> Replicas:
+        others = tuple(source.permuted(axes) for source in self.others)
+        return replace(self, source=self.source.permuted(axes), others=others)
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        self.source.read(begin, out, reader)
+        for other in self.others:
+            with reader.scratch(len(out)) as values:
+                other.read(begin, values, reader)
+                if values != out:
+                    raise differ(self.name, self.source, other)
+
+
+def differ(name: str, source: TensorSource, other: TensorSource) -> BadFile:
+    """Give what is said of a tensor that should be the same in two files and is not."""
+    first, second = (storage.file.place for storage in (source.inputs()[0], other.inputs()[0]))
+    problem = f"holds other values of tensor {name!r} than {first.name}, and both should be the same"
+    return BadFile(second, problem, "All ranks have to be of one step of one training: fetch them again.")
+
+
 def cast(tensor: Tensor, dtype: DType, on_overflow: OnOverflow = "error") -> Tensor:
     """Give a tensor in a dtype; one that is in it already as it is."""
     return tensor if tensor.dtype is dtype else tensor._replace(source=Cast(tensor.source, dtype, on_overflow))
@@ -224,7 +274,7 @@ class Boxes:
 
     def _take(self, boxes: Sequence[Box]) -> None:
         object.__setattr__(self, "boxes", tuple(boxes))
-        object.__setattr__(self, "longest", max((box.source.shape[0] for box in boxes if box.start), default=0))
+        object.__setattr__(self, "longest", max((n for box in boxes for n in box.source.shape[:1]), default=0))
 
     @property
     def _whole(self) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ _INCOMPLETE = "The file is incomplete: fetch it again."
 # What trainers keep beside the weights (Lightning's ``dump_checkpoint``, accelerate, mmengine): no state dict of theirs
 # is taken for the model's.
 _TRAINING = ("optim", "sched", "scaler", "callback", "loops", "rng", "hyper_param", "hparams", "criterion")
-_TRAINING_NAMES = frozenset({"amp", "args", "cfg", "config"})
+_TRAINING_NAMES = frozenset({"amp", "args", "cfg", "config", "dataloader", "train_state"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class _Found:
 
     def __str__(self) -> str:
         count = len(self.tensors)
-        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {self.nbytes / 1e6:,.1f} MB)"
+        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {_spell_size(self.nbytes)})"
 
 
 def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
@@ -133,7 +133,7 @@ def resolve(
     # Each entry goes as its view comes: the one takes the other's memory.
     for name in list(state_dict):
         ref = state_dict.pop(name)
-        if type(ref) is Listed:
+        if isinstance(ref, Listed):
             kind = ref.of.kind if type(ref.of) is Part else "another file"
             raise TrainingPiece(where, f"tensor {name!r} is of the class {kind}", _RANKED)
         storage = ref.storage
@@ -291,7 +291,7 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
             if one.path:
                 below[one.path[0]] += one.nbytes
         nbytes = {key: below.get(_spell(key), 0) + _nbytes_of(inner) for key, inner in beside.items()}
-        yield f"left out: {_list([f'{_spell(k)} ({n / 1e6:,.1f} MB)' if n else k for k, n in nbytes.items()])}"
+        yield f"left out: {_list([f'{_spell(k)} ({_spell_size(n)})' if n else k for k, n in nbytes.items()])}"
     if chosen.unreadable:
         named = [f"{_spell(name)} ({why})" for name, why in islice(chosen.unreadable.items(), _MAX_NAMED)]
         yield f"tensors that cannot be read are left out ({len(chosen.unreadable):,} in all): {_list(named)}"
@@ -306,6 +306,10 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
 
 def _nbytes_of(value: Any) -> int:
     return value.nbytes if type(value) is Left else 0
+
+
+def _spell_size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"
 
 
 def _list(things: list[Any]) -> str:

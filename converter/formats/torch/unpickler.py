@@ -32,8 +32,8 @@ MAX_OPCODES = 5_000_000  # a tensor takes about 30, so 160,000 tensors; a step t
 GLOBAL_STEPS = 50  # what a name in a module counts for: a pickle says each once
 # How Python names the class that sharded tensors carry along: as an attribute of another.
 _INNER_CLASS = ("torch.distributed._shard.sharded_tensor.api.ShardedTensor", "ProcessGroupState")
-# Of metadata of checkpoints: 140,000 boxes have 9.5 million opcodes, and take 5 s. Most push what is there already, in 8
-# bytes; what is taken beside takes up to 80 a step, so all of it is within 512 MB.
+# Of metadata of checkpoints: 140,000 boxes have 9.5 million opcodes, and take 5 s. Most push what is there already, in
+# 8 bytes; what is taken beside takes up to 80 a step, so all of it is within 512 MB.
 MAX_METADATA_OPCODES = 15_000_000
 MAX_METADATA_EXTRAS = 3_000_000
 MAX_METADATA_NBYTES = 150_000_000
@@ -613,6 +613,8 @@ class _Machine:
             if str(target) in HARMLESS:
                 return self.make(target)
             if target.name == "getattr" and len(arguments) == 2 and _is_inner_class(*arguments):
+                if self.foreign.get(str(target)) == "names":
+                    del self.foreign[str(target)]  # by torch itself
                 return Kept(f"{arguments[0].name}.{arguments[1]}")
         return self.leave_out(target, "calls")
 
