@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ("zip", "stream", "pickle", "safetensors")
+TARGETS = ("zip", "stream", "pickle", "safetensors", "dcp")
 MAX_LEN = 4096
 
 
 def reader(target: str) -> Callable[[Path, bytes], object]:
     """Give what a target does with the bytes it is fed."""
-    from converter.formats import safetensors
+    from converter.formats import dcp, safetensors
     from converter.formats.torch import files
     from converter.formats.torch.rebuild import parse_pickle
     from converter.formats.torch.state_dict import Reading, choose_state_dict
@@ -43,7 +43,14 @@ def reader(target: str) -> Callable[[Path, bytes], object]:
                 for chunk, _ in zip(read_chunks(info.source, reader, buffer), range(4), strict=False):
                     len(chunk)
 
+    def read_dcp(path: Path, raw: bytes) -> None:
+        # A pickle ends where it says so: behind it lie the boxes that it names, in the same bytes under another name.
+        metadata = path.with_name(".metadata")
+        metadata.write_bytes(raw)
+        read_values(metadata, lambda file: dcp.read_file(file, lenient))
+
     return {
+        "dcp": read_dcp,
         "zip": lambda path, _: read_values(path, lambda file: files.read_file(file, lenient)),
         "stream": lambda path, _: read_values(path, lambda file: files.read_file(file, lenient)),
         "pickle": read_pickle,

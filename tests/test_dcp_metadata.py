@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import struct
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.archives import call, name_of, text
 from support.tiny import assert_same
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -25,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from converter.errors import BadFile, HostileFile, Unsupported
+from converter.errors import BadFile, BadRequest, HostileFile, Unsupported
 from converter.formats import dcp
 from converter.formats.torch.rebuild import parse_metadata
 from converter.formats.torch.state_dict import Reading
@@ -33,6 +36,7 @@ from converter.formats.torch.unpickler import Inert
 from converter.storage import place_of
 from converter.tensors.base import WeightsFile
 from converter.tensors.reader import RangeReader, read_chunks
+from converter.testing import damaged
 
 FLOAT = TensorProperties(torch.float32)
 
@@ -93,9 +97,24 @@ def values(folder: Path) -> dict[str, torch.Tensor]:
 STATE = {"w": torch.randn(6, 50), "v": torch.randn(5).half(), "again": torch.randn(6, 50), "long": torch.randn(2, 3000)}
 
 
+SMALL = {"w": torch.randn(4, 3), "v": torch.randn(5).half(), "again": torch.randn(4, 3)}
+
+
 def test_boxes_are_those_that_torch_saved(tmp_path: Path) -> None:
     assert_same(values(write(tmp_path / "a", STATE, 2)), STATE)
     assert_same(values(write(tmp_path / "b", STATE, 1)), STATE)
+
+
+@given(data=st.data())
+def test_a_damaged_checkpoint_is_refused_or_is_the_same(scratch: Path, data: st.DataObject) -> None:
+    folder = write(scratch / "m", SMALL, 2)
+    path = folder / data.draw(st.sampled_from([".metadata", "__0_0.distcp", "__1_0.distcp"]))
+    path.write_bytes(data.draw(damaged(path.read_bytes())))
+    with contextlib.suppress(BadRequest, BadFile, Unsupported):
+        read = values(folder)
+        # What has another name now may be anything that was there.
+        assert_same({name: read[name] for name in read.keys() & SMALL.keys()},
+                    {name: SMALL[name] for name in read.keys() & SMALL.keys()})  # fmt: skip
 
 
 def test_items_that_share_bytes_are_refused(tmp_path: Path) -> None:

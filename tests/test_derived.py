@@ -123,6 +123,22 @@ def test_boxes_that_no_cut_parts() -> None:
         laid((3, 3), twice)
 
 
+def test_a_part_takes_along_what_it_needs() -> None:
+    rows = laid((600, 2), [((row, at), (1, 1)) for row in range(600) for at in range(2)])
+    part = rows.part(8 * 300, 8 * 302)
+    assert [box.start for box in part.boxes] == [(300, 0), (300, 1), (301, 0), (301, 1)]
+    assert len(pickle.dumps(part)) < len(pickle.dumps(rows)) / 50
+    assert len(list(rows.extents(8 * 300, 8 * 302))) == 4
+    assert rows.part(0, 8 * 600) is rows
+    uneven = laid((5, 1), [((0, 0), (3, 1)), ((3, 0), (1, 1)), ((4, 0), (1, 1))])
+    assert [box.start for box in uneven.part(8, 12).boxes] == [(0, 0)]
+
+
+def test_a_box_of_other_axes_than_the_whole() -> None:
+    with pytest.raises(ValueError, match="reaches out"):
+        Boxes(I32, (2, 2), (Box((0, 0), constant(torch.tensor(1, dtype=torch.int32))),))
+
+
 def test_many_boxes_are_looked_at_in_time() -> None:
     columns = [((0, at), (1, 1)) for at in range(6_000)]
     laid((1, 6_000), columns)
