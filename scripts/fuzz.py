@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ("zip", "stream", "pickle", "safetensors", "dcp")
+TARGETS = ("zip", "stream", "pickle", "safetensors", "dcp", "ranks")
 MAX_LEN = 4096
 
 
 def reader(target: str) -> Callable[[Path, bytes], object]:
     """Give what a target does with the bytes it is fed."""
-    from converter.formats import dcp, safetensors
+    from converter.formats import dcp, ranks, safetensors
     from converter.formats.torch import files
     from converter.formats.torch.rebuild import parse_pickle
     from converter.formats.torch.state_dict import Reading, choose_state_dict
@@ -49,8 +49,15 @@ def reader(target: str) -> Callable[[Path, bytes], object]:
         metadata.write_bytes(raw)
         read_values(metadata, lambda file: dcp.read_file(file, lenient))
 
+    def read_ranks(path: Path, raw: bytes) -> None:
+        first, second = (path.with_name(f"model_world_size_2_rank_{rank}.pt") for rank in range(2))
+        first.write_bytes((ROOT / "tests" / "corpus" / "ranks" / "rank_0").read_bytes())
+        second.write_bytes(raw)
+        read_values(first, lambda file: ranks.read_file(file, lenient))
+
     return {
         "dcp": read_dcp,
+        "ranks": read_ranks,
         "zip": lambda path, _: read_values(path, lambda file: files.read_file(file, lenient)),
         "stream": lambda path, _: read_values(path, lambda file: files.read_file(file, lenient)),
         "pickle": read_pickle,

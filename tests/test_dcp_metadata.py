@@ -273,8 +273,8 @@ def test_metadata_holds_no_tensors(tmp_path: Path) -> None:
 
 
 def test_the_fields_that_are_kept_are_those_of_the_class(tmp_path: Path) -> None:
-    index, stored = MetadataIndex("w", [0]), _StorageInfo("__0_0.distcp", 0, 9)
-    for key, value in ((index, index), ("w", stored), (index, "w"), (index, None)):
+    index, below, stored = MetadataIndex("w", [0]), MetadataIndex("w", [-1]), _StorageInfo("__0_0.distcp", 0, 9)
+    for key, value in ((index, index), ("w", stored), (index, "w"), (index, None), (below, stored)):
         with pytest.raises(BadFile, match="does not describe a checkpoint"):
             read(tmp_path, Metadata({"w": told((2,), ((0,), (2,)))}, None, {key: value}))
 

@@ -78,13 +78,13 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
         pickled = pickled._replace(value=listed.tree(), foreign=foreign)
         state_dict, notes = choose_state_dict(pickled, place, reading)
         tensors = tuple(listed.take(state_dict))
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadFile(place, "does not describe a checkpoint as torch.distributed.checkpoint does", _DAMAGED) from error
     return WeightsFile(place, "DCP", tensors, {}, notes, foreign)
 
 
 class _Listing:
-    """What ``.metadata`` says. Its methods raise AttributeError, KeyError or TypeError where that is nothing."""
+    """What ``.metadata`` says. Where that is nothing, its methods raise one of the errors that ``read_file`` catches."""
 
     def __init__(self, place: Place, metadata: Any) -> None:
         if type(metadata) is not KeptObject or metadata.name != _METADATA:
