@@ -84,7 +84,7 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
 
 
 class _Listing:
-    """What ``.metadata`` says. Where that is nothing, its methods raise one of the errors that ``read_file`` catches."""
+    """What ``.metadata`` says. Where that is nothing, its methods raise what ``read_file`` catches."""
 
     def __init__(self, place: Place, metadata: Any) -> None:
         if type(metadata) is not KeptObject or metadata.name != _METADATA:

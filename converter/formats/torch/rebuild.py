@@ -298,8 +298,8 @@ def _find_persistent(identity: Any, where: Where) -> StorageRef | Global:
     """
     if type(identity) is tuple and identity[0] == "module" and type(identity[1]) is Global:
         return identity[1]
-    kind, storage_class, key, device, numel, *view = identity
-    start = view[0][1] if view and view[0] is not None else 0
+    kind, storage_class, key, device, numel = identity[:5]
+    start = identity[5][1] if len(identity) > 5 and identity[5] is not None else 0
     if (
         kind != "storage"
         or type(storage_class) is not _StorageClass
