@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -85,9 +85,7 @@ class _Found:
         return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {self.nbytes / 1e6:,.1f} MB)"
 
 
-def choose_state_dict(
-    pickled: Pickled, where: Where, reading: Reading
-) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
+def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
     """Give the names and tensors of the one state dict in a pickle's value, and notes on what is left out.
 
     Raises BadRequest where several could be meant, or the key names none; Unsupported where there is none.
@@ -103,17 +101,23 @@ def choose_state_dict(
     chosen = _choose(found, where, reading)
     if chosen.unreadable and not reading.skip_unreadable:
         _refuse_unreadable(chosen, where)
+    check_lengths(map(str, chosen.tensors), where)
     state_dict: dict[str, AnyTensor] = {}
-    length = 0
     for key, tensor in chosen.tensors.items():
         name = str(key)
-        length += len(name)
-        if len(name) > MAX_NAME_LENGTH or length > MAX_NAMES_LENGTH:
-            raise HostileFile(where, f"gives its tensors names of {length:,} characters and more")
         if name in state_dict:
             raise BadFile(where, f"holds two tensors named {name!r}")
         state_dict[name] = tensor
     return state_dict, tuple(_notes(pickled, chosen, found))
+
+
+def check_lengths(names: Iterable[str], where: Where) -> None:
+    """Raise HostileFile for names of tensors that are longer than any real ones."""
+    length = 0
+    for name in names:
+        length += len(name)
+        if len(name) > MAX_NAME_LENGTH or length > MAX_NAMES_LENGTH:
+            raise HostileFile(where, f"gives its tensors names of {length:,} characters and more")
 
 
 def _refuse_unreadable(chosen: _Found, where: Where) -> None:
@@ -293,11 +297,16 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
     if chosen.unreadable:
         named = [f"{_spell(name)} ({why})" for name, why in islice(chosen.unreadable.items(), _MAX_NAMED)]
         yield f"tensors that cannot be read are left out ({len(chosen.unreadable):,} in all): {_list(named)}"
+    yield from note_foreign(pickled.foreign)
+
+
+def note_foreign(foreign: Mapping[str, str]) -> Iterator[str]:
+    """Say what a pickle makes, or calls, that no state dict needs."""
     for what, note in (
         ("makes", "objects of unknown classes were left out"),
         ("calls", "functions that its pickle calls were not called"),
     ):
-        names = [name for name, how in pickled.foreign.items() if how == what]
+        names = [name for name, how in foreign.items() if how == what]
         if names:
             yield f"{note}: {_list(names)}"
 
@@ -323,5 +332,11 @@ def _describe(value: Any) -> str:
 def _kind(value: Any) -> str:
     if type(value) is Inert:
         return f"a whole {value.name}"
-    kinds = {TensorRef: "a tensor", Listed: "a tensor", Unreadable: "a tensor", StorageRef: "a storage", type(None): "None"}
+    kinds = {
+        TensorRef: "a tensor",
+        Listed: "a tensor",
+        Unreadable: "a tensor",
+        StorageRef: "a storage",
+        type(None): "None",
+    }
     return kinds.get(type(value), f"a {type(value).__name__}")
