@@ -30,7 +30,7 @@ from converter.formats.torch.rebuild import TensorRef, Unreadable, checked, shap
 from converter.formats.torch.state_dict import AnyTensor, Reading, check_lengths, note_foreign
 from converter.storage import OpenFile, Place, list_entries, natural_key
 from converter.storage.far import look_at_each
-from converter.tensors.base import Tensor, TensorSource, WeightsFile
+from converter.tensors.base import MAX_TENSORS, PackedRange, Tensor, TensorSource, WeightsFile
 from converter.tensors.derived import Box, Boxes
 from converter.tensors.view import View, contiguous_strides
 
@@ -247,8 +247,8 @@ def _read_head(file: OpenFile, reading: Reading) -> _Head:
             content._replace(pickled=content.pickled._replace(value=None)),
             checked(told["module"], dict),
             frozenset(checked(name, str) for name in checked(told["buffer_names"], list)),
-            tuple(_shapes_in(group) for group in checked(groups, list)),
-            _shapes_in(told.get("frozen_param_shapes") or {}),
+            tuple(_shapes_in(checked(groups, list))),
+            next(_shapes_in([told.get("frozen_param_shapes") or {}])),
             checked(told.get("frozen_param_fragments") or {}, dict),
             checked(told.get("shared_params") or {}, dict),
             _plain(told.get("ds_version")),
@@ -257,8 +257,16 @@ def _read_head(file: OpenFile, reading: Reading) -> _Head:
         )
 
 
-def _shapes_in(shapes: Any) -> dict[str, tuple[int, ...]]:
-    return {checked(name, str): shape_of(size) for name, size in checked(shapes, dict).items()}
+def _shapes_in(groups: list[Any]) -> Iterator[dict[str, tuple[int, ...]]]:
+    _check_counts(groups, dict)
+    for shapes in groups:
+        yield {checked(name, str): shape_of(size) for name, size in shapes.items()}
+
+
+def _check_counts(groups: list[Any], kind: type) -> None:
+    """Raise ValueError where groups have more parameters than models: one may be handed out a million times."""
+    if len(groups) + sum(len(checked(group, kind)) for group in groups) > MAX_TENSORS:
+        raise ValueError("more parameters than there are")
 
 
 def _plain(value: Any) -> str:
@@ -312,12 +320,12 @@ def _read_ranks(folder: Place, names: _Names, reading: Reading) -> list[_Rank]:
     read = partial(_read_rank, strip_code=reading.strip_code)
     first = read(ordered[0])
     _check_there(folder, "optimizer's states", names.optimizers, first.world)
+    if len(first.groups) * first.world > _MAX_BOXES:
+        raise Unsupported(folder, f"holds {len(first.groups):,} groups for each of {first.world:,} ranks", _SCRIPT)
     ranks = [first]
     for rank in look_at_each(read, ordered[1:]):
         _check_alike(first, rank, rank.stage < 3 and len(ranks) == first.world - 1)
         ranks.append(rank)
-        if len(ranks) * len(first.groups) > _MAX_BOXES:
-            raise HostileFile(folder, f"holds more than {_MAX_BOXES:,} groups of parameters")
     return ranks
 
 
@@ -330,10 +338,7 @@ def _read_rank(place: Place, strip_code: bool) -> _Rank:
         stage = checked(told.get("zero_stage", 1), int)
         if stage not in _GROUPS:
             raise BadFile(place, f"is of ZeRO stage {stage}, which there is not", _DAMAGED)
-        refs = {str(index): ref for index, ref in enumerate(checked(told[_GROUPS[stage]], list))}
-        groups = tuple(source for _, source in _take_runs(content, refs))
-        if len({group.dtype for group in groups}) != 1 or not groups[0].dtype.is_floating:
-            raise TypeError("groups that are no weights")
+        groups = _take_groups(content, checked(told[_GROUPS[stage]], list))
         return _Rank(
             place,
             stage,
@@ -347,6 +352,19 @@ def _read_rank(place: Place, strip_code: bool) -> _Rank:
         )
 
 
+def _take_groups(content: Content, refs: list[Any]) -> tuple[TensorSource, ...]:
+    """Give the runs of a rank. Raises TypeError or ValueError for what is none, or has more elements than are there."""
+    groups = tuple(source for _, source in _take_runs(content, {str(index): ref for index, ref in enumerate(refs)}))
+    if len({group.dtype for group in groups}) != 1 or not groups[0].dtype.is_floating:
+        raise TypeError("groups that are no weights")
+    if sum(group.shape[0] for group in groups) > sum({ref.storage.key: ref.storage.numel for ref in refs}.values()):
+        raise ValueError("groups of the same elements")
+    if any(type(storage) is PackedRange for group in groups for storage in group.inputs()):
+        problem = "holds the weights in compressed records, which would be unpacked for each parameter"
+        raise Unsupported(content.place, problem, "Load it with torch and save it again with torch.save.")
+    return groups
+
+
 def _count_ranks(told: Any, place: Place) -> int:
     counts: list[int] = told if type(told) is list else [told]
     if not all(type(count) is int and count > 0 for count in counts):
@@ -358,7 +376,12 @@ def _count_ranks(told: Any, place: Place) -> int:
 
 
 def _paddings_in(told: Any) -> tuple[tuple[int, ...], ...] | None:
-    return None if told is None else tuple(shape_of(tuple(checked(group, list))) for group in checked(told, list))
+    if told is None:
+        return None
+    _check_counts(checked(told, list), list)
+    if not all(type(padding) is int and padding >= 0 for paddings in told for padding in paddings):
+        raise ValueError("a padding that is none")
+    return tuple(map(tuple, told))
 
 
 def _nbytes_in(value: Any) -> int:
@@ -653,9 +676,7 @@ def _note_dtypes(head: _Head, parameters: Mapping[str, TensorSource], stage: int
     own = {ref.dtype.torch_name for name, ref in head.module.items() if name in parameters and type(ref) is TensorRef}
     if tags:
         ways = "; 'wconv recast --dtype bf16' halves them" if tags == {"float32"} else ""
-        ways += (
-            f"; --key module takes the {' and '.join(sorted(own))} copies" if stage < 3 and own != tags else ""
-        )
+        ways += f"; --key module takes the {' and '.join(sorted(own))} copies" if stage < 3 and own != tags else ""
         yield f"the weights are the optimizer's {' and '.join(sorted(tags))} master copies{ways}"
 
 
