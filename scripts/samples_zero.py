@@ -116,15 +116,19 @@ def without_code(checkpoint: Path) -> None:
         script.write_text("# DeepSpeed's script, left out here\n")
 
 
-def judge_zero(checkpoint: Path, case: Case) -> None:
+def zero_reader() -> Any:
+    """Give DeepSpeed's own reader of a ZeRO folder."""
     deepspeed()
-    reader = importlib.import_module("deepspeed.utils.zero_to_fp32").get_fp32_state_dict_from_zero_checkpoint
+    return importlib.import_module("deepspeed.utils.zero_to_fp32").get_fp32_state_dict_from_zero_checkpoint
+
+
+def judge_zero(checkpoint: Path, case: Case) -> None:
     ranks = sorted((checkpoint / TAG).glob("*mp_rank_00_model_states.pt"))
     module = torch.load(ranks[0], weights_only=False)["module"]
     if case.stage == 0:
         judge(checkpoint, module)
         return
-    state = reader(str(checkpoint), tag=TAG)
+    state = zero_reader()(str(checkpoint), tag=TAG)
     judge(checkpoint, dict(state))
     if left_out := {name: tensor for name, tensor in module.items() if name not in state}:
         write_state(checkpoint.parent / "left_out.safetensors", left_out)

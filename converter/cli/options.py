@@ -189,6 +189,12 @@ _CONVERSION_OPTIONS = {
         metavar="PATH",
         help="Of several state dicts in a checkpoint take the one under this key, such as ema or model.net.",
     ),
+    "config": click.option(
+        "--config",
+        type=PlaceType(is_read=True),
+        metavar="FOLDER",
+        help="Take config and tokenizer from this folder (default: what lies with SRC, or a trainer keeps near it).",
+    ),
     "strip-prefix": click.option(
         "--strip-prefix",
         default="",

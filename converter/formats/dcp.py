@@ -22,8 +22,17 @@ from converter.tensors.base import Tensor, TensorSource, WeightsFile
 from converter.tensors.derived import Box, Boxes
 
 _METADATA = "torch.distributed.checkpoint.metadata.Metadata"
+# What describes how tensors lay in memory, and where the checkpoint was written.
+_OWN = {
+    "torch.serialization._get_layout",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+}
 _MAX_NBYTES = 400_000_000
 _MAX_DEPTH = 16  # of the path of a tensor; as deep as a state dict is looked for
+_RESAVE = "torch cannot read it either: save it again without serialization_format=SAFETENSORS."
 _DAMAGED = "The checkpoint is damaged: fetch .metadata again."
 _INCOMPLETE = "The checkpoint is incomplete: fetch its .distcp files again."
 
@@ -47,11 +56,13 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     pickled = parse_pickle(raw, place, reading.strip_code)
     try:
         listed = _Listing(place, pickled.value)
-        state_dict, notes = choose_state_dict(pickled._replace(value=listed.tree()), place, reading)
+        foreign = {name: how for name, how in pickled.foreign.items() if name not in _OWN}
+        pickled = pickled._replace(value=listed.tree(), foreign=foreign)
+        state_dict, notes = choose_state_dict(pickled, place, reading)
         tensors = tuple(listed.take(state_dict))
     except (AttributeError, KeyError, TypeError) as error:
         raise BadFile(place, "does not describe a checkpoint as torch.distributed.checkpoint does", _DAMAGED) from error
-    return WeightsFile(place, "DCP", tensors, {}, notes, pickled.foreign)
+    return WeightsFile(place, "DCP", tensors, {}, notes, foreign)
 
 
 class _Listing:
@@ -158,6 +169,8 @@ class _Listing:
             if not place.is_file():
                 raise BadFile(place, "is not there, and .metadata names it", _INCOMPLETE)
             with place.open() as file:
+                if file.read(8, 1) == b"{":
+                    raise Unsupported(place, "holds safetensors, and .metadata does not fit that", _RESAVE)
                 for item, key in sorted(wanted[file_name]):
                     if item.offset + item.nbytes > file.nbytes:
                         problem = f"ends before the part of {key[0]!r} that .metadata says is in it"

@@ -34,15 +34,7 @@ from converter.tensors.base import MAX_TENSORS, PackedRange, Tensor, TensorSourc
 from converter.tensors.derived import Box, Boxes
 from converter.tensors.view import View, contiguous_strides
 
-PIECES = (
-    r"((bf16_|fp16_)?zero_pp_rank_\d+_|expp_rank_\d+_|(layer_\d+_)?expert_\d+_)?mp_rank_\d+_?(model|optim)_states\.pt"
-    r"|layer_\d+-model_\d+.*-model_states\.pt"
-)
-HEAD = r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt"
-OPTIMIZER = r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,9})_mp_rank_0+_?optim_states\.pt"  # very old ones have no last line
 _MODEL = r"zero_pp_rank_(\d{1,9})_mp_rank_0+_model_states\.pt"
-_WHOLE_MODEL = r"mp_rank_0+_model_states\.pt"
-UNIVERSAL = "zero"  # the folder of a universal checkpoint that has a folder for each parameter
 
 _GROUPS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 # What is read of model states, or says nothing that weights could lose.
@@ -62,7 +54,7 @@ _SCRIPT = "'python zero_to_fp32.py CHECKPOINT OUT', a script that DeepSpeed puts
 
 
 class _Names(NamedTuple):
-    """The files of a checkpoint, by rank; of the model there is one, of no rank, where no rank has but a part of it."""
+    """The files of a checkpoint, by rank. Where the model is not partitioned it has one file, which is of no rank."""
 
     optimizers: dict[int, str]
     models: dict[int, str]
@@ -86,6 +78,11 @@ class _Head(NamedTuple):
     @property
     def place(self) -> Place:
         return self.content.place
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether each rank has a part of the model; then its own tensors of parameters are empty."""
+        return re.fullmatch(_MODEL, self.place.name) is not None
 
 
 class _Model(NamedTuple):
@@ -137,44 +134,43 @@ class _Line:
 
 
 def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
-    """Read what all ranks' files hold, given the first of their model states."""
-    place = file.ref.place
-    names = _find_names(place)
+    """Read what all ranks' files hold, or those of all parameters, given the first of the model states."""
+    names = _find_names(file.ref.place)
     if reading.key is not None:
         return _read_key(file, reading, names)
-    ranks = _read_ranks(place.parent, names, reading)
+    return (_read_ranks if names.optimizers else _read_universal)(file, reading, names)
+
+
+def _read_ranks(file: OpenFile, reading: Reading, names: _Names) -> WeightsFile:
+    """Read a checkpoint of which each rank has an optimizer's states."""
+    folder = file.ref.place.parent
+    # The head comes last: while it is open no other long one is fetched from afar.
+    ranks = _read_optimizers(folder, names, reading)
     stage, count = ranks[0].stage, len(ranks)
     if names.is_partitioned != (stage == 3):
-        raise BadFile(ranks[0].place, f"is of ZeRO stage {stage}, and {place.name} is not", _MIXED)
-    models = _read_models(place.parent, names, reading, count)
+        raise BadFile(ranks[0].place, f"is of ZeRO stage {stage}, and {file.ref.place.name} is not", _MIXED)
+    models = _read_models(folder, names, reading, count)
     head = _read_head(file, reading)
     _check_versions(head, (*models, *ranks))
     parameters = dict((_cut_parameters if stage == 3 else _cut_groups)(head, ranks))
-    tensors, notes = _gather(head, models, parameters, names.is_partitioned, reading)
-    left = {"optimizer_state_dict": sum(rank.left_nbytes for rank in ranks)}
-    return _weights_file(
-        head, "ZeRO", tensors, (*_note_dtypes(head, parameters, stage), *notes), left, (*models, *ranks)
-    )
+    left = [f"optimizer_state_dict ({sum(rank.left_nbytes for rank in ranks) / 1e6:,.1f} MB)"]
+    return _gather("ZeRO", head, models, parameters, reading, left, [rank.foreign for rank in ranks])
 
 
-def read_universal(file: OpenFile, reading: Reading) -> WeightsFile:
+def _read_universal(file: OpenFile, reading: Reading, names: _Names) -> WeightsFile:
     """Read what ``ds_to_universal.py`` made: a file for each parameter, beside the model states as they were."""
-    place = file.ref.place
-    names = _find_names(place)
-    if reading.key is not None:
-        return _read_key(file, reading, names)
-    models = _read_models(place.parent, names, reading, len(names.models))
+    folder = file.ref.place.parent
+    models = _read_models(folder, names, reading, len(names.models))
     head = _read_head(file, reading)
     _check_versions(head, models)
     shapes = {name: shape for group in head.groups for name, shape in group.items()}
-    places = [_place_of(place.parent / UNIVERSAL, name) for name in shapes]
+    places = [_place_of(folder / training.ZERO_UNIVERSAL, name) for name in shapes]
     read = look_at_each(partial(_read_parameter, strip_code=reading.strip_code), places)
     parameters = {name: _shaped(source, shape, where)
                   for (name, shape), source, where in zip(shapes.items(), read, places, strict=True)}  # fmt: skip
-    tensors, notes = _gather(head, models, parameters, names.is_partitioned, reading)
-    left = {f"the optimizer's states in {UNIVERSAL}": 0}
-    stage = 3 if names.is_partitioned else 2
-    return _weights_file(head, "UCP", tensors, (*_note_dtypes(head, parameters, stage), *notes), left, models)
+    return _gather(
+        "UCP", head, models, parameters, reading, [f"the optimizer's states in {training.ZERO_UNIVERSAL}"], []
+    )
 
 
 # Which files there are.
@@ -185,7 +181,7 @@ def _find_names(place: Place) -> _Names:
     folder = place.parent
     names = _Names({}, {}, re.fullmatch(_MODEL, place.name) is not None)
     for name in sorted((entry.name for entry in list_entries(folder)), key=natural_key):
-        for pattern, known in ((OPTIMIZER, names.optimizers), (_MODEL, names.models)):
+        for pattern, known in ((training.ZERO_OPTIMIZER, names.optimizers), (_MODEL, names.models)):
             match = re.fullmatch(pattern, name)
             if match:
                 if known.setdefault(int(match[1]), name) != name:
@@ -193,7 +189,7 @@ def _find_names(place: Place) -> _Names:
                     raise BadFile(folder, problem, _MIXED)
                 break
         else:
-            if re.fullmatch(PIECES, name):
+            if re.fullmatch(training.ZERO_PIECES, name):
                 training.check_name(folder / name)
     if names.models and not names.is_partitioned:
         raise BadFile(
@@ -314,7 +310,7 @@ def _take_runs(content: Content, refs: Mapping[str, Any]) -> Iterator[tuple[str,
     return content.take_sources(dict(refs))
 
 
-def _read_ranks(folder: Place, names: _Names, reading: Reading) -> list[_Rank]:
+def _read_optimizers(folder: Place, names: _Names, reading: Reading) -> list[_Rank]:
     """Read the optimizer's states of all ranks, in order. Raises BadFile where they do not go together."""
     ordered = [folder / names.optimizers[rank] for rank in sorted(names.optimizers)]
     read = partial(_read_rank, strip_code=reading.strip_code)
@@ -555,13 +551,19 @@ def _shaped(source: TensorSource, shape: tuple[int, ...], place: Place) -> Tenso
 
 
 def _gather(
-    head: _Head, models: Sequence[_Model], parameters: Mapping[str, TensorSource], is_cut: bool, reading: Reading
-) -> tuple[dict[str, TensorSource], list[str]]:
+    form: str,
+    head: _Head,
+    models: Sequence[_Model],
+    parameters: Mapping[str, TensorSource],
+    reading: Reading,
+    left: Sequence[str],
+    foreign: Iterable[Mapping[str, str]],
+) -> WeightsFile:
     """Give all tensors in DeepSpeed's order: buffers, frozen parameters, others, and the second names of those.
 
-    Whatever else the model has comes last. Where it ``is_cut``, its own tensors of parameters are empty.
+    Whatever else the model has comes last.
     """
-    module = head.module
+    module, is_cut = head.module, head.is_cut
     for name, shape in (*((name, source.shape) for name, source in parameters.items()), *head.frozen.items()):
         own = module.get(name)
         if own is None or (not is_cut and type(own) is TensorRef and own.shape != shape):
@@ -578,12 +580,17 @@ def _gather(
         is_same = is_cut or (type(own) is TensorRef and type(kept) is str and own.shape == _shape_in(taken, kept))
         if type(name) is str and type(kept) is str and kept in taken and name not in taken and is_same:
             taken[name] = taken[kept]
-    notes = _take_rest(head, taken, is_cut, reading)
+    notes = [*_note_dtypes(head, parameters), *_take_rest(head, taken, reading)]
     refs: dict[str, AnyTensor] = {name: value for name, value in taken.items() if type(value) is TensorRef}
     notes += head.content.notes_on(refs)
     taken.update(head.content.take_sources(refs))
     check_lengths(taken, head.place)
-    return taken, notes
+    all_foreign = dict(head.content.pickled.foreign)
+    for other in (*(model.foreign for model in models), *foreign):
+        all_foreign |= other
+    notes.append(f"left out: {name_some([*left, *head.left], _MAX_NAMED)}")
+    tensors = tuple(Tensor(name, source) for name, source in taken.items())
+    return WeightsFile(head.place, form, tensors, {}, (*notes, *note_foreign(all_foreign)), all_foreign)
 
 
 def _shape_in(taken: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
@@ -624,11 +631,12 @@ def _join_frozen(head: _Head, models: Sequence[_Model]) -> dict[str, TensorSourc
     return joined
 
 
-def _take_rest(head: _Head, taken: dict[str, Any], is_cut: bool, reading: Reading) -> list[str]:
+def _take_rest(head: _Head, taken: dict[str, Any], reading: Reading) -> list[str]:
     """Take what the model has besides, and give notes on it: second names of tensors, and what no optimizer has.
 
     Before DeepSpeed noted which are shared, tensors that lie in the same place tell it.
     """
+    is_cut = head.is_cut
     kept_at: dict[Any, str | None] = {}
     for name in taken:
         own = head.module.get(name)
@@ -670,28 +678,13 @@ def _take_rest(head: _Head, taken: dict[str, Any], is_cut: bool, reading: Readin
     ]
 
 
-def _note_dtypes(head: _Head, parameters: Mapping[str, TensorSource], stage: int) -> Iterator[str]:
+def _note_dtypes(head: _Head, parameters: Mapping[str, TensorSource]) -> Iterator[str]:
     """Say which of two copies of the weights is taken, and how to have less."""
     tags = {source.dtype.torch_name for source in parameters.values()}
     own = {ref.dtype.torch_name for name, ref in head.module.items() if name in parameters and type(ref) is TensorRef}
     if tags:
         ways = "; 'wconv recast --dtype bf16' halves them" if tags == {"float32"} else ""
-        ways += f"; --key module takes the {' and '.join(sorted(own))} copies" if stage < 3 and own != tags else ""
+        ways += (
+            f"; --key module takes the {' and '.join(sorted(own))} copies" if not head.is_cut and own != tags else ""
+        )
         yield f"the weights are the optimizer's {' and '.join(sorted(tags))} master copies{ways}"
-
-
-def _weights_file(
-    head: _Head,
-    form: str,
-    tensors: Mapping[str, TensorSource],
-    notes: Iterable[str],
-    left: Mapping[str, int],
-    others: Iterable[_Model | _Rank],
-) -> WeightsFile:
-    foreign = dict(head.content.pickled.foreign)
-    for other in others:
-        foreign |= other.foreign
-    spelled = [f"{key} ({nbytes / 1e6:,.1f} MB)" if nbytes else key for key, nbytes in left.items()]
-    left_out = f"left out: {name_some([*spelled, *head.left], _MAX_NAMED)}"
-    all_notes = (*notes, left_out, *note_foreign(foreign))
-    return WeightsFile(head.place, form, tuple(Tensor(*item) for item in tensors.items()), {}, all_notes, foreign)

@@ -43,7 +43,7 @@ _INCOMPLETE = "The file is incomplete: fetch it again."
 # What trainers keep beside the weights (Lightning's ``dump_checkpoint``, accelerate, mmengine): no state dict of theirs
 # is taken for the model's.
 _TRAINING = ("optim", "sched", "scaler", "callback", "loops", "rng", "hyper_param", "hparams", "criterion")
-_TRAINING_NAMES = frozenset({"amp", "args", "cfg", "config"})
+_TRAINING_NAMES = frozenset({"amp", "args", "cfg", "config", "dataloader", "train_state"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class _Found:
 
     def __str__(self) -> str:
         count = len(self.tensors)
-        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {self.nbytes / 1e6:,.1f} MB)"
+        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {_spell_size(self.nbytes)})"
 
 
 def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
@@ -139,7 +139,7 @@ def resolve(
     # Each entry goes as its view comes: the one takes the other's memory.
     for name in list(state_dict):
         ref = state_dict.pop(name)
-        if type(ref) is Listed:
+        if isinstance(ref, Listed):
             kind = ref.of.kind if type(ref.of) is Part else "another file"
             raise TrainingPiece(where, f"tensor {name!r} is of the class {kind}", _RANKED)
         storage = ref.storage
@@ -293,7 +293,7 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
     beside |= {key: value[key] for key in chosen.beside} if chosen.path == () else dict.fromkeys(chosen.beside)
     if beside:
         nbytes = {key: _nbytes_below(key, inner, found) for key, inner in beside.items()}
-        yield f"left out: {_list([f'{_spell(k)} ({n / 1e6:,.1f} MB)' if n else k for k, n in nbytes.items()])}"
+        yield f"left out: {_list([f'{_spell(k)} ({_spell_size(n)})' if n else k for k, n in nbytes.items()])}"
     if chosen.unreadable:
         named = [f"{_spell(name)} ({why})" for name, why in islice(chosen.unreadable.items(), _MAX_NAMED)]
         yield f"tensors that cannot be read are left out ({len(chosen.unreadable):,} in all): {_list(named)}"
@@ -315,6 +315,10 @@ def _nbytes_below(key: Any, value: Any, found: list[_Found]) -> int:
     """Say how many bytes what is under a key of the top takes: tensors, and what is known of the rest."""
     of_tensors = sum(one.nbytes for one in found if one.path[:1] == (_spell(key),))
     return of_tensors + (value.nbytes if type(value) is Left else 0)
+
+
+def _spell_size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"
 
 
 def _list(things: list[Any]) -> str:
