@@ -679,12 +679,10 @@ def _take_rest(head: _Head, taken: dict[str, Any], reading: Reading) -> list[str
 
 
 def _note_dtypes(head: _Head, parameters: Mapping[str, TensorSource]) -> Iterator[str]:
-    """Say which of two copies of the weights is taken, and how to have less."""
+    """Say which of two copies of the weights is taken, and how to have the other."""
     tags = {source.dtype.torch_name for source in parameters.values()}
     own = {ref.dtype.torch_name for name, ref in head.module.items() if name in parameters and type(ref) is TensorRef}
     if tags:
-        ways = "; 'wconv recast --dtype bf16' halves them" if tags == {"float32"} else ""
-        ways += (
-            f"; --key module takes the {' and '.join(sorted(own))} copies" if not head.is_cut and own != tags else ""
-        )
-        yield f"the weights are the optimizer's {' and '.join(sorted(tags))} master copies{ways}"
+        is_double = not head.is_cut and own != tags
+        way = f"; --key module takes the {' and '.join(sorted(own))} copies" if is_double else ""
+        yield f"the weights are the optimizer's {' and '.join(sorted(tags))} master copies{way}"
