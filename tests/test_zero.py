@@ -58,8 +58,11 @@ def test_real_checkpoints(name: str, tmp_path: Path) -> None:
     (inner,) = (path for path in folder.iterdir() if path.is_dir())
     checkpoint = opened(inner)
     found = read(checkpoint)
-    assert list(found)[: len(order)] == order
-    assert_same(found, {**judged, **(load_file(left_out) if left_out.exists() else {})})
+    assert [one for one in found if one in judged] == order
+    expected = {**judged, **(load_file(left_out) if left_out.exists() else {})}
+    if "head.weight" in expected:  # left out where DeepSpeed's script does not read, and then as the module has it
+        expected["head.weight"] = expected["emb.weight"]
+    assert_same(found, expected)
     assert checkpoint.format == ("UCP" if "universal" in name else "ZeRO")
     assert "float32 master copies" in checkpoint.notes[0]
     assert "left out: " in checkpoint.notes[-1]
@@ -152,6 +155,10 @@ def test_what_no_optimizer_has(tmp_path: Path) -> None:
 # What does not go together.
 
 
+class OddTensor:
+    """Stands for tensors of a library's own class."""
+
+
 def rank_of(made: Zero, rank: int = 1) -> Any:
     return made.optimizers[rank]["optimizer_state_dict"]
 
@@ -241,6 +248,7 @@ WRONG: dict[str, tuple[int, Callable[[Zero], Any], type[WconvError], str]] = {
     "ties in a circle": (3, lambda z: z.models[0].update(module={**z.models[0]["module"], "x": torch.zeros(0)},
                                                            shared_params={"x": "y", "y": "x"}), BadFile, "of 'x' lie"),
     "a sparse one": (2, lambda z: z.models[0]["module"].update(x=torch.eye(2).to_sparse()), Unsupported, "is sparse"),
+    "one of its own class": (3, lambda z: z.models[0]["module"].update(x=OddTensor()), Unsupported, "OddTensor"),
     "a part that is missing": (3, lambda z: z.models[1]["frozen_param_fragments"].pop("f.bias"), BadFile, "lacks its"),
     "a part of another size": (3, lambda z: z.models[1]["frozen_param_fragments"].update({"f.bias": RUN.bfloat16()}),
                                BadFile, "parts are of others"),
@@ -305,6 +313,9 @@ def test_a_parameter_of_a_universal_one_elsewhere(tmp_path: Path) -> None:
     (inner / "zero" / "odd" / "fp32.pt").unlink()
     with pytest.raises(BadFile, match=r"odd.fp32\.pt: is not there"):
         opened(inner)
+    strided = torch.randn(22)[::2]
+    torch.save(strided, inner / "zero" / "odd" / "fp32.pt")
+    assert read(opened(inner))["odd"].equal(strided)
     torch.save(torch.zeros(12), inner / "zero" / "odd" / "fp32.pt")
     with pytest.raises(BadFile, match=r"is of shape \[12\], and the model states say \[11\]"):
         opened(inner)

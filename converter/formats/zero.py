@@ -26,8 +26,15 @@ from converter.formats import training
 from converter.formats.torch import files
 from converter.formats.torch.content import Content
 from converter.formats.torch.files import open_content
-from converter.formats.torch.rebuild import TensorRef, Unreadable, checked, shape_of
-from converter.formats.torch.state_dict import AnyTensor, Reading, check_lengths, note_foreign
+from converter.formats.torch.rebuild import Listed, TensorRef, checked, shape_of
+from converter.formats.torch.state_dict import (
+    AnyTensor,
+    Reading,
+    check_lengths,
+    note_foreign,
+    refuse_unreadable,
+    unreadable_in,
+)
 from converter.storage import OpenFile, Place, list_entries, natural_key
 from converter.storage.far import look_at_each
 from converter.tensors.base import MAX_TENSORS, PackedRange, Tensor, TensorSource, WeightsFile
@@ -192,9 +199,8 @@ def _find_names(place: Place) -> _Names:
             if re.fullmatch(training.ZERO_PIECES, name):
                 training.check_name(folder / name)
     if names.models and not names.is_partitioned:
-        raise BadFile(
-            folder, f"holds model states of two kinds: {place.name} and {names.models[min(names.models)]}", _MIXED
-        )
+        problem = f"holds model states of two kinds: {place.name} and {names.models[min(names.models)]}"
+        raise BadFile(folder, problem, _MIXED)
     return names
 
 
@@ -423,7 +429,7 @@ def _at(value: Any, key: Any) -> Any:
 
 def _check_versions(head: _Head, others: Iterable[_Model | _Rank]) -> None:
     for other in others:
-        if other.version != head.version:
+        if other.version and head.version and other.version != head.version:
             problem = f"is of DeepSpeed {other.version}, and {head.place.name} of {head.version}"
             raise BadFile(other.place, problem, _MIXED)
         if type(other) is _Model and other.step != head.step:
@@ -441,7 +447,7 @@ def _check_alike(first: _Rank, other: _Rank, is_last: bool) -> None:
         ("paddings", first.paddings, other.paddings),
         ("step", first.step, other.step),
     ):
-        if one != two:
+        if one != two and (what != "step" or None not in (one, two)):
             said = f" ({two}, and there {one})" if what != "paddings" else ""
             raise BadFile(other.place, f"is of another {what} than {first.place.name}{said}", _MIXED)
     for index, (group, same) in enumerate(zip(first.groups, other.groups, strict=True)):
@@ -460,9 +466,8 @@ def _cut_groups(head: _Head, ranks: Sequence[_Rank]) -> Iterator[tuple[str, Tens
     """
     count, groups, paddings = len(ranks), ranks[0].groups, ranks[0].paddings
     if len(head.groups) != len(groups) or (paddings is not None and [*map(len, paddings)] != [*map(len, head.groups)]):
-        raise BadFile(
-            ranks[0].place, f"does not hold the groups of parameters that {head.place.name} describes", _MIXED
-        )
+        problem = f"does not hold the groups of parameters that {head.place.name} describes"
+        raise BadFile(ranks[0].place, problem, _MIXED)
     for index, shapes in enumerate(head.groups):
         line = _Line(rank.groups[index] for rank in ranks)
         at = 0
@@ -513,7 +518,7 @@ def _too_long(head: _Head, length: int, at: int, ranks: Sequence[_Rank]) -> BadF
 
 def _put_together(dtype: DType, shape: tuple[int, ...], parts: Iterable[Box]) -> TensorSource:
     boxes = tuple(parts)
-    if len(boxes) == 1 and type(boxes[0].source) is View:
+    if len(boxes) == 1 and type(boxes[0].source) is View and boxes[0].source.is_contiguous:
         return boxes[0].source._replace(shape=shape, strides=contiguous_strides(shape))
     return Boxes(dtype, shape, boxes)
 
@@ -581,7 +586,7 @@ def _gather(
         if type(name) is str and type(kept) is str and kept in taken and name not in taken and is_same:
             taken[name] = taken[kept]
     notes = [*_note_dtypes(head, parameters), *_take_rest(head, taken, reading)]
-    refs: dict[str, AnyTensor] = {name: value for name, value in taken.items() if type(value) is TensorRef}
+    refs: dict[str, AnyTensor] = {name: value for name, value in taken.items() if type(value) in (TensorRef, Listed)}
     notes += head.content.notes_on(refs)
     taken.update(head.content.take_sources(refs))
     check_lengths(taken, head.place)
@@ -645,19 +650,18 @@ def _take_rest(head: _Head, taken: dict[str, Any], reading: Reading) -> list[str
             first = kept_at.setdefault(at, name)
             if first and taken[first] is not taken[name]:
                 kept_at[at] = None  # in the same place, and yet two
+    others = {name: own for name, own in head.module.items() if name not in taken}
+    no_tensors = {name: own for name, own in others.items() if type(own) not in (TensorRef, Listed)}
+    unreadable = unreadable_in(no_tensors, True)
+    if unreadable and not reading.skip_unreadable:
+        refuse_unreadable(unreadable, head.place)
+    left = [str(name)[:_MAX_LENGTH] for name in no_tensors if name not in unreadable]
     rest: list[str] = []
-    unreadable: list[str] = []
-    left: list[str] = []
-    for name, own in head.module.items():
-        if name in taken:
+    for name, own in others.items():
+        if name in no_tensors:
             continue
-        if type(own) is Unreadable:
-            if not reading.skip_unreadable:
-                advice = "'wconv to-safetensors --skip-unreadable' leaves such tensors out."
-                raise Unsupported(head.place, f"tensor {str(name)[:_MAX_LENGTH]!r} {own.why}", advice)
-            unreadable.append(f"{str(name)[:_MAX_LENGTH]} ({own.why})")
-        elif type(own) is not TensorRef or type(name) is not str:
-            left.append(str(name)[:_MAX_LENGTH])
+        if type(own) is Listed:
+            taken[name] = own  # for what is said of it where tensors are taken
         elif is_cut and 0 in own.shape:
             kept = kept_at.get(own.storage.key)
             if not kept:
@@ -667,11 +671,12 @@ def _take_rest(head: _Head, taken: dict[str, Any], reading: Reading) -> list[str
             kept = None if 0 in own.shape else kept_at.get(own)
             taken[name] = taken[kept] if kept else own
             rest += [] if kept else [name]
+    spelled = [f"{str(name)[:_MAX_LENGTH]} ({why})" for name, why in unreadable.items()]
     return [
         f"{what}: {name_some(names, _MAX_NAMED)}"
         for what, names in (
             ("of no optimizer, so taken as the model itself has it", rest),
-            ("tensors that cannot be read are left out", unreadable),
+            ("tensors that cannot be read are left out", spelled),
             ("no tensors, so left out of the model", left),
         )
         if names

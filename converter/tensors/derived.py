@@ -218,7 +218,9 @@ class Boxes:
         if sum(math.prod(box.source.shape) for box in known) != math.prod(whole):
             raise ValueError(f"boxes that do not fill {whole}")
         for place, box in enumerate(known):
-            if any(_overlap(box, other) for other in _reached(box, known[place + 1 :])):
+            if any(
+                _overlap(box, other) for other in _reached(box, map(known.__getitem__, range(place + 1, len(known))))
+            ):
                 raise ValueError(f"two boxes that overlap at {box.start}")
 
     @property
