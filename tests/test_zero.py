@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from support.tiny import assert_same, save, snapshot
 from support.training import NAMES, unpack
 from support.zero import Zero, make_zero
+from test_stores import StoreInMemory
 
 from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, WconvError
 from converter.formats.torch.state_dict import Reading
@@ -373,6 +374,16 @@ def test_model_states_without_an_optimizer_are_plain(tmp_path: Path) -> None:
     shutil.copy(folder / "mp_rank_00_model_states.pt", folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     with pytest.raises(TrainingPiece, match="of all ranks lie"):
         open_checkpoint(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+
+
+def test_a_folder_that_is_far(tmp_path: Path) -> None:
+    made = make_zero(3, world=4, groups=({"a.weight": (3000, 100), "b": (7,)},), frozen=FROZEN)
+    made.write(tmp_path)
+    store = StoreInMemory({f"m/{path.name}": path.read_bytes() for path in tmp_path.iterdir()})
+    checkpoint = opened(Place(store, "m"))
+    # Of each to see what it is; of those of the model the head, of those of the optimizer the tail too, and its step.
+    assert len(store.reads) <= 8 + 4 + 4 * 3
+    assert_same(read(checkpoint), made.expected)
 
 
 # Held against DeepSpeed, and large.

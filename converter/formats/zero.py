@@ -52,6 +52,7 @@ _READ = frozenset(
     }
 )  # fmt: skip
 _MAX_BOXES = 1_000_000  # of all parameters: 1,000 ranks have as many of 1,000; each takes 400 bytes
+_KEPT_NBYTES = 1 << 16  # most of what describes a file is within it, and needs no second request over a network
 _MAX_NAMED = 8
 _MAX_LENGTH = 200  # of a key that is spelled to people
 _DAMAGED = "The file is damaged: fetch it again."
@@ -236,6 +237,14 @@ def _as_written(place: Place) -> Iterator[None]:
         raise BadFile(place, "is not as DeepSpeed writes it", _DAMAGED) from error
 
 
+@contextmanager
+def _opened(place: Place, strip_code: bool) -> Iterator[Content]:
+    """Open a file, all but the head's, and read what its pickle says."""
+    with place.open() as file, _as_written(place):
+        file.keep(0, _KEPT_NBYTES)
+        yield open_content(file, strip_code)
+
+
 def _read_head(file: OpenFile, reading: Reading) -> _Head:
     place = file.ref.place
     with _as_written(place):
@@ -298,8 +307,7 @@ def _read_models(folder: Place, names: _Names, reading: Reading, count: int) -> 
 
 
 def _read_model(place: Place, strip_code: bool) -> _Model:
-    with place.open() as file, _as_written(place):
-        content = open_content(file, strip_code)
+    with _opened(place, strip_code) as content:
         told = checked(content.pickled.value, dict)
         fragments = told.get("frozen_param_fragments") or {}
         runs = dict(_take_runs(content, checked(fragments, dict)))
@@ -332,8 +340,7 @@ def _read_optimizers(folder: Place, names: _Names, reading: Reading) -> list[_Ra
 
 
 def _read_rank(place: Place, strip_code: bool) -> _Rank:
-    with place.open() as file, _as_written(place):
-        content = open_content(file, strip_code)
+    with _opened(place, strip_code) as content:
         value = checked(content.pickled.value, dict)
         told = checked(value["optimizer_state_dict"], dict)
         # BF16_Optimizer, a ZeRO-1 of its own, does not say (``deepspeed/runtime/bf16_optimizer.py``).
@@ -535,8 +542,7 @@ def _place_of(folder: Place, name: str) -> Place:
 def _read_parameter(place: Place, strip_code: bool) -> TensorSource:
     if not place.is_file():
         raise BadFile(place, "is not there, and the model states name its parameter", "Fetch it.")
-    with place.open() as file, _as_written(place):
-        content = open_content(file, strip_code)
+    with _opened(place, strip_code) as content:
         value = content.pickled.value
         ref = checked(value["param"] if type(value) is dict else value, TensorRef)
         ((_, source),) = content.take_sources({"param": ref})
