@@ -16,7 +16,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate, chain, islice
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ _READ = frozenset(
         "ds_version", "ds_config", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions",
     }
 )  # fmt: skip
-_MAX_BOXES = 1_000_000  # of all parameters: 1,000 ranks have as many of 1,000; each takes 400 bytes
+_MAX_BOXES = 2_000_000  # of all parameters, each 200 bytes: 18,000 parameters (of 128 experts) on 100 ranks
 _KEPT_NBYTES = 1 << 16  # most of what describes a file is within it, and needs no second request over a network
 _MAX_NAMED = 8
 _MAX_LENGTH = 200  # of a key that is spelled to people
@@ -137,8 +137,14 @@ class _Line:
             source = self._sources[place]
             inner, count = begin - self._ends[place] + source.shape[0], min(end, self._ends[place]) - begin
             if count:
-                yield Box((at,), source.box((inner,), (count,)))
+                yield Box(_axis(at), source.box((inner,), _axis(count)))
             begin, at = begin + count, at + count
+
+
+@lru_cache(1 << 16)  # ranks have parts of one length at the same places of many parameters, and share these
+def _axis(number: int) -> tuple[int]:
+    """Give the shape, or the begin, of what has one axis."""
+    return (number,)
 
 
 def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
@@ -302,22 +308,27 @@ def _read_models(folder: Place, names: _Names, reading: Reading, count: int) -> 
     if not names.is_partitioned:
         return []
     _check_there(folder, "model states", names.models, count)
-    read = partial(_read_model, strip_code=reading.strip_code)
+    read = partial(_read_model, strip_code=reading.strip_code, most=_MAX_BOXES // count)
     return list(look_at_each(read, [folder / names.models[rank] for rank in range(1, count)]))
 
 
-def _read_model(place: Place, strip_code: bool) -> _Model:
+def _read_model(place: Place, strip_code: bool, most: int) -> _Model:
     with _opened(place, strip_code) as content:
         told = checked(content.pickled.value, dict)
         fragments = told.get("frozen_param_fragments") or {}
-        runs = dict(_take_runs(content, checked(fragments, dict)))
+        runs = dict(_take_runs(content, checked(fragments, dict), most))
         return _Model(
             place, _plain(told.get("ds_version")), _plain(told.get("global_steps")), runs, content.pickled.foreign
         )
 
 
-def _take_runs(content: Content, refs: Mapping[str, Any]) -> Iterator[tuple[str, TensorSource]]:
-    """Give tensors of one axis, none of them strided. Raises TypeError for anything else."""
+def _take_runs(content: Content, refs: Mapping[str, Any], most: int) -> Iterator[tuple[str, TensorSource]]:
+    """Give tensors of one axis, none of them strided. Raises TypeError for anything else.
+
+    Raises Unsupported where there are so many that those of all ranks would take too much memory.
+    """
+    if len(refs) > most:
+        raise Unsupported(content.place, f"holds {len(refs):,} parts of weights, too many for so many ranks", _SCRIPT)
     for ref in refs.values():
         if type(ref) is not TensorRef or len(ref.shape) != 1 or (ref.shape[0] > 1 and ref.strides != (1,)):
             raise TypeError("a tensor that is no run of elements")
@@ -327,11 +338,9 @@ def _take_runs(content: Content, refs: Mapping[str, Any]) -> Iterator[tuple[str,
 def _read_optimizers(folder: Place, names: _Names, reading: Reading) -> list[_Rank]:
     """Read the optimizer's states of all ranks, in order. Raises BadFile where they do not go together."""
     ordered = [folder / names.optimizers[rank] for rank in sorted(names.optimizers)]
-    read = partial(_read_rank, strip_code=reading.strip_code)
+    read = partial(_read_rank, strip_code=reading.strip_code, most=_MAX_BOXES // len(ordered))
     first = read(ordered[0])
     _check_there(folder, "optimizer's states", names.optimizers, first.world)
-    if len(first.groups) * first.world > _MAX_BOXES:
-        raise Unsupported(folder, f"holds {len(first.groups):,} groups for each of {first.world:,} ranks", _SCRIPT)
     ranks = [first]
     for rank in look_at_each(read, ordered[1:]):
         _check_alike(first, rank, rank.stage < 3 and len(ranks) == first.world - 1)
@@ -339,7 +348,7 @@ def _read_optimizers(folder: Place, names: _Names, reading: Reading) -> list[_Ra
     return ranks
 
 
-def _read_rank(place: Place, strip_code: bool) -> _Rank:
+def _read_rank(place: Place, strip_code: bool, most: int) -> _Rank:
     with _opened(place, strip_code) as content:
         value = checked(content.pickled.value, dict)
         told = checked(value["optimizer_state_dict"], dict)
@@ -347,7 +356,7 @@ def _read_rank(place: Place, strip_code: bool) -> _Rank:
         stage = checked(told.get("zero_stage", 1), int)
         if stage not in _GROUPS:
             raise BadFile(place, f"is of ZeRO stage {stage}, which there is not", _DAMAGED)
-        groups = _take_groups(content, checked(told[_GROUPS[stage]], list))
+        groups = _take_groups(content, checked(told[_GROUPS[stage]], list), most)
         return _Rank(
             place,
             stage,
@@ -361,9 +370,11 @@ def _read_rank(place: Place, strip_code: bool) -> _Rank:
         )
 
 
-def _take_groups(content: Content, refs: list[Any]) -> tuple[TensorSource, ...]:
+def _take_groups(content: Content, refs: list[Any], most: int) -> tuple[TensorSource, ...]:
     """Give the runs of a rank. Raises TypeError or ValueError for what is none, or has more elements than are there."""
-    groups = tuple(source for _, source in _take_runs(content, {str(index): ref for index, ref in enumerate(refs)}))
+    groups = tuple(
+        source for _, source in _take_runs(content, {str(index): ref for index, ref in enumerate(refs)}, most)
+    )
     if len({group.dtype for group in groups}) != 1 or not groups[0].dtype.is_floating:
         raise TypeError("groups that are no weights")
     if sum(group.shape[0] for group in groups) > sum({ref.storage.key: ref.storage.numel for ref in refs}.values()):
@@ -622,7 +633,7 @@ def _find_frozen(head: _Head) -> dict[str, TensorRef]:
 def _join_frozen(head: _Head, models: Sequence[_Model]) -> dict[str, TensorSource]:
     """Give the frozen parameters of stage 3, cut as all others are (``_zero3_merge_frozen_params``)."""
     with _as_written(head.place):
-        first = dict(_take_runs(head.content, {name: head.fragments[name] for name in head.frozen}))
+        first = dict(_take_runs(head.content, {name: head.fragments[name] for name in head.frozen}, _MAX_BOXES))
     count = 1 + len(models)
     joined: dict[str, TensorSource] = {}
     for name, shape in head.frozen.items():
