@@ -33,9 +33,7 @@ def logits_of(folder: Path, told: dict[str, torch.Tensor], dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_what_was_trained_loads_and_answers_as_it_did(
-    wconv: Callable[..., Any], tmp_path: Path, name: str
-) -> None:
+def test_what_was_trained_loads_and_answers_as_it_did(wconv: Callable[..., Any], tmp_path: Path, name: str) -> None:
     inner, has_config = TRAINED[name]
     folder, judge, _ = unpack(name, tmp_path)
     told = load_file(folder.parent / "logits.safetensors")

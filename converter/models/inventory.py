@@ -15,7 +15,7 @@ from pathlib import PureWindowsPath
 from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, SystemRefused, Unreachable, WconvError
-from converter.formats import is_of_many
+from converter.formats import form_of_many
 from converter.models.companions import find_companions
 from converter.models.component import Component, WeightSet
 from converter.models.configs import NO_OBJECT, look_into
@@ -28,6 +28,7 @@ from converter.models.sets import (
     group_below,
     group_whole,
     is_weight_file,
+    name_of_many,
     read_indexed,
     sets_to_read,
 )
@@ -340,10 +341,12 @@ def find_weight_set(path: Given) -> WeightSet:
         if listed.index_error:
             raise listed.index_error
         return sets_to_read([listed])[0]
-    if (parsed and parsed.role == "shard") or is_of_many(place.name):
+    form = form_of_many(place.name)
+    if (parsed and parsed.role == "shard") or form:
         sets = [one for one in find_weight_sets(place.parent) if place.name in one.all_names]
         if len(sets) > 1:
             raise BadRequest(place, "is a shard of several sets", "Name the index of the one you mean.")
         if sets:
             return sets[0]
-    return WeightSet(place.parent, parsed.name if parsed else WeightsName(place.name, None, ""), (place.name,))
+    name = name_of_many(form) if form else parsed.name if parsed else WeightsName(place.name, None, "")
+    return WeightSet(place.parent, name, (place.name,))
