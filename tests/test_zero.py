@@ -417,12 +417,12 @@ def test_deepspeed_reads_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_ranks_take_little(tmp_path: Path) -> None:
-    made = make_zero(3, world=64, groups=({f"layers.{n}.weight": (16, 9) for n in range(700)},))
+    made = make_zero(3, world=64, groups=({f"layers.{n}.weight": (16, 9) for n in range(200)},))
     folder = made.write(tmp_path)
     tracemalloc.start()
     checkpoint = opened(folder)
     held, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert held < 40e6
-    assert most < 60e6
+    assert held < 5e6  # 200 bytes for each part of a parameter
+    assert most < 10e6
     assert_same(read(checkpoint), made.expected)
