@@ -114,6 +114,7 @@ FOLDERS: dict[str, FolderRow] = {
     "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), partial(_late, "dcp")),
     "DCP in safetensors": FolderRow(training.DCP_SHARD, training.DCP_SHARD, (), partial(_late, "dcp_safetensors")),
     "DCP, unfinished": FolderRow(r".+\.distcp", r".+\.distcp", (), None, *training.DCP_UNFINISHED),
+    "FSDP ranks": FolderRow(training.RANKS, training.RANKS, (), partial(_late, "ranks")),
     "ZeRO": FolderRow(training.ZERO_PIECES, training.ZERO_HEAD, (training.ZERO_OPTIMIZER,), partial(_late, "zero")),
     "UCP": FolderRow(training.ZERO_PIECES, training.ZERO_HEAD, (training.ZERO_UNIVERSAL,), partial(_late, "zero")),
 }  # fmt: skip
