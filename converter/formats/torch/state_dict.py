@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -100,24 +100,30 @@ def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> tuple
         raise Unsupported(where, "holds no tensors under names of their own", _describe(value))
     chosen = _choose(found, where, reading)
     if chosen.unreadable and not reading.skip_unreadable:
-        _refuse_unreadable(chosen, where)
+        refuse_unreadable(chosen.unreadable, where)
+    check_lengths(map(str, chosen.tensors), where)
     state_dict: dict[str, AnyTensor] = {}
-    length = 0
     for key, tensor in chosen.tensors.items():
         name = str(key)
-        length += len(name)
-        if len(name) > MAX_NAME_LENGTH or length > MAX_NAMES_LENGTH:
-            raise HostileFile(where, f"gives its tensors names of {length:,} characters and more")
         if name in state_dict:
             raise BadFile(where, f"holds two tensors named {name!r}")
         state_dict[name] = tensor
     return state_dict, tuple(_notes(pickled, chosen, found))
 
 
-def _refuse_unreadable(chosen: _Found, where: Where) -> None:
+def check_lengths(names: Iterable[str], where: Where) -> None:
+    """Raise HostileFile for names of tensors that are longer than any real ones."""
+    length = 0
+    for name in names:
+        length += len(name)
+        if len(name) > MAX_NAME_LENGTH or length > MAX_NAMES_LENGTH:
+            raise HostileFile(where, f"gives its tensors names of {length:,} characters and more")
+
+
+def refuse_unreadable(unreadable: Mapping[str | int, str], where: Where) -> None:
     """Raise Unsupported, and name the first tensor that cannot be read."""
-    name, why = next(iter(chosen.unreadable.items()))
-    more = f", and {len(chosen.unreadable) - 1:,} more cannot be read" if len(chosen.unreadable) > 1 else ""
+    name, why = next(iter(unreadable.items()))
+    more = f", and {len(unreadable) - 1:,} more cannot be read" if len(unreadable) > 1 else ""
     advice = "Save it as a plain tensor; 'wconv to-safetensors --skip-unreadable' leaves such tensors out."
     raise Unsupported(where, f"tensor {_spell(name)!r} {why}{more}", advice)
 
@@ -200,7 +206,7 @@ def _find(value: Any, where: Where) -> Iterator[_Found]:
         is_mapping = isinstance(content, dict)
         others = _other_than_tensors(content) if is_mapping else {}
         tensors = _tensors_of(content, others) if is_mapping else {}
-        unreadable = _unreadable_in(others, bool(tensors))
+        unreadable = unreadable_in(others, bool(tensors))
         count += len(tensors) + len(unreadable)
         if count > MAX_TENSORS:
             raise HostileFile(where, f"its pickle describes more than {MAX_TENSORS:,} tensors")
@@ -225,7 +231,7 @@ def _tensors_of(content: Mapping[Any, Any], others: Mapping[Any, Any]) -> Mappin
     return {key: inner for key, inner in content.items() if key not in others} if others else content
 
 
-def _unreadable_in(others: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
+def unreadable_in(others: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
     """Map the names of tensors that are none of ours to why; arrays and storages only where they stand with tensors."""
     names = {k: inner for k, inner in others.items() if type(inner) not in _TENSORS and isinstance(k, (str, int))}
     found = {key: why for key, inner in names.items() if (why := _why_unreadable(inner))}
@@ -291,11 +297,16 @@ def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[st
     if chosen.unreadable:
         named = [f"{_spell(name)} ({why})" for name, why in islice(chosen.unreadable.items(), _MAX_NAMED)]
         yield f"tensors that cannot be read are left out ({len(chosen.unreadable):,} in all): {_list(named)}"
+    yield from note_foreign(pickled.foreign)
+
+
+def note_foreign(foreign: Mapping[str, str]) -> Iterator[str]:
+    """Say what a pickle makes, or calls, that no state dict needs."""
     for what, note in (
         ("makes", "objects of unknown classes were left out"),
         ("calls", "functions that its pickle calls were not called"),
     ):
-        names = [name for name, how in pickled.foreign.items() if how == what]
+        names = [name for name, how in foreign.items() if how == what]
         if names:
             yield f"{note}: {_list(names)}"
 
