@@ -64,7 +64,7 @@ def test_real_checkpoints(name: str, tmp_path: Path) -> None:
     if "head.weight" in expected:  # left out where DeepSpeed's script does not read, and then as the module has it
         expected["head.weight"] = expected["emb.weight"]
     assert_same(found, expected)
-    assert checkpoint.format == ("UCP" if "universal" in name else "ZeRO")
+    assert checkpoint.format == ("ZeRO, universal" if "universal" in name else "ZeRO")
     assert "float32 master copies" in checkpoint.notes[0]
     assert "left out: " in checkpoint.notes[-1]
     if "head.weight" in found:

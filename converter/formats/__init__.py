@@ -116,7 +116,8 @@ FOLDERS: dict[str, FolderRow] = {
     "DCP, unfinished": FolderRow(r".+\.distcp", r".+\.distcp", (), None, *training.DCP_UNFINISHED),
     "FSDP ranks": FolderRow(training.RANKS, training.RANKS, (), partial(_late, "ranks")),
     "ZeRO": FolderRow(training.ZERO_PIECES, training.ZERO_HEAD, (training.ZERO_OPTIMIZER,), partial(_late, "zero")),
-    "UCP": FolderRow(training.ZERO_PIECES, training.ZERO_HEAD, (training.ZERO_UNIVERSAL,), partial(_late, "zero")),
+    "ZeRO, universal": FolderRow(training.ZERO_PIECES, training.ZERO_HEAD, (training.ZERO_UNIVERSAL,),
+                                 partial(_late, "zero")),
 }  # fmt: skip
 
 

@@ -182,9 +182,8 @@ def _read_universal(file: OpenFile, reading: Reading, names: _Names) -> WeightsF
     read = look_at_each(partial(_read_parameter, strip_code=reading.strip_code), places)
     parameters = {name: _shaped(source, shape, where)
                   for (name, shape), source, where in zip(shapes.items(), read, places, strict=True)}  # fmt: skip
-    return _gather(
-        "UCP", head, models, parameters, reading, [f"the optimizer's states in {training.ZERO_UNIVERSAL}"], []
-    )
+    left_out = f"the optimizer's states in {training.ZERO_UNIVERSAL}"
+    return _gather("ZeRO, universal", head, models, parameters, reading, [left_out], [])
 
 
 # Which files there are.
