@@ -49,11 +49,11 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     pickled = parse_pickle(raw, place, reading.strip_code)
     try:
         listed = _Listing(place, pickled.value)
-        state_dict, notes = choose_state_dict(pickled._replace(value=listed.tree()), place, reading)
+        state_dict, notes, foreign = choose_state_dict(pickled._replace(value=listed.tree()), place, reading)
         tensors = tuple(listed.take(state_dict))
     except (AttributeError, KeyError, TypeError) as error:
         raise BadFile(place, "does not describe a checkpoint as torch.distributed.checkpoint does", _DAMAGED) from error
-    return WeightsFile(place, "DCP", tensors, {}, notes, pickled.foreign)
+    return WeightsFile(place, "DCP", tensors, {}, notes, foreign)
 
 
 class _Listing:

@@ -98,7 +98,7 @@ def parse_pickle(
     if storages is None:
         return run_pickle(raw, where, _find, _find_persistent, strip_code, steps)
 
-    def find(identity: Any, where: Where) -> StorageRef | Global:
+    def find(identity: Any, where: Where) -> StorageRef | Global | Kept:
         storage = _find_persistent(identity, where)
         if type(storage) is not StorageRef:
             return storage
@@ -253,13 +253,13 @@ def _stage(arguments: tuple[Any, ...], where: Where) -> int:
     return arguments[0]
 
 
-def _find_persistent(identity: Any, where: Where) -> StorageRef | Global:
+def _find_persistent(identity: Any, where: Where) -> StorageRef | Global | Kept:
     """Read a persistent id: ("storage", class, key, device, numel), as ``torch.serialization._save`` makes it.
 
     ``_legacy_save`` adds (key, start, numel) of a view of the storage, or None; of a module's class it makes
     ("module", class, source file, source), which stands for the class.
     """
-    if type(identity) is tuple and identity[0] == "module" and type(identity[1]) is Global:
+    if type(identity) is tuple and identity[0] == "module" and isinstance(identity[1], (Global, Kept)):
         return identity[1]
     kind, storage_class, key, device, numel, *view = identity
     start = view[0][1] if view and view[0] is not None else 0
