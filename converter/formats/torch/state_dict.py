@@ -405,10 +405,11 @@ def _is_beside_another(one: _Found, likely: Iterable[_Found]) -> bool:
 
 
 def _or_all(likely: list[_Found]) -> str:
-    """Say how several dicts are taken in one, where they may be parts of one model: no two have the same names."""
+    """Say how several dicts are taken in one, where they lie in one or none looks like a copy of another."""
     first, last = min(one.path for one in likely), max(one.path for one in likely)
     common = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-    if len({frozenset(one.tensors) for one in likely}) < len(likely):
+    contents = {frozenset((name, ref.shape) for name, ref in one.tensors.items()) for one in likely}
+    if not common and len(contents) < len(likely):
         return ""
     key = f" --key {'.'.join(first[:common])}" if common else ""
     return f", or take all of them in one with{key} --flatten"
