@@ -11,6 +11,8 @@ BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PACKAGE := setup.cfg pyproject.toml $(wildcard converter/*.py converter/*/*.py converter/*/*/*.py)
 # The torch that the tests are pinned to, as setup.cfg has it.
 TORCH := $(shell sed -n 's/^ *\(torch==[^ ]*\).*/\1/p' setup.cfg)
+# What is installed without what it asks for.
+TRAINERS_ALONE := $(shell sed -n '/^trainers-alone =/,/^[a-z]/s/^ *\([a-z]*==[^ ]*\).*/\1/p' setup.cfg)
 # Azure's stores for the tests; all else that they need is in setup.cfg.
 AZURITE := azurite@3.35.0
 # Every file of a folder with its size.
@@ -19,7 +21,7 @@ SIZES = find $(1) -type f | sort | xargs ls -lh | awk '{ printf "%8s  %s\n", $$5
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help demo test test-remote coverage test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench same matrix clean
+.PHONY: help demo test test-remote coverage test-all fuzz lint format-check ruff-check type-check readme-check docs-check docs format bench same matrix samples clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F '|' '{ printf "make %-14s%s\n", $$1, $$2 }'
@@ -104,11 +106,14 @@ matrix:  ## install and convert with each Python that setup.cfg promises and tha
 	$(PYTHON) scripts/matrix.py build/matrix
 	@rm -rf build/lib
 
+samples: .venv-trainers/installed  ## make tests/corpus/training anew
+	.venv-trainers/$(BIN)/python scripts/make_training_samples.py build/training --pack tests/corpus/training
+
 fuzz: .venv-fuzz/installed  ## feed the readers made-up files, a minute each (FUZZ_ARGS=... for options)
 	.venv-fuzz/$(BIN)/python scripts/fuzz.py $(FUZZ_ARGS)
 
 clean:  ## remove environments, caches and all that was built
-	rm -rf .venv .venv-demo .venv-lint .venv-fuzz .venv-coreml .venv-engines .venv-servers build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-demo .venv-lint .venv-fuzz .venv-coreml .venv-engines .venv-servers .venv-trainers build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find converter scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environments. Each holds an empty file "installed", newer than what it was installed from.
@@ -139,6 +144,15 @@ clean:  ## remove environments, caches and all that was built
 	@echo "Installing wconv and the engines of clusters into .venv-engines ..."
 	@$(PYTHON) -m venv .venv-engines
 	@.venv-engines/$(BIN)/python -m pip install -q -e ".[engines]"
+	@touch $@
+
+# DeepSpeed is built here, without its operators, which need a compiler; it looks at the torch that is there.
+.venv-trainers/installed: setup.cfg pyproject.toml
+	@echo "Installing torch, transformers, accelerate, DeepSpeed and ultralytics into .venv-trainers (a few minutes) ..."
+	@$(PYTHON) -m venv .venv-trainers
+	@.venv-trainers/$(BIN)/python -m pip install -q $(TORCH)
+	@.venv-trainers/$(BIN)/python -m pip install -q ".[trainers]"
+	@DS_BUILD_OPS=0 .venv-trainers/$(BIN)/python -m pip install -q --no-deps --no-build-isolation $(TRAINERS_ALONE)
 	@touch $@
 
 # Azurite needs npm; without, its tests are left out.

@@ -110,20 +110,6 @@ def test_a_folder_of_dcp_that_was_never_finished(wconv: Callable[..., Any], tmp_
     assert [one["code"] for one in found] == ["training-piece"]
 
 
-def test_shards_of_dcp_in_safetensors(wconv: Callable[..., Any], tmp_path: Path) -> None:
-    writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "m"), save_distributed=True)
-    dcp.save(make_state("ab"), storage_writer=writer, no_dist=True)
-    (path,) = (tmp_path / "m").iterdir()
-    before = snapshot(tmp_path)
-    for source in (path, path.parent):
-        done = wconv("reshard", source, "--max-shard-size", "none", "-o", tmp_path / "out", exit_code=4)
-        assert "consolidate_safetensors_files" in done.stderr
-    found = json.loads(wconv("doctor", path.parent, "--json", exit_code=1).stdout)["findings"]
-    assert [one["code"] for one in found] == ["training-piece"]
-    assert "nothing" in wconv("doctor", path.parent, "--fix", exit_code=None).stdout.lower()
-    assert snapshot(tmp_path) == before
-
-
 def test_weights_beside_pieces_in_other_folders_are_read(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(make_state("ab"), tmp_path / "m" / "model.safetensors")
     dcp.save({"model": make_state()}, checkpoint_id=tmp_path / "m" / "pytorch_model_fsdp_0", no_dist=True)

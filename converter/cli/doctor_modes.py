@@ -203,8 +203,8 @@ def _show_sets(diagnosis: Diagnosis) -> None:
         for one in part.sets:
             headers = part.headers_of(one)
             dtypes = dict.fromkeys(dtype.tag for header in headers for dtype in header.dtypes)
-            files = str(len(one.file_names)) + (" + index" if one.index_name else "")
-            size = show_bytes(sum(header.nbytes for header in headers))
+            files = str(len(one.file_names) + len(one.pieces)) + (" + index" if one.index_name else "")
+            size = show_bytes(sum(header.tensor_nbytes if one.is_of_many else header.nbytes for header in headers))
             rows.append((part.name or ".", one.name.variant or "-", one.format, files, size, ", ".join(dtypes) or "-"))
     show_table(("component", "variant", "format", "files", "size", "dtypes"), rows)
     echo()

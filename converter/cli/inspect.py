@@ -97,7 +97,7 @@ def _describe(
         "weights": weight_set.name.stem,
         "format": weight_set.format,
         "variant": weight_set.name.variant,
-        "files": list(weight_set.file_names),
+        "files": [*weight_set.file_names, *weight_set.pieces],
         "index": weight_set.index_name,
     }
     try:

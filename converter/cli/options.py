@@ -194,6 +194,12 @@ _CONVERSION_OPTIONS = {
         is_flag=True,
         help="Take all tensors in the dicts of a checkpoint, or in those below --key, under names joined by dots.",
     ),
+    "config": click.option(
+        "--config",
+        type=PlaceType(is_read=True),
+        metavar="FOLDER",
+        help="Take config and tokenizer from this folder (default: what lies with SRC, or a trainer keeps near it).",
+    ),
     "strip-prefix": click.option(
         "--strip-prefix",
         default="",

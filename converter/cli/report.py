@@ -25,7 +25,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "weight_sets": [
             {
                 "component": planned.component,
-                "source": planned.source.path.name,
+                "source": planned.source.label,
                 "variant": planned.name.variant,
                 "files": [{"path": shard.path, "nbytes": shard.nbytes} for shard in planned.files],
                 "index": planned.index[0] if planned.index else None,
@@ -161,7 +161,7 @@ def _show_next(plan: Plan, told: str) -> None:
 def _row_of(planned: PlannedSet) -> tuple[str, ...]:
     output = f"{len(planned.files)} files" if len(planned.files) > 1 else planned.name.single
     count = f"{planned.tensor_count:,}" if planned.tensor_count else ""
-    source = planned.source.path.name
+    source = planned.source.label
     return planned.component or ".", source, "->", output, count, show_bytes(planned.nbytes)
 
 
@@ -199,7 +199,7 @@ def _show_remarks(plan: Plan, every: bool) -> None:
             names = [name for name, other in planned.kept.items() if other is dtype]
             listed = ", ".join(map(printable, names if every else names[:3]))
             more = "" if every or len(names) <= 3 else ", ... (-v lists them)"
-            echo(f"Kept in {dtype.short_name} in {printable(planned.source.path.name)}: {len(names)} ({listed}{more})")
+            echo(f"Kept in {dtype.short_name} in {printable(planned.source.label)}: {len(names)} ({listed}{more})")
         for note in planned.notes:
             echo(printable(f"Note: {note}"))
     for note in plan.notes:

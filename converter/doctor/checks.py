@@ -104,6 +104,14 @@ def _is_of_pieces(part: Part, listed: ListedSet) -> bool:
     return any(isinstance(header.error, TrainingPiece) for header in part.headers_of(listed))
 
 
+def _training_checkpoints(part: Part) -> Iterator[Finding]:
+    for listed in part.sound_sets:
+        if listed.is_of_many:
+            count = len(listed.pieces) + 1
+            problem = f"is the head of a training checkpoint ({listed.format}, {count:,} file{'s' * (count != 1)})"
+            yield Finding("training-checkpoint", listed.path, part.name, problem)
+
+
 def _twins(part: Part) -> Iterator[Finding]:
     seen: dict[WeightsName, ListedSet] = {}
     for listed in part.sets:
@@ -214,6 +222,7 @@ _FOLDER_CHECKS: tuple[Check, ...] = (
     _config_dtypes,
 )  # fmt: skip
 _PART_CHECKS: tuple[_PartCheck, ...] = (
-    faults.unreadable_files, _partial_downloads, faults.missing_shards, _indexes, _twins, _strays, _single_variants,
-    _names, _sharded_bins, _two_forms, _dtypes, _quantized, _old_attention, _headers, _pickles,
+    faults.unreadable_files, _partial_downloads, faults.missing_shards, _indexes, _training_checkpoints, _twins,
+    _strays, _single_variants, _names, _sharded_bins, _two_forms, _dtypes, _quantized, _old_attention, _headers,
+    _pickles,
 )  # fmt: skip

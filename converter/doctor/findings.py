@@ -61,6 +61,11 @@ KINDS: dict[str, Kind] = {
         "whole.",
         "Only the tool that is named puts the parts together; wconv neither converts nor mends them.",
     ),
+    "training-checkpoint": Kind(
+        "note", "A checkpoint of a training run, which no loader of models opens",
+        "from_pretrained does not find it; what trained it goes on from it.",
+        "wconv to-safetensors SRC -o NEW makes a model of it, with config and tokenizer, and without the optimizer.",
+    ),
     "shard-missing": Kind(
         "error", "A set of which shards are missing",
         "Every loader that picks the set fails (FileNotFoundError).", ADVICE["shard-missing"],

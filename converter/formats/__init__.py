@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 
 from converter.errors import BadFile, TrainingPiece, Unsupported
-from converter.formats import dcp, safetensors, training
+from converter.formats import safetensors, training
 from converter.formats.torch import files, writer
 from converter.formats.torch.state_dict import PLAIN, Reading
 from converter.storage import OpenFile, Place, list_entries, natural_key
@@ -94,11 +95,19 @@ class FolderRow:
                 yield head, tuple(name for name in ordered if name != head)
 
 
+def _late(module: str, file: OpenFile, reading: Reading) -> WeightsFile:
+    """Read a file with a module of this package that few need."""
+    read: ReadFile = import_module(f"converter.formats.{module}").read_file
+    return read(file, reading)
+
+
 # The first row that matches a file speaks of it.
 FOLDERS: dict[str, FolderRow] = {
+    "DCP, by ranks": FolderRow(r"__\d+\.metadata|.+\.distcp", r"__\d+\.metadata", (), None, *training.DCP_BY_RANKS),
     "DCP of Megatron": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", ("metadata.json", "common.pt"),
                                  None, *training.DCP_OF_MEGATRON),
-    "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), dcp.read_file),
+    "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), partial(_late, "dcp")),
+    "DCP in safetensors": FolderRow(training.DCP_SHARD, training.DCP_SHARD, (), partial(_late, "dcp_safetensors")),
     "DCP, unfinished": FolderRow(r".+\.distcp", r".+\.distcp", (), None, *training.DCP_UNFINISHED),
 }  # fmt: skip
 
@@ -114,6 +123,7 @@ class Gathered:
     @property
     def row(self) -> FolderRow:
         return FOLDERS[self.format]
+
 
 _LFS = "Run 'git lfs pull' in its repository, or fetch the file itself."
 _FETCH = "Fetch the file again."

@@ -24,6 +24,14 @@ from converter.tensors.derived import Box, Boxes
 _T = TypeVar("_T")
 
 _METADATA = "torch.distributed.checkpoint.metadata.Metadata"
+# What describes how tensors lay in memory, and where the checkpoint was written.
+_OWN = {
+    "torch.serialization._get_layout",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+}
 _MAX_NBYTES = 400_000_000
 _MAX_DEPTH = 16  # of the path of a tensor; as deep as a state dict is looked for
 _DAMAGED = "The checkpoint is damaged: fetch .metadata again."
@@ -49,7 +57,9 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     pickled = parse_pickle(raw, place, reading.strip_code)
     try:
         listed = _Listing(place, pickled.value)
-        state_dict, notes, foreign = choose_state_dict(pickled._replace(value=listed.tree()), place, reading)
+        others = {name: how for name, how in pickled.foreign.items() if name not in _OWN}
+        pickled = pickled._replace(value=listed.tree(), foreign=others)
+        state_dict, notes, foreign = choose_state_dict(pickled, place, reading)
         tensors = tuple(listed.take(state_dict))
     except (AttributeError, KeyError, TypeError) as error:
         raise BadFile(place, "does not describe a checkpoint as torch.distributed.checkpoint does", _DAMAGED) from error
@@ -154,9 +164,7 @@ class _Listing:
             raise BadFile(self.place, problem, _DAMAGED)
         return source
 
-    def _read_items(
-        self, wanted: Mapping[str, list[tuple[_Item, _Key]]]
-    ) -> Iterator[tuple[_Key, TensorSource]]:
+    def _read_items(self, wanted: Mapping[str, list[tuple[_Item, _Key]]]) -> Iterator[tuple[_Key, TensorSource]]:
         for file_name in sorted(wanted):
             place = self.place.parent / file_name
             if not place.is_file():

@@ -24,17 +24,23 @@ _DCP_TO_TORCH = (
 )
 _ACCELERATE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
 _VERL = "'python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir OUT' makes a model of it."
-_CONSOLIDATE = (
-    "consolidate_safetensors_files in torch.distributed.checkpoint._consolidate_hf_safetensors makes one model; "
-    "in torch 2.13 it writes tensors without axes as 0."
+_SHARDED = (
+    "Name the folder in which all of them lie, each called shard-00001-model-00001-of-00001.safetensors, as torch does."
 )
 _MEGATRON = "Megatron-LM's tools/checkpoint/convert.py, or Megatron-Bridge, makes a model of all ranks."
 _META = "convert_llama_weights_to_hf.py of transformers makes a model of all of them."
 _DEEPSPEED = "DeepSpeed's own checkpoint tools (ds_to_universal.py) read all ranks."
 
+# A rank's file of torch's writer for Hugging Face (``SHARDED_FILE_NAME`` in ``checkpoint/_hf_utils.py``).
+DCP_SHARD = r"shard-(?P<rank>\d{5,9})-model-\d{5,9}-of-\d{5,9}\.safetensors"
+
 # What is said of folders, and what to do about it.
 DCP = ("is a checkpoint of torch.distributed.checkpoint (DCP)", _DCP_TO_TORCH)
 DCP_OF_MEGATRON = ("is a checkpoint of Megatron (torch_dist)", _MEGATRON)
+DCP_BY_RANKS = (
+    "is a checkpoint of torch.distributed.checkpoint (DCP) of which each rank keeps its own .metadata",
+    "Load it with torch.distributed.checkpoint, as it was saved, and save it with use_collectives=True.",
+)
 DCP_UNFINISHED = (
     "holds pieces of torch.distributed.checkpoint (DCP) and no .metadata: it was never finished",
     "Take a checkpoint of an earlier step.",
@@ -100,7 +106,7 @@ def check_content(file: WeightsFile) -> None:
     """Raise TrainingPiece for a file whose header, or whose tensors, say that it is a piece."""
     if "DCP_SHARDING_INFO" in file.metadata:
         problem = "holds pieces of tensors under the names of the whole, as torch.distributed.checkpoint cuts them"
-        raise TrainingPiece(file.place, problem, _CONSOLIDATE)
+        raise TrainingPiece(file.place, problem, _SHARDED)
     emptied = _find_emptied(file.tensors)
     if emptied:
         problem = f"was saved under DeepSpeed ZeRO-3 without its weights: {len(emptied):,} tensors have no elements"

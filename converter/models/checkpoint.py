@@ -75,7 +75,8 @@ def open_checkpoint(source: Given | WeightSet, reading: Reading = PLAIN) -> Chec
     files = tuple(_read_files(weight_set, reading))
     if len(files) > 1:
         _check_names(files)
-    notes = tuple(f"{file.place.name}: {note}" for file in files for note in file.notes)
+    named = zip(weight_set.file_names, files, strict=True)
+    notes = tuple(f"{name}: {note}" for name, file in named for note in file.notes)
     notes += _check_index(weight_set.path, index, files) if index else ()
     return Checkpoint(weight_set, files, index.metadata if index else {}, notes)
 
@@ -94,7 +95,7 @@ def _check_shards(weight_set: WeightSet) -> None:
         if not (weight_set.folder / name).exists():
             raise BadFile(weight_set.path, f"names the shard {name}, which is not there", "Fetch the missing file.")
     first = parse_name(weight_set.file_names[0])
-    if weight_set.index_name or not first or first.role != "shard":
+    if weight_set.index_name or weight_set.is_of_many or not first or first.role != "shard":
         return
     numbers = {found.number for found in map(parse_name, weight_set.file_names) if found}
     missing = next((number for number in range(1, first.count + 1) if number not in numbers), None)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from converter.errors import HostileFile
-from converter.models.names import WeightsName
+from converter.models.names import WEIGHT_EXTENSIONS, WeightsName
 from converter.storage import Place
 
 _MAX_CLASSES = 16  # those that hear, see and speak have four or five; each asks about the name of every tensor
@@ -36,19 +36,34 @@ class WeightSet:
     @property
     def format(self) -> str:
         """The format, as far as names say it."""
-        return self.name.ext if self.pieces else self.name.format
+        return self.name.ext if self.is_of_many else self.name.format
+
+    @property
+    def is_of_many(self) -> bool:
+        """Whether it is a training checkpoint, of files that are read together."""
+        return self.name.ext not in WEIGHT_EXTENSIONS
+
+    @property
+    def label(self) -> str:
+        """What one would name in its folder to mean this set: its index, or its first file."""
+        return self.index_name or self.file_names[0]
 
     @property
     def path(self) -> Place:
-        """What one would name to mean this set: its index, or its first file."""
-        return self.folder / (self.index_name or self.file_names[0])
+        """Where that lies."""
+        return self.folder / self.label
+
+
+Companions = tuple[Place, ...]
+"""Files that belong beside weights, under the names that they have."""
 
 
 @dataclass(frozen=True)  # without slots, for what is looked for once
 class Component:
     """One folder that holds weights: ``name`` is ``unet``, or empty for the folder itself.
 
-    ``more_fp32`` is what its installed library keeps in float32 beyond what our table says.
+    ``more_fp32`` is what its installed library keeps in float32 beyond what our table says. ``companions`` are its
+    config and its tokenizer, where those lie in another folder.
     """
 
     name: str
@@ -56,6 +71,7 @@ class Component:
     weight_sets: tuple[WeightSet, ...]
     config: dict[str, Any]
     more_fp32: tuple[str, ...] = ()
+    companions: Companions = ()
 
     @property
     def class_name(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from converter.dtypes import DType
 from converter.errors import BadFile, HostileFile, SystemRefused, Unreachable, WconvError
@@ -45,7 +45,7 @@ def read_all(folder: Place, names: Iterable[str]) -> dict[str, Header]:
         if room < 0:
             problem = f"is one of several that describe more than {_MAX_TENSORS:,} tensors together"
             header = Header(name, header.nbytes, error=HostileFile(folder / name, problem))
-        headers[name] = header
+        headers[name] = replace(header, name=name)  # that may lie in a folder below
     return headers
 
 

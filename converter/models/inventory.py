@@ -16,12 +16,21 @@ from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, SystemRefused, Unreachable, WconvError
 from converter.formats import is_of_many
+from converter.models.companions import find_companions
 from converter.models.component import Component, WeightSet
 from converter.models.configs import NO_OBJECT, look_into
 from converter.models.headers import Header, read_all
 from converter.models.hub_cache import snapshot_of
 from converter.models.names import WeightsName, is_training_state, parse_name
-from converter.models.sets import ListedSet, group, group_whole, is_weight_file, read_indexed, sets_to_read
+from converter.models.sets import (
+    ListedSet,
+    group,
+    group_below,
+    group_whole,
+    is_weight_file,
+    read_indexed,
+    sets_to_read,
+)
 from converter.storage import Given, Place, list_entries, place_of
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
@@ -263,6 +272,15 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
     # No loader looks for what is hidden, and macOS leaves such a name beside any file; it is read where that can be.
     hidden = tuple(one for one in listed if one.label.startswith(".") and not one.index_error)
     sets = (*(one for one in listed if not one.label.startswith(".")), *whole)
+    if not sets and not only_standard:
+        sets = group_below(folder, (name for name in shown if seen[name][0] == "other"))
+    if not config and any(one.is_of_many for one in sets):
+        around = next(one.path for one in sets if one.is_of_many).parent
+        component = replace(component, companions=find_companions(around))
+        for place in component.companions:
+            if place.name == "config.json":
+                config, config_error = look_into(place)
+                component = replace(component, config=config)
     own = [name for name, one in parsed.items() if one.role != "index" and not name.startswith(".")]
     broken = {name: error for name in shown if name in known and (error := seen[name][1]) and name not in parsed}
     return Part(

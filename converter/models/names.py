@@ -51,6 +51,8 @@ _TRAINING_STATE = re.compile(
     r"dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|ckpt|safetensors)(\.index\.json)?|"
     r"(trainer|training)_state\.json|zero_to_fp32\.py"
 )
+# Folders of an optimizer alone, such as accelerate's (``OPTIMIZER_NAME`` in ``accelerate/utils/constants.py``).
+_TRAINING_FOLDER = re.compile(r"optim(izer)?(_states?)?(_\d+)?")
 # The endings of weights in forms of other runtimes: ONNX Runtime, TensorFlow with Keras and LiteRT, Flax, rust-bert,
 # llama.cpp, Diffusers with FlashPack, Core ML, NeMo, TensorRT, ExecuTorch, and torch where there are many processes.
 _RUNTIME_ENDINGS = "onnx|pb|h5|keras|tflite|msgpack|ot|gguf|ggml|flashpack|mlmodel|nemo|engine|pte|distcp"
@@ -211,6 +213,15 @@ def is_training_state(file_name: str) -> bool:
     (True, False)
     """
     return _TRAINING_STATE.fullmatch(file_name) is not None
+
+
+def is_training_folder(name: str) -> bool:
+    """Say whether a folder holds the state of an optimizer alone.
+
+    >>> is_training_folder("optimizer_0")
+    True
+    """
+    return _TRAINING_FOLDER.fullmatch(name) is not None
 
 
 def is_other_runtime(name: str) -> bool:

@@ -16,8 +16,18 @@ from converter.errors import SystemRefused, Unreachable, WconvError
 from converter.formats import could_be_weights, gather
 from converter.models.component import WeightSet
 from converter.models.index import WeightIndex, read_index
-from converter.models.names import STEMS, ParsedName, WeightsName, is_other_runtime, is_training_state, parse_name
-from converter.storage import Place
+from converter.models.names import (
+    STEMS,
+    ParsedName,
+    WeightsName,
+    is_other_runtime,
+    is_training_folder,
+    is_training_state,
+    parse_name,
+)
+from converter.storage import Place, list_entries
+
+_MAX_LATEST_NBYTES = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +44,6 @@ class ListedSet(WeightSet):
     index_error: WconvError | None = None
 
     @property
-    def label(self) -> str:
-        """The name to call the set by: its index, or its first file."""
-        return self.path.name
-
-    @property
     def own_names(self) -> tuple[str, ...]:
         """The files but those whose names say that they are of another variant or form."""
         mine = (None, (self.name.variant, self.name.ext))
@@ -52,7 +57,7 @@ class ListedSet(WeightSet):
 
     @property
     def is_sharded(self) -> bool:
-        parsed = parse_name(self.file_names[0]) if self.file_names else None
+        parsed = parse_name(self.file_names[0]) if self.file_names and not self.is_of_many else None
         return self.index_name is not None or (parsed is not None and parsed.role == "shard")
 
     @property
@@ -116,6 +121,31 @@ def group_whole(folder: Place, names: Iterable[str]) -> tuple[tuple[ListedSet, .
             name = WeightsName(STEMS["transformers"]["torch"], None, one.format)
             sets.append(ListedSet(folder, name, (one.head,), pieces=one.pieces))
     return tuple(sets), unread
+
+
+def group_below(folder: Place, others: Iterable[str]) -> tuple[ListedSet, ...]:
+    """Give the sets of training checkpoints in folders directly below, as a trainer's root has them.
+
+    Of several the one is taken that DeepSpeed's file ``latest`` names (``load_checkpoint`` in its ``engine.py``).
+    """
+    sets: list[ListedSet] = []
+    for name in others:
+        inner = folder / name
+        if name.startswith(".") or is_training_folder(name) or inner.is_link() or not inner.is_folder():
+            continue
+        for one in group_whole(inner, [place.name for place in list_entries(inner)])[0]:
+            heads, pieces = (tuple(f"{name}/{file}" for file in files) for files in (one.file_names, one.pieces))
+            sets.append(replace(one, folder=folder, file_names=heads, pieces=pieces))
+    latest = _latest_in(folder) if len(sets) > 1 else ""
+    return tuple(one for one in sets if one.file_names[0].startswith(f"{latest}/")) if latest else tuple(sets)
+
+
+def _latest_in(folder: Place) -> str:
+    place = folder / "latest"
+    if not place.is_file():
+        return ""
+    with place.open() as file:
+        return file.read(0, _MAX_LATEST_NBYTES).decode("utf-8", "replace").strip()
 
 
 def _join(sets: list[ListedSet], groups: list[ListedSet]) -> list[ListedSet]:

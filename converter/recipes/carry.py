@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from converter.errors import name_some
 from converter.models.component import Component, WeightSet
 from converter.models.model import Model
 from converter.models.rest import Rest, find_rest, is_disguised
+from converter.plan.make import join
 from converter.storage import UNLISTED, FileRef, Place
+
+_NAMED = 3  # of files that come from another folder
 
 
 def find_copied(
@@ -44,7 +48,20 @@ def find_copied(
     notes = [f"not carried over: {path.relative_to(model.root)}{reasons[path]}" for path in sorted(reasons)]
     if not model.root.store.lists_all:
         notes.append(f"{UNLISTED} carried over")
-    return [(path.relative_to(model.root), path.ref()) for path in sorted(copied)], notes
+    companions, told = find_companions([component for component, _ in selected])
+    taken_along = {file.place for _, file in companions}
+    along = {path.relative_to(model.root): path.ref() for path in sorted(copied) if path not in taken_along}
+    return [*(along | dict(companions)).items()], notes + told
+
+
+def find_companions(components: Sequence[Component]) -> tuple[list[tuple[str, FileRef]], list[str]]:
+    """List the configs and tokenizers of components that lie elsewhere, by their paths in the output; note where."""
+    files = [(join(component.name, file.name), file) for component in components for file in component.companions]
+    folders: dict[Place, list[str]] = {}
+    for name, file in files:
+        folders.setdefault(file.parent, []).append(name)
+    notes = [f"{name_some(names, _NAMED)} from {folder}" for folder, names in folders.items()]
+    return [(name, file.ref()) for name, file in files], notes
 
 
 def _why_left(shell: Sequence[Rest]) -> str:

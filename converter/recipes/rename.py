@@ -52,7 +52,7 @@ def plan_rename(request: Request) -> Plan:
 
 
 def _plan_set(component: Component, weight_set: WeightSet, name: WeightsName) -> PlannedSet | None:
-    if weight_set.pieces:
+    if weight_set.is_of_many:
         raise Unsupported(weight_set.path, "is of a format whose files have no variants", "'wconv recast' makes one.")
     new_names = name.files(len(weight_set.file_names))
     renamed = dict(zip(weight_set.file_names, new_names, strict=True))

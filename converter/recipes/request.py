@@ -26,7 +26,8 @@ _GROUPS = {"selection": Selection, "casting": Casting, "writing": Writing, "publ
 class Request:
     """A source, an output (None for beside it), and what is asked of each step from the one to the other.
 
-    ``strip_prefix`` is taken off the names of tensors that have it.
+    ``strip_prefix`` is taken off the names of tensors that have it. ``config`` is the folder of the config and the
+    tokenizer, where those are not to be looked for.
     """
 
     source: Place
@@ -36,6 +37,7 @@ class Request:
     writing: Writing = field(default_factory=Writing)
     publishing: Publishing = field(default_factory=Publishing)
     strip_prefix: str = ""
+    config: Place | None = None
 
     @classmethod
     def of(cls, source: Given, output: Given | None = None, **options: Any) -> Request:
@@ -43,7 +45,9 @@ class Request:
 
         Raises TypeError for an option that no group has, BadRequest for a value that is none.
         """
-        mine = {"strip_prefix": options.pop("strip_prefix")} if "strip_prefix" in options else {}
+        mine: dict[str, Any] = {name: options.pop(name) for name in ("strip_prefix", "config") if name in options}
+        if mine.get("config") is not None:
+            mine["config"] = place_of(mine["config"])
         known = {name: {one.name for one in fields(group)} for name, group in _GROUPS.items()}
         unknown = options.keys() - set().union(*known.values())
         if unknown:
@@ -93,7 +97,8 @@ def prepare(request: Request, make: Callable[[Request], Plan], more: object = ""
     _refuse_elsewhere(request)
     is_near = is_local(request.folder)
     places = (str(place.absolute()) if place else "" for place in (request.source, request.output))
-    asked = (request.selection, request.casting, request.writing, request.publishing, request.strip_prefix)
+    more_asked = (request.strip_prefix, *((str(request.config),) if request.config else ()))
+    asked = (request.selection, request.casting, request.writing, request.publishing, *more_asked)
     name = repr((*places, more, *asked))
     finished = recovering and is_near and recover(request.folder.absolute(), name)
     publishing = request.publishing

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.libraries import library_of, loader_of, note_tag
 from converter.models.checkpoint import Checkpoint, open_checkpoint
+from converter.models.companions import companions_in
 from converter.models.component import Component, WeightSet
+from converter.models.configs import read_json
 from converter.models.growth import note_growth, refuse_growth
 from converter.models.hub_cache import check_places
 from converter.models.inventory import find_weight_sets
@@ -21,7 +23,7 @@ from converter.models.select import Tied, select_sets
 from converter.plan.make import make_plan
 from converter.plan.types import Order, Plan, Rest, Target, Writing
 from converter.recipes.card import CARD, make_card
-from converter.recipes.carry import find_copied
+from converter.recipes.carry import find_companions, find_copied
 from converter.recipes.outputs import CARDS, open_target, refuse_links
 from converter.recipes.request import Request, names_file
 from converter.run.staging import find_strangers
@@ -63,6 +65,8 @@ def open_job(request: Request, model: Model | None = None) -> Job:
         refuse_file(output)
         return Job(request, model, open_target(model, output, publishing.overwrite), None, carries=False)
     model = open_model(request.source)
+    if request.config is not None:
+        model = _with_config(model, request.config)
     output, named, request = _split_output(model, request)
     target = open_target(model, output, publishing.overwrite)
     is_elsewhere = output is not None and not output.is_same(model.root)
@@ -70,6 +74,16 @@ def open_job(request: Request, model: Model | None = None) -> Job:
     if request.casting.dtype and request.writing.variant == "none" and not is_elsewhere:
         raise BadRequest(request.source, "would hold two sets of untagged weights", "Use --variant none with -o OUT.")
     return Job(request, model, target, named, carries=is_elsewhere and model.kind != "file")
+
+
+def _with_config(model: Model, folder: Place) -> Model:
+    """Give a model of one component with the config, and what goes with it, that lie in a folder that was named."""
+    if len(model.components) != 1:
+        advice = "Name the folder of one of its components."
+        raise BadRequest(folder, f"has one config, and {model.path} has {len(model.components)} components", advice)
+    companions = companions_in(folder)
+    component = replace(model.components[0], config=read_json(folder / "config.json"), companions=companions)
+    return replace(model, components=(component,))
 
 
 def select(job: Job, request: Request | None = None, **changes: Any) -> list[tuple[Component, WeightSet]]:
@@ -153,10 +167,18 @@ def make_ready(job: Job, opened: _Opened, request: Request | None = None) -> lis
 def _make_ready(job: Job, component: Component, checkpoint: Checkpoint, request: Request) -> Order:
     component = replace(component, more_fp32=_more_fp32(component, request)[0])
     name = job.named or request.writing.naming.of(checkpoint.name)
+    if request.casting.dtype is None and checkpoint.weight_set.is_of_many and _are_fp32(checkpoint.tensors):
+        note = "its weights are float32, as they were trained: --dtype bf16 writes half of that"
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     if job.named:
         checkpoint = replace(checkpoint, weight_set=replace(checkpoint.weight_set, name=job.named))
     is_beside = not job.target.is_new and component.path.is_same(job.target.folder / component.name)
     return make_order(component, checkpoint, name, request.casting, request.writing, is_beside)
+
+
+def _are_fp32(tensors: Sequence[Tensor]) -> bool:
+    floating = [tensor.dtype for tensor in tensors if tensor.dtype.is_floating]
+    return bool(floating) and all(dtype.tag == "F32" for dtype in floating)
 
 
 def make_order(
@@ -219,6 +241,10 @@ def plan_job(job: Job, selected: _Selected, orders: Sequence[Order], rest: Rest 
         along, left = find_copied(model, selected, target.folder, request.publishing.follow_links)
         rest, copied = _with_card(job, orders, rest, copied + along)
         notes = [*rest.notes, *left]
+    elif model.kind != "file":
+        along, told = find_companions([component for component, _ in selected])
+        copied += ((name, file) for name, file in along if not (target.folder / name).is_taken())
+        notes += told if along else []
     notes += dict.fromkeys(note for component, _ in selected if (note := _more_fp32(component, request)[1]))
     notes += note_tag(model, request.writing.variant)
     notes += find_strangers(model.root, target.folder)

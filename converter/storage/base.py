@@ -52,7 +52,8 @@ class Info(NamedTuple):
 class OpenFile(ABC):
     """A file that is open to be read by ranges, from any offset and in any order; ``nbytes`` is its size.
 
-    Where it ``is_far``, each read may be a request over a network. Offset 0 is the byte ``begin`` of what ``ref`` names.
+    Where it ``is_far``, each read may be a request over a network. Its first byte is the byte ``begin`` of what ``ref``
+    names.
     """
 
     is_far: bool = False

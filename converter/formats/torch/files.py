@@ -15,8 +15,9 @@ _HEAD_NBYTES = max(map(len, HEADS))
 
 def open_content(file: OpenFile, strip_code: bool = False) -> Content:
     """Read what a file holds, but for its storages. Raises BadFile for what is none of torch's."""
-    is_legacy = file.read(0, _HEAD_NBYTES).startswith(legacy.HEADS)
-    return (legacy if is_legacy else archive).open_content(file, strip_code)
+    if file.read(0, _HEAD_NBYTES).startswith(legacy.HEADS):
+        return legacy.open_content(file, strip_code)
+    return archive.open_content(file, strip_code)
 
 
 def read_file(file: OpenFile, reading: Reading) -> WeightsFile:

@@ -17,7 +17,8 @@ from converter.formats.torch.unpickler import Inert, KeptObject
 
 MAX_KEY_LENGTH = 200  # of what is spelled to people, or looked at for what it is
 _MAX_DEPTH = 100  # models nest a dozen modules
-_MAX_ENTRIES = 1_000_000  # of all that is gone through; a model has five modules and tensors, or so, a layer
+_MAX_ENTRIES = 1_500_000  # of all that is gone through: a pickle of all the steps there are has 50,000 modules
+_MODULE_ENTRIES = 20  # what a module counts for at least: real ones have as many attributes
 _MAX_LETTERS = 100_000_000  # of their names: as many as a pickle may have
 _CONTENT = ("_parameters", "_buffers", "_modules")
 # What torch makes of an object of C++, which quantized modules keep their weights in (``torch.ao.nn.quantized``).
@@ -109,7 +110,7 @@ class Walk:
         self._classes.add(module.name)
         passing = state.get("_non_persistent_buffers_set") or ()  # absent before torch 1.6: then all are kept
         passing = passing if isinstance(passing, (list, dict)) else ()
-        self._charge(len(state) + len(passing), 0)
+        self._charge(max(len(state), _MODULE_ENTRIES) + len(passing), 0)
         left_out = {name for name in (passing.values() if isinstance(passing, dict) else passing) if type(name) is str}
         for name, tensor in state["_parameters"].items():
             if tensor is not None:

@@ -161,7 +161,7 @@ def resolve(
     # Each entry goes as its view comes: the one takes the other's memory.
     for name in list(state_dict):
         ref = state_dict.pop(name)
-        if type(ref) is Listed:
+        if isinstance(ref, Listed):
             kind = ref.of.kind if type(ref.of) is Part else "another file"
             raise TrainingPiece(where, f"tensor {name!r} is of the class {kind}", _RANKED)
         storage = ref.storage
@@ -228,8 +228,7 @@ def _find(value: Any, where: Where) -> Iterator[_Found]:
         seen.add(id(content))
         one = _tensors_in(path, content, is_training, walk)
         count += len(one.tensors) + len(one.unreadable)
-        if count > MAX_TENSORS:
-            raise HostileFile(where, f"its pickle describes more than {MAX_TENSORS:,} tensors")
+        _check_count(count, where)
         if one.tensors or one.unreadable:
             yield one
         for key, inner in _levels_in(content):
@@ -238,6 +237,11 @@ def _find(value: Any, where: Where) -> Iterator[_Found]:
                 waiting.append(((*path, spell_key(key)), inner, is_training or is_trainers))
                 if len(seen) + len(waiting) > _MAX_CONTAINERS:
                     raise HostileFile(where, f"its pickle holds more than {_MAX_CONTAINERS:,} dicts and lists")
+
+
+def _check_count(count: int, where: Where) -> None:
+    if count > MAX_TENSORS:
+        raise HostileFile(where, f"its pickle describes more than {MAX_TENSORS:,} tensors")
 
 
 def _levels_in(content: Any) -> Iterator[tuple[Any, Any]]:
@@ -277,6 +281,7 @@ def _sort(leaves: Iterable[tuple[str, Any]], where: Where) -> tuple[dict[str | i
         if name in tensors or name in others:
             raise BadFile(where, f"holds two tensors named {spell_key(name)!r}")
         (tensors if type(inner) in _TENSORS else others)[name] = inner
+        _check_count(len(tensors), where)
     return tensors, others
 
 
@@ -306,8 +311,7 @@ def _flatten(value: Any, found: list[_Found], where: Where, reading: Reading) ->
         unreadable.update(why)
         # Where there is none in what stands under a key, that names it all.
         beside.extend([str(name) for name in others if name not in why] if own or why else [key])
-        if len(tensors) + len(unreadable) > MAX_TENSORS:
-            raise HostileFile(where, f"its pickle describes more than {MAX_TENSORS:,} tensors")
+        _check_count(len(tensors) + len(unreadable), where)
     if not tensors and not unreadable:
         raise Unsupported(where, "holds no tensors there, but for a trainer's", "--key names what is flattened.")
     wholes = (one for one in found if one.path[: len(path)] == path or path[: len(one.path)] == one.path)
@@ -405,11 +409,13 @@ def _is_beside_another(one: _Found, likely: Iterable[_Found]) -> bool:
 
 
 def _or_all(likely: list[_Found]) -> str:
-    """Say how several dicts are taken in one, where they lie in one or none looks like a copy of another."""
+    """Say how several dicts are taken in one, where they lie in one, or none at the top is like another."""
     first, last = min(one.path for one in likely), max(one.path for one in likely)
     common = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-    contents = {frozenset((name, ref.shape) for name, ref in one.tensors.items()) for one in likely}
-    if not common and len(contents) < len(likely):
+    branches: dict[tuple[str, ...], set[Any]] = defaultdict(set)
+    for one in likely:
+        branches[one.path[:1]].update((one.path[1:], name, ref.shape) for name, ref in one.tensors.items())
+    if not common and len(set(map(frozenset, branches.values()))) < len(branches):
         return ""
     key = f" --key {'.'.join(first[:common])}" if common else ""
     return f", or take all of them in one with{key} --flatten"
@@ -459,7 +465,11 @@ def _with_sizes(keys: Iterable[Any], entries: Mapping[Any, Any], found: list[_Fo
         if type(entries.get(key)) is Left:
             nbytes[spell_key(key)] += entries[key].nbytes
     spelled = map(spell_key, keys)
-    return [f"{key} ({nbytes[key] / 1e6:,.1f} MB)" if nbytes.get(key) else key for key in spelled]
+    return [f"{key} ({_spell_size(nbytes[key])})" if nbytes.get(key) else key for key in spelled]
+
+
+def _spell_size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"
 
 
 def _list(things: list[Any]) -> str:

@@ -1,0 +1,64 @@
+"""The config and the tokenizer of a training checkpoint, which trainers keep in another folder than its weights.
+
+verl and SkyRL have them in ``huggingface/`` beside the ranks' files (``fsdp_checkpoint_manager.py``); the Trainer of
+transformers has them in ``checkpoint-500/`` or in the folder around it, and accelerate and torch in folders below.
+"""
+
+from __future__ import annotations
+
+import re
+
+from converter.errors import BadFile
+from converter.models.component import Companions
+from converter.models.hub_cache import lies_outside
+from converter.models.names import is_other_runtime, is_training_state, parse_name
+from converter.storage import Place, list_entries
+
+# What ``save_pretrained`` of transformers' configs, tokenizers and processors writes, and the code of a config's own.
+_NAMES = re.compile(
+    r"(config|generation_config|adapter_config|configuration)\.json|(tokenizer|vocab|special_tokens|added_tokens).*|"
+    r"merges\.txt|.*\.tiktoken|(spiece|sentencepiece.*|source|target)\.(model|spm)|chat_template.*|"
+    r"(\w+_)?(pre)?processor_config\.json|audio_tokenizer_config\.json|(modeling|configuration|tokenization|processing)_\w+\.py"
+)
+_BELOW = "huggingface"
+# Folders that hold one checkpoint of a run: what lies around them belongs to it.
+_OF_A_RUN = re.compile(
+    r"pytorch_model(_fsdp)?(_\d+)?|sharded|(tmp-)?checkpoint[-_]?\d+|(global_)?step[-_]?\d+|iter[-_]?\d+|epoch[-_]?\d+|"
+    r"actor|model|weights"
+)
+_MAX_UP = 3
+
+
+def find_companions(folder: Place) -> Companions:
+    """Look for the config that belongs to a training checkpoint, and give what goes with it; none where there is none.
+
+    It is looked for in ``huggingface/``, and around the folder as far as that is one of a run.
+    """
+    for _ in range(_MAX_UP + 1):
+        for place in (folder, folder / _BELOW):
+            if (place / "config.json").is_file():
+                return _list(place)
+        if not _OF_A_RUN.fullmatch(folder.absolute().name):
+            break
+        folder = folder.absolute().parent
+    return ()
+
+
+def companions_in(folder: Place) -> Companions:
+    """Give the config in a folder that a user names, and what goes with it. Raises BadFile where there is none."""
+    if not folder.is_folder():
+        raise BadFile(folder, "is no folder", "Name the folder with the config.json of the model.")
+    if not (folder / "config.json").is_file():
+        raise BadFile(folder, "has no config.json", "Name the folder with the config.json of the model.")
+    return _list(folder)
+
+
+def _list(folder: Place) -> Companions:
+    real = folder.real()
+    return tuple(file for file in list_entries(folder) if _is_one(file) and not lies_outside(file, real))
+
+
+def _is_one(file: Place) -> bool:
+    name = file.name
+    is_other = is_training_state(name) or is_other_runtime(name) or parse_name(name) is not None
+    return _NAMES.fullmatch(name) is not None and not is_other and file.is_file()
