@@ -329,14 +329,16 @@ _KNOWN: dict[tuple[str, str], Any] = {
     **{("torch", name): dtype for name, dtype in BY_TORCH_NAME.items()},
 }
 
+# As ``Tensor._reduce_ex_internal`` does it for XLA, HPU, MAIA and the like, by way of numpy or of a tensor on the CPU.
+_OF_ANOTHER_DEVICE = "was saved from a device of another kind (XLA, HPU): move the model to the CPU, then save it"
 # Tensors of these kinds are no strided view of one storage; the same names in every torch (``torch/_utils.py``).
 _UNREADABLE = {
     ("torch._utils", "_rebuild_sparse_tensor"): "is sparse",
     ("torch._utils", "_rebuild_sparse_csr_tensor"): "is sparse",
     ("torch._utils", "_rebuild_qtensor"): "is quantized by torch",
     ("torch._utils", "_rebuild_nested_tensor"): "is nested",
-    ("torch._utils", "_rebuild_device_tensor_from_numpy"): "was saved by way of numpy",
-    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): "was saved by way of another",
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _OF_ANOTHER_DEVICE,
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _OF_ANOTHER_DEVICE,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): "is a meta tensor: it has no values",
     ("torch.nn.parameter", "UninitializedParameter"): "is not initialized: it has no values",
     ("torch.nn.parameter", "UninitializedBuffer"): "is not initialized: it has no values",
