@@ -168,10 +168,11 @@ def save_on_all(name: str, state: State, put: State | None = None, **options: An
 
 
 def tensor_parallel(mesh: DeviceMesh) -> nn.Module:
-    """Cut a model by FSDP2 and tensor parallelism, which makes _StridedShard."""
+    """Cut a model by FSDP2 and tensor parallelism, which makes _StridedShard; 7 and 3 rows are uneven both ways."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 6), nn.LayerNorm(6))
-    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 6), nn.LayerNorm(6), nn.Linear(6, 7), nn.Linear(7, 3))
+    styles = {"0": ColwiseParallel(), "1": RowwiseParallel(), "3": ColwiseParallel(), "4": ColwiseParallel()}
+    parallelize_module(model, mesh["tp"], styles)
     for layer in model:
         fully_shard(layer, mesh=mesh["dp"])
     return fully_shard(model, mesh=mesh["dp"])

@@ -1,7 +1,7 @@
 """Samples of pickled whole modules, by torch.save of the object itself.
 
-The judge is ``state_dict()`` of the same object. Where the file holds more than the module, the names begin with the key
-that it stands under.
+The judge is ``state_dict()`` of the same object. Where the file holds more than the module, the names begin with the
+key that it stands under.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.fsdp.api import ShardedOptimStateDictConfig, ShardedStateDictConfig
+from torch.distributed.tensor import Shard
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
@@ -166,6 +167,12 @@ def by_torch(row: DeviceMesh, square: DeviceMesh) -> None:
     state = tensor_parallel(square).state_dict()
     write_ranks(checkpoint, state)
     end(checkpoint, whole(state))
+
+    checkpoint = begin("ranks-fsdp2-columns")
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(8, 5), mesh=row, shard_placement_fn=lambda value: Shard(value.ndim - 1))
+    write_ranks(checkpoint, model.state_dict())
+    end(checkpoint, whole(model.state_dict()))
 
     checkpoint = begin("ranks-mesh2d")
     write_ranks(checkpoint, by_mesh(square))

@@ -1,8 +1,8 @@
 """Samples of what the HF Trainer leaves in ``checkpoint-N``: FSDP by accelerate, and DeepSpeed's ZeRO.
 
 A very small Llama is trained for two steps. The judge is its whole state dict, gathered by torch or DeepSpeed, and in
-``logits.safetensors`` what a model with these weights answers to ``input_ids``. ``model/`` beside the checkpoint has the
-config and the tokenizer that the model began with, for the checkpoints that hold none.
+``logits.safetensors`` what a model with these weights answers to ``input_ids``. ``model/`` beside the checkpoint has
+the config and the tokenizer that the model began with, for the checkpoints that hold none.
 """
 
 from __future__ import annotations

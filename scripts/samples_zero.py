@@ -1,7 +1,8 @@
 """Samples of DeepSpeed's ZeRO, written by its engine on CPUs.
 
 The judge is DeepSpeed's ``get_fp32_state_dict_from_zero_checkpoint``. What that leaves out although the model has it,
-such as frozen parameters at stage 1, is in ``left_out.safetensors``, as the engine's module holds it.
+such as frozen parameters at stage 1, is in ``left_out.safetensors``, as the engine's module holds it. It is held
+against the float32 weights of the engine; where DeepSpeed refuses its own folder, those are the judge.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from samples_common import judge, spawn, start, write_state
+from samples_common import judge, same, spawn, start, write_state
 from torch import nn
 
 TAG = "global_step1"
+LIVE = "live.pt"  # the engine's own float32 weights, until the judge has been held against them
 
 
 class Case(NamedTuple):
@@ -28,9 +30,12 @@ class Case(NamedTuple):
     dtype: str
     groups: int
     world: int
+    fp32_gradients: bool = False  # with bf16 and stage 1: DeepSpeed's BF16_Optimizer, which its own reader refuses
 
     @property
     def name(self) -> str:
+        if self.fp32_gradients:
+            return "zero-1-bf16-optimizer"
         return f"zero-{self.stage}-{self.dtype}-{self.groups}-groups-{self.world}-ranks"
 
 
@@ -43,6 +48,7 @@ CASES = (
     Case(3, "bf16", 1, 2),
     Case(3, "bf16", 2, 3),
     Case(3, "fp32", 2, 2),
+    Case(1, "bf16", 2, 3, fp32_gradients=True),
 )
 UNIVERSAL = (CASES[3], CASES[6])
 
@@ -96,12 +102,18 @@ def train(case: Case) -> None:
     }
     if case.dtype != "fp32":
         config[case.dtype] = {"enabled": True}
+    if case.fp32_gradients:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     library.init_distributed(dist_backend="gloo")
     engine, *_ = library.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=config)
     loss = engine(torch.arange(7))
     engine.backward(loss)
     engine.step()
     engine.save_checkpoint(f"{case.name}/checkpoint", tag=TAG)
+    copies = importlib.import_module("deepspeed.utils").safe_get_full_fp32_param
+    state = {name: copies(value) for name, value in engine.module.named_parameters() if value.requires_grad}
+    if dist.get_rank() == 0 and case.stage:
+        torch.save({name: value.detach().clone() for name, value in state.items()}, f"{case.name}/{LIVE}")
     dist.barrier()
 
 
@@ -128,8 +140,15 @@ def judge_zero(checkpoint: Path, case: Case) -> None:
     if case.stage == 0:
         judge(checkpoint, module)
         return
-    state = zero_reader()(str(checkpoint), tag=TAG)
-    judge(checkpoint, dict(state))
+    live_path = checkpoint.parent / LIVE
+    live = torch.load(live_path)
+    live_path.unlink()
+    if case.fp32_gradients:
+        state = live
+    else:
+        state = dict(zero_reader()(str(checkpoint), tag=TAG))
+        same(live, {name: state[name] for name in live})
+    judge(checkpoint, state)
     if left_out := {name: tensor for name, tensor in module.items() if name not in state}:
         write_state(checkpoint.parent / "left_out.safetensors", left_out)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,14 @@ def test_one_that_is_packed_and_not_aligned(tmp_path: Path) -> None:
 def test_in_a_folder_it_is_another_runtimes(wconv: Callable[..., Any], tmp_path: Path) -> None:
     np.savez(tmp_path / "weights.npz", a=NUMBERS)
     assert "holds no weights" in wconv("to-safetensors", tmp_path, exit_code=3).stderr
+
+
+def test_a_packed_record_that_ends_early_and_goes_on(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    """What follows the end was asked for again and again, without an end."""
+    whole = described(FLOATS.replace("(4,)", "(4000,)").ljust(118), bytes(16_000))
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    stored = packer.compress(whole[:9_000]) + packer.flush() + b"and more of it"
+    record = {"method": zipfile.ZIP_DEFLATED, "nbytes": len(whole)}
+    path = tmp_path / "m.npz"
+    path.write_bytes(lie(packed(("a.npy", stored)), "a.npy", record, **record))
+    assert "compressed record that is damaged" in wconv("to-safetensors", path, exit_code=3).stderr

@@ -167,9 +167,10 @@ def gather(folder: Place, names: Iterable[str]) -> Iterator[Gathered]:
             yield Gathered(form, head, pieces)
 
 
-def is_of_many(name: str) -> bool:
-    """Say whether a file may be one of those that are read together, by its name."""
-    return any(re.fullmatch(row.pieces, name) for row in FOLDERS.values() if row.read_file)
+def form_of_many(name: str) -> str:
+    """Give the format of many files that a file may be one of, by its name; nothing for any other."""
+    forms = (form for form, row in FOLDERS.items() if row.read_file and re.fullmatch(row.pieces, name))
+    return next(forms, "")
 
 
 def refuse_folder(folder: Place) -> None:

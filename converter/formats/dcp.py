@@ -34,6 +34,7 @@ _OWN = {
 }
 _MAX_NBYTES = 400_000_000
 _MAX_DEPTH = 16  # of the path of a tensor; as deep as a state dict is looked for
+_RESAVE = "torch cannot read it either: save it again without serialization_format=SAFETENSORS."
 _DAMAGED = "The checkpoint is damaged: fetch .metadata again."
 _INCOMPLETE = "The checkpoint is incomplete: fetch its .distcp files again."
 
@@ -170,6 +171,8 @@ class _Listing:
             if not place.is_file():
                 raise BadFile(place, "is not there, and .metadata names it", _INCOMPLETE)
             with place.open() as file:
+                if file.read(8, 1) == b"{":
+                    raise Unsupported(place, "holds safetensors, and .metadata does not fit that", _RESAVE)
                 for item, key in sorted(wanted[file_name]):
                     if item.offset + item.nbytes > file.nbytes:
                         problem = f"ends before the part of {key[0]!r} that .metadata says is in it"

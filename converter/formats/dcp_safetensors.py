@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from typing import Any
 
-from converter.errors import BadFile
+from converter.errors import BadFile, Unsupported
 from converter.formats import safetensors
 from converter.formats.texts import parse_json
 from converter.formats.torch.state_dict import Reading
@@ -27,8 +27,10 @@ _DAMAGED = "The checkpoint is damaged or incomplete: fetch all of its files agai
 def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     """Read the headers of all ranks' files, of which one is given; no tensor is read."""
     place = file.ref.place
+    if not place.store.lists_all:
+        raise Unsupported(place, "is one of several files, and a web server does not list them", "Fetch all of them.")
     names = [entry.name for entry in list_entries(place.parent)]
-    ranks = {name: int(match["rank"]) for name in names if (match := re.fullmatch(DCP_SHARD, name))} or {place.name: 1}
+    ranks = {name: int(match["rank"]) for name in names if (match := re.fullmatch(DCP_SHARD, name))}
     missing = sorted(set(range(1, max(ranks.values()) + 1)) - set(ranks.values()))
     if missing:
         problem = f"has files of ranks up to {max(ranks.values())}, and none of rank {missing[0]}"

@@ -15,7 +15,7 @@ from pathlib import PureWindowsPath
 from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, SystemRefused, Unreachable, WconvError
-from converter.formats import is_of_many
+from converter.formats import form_of_many
 from converter.models.companions import find_companions
 from converter.models.component import Component, WeightSet
 from converter.models.configs import NO_OBJECT, look_into
@@ -28,6 +28,7 @@ from converter.models.sets import (
     group_below,
     group_whole,
     is_weight_file,
+    name_of_many,
     read_indexed,
     sets_to_read,
 )
@@ -272,8 +273,11 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
     # No loader looks for what is hidden, and macOS leaves such a name beside any file; it is read where that can be.
     hidden = tuple(one for one in listed if one.label.startswith(".") and not one.index_error)
     sets = (*(one for one in listed if not one.label.startswith(".")), *whole)
-    if not sets and not only_standard:
-        sets = group_below(folder, (name for name in shown if seen[name][0] == "other"))
+    if not only_standard:
+        # What torch consolidates of the pieces in ``sharded/`` has 0 in place of every tensor without axes.
+        below = [name for name in shown if seen[name][0] == "other" and (not sets or name == "sharded")]
+        found = group_below(folder, below)
+        sets = (found if not sets else tuple(one for one in found if one.name.ext == "DCP in safetensors")) or sets
     if not config and any(one.is_of_many for one in sets):
         around = next(one.path for one in sets if one.is_of_many).parent
         component = replace(component, companions=find_companions(around))
@@ -337,10 +341,12 @@ def find_weight_set(path: Given) -> WeightSet:
         if listed.index_error:
             raise listed.index_error
         return sets_to_read([listed])[0]
-    if (parsed and parsed.role == "shard") or is_of_many(place.name):
+    form = form_of_many(place.name)
+    if (parsed and parsed.role == "shard") or form:
         sets = [one for one in find_weight_sets(place.parent) if place.name in one.all_names]
         if len(sets) > 1:
             raise BadRequest(place, "is a shard of several sets", "Name the index of the one you mean.")
         if sets:
             return sets[0]
-    return WeightSet(place.parent, parsed.name if parsed else name_of_other(place.name), (place.name,))
+    name = name_of_many(form) if form else parsed.name if parsed else name_of_other(place.name)
+    return WeightSet(place.parent, name, (place.name,))

@@ -33,6 +33,8 @@ STEMS: Mapping[str, Mapping[Format, str]] = {
     "transformers": {"safetensors": "model", "torch": "pytorch_model"},
     "peft": {"safetensors": "adapter_model", "torch": "adapter_model"},
 }
+# The whole state dict of a sharded model (``FSDP_MODEL_NAME`` in ``accelerate/utils/constants.py``).
+_FULL_FSDP = "pytorch_model_fsdp"
 # Of these every dotted tail is a variant; of another stem it is one only if it is a well-known tag.
 _STANDARD_STEMS = frozenset(stem for stems in STEMS.values() for stem in stems.values())
 _STANDARD_NAMES = frozenset(
@@ -115,6 +117,7 @@ class WeightsName:
             return self
         form = form or "safetensors"
         stems = {stems[self.format]: stems[form] for stems in STEMS.values()}
+        stems[_FULL_FSDP] = STEMS["transformers"][form]
         ext = "safetensors" if form == "safetensors" else "bin"
         return replace(self, stem=stems.get(self.stem, self.stem), ext=ext)
 

@@ -118,9 +118,13 @@ def group_whole(folder: Place, names: Iterable[str]) -> tuple[tuple[ListedSet, .
         if refusal:
             unread[one.head] = refusal
         else:
-            name = WeightsName(STEMS["transformers"]["torch"], None, one.format)
-            sets.append(ListedSet(folder, name, (one.head,), pieces=one.pieces))
+            sets.append(ListedSet(folder, name_of_many(one.format), (one.head,), pieces=one.pieces))
     return tuple(sets), unread
+
+
+def name_of_many(form: str) -> WeightsName:
+    """Name the weights of a training checkpoint: what is made of them has the name that transformers looks for."""
+    return WeightsName(STEMS["transformers"]["torch"], None, form)
 
 
 def group_below(folder: Place, others: Iterable[str]) -> tuple[ListedSet, ...]:

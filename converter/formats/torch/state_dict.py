@@ -48,7 +48,7 @@ _INCOMPLETE = "The file is incomplete: fetch it again."
 # What trainers keep beside the weights (Lightning's ``dump_checkpoint``, accelerate, mmengine): no state dict of theirs
 # is taken for the model's.
 _TRAINING = ("optim", "sched", "scaler", "callback", "loops", "rng", "hyper_param", "hparams", "criterion")
-_TRAINING_NAMES = frozenset({"amp", "args", "cfg", "config"})
+_TRAINING_NAMES = frozenset({"amp", "args", "cfg", "config", "dataloader", "train_state"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class _Found:
 
     def __str__(self) -> str:
         count = len(self.tensors)
-        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {self.nbytes / 1e6:,.1f} MB)"
+        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {_spell_size(self.nbytes)})"
 
 
 class Chosen(NamedTuple):
