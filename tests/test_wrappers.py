@@ -43,6 +43,12 @@ def test_it_is_taken_off_where_the_model_is_known(
     said = wconv("to-safetensors", source, "-o", tmp_path / "out").stdout
     count = sum(wrap(name) != name for name in OWN)
     assert f"{found} is taken off the names of {count} tensors" in said
+    codes = [
+        [one["code"] for one in json.loads(wconv("doctor", where, "--json", exit_code=None).stdout)["findings"]]
+        for where in (source, tmp_path / "out")
+    ]
+    assert "names-wrapped" in codes[0]
+    assert "names-wrapped" not in codes[1]
     kept = load_file(tmp_path / "out" / "model.safetensors")
     assert kept.keys() == STATE.keys()
     assert all(torch.equal(kept[name], tensor) for name, tensor in STATE.items())

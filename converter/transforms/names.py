@@ -55,6 +55,12 @@ def unwrap(checkpoint: Checkpoint, is_known: bool) -> Checkpoint:
     return replace(rename_tensors(checkpoint, names), notes=(*checkpoint.notes, note))
 
 
+def find_wrappers(names: Sequence[str]) -> str:
+    """List what would be taken off names as a wrapper's; nothing where they are a model's own."""
+    inner = _without_wrappers(names)
+    return _wrappers_in(names) if any(inner[name] != name for name in names) else ""
+
+
 def _without_wrappers(names: Sequence[str]) -> dict[str, str]:
     inner = {name: _without(name) if any(one in name for one in _WRAPPERS) else name for name in names}
     prefix = f"{_DATA_PARALLEL}."
