@@ -314,7 +314,9 @@ def test_of_several_of_deepspeed_the_latest(wconv: Callable[..., Any], tmp_path:
         dcp.save({"model": make_state(letters)}, checkpoint_id=tmp_path / "m" / f"step-{step}", no_dist=True)
     said = wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", exit_code=2).stderr
     assert "has several training checkpoints: step-1/.metadata and step-2/.metadata" in said
-    (tmp_path / "m" / "latest").write_text("step-2")
+    (tmp_path / "m" / "latest").write_text("step-9")
+    wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", exit_code=2)
+    (tmp_path / "m" / "latest").write_text("step-2\n")
     wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out")
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), make_state("cd"))
 

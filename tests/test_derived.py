@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from support.tiny import raw_bytes, ref_to, whole_view
 
 from converter.dtypes import DTYPES
+from converter.errors import BadFile
 from converter.tensors.base import ByteRange, Tensor, TensorSource
-from converter.tensors.derived import Box, Boxes, Cast, Constant, Negated, Swapped, cast
+from converter.tensors.derived import Box, Boxes, Cast, Constant, Negated, Replicas, Swapped, cast
 from converter.tensors.reader import RangeReader
+from converter.tensors.view import View
 
 I32 = DTYPES["I32"]
 
@@ -102,6 +105,34 @@ def test_boxes_that_are_no_whole_are_refused(starts: list[tuple[int, ...]], prob
         Boxes(I32, (2, 4), tuple(Box(start, part) for start in starts))
 
 
+def laid(shape: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Boxes:
+    """Lay boxes, by their begins and shapes, of what takes no room."""
+    storage = ByteRange(ref_to("nothing"), 0, 4)
+    one = View(I32, (), storage, 0, ())
+    placed = (Box(start, one._replace(shape=sides, strides=(0,) * len(sides))) for start, sides in boxes)
+    return Boxes(I32, shape, tuple(placed))
+
+
+PINWHEEL = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))]
+
+
+def test_boxes_that_no_cut_parts() -> None:
+    laid((3, 3), PINWHEEL)
+    twice = [*PINWHEEL[:4], ((0, 1), (1, 1))]
+    with pytest.raises(ValueError, match=r"two boxes that overlap at \(0, 1\)"):
+        laid((3, 3), twice)
+
+
+def test_many_boxes_are_looked_at_in_time() -> None:
+    columns = [((0, at), (1, 1)) for at in range(6_000)]
+    laid((1, 6_000), columns)
+    with pytest.raises(ValueError, match="overlap"):
+        laid((1, 6_000), [*columns[:-1], columns[7]])
+    laid((90, 90), [((row, at), (1, 1)) for row in range(90) for at in range(90)])
+    with pytest.raises(ValueError, match="2,000 boxes that are in no order"):
+        laid((1, 2_000), columns[:1] * 2_000)
+
+
 def test_a_box_without_elements_may_begin_at_the_end() -> None:
     part, nothing = torch.arange(6, dtype=torch.int32).reshape(2, 3), torch.zeros(0, 3, dtype=torch.int32)
     source = Boxes(I32, (2, 3), (Box((0, 0), constant(part)), Box((2, 0), constant(nothing))))
@@ -154,6 +185,10 @@ MADE: dict[str, tuple[Callable[[TensorSource], TensorSource], Callable[[torch.Te
         ),
         lambda values: torch.cat([values, values]).half(),
     ),
+    "replicas": (
+        lambda source: Cast(Replicas(source, (Negated(Negated(source, 1), 1),), "w").permuted((1, 0)), DTYPES["F16"]),
+        lambda values: values.T.contiguous().half(),
+    ),
 }
 
 
@@ -202,3 +237,17 @@ def test_what_a_cast_cannot_hold_is_counted() -> None:
         source.read(0, memoryview(out), reader)
     assert reader.too_large == 2
     assert np.frombuffer(out, "<f2").tolist() == [65504, -65504, 1]
+
+
+def test_replicas_that_differ_are_found_where_they_do(stored: TensorSource, tmp_path: Path) -> None:
+    other = VALUES.clone()
+    other[3, 5] += 1
+    (tmp_path / "other").write_bytes(raw_bytes(other))
+    differing = whole_view(DTYPES["F32"], (5, 8), ByteRange(ref_to(tmp_path / "other"), 0, VALUES.nbytes))
+    source = Replicas(stored, (stored, differing), "w")
+    assert read(source.box((0, 0), (3, 8))) == raw_bytes(VALUES[:3])
+    assert read(source.box((3, 0), (2, 5))) == raw_bytes(VALUES[3:, :5])
+    for part in (source, source.box((2, 4), (3, 2)), source.permuted((1, 0)), pickle.loads(pickle.dumps(source))):
+        with pytest.raises(BadFile, match="other: holds other values of tensor 'w' than values"):
+            read(part, 16)
+    assert hash(source) == hash(replace(source, name="tied"))

@@ -47,9 +47,7 @@ FILES = {
     "DeepSpeed, a layer": ("layer_03-model_00-model_states.pt", make_state("ab"), "DeepSpeed"),
     "a model saved under ZeRO-3": ("pytorch_model.bin", {**EMPTY, "norm.weight": torch.ones(4)}, "zero_to_fp32.py"),
     "the same in safetensors": ("model.safetensors", {**EMPTY, "norm.weight": torch.ones(4)}, "zero_to_fp32.py"),
-    "accelerate": ("pytorch_model_fsdp_0_rank1.bin", make_state("ab"), "FULL_STATE_DICT"),
-    "accelerate, local": ("pytorch_model_fsdp_rank0.bin", make_state("ab"), "FULL_STATE_DICT"),
-    "verl": ("model_world_size_8_rank_3.pt", make_state("ab"), "verl.model_merger"),
+    "accelerate, by another name": ("model_fsdp_rank_0.pt", make_state("ab"), "FULL_STATE_DICT"),
     "Megatron": ("mp_rank_01/model_optim_rng.pt|mp_rank_00/x.pt", {"model": make_state("ab")}, "Megatron"),
     "Megatron, pipeline": ("mp_rank_00_000/model_optim_rng.pt|mp_rank_00_001/x.pt", make_state(), "Megatron"),
     "Llama of Meta": ("consolidated.00.pth|consolidated.01.pth", make_state("ab"), "convert_llama_weights_to_hf.py"),
@@ -124,4 +122,4 @@ def test_a_trainers_folder_with_zero_in_it(wconv: Callable[..., Any], tmp_path: 
 
 def test_in_python(tmp_path: Path) -> None:
     with pytest.raises(TrainingPiece, match="rank's part"):
-        open_checkpoint(save(make_state(), tmp_path / "model_world_size_8_rank_3.pt"))
+        open_checkpoint(save(make_state(), tmp_path / "model_fsdp_rank_3.pt"))

@@ -115,6 +115,7 @@ FOLDERS: dict[str, FolderRow] = {
     "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), partial(_late, "dcp")),
     "DCP in safetensors": FolderRow(training.DCP_SHARD, training.DCP_SHARD, (), partial(_late, "dcp_safetensors")),
     "DCP, unfinished": FolderRow(r".+\.distcp", r".+\.distcp", (), None, *training.DCP_UNFINISHED),
+    "FSDP ranks": FolderRow(training.RANKS, training.RANKS, (), partial(_late, "ranks")),
 }  # fmt: skip
 
 

@@ -23,7 +23,6 @@ _DCP_TO_TORCH = (
     "wconv converts; that runs what its pickles say, so do it only where you trust the folder."
 )
 _ACCELERATE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
-_VERL = "'python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir OUT' makes a model of it."
 _SHARDED = (
     "Name the folder in which all of them lie, each called shard-00001-model-00001-of-00001.safetensors, as torch does."
 )
@@ -44,6 +43,12 @@ DCP_BY_RANKS = (
 DCP_UNFINISHED = (
     "holds pieces of torch.distributed.checkpoint (DCP) and no .metadata: it was never finished",
     "Take a checkpoint of an earlier step.",
+)
+
+# By verl and SkyRL, and by accelerate; ``of`` is all that those of one checkpoint share.
+RANKS = (
+    r"(?P<of>model_world_size_(?P<world>\d{1,6})_rank_(?=\d+\.pt)|pytorch_model_fsdp(_\d+)?_rank(?=\d+\.bin))"
+    r"(?P<rank>0|[1-9]\d{0,5})\.(pt|bin)"
 )
 
 
@@ -72,8 +77,9 @@ _NAMES = (
           "is one rank's part of a tensor-parallel DeepSpeed checkpoint", _DEEPSPEED, "mp_rank_*1_model_states.pt"),
     _Name(r".*/(pytorch_model|model)_fsdp(_\d+)?_rank_?\d+\.(bin|pt)",
           "is one rank's part of a model, as accelerate's FSDP saves it", _ACCELERATE),
-    _Name(r".*/(model|optim|extra_state)_world_size_(?!1_)\d+_rank_\d+\.pt",
-          "is one rank's part of a model, as verl saves it", _VERL),
+    _Name(r".*/(optim|extra_state)_world_size_\d+_rank_\d+\.pt",
+          "is what one rank's trainer goes on from, as verl saves it",
+          "The weights are in the files model_world_size_*: name their folder, or one of them."),
     _Name(r"mp_rank_\d+(_\d+)*/.*\.(pt|pth|bin)",
           "is one rank's part of a Megatron checkpoint", _MEGATRON, "../mp_rank_*1*"),
     _Name(r".*/consolidated\.\d+\.pth",

@@ -47,11 +47,12 @@ _MODEL_STEM = re.compile(
 _KNOWN_TAGS = re.compile(r"(?:fp|bf|f|int)\d+\w*|(?:non_?)?ema", re.IGNORECASE)
 
 # What trainers leave beside the weights, to go on from: ``transformers/trainer.py``, ``accelerate/checkpointing.py``,
-# ``deepspeed/runtime/engine.py``. It is no weights, and takes twice their room and more.
+# ``deepspeed/runtime/engine.py``, ``verl/utils/checkpoint/fsdp_checkpoint_manager.py``. It is no weights, and takes
+# twice their room and more.
 _TRAINING_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|training_state|trainer_state|"
     r"dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|ckpt|safetensors)(\.index\.json)?|"
-    r"(trainer|training)_state\.json|zero_to_fp32\.py"
+    r"(optim|extra_state)_world_size_\d+_rank_\d+\.pt|(trainer|training)_state\.json|zero_to_fp32\.py"
 )
 # Folders of an optimizer alone, such as accelerate's (``OPTIMIZER_NAME`` in ``accelerate/utils/constants.py``).
 _TRAINING_FOLDER = re.compile(r"optim(izer)?(_states?)?(_\d+)?")

@@ -61,12 +61,8 @@ def find_rest(model: Model, skip: Place | None = None, follow_links: bool = Fals
         elif found and found.kind == "file":
             is_weights = is_weight_file(path) or is_other_runtime(path.name)
             is_elsewhere = not follow_links and is_linked(model, path)
-            of_trainer = (
-                is_training_state(path.name),
-                is_training_folder(path.parent.name),
-                bool(form_of_many(path.name)),
-            )
-            rest.append(Rest(path, is_weights, is_elsewhere, any(of_trainer)))
+            is_training = is_training_state(path.name) or is_training_folder(path.parent.name)
+            rest.append(Rest(path, is_weights, is_elsewhere, is_training or form_of_many(path.name) != ""))
     shells = _find_shells(model, rest)
     for one in rest:
         around = next((folder for folder in reversed(above(one.path, model.root)) if folder in shells), None)

@@ -141,7 +141,7 @@ def group_below(folder: Place, others: Iterable[str]) -> tuple[ListedSet, ...]:
             heads, pieces = (tuple(f"{name}/{file}" for file in files) for files in (one.file_names, one.pieces))
             sets.append(replace(one, folder=folder, file_names=heads, pieces=pieces))
     latest = _latest_in(folder) if len(sets) > 1 else ""
-    return tuple(one for one in sets if one.file_names[0].startswith(f"{latest}/")) if latest else tuple(sets)
+    return tuple(one for one in sets if one.file_names[0].startswith(f"{latest}/")) or tuple(sets)
 
 
 def _latest_in(folder: Place) -> str:

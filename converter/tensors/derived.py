@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from converter.dtypes import DType, OnOverflow
+from converter.errors import BadFile
 from converter.tensors.base import ByteRange, Reader, Storage, Tensor, TensorSource
 from converter.tensors.view import blocks_of
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 _D = TypeVar("_D", bound="Derived")
+# What is looked at to see that boxes lie apart: of each so many times, and of few ones all pairs.
+_LOOKS = 16
+_MORE_LOOKS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,52 @@ class Cast(Derived):
             reader.too_large += cast_chunk(values, before, out, self.to, self.on_overflow)
 
 
+@dataclass(frozen=True, slots=True)
+class Replicas(Derived):
+    """A tensor of which ``others`` hold the same: all are read together, and BadFile is raised where one differs."""
+
+    others: tuple[TensorSource, ...]
+    name: str = field(compare=False)  # tied tensors have two
+
+    @property
+    def window(self) -> int:
+        return max(source.window for source in (self.source, *self.others))
+
+    def inputs(self) -> tuple[Storage, ...]:
+        return tuple(storage for source in (self.source, *self.others) for storage in source.inputs())
+
+    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
+        for source in (self.source, *self.others):
+            yield from source.extents(begin, end)
+
+    def part(self, begin: int, end: int) -> Replicas:
+        others = tuple(source.part(begin, end) for source in self.others)
+        return replace(self, source=self.source.part(begin, end), others=others)
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Replicas:
+        others = tuple(source.box(start, shape) for source in self.others)
+        return replace(self, source=self.source.box(start, shape), others=others)
+
+    def permuted(self, axes: tuple[int, ...]) -> Replicas:
+        others = tuple(source.permuted(axes) for source in self.others)
+        return replace(self, source=self.source.permuted(axes), others=others)
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        self.source.read(begin, out, reader)
+        for other in self.others:
+            with reader.scratch(len(out)) as values:
+                other.read(begin, values, reader)
+                if values != out:
+                    raise differ(self.name, self.source, other)
+
+
+def differ(name: str, source: TensorSource, other: TensorSource) -> BadFile:
+    """Give what is said of a tensor that should be the same in two files and is not."""
+    first, second = (storage.file.place for storage in (source.inputs()[0], other.inputs()[0]))
+    problem = f"holds other values of tensor {name!r} than {first.name}, and both should be the same"
+    return BadFile(second, problem, "All ranks have to be of one step of one training: fetch them again.")
+
+
 def cast(tensor: Tensor, dtype: DType, on_overflow: OnOverflow = "error") -> Tensor:
     """Give a tensor in a dtype; one that is in it already as it is."""
     return tensor if tensor.dtype is dtype else tensor._replace(source=Cast(tensor.source, dtype, on_overflow))
@@ -217,9 +267,7 @@ class Boxes:
                 raise ValueError(f"a box at {box.start} of shape {box.source.shape} reaches out of {whole}")
         if sum(math.prod(box.source.shape) for box in known) != math.prod(whole):
             raise ValueError(f"boxes that do not fill {whole}")
-        for place, box in enumerate(known):
-            if any(_overlap(box, other) for other in _reached(box, known[place + 1 :])):
-                raise ValueError(f"two boxes that overlap at {box.start}")
+        _check_apart(known)
 
     @property
     def _whole(self) -> tuple[int, ...]:
@@ -307,12 +355,43 @@ def _fits(whole: tuple[int, ...], box: Box) -> bool:
     return all(at >= 0 and at + length <= size for size, at, length in ends)
 
 
-def _reached(box: Box, others: Iterable[Box]) -> Iterator[Box]:
-    """Give those of boxes in order that begin before a box ends, along the first axis."""
-    if not box.start:
-        return iter(others)
-    end = box.start[0] + box.source.shape[0]
-    return itertools.takewhile(lambda other: other.start[0] < end, others)
+def _check_apart(boxes: list[Box]) -> None:
+    """Raise ValueError where two boxes overlap, or where nobody can tell in time.
+
+    Whatever is cut over a mesh of ranks can be parted again, each time along one axis; only what cannot is compared
+    by pairs, and a file could hold more of that than there is time for.
+    """
+    left = _LOOKS * len(boxes) + _MORE_LOOKS
+    waiting = [boxes]
+    while waiting:
+        group = waiting.pop()
+        parts = [group]
+        for axis in range(len(group[0].start) if len(group) > 1 else 0):
+            left -= len(group)
+            parts = _part(group, axis)
+            if len(parts) > 1:
+                break
+        if len(parts) > 1:
+            waiting += parts
+            continue
+        left -= math.comb(len(group), 2)
+        if left < 0:
+            raise ValueError(f"{len(boxes):,} boxes that are in no order")
+        for box, other in itertools.combinations(group, 2):
+            if _overlap(box, other):
+                raise ValueError(f"two boxes that overlap at {max(box.start, other.start)}")
+
+
+def _part(boxes: list[Box], axis: int) -> list[list[Box]]:
+    """Give the groups of boxes between which a cut across an axis goes through no box."""
+    parts: list[list[Box]] = []
+    end = -1
+    for box in sorted(boxes, key=lambda box: box.start[axis]):
+        if box.start[axis] >= end:
+            parts.append([])
+        parts[-1].append(box)
+        end = max(end, box.start[axis] + box.source.shape[axis])
+    return parts
 
 
 def _overlap(box: Box, other: Box) -> bool:

@@ -40,10 +40,6 @@ HARMLESS = frozenset(
         "numpy.dtype",
         "numpy.ndarray",
         "torch.Generator",
-        "torch.device",
-        "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
-        "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
-        "torch.serialization._get_layout",
         "types.SimpleNamespace",
         "uuid.UUID",
     }

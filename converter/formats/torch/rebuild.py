@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DTYPES, DType
 from converter.errors import Where
-from converter.formats.torch.globals import HARMLESS
 from converter.formats.torch.unpickler import Global, Kept, Pickled, Rebuild, Steps, allow_steps, run_pickle
 from converter.tensors.base import MAX_DIMS
 
@@ -247,6 +246,10 @@ def _set(arguments: tuple[Any, ...], where: Where) -> list[Any]:
     return list(items) if type(items) in (list, tuple) else []
 
 
+def _leave_out(arguments: tuple[Any, ...], where: Where) -> None:
+    """What torch says of a tensor beside its dtype and shape: where it was, in which layout."""
+
+
 def _stage(arguments: tuple[Any, ...], where: Where) -> int:
     if type(arguments[0]) is not int:
         raise TypeError("a stage that is no number")
@@ -311,6 +314,10 @@ _KNOWN: dict[tuple[str, str], Any] = {
             ("builtins", "set", _set, _count_set),
             ("__builtin__", "set", _set, _count_set),
             ("deepspeed.runtime.zero.config", "ZeroStageEnum", _stage, _count_nothing),
+            ("torch", "device", _leave_out, _count_nothing),
+            ("torch.serialization", "_get_layout", _leave_out, _count_nothing),
+            ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING", _leave_out, _count_nothing),
+            ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING", _leave_out, _count_nothing),
             ("torch._tensor", "_rebuild_from_type_v2", _rebuild_from_type, _count_inner),
             ("torch._utils", "_rebuild_parameter", _rebuild_parameter, _count_nothing),
             ("torch._utils", "_rebuild_parameter_with_state", _rebuild_parameter, _count_nothing),
@@ -370,7 +377,7 @@ def _find(named: Global, where: Where) -> Any:
     known = _KNOWN.get((named.module, named.name))
     if known is not None:
         return known
-    if named.module.startswith(_KEPT_MODULES) and str(named) not in HARMLESS:
+    if named.module.startswith(_KEPT_MODULES):
         return Kept(str(named))
     why = _UNREADABLE.get((named.module, named.name))
     if why:

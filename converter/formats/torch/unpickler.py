@@ -520,6 +520,8 @@ class _Machine:
             if str(target) in HARMLESS:
                 return self.make(target)
             if target.name == "getattr" and len(arguments) == 2 and _is_inner_class(*arguments):
+                if self.foreign.get(str(target)) == "names":
+                    del self.foreign[str(target)]  # by torch itself
                 return Kept(f"{arguments[0].name}.{arguments[1]}")
         return self.leave_out(target, "calls")
 
