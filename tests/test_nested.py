@@ -193,8 +193,11 @@ def test_a_tensor_under_a_key_that_is_no_name_is_left_out_and_said(wconv: Callab
 
 def test_a_long_log_of_numbers_beside_the_weights(tmp_path: Path) -> None:
     log = [(step, 0.5) for step in range(250_000)]
-    opened = open_checkpoint(saved(tmp_path, {"state_dict": dict(WEIGHTS), "log": log}))
-    assert [info.name for info in opened.tensors] == ["weight", "bias"]
+    path = saved(tmp_path, {"state_dict": {**WEIGHTS, "losses": [0.5] * 1_000}, "log": log})
+    assert [info.name for info in open_checkpoint(path).tensors] == ["weight", "bias"]
+    flat = open_checkpoint(path, Reading(flatten=True))
+    assert [info.name for info in flat.tensors] == ["state_dict.weight", "state_dict.bias"]
+    assert flat.notes == ("last.ckpt: left out: state_dict.losses, log",)
 
 
 NANO = {"model": WEIGHTS, "optimizer": optimizer_state(), "iter_num": 3, "best_val_loss": torch.tensor(1.5)}

@@ -19,6 +19,8 @@ MAX_KEY_LENGTH = 200  # of what is spelled to people, or looked at for what it i
 _MAX_DEPTH = 100  # models nest a dozen modules
 _MAX_ENTRIES = 1_500_000  # of all that is gone through: a pickle of all the steps there are has 50,000 modules
 _MODULE_ENTRIES = 20  # what a module counts for at least: real ones have as many attributes
+_PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
+_PLAIN_AN_ENTRY = 32  # of those, which are only looked at
 _MAX_LETTERS = 100_000_000  # of their names: as many as a pickle may have
 _CONTENT = ("_parameters", "_buffers", "_modules")
 # What torch makes of an object of C++, which quantized modules keep their weights in (``torch.ao.nn.quantized``).
@@ -71,7 +73,9 @@ class Walk:
         return classes
 
     def leaves(self, value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        """Give all that is nested in a level and is none itself, under its whole name."""
+        """Give all that is nested in a level and is none itself, or holds only numbers, under its whole name."""
+        if self._is_plain(value):
+            return
         above = {id(value)}
         levels = [(prefix, id(value), self.entries(value))]
         while levels:
@@ -79,7 +83,7 @@ class Walk:
             for key, inner, is_nested in entries:
                 name = prefix + key
                 self._charge(1, len(name))
-                if not is_nested:
+                if not is_nested or self._is_plain(inner):
                     yield name, inner
                     continue
                 if id(inner) in above:
@@ -92,6 +96,14 @@ class Walk:
             else:
                 levels.pop()
                 above.remove(identity)
+
+    def _is_plain(self, level: Any) -> bool:
+        """Say whether a dict or a list holds nothing but numbers and text, as a long log does: it is one leaf then."""
+        if is_module(level):
+            return False
+        values = level.values() if isinstance(level, dict) else level
+        self._charge(len(values) // _PLAIN_AN_ENTRY, 0)
+        return _PLAIN.issuperset(map(type, values))
 
     def entries(self, value: Any) -> Iterator[_Entry]:
         """Give what is directly in a level. What a dict has under a key that is no name stands as None."""
