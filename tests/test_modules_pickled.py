@@ -120,11 +120,6 @@ def test_kinds_of_modules(tmp_path: Path, make: Callable[[], nn.Module]) -> None
     assert [one.name for one in opened.tensors] == list(judged(module))
 
 
-def test_one_of_transformers(tmp_path: Path, builders: Any) -> None:
-    model = builders.make_llama(tied=True)
-    assert described_by_wconv(saved(tmp_path, model)) == judged(model)
-
-
 def test_it_is_named_and_its_class_never_imported(wconv: Callable[..., Any], tmp_path: Path, odd: Odd) -> None:
     path = saved(tmp_path, {"model": odd, "ema": None, "epoch": 3, "optimizer": {"state": {0: torch.ones(3)}}})
     said = wconv("to-safetensors", path).stdout
@@ -162,6 +157,21 @@ def test_what_cannot_be_read_is_named(wconv: Callable[..., Any], tmp_path: Path)
     assert load_file(tmp_path / "best.safetensors").keys() == {"0.weight", "0.bias"}
     plain.register_buffer("odd", torch.ones(2, 2).to_sparse())
     assert "tensor 'odd' is sparse" in wconv("to-safetensors", saved(tmp_path, plain), exit_code=4).stderr
+
+
+def test_quantized_ones_of_bitsandbytes(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    """Each pickles its scales as an attribute of a plain parameter: the numbers alone would be wrong weights."""
+    import bitsandbytes as bnb
+
+    layers = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu"), bnb.nn.Linear4bit(64, 32).to("cpu")
+    path = saved(tmp_path, nn.Sequential(*layers, bnb.nn.StableEmbedding(4, 4)))
+    failed = wconv("to-safetensors", path, exit_code=4).stderr
+    assert "tensor '0' is of the class bitsandbytes.nn.modules.Linear8bitLt, which keeps its weights" in failed
+    wconv("to-safetensors", path, "--skip-unreadable")
+    assert load_file(tmp_path / "best.safetensors").keys() == {"2.weight", "2.norm.weight", "2.norm.bias"}
+    for layer in layers:
+        failed = wconv("to-safetensors", saved(tmp_path, {"model": layer}), "-o", tmp_path / "x", exit_code=4).stderr
+        assert f"model (an object of the class bitsandbytes.nn.modules.{type(layer).__name__})" in failed
 
 
 @pytest.mark.parametrize("module", [nn.ReLU(), {"model": nn.ReLU(), "epoch": 1}], ids=["alone", "in a dict"])

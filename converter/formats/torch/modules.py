@@ -8,6 +8,7 @@ is taken than a model may have.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ _MAX_LETTERS = 100_000_000  # of their names: as many as a pickle may have
 _CONTENT = ("_parameters", "_buffers", "_modules")
 # What torch makes of an object of C++, which quantized modules keep their weights in (``torch.ao.nn.quantized``).
 _SCRIPT_OBJECT = "torch.ScriptObject"
+# Modules whose own ``_save_to_state_dict`` or ``state_dict`` adds what their weights mean nothing without, and which
+# pickle it as attributes of the weights (``bitsandbytes/nn/modules.py``, ``hqq/core/quantize.py``).
+_QUANTIZED = re.compile(r"bitsandbytes\.nn\..*(8bit|4bit|NF4|FP4|Int8).*|hqq\..*\.HQQLinear.*")
 _PACKED = Unreadable("is a ScriptObject, as quantized modules keep their weights in")
 
 _Entry = tuple[str, Any, bool]
@@ -39,9 +43,10 @@ def _state_of(value: Any) -> Mapping[Any, Any]:
 
 
 def is_module(value: Any) -> bool:
-    """Say whether a value is an object that has the state of a module."""
+    """Say whether a value is an object that has the state of a module, and no quantized one."""
     state = _state_of(value)
-    return bool(state) and all(isinstance(state.get(name), dict) for name in _CONTENT)
+    has_content = bool(state) and all(isinstance(state.get(name), dict) for name in _CONTENT)
+    return has_content and not _QUANTIZED.fullmatch(value.name)
 
 
 def is_level(value: Any) -> bool:
