@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.torch.files import open_content
-from converter.formats.torch.rebuild import Left, Listed, TensorRef, Unreadable, parse_pickle, shape_of
+from converter.formats.torch.rebuild import Left, Listed, TensorRef, Unreadable, checked, parse_pickle, shape_of
 from converter.formats.torch.state_dict import Reading, choose_state_dict, is_training_key
 from converter.formats.torch.unpickler import KeptObject
 from converter.storage import OpenFile, Place, Window
 from converter.tensors.base import Tensor, TensorSource, WeightsFile
 from converter.tensors.derived import Box, Boxes
-
-_T = TypeVar("_T")
 
 _METADATA = "torch.distributed.checkpoint.metadata.Metadata"
 # What describes how tensors lay in memory, and where the checkpoint was written.
@@ -75,16 +73,16 @@ class _Listing:
             raise TypeError("metadata of another kind")
         state = metadata.state
         self.place = place
-        self.tensors: Mapping[str, Any] = _checked(state["state_dict_metadata"], dict)
+        self.tensors: Mapping[str, Any] = checked(state["state_dict_metadata"], dict)
         self.paths: Mapping[str, Any] = state.get("planner_data") or {}
         self.items: dict[_Key, _Item] = {}
         self.left_nbytes: dict[str, int] = defaultdict(int)  # of what is no tensor, by name
-        for key, stored in _checked(state["storage_data"], dict).items():
+        for key, stored in checked(state["storage_data"], dict).items():
             self._add_item(key.state, stored.state)
 
     def _add_item(self, key: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-        name, begin = _checked(key["fqn"], str), key.get("offset")
-        file_name = _checked(stored["relative_path"], str)
+        name, begin = checked(key["fqn"], str), key.get("offset")
+        file_name = checked(stored["relative_path"], str)
         if file_name in ("", ".", "..") or "/" in file_name or "\\" in file_name or "\0" in file_name:
             raise HostileFile(self.place, f"says that {name!r} lies in {file_name!r}, which is no name of a file")
         if stored.get("transform_descriptors"):
@@ -102,7 +100,7 @@ class _Listing:
         """Give the dicts that were saved, with a Listed for each tensor."""
         tree: dict[str, Any] = {}
         for name, told in self.tensors.items():
-            *path, last = self._path_of(_checked(name, str))
+            *path, last = self._path_of(checked(name, str))
             inner = tree
             for step in path:
                 inner = inner.setdefault(step, {})
@@ -116,14 +114,14 @@ class _Listing:
         if path is None:
             head, _, rest = name.partition(".")  # of what was saved flat
             return (head, rest) if rest and is_training_key(head) else (name,)
-        if not 0 < len(_checked(path, tuple)) <= _MAX_DEPTH or not all(type(step) in (str, int) for step in path):
+        if not 0 < len(checked(path, tuple)) <= _MAX_DEPTH or not all(type(step) in (str, int) for step in path):
             raise TypeError("a path that is none")
         return tuple(map(str, path))
 
     def _leaf_of(self, name: str, told: Mapping[str, Any] | None) -> Any:
         if told is None or "chunks" not in told:
             return Left(self.left_nbytes[name])
-        dtype = _checked(told["properties"].state[0], DType)
+        dtype = checked(told["properties"].state[0], DType)
         if dtype.tag not in DTYPES:
             return Unreadable(f"is {dtype.torch_name}, a dtype that safetensors does not have")
         return Listed(dtype, shape_of(told["size"]), name)
@@ -151,7 +149,7 @@ class _Listing:
 
     def _boxes_of(self, listed: Any) -> Iterator[tuple[_Key, tuple[int, ...]]]:
         """Give where each box of a tensor begins, and its shape; those without elements may begin beyond the end."""
-        for chunk in _checked(self.tensors[listed.of].state["chunks"], list):
+        for chunk in checked(self.tensors[listed.of].state["chunks"], list):
             start, shape = shape_of(chunk.state["offsets"]), shape_of(chunk.state["sizes"])
             if 0 not in shape:
                 yield (listed.of, start), shape
@@ -190,15 +188,8 @@ def _read_item(window: Window, name: str) -> TensorSource:
     return source
 
 
-def _checked(value: Any, kind: type[_T]) -> _T:
-    """Give a value that is of a kind. Raises TypeError for another."""
-    if type(value) is not kind:
-        raise TypeError(f"no {kind.__name__}")
-    return value
-
-
 def _number(value: Any) -> int:
-    number = _checked(value, int)
+    number = checked(value, int)
     if number < 0:
         raise TypeError("a number below 0")
     return number

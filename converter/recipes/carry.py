@@ -12,6 +12,7 @@ from converter.plan.make import join
 from converter.storage import UNLISTED, FileRef, Place
 
 _NAMED = 3  # of files that come from another folder
+_NAMED_TRAINING = 8  # of a trainer's files: each rank may have some
 
 
 def find_copied(
@@ -21,12 +22,13 @@ def find_copied(
     copied: list[Place] = []
     reasons: dict[Place, str] = {}
     shells: dict[Place, list[Rest]] = {}
+    training: list[Rest] = []
     why = "a link to what goes along already" if follow_links else "behind a link: --follow-links carries it"
     for one in find_rest(model, target, follow_links):
         if one.shell is not None:
             shells.setdefault(one.shell, []).append(one)
         elif one.is_training:
-            reasons[one.path] = f" (training state, {_size_of([one]):,} bytes)"
+            training.append(one)
         elif one.is_weights:
             reasons[one.path] = ""
         elif one.is_linked:
@@ -46,6 +48,9 @@ def find_copied(
                 copied.append(path)
     reasons |= {path: _why_left(rest) for path, rest in shells.items()}
     notes = [f"not carried over: {path.relative_to(model.root)}{reasons[path]}" for path in sorted(reasons)]
+    if training:
+        names = name_some([one.path.relative_to(model.root) for one in training], _NAMED_TRAINING)
+        notes.append(f"not carried over: {names} (training state, {_size_of(training):,} bytes)")
     if not model.root.store.lists_all:
         notes.append(f"{UNLISTED} carried over")
     companions, told = find_companions([component for component, _ in selected])

@@ -10,12 +10,14 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from sys import intern
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DTYPES, DType
 from converter.errors import Where
 from converter.formats.torch.unpickler import Global, Kept, Pickled, Rebuild, Steps, allow_steps, run_pickle
 from converter.tensors.base import MAX_DIMS
+
+_T = TypeVar("_T")
 
 AXES_A_STEP = 4
 _CHARACTERS_A_STEP = 16  # of the name of a class, which is spelled anew
@@ -201,6 +203,13 @@ def _rebuild_subclass(arguments: tuple[Any, ...], where: Where) -> Listed | Unre
     if type(dtype) is not DType or type(shape) is not tuple or len(shape) > MAX_DIMS:
         raise TypeError("a tensor of no dtype or shape")
     return Listed(dtype, shape_of(shape), Part(kind.name, None))
+
+
+def checked(value: Any, kind: type[_T]) -> _T:
+    """Give a value that is of a kind. Raises TypeError for another."""
+    if type(value) is not kind:
+        raise TypeError(f"no {kind.__name__}")
+    return value
 
 
 def shape_of(sizes: Any) -> tuple[int, ...]:

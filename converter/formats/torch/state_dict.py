@@ -127,14 +127,11 @@ def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> Chose
     else:
         raise Unsupported(where, "holds no tensors under names of their own", _describe(value))
     if chosen.unreadable and not reading.skip_unreadable:
-        _refuse_unreadable(chosen, where)
+        refuse_unreadable(chosen.unreadable, where)
+    check_lengths(map(str, chosen.tensors), where)
     state_dict: dict[str, AnyTensor] = {}
-    length = 0
     for key, tensor in chosen.tensors.items():
         name = str(key)
-        length += len(name)
-        if len(name) > MAX_NAME_LENGTH or length > MAX_NAMES_LENGTH:
-            raise HostileFile(where, f"gives its tensors names of {length:,} characters and more")
         if name in state_dict:
             raise BadFile(where, f"holds two tensors named {name!r}")
         state_dict[name] = tensor
@@ -142,10 +139,19 @@ def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> Chose
     return Chosen(state_dict, tuple(_notes(value, foreign, chosen, found)), foreign)
 
 
-def _refuse_unreadable(chosen: _Found, where: Where) -> None:
+def check_lengths(names: Iterable[str], where: Where) -> None:
+    """Raise HostileFile for names of tensors that are longer than any real ones."""
+    length = 0
+    for name in names:
+        length += len(name)
+        if len(name) > MAX_NAME_LENGTH or length > MAX_NAMES_LENGTH:
+            raise HostileFile(where, f"gives its tensors names of {length:,} characters and more")
+
+
+def refuse_unreadable(unreadable: Mapping[str | int, str], where: Where) -> None:
     """Raise Unsupported, and name the first tensor that cannot be read."""
-    name, why = next(iter(chosen.unreadable.items()))
-    more = f", and {len(chosen.unreadable) - 1:,} more cannot be read" if len(chosen.unreadable) > 1 else ""
+    name, why = next(iter(unreadable.items()))
+    more = f", and {len(unreadable) - 1:,} more cannot be read" if len(unreadable) > 1 else ""
     advice = "Save it as a plain tensor; 'wconv to-safetensors --skip-unreadable' leaves such tensors out."
     raise Unsupported(where, f"tensor {spell_key(name)!r} {why}{more}", advice)
 
@@ -267,7 +273,7 @@ def _tensors_in(path: tuple[str, ...], content: Any, is_training: bool, walk: Wa
 def _in_dict(path: tuple[str, ...], content: Mapping[Any, Any], is_training: bool) -> _Found:
     others = _other_than_tensors(content)
     tensors = _tensors_of(content, others)
-    unreadable = _unreadable_in(others, bool(tensors))
+    unreadable = unreadable_in(others, bool(tensors))
     beside = tuple(key for key in others if key not in unreadable)
     is_beside = path == () and bool(beside) and all(map(is_training_key, tensors or unreadable))
     return _Found(path, tensors, unreadable, beside, is_training or is_beside)
@@ -343,7 +349,7 @@ def _tensors_of(content: Mapping[Any, Any], others: Mapping[Any, Any]) -> Mappin
     return {key: inner for key, inner in content.items() if key not in others} if others else content
 
 
-def _unreadable_in(others: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
+def unreadable_in(others: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
     """Map the names of tensors that are none of ours to why; arrays and storages only where they stand with tensors."""
     names = {k: inner for k, inner in others.items() if type(inner) not in _TENSORS and isinstance(k, (str, int))}
     found = {key: why for key, inner in names.items() if (why := _why_unreadable(inner))}
@@ -438,6 +444,11 @@ def _notes(value: Any, foreign: Mapping[str, str], chosen: _Found, found: list[_
     if chosen.unreadable:
         named = [f"{spell_key(name)} ({why})" for name, why in itertools.islice(chosen.unreadable.items(), _MAX_NAMED)]
         yield f"tensors that cannot be read are left out ({len(chosen.unreadable):,} in all): {_list(named)}"
+    yield from note_foreign(foreign)
+
+
+def note_foreign(foreign: Mapping[str, str]) -> Iterator[str]:
+    """Say what a pickle makes, or calls, that no state dict needs."""
     for what, note in (
         ("makes", "objects of unknown classes were left out"),
         ("calls", "functions that its pickle calls were not called"),
