@@ -16,7 +16,7 @@ from converter.errors import BadFile, HostileFile, Where
 from converter.formats.torch.rebuild import Unreadable
 from converter.formats.torch.unpickler import Inert, KeptObject
 
-MAX_KEY_LENGTH = 200  # of what is spelled to people, or looked at for what it is
+_MAX_KEY_LENGTH = 200  # of what is spelled to people, or looked at for what it is
 _MAX_DEPTH = 100  # models nest a dozen modules
 _MAX_ENTRIES = 1_500_000  # of all that is gone through: a pickle of all the steps there are has 50,000 modules
 _MODULE_ENTRIES = 20  # what a module counts for at least: real ones have as many attributes
@@ -56,7 +56,7 @@ def is_level(value: Any) -> bool:
 
 def spell_key(key: Any) -> str:
     """Spell a key, as far as people would read it: one long text may be the key of many dicts."""
-    return str(key[:MAX_KEY_LENGTH] if isinstance(key, (str, bytes)) else key)
+    return str(key[:_MAX_KEY_LENGTH] if isinstance(key, (str, bytes)) else key)
 
 
 class Walk:
