@@ -48,9 +48,21 @@ def _is_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar"
 
 
+def _is_npz(head: bytes) -> bool:
+    """Say whether the first record of an archive is an array of numpy (APPNOTE.TXT 4.3.7)."""
+    return head.startswith(b"PK\x03\x04") and head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy")
+
+
+def _late(module: str, file: OpenFile, reading: Reading) -> WeightsFile:
+    """Read a file with a module of this package that few need."""
+    read: ReadFile = import_module(f"converter.formats.{module}").read_file
+    return read(file, reading)
+
+
 # By the first bytes of a file. The first row that matches reads it.
 FILES: tuple[tuple[Callable[[bytes], bool], ReadFile], ...] = (
     (_is_safetensors, lambda file, _: safetensors.read_file(file)),
+    (_is_npz, partial(_late, "npz")),
     (lambda head: head.startswith(files.HEADS), files.read_file),
 )
 WRITERS: Mapping[str, Writer] = {
@@ -100,12 +112,6 @@ class FolderRow:
                 yield head, tuple(name for name in ordered if name != head)
 
 
-def _late(module: str, file: OpenFile, reading: Reading) -> WeightsFile:
-    """Read a file with a module of this package that few need."""
-    read: ReadFile = import_module(f"converter.formats.{module}").read_file
-    return read(file, reading)
-
-
 # The first row that matches a file speaks of it.
 FOLDERS: dict[str, FolderRow] = {
     "DCP, by ranks": FolderRow(r"__\d+\.metadata|.+\.distcp", r"__\d+\.metadata", (), None, *training.DCP_BY_RANKS),
@@ -149,7 +155,7 @@ _LOOKALIKES: tuple[tuple[Callable[[bytes], bool], type[BadFile] | type[Unsupport
     (lambda head: head.startswith(b"\x89HDF"), Unsupported, "is an HDF5 file (TensorFlow), which wconv does not read",
      ""),
     (_is_tar, Unsupported, "is a tar archive, as PyTorch wrote before 0.1.10",
-     "Load it with torch and save it again with torch.save."),
+     "Where you trust it, load it with torch.load(..., weights_only=False) and save its state_dict() with torch.save."),
     (lambda head: b'"' in head and head.lstrip()[:1] in (b"{", b"["), BadFile, "is JSON text, not weights", _FETCH),
 )  # fmt: skip
 

@@ -56,9 +56,9 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     pickled = parse_pickle(raw, place, reading.strip_code)
     try:
         listed = _Listing(place, pickled.value)
-        foreign = {name: how for name, how in pickled.foreign.items() if name not in _OWN}
-        pickled = pickled._replace(value=listed.tree(), foreign=foreign)
-        state_dict, notes = choose_state_dict(pickled, place, reading)
+        others = {name: how for name, how in pickled.foreign.items() if name not in _OWN}
+        pickled = pickled._replace(value=listed.tree(), foreign=others)
+        state_dict, notes, foreign = choose_state_dict(pickled, place, reading)
         tensors = tuple(listed.take(state_dict))
     except (AttributeError, KeyError, TypeError) as error:
         raise BadFile(place, "does not describe a checkpoint as torch.distributed.checkpoint does", _DAMAGED) from error

@@ -202,6 +202,15 @@ def parse_name(file_name: str) -> ParsedName | None:
     return None
 
 
+def name_of_other(file_name: str) -> WeightsName:
+    """Give the name of the set that a file of any name makes, where a user names it.
+
+    >>> name_of_other("weights.npz").in_format("safetensors").single
+    'weights.safetensors'
+    """
+    return WeightsName(file_name.removesuffix(".npz"), None, "")
+
+
 def is_other_file(file_name: str) -> bool:
     """Say whether a name is that of a file, by its ending, and of none that is written.
 

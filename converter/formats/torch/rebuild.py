@@ -99,7 +99,7 @@ def parse_pickle(
     if storages is None:
         return run_pickle(raw, where, _find, _find_persistent, strip_code, steps)
 
-    def find(identity: Any, where: Where) -> StorageRef | Global:
+    def find(identity: Any, where: Where) -> StorageRef | Global | Kept:
         storage = _find_persistent(identity, where)
         if type(storage) is not StorageRef:
             return storage
@@ -265,13 +265,13 @@ def _stage(arguments: tuple[Any, ...], where: Where) -> int:
     return arguments[0]
 
 
-def _find_persistent(identity: Any, where: Where) -> StorageRef | Global:
+def _find_persistent(identity: Any, where: Where) -> StorageRef | Global | Kept:
     """Read a persistent id: ("storage", class, key, device, numel), as ``torch.serialization._save`` makes it.
 
     ``_legacy_save`` adds (key, start, numel) of a view of the storage, or None; of a module's class it makes
     ("module", class, source file, source), which stands for the class.
     """
-    if type(identity) is tuple and identity[0] == "module" and type(identity[1]) is Global:
+    if type(identity) is tuple and identity[0] == "module" and isinstance(identity[1], (Global, Kept)):
         return identity[1]
     kind, storage_class, key, device, numel, *view = identity
     start = view[0][1] if view and view[0] is not None else 0
@@ -345,14 +345,16 @@ _KNOWN: dict[tuple[str, str], Any] = {
     **{("torch", name): dtype for name, dtype in BY_TORCH_NAME.items()},
 }
 
+# As ``Tensor._reduce_ex_internal`` does it for XLA, HPU, MAIA and the like, by way of numpy or of a tensor on the CPU.
+_OF_ANOTHER_DEVICE = "was saved from a device of another kind (XLA, HPU): move the model to the CPU, then save it"
 # Tensors of these kinds are no strided view of one storage; the same names in every torch (``torch/_utils.py``).
 _UNREADABLE = {
     ("torch._utils", "_rebuild_sparse_tensor"): "is sparse",
     ("torch._utils", "_rebuild_sparse_csr_tensor"): "is sparse",
     ("torch._utils", "_rebuild_qtensor"): "is quantized by torch",
     ("torch._utils", "_rebuild_nested_tensor"): "is nested",
-    ("torch._utils", "_rebuild_device_tensor_from_numpy"): "was saved by way of numpy",
-    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): "was saved by way of another",
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _OF_ANOTHER_DEVICE,
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _OF_ANOTHER_DEVICE,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): "is a meta tensor: it has no values",
     ("torch.nn.parameter", "UninitializedParameter"): "is not initialized: it has no values",
     ("torch.nn.parameter", "UninitializedBuffer"): "is not initialized: it has no values",
