@@ -239,6 +239,7 @@ def plan_job(job: Job, selected: _Selected, orders: Sequence[Order], rest: Rest 
     Raises BadRequest, OutputRefused or Unsupported for what cannot or must not be done.
     """
     request, model, target, named, carries = job
+    _refuse_removal(selected, request)
     rest = rest or Rest()
     copied, notes = list(rest.copied), list(rest.notes)
     if carries:
@@ -263,6 +264,14 @@ def plan_job(job: Job, selected: _Selected, orders: Sequence[Order], rest: Rest 
     if carries and not request.publishing.follow_links:
         _refuse_linked_configs(plan)
     return plan
+
+
+def _refuse_removal(selected: _Selected, request: Request) -> None:
+    """Raise BadRequest where files would be removed that hold more than the weights that are written."""
+    for _, weight_set in selected if request.publishing.delete_source else ():
+        if weight_set.is_of_many:
+            advice = "Leave --delete-source out, and remove it yourself where nobody needs it."
+            raise BadRequest(weight_set.path, "is of a training checkpoint, which holds more than weights", advice)
 
 
 def _with_card(
