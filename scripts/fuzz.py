@@ -30,9 +30,10 @@ def reader(target: str) -> Callable[[Path, bytes], object]:
     from converter.tensors.reader import RangeReader, read_chunks
 
     lenient = Reading(strip_code=True, lenient=True)
+    flat = Reading(strip_code=True, flatten=True)
 
     def read_pickle(path: Path, raw: bytes) -> object:
-        return choose_state_dict(parse_pickle(raw, path), path, lenient)
+        return choose_state_dict(parse_pickle(raw, path), path, flat if len(raw) % 2 else lenient)
 
     def read_values(path: Path, read: Callable[[OpenFile], WeightsFile]) -> None:
         buffer = bytearray(1 << 16)

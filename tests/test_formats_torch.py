@@ -660,8 +660,3 @@ VALUES: dict[str, Callable[[], Any]] = {
 def test_a_value_that_is_no_state_dict(tmp_path: Path, make: Callable[[], Any]) -> None:
     with pytest.raises(Unsupported):
         read_file(write(tmp_path, saved_by_torch(make())))
-
-
-def test_a_whole_module_is_refused_by_its_name(tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match=r"torch\.nn\.modules\.linear\.Linear"):
-        read_file(write(tmp_path, saved_by_torch(torch.nn.Linear(2, 2))))

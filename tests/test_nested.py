@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.judges import described_by_safetensors, described_by_wconv
 
-from converter.errors import BadRequest, HostileFile, Unsupported
+from converter.errors import BadFile, BadRequest, HostileFile, Unsupported
 from converter.formats.torch.state_dict import Reading
 from converter.models.checkpoint import open_checkpoint
 
@@ -193,5 +193,120 @@ def test_a_tensor_under_a_key_that_is_no_name_is_left_out_and_said(wconv: Callab
 
 def test_a_long_log_of_numbers_beside_the_weights(tmp_path: Path) -> None:
     log = [(step, 0.5) for step in range(250_000)]
-    opened = open_checkpoint(saved(tmp_path, {"state_dict": dict(WEIGHTS), "log": log}))
-    assert [info.name for info in opened.tensors] == ["weight", "bias"]
+    path = saved(tmp_path, {"state_dict": {**WEIGHTS, "losses": [0.5] * 1_000}, "log": log})
+    assert [info.name for info in open_checkpoint(path).tensors] == ["weight", "bias"]
+    flat = open_checkpoint(path, Reading(flatten=True))
+    assert [info.name for info in flat.tensors] == ["state_dict.weight", "state_dict.bias"]
+    assert flat.notes == ("last.ckpt: left out: state_dict.losses, log",)
+
+
+NANO = {"model": WEIGHTS, "optimizer": optimizer_state(), "iter_num": 3, "best_val_loss": torch.tensor(1.5)}
+
+
+def test_a_number_beside_a_state_dict_is_no_second_one(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    """As nanoGPT saves it (``train.py``)."""
+    path = saved(tmp_path, NANO)
+    said = wconv("to-safetensors", path).stdout
+    assert "left out: optimizer (72 bytes), iter_num, best_val_loss" in said
+    assert "only model" not in said
+    assert load_file(tmp_path / "last.safetensors").keys() == WEIGHTS.keys()
+    assert [one.name for one in open_checkpoint(path, Reading(key="")).tensors] == ["best_val_loss"]
+    deeper = open_checkpoint(saved(tmp_path, {"state": {"best": torch.ones(1), "model": WEIGHTS}}))
+    assert [one.name for one in deeper.tensors] == list(WEIGHTS)
+    assert "not state (1 tensor" in deeper.notes[0]
+
+
+@pytest.mark.parametrize("value", [{"a": torch.ones(1), "b": {"c": torch.ones(1)}}, {"a": torch.ones(2), "b": WEIGHTS}])
+def test_what_may_be_a_second_one(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(BadRequest, match="several state dicts"):
+        open_checkpoint(saved(tmp_path, value))
+
+
+HEAD = {"weight": torch.ones(4, 3), "bias": torch.ones(4)}
+PARTS = {
+    "encoder": {"conv": WEIGHTS, "blocks": [HEAD, {"w": WEIGHTS["bias"]}], "depth": 3},
+    "head": HEAD,
+    "scale": torch.ones(1),
+}
+FLAT = {
+    "encoder.conv.weight": WEIGHTS["weight"], "encoder.conv.bias": WEIGHTS["bias"],
+    "encoder.blocks.0.weight": HEAD["weight"], "encoder.blocks.0.bias": HEAD["bias"],
+    "encoder.blocks.1.w": WEIGHTS["bias"], "head.weight": HEAD["weight"], "head.bias": HEAD["bias"],
+    "scale": PARTS["scale"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [None, "model"])
+def test_nested_dicts_of_one_model(wconv: Callable[..., Any], tmp_path: Path, key: str | None) -> None:
+    log = {"optimizer": optimizer_state(), "log": [(step, 0.5) for step in range(9)], "epoch": 3}
+    path = saved(tmp_path, {**PARTS, **log} if key is None else {"model": PARTS, "ema": {"x": WEIGHTS}, **log})
+    assert "or take all of them in one with --flatten" in wconv("to-safetensors", path, exit_code=2).stderr
+    options = ("--flatten",) if key is None else ("--key", key, "--flatten")
+    said = wconv("to-safetensors", path, *options).stdout
+    for word in ("optimizer", "log", "epoch", "depth"):
+        assert word in said
+    assert ("and not ema.x" in said) == (key is not None)
+    kept = load_file(tmp_path / "last.safetensors")
+    assert described_by_safetensors(kept).keys() == FLAT.keys()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in FLAT.items())
+    wconv("verify", path, tmp_path / "last.safetensors", *options)
+
+
+def test_what_is_said_of_all_in_one(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="in one with --key model --flatten"):
+        open_checkpoint(saved(tmp_path, {"model": {"a": WEIGHTS, "b": OTHER}, "epoch": 1}))
+    with pytest.raises(BadRequest, match=r"Choose one with --key\.$"):
+        open_checkpoint(saved(tmp_path, {"model": WEIGHTS, "ema": OTHER}))
+
+
+def test_flat_names_are_those_of_torch(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+
+    names, _ = flatten_state_dict(PARTS)
+    opened = open_checkpoint(saved(tmp_path, PARTS), Reading(flatten=True))
+    assert [one.name for one in opened.tensors] == [name for name in names if isinstance(names[name], torch.Tensor)]
+
+
+def test_a_key_with_dots_and_what_is_below_it(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a.b": {"c": {"d": WEIGHTS}}, "a": {"b": 1}})
+    opened = open_checkpoint(path, Reading(key="a.b.c", flatten=True))
+    assert [one.name for one in opened.tensors] == ["d.weight", "d.bias"]
+    with pytest.raises(BadRequest, match=r"no dict at 'a\.x'.*a\.b\.c\.d"):
+        open_checkpoint(path, Reading(key="a.x", flatten=True))
+
+
+def test_modules_in_flattened_dicts(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(3, 2)
+    opened = open_checkpoint(saved(tmp_path, {"nets": {"g": layer, "d": {"x": layer}}}), Reading(flatten=True))
+    names = ["nets.g.weight", "nets.g.bias", "nets.d.x.weight", "nets.d.x.bias"]
+    assert [one.name for one in opened.tensors] == names
+    assert "nets.g is a whole torch.nn.modules.linear.Linear" in " ".join(opened.notes)
+
+
+def holding_itself() -> dict[str, Any]:
+    value: dict[str, Any] = {"a": dict(WEIGHTS)}
+    value["a"]["again"] = value["a"]
+    return value
+
+
+ODD_NESTS: dict[str, tuple[Any, str]] = {
+    "two of one name": ({"a": {"b": torch.ones(1)}, "a.b": torch.ones(2)}, r"two tensors that would be named 'a\.b'"),
+    "a part of itself": (holding_itself(), r"a part of itself: 'a\.again'"),
+    "an unreadable one": ({"a": {"b": torch.ones(2).to_sparse(), **WEIGHTS}}, r"tensor 'a\.b' is sparse"),
+    "an array": ({"a": {"b": np.ones(2)}, **WEIGHTS}, r"tensor 'a\.b' is an array of numpy"),
+    "a trainer's alone": ({"optimizer": optimizer_state()}, "holds no tensors there"),
+}
+
+
+@pytest.mark.parametrize(("value", "said"), ODD_NESTS.values(), ids=ODD_NESTS)
+def test_what_cannot_be_flattened(tmp_path: Path, value: Any, said: str) -> None:
+    with pytest.raises((BadFile, Unsupported), match=said):
+        open_checkpoint(saved(tmp_path, value), Reading(flatten=True))
+
+
+def test_a_bomb_of_dicts_is_no_matter(tmp_path: Path) -> None:
+    value: Any = {"w": torch.ones(1)}
+    for _ in range(30):
+        value = {"a": value, "b": value}
+    with pytest.raises(HostileFile, match="more than 200,000 tensors"):
+        open_checkpoint(saved(tmp_path, value), Reading(flatten=True))

@@ -132,7 +132,7 @@ def test_a_folder_of_verl(wconv: Callable[..., Any], tmp_path: Path) -> None:
     told = json.loads(wconv("inspect", checkpoint, "--json").stdout)
     assert [(one["format"], one["tensors"]) for one in told["weight_sets"]] == [("FSDP ranks", len(judge))]
     assert not any("world_size_" in name for name in told["not_weights"] + told["other_weights"])
-    assert len(told["training_state"]) == 8
+    assert len(told["training_state"]) == 9
     wconv("to-safetensors", checkpoint, "-o", tmp_path / "out")
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), judge)
     assert not list((tmp_path / "out").glob("*_world_size_*"))

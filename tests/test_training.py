@@ -67,11 +67,18 @@ def trained(builders: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     [
         (
             "trainer",
-            ["checkpoint-1/ (a training checkpoint: 8 files", "checkpoint-2/", "trainer_state.json (training "],
+            [
+                "not carried over: checkpoint-1/ (a training checkpoint: 8 files",
+                "not carried over: checkpoint-2/",
+                "trainer_state.json",
+            ],
         ),
         (
             "accelerate",
-            ["optimizer.bin (training state, ", "random_states_0.pkl", "scheduler.bin", "step_4/ (a training"],
+            [
+                "not carried over: optimizer.bin, random_states_0.pkl, scheduler.bin (training state, ",
+                "not carried over: step_4/ (a training",
+            ],
         ),
     ],
 )
@@ -81,7 +88,7 @@ def test_training_state_is_left_behind(
     for args in (("--dry-run",), ()):
         shown = wconv("to-safetensors", trained[name], "-o", tmp_path / "out", *args).stdout
         for path in left:
-            assert f"not carried over: {path}" in shown
+            assert path in shown
         assert "2 other files, " in shown
         assert ": config.json, generation_config.json." in shown
     assert set(names_in(tmp_path / "out")) == CARRIED

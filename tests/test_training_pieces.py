@@ -35,18 +35,18 @@ OPTIM = {"optimizer_state_dict": {"zero_stage": 3, "partition_count": 2, "fp32_f
          "ds_version": "0.19.8"}  # fmt: skip
 # The file, what is in it, and a part of what names its reader; of those after a bar, files that lie beside it.
 FILES = {
-    "ZeRO-3": ("zero_pp_rank_0_mp_rank_00_model_states.pt", zero_model_states(), "zero_to_fp32.py"),
-    "ZeRO-3, renamed": ("model.pt", zero_model_states(), "zero_to_fp32.py"),
+    "ZeRO-3": ("zero_pp_rank_0_mp_rank_00_model_states.pt", zero_model_states(), "of all ranks"),
+    "ZeRO-3, renamed": ("model.pt", zero_model_states(), "of all ranks"),
     "ZeRO-3, with frozen ones": (
-        "model.pt", zero_model_states(frozen_param_fragments={"f.weight": torch.ones(2)}), "zero_to_fp32.py"),
-    "ZeRO, optimizer": ("bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", OPTIM, "zero_to_fp32.py"),
-    "ZeRO, optimizer, renamed": ("a.pt", OPTIM, "zero_to_fp32.py"),
+        "model.pt", zero_model_states(frozen_param_fragments={"f.weight": torch.ones(2)}), "of all ranks"),
+    "ZeRO, optimizer": ("bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", OPTIM, "of all ranks"),
+    "ZeRO, optimizer, renamed": ("a.pt", OPTIM, "of all ranks"),
     "DeepSpeed, tensor-parallel": ("mp_rank_01_model_states.pt", zero_model_states(1), "DeepSpeed"),
     "DeepSpeed, first of two": ("mp_rank_00_model_states.pt|mp_rank_01_model_states.pt", zero_model_states(1), "DeepS"),
     "DeepSpeed, tensor-parallel, renamed": ("a.pt", zero_model_states(1, mp_world_size=2), "DeepSpeed"),
     "DeepSpeed, a layer": ("layer_03-model_00-model_states.pt", make_state("ab"), "DeepSpeed"),
-    "a model saved under ZeRO-3": ("pytorch_model.bin", {**EMPTY, "norm.weight": torch.ones(4)}, "zero_to_fp32.py"),
-    "the same in safetensors": ("model.safetensors", {**EMPTY, "norm.weight": torch.ones(4)}, "zero_to_fp32.py"),
+    "a model saved under ZeRO-3": ("pytorch_model.bin", {**EMPTY, "norm.weight": torch.ones(4)}, "of all ranks"),
+    "the same in safetensors": ("model.safetensors", {**EMPTY, "norm.weight": torch.ones(4)}, "of all ranks"),
     "accelerate, by another name": ("model_fsdp_rank_0.pt", make_state("ab"), "FULL_STATE_DICT"),
     "Megatron": ("mp_rank_01/model_optim_rng.pt|mp_rank_00/x.pt", {"model": make_state("ab")}, "Megatron"),
     "Megatron, pipeline": ("mp_rank_00_000/model_optim_rng.pt|mp_rank_00_001/x.pt", make_state(), "Megatron"),
@@ -117,7 +117,7 @@ def test_weights_beside_pieces_in_other_folders_are_read(wconv: Callable[..., An
 def test_a_trainers_folder_with_zero_in_it(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save(zero_model_states(), tmp_path / "c" / "global_step5" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     write_json(tmp_path / "c" / "config.json", {"architectures": ["LlamaForCausalLM"]})
-    assert "zero_to_fp32.py" in wconv("to-safetensors", tmp_path / "c", exit_code=4).stderr
+    assert "of all ranks" in wconv("to-safetensors", tmp_path / "c", exit_code=4).stderr
 
 
 def test_in_python(tmp_path: Path) -> None:

@@ -25,6 +25,13 @@ class Subclass(torch.Tensor):
     """A class of a user's own."""
 
 
+class OnAnotherDevice:
+    """What torch writes of a tensor on XLA and the like (``Tensor._reduce_ex_internal``)."""
+
+    def __reduce__(self) -> Any:
+        return torch._utils._rebuild_device_tensor_from_numpy, (np.ones(2), torch.float32, "xla:0", False)
+
+
 def made(make: Callable[[], Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -47,6 +54,7 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     "bits8": (lambda: torch.zeros(2, dtype=torch.uint8).view(torch.bits8), "is bits8"),
     "a subclass": (lambda: BASE.clone().as_subclass(Subclass), "Subclass"),
     "uninitialized": (torch.nn.UninitializedParameter, "is not initialized"),
+    "of another device": (OnAnotherDevice, "move the model to the CPU"),
     "a storage": (lambda: torch.ones(3)._typed_storage(), "is a storage"),
     "an array": (lambda: np.ones(3), "is an array of numpy"),
 }  # fmt: skip

@@ -30,6 +30,7 @@ _HOW = {
     "names": "names what it does not use",
     "makes": "makes an object, left out here, of",
     "calls": "would call, and never does here",
+    "holds": "holds modules, whose tensors are taken, of the classes",
 }
 # What else lies in a folder, in the order that it is shown.
 _REST = {
@@ -178,8 +179,10 @@ def _show_remarks(described: dict[str, Any]) -> None:
         echo(printable(f"tied: {dropped} is {kept}"))
     for note in described["notes"]:
         echo(printable(f"note: {note}"))
-    for name, how in described["globals"].items():
-        echo(printable(f"its pickle {_HOW[how]}: {name}"))
+    for how, words in _HOW.items():
+        names = [name for name, what in described["globals"].items() if what == how]
+        if names:
+            echo(printable(f"its pickle {words}: {', '.join(names)}"))
 
 
 def _show_tensors(described: dict[str, Any]) -> None:

@@ -189,6 +189,11 @@ _CONVERSION_OPTIONS = {
         metavar="PATH",
         help="Of several state dicts in a checkpoint take the one under this key, such as ema or model.net.",
     ),
+    "flatten": click.option(
+        "--flatten",
+        is_flag=True,
+        help="Take all tensors in the dicts of a checkpoint, or in those below --key, under names joined by dots.",
+    ),
     "config": click.option(
         "--config",
         type=PlaceType(is_read=True),
@@ -249,6 +254,12 @@ _CONVERSION_OPTIONS = {
     ),
     "dry-run": click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing."),
 }
+
+
+def reading_options(command: _F) -> _F:
+    """Give a command the options on what is read of a pickled checkpoint, and under which names."""
+    names = ("key", "flatten", "strip-prefix", "strip-code", "skip-unreadable")
+    return _apply(tuple(_CONVERSION_OPTIONS[name] for name in names), command)
 
 
 def run_options(command: _F) -> _F:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import PlaceType, output_options, run_options
+from converter.cli.options import PlaceType, output_options, reading_options, run_options
 from converter.cli.terminal import echo, open_meter, show_bytes, show_commits, show_json, show_table
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ _WHAT = {
 @click.option(
     "--quantized", is_flag=True, help="Allow 8 bits in B, as 'wconv quantize' writes them, and show the errors."
 )
+@reading_options
 @run_options
 @output_options
 def command(
@@ -47,17 +48,19 @@ def command(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    **of_a: Any,
 ) -> int:
     """Compare all weights at A with those at B, bit for bit; exit code 1 if they differ.
 
-    A and B are files, indexes or folders, or URLs of them, in any of the formats that wconv reads.
+    A and B are files, indexes or folders, or URLs of them, in any of the formats that wconv reads. --key, --flatten and
+    the like are for A: as they were given when B was made of it.
     """
     from converter.recipes.verify import verify
 
     a, b = a.pinned(), b.pinned()
     with open_meter(None, "comparing", quiet) as meter:
         how = partial(verify, executor=executor, workers=workers, memory_nbytes=int(memory), progress=meter)
-        found = how(a, b, cast=cast, quantized=quantized)
+        found = how(a, b, cast=cast, quantized=quantized, **of_a)
     if as_json:
         show_json({"equal": found.is_equal, **asdict(found, dict_factory=_finite)})
     elif not quiet:

@@ -14,6 +14,7 @@ from converter.models.component import nested
 from converter.models.inventory import Inventory, Part
 from converter.models.names import WeightsName, spelled_variant
 from converter.models.sets import ListedSet
+from converter.transforms.names import find_wrappers
 
 _NAMED = 3  # of files, and of what a pickle names
 
@@ -204,6 +205,13 @@ def _old_attention(part: Part) -> Iterator[Finding]:
             yield Finding("old-attention", listed.path, part.name, problem)
 
 
+def _wrapped(part: Part) -> Iterator[Finding]:
+    for listed in part.sound_sets if part.component.class_names else ():
+        found = find_wrappers([name for header in part.headers_of(listed) for name in header.names])
+        if found:
+            yield Finding("names-wrapped", listed.path, part.name, f"has {found} in the names of its tensors")
+
+
 def _headers(part: Part) -> Iterator[Finding]:
     for listed in part.sets:
         for name in facts.lacks_format(part, listed):
@@ -223,6 +231,6 @@ _FOLDER_CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 _PART_CHECKS: tuple[_PartCheck, ...] = (
     faults.unreadable_files, _partial_downloads, faults.missing_shards, _indexes, _training_checkpoints, _twins,
-    _strays, _single_variants, _names, _sharded_bins, _two_forms, _dtypes, _quantized, _old_attention, _headers,
-    _pickles,
+    _strays, _single_variants, _names, _sharded_bins, _two_forms, _dtypes, _quantized, _old_attention, _wrapped,
+    _headers, _pickles,
 )  # fmt: skip

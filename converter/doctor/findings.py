@@ -236,6 +236,11 @@ KINDS: dict[str, Kind] = {
         "Diffusers renames them only in a single file; in shards they are not used, and the weights stay random.",
         "--fix merges the shards into one file.",
     ),
+    "names-wrapped": Kind(
+        "error", "Tensors under names that a wrapper gives, such as module. or _orig_mod.",
+        "Loaders find none of them under its own name, and the weights stay random.",
+        "'wconv to-safetensors SRC -o NEW' takes it off.",
+    ),
     "header-format": Kind(
         "warning", "A safetensors header without a format",
         "accelerate warns; older transformers refuse the file.", "--fix writes the header anew.",

@@ -48,9 +48,21 @@ def _is_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar"
 
 
+def _is_npz(head: bytes) -> bool:
+    """Say whether the first record of an archive is an array of numpy (APPNOTE.TXT 4.3.7)."""
+    return head.startswith(b"PK\x03\x04") and head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy")
+
+
+def _late(module: str, file: OpenFile, reading: Reading) -> WeightsFile:
+    """Read a file with a module of this package that few need."""
+    read: ReadFile = import_module(f"converter.formats.{module}").read_file
+    return read(file, reading)
+
+
 # By the first bytes of a file. The first row that matches reads it.
 FILES: tuple[tuple[Callable[[bytes], bool], ReadFile], ...] = (
     (_is_safetensors, lambda file, _: safetensors.read_file(file)),
+    (_is_npz, partial(_late, "npz")),
     (lambda head: head.startswith(files.HEADS), files.read_file),
 )
 WRITERS: Mapping[str, Writer] = {
@@ -64,8 +76,9 @@ class FolderRow:
     """One format of many files: by which names in a folder it is recognised, and what reads it, or why nothing does.
 
     ``pieces`` is a pattern of the names of all its files; a group ``of`` in it tells several checkpoints in one folder
-    apart. ``head`` is a pattern of the file that says what is in the others, and ``read_file`` reads that. Files of the
-    names ``beside`` lie there too. Where there is no reader, ``problem`` and ``advice`` are said of the folder.
+    apart. ``head`` is a pattern of the file that says what is in the others, and ``read_file`` reads that. Of each
+    pattern ``beside`` something lies there too. Where there is no reader, ``problem`` and ``advice`` are said of the
+    folder.
     """
 
     pieces: str
@@ -79,14 +92,18 @@ class FolderRow:
         """Say why a folder of this format is not read, if it is not."""
         return None if self.read_file else TrainingPiece(folder, self.problem, self.advice)
 
-    def find(self, folder: Place, names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    def is_beside(self, names: Collection[str]) -> bool:
+        """Say whether all that has to lie in the folder does, by the names in it."""
+        return all(any(re.fullmatch(pattern, name) for name in names) for pattern in self.beside)
+
+    def find(self, names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Give, of each checkpoint of this format in a folder with these names, its head and its other files."""
         members: dict[str, list[str]] = {}
         for name in names:
             match = re.fullmatch(self.pieces, name)
             if match:
                 members.setdefault(match.groupdict().get("of") or "", []).append(name)
-        if not members or not all((folder / name).is_file() for name in self.beside):
+        if not members or not self.is_beside(names):
             return
         for of_one in members.values():
             ordered = sorted(of_one, key=natural_key)
@@ -95,21 +112,18 @@ class FolderRow:
                 yield head, tuple(name for name in ordered if name != head)
 
 
-def _late(module: str, file: OpenFile, reading: Reading) -> WeightsFile:
-    """Read a file with a module of this package that few need."""
-    read: ReadFile = import_module(f"converter.formats.{module}").read_file
-    return read(file, reading)
-
-
 # The first row that matches a file speaks of it.
 FOLDERS: dict[str, FolderRow] = {
     "DCP, by ranks": FolderRow(r"__\d+\.metadata|.+\.distcp", r"__\d+\.metadata", (), None, *training.DCP_BY_RANKS),
-    "DCP of Megatron": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", ("metadata.json", "common.pt"),
+    "DCP of Megatron": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (r"metadata\.json", r"common\.pt"),
                                  None, *training.DCP_OF_MEGATRON),
     "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), partial(_late, "dcp")),
     "DCP in safetensors": FolderRow(training.DCP_SHARD, training.DCP_SHARD, (), partial(_late, "dcp_safetensors")),
     "DCP, unfinished": FolderRow(r".+\.distcp", r".+\.distcp", (), None, *training.DCP_UNFINISHED),
     "FSDP ranks": FolderRow(training.RANKS, training.RANKS, (), partial(_late, "ranks")),
+    "ZeRO": FolderRow(training.ZERO_PIECES, training.ZERO_HEAD, (training.ZERO_OPTIMIZER,), partial(_late, "zero")),
+    "ZeRO, universal": FolderRow(training.ZERO_PIECES, training.ZERO_HEAD, (training.ZERO_UNIVERSAL,),
+                                 partial(_late, "zero")),
 }  # fmt: skip
 
 
@@ -141,7 +155,7 @@ _LOOKALIKES: tuple[tuple[Callable[[bytes], bool], type[BadFile] | type[Unsupport
     (lambda head: head.startswith(b"\x89HDF"), Unsupported, "is an HDF5 file (TensorFlow), which wconv does not read",
      ""),
     (_is_tar, Unsupported, "is a tar archive, as PyTorch wrote before 0.1.10",
-     "Load it with torch and save it again with torch.save."),
+     "Where you trust it, load it with torch.load(..., weights_only=False) and save its state_dict() with torch.save."),
     (lambda head: b'"' in head and head.lstrip()[:1] in (b"{", b"["), BadFile, "is JSON text, not weights", _FETCH),
 )  # fmt: skip
 
@@ -153,11 +167,11 @@ def could_be_weights(place: Place) -> bool:
     return _is_tar(head) or any(matches(head) for matches, _ in FILES)
 
 
-def gather(folder: Place, names: Iterable[str]) -> Iterator[Gathered]:
+def gather(names: Iterable[str]) -> Iterator[Gathered]:
     """Give the checkpoints of many files that lie in a folder with these names."""
     left = set(names)
     for form, row in FOLDERS.items():
-        for head, pieces in row.find(folder, left):
+        for head, pieces in row.find(left):
             left.difference_update((head, *pieces))
             yield Gathered(form, head, pieces)
 
@@ -172,12 +186,14 @@ def refuse_folder(folder: Place) -> None:
     """Raise TrainingPiece for a folder, without weights that wconv reads, that holds pieces or folders of them."""
     for inner in (folder, *filter(Place.is_folder, folder.entries())):
         entries = list_entries(inner)
-        for one in gather(inner, [place.name for place in entries]):
+        read: set[str] = set()
+        for one in gather([place.name for place in entries]):
             refusal = one.row.refusal(inner)
             if refusal:
                 raise refusal
+            read.update((one.head, *one.pieces))
         for place in entries:
-            if place.name.endswith(".pt"):
+            if place.name.endswith(".pt") and place.name not in read:
                 training.check_name(place)
 
 
@@ -186,14 +202,19 @@ def read_files(places: Iterable[Place], reading: Reading = PLAIN) -> Iterator[We
     return look_at_each(partial(read_file, reading=reading), list(places))
 
 
+def _is_head(place: Place, row: FolderRow) -> bool:
+    if not re.fullmatch(row.head, place.name):
+        return False
+    return not row.beside or row.is_beside([entry.name for entry in list_entries(place.parent)])
+
+
 def read_file(place: Place, reading: Reading = PLAIN) -> WeightsFile:
     """Read the header of a weight file in whatever format it is; ``reading`` is for pickled ones.
 
     The head of a folder's format tells of all its files. Raises BadFile or Unsupported for a file that is none, and
     says what it is instead; TrainingPiece for a part of one.
     """
-    rows = (row for row in FOLDERS.values() if row.read_file and re.fullmatch(row.head, place.name))
-    read = next((row.read_file for row in rows), None)
+    read = next((row.read_file for row in FOLDERS.values() if row.read_file and _is_head(place, row)), None)
     if not read:
         training.check_name(place)
     with place.open() as file:

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile, HostileFile, Unsupported, Where
 from converter.formats.torch.archive import open_content
-from converter.formats.torch.rebuild import Left, Listed, TensorRef, Unreadable, parse_metadata, parse_pickle, shape_of
+from converter.formats.torch.rebuild import (
+    Left,
+    Listed,
+    TensorRef,
+    Unreadable,
+    checked,
+    parse_metadata,
+    parse_pickle,
+    shape_of,
+)
 from converter.formats.torch.state_dict import Reading, choose_state_dict, is_training_key
 from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES, KeptObject, Pickled, allow_steps
 from converter.storage import OpenFile, Place, Window
 from converter.tensors.base import MAX_NAME, Tensor, TensorSource, WeightsFile
-
-_T = TypeVar("_T")
 
 _METADATA = "torch.distributed.checkpoint.metadata.Metadata"
 _INDEX = "torch.distributed.checkpoint.metadata.MetadataIndex"
@@ -74,9 +81,9 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     pickled = parse_metadata(file.read(0, MAX_PICKLE_NBYTES + 1), place, reading.strip_code, _FIELDS)
     try:
         listed = _Listing(place, pickled.value)
-        foreign = {name: how for name, how in pickled.foreign.items() if name not in _OWN}
-        pickled = pickled._replace(value=listed.tree(), foreign=foreign)
-        state_dict, notes = choose_state_dict(pickled, place, reading)
+        others = {name: how for name, how in pickled.foreign.items() if name not in _OWN}
+        pickled = pickled._replace(value=listed.tree(), foreign=others)
+        state_dict, notes, foreign = choose_state_dict(pickled, place, reading)
         tensors = tuple(listed.take(state_dict))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadFile(place, "does not describe a checkpoint as torch.distributed.checkpoint does", _DAMAGED) from error
@@ -91,13 +98,13 @@ class _Listing:
             raise TypeError("metadata of another kind")
         state = metadata.state
         self.place = place
-        self.tensors: Mapping[str, Any] = _checked(state["state_dict_metadata"], dict)
+        self.tensors: Mapping[str, Any] = checked(state["state_dict_metadata"], dict)
         self.paths: Mapping[str, Any] = state.get("planner_data") or {}
         self.items: dict[_Key, _Item] = {}
         self.left_nbytes: dict[str, int] = defaultdict(int)  # of what is no tensor, by name
         self.parsed: dict[bytes, Pickled] = {}
         self.steps = allow_steps(_MAX_STEPS)
-        stored = _checked(state["storage_data"], dict)
+        stored = checked(state["storage_data"], dict)
         self._check_count(len(stored))
         while stored:  # each goes as its item comes: the one takes the other's memory
             self._add_item(*stored.popitem())
@@ -108,10 +115,9 @@ class _Listing:
 
     def _name(self, name: Any) -> str:
         """Give a name that is one. Raises TypeError for what is no text."""
-        checked = _checked(name, str)
-        if len(checked) > MAX_NAME:
-            raise HostileFile(self.place, f"holds a name of {len(checked):,} characters")
-        return checked
+        if len(checked(name, str)) > MAX_NAME:
+            raise HostileFile(self.place, f"holds a name of {len(name):,} characters")
+        return str(name)
 
     def _add_item(self, key: Any, stored: Any) -> None:
         name, begin = _fields_of(key, _INDEX)
@@ -153,17 +159,17 @@ class _Listing:
         if path is None:
             head, _, rest = name.partition(".")  # of what was saved flat
             return (head, rest) if rest and is_training_key(head) else (name,)
-        if not 0 < len(_checked(path, tuple)) <= _MAX_DEPTH or not all(type(step) in (str, int) for step in path):
+        if not 0 < len(checked(path, tuple)) <= _MAX_DEPTH or not all(type(step) in (str, int) for step in path):
             raise TypeError("a path that is none")
         return tuple(map(str, path))
 
     def _leaf_of(self, name: str, told: Mapping[str, Any] | None) -> Any:
         if told is None or "chunks" not in told:
             return Left(self.left_nbytes[name])
-        dtype = _checked(told["properties"].state[0], DType)
+        dtype = checked(told["properties"].state[0], DType)
         if dtype.tag not in DTYPES:
             return Unreadable(f"is {dtype.torch_name}, a dtype that safetensors does not have")
-        _checked(told["chunks"], list)
+        checked(told["chunks"], list)
         return Listed(dtype, shape_of(told["size"]), name)
 
     def take(self, state_dict: dict[str, TensorRef | Listed]) -> Iterator[Tensor]:
@@ -256,16 +262,9 @@ def _ends_of(item: _Item) -> tuple[tuple[int, int], ...]:
     return (0, _HEAD_NBYTES), (item.nbytes - _TAIL_NBYTES, _TAIL_NBYTES)
 
 
-def _checked(value: Any, kind: type[_T]) -> _T:
-    """Give a value that is of a kind. Raises TypeError for another."""
-    if type(value) is not kind:
-        raise TypeError(f"no {kind.__name__}")
-    return value
-
-
 def _spelled(extensions: Any) -> str:
     """Name the extensions that packed a box: texts, of a list that may hold anything."""
-    named = [name[:MAX_NAME] for name in _checked(extensions, list)[:_MAX_NAMED] if type(name) is str]
+    named = [name[:MAX_NAME] for name in checked(extensions, list)[:_MAX_NAMED] if type(name) is str]
     return ", ".join(named)
 
 
@@ -277,7 +276,7 @@ def _fields_of(value: Any, name: str) -> Any:
 
 
 def _number(value: Any) -> int:
-    number = _checked(value, int)
+    number = checked(value, int)
     if number < 0:
         raise TypeError("a number below 0")
     return number

@@ -211,7 +211,7 @@ def _read_rank(file: OpenFile, reading: Reading) -> _Rank:
     content = open_content(file, reading.strip_code)
     place = content.place
     check_pickled(content.pickled.value, place)
-    state_dict, notes = choose_state_dict(content.pickled, place, reading)
+    state_dict, notes, foreign = choose_state_dict(content.pickled, place, reading)
     wholes: dict[str, tuple[DType, tuple[int, ...], list[tuple[_Start, str]]]] = {}
     refs: dict[str, AnyTensor] = {}
     world, count = 1, 0
@@ -232,7 +232,6 @@ def _read_rank(file: OpenFile, reading: Reading) -> _Rank:
                 if refs.setdefault(key, local) is not local:
                     raise BadFile(place, f"holds two tensors named {key!r}")
     notes += tuple(content.notes_on(refs))
-    foreign = content.pickled.foreign
     content = content._replace(pickled=content.pickled._replace(value=None))
     del state_dict
     sources = dict(content.take_sources(refs))

@@ -17,10 +17,14 @@ from converter.formats.torch.rebuild import TensorRef
 from converter.storage import Place, list_entries
 from converter.tensors.base import Tensor, WeightsFile
 
-_TO_FP32 = "'python zero_to_fp32.py CHECKPOINT OUT', a script that DeepSpeed puts beside it, makes weights of it."
+_ALL_RANKS = "Name the folder in which the *_model_states.pt and *_optim_states.pt of all ranks lie: wconv reads that."
 _DCP_TO_TORCH = (
     "'python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt' makes one file of it, which "
     "wconv converts; that runs what its pickles say, so do it only where you trust the folder."
+)
+_EMPTIED = (
+    "The weights lie in the checkpoint of the training: name its folder, in which the *_model_states.pt and "
+    "*_optim_states.pt of all ranks lie."
 )
 _ACCELERATE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
 _SHARDED = (
@@ -28,10 +32,22 @@ _SHARDED = (
 )
 _MEGATRON = "Megatron-LM's tools/checkpoint/convert.py, or Megatron-Bridge, makes a model of all ranks."
 _META = "convert_llama_weights_to_hf.py of transformers makes a model of all of them."
-_DEEPSPEED = "DeepSpeed's own checkpoint tools (ds_to_universal.py) read all ranks."
+DEEPSPEED = "DeepSpeed's own checkpoint tools (ds_to_universal.py) read all ranks."
+
+TENSOR_PARALLEL = ("is one rank's part of a tensor-parallel DeepSpeed checkpoint", DEEPSPEED)
 
 # A rank's file of torch's writer for Hugging Face (``SHARDED_FILE_NAME`` in ``checkpoint/_hf_utils.py``).
 DCP_SHARD = r"shard-(?P<rank>\d{5,9})-model-\d{5,9}-of-\d{5,9}\.safetensors"
+
+# DeepSpeed's files (``_get_zero_ckpt_prefix`` and others in ``deepspeed/runtime/engine.py``, ``ckpt_layer_path`` in
+# ``pipe/module.py``; very old ones lack a ``_``), and the folder that a universal checkpoint has for its parameters.
+ZERO_PIECES = (
+    r"((bf16_|fp16_)?zero_pp_rank_\d+_|expp_rank_\d+_|(layer_\d+_)?expert_\d+_)?mp_rank_\d+_?(model|optim)_states\.pt"
+    r"|layer_\d+-model_\d+.*-model_states\.pt"
+)
+ZERO_HEAD = r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt"
+ZERO_OPTIMIZER = r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,9})_mp_rank_0+_?optim_states\.pt"
+ZERO_UNIVERSAL = "zero"
 
 # What is said of folders, and what to do about it.
 DCP = ("is a checkpoint of torch.distributed.checkpoint (DCP)", _DCP_TO_TORCH)
@@ -65,16 +81,15 @@ class _Name(NamedTuple):
 # fsdp_utils.py``, ``verl/utils/checkpoint/fsdp_checkpoint_manager.py``, ``megatron/training/checkpointing.py``, Meta's
 # ``llama/generation.py``, ``vllm/model_executor/model_loader/sharded_state_loader.py``.
 _NAMES = (
+    _Name(r".*/(layer_\d+(-model_\d+|_expert_\d+_mp_rank_\d+)|(expp_rank|expert)_\d+_mp_rank_\d+).*"
+          r"[-_](model|optim)_states\.pt",
+          "is one layer's or one expert's part of a DeepSpeed checkpoint", DEEPSPEED),
+    _Name(r".*/([a-z0-9]+_)*mp_rank_0*[1-9]\d*_?(model|optim)_states\.pt", *TENSOR_PARALLEL),
+    _Name(r".*/mp_rank_0+_model_states\.pt", *TENSOR_PARALLEL, "mp_rank_*1_model_states.pt"),
     _Name(r".*/zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt",
-          "is one rank's part of a DeepSpeed ZeRO-3 checkpoint, whose tensors are empty here", _TO_FP32),
+          "is one rank's part of a DeepSpeed ZeRO-3 checkpoint, whose tensors are empty here", _ALL_RANKS),
     _Name(r".*/(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt",
-          "is one rank's part of a DeepSpeed optimizer, with the float32 weights cut up", _TO_FP32),
-    _Name(r".*/(layer_\d+(-model_\d+|_expert_\d+_mp_rank_\d+)|expp_rank_\d+_mp_rank_\d+).*[-_](model|optim)_states\.pt",
-          "is one layer's or one expert's part of a DeepSpeed checkpoint", _DEEPSPEED),
-    _Name(r".*/mp_rank_0*[1-9]\d*_model_states\.pt",
-          "is one rank's part of a tensor-parallel DeepSpeed checkpoint", _DEEPSPEED),
-    _Name(r".*/mp_rank_0+_model_states\.pt",
-          "is one rank's part of a tensor-parallel DeepSpeed checkpoint", _DEEPSPEED, "mp_rank_*1_model_states.pt"),
+          "is one rank's part of a DeepSpeed optimizer, with the float32 weights cut up", _ALL_RANKS),
     _Name(r".*/(pytorch_model|model)_fsdp(_\d+)?_rank_?\d+\.(bin|pt)",
           "is one rank's part of a model, as accelerate's FSDP saves it", _ACCELERATE),
     _Name(r".*/(optim|extra_state)_world_size_\d+_rank_\d+\.pt",
@@ -116,7 +131,7 @@ def check_content(file: WeightsFile) -> None:
     emptied = _find_emptied(file.tensors)
     if emptied:
         problem = f"was saved under DeepSpeed ZeRO-3 without its weights: {len(emptied):,} tensors have no elements"
-        raise TrainingPiece(file.place, f"{problem}, such as {emptied[0]!r}", f"Of the checkpoint {_TO_FP32}")
+        raise TrainingPiece(file.place, f"{problem}, such as {emptied[0]!r}", _EMPTIED)
 
 
 def _find_emptied(tensors: Iterable[Tensor]) -> list[str]:
@@ -133,7 +148,7 @@ def _is_zero_3(value: Mapping[Any, Any]) -> bool:
 
 def _is_zero_optimizer(value: Mapping[Any, Any]) -> bool:
     inner = value.get("optimizer_state_dict")
-    return isinstance(inner, dict) and "zero_stage" in inner and "partition_count" in inner
+    return isinstance(inner, dict) and "partition_count" in inner
 
 
 def _is_tensor_parallel(value: Mapping[Any, Any]) -> bool:
@@ -142,9 +157,9 @@ def _is_tensor_parallel(value: Mapping[Any, Any]) -> bool:
 
 
 _CONTENTS: tuple[tuple[Callable[[Mapping[Any, Any]], bool], str, str], ...] = (
-    (_is_zero_3, "is one rank's part of a DeepSpeed ZeRO-3 checkpoint, whose tensors are empty here", _TO_FP32),
-    (_is_zero_optimizer, "is one rank's part of a DeepSpeed optimizer, with the float32 weights cut up", _TO_FP32),
-    (_is_tensor_parallel, "is one rank's part of a tensor-parallel DeepSpeed checkpoint", _DEEPSPEED),
+    (_is_zero_3, "is one rank's part of a DeepSpeed ZeRO-3 checkpoint, whose tensors are empty here", _ALL_RANKS),
+    (_is_zero_optimizer, "is one rank's part of a DeepSpeed optimizer, with the float32 weights cut up", _ALL_RANKS),
+    (_is_tensor_parallel, *TENSOR_PARALLEL),
 )
 
 

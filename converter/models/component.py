@@ -41,7 +41,7 @@ class WeightSet:
     @property
     def is_of_many(self) -> bool:
         """Whether it is a training checkpoint, of files that are read together."""
-        return self.name.ext not in WEIGHT_EXTENSIONS
+        return self.name.ext not in ("", *WEIGHT_EXTENSIONS)  # a single file may have any name
 
     @property
     def label(self) -> str:

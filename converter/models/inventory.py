@@ -21,7 +21,7 @@ from converter.models.component import Component, WeightSet
 from converter.models.configs import NO_OBJECT, look_into
 from converter.models.headers import Header, read_all
 from converter.models.hub_cache import snapshot_of
-from converter.models.names import WeightsName, is_training_state, parse_name
+from converter.models.names import is_training_state, name_of_other, parse_name
 from converter.models.sets import (
     ListedSet,
     group,
@@ -348,5 +348,5 @@ def find_weight_set(path: Given) -> WeightSet:
             raise BadRequest(place, "is a shard of several sets", "Name the index of the one you mean.")
         if sets:
             return sets[0]
-    name = name_of_many(form) if form else parsed.name if parsed else WeightsName(place.name, None, "")
+    name = name_of_many(form) if form else parsed.name if parsed else name_of_other(place.name)
     return WeightSet(place.parent, name, (place.name,))

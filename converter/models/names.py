@@ -52,7 +52,8 @@ _KNOWN_TAGS = re.compile(r"(?:fp|bf|f|int)\d+\w*|(?:non_?)?ema", re.IGNORECASE)
 _TRAINING_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|training_state|trainer_state|"
     r"dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|ckpt|safetensors)(\.index\.json)?|"
-    r"(optim|extra_state)_world_size_\d+_rank_\d+\.pt|(trainer|training)_state\.json|zero_to_fp32\.py"
+    r"(optim|extra_state)_world_size_\d+_rank_\d+\.pt|(trainer|training)_state\.json|zero_to_(fp32|torch)\.py|"
+    r"fsdp_config\.json|latest(_universal)?"
 )
 # Folders of an optimizer alone, such as accelerate's (``OPTIMIZER_NAME`` in ``accelerate/utils/constants.py``).
 _TRAINING_FOLDER = re.compile(r"optim(izer)?(_states?)?(_\d+)?")
@@ -199,6 +200,15 @@ def parse_name(file_name: str) -> ParsedName | None:
         stem, inner = _split_variant(match["base"])
         return ParsedName(WeightsName(stem, inner, match["ext"]), "single")
     return None
+
+
+def name_of_other(file_name: str) -> WeightsName:
+    """Give the name of the set that a file of any name makes, where a user names it.
+
+    >>> name_of_other("weights.npz").in_format("safetensors").single
+    'weights.safetensors'
+    """
+    return WeightsName(file_name.removesuffix(".npz"), None, "")
 
 
 def is_other_file(file_name: str) -> bool:

@@ -22,13 +22,14 @@ class Selection:
     """Which weights are read: of these ``components`` (all, if none is named), and of a variant.
 
     ``from_variant`` is a tag, or ``"none"`` for untagged. Without ``every_variant`` each component gives one set, the
-    untagged one before others. ``key``, ``strip_code`` and ``skip_unreadable`` are as in Reading.
+    untagged one before others. ``key``, ``flatten``, ``strip_code`` and ``skip_unreadable`` are as in Reading.
     """
 
     components: tuple[str, ...] = ()
     from_variant: str | None = None
     every_variant: bool = True
     key: str | None = None
+    flatten: bool = False
     strip_code: bool = False
     skip_unreadable: bool = False
 
@@ -38,7 +39,8 @@ class Selection:
     @property
     def reading(self) -> Reading:
         """How pickled files are read."""
-        return Reading(self.key, self.strip_code, self.strip_code or self.skip_unreadable)
+        skip_unreadable = self.strip_code or self.skip_unreadable
+        return Reading(self.key, self.strip_code, skip_unreadable, flatten=self.flatten)
 
 
 def texts_of(given: str | Iterable[str]) -> tuple[str, ...]:

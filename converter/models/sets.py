@@ -113,7 +113,7 @@ def group_whole(folder: Place, names: Iterable[str]) -> tuple[tuple[ListedSet, .
     """Give the sets that files of a folder, by its names, make only together, and what keeps some from being read."""
     sets: list[ListedSet] = []
     unread: dict[str, WconvError] = {}
-    for one in gather(folder, names):
+    for one in gather(names):
         refusal = one.row.refusal(folder)
         if refusal:
             unread[one.head] = refusal

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from converter.errors import name_some
 from converter.models.component import Component, WeightSet
@@ -12,46 +12,54 @@ from converter.plan.make import join
 from converter.storage import UNLISTED, FileRef, Place
 
 _NAMED = 3  # of files that come from another folder
+_NAMED_TRAINING = 8  # of a trainer's files: each rank may have some
 
 
 def find_copied(
     model: Model, selected: Sequence[tuple[Component, WeightSet]], target: Place, follow_links: bool
 ) -> tuple[list[tuple[str, FileRef]], list[str]]:
     """List what goes along to a new folder, by its path there, and note what does not."""
+    why = "a link to what goes along already" if follow_links else "behind a link: --follow-links carries it"
     copied: list[Place] = []
     reasons: dict[Place, str] = {}
+    training: list[Rest] = []
     shells: dict[Place, list[Rest]] = {}
-    why = "a link to what goes along already" if follow_links else "behind a link: --follow-links carries it"
     for one in find_rest(model, target, follow_links):
         if one.shell is not None:
             shells.setdefault(one.shell, []).append(one)
         elif one.is_training:
-            reasons[one.path] = f" (training state, {_size_of([one]):,} bytes)"
-        elif one.is_weights:
-            reasons[one.path] = ""
-        elif one.is_linked:
-            reasons[one.path] = f" ({why})"
+            training.append(one)
+        elif one.is_weights or one.is_linked:
+            reasons[one.path] = "" if one.is_weights else f" ({why})"
         else:
             copied.append(one.path)
-    names = {component.name for component, _ in selected}
-    taken = {weight_set for _, weight_set in selected}
-    for component in model.components:
-        others = (weight_set for weight_set in component.weight_sets if weight_set not in taken)
-        for path in (weight_set.folder / name for weight_set in others for name in weight_set.all_names):
-            if component.name in names:
-                reasons[path] = ""
-            elif not follow_links and is_disguised(model, path):
-                reasons[path] = f" ({why})"
-            else:
-                copied.append(path)
     reasons |= {path: _why_left(rest) for path, rest in shells.items()}
+    for path, is_others in _other_weights(model, selected):
+        is_disguise = is_others and not follow_links and is_disguised(model, path)
+        if is_others and not is_disguise:
+            copied.append(path)
+        else:
+            reasons[path] = f" ({why})" if is_disguise else ""
     notes = [f"not carried over: {path.relative_to(model.root)}{reasons[path]}" for path in sorted(reasons)]
+    if training:
+        named = name_some([one.path.relative_to(model.root) for one in training], _NAMED_TRAINING)
+        notes.append(f"not carried over: {named} (training state, {_size_of(training):,} bytes)")
     if not model.root.store.lists_all:
         notes.append(f"{UNLISTED} carried over")
     companions, told = find_companions([component for component, _ in selected])
     taken_along = {file.place for _, file in companions}
     along = {path.relative_to(model.root): path.ref() for path in sorted(copied) if path not in taken_along}
     return [*(along | dict(companions)).items()], notes + told
+
+
+def _other_weights(model: Model, selected: Sequence[tuple[Component, WeightSet]]) -> Iterator[tuple[Place, bool]]:
+    """Give the files of sets that are not selected, and whether that is so of all of their component."""
+    names = {component.name for component, _ in selected}
+    taken = {weight_set for _, weight_set in selected}
+    for component in model.components:
+        others = (weight_set for weight_set in component.weight_sets if weight_set not in taken)
+        for path in (weight_set.folder / name for weight_set in others for name in weight_set.all_names):
+            yield path, component.name not in names
 
 
 def find_companions(components: Sequence[Component]) -> tuple[list[tuple[str, FileRef]], list[str]]:

@@ -31,7 +31,7 @@ from converter.storage import FileRef, Place
 from converter.storage.far import CommittedStore
 from converter.tensors.base import Tensor, find_ties
 from converter.transforms.dtype import Casting, check_names, recast
-from converter.transforms.names import strip_prefix
+from converter.transforms.names import strip_prefix, unwrap
 
 _Selected = Sequence[tuple[Component, WeightSet]]
 _Opened = Sequence[tuple[Component, Checkpoint]]
@@ -94,9 +94,15 @@ def select(job: Job, request: Request | None = None, **changes: Any) -> list[tup
 
 
 def open_sets(job: Job, selected: _Selected) -> list[tuple[Component, Checkpoint]]:
-    """Open sets that are selected."""
-    reading = job.request.selection.reading
-    return [(component, open_checkpoint(weight_set, reading)) for component, weight_set in selected]
+    """Open sets that are selected; without the prefix that is to be taken off, and without what wrappers added."""
+    return [(component, _open(job.request, component, weight_set)) for component, weight_set in selected]
+
+
+def _open(request: Request, component: Component, weight_set: WeightSet) -> Checkpoint:
+    checkpoint = open_checkpoint(weight_set, request.selection.reading)
+    if request.strip_prefix:
+        checkpoint = strip_prefix(checkpoint, request.strip_prefix)
+    return unwrap(checkpoint, bool(component.class_names))
 
 
 def refuse_file(output: Place) -> None:
@@ -153,13 +159,11 @@ def _tagged(model: Model, request: Request, is_elsewhere: bool) -> Request:
 
 
 def make_ready(job: Job, opened: _Opened, request: Request | None = None) -> list[Order]:
-    """Make opened sets ready to be written as the job's request asks, or another: their names, ties and dtypes.
+    """Make opened sets ready to be written as the job's request asks, or another: their ties and dtypes.
 
     Raises BadRequest or Unsupported for what cannot be.
     """
     request = request or job.request
-    if request.strip_prefix:
-        opened = [(component, strip_prefix(checkpoint, request.strip_prefix)) for component, checkpoint in opened]
     check_names(job.model.path, (checkpoint for _, checkpoint in opened), request.casting)
     return [_make_ready(job, component, checkpoint, request) for component, checkpoint in opened]
 
@@ -235,6 +239,7 @@ def plan_job(job: Job, selected: _Selected, orders: Sequence[Order], rest: Rest 
     Raises BadRequest, OutputRefused or Unsupported for what cannot or must not be done.
     """
     request, model, target, named, carries = job
+    _refuse_removal(selected, request)
     rest = rest or Rest()
     copied, notes = list(rest.copied), list(rest.notes)
     if carries:
@@ -259,6 +264,14 @@ def plan_job(job: Job, selected: _Selected, orders: Sequence[Order], rest: Rest 
     if carries and not request.publishing.follow_links:
         _refuse_linked_configs(plan)
     return plan
+
+
+def _refuse_removal(selected: _Selected, request: Request) -> None:
+    """Raise BadRequest where files would be removed that hold more than the weights that are written."""
+    for _, weight_set in selected if request.publishing.delete_source else ():
+        if weight_set.is_of_many:
+            advice = "Leave --delete-source out, and remove it yourself where nobody needs it."
+            raise BadRequest(weight_set.path, "is of a training checkpoint, which holds more than weights", advice)
 
 
 def _with_card(

@@ -11,22 +11,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest
+from converter.formats.torch.state_dict import Reading
 from converter.libraries.modules import find_linears
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.growth import find_growth
 from converter.models.model import open_model
 from converter.models.names import spelled_variant
-from converter.models.select import only_set
+from converter.models.select import Selection, only_set
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, open_tasks, run_tasks
 from converter.run.workers.sight import check_workers
 from converter.storage import Given
 from converter.tensors.base import ByteRange, Storage, Tensor, find_ties
 from converter.tensors.reader import RangeReader, piece_nbytes_for
+from converter.transforms.names import strip_prefix as stripped
+from converter.transforms.names import unwrap
 from converter.transforms.quantize.bnb_int8 import WidenedRows, dequantized, scales_in
 
 Kind = Literal["missing", "extra", "shape", "dtype", "values"]
@@ -106,6 +109,14 @@ class _Pair:
         return itertools.chain(self.a.source.inputs(), self.b.source.inputs())
 
 
+class _Asked(NamedTuple):
+    """Whether B may be in 8 bits, how A is read, and what is taken off its names."""
+
+    quantized: bool
+    reading: Reading
+    prefix: str
+
+
 _T = TypeVar("_T")
 _Key = tuple[str, str]
 _Sides = tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]
@@ -125,16 +136,20 @@ def verify(
     workers: int | None = None,
     memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
     progress: Progress | None = None,
+    **of_a: Any,
 ) -> Comparison:
     """Compare all weights at ``a`` with those at ``b``; any format on either side, shards or not.
 
     With ``cast``, a tensor of B may have another dtype if it is the rounded one of A. With ``quantized`` that holds
-    too, and what B has in 8 bits (LLM.int8 of bitsandbytes) may be off by half a step. Raises WconvError for what
-    cannot be read, BadRequest for a B that has nothing in 8 bits then.
+    too, and what B has in 8 bits (LLM.int8 of bitsandbytes) may be off by half a step. ``of_a`` are
+    options of Selection by name, and ``strip_prefix``: what is meant of A. Raises WconvError for what cannot be read,
+    BadRequest for a B that has nothing in 8 bits then.
     """
     differences: list[Difference] = []
     pairs: list[_Pair] = []
-    for component, left, right in _pair_sets(a, b, differences, quantized):
+    prefix = of_a.pop("strip_prefix", "")
+    asked = _Asked(quantized, Selection(**of_a).reading, prefix)
+    for component, left, right in _pair_sets(a, b, differences, asked):
         pairs.extend(_pair_tensors(component, left, right, cast or quantized, differences))
     in_8_bits = [pair for pair in pairs if pair.is_quantized]
     if quantized and not in_8_bits:
@@ -183,10 +198,10 @@ def holds_values(kept: Checkpoint, gone: Checkpoint) -> bool:
         return not any(differing for batch in compared for _, (differing, *_) in batch)
 
 
-def _pair_sets(a: Given, b: Given, differences: list[Difference], quantized: bool) -> Iterator[_Sides]:
+def _pair_sets(a: Given, b: Given, differences: list[Difference], asked: _Asked) -> Iterator[_Sides]:
     left, right = open_model(a).components, open_model(b).components
     if len(left) == len(right) == 1:
-        yield from _pair_variants(left[0], right[0], differences, quantized)
+        yield from _pair_variants(left[0], right[0], differences, asked)
         return
     theirs = {component.name: component for component in right}
     for component in left:
@@ -194,20 +209,22 @@ def _pair_sets(a: Given, b: Given, differences: list[Difference], quantized: boo
         if other is None:
             differences.append(Difference("missing", component.name, "", "the whole component"))
         else:
-            yield from _pair_variants(component, other, differences, quantized)
+            yield from _pair_variants(component, other, differences, asked)
     differences.extend(Difference("extra", name, "", "the whole component") for name in theirs)
 
 
-def _pair_variants(a: Component, b: Component, differences: list[Difference], quantized: bool) -> Iterator[_Sides]:
+def _pair_variants(a: Component, b: Component, differences: list[Difference], asked: _Asked) -> Iterator[_Sides]:
     left, right = _by_variant(a), _by_variant(b)
     if not left.keys() & right.keys() and 1 in (len(left), len(right)):
         # One set under another name: it is meant for the other side's untagged one, or its only one.
         left, right = _meant(left), _meant(right)
     for variant in sorted(left.keys() & right.keys()):
         label = f"{a.name} ({variant})" if variant else a.name
-        before, after = open_checkpoint(left[variant]), open_checkpoint(right[variant])
+        before, after = open_checkpoint(left[variant], asked.reading), open_checkpoint(right[variant])
+        before = stripped(before, asked.prefix) if asked.prefix else before
+        before, after = (unwrap(one, bool(side.class_names)) for one, side in ((before, a), (after, b)))
         _refuse_bombs(before, after)
-        if quantized and scales_in(after):
+        if asked.quantized and scales_in(after):
             after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed, "inf")
         yield label, _by_name(before), _by_name(after)
     for variant in sorted(left.keys() ^ right.keys(), key=lambda one: (one in right, one)):

@@ -277,5 +277,5 @@ class _Inflated:
             if part:
                 self.done += len(part)
                 return part
-            if not packed:
+            if not packed or self._inflater.eof:  # what follows an early end is never taken, nor given back
                 raise BadFile(record.file.place, "holds a compressed record that is damaged", "Fetch the file again.")

@@ -28,8 +28,7 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     content = open_content(file, reading.strip_code)
     place = content.place
     check_pickled(content.pickled.value, place)
-    state_dict, notes = choose_state_dict(content.pickled, place, reading)
-    foreign = content.pickled.foreign
+    state_dict, notes, foreign = choose_state_dict(content.pickled, place, reading)
     notes += tuple(content.notes_on(state_dict))
     content = content._replace(pickled=content.pickled._replace(value=None))  # what is not taken is memory, too
     tensors = tuple(Tensor(name, source) for name, source in content.take_sources(state_dict))

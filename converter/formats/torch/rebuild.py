@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from sys import intern
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from converter.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DTYPES, DType
 from converter.errors import Where
@@ -27,6 +27,8 @@ from converter.formats.torch.unpickler import (
     run_pickle,
 )
 from converter.tensors.base import MAX_DIMS
+
+_T = TypeVar("_T")
 
 AXES_A_STEP = 4
 _CHARACTERS_A_STEP = 16  # of the name of a class, which is spelled anew
@@ -108,7 +110,7 @@ def parse_pickle(
     if storages is None:
         return run_pickle(raw, where, _find, _find_persistent, strip_code, steps)
 
-    def find(identity: Any, where: Where) -> StorageRef | Global:
+    def find(identity: Any, where: Where) -> StorageRef | Global | Kept:
         storage = _find_persistent(identity, where)
         if type(storage) is not StorageRef:
             return storage
@@ -237,6 +239,13 @@ def _rebuild_subclass(arguments: tuple[Any, ...], where: Where) -> Listed | Unre
     return Listed(dtype, shape_of(shape), Part(kind.name, None))
 
 
+def checked(value: Any, kind: type[_T]) -> _T:
+    """Give a value that is of a kind. Raises TypeError for another."""
+    if type(value) is not kind:
+        raise TypeError(f"no {kind.__name__}")
+    return value
+
+
 def shape_of(sizes: Any) -> tuple[int, ...]:
     """Give a shape, or the begin of a box. Raises TypeError or ValueError for what is none."""
     if type(sizes) is not tuple or len(sizes) > MAX_DIMS:
@@ -290,13 +299,13 @@ def _stage(arguments: tuple[Any, ...], where: Where) -> int:
     return arguments[0]
 
 
-def _find_persistent(identity: Any, where: Where) -> StorageRef | Global:
+def _find_persistent(identity: Any, where: Where) -> StorageRef | Global | Kept:
     """Read a persistent id: ("storage", class, key, device, numel), as ``torch.serialization._save`` makes it.
 
     ``_legacy_save`` adds (key, start, numel) of a view of the storage, or None; of a module's class it makes
     ("module", class, source file, source), which stands for the class.
     """
-    if type(identity) is tuple and identity[0] == "module" and type(identity[1]) is Global:
+    if type(identity) is tuple and identity[0] == "module" and isinstance(identity[1], (Global, Kept)):
         return identity[1]
     kind, storage_class, key, device, numel = identity[:5]
     start = identity[5][1] if len(identity) > 5 and identity[5] is not None else 0
@@ -383,14 +392,16 @@ _WITHOUT_TENSORS = {
     )
 }
 
+# As ``Tensor._reduce_ex_internal`` does it for XLA, HPU, MAIA and the like, by way of numpy or of a tensor on the CPU.
+_OF_ANOTHER_DEVICE = "was saved from a device of another kind (XLA, HPU): move the model to the CPU, then save it"
 # Tensors of these kinds are no strided view of one storage; the same names in every torch (``torch/_utils.py``).
 _UNREADABLE = {
     ("torch._utils", "_rebuild_sparse_tensor"): "is sparse",
     ("torch._utils", "_rebuild_sparse_csr_tensor"): "is sparse",
     ("torch._utils", "_rebuild_qtensor"): "is quantized by torch",
     ("torch._utils", "_rebuild_nested_tensor"): "is nested",
-    ("torch._utils", "_rebuild_device_tensor_from_numpy"): "was saved by way of numpy",
-    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): "was saved by way of another",
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _OF_ANOTHER_DEVICE,
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _OF_ANOTHER_DEVICE,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): "is a meta tensor: it has no values",
     ("torch.nn.parameter", "UninitializedParameter"): "is not initialized: it has no values",
     ("torch.nn.parameter", "UninitializedBuffer"): "is not initialized: it has no values",

@@ -1,18 +1,23 @@
-"""The state dict in what a checkpoint holds, found by what it is: a mapping of names to tensors."""
+"""The state dict in what a checkpoint holds, found by what it is: a mapping of names to tensors.
+
+A whole module is one too, by what its ``state_dict()`` would give; and so is all that lies nested below a key, where
+that is asked for.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter.dtypes import DType
 from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, Where, name_some
 from converter.formats.torch.globals import is_array, is_tensor
+from converter.formats.torch.modules import Walk, is_level, is_module, spell_key
 from converter.formats.torch.rebuild import Left, Listed, Part, StorageRef, TensorRef, Unreadable
 from converter.formats.torch.unpickler import Inert, KeptObject, Pickled
 from converter.tensors.base import Storage, TensorSource
@@ -25,13 +30,13 @@ _MAX_CONTAINERS = 200_000  # an optimizer keeps one or two for each tensor, and 
 MAX_TENSORS = 200_000  # in all dicts together; a pickle of all the steps there are describes 160,000
 MAX_NAME_LENGTH = 100_000  # of a tensor: no module is nested so deep
 MAX_NAMES_LENGTH = 25_000_000  # of all tensors together: the most there may be, of 125 characters each
-_CONTAINERS = (dict, list, tuple)  # a TensorRef is one of them
+_CONTAINERS = (dict, list, tuple, KeptObject)  # a TensorRef is one of them
 _SHORT = 8
-_MAX_KEY_LENGTH = 200  # of what is spelled to people, or looked at for what it is
 _MAX_NAMED = 8
 # What serves where there is no state dict: an object of a class, and anything else.
 _ADVICE = {
-    True: "Where you trust it and have its class, torch.load(..., weights_only=False) makes it: save its state_dict().",
+    True: "Where you trust it and have its class, torch.load(..., weights_only=False) makes it: save the state_dict() "
+    "of the model in it.",
     False: "Save a state dict: names to tensors.",
 }
 _META = "Save it from a model whose weights were loaded."
@@ -50,15 +55,16 @@ _TRAINING_NAMES = frozenset({"amp", "args", "cfg", "config", "dataloader", "trai
 class Reading:
     """How a pickled checkpoint is read: ``key`` chooses one of several state dicts in it, by the path of its keys.
 
-    With ``strip_code`` calls of functions that no state dict needs are left out, rather than refused, and with
-    ``skip_unreadable`` tensors that are none of ours; with ``lenient`` the largest state dict is taken where several
-    are there.
+    With ``flatten`` all that is nested below that key, or at all, is one state dict. With ``strip_code`` calls of
+    functions that no state dict needs are left out, rather than refused, and with ``skip_unreadable`` tensors that are
+    none of ours; with ``lenient`` the largest state dict is taken where several are there.
     """
 
     key: str | None = None
     strip_code: bool = False
     skip_unreadable: bool = False
     lenient: bool = False
+    flatten: bool = False
 
 
 PLAIN = Reading()
@@ -71,6 +77,8 @@ class _Found:
     unreadable: Mapping[str | int, str]  # and why, of each
     beside: tuple[Any, ...]  # the keys of what the dict holds but those tensors
     is_training: bool
+    wholes: tuple[tuple[str, str], ...] = ()  # of whole modules, where each is, and its class
+    classes: frozenset[str] = frozenset()  # of those and all modules in them
 
     @property
     def key(self) -> str:
@@ -80,46 +88,72 @@ class _Found:
     def nbytes(self) -> int:
         return sum(ref.dtype.nbytes(prod(ref.shape)) for ref in self.tensors.values())
 
+    @property
+    def is_lone_number(self) -> bool:
+        """Whether it holds one tensor of one element, as a trainer's best loss is."""
+        return not self.unreadable and [prod(ref.shape) for ref in self.tensors.values()] == [1]
+
     def __str__(self) -> str:
         count = len(self.tensors)
         return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {_spell_size(self.nbytes)})"
 
 
-def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
-    """Give the names and tensors of the one state dict in a pickle's value, and notes on what is left out.
+class Chosen(NamedTuple):
+    """The one state dict in a pickle's value, notes on what is left out, and globals that it does not need.
+
+    Those are as in Pickled; the classes of modules that were taken ``hold`` tensors.
+    """
+
+    state_dict: dict[str, AnyTensor]
+    notes: tuple[str, ...]
+    foreign: Mapping[str, str]
+
+
+def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> Chosen:
+    """Choose the names and tensors of the one state dict that is meant.
 
     Raises BadRequest where several could be meant, or the key names none; Unsupported where there is none.
     """
     value = pickled.value
-    if not isinstance(value, _CONTAINERS) or type(value) in (*_LEAVES, Inert):
-        raise Unsupported(where, f"holds {_kind(value)}, not a state dict", _ADVICE[type(value) is Inert])
+    if not (is_module(value) or type(value) in (dict, list, tuple)):
+        raise Unsupported(where, f"holds {_kind(value)}, not a state dict", _ADVICE[type(value) in (Inert, KeptObject)])
     found = list(_find(value, where))
-    if not found:
-        if value == {}:
-            return {}, ()
+    if reading.flatten:
+        chosen = _flatten(value, found, where, reading)
+    elif found:
+        chosen = _choose(found, where, reading)
+    elif value == {}:
+        return Chosen({}, (), pickled.foreign)
+    else:
         raise Unsupported(where, "holds no tensors under names of their own", _describe(value))
-    chosen = _choose(found, where, reading)
     if chosen.unreadable and not reading.skip_unreadable:
-        _refuse_unreadable(chosen, where)
+        refuse_unreadable(chosen.unreadable, where)
+    check_lengths(map(str, chosen.tensors), where)
     state_dict: dict[str, AnyTensor] = {}
-    length = 0
     for key, tensor in chosen.tensors.items():
         name = str(key)
-        length += len(name)
-        if len(name) > MAX_NAME_LENGTH or length > MAX_NAMES_LENGTH:
-            raise HostileFile(where, f"gives its tensors names of {length:,} characters and more")
         if name in state_dict:
             raise BadFile(where, f"holds two tensors named {name!r}")
         state_dict[name] = tensor
-    return state_dict, tuple(_notes(pickled, chosen, found))
+    foreign = {name: "holds" if name in chosen.classes else how for name, how in pickled.foreign.items()}
+    return Chosen(state_dict, tuple(_notes(value, foreign, chosen, found)), foreign)
 
 
-def _refuse_unreadable(chosen: _Found, where: Where) -> None:
+def check_lengths(names: Iterable[str], where: Where) -> None:
+    """Raise HostileFile for names of tensors that are longer than any real ones."""
+    length = 0
+    for name in names:
+        length += len(name)
+        if len(name) > MAX_NAME_LENGTH or length > MAX_NAMES_LENGTH:
+            raise HostileFile(where, f"gives its tensors names of {length:,} characters and more")
+
+
+def refuse_unreadable(unreadable: Mapping[str | int, str], where: Where) -> None:
     """Raise Unsupported, and name the first tensor that cannot be read."""
-    name, why = next(iter(chosen.unreadable.items()))
-    more = f", and {len(chosen.unreadable) - 1:,} more cannot be read" if len(chosen.unreadable) > 1 else ""
+    name, why = next(iter(unreadable.items()))
+    more = f", and {len(unreadable) - 1:,} more cannot be read" if len(unreadable) > 1 else ""
     advice = "Save it as a plain tensor; 'wconv to-safetensors --skip-unreadable' leaves such tensors out."
-    raise Unsupported(where, f"tensor {_spell(name)!r} {why}{more}", advice)
+    raise Unsupported(where, f"tensor {spell_key(name)!r} {why}{more}", advice)
 
 
 def resolve(
@@ -178,6 +212,7 @@ def _find(value: Any, where: Where) -> Iterator[_Found]:
     seen: set[int] = set()
     plain: set[int] = set()
     count = 0
+    walk = Walk(where)
 
     def is_plain(content: Any) -> bool:
         # A trainer's log has a dict or a tuple a step, of numbers alone: there is nothing to be found in those. What
@@ -197,22 +232,111 @@ def _find(value: Any, where: Where) -> Iterator[_Found]:
         if id(content) in seen or len(path) > _MAX_DEPTH:
             continue
         seen.add(id(content))
-        is_mapping = isinstance(content, dict)
-        others = _other_than_tensors(content) if is_mapping else {}
-        tensors = _tensors_of(content, others) if is_mapping else {}
-        unreadable = _unreadable_in(others, bool(tensors))
-        count += len(tensors) + len(unreadable)
-        if count > MAX_TENSORS:
-            raise HostileFile(where, f"its pickle describes more than {MAX_TENSORS:,} tensors")
-        if tensors or unreadable:
-            beside = tuple(key for key in others if key not in unreadable)
-            is_beside = path == () and bool(beside) and all(map(is_training_key, tensors or unreadable))
-            yield _Found(path, tensors, unreadable, beside, is_training or is_beside)
-        for key, inner in others.items() if is_mapping else enumerate(content):
-            if isinstance(inner, _CONTAINERS) and type(inner) not in _LEAVES and not is_plain(inner):
-                waiting.append(((*path, _spell(key)), inner, is_training or (is_mapping and is_training_key(key))))
+        one = _tensors_in(path, content, is_training, walk)
+        count += len(one.tensors) + len(one.unreadable)
+        _check_count(count, where)
+        if one.tensors or one.unreadable:
+            yield one
+        for key, inner in _levels_in(content):
+            if is_module(inner) or not is_plain(inner):
+                is_trainers = isinstance(content, dict) and is_training_key(key)
+                waiting.append(((*path, spell_key(key)), inner, is_training or is_trainers))
                 if len(seen) + len(waiting) > _MAX_CONTAINERS:
                     raise HostileFile(where, f"its pickle holds more than {_MAX_CONTAINERS:,} dicts and lists")
+
+
+def _check_count(count: int, where: Where) -> None:
+    if count > MAX_TENSORS:
+        raise HostileFile(where, f"its pickle describes more than {MAX_TENSORS:,} tensors")
+
+
+def _levels_in(content: Any) -> Iterator[tuple[Any, Any]]:
+    """Give what may hold state dicts and is in a dict or a list; a module is one, with all that is in it."""
+    if is_module(content):
+        return iter(())
+    entries = _other_than_tensors(content).items() if isinstance(content, dict) else enumerate(content)
+    return ((key, inner) for key, inner in entries if is_level(inner))
+
+
+def _tensors_in(path: tuple[str, ...], content: Any, is_training: bool, walk: Walk) -> _Found:
+    """Give the tensors that a module holds, or a dict as its own; a list has none."""
+    if is_module(content):
+        tensors, others = _sort(walk.leaves(content), walk.where)
+        unreadable = {name: _why_no_weight(inner) for name, inner in others.items()}
+        wholes = ((".".join(path), content.name),)
+        return _Found(path, tensors, unreadable, (), is_training, wholes, walk.take_classes())
+    if not isinstance(content, dict):
+        return _Found(path, {}, {}, (), is_training)
+    return _in_dict(path, content, is_training)
+
+
+def _in_dict(path: tuple[str, ...], content: Mapping[Any, Any], is_training: bool) -> _Found:
+    others = _other_than_tensors(content)
+    tensors = _tensors_of(content, others)
+    unreadable = unreadable_in(others, bool(tensors))
+    beside = tuple(key for key in others if key not in unreadable)
+    is_beside = path == () and bool(beside) and all(map(is_training_key, tensors or unreadable))
+    return _Found(path, tensors, unreadable, beside, is_training or is_beside)
+
+
+def _sort(leaves: Iterable[tuple[str, Any]], where: Where) -> tuple[dict[str | int, AnyTensor], dict[str | int, Any]]:
+    """Tell tensors from what else there is under names. Raises BadFile for a name that stands twice."""
+    tensors: dict[str | int, AnyTensor] = {}
+    others: dict[str | int, Any] = {}
+    for name, inner in leaves:
+        if name in tensors or name in others:
+            raise BadFile(where, f"holds two tensors named {spell_key(name)!r}")
+        (tensors if type(inner) in _TENSORS else others)[name] = inner
+        _check_count(len(tensors), where)
+    return tensors, others
+
+
+def _flatten(value: Any, found: list[_Found], where: Where, reading: Reading) -> _Found:
+    """Give all tensors below a key, or in all but what is a trainer's, under their paths from there.
+
+    Places in lists are names too, as ``flatten_state_dict`` of ``torch/distributed/checkpoint/_nested_dict.py`` has
+    them.
+    """
+    walk = Walk(where)
+    path, level = ((), value) if reading.key is None else _find_level(value, reading.key, walk, found)
+    tensors: dict[str | int, AnyTensor] = {}
+    unreadable: dict[str | int, str] = {}
+    beside: list[str] = []
+    is_all = reading.key is not None or is_module(level)
+    for key, inner, is_nested in walk.entries(level):
+        if not is_all and is_training_key(key):
+            beside.append(key)
+            continue
+        own, others = _sort(walk.leaves(inner, f"{key}.") if is_nested else [(key, inner)], where)
+        why = {name: why for name, other in others.items() if (why := _why_unreadable(other) or _why_no_tensor(other))}
+        for name in (*own, *why):
+            if name in tensors or name in unreadable:
+                advice = "Take one of them alone, with --key."
+                raise Unsupported(where, f"holds two tensors that would be named {spell_key(name)!r}", advice)
+        tensors.update(own)
+        unreadable.update(why)
+        # Where there is none in what stands under a key, that names it all.
+        beside.extend([str(name) for name in others if name not in why] if own or why else [key])
+        _check_count(len(tensors) + len(unreadable), where)
+    if not tensors and not unreadable:
+        raise Unsupported(where, "holds no tensors there, but for a trainer's", "--key names what is flattened.")
+    wholes = (one for one in found if one.path[: len(path)] == path or path[: len(one.path)] == one.path)
+    wholes = (one for one in wholes if is_all or not one.is_training)
+    named = tuple(itertools.chain.from_iterable(one.wholes for one in wholes))
+    return _Found(path, tensors, unreadable, tuple(beside), False, named, walk.take_classes())
+
+
+def _find_level(value: Any, key: str, walk: Walk, found: list[_Found]) -> tuple[tuple[str, ...], Any]:
+    """Give what a key names, of which dots may be a part, and its path. Raises BadRequest where that is nothing."""
+    waiting: list[tuple[tuple[str, ...], Any, str]] = [((), value, key)]
+    while waiting:
+        path, level, left = waiting.pop()
+        for name, inner, is_nested in walk.entries(level):
+            if is_nested and name == left:
+                return (*path, name), inner
+            if is_nested and left.startswith(f"{name}.") and len(path) < _MAX_DEPTH:
+                waiting.append(((*path, name), inner, left.removeprefix(f"{name}.")))
+    raise BadRequest(walk.where, f"has no dict at {key!r}", f"It has: {_list(found)}.")
 
 
 def _other_than_tensors(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -225,7 +349,7 @@ def _tensors_of(content: Mapping[Any, Any], others: Mapping[Any, Any]) -> Mappin
     return {key: inner for key, inner in content.items() if key not in others} if others else content
 
 
-def _unreadable_in(others: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
+def unreadable_in(others: Mapping[Any, Any], has_tensors: bool) -> dict[str | int, str]:
     """Map the names of tensors that are none of ours to why; arrays and storages only where they stand with tensors."""
     names = {k: inner for k, inner in others.items() if type(inner) not in _TENSORS and isinstance(k, (str, int))}
     found = {key: why for key, inner in names.items() if (why := _why_unreadable(inner))}
@@ -236,7 +360,8 @@ def _unreadable_in(others: Mapping[Any, Any], has_tensors: bool) -> dict[str | i
 def _why_unreadable(value: Any) -> str:
     if type(value) is Unreadable:
         return value.why
-    return f"is of the class {value.name}" if type(value) in (Inert, KeptObject) and is_tensor(value.name) else ""
+    is_one = type(value) in (Inert, KeptObject) and is_tensor(value.name) and not is_module(value)
+    return f"is of the class {value.name}" if is_one else ""
 
 
 def _why_no_tensor(value: Any) -> str:
@@ -247,18 +372,18 @@ def _why_no_tensor(value: Any) -> str:
     return "is an array of numpy" if type(value) is Inert and is_array(value.name) else ""
 
 
+def _why_no_weight(value: Any) -> str:
+    """Say why what a module holds in the place of a tensor cannot be read."""
+    return _why_unreadable(value) or _why_no_tensor(value) or f"is {_kind(value)}, and no tensor"
+
+
 def is_training_key(key: Any) -> bool:
     """Say whether what a dict holds under a key is a trainer's, and no weights."""
     # Optimizers number the tensors that they keep a state of.
     if type(key) is int:
         return True
-    spelled = _spell(key).lower()
+    spelled = spell_key(key).lower()
     return spelled in _TRAINING_NAMES or any(word in spelled for word in _TRAINING)
-
-
-def _spell(key: Any) -> str:
-    """Spell a key, as far as people would read it: one long text may be the key of many dicts."""
-    return str(key[:_MAX_KEY_LENGTH] if isinstance(key, (str, bytes)) else key)
 
 
 def _choose(found: list[_Found], where: Where, reading: Reading) -> _Found:
@@ -268,44 +393,90 @@ def _choose(found: list[_Found], where: Where, reading: Reading) -> _Found:
             raise BadRequest(where, f"has no state dict at {reading.key!r}", f"It has: {_list(found)}.")
         return named[0]
     likely = [one for one in found if not one.is_training]
+    likely = [one for one in likely if not _is_beside_another(one, likely)]
     if reading.lenient:
         return max(likely or found, key=lambda one: one.nbytes)
     if len(likely) != 1:
         if not likely:
             raise Unsupported(where, "holds no state dict of a model", f"--key takes another: {_list(found)}.")
-        raise BadRequest(where, f"holds several state dicts: {_list(likely)}", "Choose one with --key.")
+        raise BadRequest(
+            where, f"holds several state dicts: {_list(likely)}", f"Choose one with --key{_or_all(likely)}."
+        )
     return likely[0]
 
 
-def _notes(pickled: Pickled, chosen: _Found, found: list[_Found]) -> Iterator[str]:
-    value = pickled.value
-    others = [one for one in found if one is not chosen and not one.is_training]
+def _is_beside_another(one: _Found, likely: Iterable[_Found]) -> bool:
+    """Say whether a dict has but a number of its own, and holds a state dict: it is no state dict then."""
+    if not one.is_lone_number:
+        return False
+    depth = len(one.path)
+    below = (other for other in likely if len(other.path) > depth and other.path[:depth] == one.path)
+    return any(not other.is_lone_number for other in below)
+
+
+def _or_all(likely: list[_Found]) -> str:
+    """Say how several dicts are taken in one, where they lie in one, or none at the top is like another."""
+    first, last = min(one.path for one in likely), max(one.path for one in likely)
+    common = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    branches: dict[tuple[str, ...], set[Any]] = defaultdict(set)
+    for one in likely:
+        branches[one.path[:1]].update((one.path[1:], name, ref.shape) for name, ref in one.tensors.items())
+    if not common and len(set(map(frozenset, branches.values()))) < len(branches):
+        return ""
+    key = f" --key {'.'.join(first[:common])}" if common else ""
+    return f", or take all of them in one with{key} --flatten"
+
+
+def _notes(value: Any, foreign: Mapping[str, str], chosen: _Found, found: list[_Found]) -> Iterator[str]:
+    others = _list_others(chosen, found)
     if others:
         yield f"only {chosen} is taken, and not {_list(others)}"
-    entries = value.items() if isinstance(value, dict) else ()
-    beside = {key: inner for key, inner in entries if chosen.path and _spell(key) != chosen.path[0]}
-    beside |= {key: value[key] for key in chosen.beside} if chosen.path == () else dict.fromkeys(chosen.beside)
+    for key, name in chosen.wholes[:_MAX_NAMED]:
+        yield (
+            f"{key or 'it'} is a whole {name}: taken as its state_dict() would give it; its class was never imported; "
+            "what that class stores beyond parameters and buffers is not in it"
+        )
+    entries = value if isinstance(value, dict) else {}
+    at_top = [key for key in entries if spell_key(key) != chosen.path[0]] if chosen.path else chosen.beside
+    beside = [*_with_sizes(at_top, entries, found), *(chosen.beside if chosen.path else ())]
     if beside:
-        below: dict[str, int] = defaultdict(int)  # of tensors, by the key of the top that they are under
-        for one in found:
-            if one.path:
-                below[one.path[0]] += one.nbytes
-        nbytes = {key: below.get(_spell(key), 0) + _nbytes_of(inner) for key, inner in beside.items()}
-        yield f"left out: {_list([f'{_spell(k)} ({_spell_size(n)})' if n else k for k, n in nbytes.items()])}"
+        yield f"left out: {_list(beside)}"
     if chosen.unreadable:
-        named = [f"{_spell(name)} ({why})" for name, why in islice(chosen.unreadable.items(), _MAX_NAMED)]
+        named = [f"{spell_key(name)} ({why})" for name, why in itertools.islice(chosen.unreadable.items(), _MAX_NAMED)]
         yield f"tensors that cannot be read are left out ({len(chosen.unreadable):,} in all): {_list(named)}"
+    yield from note_foreign(foreign)
+
+
+def note_foreign(foreign: Mapping[str, str]) -> Iterator[str]:
+    """Say what a pickle makes, or calls, that no state dict needs."""
     for what, note in (
         ("makes", "objects of unknown classes were left out"),
         ("calls", "functions that its pickle calls were not called"),
     ):
-        names = [name for name, how in pickled.foreign.items() if how == what]
+        names = [name for name, how in foreign.items() if how == what]
         if names:
             yield f"{note}: {_list(names)}"
 
 
-def _nbytes_of(value: Any) -> int:
-    return value.nbytes if type(value) is Left else 0
+def _list_others(chosen: _Found, found: list[_Found]) -> list[_Found]:
+    """List the state dicts that could have been meant, but for those whose tensors are taken or named by themselves."""
+    depth = len(chosen.path)
+    is_flat = all(one is not chosen for one in found)
+    others = (one for one in found if one is not chosen and not one.is_training)
+    others = (one for one in others if one.path or not one.is_lone_number)
+    return [one for one in others if not is_flat or one.path[:depth] != chosen.path]
+
+
+def _with_sizes(keys: Iterable[Any], entries: Mapping[Any, Any], found: list[_Found]) -> list[str]:
+    """Spell keys of the top with how many bytes what is under each takes: tensors, and what is known of the rest."""
+    nbytes: dict[str, int] = defaultdict(int)
+    for one in found:
+        nbytes["".join(one.path[:1])] += one.nbytes
+    for key in keys:
+        if type(entries.get(key)) is Left:
+            nbytes[spell_key(key)] += entries[key].nbytes
+    spelled = map(spell_key, keys)
+    return [f"{key} ({_spell_size(nbytes[key])})" if nbytes.get(key) else key for key in spelled]
 
 
 def _spell_size(nbytes: int) -> str:
@@ -313,20 +484,20 @@ def _spell_size(nbytes: int) -> str:
 
 
 def _list(things: list[Any]) -> str:
-    return name_some([*map(_spell, things[:_MAX_NAMED]), *things[_MAX_NAMED:]], _MAX_NAMED)
+    return name_some([*map(spell_key, things[:_MAX_NAMED]), *things[_MAX_NAMED:]], _MAX_NAMED)
 
 
 def _describe(value: Any) -> str:
     if not isinstance(value, dict) or not value:
         return _ADVICE[False]
     objects = any(type(inner) is Inert for inner in value.values())
-    named = [f"{_spell(key)} ({_kind(inner)})" if type(inner) is Inert else key for key, inner in value.items()]
+    named = [f"{spell_key(key)} ({_kind(inner)})" if type(inner) is Inert else key for key, inner in value.items()]
     return f"It holds: {_list(named)}." + (f" {_ADVICE[True]}" if objects else "")
 
 
 def _kind(value: Any) -> str:
-    if type(value) is Inert:
-        return f"a whole {value.name}"
+    if type(value) in (Inert, KeptObject):
+        return f"{'a whole' if is_module(value) else 'an object of the class'} {value.name}"
     kinds = {
         TensorRef: "a tensor",
         Listed: "a tensor",
