@@ -662,7 +662,7 @@ def _take_rest(head: _Head, taken: dict[str, Any], reading: Reading) -> list[str
     for name in taken:
         own = head.module.get(name)
         if type(own) is TensorRef:
-            at = own.storage.key if is_cut and 0 in own.shape else own
+            at = own.storage.key if is_cut and 0 in own.shape else str(own)
             first = kept_at.setdefault(at, name)
             if first and taken[first] is not taken[name]:
                 kept_at[at] = None  # in the same place, and yet two
@@ -684,7 +684,7 @@ def _take_rest(head: _Head, taken: dict[str, Any], reading: Reading) -> list[str
                 raise BadFile(head.place, f"does not say where the elements of {name!r} lie", _DAMAGED)
             taken[name] = taken[kept]
         else:
-            kept = None if 0 in own.shape else kept_at.get(own)
+            kept = None if 0 in own.shape else kept_at.get(str(own))
             taken[name] = taken[kept] if kept else own
             rest += [] if kept else [name]
     spelled = [f"{str(name)[:_MAX_LENGTH]} ({why})" for name, why in unreadable.items()]

@@ -10,7 +10,6 @@ import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from converter.formats.torch.globals import is_array, is_tensor
 from converter.formats.torch.modules import Walk, is_level, is_module, spell_key
 from converter.formats.torch.rebuild import Left, Listed, Part, StorageRef, TensorRef, Unreadable
 from converter.formats.torch.unpickler import Inert, KeptObject, Pickled
-from converter.tensors.base import Storage, TensorSource
+from converter.tensors.base import Storage, TensorSource, remembered
 from converter.tensors.view import View, span_of
 
 AnyTensor = TensorRef | Listed
@@ -191,7 +190,7 @@ def resolve(
         yield name, ref, View(ref.dtype, shape, record, ref.start, strides)
 
 
-@lru_cache(1024)  # most tensors have one of a few shapes, and then share it
+@remembered
 def _measure(
     shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int]:
