@@ -33,7 +33,7 @@ class View(NamedTuple):
     strides: tuple[int, ...]
 
     def __hash__(self) -> int:
-        # Of texts: of numbers a file could choose such as all hash alike, and make what ties are looked up in quadratic.
+        # Of texts: of numbers a file could choose such as all hash alike, and make looking for ties quadratic.
         return hash((self.storage, str((self.start, self.shape, self.strides))))
 
     @property

@@ -319,10 +319,21 @@ def _flatten(value: Any, found: list[_Found], where: Where, reading: Reading) ->
         _check_count(len(tensors) + len(unreadable), where)
     if not tensors and not unreadable:
         raise Unsupported(where, "holds no tensors there, but for a trainer's", "--key names what is flattened.")
+    if not is_all:
+        _refuse_trainers_below(found, where)
     wholes = (one for one in found if one.path[: len(path)] == path or path[: len(one.path)] == one.path)
     wholes = (one for one in wholes if is_all or not one.is_training)
     named = tuple(itertools.chain.from_iterable(one.wholes for one in wholes))
     return _Found(path, tensors, unreadable, tuple(beside), False, named, walk.take_classes())
+
+
+def _refuse_trainers_below(found: list[_Found], where: Where) -> None:
+    """Raise BadRequest where a trainer's tensors lie deeper, beside a model's: ``{"app": {"model": ..., "optim": ...}}``."""
+    own = [one for one in found if one.is_training and not any(map(is_training_key, one.path[:1]))]
+    own = [one for one in own if any(map(is_training_key, one.path[1:]))]
+    if own:
+        problem = f"holds what is a trainer's within what would be flattened: {_list(own)}"
+        raise BadRequest(where, problem, "Name what is meant with --key KEY --flatten.")
 
 
 def _find_level(value: Any, key: str, walk: Walk, found: list[_Found]) -> tuple[tuple[str, ...], Any]:
@@ -435,9 +446,8 @@ def _notes(value: Any, foreign: Mapping[str, str], chosen: _Found, found: list[_
             f"{key or 'it'} is a whole {name}: taken as its state_dict() would give it; its class was never imported; "
             "what that class stores beyond parameters and buffers is not in it"
         )
-    entries = value if isinstance(value, dict) else {}
-    at_top = [key for key in entries if spell_key(key) != chosen.path[0]] if chosen.path else chosen.beside
-    beside = [*_with_sizes(at_top, entries, found), *(chosen.beside if chosen.path else ())]
+    beside = [*_beside(value, chosen.path, found)]
+    beside += chosen.beside if chosen.path else _with_sizes(chosen.beside, value, (), found)
     if beside:
         yield f"left out: {_list(beside)}"
     if chosen.unreadable:
@@ -466,16 +476,30 @@ def _list_others(chosen: _Found, found: list[_Found]) -> list[_Found]:
     return [one for one in others if not is_flat or one.path[:depth] != chosen.path]
 
 
-def _with_sizes(keys: Iterable[Any], entries: Mapping[Any, Any], found: list[_Found]) -> list[str]:
-    """Spell keys of the top with how many bytes what is under each takes: tensors, and what is known of the rest."""
+def _beside(value: Any, path: tuple[str, ...], found: list[_Found]) -> Iterator[str]:
+    """Spell the keys beside a dict that is taken, and beside each dict that it lies in."""
+    level = value
+    for depth, step in enumerate(path):
+        is_list = type(level) in (list, tuple)
+        entries = dict(enumerate(level)) if is_list else level if isinstance(level, dict) else {}
+        yield from _with_sizes([key for key in entries if spell_key(key) != step], entries, path[:depth], found)
+        level = next((inner for key, inner in entries.items() if spell_key(key) == step), None)
+
+
+def _with_sizes(
+    keys: Iterable[Any], entries: Mapping[Any, Any], above: tuple[str, ...], found: list[_Found]
+) -> list[str]:
+    """Spell keys of one level with how many bytes what is under each takes: tensors, and what is known of the rest."""
+    depth = len(above)
     nbytes: dict[str, int] = defaultdict(int)
     for one in found:
-        nbytes["".join(one.path[:1])] += one.nbytes
+        if one.path[:depth] == above:
+            nbytes["".join(one.path[depth : depth + 1])] += one.nbytes
     for key in keys:
         if type(entries.get(key)) is Left:
             nbytes[spell_key(key)] += entries[key].nbytes
-    spelled = map(spell_key, keys)
-    return [f"{key} ({_spell_size(nbytes[key])})" if nbytes.get(key) else key for key in spelled]
+    named = ((".".join((*above, key)), nbytes.get(key, 0)) for key in map(spell_key, keys))
+    return [f"{name} ({_spell_size(size)})" if size else name for name, size in named]
 
 
 def _spell_size(nbytes: int) -> str:
