@@ -328,7 +328,7 @@ def _flatten(value: Any, found: list[_Found], where: Where, reading: Reading) ->
 
 
 def _refuse_trainers_below(found: list[_Found], where: Where) -> None:
-    """Raise BadRequest where a trainer's tensors lie deeper, beside a model's: ``{"app": {"model": ..., "optim": ...}}``."""
+    """Raise BadRequest where a trainer's tensors lie deeper, as in ``{"app": {"model": ..., "optim": ...}}``."""
     own = [one for one in found if one.is_training and not any(map(is_training_key, one.path[:1]))]
     own = [one for one in own if any(map(is_training_key, one.path[1:]))]
     if own:
