@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,26 @@ def test_the_doctor_says_what_it_is(wconv: Callable[..., Any], trained: Path) ->
     before = snapshot(trained)
     wconv("doctor", trained / "checkpoint-5", "--fix")
     assert snapshot(trained) == before
+
+
+@pytest.mark.parametrize("options", [(), ("--keep", "single"), ("--keep", "bin"), ("--only-variant", "bf16")])
+def test_the_doctor_moves_no_training_checkpoint_away(
+    wconv: Callable[..., Any], folder: Path, options: Sequence[str], tmp_path: Path
+) -> None:
+    """Of two steps that have the same weights each has an optimizer's state of its own."""
+    for step in ("step-1", "step-2"):
+        shutil.copytree(folder, tmp_path / "run" / step)
+    wconv("to-safetensors", tmp_path / "run" / "step-1")
+    shutil.copytree(tmp_path / "run" / "step-1", tmp_path / "one")
+    if "--only-variant" in options:
+        wconv("recast", tmp_path / "one" / "model.safetensors", "--dtype", "bf16", "--variant", "bf16")
+        (tmp_path / "one" / "model.safetensors").unlink()
+    (tmp_path / "run" / "step-1" / "model.safetensors").unlink()
+    before = snapshot(tmp_path)
+    assert "sets-twice" not in wconv("doctor", tmp_path / "run").stdout
+    for place in ("run", "one"):
+        wconv("doctor", tmp_path / place, "--fix", *options, exit_code=None)
+        assert snapshot(tmp_path) == before
 
 
 # Malice and damage. torch's own reader would run what is in these pickles.

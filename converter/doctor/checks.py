@@ -116,6 +116,8 @@ def _training_checkpoints(part: Part) -> Iterator[Finding]:
 def _twins(part: Part) -> Iterator[Finding]:
     seen: dict[WeightsName, ListedSet] = {}
     for listed in part.sets:
+        if listed.is_of_many:  # several steps of a training; no loader looks for any
+            continue
         first = seen.setdefault(listed.name, listed) if listed.file_names else listed
         if first is not listed:
             problem = f"holds {spelled_variant(listed.name.variant)} twice: {first.label} and {listed.label}"

@@ -72,7 +72,9 @@ class PartGoals:
     steps: list[str] = field(default_factory=list)
 
     def let_go(self, listed: ListedSet, why: str) -> None:
-        """Move a set away, but for files that others share."""
+        """Move a set away, but for files that others share; a training checkpoint, which holds more, never goes."""
+        if listed.is_of_many:
+            return
         self.sets = [goal for goal in self.sets if goal.source is not listed or goal.is_new]
         shared = {name for goal in self.sets if goal.source is not listed for name in goal.source.file_names}
         self.gone.update(name for name in listed.all_names if name not in shared)

@@ -117,10 +117,10 @@ def _holds_each(part: Part, kept: ListedSet, stray: ListedSet) -> bool:
 
 
 def drop_twins(folder: FolderGoals) -> None:
-    """Of two sets that would have one name keep one; undecided ones stay."""
+    """Of two sets that would have one name keep one; undecided ones stay, and so do training checkpoints."""
     keep = folder.choices.keep
     for goals in folder.parts:
-        for goal in list(goals.sets):
+        for goal in [goal for goal in goals.sets if not goal.source.is_of_many]:
             other = next((one for one in goals.sets if one is not goal and one.name == goal.name), None)
             if other is None or goal not in goals.sets:
                 continue
@@ -143,7 +143,7 @@ def drop_forms(folder: FolderGoals) -> None:
         by_name = {goal.name: goal for goal in goals.sets}
         for goal in list(goals.sets):
             safe = by_name.get(goal.name.in_format("safetensors"))
-            if goal.name.format == "torch" and safe:
+            if goal.name.format == "torch" and safe and not goal.source.is_of_many:
                 goals.let_go((goal if keep == "safetensors" else safe).source, f"--keep {keep}")
 
 

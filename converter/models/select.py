@@ -16,6 +16,8 @@ from converter.models.names import Format, Naming, WeightsName, check_variant
 Tied = Literal["first", "duplicate"]
 """Whether tied tensors are written once, or each by its name."""
 
+_MAX_NAMED = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -121,7 +123,9 @@ def only_set(
     best = min(map(rank, sets))
     candidates = [weight_set for weight_set in sets if rank(weight_set) == best]
     if len(candidates) > 1:
-        names = " and ".join(weight_set.label for weight_set in candidates)
+        more = len(candidates) - _MAX_NAMED
+        named = [*(one.label for one in candidates[:_MAX_NAMED]), *([f"{more:,} more"] if more > 0 else [])]
+        names = " and ".join(named)
         are_many = all(weight_set.is_of_many for weight_set in candidates)
         what = "several training checkpoints" if are_many else "the same weights twice"
         raise BadRequest(component.path, f"has {what}: {names}", "Name the one you want.")
