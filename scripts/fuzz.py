@@ -21,10 +21,11 @@ MAX_LEN = 4096
 
 def reader(target: str) -> Callable[[Path, bytes], object]:
     """Give what a target does with the bytes it is fed."""
-    from converter.formats import dcp, ranks, safetensors
+    from converter.formats import safetensors
     from converter.formats.torch import files
     from converter.formats.torch.rebuild import parse_pickle
     from converter.formats.torch.state_dict import Reading, choose_state_dict
+    from converter.formats.trained import dcp, ranks
     from converter.storage import OpenFile, place_of
     from converter.tensors.base import WeightsFile
     from converter.tensors.reader import RangeReader, read_chunks

@@ -28,9 +28,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from converter.dtypes import DTYPES
 from converter.errors import BadFile, HostileFile, TrainingPiece, Unsupported, WconvError
-from converter.formats import ranks
 from converter.formats.torch.rebuild import Listed, Part, StorageRef, TensorRef
 from converter.formats.torch.unpickler import Kept, KeptObject
+from converter.formats.trained import ranks
 from converter.storage import place_of
 from converter.tensors.derived import Boxes, Replicas
 from converter.tensors.reader import RangeReader, read_chunks

@@ -24,7 +24,7 @@ from converter.errors import BadFile, HostileFile, TrainingPiece, Unsupported, n
 from converter.formats.torch.files import open_content
 from converter.formats.torch.rebuild import TensorRef, Unreadable, shape_of
 from converter.formats.torch.state_dict import AnyTensor, Reading, choose_state_dict
-from converter.formats.training import RANKS, check_pickled
+from converter.formats.trained.pieces import RANKS, check_pickled
 from converter.storage import OpenFile, Place, list_entries
 from converter.storage.far import look_at_each
 from converter.tensors.base import MAX_TENSORS, Tensor, TensorSource, WeightsFile

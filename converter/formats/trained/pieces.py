@@ -50,7 +50,6 @@ ZERO_OPTIMIZER = r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,9})_mp_rank_0+_?optim_stat
 ZERO_UNIVERSAL = "zero"
 
 # What is said of folders, and what to do about it.
-DCP = ("is a checkpoint of torch.distributed.checkpoint (DCP)", _DCP_TO_TORCH)
 DCP_OF_MEGATRON = ("is a checkpoint of Megatron (torch_dist)", _MEGATRON)
 DCP_BY_RANKS = (
     "is a checkpoint of torch.distributed.checkpoint (DCP) of which each rank keeps its own .metadata",

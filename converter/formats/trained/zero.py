@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 from converter.dtypes import DType
 from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, name_some
-from converter.formats import training
 from converter.formats.torch import files
 from converter.formats.torch.content import Content
 from converter.formats.torch.files import open_content
@@ -35,6 +34,7 @@ from converter.formats.torch.state_dict import (
     refuse_unreadable,
     unreadable_in,
 )
+from converter.formats.trained import pieces
 from converter.storage import OpenFile, Place, list_entries, natural_key
 from converter.storage.far import look_at_each
 from converter.tensors.base import MAX_TENSORS, PackedRange, Tensor, TensorSource, WeightsFile
@@ -178,11 +178,11 @@ def _read_universal(file: OpenFile, reading: Reading, names: _Names) -> WeightsF
     head = _read_head(file, reading)
     _check_versions(head, models)
     shapes = {name: shape for group in head.groups for name, shape in group.items()}
-    places = [_place_of(folder / training.ZERO_UNIVERSAL, name) for name in shapes]
+    places = [_place_of(folder / pieces.ZERO_UNIVERSAL, name) for name in shapes]
     read = look_at_each(partial(_read_parameter, strip_code=reading.strip_code), places)
     parameters = {name: _shaped(source, shape, where)
                   for (name, shape), source, where in zip(shapes.items(), read, places, strict=True)}  # fmt: skip
-    left_out = f"the optimizer's states in {training.ZERO_UNIVERSAL}"
+    left_out = f"the optimizer's states in {pieces.ZERO_UNIVERSAL}"
     return _gather("ZeRO, universal", head, models, parameters, reading, [left_out], [])
 
 
@@ -194,7 +194,7 @@ def _find_names(place: Place) -> _Names:
     folder = place.parent
     names = _Names({}, {}, re.fullmatch(_MODEL, place.name) is not None)
     for name in sorted((entry.name for entry in list_entries(folder)), key=natural_key):
-        for pattern, known in ((training.ZERO_OPTIMIZER, names.optimizers), (_MODEL, names.models)):
+        for pattern, known in ((pieces.ZERO_OPTIMIZER, names.optimizers), (_MODEL, names.models)):
             match = re.fullmatch(pattern, name)
             if match:
                 if known.setdefault(int(match[1]), name) != name:
@@ -202,8 +202,8 @@ def _find_names(place: Place) -> _Names:
                     raise BadFile(folder, problem, _MIXED)
                 break
         else:
-            if re.fullmatch(training.ZERO_PIECES, name):
-                training.check_name(folder / name)
+            if re.fullmatch(pieces.ZERO_PIECES, name):
+                pieces.check_name(folder / name)
     if names.models and not names.is_partitioned:
         problem = f"holds model states of two kinds: {place.name} and {names.models[min(names.models)]}"
         raise BadFile(folder, problem, _MIXED)
@@ -295,11 +295,11 @@ def _refuse_parallel(told: Mapping[str, Any], place: Place) -> None:
     degrees = told.get("checkpoint_parallel_dimensions")
     degrees = degrees if type(degrees) is dict else {}
     if told["module"] is None or degrees.get("pp_degree", 1) != 1:
-        raise TrainingPiece(place, "is of a pipeline-parallel DeepSpeed checkpoint", training.DEEPSPEED)
+        raise TrainingPiece(place, "is of a pipeline-parallel DeepSpeed checkpoint", pieces.DEEPSPEED)
     if told.get("mp_world_size") not in (1, None) or degrees.get("tp_degree", 1) != 1:
-        raise TrainingPiece(place, *training.TENSOR_PARALLEL)
+        raise TrainingPiece(place, *pieces.TENSOR_PARALLEL)
     if told.get("ds_autoep_layers") or told.get("autoep_layers"):
-        raise TrainingPiece(place, "is of a DeepSpeed checkpoint whose experts are cut up (AutoEP)", training.DEEPSPEED)
+        raise TrainingPiece(place, "is of a DeepSpeed checkpoint whose experts are cut up (AutoEP)", pieces.DEEPSPEED)
 
 
 def _read_models(folder: Place, names: _Names, reading: Reading, count: int) -> list[_Model]:
@@ -390,7 +390,7 @@ def _count_ranks(told: Any, place: Place) -> int:
         raise ValueError("a number of ranks that is none")
     if min(counts) != max(counts):
         problem = "cuts some parameters over fewer ranks than others, as a DeepSpeed checkpoint with experts does"
-        raise TrainingPiece(place, problem, training.DEEPSPEED)
+        raise TrainingPiece(place, problem, pieces.DEEPSPEED)
     return max(counts)
 
 
