@@ -114,6 +114,15 @@ def test_config_and_tokenizer_come_from_around(
     wconv("verify", trained / inner, tmp_path / "out", "--cast")
 
 
+def test_torch_loads_what_comes_out_into_a_new_run(wconv: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
+    """The other way is no work: its reader for Hugging Face takes any folder of safetensors, shards too."""
+    wconv("to-safetensors", trained / "checkpoint-5", "-o", tmp_path / "out", "--max-shard-size", "40B")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+    state = {name: torch.zeros_like(tensor) for name, tensor in make_state("ab").items()}
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "out")), no_dist=True)
+    assert_same(state, make_state("ab"))
+
+
 def test_what_stays_behind_is_named(wconv: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
     told = wconv("to-safetensors", trained / "checkpoint-5", "-o", tmp_path / "out").stdout
     assert "not carried over: optimizer_0/ (a training checkpoint: 2 files, " in told
