@@ -23,6 +23,7 @@ from converter.formats.torch.rebuild import (
     parse_metadata,
     parse_pickle,
     shape_of,
+    size_of,
 )
 from converter.formats.torch.state_dict import Reading, choose_state_dict, is_training_key
 from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES, KeptObject, Pickled, allow_steps
@@ -129,11 +130,11 @@ class _Listing:
             problem = f"says that {name!r} is packed ({_spelled(packed)})"
             raise Unsupported(self.place, problem, "Save it again without extensions of the writer.")
         if begin is None:
-            self.left_nbytes[name] = _number(nbytes)
+            self.left_nbytes[name] = size_of(nbytes)
         elif (name, shape_of(begin)) in self.items:
             raise BadFile(self.place, f"says twice where {name!r} lies", _DAMAGED)
         else:
-            self.items[name, begin] = _Item(file_name, _number(offset), _number(nbytes))
+            self.items[name, begin] = _Item(file_name, size_of(offset), size_of(nbytes))
 
     def tree(self) -> dict[str, Any]:
         """Give the dicts that were saved, with a Listed for each tensor."""
@@ -273,10 +274,3 @@ def _fields_of(value: Any, name: str) -> Any:
     if type(value) is not KeptObject or value.kind.name != name or value.state is None:
         raise TypeError("an object of another class")
     return value.state
-
-
-def _number(value: Any) -> int:
-    number = checked(value, int)
-    if number < 0:
-        raise TypeError("a number below 0")
-    return number

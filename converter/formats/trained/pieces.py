@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
+from itertools import islice
 from typing import Any, NamedTuple
 
-from converter.errors import TrainingPiece, Where
+from converter.errors import BadFile, TrainingPiece, Where
 from converter.formats.torch.rebuild import TensorRef
 from converter.storage import Place, list_entries
 from converter.tensors.base import Tensor, WeightsFile
 
+_MAX_NAMED = 8
 _ALL_RANKS = "Name the folder in which the *_model_states.pt and *_optim_states.pt of all ranks lie: wconv reads that."
 _DCP_TO_TORCH = (
     "'python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt' makes one file of it, which "
@@ -32,6 +34,8 @@ _SHARDED = (
 )
 _MEGATRON = "Megatron-LM's tools/checkpoint/convert.py, or Megatron-Bridge, makes a model of all ranks."
 _META = "convert_llama_weights_to_hf.py of transformers makes a model of all of them."
+_MISSING = "Put the files of all ranks into one folder: where ranks had disks of their own, each has some."
+MIXED = "The folder holds files of several checkpoints: fetch one of them anew."
 DEEPSPEED = "DeepSpeed's own checkpoint tools (ds_to_universal.py) read all ranks."
 
 TENSOR_PARALLEL = ("is one rank's part of a tensor-parallel DeepSpeed checkpoint", DEEPSPEED)
@@ -120,6 +124,20 @@ def check_name(place: Place) -> None:
 def _is_there(folder: Place, pattern: str) -> bool:
     up, _, name = pattern.rpartition("/")
     return any(fnmatch(entry.name, name) for entry in list_entries(folder.parent if up else folder))
+
+
+def check_ranks(folder: Place, what: str, names: Mapping[int, str], world: int) -> None:
+    """Raise BadFile where not just so many ranks have a file; there may be far more than can be gone through."""
+    missing = world - sum(rank < world for rank in names)
+    if missing:
+        lost = (rank for rank in range(world) if rank not in names)
+        spelled = [f"{rank:,}" for rank in islice(lost, min(missing, _MAX_NAMED))]
+        spelled += [f"{missing - _MAX_NAMED:,} more"] if missing > _MAX_NAMED else []
+        *but_last, last = spelled
+        ranks = f"ranks {', '.join(but_last)} and {last}" if but_last else f"rank {last}"
+        raise BadFile(folder, f"is not whole: the {what} of {ranks} of {world:,} are not there", _MISSING)
+    if len(names) > world:
+        raise BadFile(folder, f"was saved by {world:,} ranks, and holds {names[max(names)]} too", MIXED)
 
 
 def check_content(file: WeightsFile) -> None:

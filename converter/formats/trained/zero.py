@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 from converter.dtypes import DType
@@ -56,8 +56,6 @@ _KEPT_NBYTES = 1 << 16  # most of what describes a file is within it, and needs 
 _MAX_NAMED = 8
 _MAX_LENGTH = 200  # of a key that is spelled to people
 _DAMAGED = "The file is damaged: fetch it again."
-_MIXED = "The folder holds files of several checkpoints: fetch one of them anew."
-_MISSING = "Put the files of all ranks into one folder: where ranks had disks of their own, each has some."
 _SCRIPT = "'python zero_to_fp32.py CHECKPOINT OUT', a script that DeepSpeed puts beside it, may read it."
 
 
@@ -162,7 +160,7 @@ def _read_ranks(file: OpenFile, reading: Reading, names: _Names) -> WeightsFile:
     ranks = _read_optimizers(folder, names, reading)
     stage, count = ranks[0].stage, len(ranks)
     if names.is_partitioned != (stage == 3):
-        raise BadFile(ranks[0].place, f"is of ZeRO stage {stage}, and {file.ref.place.name} is not", _MIXED)
+        raise BadFile(ranks[0].place, f"is of ZeRO stage {stage}, and {file.ref.place.name} is not", pieces.MIXED)
     models = _read_models(folder, names, reading, count)
     head = _read_head(file, reading)
     _check_versions(head, (*models, *ranks))
@@ -199,27 +197,15 @@ def _find_names(place: Place) -> _Names:
             if match:
                 if known.setdefault(int(match[1]), name) != name:
                     problem = f"holds two files of rank {int(match[1])}: {known[int(match[1])]} and {name}"
-                    raise BadFile(folder, problem, _MIXED)
+                    raise BadFile(folder, problem, pieces.MIXED)
                 break
         else:
             if re.fullmatch(pieces.ZERO_PIECES, name):
                 pieces.check_name(folder / name)
     if names.models and not names.is_partitioned:
         problem = f"holds model states of two kinds: {place.name} and {names.models[min(names.models)]}"
-        raise BadFile(folder, problem, _MIXED)
+        raise BadFile(folder, problem, pieces.MIXED)
     return names
-
-
-def _check_there(folder: Place, what: str, names: Mapping[int, str], count: int) -> None:
-    """Raise BadFile where not just so many ranks have a file."""
-    missing = count - sum(rank < count for rank in names)
-    if missing:
-        spelled = [str(rank) for rank in islice((rank for rank in range(count) if rank not in names), _MAX_NAMED)]
-        spelled += [f"{missing - len(spelled):,} more"] if missing > len(spelled) else []
-        ranks = "ranks " + ", ".join(spelled[:-1]) + f" and {spelled[-1]}" if missing > 1 else f"rank {spelled[0]}"
-        raise BadFile(folder, f"is not whole: the {what} of {ranks} of {count:,} are not there", _MISSING)
-    if len(names) > count:
-        raise BadFile(folder, f"was saved by {count:,} ranks, and holds {names[max(names)]} too", _MIXED)
 
 
 def _read_key(file: OpenFile, reading: Reading, names: _Names) -> WeightsFile:
@@ -306,7 +292,7 @@ def _read_models(folder: Place, names: _Names, reading: Reading, count: int) -> 
     """Read the model states of all ranks but the first, where each has its own."""
     if not names.is_partitioned:
         return []
-    _check_there(folder, "model states", names.models, count)
+    pieces.check_ranks(folder, "model states", names.models, count)
     read = partial(_read_model, strip_code=reading.strip_code, most=_MAX_BOXES // count)
     return list(look_at_each(read, [folder / names.models[rank] for rank in range(1, count)]))
 
@@ -339,7 +325,7 @@ def _read_optimizers(folder: Place, names: _Names, reading: Reading) -> list[_Ra
     ordered = [folder / names.optimizers[rank] for rank in sorted(names.optimizers)]
     read = partial(_read_rank, strip_code=reading.strip_code, most=_MAX_BOXES // len(ordered))
     first = read(ordered[0])
-    _check_there(folder, "optimizer's states", names.optimizers, first.world)
+    pieces.check_ranks(folder, "optimizer's states", names.optimizers, first.world)
     ranks = [first]
     for rank in look_at_each(read, ordered[1:]):
         _check_alike(first, rank, rank.stage < 3 and len(ranks) == first.world - 1)
@@ -448,10 +434,10 @@ def _check_versions(head: _Head, others: Iterable[_Model | _Rank]) -> None:
     for other in others:
         if other.version and head.version and other.version != head.version:
             problem = f"is of DeepSpeed {other.version}, and {head.place.name} of {head.version}"
-            raise BadFile(other.place, problem, _MIXED)
+            raise BadFile(other.place, problem, pieces.MIXED)
         if type(other) is _Model and other.step != head.step:
             problem = f"is of step {other.step}, and {head.place.name} of {head.step}"
-            raise BadFile(other.place, problem, _MIXED)
+            raise BadFile(other.place, problem, pieces.MIXED)
 
 
 def _check_alike(first: _Rank, other: _Rank, is_last: bool) -> None:
@@ -466,11 +452,11 @@ def _check_alike(first: _Rank, other: _Rank, is_last: bool) -> None:
     ):
         if one != two and (what != "step" or None not in (one, two)):
             said = f" ({two}, and there {one})" if what != "paddings" else ""
-            raise BadFile(other.place, f"is of another {what} than {first.place.name}{said}", _MIXED)
+            raise BadFile(other.place, f"is of another {what} than {first.place.name}{said}", pieces.MIXED)
     for index, (group, same) in enumerate(zip(first.groups, other.groups, strict=True)):
         if same.shape != group.shape and not (is_last and same.shape < group.shape):
             problem = f"holds {same.shape[0]:,} elements of group {index}, and {first.place.name} {group.shape[0]:,}"
-            raise BadFile(other.place, problem, _MIXED)
+            raise BadFile(other.place, problem, pieces.MIXED)
 
 
 # Which elements make a parameter.
@@ -484,7 +470,7 @@ def _cut_groups(head: _Head, ranks: Sequence[_Rank]) -> Iterator[tuple[str, Tens
     count, groups, paddings = len(ranks), ranks[0].groups, ranks[0].paddings
     if len(head.groups) != len(groups) or (paddings is not None and [*map(len, paddings)] != [*map(len, head.groups)]):
         problem = f"does not hold the groups of parameters that {head.place.name} describes"
-        raise BadFile(ranks[0].place, problem, _MIXED)
+        raise BadFile(ranks[0].place, problem, pieces.MIXED)
     for index, shapes in enumerate(head.groups):
         line = _Line(rank.groups[index] for rank in ranks)
         at = 0
@@ -525,12 +511,12 @@ def _cut_parameters(head: _Head, ranks: Sequence[_Rank]) -> Iterator[tuple[str, 
 
 def _too_short(head: _Head, name: str, ranks: Sequence[_Rank]) -> BadFile:
     problem = f"describes the parameter {name!r}, and the groups of {ranks[0].place.name} end before it does"
-    return BadFile(head.place, problem, _MIXED)
+    return BadFile(head.place, problem, pieces.MIXED)
 
 
 def _too_long(head: _Head, length: int, at: int, ranks: Sequence[_Rank]) -> BadFile:
     problem = f"describes {at:,} elements of a group, and there are {length:,} from {ranks[0].place.name} on"
-    return BadFile(head.place, problem, _MIXED)
+    return BadFile(head.place, problem, pieces.MIXED)
 
 
 def _put_together(dtype: DType, shape: tuple[int, ...], parts: Iterable[Box]) -> TensorSource:
@@ -564,7 +550,7 @@ def _shaped(source: TensorSource, shape: tuple[int, ...], place: Place) -> Tenso
     if source.shape == shape:
         return source
     if source.shape != (math.prod(shape),):
-        raise BadFile(place, f"is of shape {list(source.shape)}, and the model states say {list(shape)}", _MIXED)
+        raise BadFile(place, f"is of shape {list(source.shape)}, and the model states say {list(shape)}", pieces.MIXED)
     return _put_together(source.dtype, shape, [Box((0,), source)])
 
 
@@ -643,11 +629,11 @@ def _join_frozen(head: _Head, models: Sequence[_Model]) -> dict[str, TensorSourc
             part = model.fragments.get(name)
             if part is None or part.dtype is not parts[0].dtype:
                 problem = f"lacks its part of {name!r}, of which {head.place.name} has one"
-                raise BadFile(model.place, problem, _MIXED)
+                raise BadFile(model.place, problem, pieces.MIXED)
             parts.append(part)
         if each and any(part.shape != (each,) for part in parts):
             problem = f"says that {name!r} is of shape {list(shape)}, and the {count:,} ranks' parts are of others"
-            raise BadFile(head.place, problem, _MIXED)
+            raise BadFile(head.place, problem, pieces.MIXED)
         joined[name] = _put_together(parts[0].dtype, shape, _Line(parts).cut(0, numel))
     return joined
 
