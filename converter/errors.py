@@ -35,6 +35,15 @@ def name_some(things: Collection[object], limit: int) -> str:
     return ", ".join(map(str, itertools.islice(things, limit))) + more
 
 
+def spell_size(nbytes: int) -> str:
+    """Spell how many bytes there are, for one line.
+
+    >>> spell_size(1_068), spell_size(2_500_000)
+    ('1,068 bytes', '2.5 MB')
+    """
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"
+
+
 class WconvError(Exception):
     """The root of wconv's errors; catch it to catch them all."""
 

@@ -21,7 +21,7 @@ from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 from converter.dtypes import DType
-from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, name_some
+from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, name_some, spell_size
 from converter.formats.torch import files
 from converter.formats.torch.content import Content
 from converter.formats.torch.files import open_content
@@ -30,6 +30,7 @@ from converter.formats.torch.state_dict import (
     AnyTensor,
     Reading,
     check_lengths,
+    nbytes_in,
     note_foreign,
     refuse_unreadable,
     unreadable_in,
@@ -165,7 +166,7 @@ def _read_ranks(file: OpenFile, reading: Reading, names: _Names) -> WeightsFile:
     head = _read_head(file, reading)
     _check_versions(head, (*models, *ranks))
     parameters = dict((_cut_parameters if stage == 3 else _cut_groups)(head, ranks))
-    left = [f"optimizer_state_dict ({sum(rank.left_nbytes for rank in ranks) / 1e6:,.1f} MB)"]
+    left = [f"optimizer_state_dict ({spell_size(sum(rank.left_nbytes for rank in ranks))})"]
     return _gather("ZeRO", head, models, parameters, reading, left, [rank.foreign for rank in ranks])
 
 
@@ -350,7 +351,7 @@ def _read_rank(place: Place, strip_code: bool, most: int) -> _Rank:
             _paddings_in(told.get("param_alignment_paddings")),
             groups,
             _read_step(content, told),
-            _nbytes_in(value) - _nbytes_in(told[_GROUPS[stage]]),
+            nbytes_in(value, set()) - nbytes_in(told[_GROUPS[stage]], set()),
             content.pickled.foreign,
         )
 
@@ -387,21 +388,6 @@ def _paddings_in(told: Any) -> tuple[tuple[int, ...], ...] | None:
     if not all(type(padding) is int and padding >= 0 for paddings in told for padding in paddings):
         raise ValueError("a padding that is none")
     return tuple(map(tuple, told))
-
-
-def _nbytes_in(value: Any) -> int:
-    """Give the bytes of all storages that are named in nested dicts, lists and tuples."""
-    storages: dict[str, int] = {}
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        inner = waiting.pop()
-        if type(inner) is TensorRef:
-            storages[inner.storage.key] = inner.storage.nbytes
-        elif isinstance(inner, (dict, list, tuple)) and id(inner) not in seen:
-            seen.add(id(inner))
-            waiting.extend(inner.values() if isinstance(inner, dict) else inner)
-    return sum(storages.values())
 
 
 def _read_step(content: Content, told: Mapping[str, Any]) -> float | None:
