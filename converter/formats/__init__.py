@@ -113,6 +113,8 @@ class FolderRow:
                 yield head, tuple(name for name in ordered if name != head)
 
 
+_READ_ZERO = partial(_late, "trained.zero.checkpoint")
+
 # The first row that matches a file speaks of it.
 FOLDERS: dict[str, FolderRow] = {
     "DCP, by ranks": FolderRow(r"__\d+\.metadata|.+\.distcp", r"__\d+\.metadata", (), None, *pieces.DCP_BY_RANKS),
@@ -122,9 +124,8 @@ FOLDERS: dict[str, FolderRow] = {
     "DCP in safetensors": FolderRow(pieces.DCP_SHARD, pieces.DCP_SHARD, (), partial(_late, "trained.dcp_safetensors")),
     "DCP, unfinished": FolderRow(r".+\.distcp", r".+\.distcp", (), None, *pieces.DCP_UNFINISHED),
     "FSDP ranks": FolderRow(pieces.RANKS, pieces.RANKS, (), partial(_late, "trained.ranks")),
-    "ZeRO": FolderRow(pieces.ZERO_PIECES, pieces.ZERO_HEAD, (pieces.ZERO_OPTIMIZER,), partial(_late, "trained.zero")),
-    "ZeRO, universal": FolderRow(pieces.ZERO_PIECES, pieces.ZERO_HEAD, (pieces.ZERO_UNIVERSAL,),
-                                 partial(_late, "trained.zero")),
+    "ZeRO": FolderRow(pieces.ZERO_PIECES, pieces.ZERO_HEAD, (pieces.ZERO_OPTIMIZER,), _READ_ZERO),
+    "ZeRO, universal": FolderRow(pieces.ZERO_PIECES, pieces.ZERO_HEAD, (pieces.ZERO_UNIVERSAL,), _READ_ZERO),
 }  # fmt: skip
 
 

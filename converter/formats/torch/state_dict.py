@@ -447,6 +447,14 @@ def _notes(value: Any, foreign: Mapping[str, str], chosen: _Found, found: list[_
     yield from note_foreign(foreign)
 
 
+def join_foreign(many: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Join what the pickles of several files do with globals: whatever one of them calls, all do."""
+    joined: dict[str, str] = {}
+    for foreign in many:
+        joined |= {name: how for name, how in foreign.items() if joined.get(name) != "calls"}
+    return joined
+
+
 def note_foreign(foreign: Mapping[str, str]) -> Iterator[str]:
     """Say what a pickle makes, or calls, that no state dict needs."""
     for what, note in (

@@ -50,6 +50,7 @@ ZERO_PIECES = (
     r"|layer_\d+-model_\d+.*-model_states\.pt"
 )
 ZERO_HEAD = r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt"
+ZERO_MODEL = r"zero_pp_rank_(\d{1,9})_mp_rank_0+_model_states\.pt"
 ZERO_OPTIMIZER = r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,9})_mp_rank_0+_?optim_states\.pt"
 ZERO_UNIVERSAL = "zero"
 

@@ -23,7 +23,7 @@ from converter.dtypes import DType
 from converter.errors import BadFile, HostileFile, TrainingPiece, Unsupported
 from converter.formats.torch.files import open_content
 from converter.formats.torch.rebuild import TensorRef, Unreadable, checked, shape_of, size_of
-from converter.formats.torch.state_dict import AnyTensor, Reading, choose_state_dict
+from converter.formats.torch.state_dict import AnyTensor, Reading, choose_state_dict, join_foreign
 from converter.formats.trained.pieces import RANKS, check_pickled, check_ranks
 from converter.storage import OpenFile, Place, list_entries
 from converter.storage.far import look_at_each
@@ -81,7 +81,7 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
         if count > _MAX_BOXES:
             raise HostileFile(rank.place, f"its ranks cut their tensors into more than {_MAX_BOXES:,} parts")
         notes |= dict.fromkeys(rank.notes)
-        foreign |= {name: how for name, how in rank.foreign.items() if foreign.get(name) != "calls"}
+        foreign = join_foreign((foreign, rank.foreign))
     tensors = tuple(Tensor(name, wholes.pop(name).source(first.place)) for name in first.tensors)
     return WeightsFile(first.place, "FSDP ranks", tensors, {}, tuple(notes), foreign)
 
