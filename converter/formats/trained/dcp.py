@@ -50,14 +50,7 @@ _MAX_KNOWN_NBYTES = 1 << 10  # of those that are not read again, and how many
 _MAX_KNOWN = 10_000
 _HEAD_NBYTES = 1 << 11
 _TAIL_NBYTES = 1 << 12
-# What describes how tensors lay in memory, and where the checkpoint was written.
-_OWN = {
-    "torch.serialization._get_layout",
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
-    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-}
+_PATHS = "pathlib."  # of where the checkpoint was written, which is no concern of anyone's
 _MAX_DEPTH = 16  # of the path of a tensor; as deep as a state dict is looked for
 _RESAVE = "torch cannot read it either: save it again without serialization_format=SAFETENSORS."
 _DAMAGED = "The checkpoint is damaged: fetch .metadata again."
@@ -82,7 +75,7 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     pickled = parse_metadata(file.read(0, MAX_PICKLE_NBYTES + 1), place, reading.strip_code, _FIELDS)
     try:
         listed = _Listing(place, pickled.value)
-        others = {name: how for name, how in pickled.foreign.items() if name not in _OWN}
+        others = {name: how for name, how in pickled.foreign.items() if not name.startswith(_PATHS)}
         pickled = pickled._replace(value=listed.tree(), foreign=others)
         state_dict, notes, foreign = choose_state_dict(pickled, place, reading)
         tensors = tuple(listed.take(state_dict))

@@ -1,8 +1,8 @@
-"""Parts of checkpoints as distributed training writes them: each is a piece, and its own tool puts them together.
+"""Parts of checkpoints as distributed training writes them: what they are called, and what each alone is refused with.
 
 A piece is a valid file, and often reads like a whole model: tensors of 0 elements, boxes of tensors under the names of
 the whole, one rank's rows. So each is known by what it is called where its writer decides that, and by what it holds
-where it may be renamed, and refused with the name of what reads it.
+where it may be renamed, and refused with the name of what reads it: the folder of all of them, or another tool.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from converter.tensors.base import Tensor, WeightsFile
 
 _MAX_NAMED = 8
 _ALL_RANKS = "Name the folder in which the *_model_states.pt and *_optim_states.pt of all ranks lie: wconv reads that."
-_DCP_TO_TORCH = (
-    "'python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt' makes one file of it, which "
-    "wconv converts; that runs what its pickles say, so do it only where you trust the folder."
-)
+_ALL_OF_DCP = "Name the folder in which .metadata and all of its .distcp files lie: wconv reads that."
 _EMPTIED = (
     "The weights lie in the checkpoint of the training: name its folder, in which the *_model_states.pt and "
     "*_optim_states.pt of all ranks lie."
@@ -107,7 +104,7 @@ _NAMES = (
     _Name(r".*/model-rank-\d+-part-\d+\.safetensors",
           "is one rank's part of a model, as vLLM cuts it", "vLLM loads it with load_format='sharded_state'.",
           "model-rank-1-part-*.safetensors"),
-    _Name(r".*/[^/]+\.distcp", "is a piece of a checkpoint of torch.distributed.checkpoint (DCP)", _DCP_TO_TORCH),
+    _Name(r".*/[^/]+\.distcp", "is a piece of a checkpoint of torch.distributed.checkpoint (DCP)", _ALL_OF_DCP),
     _Name(r".*/[^/]+\.nemo", "is an archive of NeMo, which holds its config and checkpoint as files",
           "Unpack it with tar; Megatron-Bridge or NeMo's export makes a Hugging Face model of it."),
 )  # fmt: skip
