@@ -28,7 +28,7 @@ from converter.formats.torch.rebuild import (
 from converter.formats.torch.state_dict import Reading, choose_state_dict, is_training_key
 from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES, KeptObject, Pickled, allow_steps
 from converter.formats.trained.boxes import put_together, spell
-from converter.storage import OpenFile, Place, Window
+from converter.storage import OpenFile, Place, Window, is_bare
 from converter.tensors.base import MAX_NAME, Tensor, TensorSource, WeightsFile
 from converter.tensors.derived import Box
 
@@ -119,7 +119,7 @@ class _Listing:
         name, begin = _fields_of(key, _INDEX)
         file_name, offset, nbytes, packed = _fields_of(stored, _STORED)
         self._name(name)
-        if self._name(file_name) in ("", ".", "..") or "/" in file_name or "\\" in file_name or "\0" in file_name:
+        if not is_bare(self._name(file_name)):
             raise HostileFile(self.place, f"says that {name!r} lies in {file_name!r}, which is no name of a file")
         if packed:
             problem = f"says that {name!r} is packed ({_spelled(packed)})"

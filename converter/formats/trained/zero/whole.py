@@ -19,7 +19,7 @@ from converter.formats.torch.state_dict import (
     unreadable_in,
 )
 from converter.formats.trained import pieces
-from converter.formats.trained.zero.cut import MAX_BOXES, Line, put_together
+from converter.formats.trained.zero.cut import MAX_BOXES, Line, unflatten
 from converter.formats.trained.zero.states import DAMAGED, Head, Model, Optimizer, as_written, take_runs
 from converter.tensors.base import Tensor, TensorSource, WeightsFile
 
@@ -108,7 +108,7 @@ def _join_frozen(head: Head, models: Sequence[Model]) -> dict[str, TensorSource]
         if each and any(part.shape != (each,) for part in parts):
             problem = f"says that {name!r} is of shape {list(shape)}, and the {count:,} ranks' parts are of others"
             raise BadFile(head.place, problem, pieces.MIXED)
-        joined[name] = put_together(parts[0].dtype, shape, Line(parts).cut(0, numel))
+        joined[name] = unflatten(parts[0].dtype, shape, Line(parts).cut(0, numel))
     return joined
 
 
