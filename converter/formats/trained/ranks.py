@@ -25,7 +25,7 @@ from converter.formats.torch.files import open_content
 from converter.formats.torch.rebuild import TensorRef, Unreadable, checked, shape_of, size_of
 from converter.formats.torch.state_dict import AnyTensor, Reading, choose_state_dict, join_foreign
 from converter.formats.trained.boxes import put_together, spell
-from converter.formats.trained.pieces import RANKS, check_pickled, check_ranks
+from converter.formats.trained.pieces import ACCELERATE, RANKS, check_pickled, check_ranks
 from converter.storage import OpenFile, Place, list_entries
 from converter.storage.far import look_at_each
 from converter.tensors.base import MAX_TENSORS, Tensor, TensorSource, WeightsFile
@@ -39,7 +39,6 @@ _MAX_ASKED = 4_096
 _FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")  # ``torch/distributed/fsdp/_common_utils.py``
 _DAMAGED = "The file is damaged: fetch it again."
 _FULL = "Load it with the tool that wrote it, as it was trained, and save a full state dict."
-_FLAT_ADVICE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
 _PLACEMENTS = ("torch.distributed.tensor.placement_types.", "torch.distributed._tensor.placement_types.")
 
 _Start = tuple[int, ...]
@@ -201,7 +200,7 @@ def _read_rank(file: OpenFile, reading: Reading) -> _Rank:
     for name, tensor in state_dict.items():
         if _FLAT.fullmatch(name):
             problem = f"holds flat parameters such as {name!r}, and does not say which weights they are made of"
-            raise TrainingPiece(place, problem, _FLAT_ADVICE)
+            raise TrainingPiece(place, problem, ACCELERATE)
         parts, least = _parts_of(tensor, name, place)
         world = max(world, least)
         count += len(parts)
