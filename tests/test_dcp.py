@@ -168,6 +168,33 @@ def test_a_folder_of_hugging_face_beside_the_weights_goes_first(
     assert "Qwen2" in (tmp_path / "out" / "config.json").read_text()
 
 
+def test_a_config_that_is_no_models_or_elsewhere_is_not_found(
+    wconv: Callable[..., Any], folder: Path, tmp_path: Path
+) -> None:
+    """A folder called ``model`` leads up to a home folder, and one that a stranger made to wherever its links do."""
+    home = tmp_path / "home"
+    model = Path(shutil.copytree(folder, home / "model"))
+    (home / "config.json").write_text('{"editor": "vi"}')
+    (home / "tokenizer.json").write_text("{}")
+    wconv("to-safetensors", model, "-o", tmp_path / "a")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "private" / "vocab.json").write_text("{}")
+    (model / "huggingface").symlink_to(tmp_path / "private")
+    wconv("to-safetensors", model, "-o", tmp_path / "b")
+    (model / "huggingface").unlink()
+    (model / "huggingface").mkdir()
+    (model / "huggingface" / "config.json").symlink_to(tmp_path / "private" / "config.json")
+    wconv("to-safetensors", model, "-o", tmp_path / "c")
+    for out in "abc":
+        assert [path.name for path in (tmp_path / out).iterdir()] == ["model.safetensors"]
+    (home / "config.json").write_text('{"model_type": "llama"}')
+    (home / "vocabulary of mine.odt").write_text("")
+    wconv("to-safetensors", model, "-o", tmp_path / "d")
+    taken = {path.name for path in (tmp_path / "d").iterdir()}
+    assert taken == {"config.json", "tokenizer.json", "model.safetensors"}
+
+
 def test_the_doctor_says_what_it_is(wconv: Callable[..., Any], trained: Path) -> None:
     told = json.loads(wconv("doctor", trained / "checkpoint-5", "--json").stdout)
     (one,) = told["findings"]

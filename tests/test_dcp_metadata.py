@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import pickle
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -292,6 +294,17 @@ def test_too_many_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ):
         with pytest.raises(HostileFile, match="parts of tensors or more"):
             read(tmp_path, Metadata(tensors, paths, stored))
+
+
+def test_begins_that_would_hash_alike_take_no_time(tmp_path: Path) -> None:
+    """Integers hash modulo ``2**61 - 1``."""
+    alike = itertools.islice(itertools.product([way * ((1 << 61) - 1) for way in range(4)], repeat=8), 12_000)
+    index = {MetadataIndex("w", list(begin)): _StorageInfo("a", 0, 9) for begin in alike}
+    raw = pickle.dumps(Metadata({"w": told((1,))}, None, index))
+    begin = time.process_time()
+    with pytest.raises(BadFile, match="do not fill"):
+        read(tmp_path, raw)
+    assert time.process_time() - begin < 3
 
 
 def test_long_names(tmp_path: Path) -> None:

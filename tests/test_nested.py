@@ -228,6 +228,21 @@ def test_a_number_beside_a_state_dict_is_no_second_one(wconv: Callable[..., Any]
     assert "not state (1 tensor" in deeper.notes[0]
 
 
+def test_what_lies_deeper_beside_the_weights_is_named(tmp_path: Path) -> None:
+    """As the ``AppState`` of PyTorch's own tutorial on torch.distributed.checkpoint nests it."""
+    app = {"model": WEIGHTS, "optim": optimizer_state(), "extra": {"rng": 5}}
+    path = saved(tmp_path, {"app": app, "step": 3, "runs": [{"log": 1}]})
+    opened = open_checkpoint(path)
+    assert [one.name for one in opened.tensors] == list(WEIGHTS)
+    assert opened.notes == ("last.ckpt: left out: step, runs, app.optim (72 bytes), app.extra",)
+    with pytest.raises(BadRequest, match=r"a trainer's within what would be flattened: app\.optim\.state"):
+        open_checkpoint(path, Reading(flatten=True))
+    opened = open_checkpoint(path, Reading(key="app.model", flatten=True))
+    assert [one.name for one in opened.tensors] == list(WEIGHTS)
+    listed = open_checkpoint(saved(tmp_path, [{"lr": 1}, {"model": WEIGHTS, "sched": 2}]))
+    assert listed.notes == ("last.ckpt: left out: 0, 1.sched",)
+
+
 @pytest.mark.parametrize("value", [{"a": torch.ones(1), "b": {"c": torch.ones(1)}}, {"a": torch.ones(2), "b": WEIGHTS}])
 def test_what_may_be_a_second_one(tmp_path: Path, value: Any) -> None:
     with pytest.raises(BadRequest, match="several state dicts"):

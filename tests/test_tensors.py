@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -124,3 +125,13 @@ def address_of(tensor: torch.Tensor) -> int:
 def test_what_exists_does_not_change(value: object, field: str) -> None:
     with pytest.raises(AttributeError):
         setattr(value, field, 1)
+
+
+def test_ties_of_views_that_would_hash_alike_are_found_in_time() -> None:
+    """Integers hash modulo ``2**61 - 1``, and an axis of one element may have any stride."""
+    alike = itertools.islice(itertools.product([way * ((1 << 61) - 1) for way in range(4)], repeat=8), 12_000)
+    begin = time.process_time()
+    views = [view((1,) * 8, strides) for strides in alike]
+    assert all(one.is_contiguous and span_of(one.shape, one.strides) == 1 for one in views)
+    assert find_ties(Tensor(str(place), one) for place, one in enumerate(views)) == {}
+    assert time.process_time() - begin < 2

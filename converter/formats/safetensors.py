@@ -12,10 +12,9 @@ import itertools
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
-from converter.dtypes import DTYPES, DType
+from converter.dtypes import DTYPES
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.formats.texts import MAX_HEADER_MARKS, Pairs, parse_json
 from converter.storage import FileRef, OpenFile, Place
@@ -28,6 +27,7 @@ from converter.tensors.base import (
     Tensor,
     TensorSpec,
     WeightsFile,
+    remembered,
 )
 from converter.tensors.view import View, contiguous_strides
 
@@ -111,7 +111,7 @@ def _parse_tensor(name: str, entry: Any, data_offset: int, file: FileRef) -> Ten
     return Tensor(name, View(dtype, shape, storage, 0, strides))
 
 
-@lru_cache(1024)  # most tensors have one of a few shapes, and then share it
+@remembered
 def _measure(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int, tuple[int, ...]]:
     """Give a shape, its elements, the same as if no axis were empty, and the strides, which grow to that."""
     return shape, math.prod(shape), math.prod(length or 1 for length in shape), contiguous_strides(shape)
@@ -138,7 +138,7 @@ def lay_out(tensors: Sequence[TensorSpec], ties: Mapping[str, str], notes: Mappi
     """
     order = sorted(range(len(tensors)), key=lambda place: (tensors[place][1].rank, tensors[place][0]))
     header = build_header([tensors[place] for place in order], {**notes, **ties, "format": "pt"})
-    sizes = (_describe(*tensors[place][1:])[1] for place in order)
+    sizes = (_describe(dtype.tag, shape)[1] for _, dtype, shape in (tensors[place] for place in order))
     *offsets, nbytes = itertools.accumulate(sizes, initial=len(header))
     return Layout(header, tuple(order), tuple(offsets), nbytes)
 
@@ -154,7 +154,7 @@ def build_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> 
             raise ValueError(f"holds a tensor named {name!r}, which no safetensors file can hold")
         if len(name) > MAX_NAME:
             raise ValueError(f"holds a tensor with a name of {len(name):,} characters, and {MAX_NAME:,} may be")
-        described, nbytes = _describe(dtype, shape)
+        described, nbytes = _describe(dtype.tag, shape)
         begin, end = end, end + nbytes
         # One json.dumps of all of it takes three times as long.
         parts.append(f"{_spell_text(name)}:{{{described}[{begin},{end}]}}")
@@ -174,11 +174,11 @@ _spell = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _spell_text = json.encoder.encode_basestring  # as the encoder spells a text
 
 
-@lru_cache(1024)  # most tensors are of one of a few kinds
-def _describe(dtype: DType, shape: tuple[int, ...]) -> tuple[str, int]:
+@remembered
+def _describe(tag: str, shape: tuple[int, ...]) -> tuple[str, int]:
     """Spell what a header says of a tensor between its name and its place, and give its bytes."""
     sizes = ",".join(map(str, shape))
-    return f'"dtype":"{dtype.tag}","shape":[{sizes}],"data_offsets":', dtype.nbytes(math.prod(shape))
+    return f'"dtype":"{tag}","shape":[{sizes}],"data_offsets":', DTYPES[tag].nbytes(math.prod(shape))
 
 
 def _is_text(name: str) -> bool:

@@ -10,16 +10,20 @@ import re
 
 from converter.errors import BadFile
 from converter.models.component import Companions
+from converter.models.configs import look_into
 from converter.models.hub_cache import lies_outside
 from converter.models.names import is_other_runtime, is_training_state, parse_name
 from converter.storage import Place, list_entries
 
 # What ``save_pretrained`` of transformers' configs, tokenizers and processors writes, and the code of a config's own.
 _NAMES = re.compile(
-    r"(config|generation_config|adapter_config|configuration)\.json|(tokenizer|vocab|special_tokens|added_tokens).*|"
+    r"(config|generation_config|adapter_config|configuration|special_tokens_map|added_tokens)\.json|"
+    r"(tokenizer|vocab)[\w.-]*\.(json|txt|model|bpe|vocab|spm|tiktoken)|tokenizer\.model\.v\d+\w*|"
     r"merges\.txt|.*\.tiktoken|(spiece|sentencepiece.*|source|target)\.(model|spm)|chat_template.*|"
     r"(\w+_)?(pre)?processor_config\.json|audio_tokenizer_config\.json|(modeling|configuration|tokenization|processing)_\w+\.py"
 )
+# One of these is in the config of a model of transformers, or of Diffusers.
+_NAMING = ("model_type", "architectures", "auto_map", "_class_name")
 _BELOW = "huggingface"
 # Folders that hold one checkpoint of a run: what lies around them belongs to it.
 _OF_A_RUN = re.compile(
@@ -32,16 +36,23 @@ _MAX_UP = 3
 def find_companions(folder: Place) -> Companions:
     """Look for the config that belongs to a training checkpoint, and give what goes with it; none where there is none.
 
-    It is looked for in ``huggingface/``, and around the folder as far as that is one of a run.
+    It is looked for in ``huggingface/``, and around the folder as far as that is one of a run. What says of no model
+    which it is, as other programs have a ``config.json``, is none.
     """
     for _ in range(_MAX_UP + 1):
         for place in (folder, folder / _BELOW):
-            if (place / "config.json").is_file():
+            config = place / "config.json"
+            if config.is_file() and not lies_outside(config, folder.real()) and _names_a_model(config):
                 return _list(place)
         if not _OF_A_RUN.fullmatch(folder.absolute().name):
             break
         folder = folder.absolute().parent
     return ()
+
+
+def _names_a_model(place: Place) -> bool:
+    content, _ = look_into(place)
+    return any(key in content for key in _NAMING)
 
 
 def companions_in(folder: Place) -> Companions:

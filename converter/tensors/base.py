@@ -10,10 +10,11 @@ What exists once a tensor is a NamedTuple here and elsewhere: a frozen dataclass
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from functools import wraps
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from converter.dtypes import DType
 from converter.storage import FileRef, Place
@@ -22,6 +23,30 @@ from converter.storage import FileRef, Place
 MAX_TENSORS = 220_000
 MAX_DIMS = 100  # no weights have a tenth of it, and numbers of elements stay short
 MAX_NAME = 1_000  # real ones have up to 200 characters; patterns that are searched in them take the square
+_MAX_REMEMBERED = 1_024
+
+_T = TypeVar("_T")
+
+
+def remembered(make: Callable[..., _T]) -> Callable[..., _T]:
+    """Keep what a function of shapes and the like gives, for when it is asked again: most tensors have one of a few.
+
+    It is looked up by text. Of numbers a file could choose such as all hash alike, and each look into a cache would
+    compare all of them.
+    """
+    kept: dict[str, _T] = {}
+
+    @wraps(make)
+    def look(*arguments: Any) -> _T:
+        text = str(arguments)
+        found = kept.get(text)
+        if found is None:
+            if len(kept) >= _MAX_REMEMBERED:
+                kept.clear()
+            found = kept[text] = make(*arguments)
+        return found
+
+    return look
 
 
 class ByteRange(NamedTuple):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converter.dtypes import DType
-from converter.tensors.base import ByteRange, PackedRange, Reader, Storage
+from converter.tensors.base import ByteRange, PackedRange, Reader, Storage, remembered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +31,10 @@ class View(NamedTuple):
     storage: Storage
     start: int
     strides: tuple[int, ...]
+
+    def __hash__(self) -> int:
+        # Of texts: of numbers a file could choose such as all hash alike, and make looking for ties quadratic.
+        return hash((self.storage, str((self.start, self.shape, self.strides))))
 
     @property
     def is_contiguous(self) -> bool:
@@ -98,7 +101,7 @@ def span_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
 
 
-@lru_cache(1024)  # most tensors have one of a few shapes
+@remembered
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Give the row-major strides of a shape, in elements.
 
@@ -113,7 +116,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-@lru_cache(1024)
+@remembered
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     # Axes of length 1 may carry any stride, and an empty tensor any strides at all.
     if 0 in shape:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from sys import intern
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,7 +25,7 @@ from converter.formats.torch.unpickler import (
     allow_steps,
     run_pickle,
 )
-from converter.tensors.base import MAX_DIMS
+from converter.tensors.base import MAX_DIMS, remembered
 
 _T = TypeVar("_T")
 
@@ -216,9 +215,9 @@ def _tensor(
     return TensorRef(storage, dtype, storage.start + start, *_shared(shape, strides), negated)
 
 
-@lru_cache(1024)  # most tensors have one of a few shapes, and then share it
+@remembered
 def _shared(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Give a shape and strides that are all whole numbers by now: a cache takes True for 1."""
+    """Give a shape and strides that many tensors have."""
     return shape, strides
 
 

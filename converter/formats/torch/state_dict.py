@@ -10,7 +10,6 @@ import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from converter.formats.torch.globals import is_array, is_tensor
 from converter.formats.torch.modules import Walk, is_level, is_module, spell_key
 from converter.formats.torch.rebuild import Left, Listed, Part, StorageRef, TensorRef, Unreadable
 from converter.formats.torch.unpickler import Inert, KeptObject, Pickled
-from converter.tensors.base import Storage, TensorSource
+from converter.tensors.base import Storage, TensorSource, remembered
 from converter.tensors.view import View, span_of
 
 AnyTensor = TensorRef | Listed
@@ -191,7 +190,7 @@ def resolve(
         yield name, ref, View(ref.dtype, shape, record, ref.start, strides)
 
 
-@lru_cache(1024)  # most tensors have one of a few shapes, and then share it
+@remembered
 def _measure(
     shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int]:
@@ -320,10 +319,21 @@ def _flatten(value: Any, found: list[_Found], where: Where, reading: Reading) ->
         _check_count(len(tensors) + len(unreadable), where)
     if not tensors and not unreadable:
         raise Unsupported(where, "holds no tensors there, but for a trainer's", "--key names what is flattened.")
+    if not is_all:
+        _refuse_trainers_below(found, where)
     wholes = (one for one in found if one.path[: len(path)] == path or path[: len(one.path)] == one.path)
     wholes = (one for one in wholes if is_all or not one.is_training)
     named = tuple(itertools.chain.from_iterable(one.wholes for one in wholes))
     return _Found(path, tensors, unreadable, tuple(beside), False, named, walk.take_classes())
+
+
+def _refuse_trainers_below(found: list[_Found], where: Where) -> None:
+    """Raise BadRequest where a trainer's tensors lie deeper, as in ``{"app": {"model": ..., "optim": ...}}``."""
+    own = [one for one in found if one.is_training and not any(map(is_training_key, one.path[:1]))]
+    own = [one for one in own if any(map(is_training_key, one.path[1:]))]
+    if own:
+        problem = f"holds what is a trainer's within what would be flattened: {_list(own)}"
+        raise BadRequest(where, problem, "Name what is meant with --key KEY --flatten.")
 
 
 def _find_level(value: Any, key: str, walk: Walk, found: list[_Found]) -> tuple[tuple[str, ...], Any]:

@@ -65,8 +65,11 @@ class _Item(NamedTuple):
     nbytes: int
 
 
-_Key = tuple[str, tuple[int, ...]]
-"""A tensor by its name, and where one of its boxes begins."""
+_Key = tuple[str, str]
+"""A tensor by its name, and where one of its boxes begins: of numbers a file could choose such as all hash alike."""
+
+_Cut = tuple[_Key, tuple[int, ...], tuple[int, ...]]
+"""A box of a tensor: its key, where it begins, and its shape."""
 
 
 def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
@@ -124,10 +127,11 @@ class _Listing:
             raise Unsupported(self.place, problem, "Save it again without extensions of the writer.")
         if begin is None:
             self.left_nbytes[name] = size_of(nbytes)
-        elif (name, shape_of(begin)) in self.items:
+            return
+        key = name, str(shape_of(begin))
+        if key in self.items:
             raise BadFile(self.place, f"says twice where {name!r} lies", _DAMAGED)
-        else:
-            self.items[name, begin] = _Item(file_name, size_of(offset), size_of(nbytes))
+        self.items[key] = _Item(file_name, size_of(offset), size_of(nbytes))
 
     def tree(self) -> dict[str, Any]:
         """Give the dicts that were saved, with a Listed for each tensor."""
@@ -170,9 +174,9 @@ class _Listing:
         """Take the tensors out of a dict, and yield each with what it is made of."""
         wanted: dict[str, list[tuple[_Item, _Key]]] = defaultdict(list)
         for listed in state_dict.values():
-            for key, _ in self._boxes_of(listed):
+            for key, start, _ in self._boxes_of(listed):
                 if key not in self.items:
-                    problem = f"does not say where the part of {key[0]!r} lies that begins at {list(key[1])}"
+                    problem = f"does not say where the part of {key[0]!r} lies that begins at {list(start)}"
                     raise BadFile(self.place, problem, _DAMAGED)
                 item = self.items[key]
                 wanted[item.file_name].append((item, key))
@@ -180,7 +184,8 @@ class _Listing:
 
         found = dict(self._read_items(wanted))
         for name, listed in state_dict.items():
-            boxes = [Box(key[1], self._check(found[key], listed, key, shape)) for key, shape in self._boxes_of(listed)]
+            cuts = self._boxes_of(listed)
+            boxes = [Box(start, self._check(found[key], listed, key, shape)) for key, start, shape in cuts]
             if len(boxes) == 1 and boxes[0].source.shape == listed.shape:
                 yield Tensor(name, boxes[0].source)
                 continue
@@ -189,12 +194,12 @@ class _Listing:
             except ValueError as error:
                 raise BadFile(self.place, f"cuts the tensor {name!r} into {error}", _DAMAGED) from None
 
-    def _boxes_of(self, listed: Any) -> Iterator[tuple[_Key, tuple[int, ...]]]:
-        """Give where each box of a tensor begins, and its shape; those without elements may begin beyond the end."""
+    def _boxes_of(self, listed: Any) -> Iterator[_Cut]:
+        """Give the boxes of a tensor; those without elements may begin beyond the end."""
         for chunk in self.tensors[listed.of].state["chunks"]:
             start, shape = map(shape_of, _fields_of(chunk, _CHUNK))
             if 0 not in shape:
-                yield (listed.of, start), shape
+                yield (listed.of, str(start)), start, shape
 
     def _check(
         self, source: TensorSource, listed: TensorRef | Listed, key: _Key, shape: tuple[int, ...]
