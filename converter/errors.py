@@ -36,12 +36,14 @@ def name_some(things: Collection[object], limit: int) -> str:
 
 
 def spell_size(nbytes: int) -> str:
-    """Spell how many bytes there are, for one line.
+    """Spell a number of bytes in a sentence: in full where it is small.
 
-    >>> spell_size(1_068), spell_size(2_500_000)
-    ('1,068 bytes', '2.5 MB')
+    >>> spell_size(2_052), spell_size(282_086), spell_size(64_100_000_000)
+    ('2,052 bytes', '0.3 MB', '64.1 GB')
     """
-    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"
+    if nbytes < 100_000:
+        return f"{nbytes:,} bytes"
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:,.1f} GB"
 
 
 class WconvError(Exception):

@@ -266,7 +266,7 @@ OF_ANOTHER: dict[str, tuple[Callable[[DeviceMesh], State], str]] = {
     "a dtype": (lambda mesh: {"w": by_torch(Shard(0))(WEIGHT.half(), mesh)}, r"'w' is float16 .*float32"),
     "a plain tensor": (lambda mesh: {"w": WEIGHT}, r"holds \[12, 6\] of tensor 'w' from \[0, 0\] on, and .* \[6, 6\]"),
     "another cut": (
-        lambda mesh: {"w": by_torch(Shard(1))(WEIGHT, mesh)}, r"cut the tensor 'w' into two boxes that overlap"
+        lambda mesh: {"w": by_torch(Shard(1))(WEIGHT, mesh)}, r"cuts the tensor 'w' into two boxes that overlap"
     ),
 }  # fmt: skip
 
@@ -281,7 +281,7 @@ def test_a_rank_of_another_checkpoint(make: Callable[[DeviceMesh], State], probl
 def test_a_rank_in_the_place_of_another(tmp_path: Path) -> None:
     path = write_ranks(tmp_path, (2,), rows)
     shutil.copy(path, path_of(tmp_path, 1, 2))
-    with pytest.raises(BadFile, match="cut the tensor 'w' into boxes that do not fill"):
+    with pytest.raises(BadFile, match="cuts the tensor 'w' into boxes that do not fill"):
         read_file(path)
 
 

@@ -279,12 +279,6 @@ def test_what_is_wrong_is_refused(tmp_path: Path, stage: int, change: Any, error
         assert part in str(caught.value)
 
 
-def repeated(key: str, item: Any) -> Callable[[Zero], Any]:
-    return lambda made: (
-        put(made, **{key: [item] * 100_000}) if key == "param_shapes" else of_all(made, **{key: [item] * 100_000})
-    )
-
-
 @pytest.mark.parametrize("key", ["param_shapes", "param_alignment_paddings", GROUP])
 def test_one_thing_a_hundred_thousand_times(tmp_path: Path, key: str) -> None:
     made = make_zero(2)

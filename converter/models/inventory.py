@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import PureWindowsPath
 from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, SystemRefused, Unreachable, WconvError
@@ -32,7 +31,7 @@ from converter.models.sets import (
     read_indexed,
     sets_to_read,
 )
-from converter.storage import Given, Place, list_entries, place_of
+from converter.storage import Given, Place, is_bare, list_entries, place_of
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
 
@@ -217,7 +216,7 @@ def _is_model(name: str, entry: Any) -> bool:
     # Of a custom pipeline, ``_class_name`` is a module and a class too.
     if name.startswith("_") or not is_class(entry):
         return False
-    return PureWindowsPath(name).name == name and not _NO_MODEL.fullmatch(entry[1])
+    return is_bare(name) and not _NO_MODEL.fullmatch(entry[1])
 
 
 def is_class(entry: Any) -> bool:

@@ -25,6 +25,7 @@ _D = TypeVar("_D", bound="Derived")
 # What is looked at to see that boxes lie apart: of each so many times, and of few ones all pairs.
 _LOOKS = 16
 _MORE_LOOKS = 100_000
+OF_ONE_STEP = "All ranks have to be of one step of one training: fetch them again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,7 @@ def differ(name: str, source: TensorSource, other: TensorSource) -> BadFile:
     """Give what is said of a tensor that should be the same in two files and is not."""
     first, second = (storage.file.place for storage in (source.inputs()[0], other.inputs()[0]))
     problem = f"holds other values of tensor {name!r} than {first.name}, and both should be the same"
-    return BadFile(second, problem, "All ranks have to be of one step of one training: fetch them again.")
+    return BadFile(second, problem, OF_ONE_STEP)
 
 
 def cast(tensor: Tensor, dtype: DType, on_overflow: OnOverflow = "error") -> Tensor:

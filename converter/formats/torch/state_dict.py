@@ -40,7 +40,6 @@ _ADVICE = {
 }
 _META = "Save it from a model whose weights were loaded."
 _TENSORS = frozenset({TensorRef, Listed})
-_LEAVES = (TensorRef, Listed, Unreadable, StorageRef, Left)  # tuples, and no containers
 _RANKED = "It is one rank's part of a tensor: name the folder in which the files of all ranks lie."
 _INCOMPLETE = "The file is incomplete: fetch it again."
 

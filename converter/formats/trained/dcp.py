@@ -27,8 +27,10 @@ from converter.formats.torch.rebuild import (
 )
 from converter.formats.torch.state_dict import Reading, choose_state_dict, is_training_key
 from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES, KeptObject, Pickled, allow_steps
-from converter.storage import OpenFile, Place, Window
+from converter.formats.trained.boxes import put_together, spell
+from converter.storage import OpenFile, Place, Window, is_bare
 from converter.tensors.base import MAX_NAME, Tensor, TensorSource, WeightsFile
+from converter.tensors.derived import Box
 
 _METADATA = "torch.distributed.checkpoint.metadata.Metadata"
 _INDEX = "torch.distributed.checkpoint.metadata.MetadataIndex"
@@ -120,7 +122,7 @@ class _Listing:
         name, begin = _fields_of(key, _INDEX)
         file_name, offset, nbytes, packed = _fields_of(stored, _STORED)
         self._name(name)
-        if self._name(file_name) in ("", ".", "..") or "/" in file_name or "\\" in file_name or "\0" in file_name:
+        if not is_bare(self._name(file_name)):
             raise HostileFile(self.place, f"says that {name!r} lies in {file_name!r}, which is no name of a file")
         if packed:
             problem = f"says that {name!r} is packed ({_spelled(packed)})"
@@ -180,19 +182,11 @@ class _Listing:
                     raise BadFile(self.place, problem, _DAMAGED)
                 item = self.items[key]
                 wanted[item.file_name].append((item, key))
-        from converter.tensors.derived import Box, Boxes  # few files need it
-
         found = dict(self._read_items(wanted))
         for name, listed in state_dict.items():
             cuts = self._boxes_of(listed)
             boxes = [Box(start, self._check(found[key], listed, key, shape)) for key, start, shape in cuts]
-            if len(boxes) == 1 and boxes[0].source.shape == listed.shape:
-                yield Tensor(name, boxes[0].source)
-                continue
-            try:
-                yield Tensor(name, Boxes(listed.dtype, listed.shape, tuple(boxes)))
-            except ValueError as error:
-                raise BadFile(self.place, f"cuts the tensor {name!r} into {error}", _DAMAGED) from None
+            yield Tensor(name, put_together(name, listed.dtype, listed.shape, boxes, self.place, _DAMAGED))
 
     def _boxes_of(self, listed: Any) -> Iterator[_Cut]:
         """Give the boxes of a tensor; those without elements may begin beyond the end."""
@@ -205,8 +199,8 @@ class _Listing:
         self, source: TensorSource, listed: TensorRef | Listed, key: _Key, shape: tuple[int, ...]
     ) -> TensorSource:
         if source.dtype is not listed.dtype or source.shape != shape:
-            found = f"{source.dtype.torch_name} {list(source.shape)}"
-            problem = f"says that a part of {key[0]!r} is {listed.dtype.torch_name} {list(shape)}, and it is {found}"
+            known, found = spell(listed.dtype, shape), spell(source.dtype, source.shape)
+            problem = f"says that a part of {key[0]!r} is {known}, and it is {found}"
             raise BadFile(self.place, problem, _DAMAGED)
         return source
 

@@ -25,7 +25,7 @@ _EMPTIED = (
     "The weights lie in the checkpoint of the training: name its folder, in which the *_model_states.pt and "
     "*_optim_states.pt of all ranks lie."
 )
-_ACCELERATE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
+ACCELERATE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
 _SHARDED = (
     "Name the folder in which all of them lie, each called shard-00001-model-00001-of-00001.safetensors, as torch does."
 )
@@ -92,7 +92,7 @@ _NAMES = (
     _Name(r".*/(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt",
           "is one rank's part of a DeepSpeed optimizer, with the float32 weights cut up", _ALL_RANKS),
     _Name(r".*/(pytorch_model|model)_fsdp(_\d+)?_rank_?\d+\.(bin|pt)",
-          "is one rank's part of a model, as accelerate's FSDP saves it", _ACCELERATE),
+          "is one rank's part of a model, as accelerate's FSDP saves it", ACCELERATE),
     _Name(r".*/(optim|extra_state)_world_size_\d+_rank_\d+\.pt",
           "is what one rank's trainer goes on from, as verl saves it",
           "The weights are in the files model_world_size_*: name their folder, or one of them."),

@@ -24,11 +24,12 @@ from converter.errors import BadFile, HostileFile, TrainingPiece, Unsupported
 from converter.formats.torch.files import open_content
 from converter.formats.torch.rebuild import TensorRef, Unreadable, checked, shape_of, size_of
 from converter.formats.torch.state_dict import AnyTensor, Reading, choose_state_dict, join_foreign
-from converter.formats.trained.pieces import RANKS, check_pickled, check_ranks
+from converter.formats.trained.boxes import put_together, spell
+from converter.formats.trained.pieces import ACCELERATE, RANKS, check_pickled, check_ranks
 from converter.storage import OpenFile, Place, list_entries
 from converter.storage.far import look_at_each
 from converter.tensors.base import MAX_TENSORS, Tensor, TensorSource, WeightsFile
-from converter.tensors.derived import Box, Boxes, Replicas, differ
+from converter.tensors.derived import OF_ONE_STEP, Box, Replicas, differ
 from converter.tensors.view import View
 
 _MAX_WORLD = 1_000_000
@@ -37,9 +38,7 @@ _MAX_MESH_DIMS = 16  # trainers have up to five
 _MAX_ASKED = 4_096
 _FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")  # ``torch/distributed/fsdp/_common_utils.py``
 _DAMAGED = "The file is damaged: fetch it again."
-_OF_ONE_STEP = "All ranks have to be of one step of one training: fetch them again."
 _FULL = "Load it with the tool that wrote it, as it was trained, and save a full state dict."
-_FLAT_ADVICE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
 _PLACEMENTS = ("torch.distributed.tensor.placement_types.", "torch.distributed._tensor.placement_types.")
 
 _Start = tuple[int, ...]
@@ -124,7 +123,7 @@ def _check_names(rank: _Rank, first: _Rank) -> None:
     for one, other in ((first, rank), (rank, first)):
         lost = next((name for name in one.tensors if name not in other.tensors), None)
         if lost is not None:
-            raise BadFile(other.place, f"holds no tensor {lost!r}, which {one.place.name} holds", _OF_ONE_STEP)
+            raise BadFile(other.place, f"holds no tensor {lost!r}, which {one.place.name} holds", OF_ONE_STEP)
 
 
 class _Whole:
@@ -141,9 +140,9 @@ class _Whole:
     def add(self, held: _Held, place: Place, first: Place) -> int:
         """Add what a rank holds, and say how many sources are kept for that. Raises BadFile where it does not fit."""
         if held.dtype is not self.dtype or held.shape != self.shape:
-            problem = f"its tensor {self.name!r} is {held.dtype.torch_name} {list(held.shape)} in all ranks together"
-            known = f"{self.dtype.torch_name} {list(self.shape)} in {first.name}"
-            raise BadFile(place, f"{problem}, and {known}", _OF_ONE_STEP)
+            problem = f"its tensor {self.name!r} is {spell(held.dtype, held.shape)} in all ranks together"
+            known = f"{spell(self.dtype, self.shape)} in {first.name}"
+            raise BadFile(place, f"{problem}, and {known}", OF_ONE_STEP)
         return sum(self._add_box(box, place) for box in held.boxes)
 
     def _add_box(self, box: Box, place: Place) -> int:
@@ -156,7 +155,7 @@ class _Whole:
             problem = (
                 f"holds {list(box.source.shape)} of tensor {self.name!r} from {list(box.start)} on, and another rank"
             )
-            raise BadFile(place, f"{problem} {list(known.shape)} from there", _OF_ONE_STEP)
+            raise BadFile(place, f"{problem} {list(known.shape)} from there", OF_ONE_STEP)
         original, others = (known.source, known.others) if type(known) is Replicas else (known, ())
         is_same = _compare(original, box.source)
         if is_same is None:
@@ -169,12 +168,7 @@ class _Whole:
     def source(self, first: Place) -> TensorSource:
         """Give the whole. Raises BadFile where the boxes do not make it."""
         boxes = tuple(self.boxes.values())
-        if len(boxes) == 1 and boxes[0].source.shape == self.shape:
-            return boxes[0].source
-        try:
-            return Boxes(self.dtype, self.shape, boxes)
-        except ValueError as error:
-            raise BadFile(first, f"the ranks cut the tensor {self.name!r} into {error}", _OF_ONE_STEP) from None
+        return put_together(self.name, self.dtype, self.shape, boxes, first.parent, OF_ONE_STEP)
 
 
 def _compare(one: TensorSource, other: TensorSource) -> bool | None:
@@ -206,7 +200,7 @@ def _read_rank(file: OpenFile, reading: Reading) -> _Rank:
     for name, tensor in state_dict.items():
         if _FLAT.fullmatch(name):
             problem = f"holds flat parameters such as {name!r}, and does not say which weights they are made of"
-            raise TrainingPiece(place, problem, _FLAT_ADVICE)
+            raise TrainingPiece(place, problem, ACCELERATE)
         parts, least = _parts_of(tensor, name, place)
         world = max(world, least)
         count += len(parts)
@@ -256,8 +250,8 @@ def _parts_of(tensor: AnyTensor, name: str, place: Place) -> tuple[_Parts, int]:
             raise Unsupported(place, f"{what} has a part that {why}", _FULL)
         is_empty = 0 in shape and 0 in local.shape
         if local.dtype is not tensor.dtype or (local.shape != shape and not is_empty):
-            found = f"{local.dtype.torch_name} {list(local.shape)}"
-            problem = f"the part of {what} should be {tensor.dtype.torch_name} {list(shape)}, and is {found}"
+            known, found = spell(tensor.dtype, shape), spell(local.dtype, local.shape)
+            problem = f"the part of {what} should be {known}, and is {found}"
             raise BadFile(place, problem, _DAMAGED)
     return parts, world
 

@@ -13,10 +13,10 @@ from converter.formats.torch import files
 from converter.formats.torch.rebuild import TensorRef, checked
 from converter.formats.torch.state_dict import Reading
 from converter.formats.trained import pieces
-from converter.formats.trained.zero.cut import MAX_BOXES, cut_groups, cut_parameters, put_together
+from converter.formats.trained.zero.cut import MAX_BOXES, cut_groups, cut_parameters, unflatten
 from converter.formats.trained.zero.states import Head, Model, Optimizer, opened, read_head, read_model, read_optimizer
 from converter.formats.trained.zero.whole import gather
-from converter.storage import OpenFile, Place, list_entries, natural_key
+from converter.storage import OpenFile, Place, is_bare, list_entries, natural_key
 from converter.storage.far import look_at_each
 from converter.tensors.base import TensorSource, WeightsFile
 from converter.tensors.derived import Box
@@ -150,7 +150,7 @@ def _check_alike(first: Optimizer, other: Optimizer, is_last: bool) -> None:
 
 
 def _place_of(folder: Place, name: str) -> Place:
-    if name in ("", ".", "..") or any(sign in name for sign in ("/", "\\", "\0")):
+    if not is_bare(name):
         raise HostileFile(folder.parent, f"names a parameter {name!r}, which is no name of a folder")
     return folder / name / "fp32.pt"
 
@@ -171,4 +171,4 @@ def _shaped(source: TensorSource, shape: tuple[int, ...], place: Place) -> Tenso
         return source
     if source.shape != (math.prod(shape),):
         raise BadFile(place, f"is of shape {list(source.shape)}, and the model states say {list(shape)}", pieces.MIXED)
-    return put_together(source.dtype, shape, [Box((0,), source)])
+    return unflatten(source.dtype, shape, [Box((0,), source)])

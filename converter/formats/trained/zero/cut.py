@@ -61,7 +61,7 @@ def cut_groups(head: Head, ranks: Sequence[Optimizer]) -> Iterator[tuple[str, Te
             end = at + math.prod(shape)
             if end > line.length:
                 raise _too_short(head, name, ranks)
-            yield name, put_together(ranks[0].dtype, shape, line.cut(at, end))
+            yield name, unflatten(ranks[0].dtype, shape, line.cut(at, end))
             at = end + (paddings[index][place] if paddings else 0)
         if -(-at // (2 * count)) != -(-line.length // (2 * count)):
             raise _too_long(head, line.length, at, ranks)
@@ -86,7 +86,7 @@ def cut_parameters(head: Head, ranks: Sequence[Optimizer]) -> Iterator[tuple[str
             raise _too_short(head, name, ranks)
         parts = (line.cut(at, at + min(each, numel - begin), begin)
                  for begin, line in zip(range(0, numel, each or 1), lines, strict=False))  # fmt: skip
-        yield name, put_together(ranks[0].dtype, shape, chain.from_iterable(parts))
+        yield name, unflatten(ranks[0].dtype, shape, chain.from_iterable(parts))
         at += each
     if at != lines[0].length:
         raise _too_long(head, lines[0].length, at, ranks)
@@ -102,7 +102,7 @@ def _too_long(head: Head, length: int, at: int, ranks: Sequence[Optimizer]) -> B
     return BadFile(head.place, problem, pieces.MIXED)
 
 
-def put_together(dtype: DType, shape: tuple[int, ...], parts: Iterable[Box]) -> TensorSource:
+def unflatten(dtype: DType, shape: tuple[int, ...], parts: Iterable[Box]) -> TensorSource:
     """Give a parameter of its parts, of which each is a box of the flattened whole."""
     boxes = tuple(parts)
     if len(boxes) == 1 and type(boxes[0].source) is View and boxes[0].source.is_contiguous:

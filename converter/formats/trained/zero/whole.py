@@ -19,7 +19,7 @@ from converter.formats.torch.state_dict import (
     unreadable_in,
 )
 from converter.formats.trained import pieces
-from converter.formats.trained.zero.cut import MAX_BOXES, Line, put_together
+from converter.formats.trained.zero.cut import MAX_BOXES, Line, unflatten
 from converter.formats.trained.zero.states import DAMAGED, Head, Model, Optimizer, as_written, take_runs
 from converter.tensors.base import Tensor, TensorSource, WeightsFile
 
@@ -108,7 +108,7 @@ def _join_frozen(head: Head, models: Sequence[Model]) -> dict[str, TensorSource]
         if each and any(part.shape != (each,) for part in parts):
             problem = f"says that {name!r} is of shape {list(shape)}, and the {count:,} ranks' parts are of others"
             raise BadFile(head.place, problem, pieces.MIXED)
-        joined[name] = put_together(parts[0].dtype, shape, Line(parts).cut(0, numel))
+        joined[name] = unflatten(parts[0].dtype, shape, Line(parts).cut(0, numel))
     return joined
 
 
@@ -145,9 +145,9 @@ def _take_rest(head: Head, taken: dict[str, Any], reading: Reading) -> Iterator[
             yield f"{what}: {name_some(names, _MAX_NAMED)}"
 
 
-def _find_places(head: Head, taken: Mapping[str, Any]) -> dict[Any, str | None]:
+def _find_places(head: Head, taken: Mapping[str, Any]) -> dict[str, str | None]:
     """Map where the module has its tensors to the names of what was taken; None where two of those are in one."""
-    kept_at: dict[Any, str | None] = {}
+    kept_at: dict[str, str | None] = {}
     for name in taken:
         own = head.module.get(name)
         if type(own) is TensorRef:
@@ -158,9 +158,12 @@ def _find_places(head: Head, taken: Mapping[str, Any]) -> dict[Any, str | None]:
     return kept_at
 
 
-def _place_of(head: Head, own: TensorRef) -> Any:
-    """Give what tells a tensor's place in the module: of one that ZeRO-3 has emptied its storage."""
-    return own.storage.key if head.is_cut and 0 in own.shape else own
+def _place_of(head: Head, own: TensorRef) -> str:
+    """Give what tells a tensor's place in the module: of one that ZeRO-3 has emptied its storage.
+
+    As a text: of numbers a file could choose such as all hash alike.
+    """
+    return own.storage.key if head.is_cut and 0 in own.shape else str(own)
 
 
 def _note_dtypes(head: Head, parameters: Mapping[str, TensorSource]) -> Iterator[str]:
