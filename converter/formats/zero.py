@@ -21,7 +21,7 @@ from itertools import accumulate, chain, islice
 from typing import Any, NamedTuple
 
 from converter.dtypes import DType
-from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, name_some
+from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, name_some, spell_size
 from converter.formats import training
 from converter.formats.torch import files
 from converter.formats.torch.content import Content
@@ -167,7 +167,7 @@ def _read_ranks(file: OpenFile, reading: Reading, names: _Names) -> WeightsFile:
     head = _read_head(file, reading)
     _check_versions(head, (*models, *ranks))
     parameters = dict((_cut_parameters if stage == 3 else _cut_groups)(head, ranks))
-    left = [f"optimizer_state_dict ({sum(rank.left_nbytes for rank in ranks) / 1e6:,.1f} MB)"]
+    left = [f"optimizer_state_dict ({spell_size(sum(rank.left_nbytes for rank in ranks))})"]
     return _gather("ZeRO", head, models, parameters, reading, left, [rank.foreign for rank in ranks])
 
 

@@ -15,7 +15,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from converter.dtypes import DType
-from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, Where, name_some
+from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, Where, name_some, spell_size
 from converter.formats.torch.globals import is_array, is_tensor
 from converter.formats.torch.modules import Walk, is_level, is_module, spell_key
 from converter.formats.torch.rebuild import Left, Listed, Part, StorageRef, TensorRef, Unreadable
@@ -39,6 +39,7 @@ _ADVICE = {
     "of the model in it.",
     False: "Save a state dict: names to tensors.",
 }
+_NO_OPTIMIZER = "Name the file or the folder with the weights; --key takes what is in it all the same."
 _META = "Save it from a model whose weights were loaded."
 _TENSORS = frozenset({TensorRef, Listed})
 _LEAVES = (TensorRef, Listed, Unreadable, StorageRef, Left)  # tuples, and no containers
@@ -95,7 +96,7 @@ class _Found:
 
     def __str__(self) -> str:
         count = len(self.tensors)
-        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {_spell_size(self.nbytes)})"
+        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {spell_size(self.nbytes)})"
 
 
 class Chosen(NamedTuple):
@@ -118,6 +119,8 @@ def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> Chose
     if not (is_module(value) or type(value) in (dict, list, tuple)):
         raise Unsupported(where, f"holds {_kind(value)}, not a state dict", _ADVICE[type(value) in (Inert, KeptObject)])
     found = list(_find(value, where))
+    if reading.key is None and not reading.flatten and _is_optimizers(value):
+        raise Unsupported(where, "holds the state of an optimizer, and no weights", _NO_OPTIMIZER)
     if reading.flatten:
         chosen = _flatten(value, found, where, reading)
     elif found:
@@ -137,6 +140,13 @@ def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> Chose
         state_dict[name] = tensor
     foreign = {name: "holds" if name in chosen.classes else how for name, how in pickled.foreign.items()}
     return Chosen(state_dict, tuple(_notes(value, foreign, chosen, found)), foreign)
+
+
+def _is_optimizers(value: Any) -> bool:
+    """Say whether a pickle holds what an optimizer's ``state_dict()`` gives, by itself or under its name, alone."""
+    if not isinstance(value, dict):
+        return False
+    return {*value} == {"state", "param_groups"} or (len(value) == 1 and "optim" in spell_key(next(iter(value))))
 
 
 def check_lengths(names: Iterable[str], where: Where) -> None:
@@ -433,8 +443,8 @@ def _notes(value: Any, foreign: Mapping[str, str], chosen: _Found, found: list[_
         yield f"only {chosen} is taken, and not {_list(others)}"
     for key, name in chosen.wholes[:_MAX_NAMED]:
         yield (
-            f"{key or 'it'} is a whole {name}: taken as its state_dict() would give it; its class was never imported; "
-            "what that class stores beyond parameters and buffers is not in it"
+            f"{key or 'it'} is a whole {name}: taken as its state_dict() would give it, parameters and buffers alone; "
+            "its class was never imported"
         )
     entries = value if isinstance(value, dict) else {}
     at_top = [key for key in entries if spell_key(key) != chosen.path[0]] if chosen.path else chosen.beside
@@ -476,11 +486,7 @@ def _with_sizes(keys: Iterable[Any], entries: Mapping[Any, Any], found: list[_Fo
         if type(entries.get(key)) is Left:
             nbytes[spell_key(key)] += entries[key].nbytes
     spelled = map(spell_key, keys)
-    return [f"{key} ({_spell_size(nbytes[key])})" if nbytes.get(key) else key for key in spelled]
-
-
-def _spell_size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"
+    return [f"{key} ({spell_size(nbytes[key])})" if nbytes.get(key) else key for key in spelled]
 
 
 def _list(things: list[Any]) -> str:
