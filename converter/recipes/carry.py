@@ -15,7 +15,7 @@ from converter.plan.make import join
 from converter.storage import UNLISTED, FileRef, Place
 
 _NAMED = 3  # of files that come from another folder
-_NAMED_TRAINING = 8  # of a trainer's files: each rank may have some
+_NAMED_MANY = 8  # of other weights, and of a trainer's files: each rank may have some
 
 
 def find_copied(
@@ -44,11 +44,13 @@ def find_copied(
             copied.append(path)
         else:
             reasons[path] = f" ({why})" if is_disguise else ""
-    notes = [f"not carried over: {path.relative_to(model.root)}{reasons[path]}" for path in sorted(reasons)]
+    plain = [path.relative_to(model.root) for path in sorted(reasons) if not reasons[path]]
+    notes = [f"not carried over: {name_some(plain, _NAMED_MANY)} (other weights)"] if plain else []
+    notes += (f"not carried over: {path.relative_to(model.root)}{why}" for path, why in sorted(reasons.items()) if why)
     if training:
         names = fold_numbers(one.path.relative_to(model.root) for one in training)
         size = spell_size(_size_of(training))
-        notes.append(f"not carried over: {name_some(names, _NAMED_TRAINING)} (training state, {size})")
+        notes.append(f"not carried over: {name_some(names, _NAMED_MANY)} (training state, {size})")
     if not model.root.store.lists_all:
         notes.append(f"{UNLISTED} carried over")
     companions, told = find_companions([component for component, _ in selected])
