@@ -74,7 +74,7 @@ def test_what_is_left_out_is_named_with_its_size(wconv: Callable[..., Any], tmp_
     told = json.loads(wconv("inspect", folder, "--json").stdout)
     ((one,), notes) = told["weight_sets"], told["weight_sets"][0]["notes"]
     assert (one["format"], one["tensors"], len(one["files"])) == ("DCP", 8, 5)
-    assert any("left out: optimizer (1,068 bytes), lr_scheduler" in note for note in notes)
+    assert any("left out: optimizer (98,165 bytes), lr_scheduler (2,522 bytes)" in note for note in notes)
     assert "objects" not in str(notes)  # of what every .metadata has
 
 

@@ -446,15 +446,23 @@ def _notes(value: Any, foreign: Mapping[str, str], chosen: _Found, found: list[_
             f"{key or 'it'} is a whole {name}: taken as its state_dict() would give it, parameters and buffers alone; "
             "its class was never imported"
         )
-    entries = value if isinstance(value, dict) else {}
-    at_top = [key for key in entries if spell_key(key) != chosen.path[0]] if chosen.path else chosen.beside
-    beside = [*_with_sizes(at_top, entries, found), *(chosen.beside if chosen.path else ())]
+    beside = list(_left_beside(value, chosen))
     if beside:
-        yield f"left out: {_list(beside)}"
+        seen: set[int] = set()
+        named = [_spell_left(*one, nbytes_in(one[-1], seen)) for one in beside[:_MAX_NAMED]]
+        yield f"left out: {name_some([*named, *beside[_MAX_NAMED:]], _MAX_NAMED)}"
     if chosen.unreadable:
         named = [f"{spell_key(name)} ({why})" for name, why in itertools.islice(chosen.unreadable.items(), _MAX_NAMED)]
         yield f"tensors that cannot be read are left out ({len(chosen.unreadable):,} in all): {_list(named)}"
     yield from note_foreign(foreign)
+
+
+def join_foreign(many: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Join what the pickles of several files do with globals: whatever one of them calls, all do."""
+    joined: dict[str, str] = {}
+    for foreign in many:
+        joined |= {name: how for name, how in foreign.items() if joined.get(name) != "calls"}
+    return joined
 
 
 def note_foreign(foreign: Mapping[str, str]) -> Iterator[str]:
@@ -477,16 +485,56 @@ def _list_others(chosen: _Found, found: list[_Found]) -> list[_Found]:
     return [one for one in others if not is_flat or one.path[:depth] != chosen.path]
 
 
-def _with_sizes(keys: Iterable[Any], entries: Mapping[Any, Any], found: list[_Found]) -> list[str]:
-    """Spell keys of the top with how many bytes what is under each takes: tensors, and what is known of the rest."""
-    nbytes: dict[str, int] = defaultdict(int)
-    for one in found:
-        nbytes["".join(one.path[:1])] += one.nbytes
-    for key in keys:
-        if type(entries.get(key)) is Left:
-            nbytes[spell_key(key)] += entries[key].nbytes
-    spelled = map(spell_key, keys)
-    return [f"{key} ({spell_size(nbytes[key])})" if nbytes.get(key) else key for key in spelled]
+def _left_beside(value: Any, chosen: _Found) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Give what lies beside a state dict, on the way to it and in it: the path to that, its key, and what it is."""
+    level = value
+    for depth, step in enumerate(chosen.path):
+        taken = None
+        for key, inner in _entries_of(level):
+            if spell_key(key) == step:
+                taken = inner
+            else:
+                yield chosen.path[:depth], key, inner
+        level = taken
+    known = dict(_entries_of(level))
+    yield from ((chosen.path, key, known.get(key)) for key in chosen.beside)
+
+
+def _spell_left(path: tuple[str, ...], key: Any, _: Any, nbytes: int) -> str:
+    name = ".".join((*path, spell_key(key)))
+    return f"{name} ({spell_size(nbytes)})" if nbytes else name
+
+
+def _entries_of(level: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(level, dict):
+        return level.items()
+    return enumerate(level) if type(level) in (list, tuple) else ()
+
+
+def nbytes_in(value: Any, seen: set[int]) -> int:
+    """Give the bytes of all that is known to be nested in a value, but for what was ``seen`` already.
+
+    Those are the storages of its tensors, and what a listing says of tensors and the rest.
+    """
+    nbytes = 0
+    storages: dict[str, int] = {}
+    waiting = [value]
+    while waiting:
+        inner = waiting.pop()
+        if type(inner) is TensorRef:
+            storages[inner.storage.key] = inner.storage.nbytes
+        elif type(inner) is Listed:
+            nbytes += inner.dtype.nbytes(prod(inner.shape))
+        elif type(inner) is Left:
+            nbytes += inner.nbytes
+        elif isinstance(inner, _CONTAINERS) and id(inner) not in seen:
+            seen.add(id(inner))
+            if isinstance(inner, (Inert, KeptObject)):
+                waiting.append(inner.state)
+            if not isinstance(inner, KeptObject):
+                values = inner.values() if isinstance(inner, dict) else inner
+                waiting.extend(one for one in values if isinstance(one, _CONTAINERS))
+    return nbytes + sum(storages.values())
 
 
 def _list(things: list[Any]) -> str:

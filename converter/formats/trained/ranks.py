@@ -17,30 +17,26 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain
 from operator import mul
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from converter.dtypes import DType
-from converter.errors import BadFile, HostileFile, TrainingPiece, Unsupported, name_some
+from converter.errors import BadFile, HostileFile, TrainingPiece, Unsupported
 from converter.formats.torch.files import open_content
-from converter.formats.torch.rebuild import TensorRef, Unreadable, shape_of
-from converter.formats.torch.state_dict import AnyTensor, Reading, choose_state_dict
-from converter.formats.training import RANKS, check_pickled
+from converter.formats.torch.rebuild import TensorRef, Unreadable, checked, shape_of, size_of
+from converter.formats.torch.state_dict import AnyTensor, Reading, choose_state_dict, join_foreign
+from converter.formats.trained.pieces import RANKS, check_pickled, check_ranks
 from converter.storage import OpenFile, Place, list_entries
 from converter.storage.far import look_at_each
 from converter.tensors.base import MAX_TENSORS, Tensor, TensorSource, WeightsFile
 from converter.tensors.derived import Box, Boxes, Replicas, differ
 from converter.tensors.view import View
 
-_T = TypeVar("_T")
-
 _MAX_WORLD = 1_000_000
 _MAX_BOXES = 600_000  # of 500 bytes each; those of 1,100 tensors on 512 ranks
 _MAX_MESH_DIMS = 16  # trainers have up to five
 _MAX_ASKED = 4_096
-_MAX_NAMED = 8
 _FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")  # ``torch/distributed/fsdp/_common_utils.py``
 _DAMAGED = "The file is damaged: fetch it again."
-_INCOMPLETE = "Only all ranks make the weights: fetch the others too."
 _OF_ONE_STEP = "All ranks have to be of one step of one training: fetch them again."
 _FULL = "Load it with the tool that wrote it, as it was trained, and save a full state dict."
 _FLAT_ADVICE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
@@ -85,7 +81,7 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
         if count > _MAX_BOXES:
             raise HostileFile(rank.place, f"its ranks cut their tensors into more than {_MAX_BOXES:,} parts")
         notes |= dict.fromkeys(rank.notes)
-        foreign |= {name: how for name, how in rank.foreign.items() if foreign.get(name) != "calls"}
+        foreign = join_foreign((foreign, rank.foreign))
     tensors = tuple(Tensor(name, wholes.pop(name).source(first.place)) for name in first.tensors)
     return WeightsFile(first.place, "FSDP ranks", tensors, {}, tuple(notes), foreign)
 
@@ -110,17 +106,9 @@ def _find_others(first: _Rank) -> list[Place]:
     places = {name.rank: entry for name, entry in found.items() if name.of == own.of}
     if own.rank not in places:  # a store that does not list, as the web is
         places = _ask_for(first.place, own, own.world or first.world)
-    last = max(places)
-    world = own.world or max(first.world, last + 1)
-    if last >= world:
-        raise BadFile(places[last], f"is of rank {last}, where there are {world}, counted from 0")
-    missing = [rank for rank in range(world) if rank not in places]
-    if missing:
-        several = len(missing) > 1
-        named = (
-            f"rank{'s' * several} {name_some(missing, _MAX_NAMED)} of {world} {'are' if several else 'is'} not there"
-        )
-        raise BadFile(first.place, named, _INCOMPLETE)
+    world = own.world or max(first.world, max(places) + 1)
+    names = {rank: entry.name for rank, entry in places.items()}
+    check_ranks(first.place.parent, "files", names, world)
     return [places[rank] for rank in sorted(places) if rank != own.rank]
 
 
@@ -276,18 +264,18 @@ def _parts_of(tensor: AnyTensor, name: str, place: Place) -> tuple[_Parts, int]:
 
 def _parts_of_shards(whole: tuple[int, ...], state: Any) -> tuple[_Parts, int]:
     """Read the state of a ShardedTensor (``__getstate__`` in ``torch/distributed/_shard/sharded_tensor/api.py``)."""
-    shards, metadata, group = _checked(state, tuple)[:3]
+    shards, metadata, group = checked(state, tuple)[:3]
     if _sizes(_attributes(metadata.state)["size"]) != whole:
         raise ValueError("a ShardedTensor of two shapes")
     parts: _Parts = []
-    for shard in _checked(shards, list):
+    for shard in checked(shards, list):
         attributes = _attributes(shard.state)
         told = _attributes(attributes["metadata"].state)
         start, shape = _sizes(told["shard_offsets"]), _sizes(told["shard_sizes"])
         if not len(start) == len(shape) == len(whole):
             raise ValueError("a shard with other axes than the whole")
         parts.append((start, shape, attributes["tensor"]))
-    return parts, _checked(_attributes(group.state)["global_world_size"], int)
+    return parts, checked(_attributes(group.state)["global_world_size"], int)
 
 
 def _parts_of_dtensor(
@@ -299,7 +287,7 @@ def _parts_of_dtensor(
     mesh = _mesh_shape(mesh_state)
     root = mesh_state.get("_root_mesh")
     world = max(math.prod(mesh), math.prod(_mesh_shape(root.state)) if root else 1)
-    placements = _checked(spec["placements"], tuple)
+    placements = checked(spec["placements"], tuple)
     if len(placements) != len(mesh):
         raise ValueError("placements on other axes than those of the mesh")
     coordinate = mesh_state["_coordinate_on_dim"]
@@ -322,10 +310,10 @@ def _parts_of_dtensor(
 def _mesh_shape(state: Mapping[str, Any]) -> tuple[int, ...]:
     """Give the shape of a DeviceMesh: a tensor of ranks in torch before 2.9 or so, since then a layout."""
     if "_layout" in state:
-        axes = _checked(state["_layout"].state["axes"], tuple)
+        axes = checked(state["_layout"].state["axes"], tuple)
         shape = tuple(math.prod(_sizes(axis.state["shape"])) for axis in axes[: _MAX_MESH_DIMS + 1])
     else:
-        shape = _checked(state["mesh"], TensorRef).shape
+        shape = checked(state["mesh"], TensorRef).shape
     if len(shape) > _MAX_MESH_DIMS or not 0 < math.prod(shape) <= _MAX_WORLD:
         raise ValueError("a mesh of no ranks, or too many")
     return shape
@@ -349,8 +337,8 @@ def _cuts_of(
             continue
         if name not in ("Shard", "_StridedShard"):
             raise Unsupported(place, f"{what} is placed on its ranks as {name}, which is no part of a whole", _FULL)
-        order = cuts.setdefault(_number(state["dim"]), [])
-        factor = _number(state["split_factor"]) if name == "_StridedShard" else 1
+        order = cuts.setdefault(size_of(state["dim"]), [])
+        factor = size_of(state["split_factor"]) if name == "_StridedShard" else 1
         has_strided |= factor != 1
         before = accumulate((mesh[axis] for axis in order), mul, initial=1)
         at = next((at for at, count in enumerate(before) if count == factor), None)
@@ -361,7 +349,7 @@ def _cuts_of(
     told = spec.get("shard_order")
     if told is None:
         return cuts
-    named = {_number(entry.arguments[0]): list(_sizes(entry.arguments[1])) for entry in told[: 1 + len(mesh)]}
+    named = {size_of(entry.arguments[0]): list(_sizes(entry.arguments[1])) for entry in told[: 1 + len(mesh)]}
     if has_strided or _sorted(named) != _sorted(cuts):
         raise Unsupported(place, f"{what} is cut in an order that its placements do not explain", _FULL)
     return named
@@ -376,19 +364,8 @@ def _attributes(state: Any) -> Mapping[str, Any]:
     if type(state) is tuple:
         plain, slots = state
         return {**(plain or {}), **(slots or {})}
-    return _checked(state, dict)
+    return checked(state, dict)
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
     return shape_of(tuple(value) if type(value) is list else value)
-
-
-def _number(value: Any) -> int:
-    return shape_of((value,))[0]
-
-
-def _checked(value: Any, kind: type[_T]) -> _T:
-    """Give a value that is of a kind. Raises TypeError for another."""
-    if type(value) is not kind:
-        raise TypeError(f"no {kind.__name__}")
-    return value

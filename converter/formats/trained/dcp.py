@@ -23,6 +23,7 @@ from converter.formats.torch.rebuild import (
     parse_metadata,
     parse_pickle,
     shape_of,
+    size_of,
 )
 from converter.formats.torch.state_dict import Reading, choose_state_dict, is_training_key
 from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES, KeptObject, Pickled, allow_steps
@@ -49,14 +50,7 @@ _MAX_KNOWN_NBYTES = 1 << 10  # of those that are not read again, and how many
 _MAX_KNOWN = 10_000
 _HEAD_NBYTES = 1 << 11
 _TAIL_NBYTES = 1 << 12
-# What describes how tensors lay in memory, and where the checkpoint was written.
-_OWN = {
-    "torch.serialization._get_layout",
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
-    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-}
+_PATHS = "pathlib."  # of where the checkpoint was written, which is no concern of anyone's
 _MAX_DEPTH = 16  # of the path of a tensor; as deep as a state dict is looked for
 _RESAVE = "torch cannot read it either: save it again without serialization_format=SAFETENSORS."
 _DAMAGED = "The checkpoint is damaged: fetch .metadata again."
@@ -81,7 +75,7 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     pickled = parse_metadata(file.read(0, MAX_PICKLE_NBYTES + 1), place, reading.strip_code, _FIELDS)
     try:
         listed = _Listing(place, pickled.value)
-        others = {name: how for name, how in pickled.foreign.items() if name not in _OWN}
+        others = {name: how for name, how in pickled.foreign.items() if not name.startswith(_PATHS)}
         pickled = pickled._replace(value=listed.tree(), foreign=others)
         state_dict, notes, foreign = choose_state_dict(pickled, place, reading)
         tensors = tuple(listed.take(state_dict))
@@ -129,11 +123,11 @@ class _Listing:
             problem = f"says that {name!r} is packed ({_spelled(packed)})"
             raise Unsupported(self.place, problem, "Save it again without extensions of the writer.")
         if begin is None:
-            self.left_nbytes[name] = _number(nbytes)
+            self.left_nbytes[name] = size_of(nbytes)
         elif (name, shape_of(begin)) in self.items:
             raise BadFile(self.place, f"says twice where {name!r} lies", _DAMAGED)
         else:
-            self.items[name, begin] = _Item(file_name, _number(offset), _number(nbytes))
+            self.items[name, begin] = _Item(file_name, size_of(offset), size_of(nbytes))
 
     def tree(self) -> dict[str, Any]:
         """Give the dicts that were saved, with a Listed for each tensor."""
@@ -273,10 +267,3 @@ def _fields_of(value: Any, name: str) -> Any:
     if type(value) is not KeptObject or value.kind.name != name or value.state is None:
         raise TypeError("an object of another class")
     return value.state
-
-
-def _number(value: Any) -> int:
-    number = checked(value, int)
-    if number < 0:
-        raise TypeError("a number below 0")
-    return number

@@ -14,7 +14,7 @@ from converter.errors import BadFile, Unsupported
 from converter.formats import safetensors
 from converter.formats.texts import parse_json
 from converter.formats.torch.state_dict import Reading
-from converter.formats.training import DCP_SHARD
+from converter.formats.trained.pieces import DCP_SHARD
 from converter.storage import OpenFile, Place, list_entries, natural_key
 from converter.storage.far import look_at_each
 from converter.tensors.base import Tensor, TensorSource, WeightsFile
