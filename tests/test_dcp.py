@@ -105,7 +105,7 @@ def test_config_and_tokenizer_come_from_around(
         "model.safetensors",
         "tokenizer.json",
     }
-    assert f"config.json, tokenizer.json from {trained}" in told
+    assert f"config.json, tokenizer.json taken from {trained}" in told
     assert "LlamaForCausalLM.from_pretrained" in told
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     bf16 = {name: tensor.bfloat16() for name, tensor in make_state("ab").items()}
@@ -125,8 +125,8 @@ def test_torch_loads_what_comes_out_into_a_new_run(wconv: Callable[..., Any], tr
 
 def test_what_stays_behind_is_named(wconv: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
     told = wconv("to-safetensors", trained / "checkpoint-5", "-o", tmp_path / "out").stdout
-    assert "not carried over: optimizer_0/ (a training checkpoint: 2 files, " in told
-    assert "its weights are float32, as they were trained: --dtype bf16 writes half of that" in told
+    assert "not carried over: optimizer_0/ (the state of an optimizer: 2 files, " in told
+    assert "the weights are float32, as they were trained: --dtype bf16 halves the size" in told
     assert "holds no weights. Name one of its folders that do: checkpoint-5." in wconv(
         "to-safetensors", trained, "-o", tmp_path / "other", exit_code=3).stderr  # fmt: skip
 
@@ -349,7 +349,7 @@ def test_of_several_of_deepspeed_the_latest(wconv: Callable[..., Any], tmp_path:
     for step, letters in ((1, "ab"), (2, "cd")):
         dcp.save({"model": make_state(letters)}, checkpoint_id=tmp_path / "m" / f"step-{step}", no_dist=True)
     said = wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", exit_code=2).stderr
-    assert "has several training checkpoints: step-1/.metadata and step-2/.metadata" in said
+    assert "has several training checkpoints: step-1 and step-2." in said
     (tmp_path / "m" / "latest").write_text("step-9")
     wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", exit_code=2)
     (tmp_path / "m" / "latest").write_text("step-2\n")

@@ -117,7 +117,7 @@ def _twins(part: Part) -> Iterator[Finding]:
     seen: dict[WeightsName, ListedSet] = {}
     for listed in part.sets:
         first = seen.setdefault(listed.name, listed) if listed.file_names else listed
-        if first is not listed:
+        if first is not listed and not listed.is_of_many:
             problem = f"holds {spelled_variant(listed.name.variant)} twice: {first.label} and {listed.label}"
             yield Finding("sets-twice", part.path, part.name, problem)
 

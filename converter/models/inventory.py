@@ -157,8 +157,22 @@ def take_inventory(given: Given) -> Inventory:
     if not place.is_file():
         raise BadFile(place, "is no regular file", "Name a weight file or a folder.")
     config, error = look_into(place.parent / "config.json")
-    part = Part(Component("", place.parent, (find_weight_set(place),), config), config_error=error)
-    return Inventory(place, "file", (part,))
+    component = Component("", place.parent, (find_weight_set(place),), config)
+    if component.weight_sets[0].is_of_many and not config:
+        component, error = _with_companions(component, place.parent, error)
+    return Inventory(place, "file", (Part(component, config_error=error),))
+
+
+def _with_companions(
+    component: Component, around: Place, error: WconvError | None
+) -> tuple[Component, WconvError | None]:
+    """Give a training checkpoint's component the config and the tokenizer that lie near its folder, if any do."""
+    component = replace(component, companions=find_companions(around))
+    for place in component.companions:
+        if place.name == "config.json":
+            config, error = look_into(place)
+            component = replace(component, config=config)
+    return component, error
 
 
 def _unless_no_object(error: WconvError | None) -> list[WconvError]:
@@ -279,11 +293,7 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
         sets = (found if not sets else tuple(one for one in found if one.name.ext == "DCP in safetensors")) or sets
     if not config and any(one.is_of_many for one in sets):
         around = next(one.path for one in sets if one.is_of_many).parent
-        component = replace(component, companions=find_companions(around))
-        for place in component.companions:
-            if place.name == "config.json":
-                config, config_error = look_into(place)
-                component = replace(component, config=config)
+        component, config_error = _with_companions(component, around, config_error)
     own = [name for name, one in parsed.items() if one.role != "index" and not name.startswith(".")]
     broken = {name: error for name in shown if name in known and (error := seen[name][1]) and name not in parsed}
     return Part(

@@ -121,8 +121,8 @@ def only_set(
     best = min(map(rank, sets))
     candidates = [weight_set for weight_set in sets if rank(weight_set) == best]
     if len(candidates) > 1:
-        names = " and ".join(weight_set.label for weight_set in candidates)
         are_many = all(weight_set.is_of_many for weight_set in candidates)
+        names = " and ".join(weight_set.around or weight_set.label for weight_set in candidates)
         what = "several training checkpoints" if are_many else "the same weights twice"
         raise BadRequest(component.path, f"has {what}: {names}", "Name the one you want.")
     return candidates[0]

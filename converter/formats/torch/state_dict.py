@@ -38,6 +38,7 @@ _ADVICE = {
     "of the model in it.",
     False: "Save a state dict: names to tensors.",
 }
+_NO_OPTIMIZER = "Name the file or the folder with the weights; --key takes what is in it all the same."
 _META = "Save it from a model whose weights were loaded."
 _TENSORS = frozenset({TensorRef, Listed})
 _RANKED = "It is one rank's part of a tensor: name the folder in which the files of all ranks lie."
@@ -116,6 +117,8 @@ def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> Chose
     if not (is_module(value) or type(value) in (dict, list, tuple)):
         raise Unsupported(where, f"holds {_kind(value)}, not a state dict", _ADVICE[type(value) in (Inert, KeptObject)])
     found = list(_find(value, where))
+    if reading.key is None and not reading.flatten and _is_optimizers(value):
+        raise Unsupported(where, "holds the state of an optimizer, and no weights", _NO_OPTIMIZER)
     if reading.flatten:
         chosen = _flatten(value, found, where, reading)
     elif found:
@@ -135,6 +138,13 @@ def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> Chose
         state_dict[name] = tensor
     foreign = {name: "holds" if name in chosen.classes else how for name, how in pickled.foreign.items()}
     return Chosen(state_dict, tuple(_notes(value, foreign, chosen, found)), foreign)
+
+
+def _is_optimizers(value: Any) -> bool:
+    """Say whether a pickle holds what an optimizer's ``state_dict()`` gives, by itself or under its name, alone."""
+    if not isinstance(value, dict):
+        return False
+    return {*value} == {"state", "param_groups"} or (len(value) == 1 and "optim" in spell_key(next(iter(value))))
 
 
 def check_lengths(names: Iterable[str], where: Where) -> None:
@@ -442,8 +452,8 @@ def _notes(value: Any, foreign: Mapping[str, str], chosen: _Found, found: list[_
         yield f"only {chosen} is taken, and not {_list(others)}"
     for key, name in chosen.wholes[:_MAX_NAMED]:
         yield (
-            f"{key or 'it'} is a whole {name}: taken as its state_dict() would give it; its class was never imported; "
-            "what that class stores beyond parameters and buffers is not in it"
+            f"{key or 'it'} is a whole {name}: taken as its state_dict() would give it, parameters and buffers alone; "
+            "its class was never imported"
         )
     beside = list(_left_beside(value, chosen))
     if beside:

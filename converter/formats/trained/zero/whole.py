@@ -161,7 +161,7 @@ def _find_places(head: Head, taken: Mapping[str, Any]) -> dict[str, str | None]:
 def _place_of(head: Head, own: TensorRef) -> str:
     """Give what tells a tensor's place in the module: of one that ZeRO-3 has emptied its storage.
 
-    It is a text: of numbers a file could choose such as all hash alike.
+    As a text: of numbers a file could choose such as all hash alike.
     """
     return own.storage.key if head.is_cut and 0 in own.shape else str(own)
 
