@@ -287,10 +287,7 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
     hidden = tuple(one for one in listed if one.label.startswith(".") and not one.index_error)
     sets = (*(one for one in listed if not one.label.startswith(".")), *whole)
     if not only_standard:
-        # What torch consolidates of the pieces in ``sharded/`` has 0 in place of every tensor without axes.
-        below = [name for name in shown if seen[name][0] == "other" and (not sets or name == "sharded")]
-        found = group_below(folder, below)
-        sets = (found if not sets else tuple(one for one in found if one.name.ext == "DCP in safetensors")) or sets
+        sets = _prefer_those_below(folder, sets, [name for name in shown if seen[name][0] == "other"])
     if not config and any(one.is_of_many for one in sets):
         around = next(one.path for one in sets if one.is_of_many).parent
         component, config_error = _with_companions(component, around, config_error)
@@ -310,6 +307,15 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
         unreadable=tuple(error for what, error in seen.values() if error and what != "broken"),
         config_error=config_error,
     )
+
+
+def _prefer_those_below(folder: Place, sets: tuple[ListedSet, ...], others: list[str]) -> tuple[ListedSet, ...]:
+    """Give the training checkpoints of folders below where they are all that is there, or more than is made of them."""
+    if not sets:
+        return group_below(folder, others)
+    # What torch consolidates of the pieces in ``sharded/`` has 0 in place of every tensor without axes.
+    found = group_below(folder, [name for name in others if name == "sharded"])
+    return tuple(one for one in found if one.name.ext == "DCP in safetensors") or sets
 
 
 def _see(place: Place) -> tuple[Literal["weights", "file", "broken", "other"], WconvError | None]:
