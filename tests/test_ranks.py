@@ -144,6 +144,17 @@ def test_a_folder_of_verl(wconv: Callable[..., Any], tmp_path: Path) -> None:
         assert "model_world_size_" in wconv("inspect", checkpoint / piece, exit_code=4).stderr
 
 
+def test_the_folder_of_a_step_of_verl(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    folder, judge, _ = unpack("ranks-verl", tmp_path)
+    step = tmp_path / "global_step_10"
+    step.mkdir()
+    folder.rename(step / "actor")
+    torch.save({"_snapshot": {"_num_yielded": 3}}, step / "data.pt")  # of its data loader
+    wconv("to-safetensors", step, "-o", tmp_path / "out", "--config", step / "actor" / "huggingface" / "config.json")
+    assert_same(load_file(tmp_path / "out" / "model.safetensors"), judge)
+    assert not (tmp_path / "out" / "data.pt").exists()
+
+
 WEIGHT = torch.randn(12, 6)
 CUTS: dict[str, tuple[tuple[int, ...], Cut, torch.Tensor]] = {
     "rows": ((3,), by_torch(Shard(0)), torch.randn(7, 5)),

@@ -53,7 +53,7 @@ _TRAINING_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|training_state|trainer_state|"
     r"dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|ckpt|safetensors)(\.index\.json)?|"
     r"(optim|extra_state)_world_size_\d+_rank_\d+\.pt|(trainer|training)_state\.json|zero_to_(fp32|torch)\.py|"
-    r"fsdp_config\.json|latest(_universal)?"
+    r"fsdp_config\.json|data\.pt|latest(_universal)?"
 )
 # Folders of an optimizer alone, such as accelerate's (``OPTIMIZER_NAME`` in ``accelerate/utils/constants.py``).
 _TRAINING_FOLDER = re.compile(r"optim(izer)?(_states?)?(_\d+)?")
