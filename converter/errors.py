@@ -35,6 +35,17 @@ def name_some(things: Collection[object], limit: int) -> str:
     return ", ".join(map(str, itertools.islice(things, limit))) + more
 
 
+def spell_size(nbytes: int) -> str:
+    """Spell a number of bytes in a sentence: in full where it is small.
+
+    >>> spell_size(2_052), spell_size(282_086), spell_size(64_100_000_000)
+    ('2,052 bytes', '0.3 MB', '64.1 GB')
+    """
+    if nbytes < 100_000:
+        return f"{nbytes:,} bytes"
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:,.1f} GB"
+
+
 class WconvError(Exception):
     """The root of wconv's errors; catch it to catch them all."""
 

@@ -15,16 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ("zip", "stream", "pickle", "safetensors", "dcp", "ranks")
+TARGETS = ("zip", "stream", "pickle", "safetensors", "dcp", "ranks", "zero")
 MAX_LEN = 4096
 
 
 def reader(target: str) -> Callable[[Path, bytes], object]:
     """Give what a target does with the bytes it is fed."""
-    from converter.formats import dcp, ranks, safetensors
+    from converter.formats import safetensors
     from converter.formats.torch import files
     from converter.formats.torch.rebuild import parse_pickle
     from converter.formats.torch.state_dict import Reading, choose_state_dict
+    from converter.formats.trained import dcp, ranks
+    from converter.formats.trained.zero import checkpoint as zero
     from converter.storage import OpenFile, place_of
     from converter.tensors.base import WeightsFile
     from converter.tensors.reader import RangeReader, read_chunks
@@ -56,9 +58,23 @@ def reader(target: str) -> Callable[[Path, bytes], object]:
         second.write_bytes(raw)
         read_values(first, lambda file: ranks.read_file(file, lenient))
 
+    def read_zero(path: Path, raw: bytes) -> None:
+        # Model states or the optimizer's, of the second rank or of the first, beside those of the corpus.
+        seeds = {
+            path.with_name(f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"): f"{kind}_{rank}"
+            for kind in ("model", "optim")
+            for rank in range(2)
+        }
+        kind, rank = "model" if b"param_shapes" in raw else "optim", len(raw) % 2
+        for place, seed in seeds.items():
+            is_fed = seed == f"{kind}_{rank}"
+            place.write_bytes(raw if is_fed else (ROOT / "tests" / "corpus" / "zero" / seed).read_bytes())
+        read_values(next(iter(seeds)), lambda file: zero.read_file(file, lenient))
+
     return {
         "dcp": read_dcp,
         "ranks": read_ranks,
+        "zero": read_zero,
         "zip": lambda path, _: read_values(path, lambda file: files.read_file(file, lenient)),
         "stream": lambda path, _: read_values(path, lambda file: files.read_file(file, lenient)),
         "pickle": read_pickle,

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from support import steps
 from support.tiny import make_state, save, save_safetensors_shards, save_shards, snapshot, write_json
 from test_crash import how_it_ends, kill_at_every_step
+
+from converter.run.notes import Kind, Notes
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -69,7 +71,6 @@ def test_mending_killed_at_any_step(
     mended: Path,
     wconv: Callable[..., Any],
     tmp_path: Path,
-    state_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = snapshot(mended / "m")
@@ -78,23 +79,26 @@ def test_mending_killed_at_any_step(
     for copy in kill_at_every_step(FIX[:-1], broken, tmp_path / "killed"):
         assert_nothing_is_lost(copy)
         aside = tmp_path / "aside"
-        for folder in (copy, state_folder):
-            shutil.copytree(folder, aside / folder.name)
+        shutil.copytree(copy, aside)
+        paths = [Notes(copy / "m").path_of(kind) for kind in get_args(Kind)]
+        noted = {path: path.read_bytes() for path in paths if path.exists()}
         monkeypatch.chdir(copy)
         problem = how_it_ends(FIX, copy / "m", expected)
         wconv(*UNDO)
         if problem or snapshot(copy) != snapshot(broken):
             ends[copy.name] = problem or f"undone: {snapshot(copy).keys() ^ snapshot(broken).keys()}"
         monkeypatch.chdir(tmp_path)
-        for folder in (copy, state_folder):
-            shutil.rmtree(folder)
-            shutil.copytree(aside / folder.name, folder)
+        shutil.rmtree(copy)
+        aside.rename(copy)
+        for path in paths:
+            path.unlink(missing_ok=True)
+        for path, raw in noted.items():
+            path.write_bytes(raw)
         monkeypatch.chdir(copy)
         with contextlib.redirect_stderr(io.StringIO()) as said:
             assert run_main(list(UNDO)) in (0, 2), said.getvalue()
         if snapshot(copy) != snapshot(broken):
             ends[f"{copy.name}, undone at once"] = str(snapshot(copy).keys() ^ snapshot(broken).keys())
-        shutil.rmtree(aside)
     assert not ends
 
 

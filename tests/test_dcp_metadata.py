@@ -31,10 +31,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from converter.errors import BadFile, BadRequest, HostileFile, Unsupported
-from converter.formats import dcp
 from converter.formats.torch.rebuild import parse_metadata
 from converter.formats.torch.state_dict import Reading
 from converter.formats.torch.unpickler import Inert
+from converter.formats.trained import dcp
 from converter.storage import place_of
 from converter.tensors.base import WeightsFile
 from converter.tensors.reader import RangeReader, read_chunks
@@ -158,7 +158,7 @@ READ = """
 import gc, sys, time
 from pathlib import Path
 from converter.errors import WconvError
-from converter.formats import dcp
+from converter.formats.trained import dcp
 from converter.formats.torch.state_dict import Reading
 from converter.storage import place_of
 gc.disable()  # as the command does

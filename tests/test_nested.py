@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from support.judges import described_by_safetensors, described_by_wconv
 
@@ -108,7 +109,7 @@ def test_of_several_one_is_chosen_by_its_key(wconv: Callable[..., Any], tmp_path
 
 def test_an_optimizer_alone_is_no_model(tmp_path: Path) -> None:
     path = saved(tmp_path, optimizer_state())
-    with pytest.raises(Unsupported, match=r"--key takes another: state\.0"):
+    with pytest.raises(Unsupported, match="holds the state of an optimizer, and no weights"):
         open_checkpoint(path)
     assert open_checkpoint(path, Reading(key="state.0")).tensors
 
@@ -198,6 +199,17 @@ def test_a_long_log_of_numbers_beside_the_weights(tmp_path: Path) -> None:
     flat = open_checkpoint(path, Reading(flatten=True))
     assert [info.name for info in flat.tensors] == ["state_dict.weight", "state_dict.bias"]
     assert flat.notes == ("last.ckpt: left out: state_dict.losses, log",)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_is_left_out_is_named_at_every_depth(tmp_path: Path) -> None:
+    moments = {"optim": {"state": {0: {"exp_avg": torch.zeros(200_000), "runs": [torch.ones(5)]}}}, "step": 7}
+    content = {"app": {"model": {**WEIGHTS, "_extra": 3}, **moments}, "rng": {"cpu": torch.zeros(8).byte()}}
+    (note,) = open_checkpoint(saved(tmp_path, content)).notes
+    assert note == "last.ckpt: left out: rng (8 bytes), app.optim (0.8 MB), app.step, app.model._extra"
+    dcp.save(content, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    (note,) = open_checkpoint(tmp_path / "dcp" / ".metadata").notes
+    assert note.startswith("left out: rng (8 bytes), app.optim (0.8 MB), app.step (")
 
 
 NANO = {"model": WEIGHTS, "optimizer": optimizer_state(), "iter_num": 3, "best_val_loss": torch.tensor(1.5)}

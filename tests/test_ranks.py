@@ -28,9 +28,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from converter.dtypes import DTYPES
 from converter.errors import BadFile, HostileFile, TrainingPiece, Unsupported, WconvError
-from converter.formats import ranks
 from converter.formats.torch.rebuild import Listed, Part, StorageRef, TensorRef
 from converter.formats.torch.unpickler import Kept, KeptObject
+from converter.formats.trained import ranks
 from converter.storage import place_of
 from converter.tensors.derived import Boxes, Replicas
 from converter.tensors.reader import RangeReader, read_chunks
@@ -144,6 +144,17 @@ def test_a_folder_of_verl(wconv: Callable[..., Any], tmp_path: Path) -> None:
         assert "model_world_size_" in wconv("inspect", checkpoint / piece, exit_code=4).stderr
 
 
+def test_the_folder_of_a_step_of_verl(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    folder, judge, _ = unpack("ranks-verl", tmp_path)
+    step = tmp_path / "global_step_10"
+    step.mkdir()
+    folder.rename(step / "actor")
+    torch.save({"_snapshot": {"_num_yielded": 3}}, step / "data.pt")  # of its data loader
+    wconv("to-safetensors", step, "-o", tmp_path / "out", "--config", step / "actor" / "huggingface" / "config.json")
+    assert_same(load_file(tmp_path / "out" / "model.safetensors"), judge)
+    assert not (tmp_path / "out" / "data.pt").exists()
+
+
 WEIGHT = torch.randn(12, 6)
 CUTS: dict[str, tuple[tuple[int, ...], Cut, torch.Tensor]] = {
     "rows": ((3,), by_torch(Shard(0)), torch.randn(7, 5)),
@@ -222,13 +233,13 @@ def rows(mesh: DeviceMesh, rank: int, **plain: torch.Tensor) -> State:
 def test_all_ranks_have_to_be_there(wconv: Callable[..., Any], tmp_path: Path) -> None:
     write_ranks(tmp_path, (4,), rows)
     shutil.copy(path_of(tmp_path, 1, 4), tmp_path / "model_world_size_4_rank_4.pt")
-    assert "rank_4.pt: is of rank 4, where there are 4" in wconv("inspect", tmp_path, exit_code=3).stderr
+    assert "saved by 4 ranks, and holds model_world_size_4_rank_4" in wconv("inspect", tmp_path, exit_code=3).stderr
     (tmp_path / "model_world_size_4_rank_4.pt").unlink()
     path_of(tmp_path, 2, 4).unlink()
-    assert "rank 2 of 4 is not there" in wconv("to-safetensors", tmp_path, exit_code=3).stderr
+    assert "files of rank 2 of 4 are not there" in wconv("to-safetensors", tmp_path, exit_code=3).stderr
     path_of(tmp_path, 0, 4).unlink()
     for source in (tmp_path, path_of(tmp_path, 3, 4)):
-        assert "ranks 0, 2 of 4 are not there" in wconv("to-safetensors", source, exit_code=3).stderr
+        assert "ranks 0 and 2 of 4 are not there" in wconv("to-safetensors", source, exit_code=3).stderr
     (found,) = json.loads(wconv("doctor", tmp_path, "--json", exit_code=1).stdout)["findings"]
     assert found["code"] == "file-damaged"
 
@@ -237,7 +248,7 @@ def test_of_how_many_ranks_accelerate_wrote_the_mesh_tells(tmp_path: Path) -> No
     for sample in ("ranks-accelerate-fsdp2", "ranks-accelerate-sharded-flat"):
         checkpoint, _, _ = unpack(sample, tmp_path)
         (checkpoint / "pytorch_model_fsdp_0_rank1.bin").unlink()
-        with pytest.raises(BadFile, match="rank 1 of 2 is not there"):
+        with pytest.raises(BadFile, match="rank 1 of 2 are not there"):
             read_file(checkpoint / "pytorch_model_fsdp_0_rank0.bin")
 
 
@@ -246,7 +257,7 @@ def test_a_store_that_does_not_list(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ranks, "list_entries", lambda _: [])
     assert_same(state_of(path), {"w": WEIGHT})
     path_of(tmp_path, 1, 3).unlink()
-    with pytest.raises(BadFile, match="rank 1 of 3 is not there"):
+    with pytest.raises(BadFile, match="rank 1 of 3 are not there"):
         read_file(path)
 
 
@@ -266,7 +277,7 @@ OF_ANOTHER: dict[str, tuple[Callable[[DeviceMesh], State], str]] = {
     "a dtype": (lambda mesh: {"w": by_torch(Shard(0))(WEIGHT.half(), mesh)}, r"'w' is float16 .*float32"),
     "a plain tensor": (lambda mesh: {"w": WEIGHT}, r"holds \[12, 6\] of tensor 'w' from \[0, 0\] on, and .* \[6, 6\]"),
     "another cut": (
-        lambda mesh: {"w": by_torch(Shard(1))(WEIGHT, mesh)}, r"cut the tensor 'w' into two boxes that overlap"
+        lambda mesh: {"w": by_torch(Shard(1))(WEIGHT, mesh)}, r"cuts the tensor 'w' into two boxes that overlap"
     ),
 }  # fmt: skip
 
@@ -281,7 +292,7 @@ def test_a_rank_of_another_checkpoint(make: Callable[[DeviceMesh], State], probl
 def test_a_rank_in_the_place_of_another(tmp_path: Path) -> None:
     path = write_ranks(tmp_path, (2,), rows)
     shutil.copy(path, path_of(tmp_path, 1, 2))
-    with pytest.raises(BadFile, match="cut the tensor 'w' into boxes that do not fill"):
+    with pytest.raises(BadFile, match="cuts the tensor 'w' into boxes that do not fill"):
         read_file(path)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.tiny import make_state, names_in, save, save_pipeline, write_json
+from support.training import unpack
 
 CARRIED = {"config.json", "generation_config.json", "model.safetensors"}
 
@@ -154,3 +156,84 @@ def test_a_folder_whose_weights_stay_behind_stays_behind(path: str, wconv: Calla
     what = "a training checkpoint" if path.endswith(".distcp") else "weights that are no part of the model"
     assert f"({what}: 2 files, 53 bytes)" in shown
     shutil.rmtree(tmp_path / "out")
+
+
+def test_what_one_types_at_the_wrong_level(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "exp1"
+    for step in (500, 1000):
+        shutil.copytree(
+            unpack("dcp-fsdp", tmp_path / str(step))[0], run / f"checkpoint-{step}" / "pytorch_model_fsdp_0"
+        )
+    for command in ("inspect", "doctor", "to-safetensors"):
+        said = wconv(command, run, exit_code=3).stderr
+        assert "Name one of its folders that do: checkpoint-1000, checkpoint-500." in said
+        said = wconv(command, run.parent, exit_code=3).stderr
+        assert "A weight file ends in" not in said
+        assert "Name one of its folders that do: exp1/checkpoint-1000, exp1/checkpoint-500." in said
+
+
+def test_an_optimizers_folder_is_shown_for_none_with_weights(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    folder = unpack("trainer-fsdp2-sharded", tmp_path)[0]
+    for command in ("inspect", "to-safetensors"):
+        said = wconv(command, folder / "optimizer_0", exit_code=4).stderr
+        assert "holds the state of an optimizer, and no weights. Name the file or the folder with the weights" in said
+
+
+def test_sets_of_one_folder_are_told_apart(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    for name in ("actor", "critic"):
+        shutil.copytree(unpack("ranks-verl", tmp_path / name)[0], tmp_path / "step" / name)
+    shown = wconv("inspect", tmp_path / "step").stdout
+    assert re.search(r"\.  +actor  +FSDP ranks", shown)
+    assert re.search(r"\.  +critic  +FSDP ranks", shown)
+    assert "actor/extra_state_world_size_4_rank_*.pt (4)" in shown
+    said = wconv("to-safetensors", tmp_path / "step", "-o", tmp_path / "out", exit_code=2).stderr
+    assert "has several training checkpoints: actor and critic. Name the one you want." in said
+    assert "twice" not in wconv("doctor", tmp_path / "step").stdout
+    shutil.rmtree(tmp_path / "step" / "critic")
+    told = wconv("to-safetensors", tmp_path / "step", "-o", tmp_path / "out").stdout
+    assert "not carried over: actor/ (all but the weights and what goes with them: 13 files, " in told
+
+
+def test_what_has_no_config_is_told_how_to_have_one(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    folder = unpack("trainer-fsdp2-sharded", tmp_path)[0]
+    assert "no config.json was found" in wconv("to-safetensors", folder, "-o", tmp_path / "out").stdout
+    assert "config.json" not in wconv("to-safetensors", folder / "pytorch_model_fsdp_0" / ".metadata", "-o",
+                                      tmp_path / "one.safetensors").stdout  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_fsdp_0/__0_0.distcp", "plain.bin"])
+def test_a_config_goes_with_a_file_too(wconv: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    folder = unpack("trainer-fsdp2-sharded", tmp_path)[0]
+    save(make_state(), folder / "plain.bin")
+    write_json(tmp_path / "base" / "config.json", {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float32"})
+    wconv("to-safetensors", folder / name, "-o", tmp_path / "out", "--config", tmp_path / "base", "--dtype", "bf16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    one = tmp_path / "one" / "model.safetensors"
+    told = wconv("to-safetensors", folder / name, "-o", one, "--config", tmp_path / "base").stdout
+    assert names_in(one.parent) == ["model.safetensors"]
+    assert "load_file" in told
+
+
+def test_masters_are_loaded_as_float32(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    """The config says bfloat16, in which it was trained, and transformers 5 would round the masters to that."""
+    folder = unpack("trainer-zero3", tmp_path)[0]
+    for number, path in enumerate((".", "global_step2/zero_pp_rank_0_mp_rank_00_model_states.pt")):
+        source, out = folder / path, tmp_path / str(number)
+        wconv("to-safetensors", source, "-o", out)
+        assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+        assert "Healthy" in wconv("doctor", out).stdout
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_doctor_names_the_file_that_is_not_there(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    folder = unpack("trainer-fsdp2-sharded", tmp_path)[0]
+    (folder / "pytorch_model_fsdp_0" / "__1_0.distcp").unlink()
+    assert "file-damaged: pytorch_model_fsdp_0/__1_0.distcp" in wconv("doctor", folder, exit_code=1).stdout
+
+
+def test_gathered_weights_beside_masters_say_where_those_are(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    folder = unpack("trainer-zero2", tmp_path)[0]
+    told = wconv("to-safetensors", folder, "-o", tmp_path / "out").stdout
+    assert "global_step2/ (a training checkpoint: 3 files, 0.1 MB; name it to convert its weights)" in told
+    told = wconv("verify", folder, folder / "global_step2", exit_code=1).stdout
+    assert "--cast allows B to be rounded." in told

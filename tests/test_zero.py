@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.tiny import assert_same, save, snapshot
 from support.training import NAMES, unpack
@@ -25,6 +28,7 @@ from converter.models.inventory import find_weight_sets
 from converter.storage import Place
 from converter.tensors.base import find_ties
 from converter.tensors.reader import RangeReader
+from converter.testing import damaged
 
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
 SCRIPT = Path(__file__).parents[1] / ".venv-trainers" / "bin" / "python"
@@ -150,7 +154,7 @@ def test_what_no_optimizer_has(tmp_path: Path) -> None:
     notes = " / ".join(checkpoint.notes)
     assert "of no optimizer, so taken as the model itself has it: f.weight, f.bias, steps /" in notes
     assert "no tensors, so left out of the model: _extra" in notes
-    assert "optimizer_state_dict (0.0 MB), lr_scheduler, global_steps, epoch" in notes
+    assert "optimizer_state_dict (8,008 bytes), lr_scheduler, global_steps, epoch" in notes
 
 
 # What does not go together.
@@ -275,12 +279,6 @@ def test_what_is_wrong_is_refused(tmp_path: Path, stage: int, change: Any, error
         assert part in str(caught.value)
 
 
-def repeated(key: str, item: Any) -> Callable[[Zero], Any]:
-    return lambda made: (
-        put(made, **{key: [item] * 100_000}) if key == "param_shapes" else of_all(made, **{key: [item] * 100_000})
-    )
-
-
 @pytest.mark.parametrize("key", ["param_shapes", "param_alignment_paddings", GROUP])
 def test_one_thing_a_hundred_thousand_times(tmp_path: Path, key: str) -> None:
     made = make_zero(2)
@@ -324,6 +322,18 @@ def test_a_parameter_of_a_universal_one_elsewhere(tmp_path: Path) -> None:
     torch.save(told, path)
     with pytest.raises(HostileFile, match="no name of a folder"):
         opened(inner)
+
+
+@given(data=st.data())
+def test_a_damaged_checkpoint_is_refused_or_is_the_same(scratch: Path, data: st.DataObject) -> None:
+    made = make_zero(3, groups=({"a": (3,)},), frozen={"f": (2,)})
+    folder = made.write(scratch / "m")
+    path = folder / data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())))
+    path.write_bytes(data.draw(damaged(path.read_bytes())))
+    with contextlib.suppress(BadRequest, BadFile, Unsupported):
+        found = read(opened(folder))
+        assert_same({name: found[name] for name in found.keys() & made.expected.keys()},
+                    {name: made.expected[name] for name in found.keys() & made.expected.keys()})  # fmt: skip
 
 
 # Which files there are.

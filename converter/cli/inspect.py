@@ -9,6 +9,7 @@ import click
 
 from converter.cli.options import source_arg
 from converter.cli.terminal import echo, printable, show_bytes, show_commits, show_count, show_json, show_table
+from converter.errors import name_some
 
 if TYPE_CHECKING:
     from converter.errors import WconvError
@@ -32,6 +33,7 @@ _HOW = {
     "calls": "would call, and never does here",
     "holds": "holds modules, whose tensors are taken, of the classes",
 }
+_MAX_NAMED = 8  # of the globals of a pickle; --json has all
 # What else lies in a folder, in the order that it is shown.
 _REST = {
     "other_weights": "other weights",
@@ -146,6 +148,8 @@ def _describe_rest(model: Model) -> tuple[dict[str, list[str]], WconvError | Non
 
 
 def _show(content: dict[str, Any]) -> None:
+    from converter.models.names import fold_numbers
+
     suffix = f" ({content['class']})" if content["class"] else ""
     echo(printable(f"{content['path']}: {_KINDS[content['kind']]}{suffix}") + "\n")
     header = ("component", "weights", "format", "variant", "files", "tensors", "parameters", "size", "dtypes")
@@ -156,7 +160,7 @@ def _show(content: dict[str, Any]) -> None:
             _show_remarks(described)
     for key, title in _REST.items():
         if content[key]:
-            echo(f"{title}: {', '.join(map(printable, content[key]))}")
+            echo(f"{title}: {', '.join(map(printable, fold_numbers(content[key])))}")
     for note in content.get("notes", ()):
         echo(f"note: {note}")
     for described in content["weight_sets"]:
@@ -166,7 +170,9 @@ def _show(content: dict[str, Any]) -> None:
 
 def _row_of(described: dict[str, Any]) -> tuple[str, ...]:
     files = str(len(described["files"])) + (" + index" if described["index"] else "")
-    named = (described["weights"], described["format"], described["variant"] or "-")
+    # A training checkpoint has no name of its own, but for the folder around it.
+    around = "" if described["index"] else described["files"][0].rpartition("/")[0]
+    named = (around or described["weights"], described["format"], described["variant"] or "-")
     row = (described["component"] or ".", *named, files)
     if "error" in described:
         return (*row, "-", "-", "-", described["error"])
@@ -182,7 +188,7 @@ def _show_remarks(described: dict[str, Any]) -> None:
     for how, words in _HOW.items():
         names = [name for name, what in described["globals"].items() if what == how]
         if names:
-            echo(printable(f"its pickle {words}: {', '.join(names)}"))
+            echo(printable(f"its pickle {words}: {name_some(names, _MAX_NAMED)}"))
 
 
 def _show_tensors(described: dict[str, Any]) -> None:

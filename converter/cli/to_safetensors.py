@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 def command(source: Place, **options: Any) -> None:
     """Write every weight set of SRC in safetensors, beside it or into a new folder.
 
-    SRC is a weight file, an index, a model folder or a Diffusers pipeline folder; the current folder if left out.
-    It and OUT may be URLs: hf://owner/name, s3://, gs://, az://, and SRC https://. The source stays as it is, names of
-    tensors and values too. Nothing in a pickle is run.
+    SRC is a weight file, an index, a model folder, a Diffusers pipeline folder or a training checkpoint (FSDP,
+    DeepSpeed, verl, ...); the current folder if left out. It and OUT may be URLs: hf://owner/name, s3://, gs://, az://,
+    and SRC https://. The source stays as it is, names of tensors and values too. Nothing in a pickle is run.
 
     \b
     wconv to-safetensors ./model                    add safetensors files beside the .bin ones
     wconv to-safetensors ./model -o ./converted     a new folder, with configs and tokenizers
     wconv to-safetensors ./model --max-shard-size none   one file a component
+    wconv to-safetensors ./checkpoint-500 -o ./converted --dtype bf16 --config ./base-model   of a training run
     wconv to-safetensors hf://org/model -o s3://bucket/model   with no disk between
     """
     from converter.cli.convert import run_conversion

@@ -83,7 +83,8 @@ def _show(found: Comparison, verbose: bool) -> None:
     rows = [(one.component or ".", one.name or "-", _WHAT[one.kind], one.detail) for one in found.differences]
     _show_some(("component", "tensor", "difference", ""), rows, verbose)
     if rows:
-        echo(f"Not the same: {len(rows):,} differences, {found.tensor_count:,} tensors compared.")
+        hint = " --cast allows B to be rounded." if {one.kind for one in found.differences} == {"dtype"} else ""
+        echo(f"Not the same: {len(rows):,} differences, {found.tensor_count:,} tensors compared.{hint}")
     elif found.quantized:
         echo("The max error is over the largest value of its row, the mean error over the mean value of the tensor.")
         echo(f"The same within half a step of 8 bits: {found.tensor_count:,} tensors, {show_bytes(found.nbytes)}.")

@@ -119,7 +119,7 @@ def _twins(part: Part) -> Iterator[Finding]:
         if listed.is_of_many:  # several steps of a training; no loader looks for any
             continue
         first = seen.setdefault(listed.name, listed) if listed.file_names else listed
-        if first is not listed:
+        if first is not listed and not listed.is_of_many:
             problem = f"holds {spelled_variant(listed.name.variant)} twice: {first.label} and {listed.label}"
             yield Finding("sets-twice", part.path, part.name, problem)
 

@@ -59,7 +59,8 @@ KINDS: dict[str, Kind] = {
         "error", "A part of a checkpoint, as distributed training wrote it",
         "No loader of models reads it: it holds one rank's rows, or tensors without elements, under the names of the "
         "whole.",
-        "Only the tool that is named puts the parts together; wconv neither converts nor mends them.",
+        "Only all parts make a model. wconv to-safetensors puts them together where they are checkpoints of "
+        "torch.distributed.checkpoint, FSDP or ZeRO, and all there; others need the tool that is named.",
     ),
     "training-checkpoint": Kind(
         "note", "A checkpoint of a training run, which no loader of models opens",

@@ -13,9 +13,10 @@ from functools import partial
 from importlib import import_module
 
 from converter.errors import BadFile, TrainingPiece, Unsupported
-from converter.formats import safetensors, training
+from converter.formats import safetensors
 from converter.formats.torch import files, writer
 from converter.formats.torch.state_dict import PLAIN, Reading
+from converter.formats.trained import pieces
 from converter.storage import OpenFile, Place, list_entries, natural_key
 from converter.storage.far import look_at_each
 from converter.tensors.base import Layout, TensorSpec, WeightsFile
@@ -112,18 +113,19 @@ class FolderRow:
                 yield head, tuple(name for name in ordered if name != head)
 
 
+_READ_ZERO = partial(_late, "trained.zero.checkpoint")
+
 # The first row that matches a file speaks of it.
 FOLDERS: dict[str, FolderRow] = {
-    "DCP, by ranks": FolderRow(r"__\d+\.metadata|.+\.distcp", r"__\d+\.metadata", (), None, *training.DCP_BY_RANKS),
+    "DCP, by ranks": FolderRow(r"__\d+\.metadata|.+\.distcp", r"__\d+\.metadata", (), None, *pieces.DCP_BY_RANKS),
     "DCP of Megatron": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (r"metadata\.json", r"common\.pt"),
-                                 None, *training.DCP_OF_MEGATRON),
-    "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), partial(_late, "dcp")),
-    "DCP in safetensors": FolderRow(training.DCP_SHARD, training.DCP_SHARD, (), partial(_late, "dcp_safetensors")),
-    "DCP, unfinished": FolderRow(r".+\.distcp", r".+\.distcp", (), None, *training.DCP_UNFINISHED),
-    "FSDP ranks": FolderRow(training.RANKS, training.RANKS, (), partial(_late, "ranks")),
-    "ZeRO": FolderRow(training.ZERO_PIECES, training.ZERO_HEAD, (training.ZERO_OPTIMIZER,), partial(_late, "zero")),
-    "ZeRO, universal": FolderRow(training.ZERO_PIECES, training.ZERO_HEAD, (training.ZERO_UNIVERSAL,),
-                                 partial(_late, "zero")),
+                                 None, *pieces.DCP_OF_MEGATRON),
+    "DCP": FolderRow(r"\.metadata|.+\.distcp", r"\.metadata", (), partial(_late, "trained.dcp")),
+    "DCP in safetensors": FolderRow(pieces.DCP_SHARD, pieces.DCP_SHARD, (), partial(_late, "trained.dcp_safetensors")),
+    "DCP, unfinished": FolderRow(r".+\.distcp", r".+\.distcp", (), None, *pieces.DCP_UNFINISHED),
+    "FSDP ranks": FolderRow(pieces.RANKS, pieces.RANKS, (), partial(_late, "trained.ranks")),
+    "ZeRO": FolderRow(pieces.ZERO_PIECES, pieces.ZERO_HEAD, (pieces.ZERO_OPTIMIZER,), _READ_ZERO),
+    "ZeRO, universal": FolderRow(pieces.ZERO_PIECES, pieces.ZERO_HEAD, (pieces.ZERO_UNIVERSAL,), _READ_ZERO),
 }  # fmt: skip
 
 
@@ -171,9 +173,9 @@ def gather(names: Iterable[str]) -> Iterator[Gathered]:
     """Give the checkpoints of many files that lie in a folder with these names."""
     left = set(names)
     for form, row in FOLDERS.items():
-        for head, pieces in row.find(left):
-            left.difference_update((head, *pieces))
-            yield Gathered(form, head, pieces)
+        for head, others in row.find(left):
+            left.difference_update((head, *others))
+            yield Gathered(form, head, others)
 
 
 def form_of_many(name: str) -> str:
@@ -194,7 +196,7 @@ def refuse_folder(folder: Place) -> None:
             read.update((one.head, *one.pieces))
         for place in entries:
             if place.name.endswith(".pt") and place.name not in read:
-                training.check_name(place)
+                pieces.check_name(place)
 
 
 def read_files(places: Iterable[Place], reading: Reading = PLAIN) -> Iterator[WeightsFile]:
@@ -216,13 +218,13 @@ def read_file(place: Place, reading: Reading = PLAIN) -> WeightsFile:
     """
     read = next((row.read_file for row in FOLDERS.values() if row.read_file and _is_head(place, row)), None)
     if not read:
-        training.check_name(place)
+        pieces.check_name(place)
     with place.open() as file:
         head = file.keep(0, _KEPT_NBYTES)[:_HEAD_NBYTES]
         read = read or next((read_file for matches, read_file in FILES if matches(head)), None)
         if read:
             weights = read(file, reading)
-            training.check_content(weights)
+            pieces.check_content(weights)
             return weights
     for matches, error, problem, advice in _LOOKALIKES:
         if matches(head):

@@ -55,7 +55,8 @@ def is_found_plain(written: Written, one: WrittenSet) -> bool:
 
 def is_bare(written: Written, one: WrittenSet) -> bool:
     """Say whether no library is to load a set: it is a file by itself, or its class is code in the folder."""
-    return written.source.kind == "file" or "auto_map" in one.component.config
+    is_file = written.source.kind == "file" and not one.component.companions
+    return is_file or "auto_map" in one.component.config
 
 
 def from_pretrained(

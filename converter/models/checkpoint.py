@@ -76,7 +76,9 @@ def open_checkpoint(source: Given | WeightSet, reading: Reading = PLAIN) -> Chec
     if len(files) > 1:
         _check_names(files)
     named = zip(weight_set.file_names, files, strict=True)
-    notes = tuple(f"{name}: {note}" for name, file in named for note in file.notes)
+    of_all = f"{weight_set.around}: " if weight_set.around else ""  # and not the name of one of its many files
+    prefixes = ((of_all if weight_set.is_of_many else f"{name}: ", file) for name, file in named)
+    notes = tuple(f"{prefix}{note}" for prefix, file in prefixes for note in file.notes)
     notes += _check_index(weight_set.path, index, files) if index else ()
     return Checkpoint(weight_set, files, index.metadata if index else {}, notes)
 

@@ -57,6 +57,8 @@ def _names_a_model(place: Place) -> bool:
 
 def companions_in(folder: Place) -> Companions:
     """Give the config in a folder that a user names, and what goes with it. Raises BadFile where there is none."""
+    if folder.name == "config.json" and folder.is_file():
+        folder = folder.parent
     if not folder.is_folder():
         raise BadFile(folder, "is no folder", "Name the folder with the config.json of the model.")
     if not (folder / "config.json").is_file():

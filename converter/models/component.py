@@ -49,6 +49,11 @@ class WeightSet:
         return self.index_name or self.file_names[0]
 
     @property
+    def around(self) -> str:
+        """The folder below its own in which a training checkpoint lies, as below a trainer's root; empty for none."""
+        return self.label.rpartition("/")[0] if self.is_of_many else ""
+
+    @property
     def path(self) -> Place:
         """Where that lies."""
         return self.folder / self.label

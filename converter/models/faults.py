@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from converter.errors import BadFile, BadRequest, TrainingPiece, Unsupported, WconvError
 from converter.formats import refuse_folder
+from converter.models.headers import Header
 from converter.models.inventory import Inventory, Part, read_headers, take_inventory
+from converter.models.model import suggest
 from converter.models.names import is_other_runtime, parse_name
 from converter.models.sets import ListedSet
 from converter.storage import Given, Place
@@ -53,7 +55,7 @@ def look(given: Given) -> Inventory:
     inventory = replace(inventory, parts=tuple(parts))
     if not any(part.has_weights for part in inventory.parts) and not inventory.absent and not inventory.index_error:
         refuse_folder(path)
-        raise BadFile(path, "holds no weights", "Name a folder that does.")
+        raise BadFile(path, "holds no weights", suggest(path))
     return read_headers(inventory)
 
 
@@ -99,7 +101,15 @@ def unreadable_files(part: Part) -> Iterator[Fault]:
         if header.error is not None:
             code = _code_of(header.name, header.error)
             advice = f". {header.error.advice.rstrip('.')}" if code != "file-damaged" and header.error.advice else ""
-            yield Fault(code, part.path / header.name, part.name, header.error.problem + advice)
+            yield Fault(code, _place_of(part, header), part.name, header.error.problem + advice)
+
+
+def _place_of(part: Part, header: Header) -> Place:
+    """Give the file that is at fault: of a training checkpoint perhaps another than the one that is named, or all."""
+    where = str(header.error.where) if header.error else ""
+    inside = where.removeprefix(f"{part.path}/")
+    is_of_many = any(listed.is_of_many and header.name in listed.file_names for listed in part.sets)
+    return part.path / (inside if is_of_many and inside != where else header.name)
 
 
 def _code_of(name: str, error: WconvError) -> str:

@@ -11,12 +11,11 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PureWindowsPath
 from typing import Any
 
 from converter.errors import BadFile, HostileFile, Where
 from converter.formats.texts import MAX_TEXT_NBYTES, Pairs, check_depth, parse_json, read_bytes
-from converter.storage import Place
+from converter.storage import Place, is_bare
 from converter.tensors.base import MAX_TENSORS
 
 MAX_SHARDS = 10_000  # real ones have up to some hundred
@@ -63,7 +62,7 @@ def parse_index(raw: bytes, place: Where) -> WeightIndex:
         problem = f"names {len(weight_map):,} tensors in {len(shards):,} shards, which is more than any model has"
         raise HostileFile(place, problem)
     for shard in shards:
-        if not isinstance(shard, str) or not _is_bare(shard):
+        if not isinstance(shard, str) or len(shard) > _MAX_FILE_NAME or not is_bare(shard):
             raise BadFile(place, f"points outside its folder: {shard!r}", "Shards must be bare file names beside it.")
     return WeightIndex(weight_map, metadata, isinstance(content.get("metadata"), dict))
 
@@ -75,12 +74,6 @@ def read_index(place: Place) -> WeightIndex:
 
 def _check_type(value: object) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def _is_bare(shard: str) -> bool:
-    # PureWindowsPath splits at both kinds of slash and knows drives, on every system.
-    is_name = shard not in ("", ".", "..") and len(shard) <= _MAX_FILE_NAME
-    return is_name and PureWindowsPath(shard).name == shard and "\0" not in shard
 
 
 class _RepeatedKeyError(ValueError):

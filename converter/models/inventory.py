@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import PureWindowsPath
 from typing import Any, Literal
 
 from converter.errors import BadFile, BadRequest, SystemRefused, Unreachable, WconvError
@@ -32,7 +31,7 @@ from converter.models.sets import (
     read_indexed,
     sets_to_read,
 )
-from converter.storage import Given, Place, list_entries, place_of
+from converter.storage import Given, Place, is_bare, list_entries, place_of
 
 Kind = Literal["file", "folder", "component", "transformers", "pipeline", "sentence-transformers"]
 
@@ -158,8 +157,22 @@ def take_inventory(given: Given) -> Inventory:
     if not place.is_file():
         raise BadFile(place, "is no regular file", "Name a weight file or a folder.")
     config, error = look_into(place.parent / "config.json")
-    part = Part(Component("", place.parent, (find_weight_set(place),), config), config_error=error)
-    return Inventory(place, "file", (part,))
+    component = Component("", place.parent, (find_weight_set(place),), config)
+    if component.weight_sets[0].is_of_many and not config:
+        component, error = _with_companions(component, place.parent, error)
+    return Inventory(place, "file", (Part(component, config_error=error),))
+
+
+def _with_companions(
+    component: Component, around: Place, error: WconvError | None
+) -> tuple[Component, WconvError | None]:
+    """Give a training checkpoint's component the config and the tokenizer that lie near its folder, if any do."""
+    component = replace(component, companions=find_companions(around))
+    for place in component.companions:
+        if place.name == "config.json":
+            config, error = look_into(place)
+            component = replace(component, config=config)
+    return component, error
 
 
 def _unless_no_object(error: WconvError | None) -> list[WconvError]:
@@ -217,7 +230,7 @@ def _is_model(name: str, entry: Any) -> bool:
     # Of a custom pipeline, ``_class_name`` is a module and a class too.
     if name.startswith("_") or not is_class(entry):
         return False
-    return PureWindowsPath(name).name == name and not _NO_MODEL.fullmatch(entry[1])
+    return is_bare(name) and not _NO_MODEL.fullmatch(entry[1])
 
 
 def is_class(entry: Any) -> bool:
@@ -274,17 +287,10 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
     hidden = tuple(one for one in listed if one.label.startswith(".") and not one.index_error)
     sets = (*(one for one in listed if not one.label.startswith(".")), *whole)
     if not only_standard:
-        # What torch consolidates of the pieces in ``sharded/`` has 0 in place of every tensor without axes.
-        below = [name for name in shown if seen[name][0] == "other" and (not sets or name == "sharded")]
-        found = group_below(folder, below)
-        sets = (found if not sets else tuple(one for one in found if one.name.ext == "DCP in safetensors")) or sets
+        sets = _prefer_those_below(folder, sets, [name for name in shown if seen[name][0] == "other"])
     if not config and any(one.is_of_many for one in sets):
         around = next(one.path for one in sets if one.is_of_many).parent
-        component = replace(component, companions=find_companions(around))
-        for place in component.companions:
-            if place.name == "config.json":
-                config, config_error = look_into(place)
-                component = replace(component, config=config)
+        component, config_error = _with_companions(component, around, config_error)
     own = [name for name, one in parsed.items() if one.role != "index" and not name.startswith(".")]
     broken = {name: error for name in shown if name in known and (error := seen[name][1]) and name not in parsed}
     return Part(
@@ -301,6 +307,15 @@ def _look_at(folder: Place, name: str, entry: Any = None, is_named: bool = True,
         unreadable=tuple(error for what, error in seen.values() if error and what != "broken"),
         config_error=config_error,
     )
+
+
+def _prefer_those_below(folder: Place, sets: tuple[ListedSet, ...], others: list[str]) -> tuple[ListedSet, ...]:
+    """Give the training checkpoints of folders below where they are all that is there, or more than is made of them."""
+    if not sets:
+        return group_below(folder, others)
+    # What torch consolidates of the pieces in ``sharded/`` has 0 in place of every tensor without axes.
+    found = group_below(folder, [name for name in others if name == "sharded"])
+    return tuple(one for one in found if one.name.ext == "DCP in safetensors") or sets
 
 
 def _see(place: Place) -> tuple[Literal["weights", "file", "broken", "other"], WconvError | None]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from converter.errors import BadFile
+from converter.errors import BadFile, Unreachable, WconvError, name_some
 from converter.formats import refuse_folder
 from converter.models.component import Component
 from converter.models.inventory import Inventory, Kind, find_weight_sets, subfolders, take_inventory
 from converter.storage import Given, Place
+
+_NAMED = 8  # folders that are suggested
+_MAX_LOOKED_AT = 200  # folders of one folder; to look at each takes a moment, and far away a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +53,38 @@ def model_of(inventory: Inventory) -> Model:
         for problem in inventory.problems:
             raise problem
         refuse_folder(path)
-        raise BadFile(path, "holds no weights", _suggest(path))
+        raise BadFile(path, "holds no weights", suggest(path))
     root = path.parent if inventory.kind == "file" else path
     return Model(path, root, inventory.kind, components, inventory.class_name)
 
 
-def _suggest(path: Place) -> str:
-    with_weights = [folder.name for folder in subfolders(path) if find_weight_sets(folder)]
-    if with_weights:
-        return f"Name one of its folders that do: {', '.join(with_weights)}."
+def suggest(path: Place) -> str:
+    """Say which folders to name instead of one without weights: those below that have some, or those below these."""
+    folders = subfolders(path)[:_MAX_LOOKED_AT]
+    found = _with_weights(folders) or _with_weights([inner for one in folders for inner in _below(one)])
+    if found:
+        return f"Name one of its folders that do: {name_some([one.relative_to(path) for one in found], _NAMED)}."
     return "A weight file ends in .safetensors, .bin, .pt, .pth or .ckpt."
+
+
+def _below(folder: Place) -> list[Place]:
+    return [] if folder.is_link() else subfolders(folder)[:_MAX_LOOKED_AT]
+
+
+def _with_weights(folders: Sequence[Place]) -> list[Place]:
+    """Give the folders that hold weights, the last of a run first: ``checkpoint-1000``, then ``checkpoint-500``."""
+    return sorted(filter(_holds_weights, folders[:_MAX_LOOKED_AT]), key=_step_of)
+
+
+def _step_of(folder: Place) -> tuple[int, str]:
+    number = re.search(r"\d{1,18}$", folder.name)
+    return (-int(number[0]) if number else 0), str(folder)
+
+
+def _holds_weights(folder: Place) -> bool:
+    try:
+        return bool(find_weight_sets(folder))
+    except Unreachable:
+        raise
+    except WconvError:  # something is there, and wrong: what, is said of it when it is named
+        return True

@@ -13,7 +13,7 @@ Read as well, never written: ``model-00001-of-00002.fp16.safetensors`` and ``mod
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -53,10 +53,11 @@ _TRAINING_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|training_state|trainer_state|"
     r"dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|ckpt|safetensors)(\.index\.json)?|"
     r"(optim|extra_state)_world_size_\d+_rank_\d+\.pt|(trainer|training)_state\.json|zero_to_(fp32|torch)\.py|"
-    r"fsdp_config\.json|latest(_universal)?"
+    r"fsdp_config\.json|data\.pt|latest(_universal)?"
 )
 # Folders of an optimizer alone, such as accelerate's (``OPTIMIZER_NAME`` in ``accelerate/utils/constants.py``).
 _TRAINING_FOLDER = re.compile(r"optim(izer)?(_states?)?(_\d+)?")
+_LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 # The endings of weights in forms of other runtimes: ONNX Runtime, TensorFlow with Keras and LiteRT, Flax, rust-bert,
 # llama.cpp, Diffusers with FlashPack, Core ML, NeMo, TensorRT, ExecuTorch, and torch where there are many processes.
 _RUNTIME_ENDINGS = "onnx|pb|h5|keras|tflite|msgpack|ot|gguf|ggml|flashpack|mlmodel|nemo|engine|pte|distcp"
@@ -236,6 +237,19 @@ def is_training_folder(name: str) -> bool:
     True
     """
     return _TRAINING_FOLDER.fullmatch(name) is not None
+
+
+def fold_numbers(names: Iterable[str]) -> list[str]:
+    """Name files that differ in one number, their last, as one, where there are three or more.
+
+    >>> fold_numbers(["latest", "rng_state_0.pth", "rng_state_1.pth", "rng_state_2.pth"])
+    ['latest', 'rng_state_*.pth (3)']
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_LAST_NUMBER.sub("*", name), []).append(name)
+    folded = ([f"{pattern} ({len(same):,})"] if len(same) > 2 else same for pattern, same in alike.items())
+    return [name for same in folded for name in same]
 
 
 def is_other_runtime(name: str) -> bool:

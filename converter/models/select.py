@@ -123,10 +123,10 @@ def only_set(
     best = min(map(rank, sets))
     candidates = [weight_set for weight_set in sets if rank(weight_set) == best]
     if len(candidates) > 1:
-        more = len(candidates) - _MAX_NAMED
-        named = [*(one.label for one in candidates[:_MAX_NAMED]), *([f"{more:,} more"] if more > 0 else [])]
-        names = " and ".join(named)
         are_many = all(weight_set.is_of_many for weight_set in candidates)
+        more = len(candidates) - _MAX_NAMED
+        named = [one.around or one.label for one in candidates[:_MAX_NAMED]]
+        names = " and ".join([*named, *([f"{more:,} more"] if more > 0 else [])])
         what = "several training checkpoints" if are_many else "the same weights twice"
         raise BadRequest(component.path, f"has {what}: {names}", "Name the one you want.")
     return candidates[0]

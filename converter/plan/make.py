@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from converter.dtypes import OnOverflow
+from converter.dtypes import DType, OnOverflow
 from converter.errors import BadRequest, OutputRefused, Unsupported
 from converter.formats import WRITERS
 from converter.libraries import library_of
+from converter.libraries.base import DTYPE_KEYS
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import WeightSet
 from converter.models.configs import render_json
@@ -122,7 +123,8 @@ def _configs_of(
     read = {component.name: component.config for component in model.components}
     for order, planned in written:
         component = order.component
-        config = component.config if model.kind == "file" else _with_dtype(order, planned)
+        is_bare = model.kind == "file" and not component.companions
+        config = component.config if is_bare else _with_dtype(order, planned)
         if config != read.get(component.name, component.config):
             yield join(component.name, "config.json"), render_json(config)
 
@@ -272,9 +274,19 @@ def _build_index(checkpoint: Checkpoint, files: Sequence[PlannedFile]) -> Weight
 def _with_dtype(order: Order, planned: PlannedSet) -> dict[str, Any]:
     """Give the config.json of a component that is recast, untagged, into a new folder: with its new dtype.
 
-    A variant shares its config.json with the others, so that stays.
+    A variant shares its config.json with the others, so that stays. Training keeps weights in another dtype than the
+    config of a model says, and transformers would round them to that.
     """
     component = order.component
-    if order.dtype is None or planned.name.variant is not None or order.is_beside:
+    dtype = order.dtype or _dtype_of_training(order)
+    if dtype is None or planned.name.variant is not None or order.is_beside:
         return component.config
-    return library_of(component).cast_config(component, component.config, order.dtype)
+    return library_of(component).cast_config(component, component.config, dtype)
+
+
+def _dtype_of_training(order: Order) -> DType | None:
+    """Give the one floating dtype of a training checkpoint whose config says one."""
+    if not order.checkpoint.weight_set.is_of_many or not any(order.component.config.get(key) for key in DTYPE_KEYS):
+        return None
+    dtypes = {tensor.dtype for tensor in order.checkpoint.tensors if tensor.dtype.is_floating}
+    return dtypes.pop() if len(dtypes) == 1 else None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
-from converter.errors import name_some
+from converter.errors import name_some, spell_size
 from converter.models.component import Component, WeightSet
 from converter.models.model import Model
+from converter.models.names import fold_numbers, is_training_folder
 from converter.models.rest import Rest, find_rest, is_disguised
+from converter.models.sets import group_whole
 from converter.plan.make import join
 from converter.storage import UNLISTED, FileRef, Place
 
 _NAMED = 3  # of files that come from another folder
-_NAMED_TRAINING = 8  # of a trainer's files: each rank may have some
+_NAMED_MANY = 8  # of other weights, and of a trainer's files: each rank may have some
 
 
 def find_copied(
@@ -33,17 +36,21 @@ def find_copied(
             reasons[one.path] = "" if one.is_weights else f" ({why})"
         else:
             copied.append(one.path)
-    reasons |= {path: _why_left(rest) for path, rest in shells.items()}
+    taken = [weight_set.path for _, weight_set in selected]
+    reasons |= {path: _why_left(path, rest, taken) for path, rest in shells.items()}
     for path, is_others in _other_weights(model, selected):
         is_disguise = is_others and not follow_links and is_disguised(model, path)
         if is_others and not is_disguise:
             copied.append(path)
         else:
             reasons[path] = f" ({why})" if is_disguise else ""
-    notes = [f"not carried over: {path.relative_to(model.root)}{reasons[path]}" for path in sorted(reasons)]
+    plain = [path.relative_to(model.root) for path in sorted(reasons) if not reasons[path]]
+    notes = [f"not carried over: {name_some(plain, _NAMED_MANY)} (other weights)"] if plain else []
+    notes += (f"not carried over: {path.relative_to(model.root)}{why}" for path, why in sorted(reasons.items()) if why)
     if training:
-        named = name_some([one.path.relative_to(model.root) for one in training], _NAMED_TRAINING)
-        notes.append(f"not carried over: {named} (training state, {_size_of(training):,} bytes)")
+        names = fold_numbers(one.path.relative_to(model.root) for one in training)
+        size = spell_size(_size_of(training))
+        notes.append(f"not carried over: {name_some(names, _NAMED_MANY)} (training state, {size})")
     if not model.root.store.lists_all:
         notes.append(f"{UNLISTED} carried over")
     companions, told = find_companions([component for component, _ in selected])
@@ -68,14 +75,29 @@ def find_companions(components: Sequence[Component]) -> tuple[list[tuple[str, Fi
     folders: dict[Place, list[str]] = {}
     for name, file in files:
         folders.setdefault(file.parent, []).append(name)
-    notes = [f"{name_some(names, _NAMED)} from {folder}" for folder, names in folders.items()]
+    notes = [f"{name_some(names, _NAMED)} taken from {_spelled(folder)}" for folder, names in folders.items()]
     return [(name, file.ref()) for name, file in files], notes
 
 
-def _why_left(shell: Sequence[Rest]) -> str:
-    """Say why a folder stays behind as a whole, and how much that is."""
-    what = "a training checkpoint" if any(one.is_training for one in shell) else "weights that are no part of the model"
-    return f"/ ({what}: {len(shell):,} file{'s' * (len(shell) != 1)}, {_size_of(shell):,} bytes)"
+def _why_left(folder: Place, shell: Sequence[Rest], taken: Sequence[Place]) -> str:
+    """Say why a folder stays behind as a whole, or but for its weights, and how much that is."""
+    advice = ""
+    if any(path.is_below(folder) for path in taken):
+        what = "all but the weights and what goes with them"
+    elif is_training_folder(folder.name):
+        what = "the state of an optimizer"
+    elif any(one.is_training for one in shell):
+        what = "a training checkpoint"
+        advice = "; name it to convert its weights" if group_whole(folder, [one.path.name for one in shell])[0] else ""
+    else:
+        what = "weights that are no part of the model"
+    return f"/ ({what}: {len(shell):,} file{'s' * (len(shell) != 1)}, {spell_size(_size_of(shell))}{advice})"
+
+
+def _spelled(folder: Place) -> str:
+    """Give a folder as one would name it from here, where that is shorter."""
+    here = os.path.relpath(folder.spelled) if not folder.store.is_far else ""
+    return here if here and not here.startswith("..") else str(folder)
 
 
 def _size_of(rest: Sequence[Rest]) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from converter.libraries import LIBRARIES, loader_of
-from converter.libraries.written import Written, WrittenSet, load_files
+from converter.libraries.transformers import TRANSFORMERS, names_model
+from converter.libraries.written import Written, WrittenSet, is_bare, load_files
 from converter.plan.types import Plan, PlannedSet
 from converter.storage import Place
 
@@ -55,7 +56,15 @@ def _describe(plan: Plan, planned: PlannedSet) -> WrittenSet:
 
 def _lines_of(written: Written, one: WrittenSet) -> list[str]:
     """Give the lines of the first library that finds a set by itself, else those that load its files."""
-    return _library_lines(written, one) or load_files(one)
+    return _library_lines(written, one) or [*_say_why(written, one), *load_files(one)]
+
+
+def _say_why(written: Written, one: WrittenSet) -> list[str]:
+    """Say in a comment that from_pretrained would load a set too, whose config does not name the class to ask."""
+    is_nameless = names_model(one.component) and not one.component.class_name and not is_bare(written, one)
+    if not is_nameless or not TRANSFORMERS.finds(one.component, one.name) or written.is_variantless:
+        return []
+    return ["# or from_pretrained of the model's class, which config.json does not name"]
 
 
 def _library_lines(written: Written, one: WrittenSet) -> list[str]:

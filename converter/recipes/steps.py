@@ -33,6 +33,11 @@ from converter.tensors.base import Tensor, find_ties
 from converter.transforms.dtype import Casting, check_names, recast
 from converter.transforms.names import strip_prefix, unwrap
 
+_NO_CONFIG = (
+    "no config.json was found, and from_pretrained needs one: --config FOLDER takes it from the model that the run "
+    "began with"
+)
+
 _Selected = Sequence[tuple[Component, WeightSet]]
 _Opened = Sequence[tuple[Component, Checkpoint]]
 
@@ -68,6 +73,8 @@ def open_job(request: Request, model: Model | None = None) -> Job:
     if request.config is not None:
         model = _with_config(model, request.config)
     output, named, request = _split_output(model, request)
+    if named:  # one file, and nothing goes with it
+        model = replace(model, components=tuple(replace(one, companions=()) for one in model.components))
     target = open_target(model, output, publishing.overwrite)
     is_elsewhere = output is not None and not output.is_same(model.root)
     request = _tagged(model, request, is_elsewhere)
@@ -172,7 +179,7 @@ def _make_ready(job: Job, component: Component, checkpoint: Checkpoint, request:
     component = replace(component, more_fp32=_more_fp32(component, request)[0])
     name = job.named or request.writing.naming.of(checkpoint.name)
     if request.casting.dtype is None and checkpoint.weight_set.is_of_many and _are_fp32(checkpoint.tensors):
-        note = "its weights are float32, as they were trained: --dtype bf16 writes half of that"
+        note = "the weights are float32, as they were trained: --dtype bf16 halves the size"
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     if job.named:
         checkpoint = replace(checkpoint, weight_set=replace(checkpoint.weight_set, name=job.named))
@@ -246,10 +253,12 @@ def plan_job(job: Job, selected: _Selected, orders: Sequence[Order], rest: Rest 
         along, left = find_copied(model, selected, target.folder, request.publishing.follow_links)
         rest, copied = _with_card(job, orders, rest, copied + along)
         notes = [*rest.notes, *left]
-    elif model.kind != "file":
+    elif named is None:
         along, told = find_companions([component for component, _ in selected])
         copied += ((name, file) for name, file in along if not (target.folder / name).is_taken())
         notes += told if along else []
+    if named is None and any(one.is_of_many and not component.config for component, one in selected):
+        notes.append(_NO_CONFIG)
     notes += dict.fromkeys(note for component, _ in selected if (note := _more_fp32(component, request)[1]))
     notes += note_tag(model, request.writing.variant)
     notes += find_strangers(model.root, target.folder)

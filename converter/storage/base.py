@@ -13,9 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from itertools import starmap
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal, NamedTuple, Protocol
 
 from converter.errors import BadFile, SystemRefused, Unreachable, Unsupported
@@ -174,6 +175,17 @@ def natural_key(name: str) -> tuple[tuple[int, str], ...]:
     """
     parts = re.split(r"([0-9]{1,18})", name)
     return tuple((int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts))
+
+
+@lru_cache(1024)  # a file may name another 100,000 times
+def is_bare(name: str) -> bool:
+    """Say whether a name that a file gives is that of an entry of a folder, and leads nowhere else.
+
+    >>> is_bare("model.bin"), is_bare("../model.bin"), is_bare("C:model.bin")
+    (True, False, False)
+    """
+    # PureWindowsPath splits at both kinds of slash and knows drives, on every system.
+    return name not in ("", ".", "..") and PureWindowsPath(name).name == name and "\0" not in name
 
 
 class Store(Protocol):

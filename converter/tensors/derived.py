@@ -25,6 +25,7 @@ _D = TypeVar("_D", bound="Derived")
 # What is looked at to see that boxes lie apart: of each so many times, and of few ones all pairs.
 _LOOKS = 16
 _MORE_LOOKS = 100_000
+OF_ONE_STEP = "All ranks have to be of one step of one training: fetch them again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,7 @@ def differ(name: str, source: TensorSource, other: TensorSource) -> BadFile:
     """Give what is said of a tensor that should be the same in two files and is not."""
     first, second = (storage.file.place for storage in (source.inputs()[0], other.inputs()[0]))
     problem = f"holds other values of tensor {name!r} than {first.name}, and both should be the same"
-    return BadFile(second, problem, "All ranks have to be of one step of one training: fetch them again.")
+    return BadFile(second, problem, OF_ONE_STEP)
 
 
 def cast(tensor: Tensor, dtype: DType, on_overflow: OnOverflow = "error") -> Tensor:
@@ -250,13 +251,15 @@ class Boxes:
     """A tensor that is put together from boxes, as checkpoints of many processes and fused weights are.
 
     Raises ValueError for boxes that reach out of it, overlap, or leave something out. ``longest`` is the length of the
-    longest of them along the first axis.
+    longest of them along the first axis. Where they are a line each has whole rows, so that their bytes follow each
+    other.
     """
 
     dtype: DType
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
     longest: int = field(init=False, repr=False, compare=False)
+    is_line: bool = field(init=False, repr=False, compare=False)
     grain = 1
 
     def __post_init__(self) -> None:
@@ -275,6 +278,9 @@ class Boxes:
     def _take(self, boxes: Sequence[Box]) -> None:
         object.__setattr__(self, "boxes", tuple(boxes))
         object.__setattr__(self, "longest", max((n for box in boxes for n in box.source.shape[:1]), default=0))
+        whole = self._whole
+        is_line = bool(whole) and all(box.source.shape[1:] == whole[1:] for box in boxes)
+        object.__setattr__(self, "is_line", is_line)
 
     @property
     def _whole(self) -> tuple[int, ...]:
@@ -355,12 +361,23 @@ class Boxes:
                 yield Box(begins, box.source.box(inner, tuple(end - begin for begin, end in spans)))
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        if self.is_line:
+            self._read_line(begin, out, reader)
+            return
         size = self.dtype.itemsize
         done = 0
         for start, shape in blocks_of(self._whole, begin // size, len(out) // size):
             nbytes = math.prod(shape) * size
             self._read_block(start, shape, out[done : done + nbytes], reader)
             done += nbytes
+
+    def _read_line(self, begin: int, out: memoryview, reader: Reader) -> None:
+        row = self.dtype.nbytes(math.prod(self._whole[1:]))
+        end = begin + len(out)
+        for (at, *_), source in self._between(begin, end):
+            low, high = max(begin, at * row), min(end, (at + source.shape[0]) * row)
+            if low < high:
+                source.read(low - at * row, out[low - begin : high - begin], reader)
 
     def _read_block(self, start: tuple[int, ...], shape: tuple[int, ...], out: memoryview, reader: Reader) -> None:
         import numpy as np

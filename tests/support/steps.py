@@ -18,7 +18,8 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,21 +113,47 @@ def refuse_to_list(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(os, "scandir", refuse)
 
 
-def run_until_it_ends(template: Path, work: Path, args: list[str]) -> None:
-    """Kill the command at every step, each time in a new copy; raise if it does not end, or ends badly."""
+def load_what_it_loads(template: Path, folder: Path, args: list[str]) -> None:
+    """Load the modules that the command does where it runs in peace, so that no child has to."""
+    shutil.copytree(template, folder, symlinks=True)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        _run(args)
+        with os.fdopen(writing, "w") as names:
+            names.write(" ".join(sys.modules))
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as names:
+        for name in names.read().split():
+            if name not in sys.modules:
+                import_module(name)
+    os.waitpid(child, 0)
+    shutil.rmtree(folder)
+
+
+def _run(args: list[str], action: Callable[[int], None] | None = None) -> int:
+    """Run a command, and before it, in peace, what stands before a ``--``."""
     from converter.cli import main
 
+    place = args.index("--") if "--" in args else -1
+    if place > 0:
+        main(args[:place])
+    with at_each_step(action) if action else nullcontext():
+        return main(args[place + 1 :])
+
+
+def run_until_it_ends(template: Path, work: Path, args: list[str]) -> None:
+    """Kill the command at every step, each time in a new copy; raise if it does not end, or ends badly."""
+    load_what_it_loads(template, work / "000", args)
     for number in range(1, MAX_STEPS):
         folder = work / f"{number:03d}"
         shutil.copytree(template, folder, symlinks=True)
         child = os.fork()
         if not child:
             os.chdir(folder)
-            if "--" in args:
-                main(args[: args.index("--")])
-            with at_each_step(kill_at(number)):
-                code = main(args[args.index("--") + 1 :] if "--" in args else args)
-            os._exit(code)
+            os._exit(_run(args, kill_at(number)))
         status = os.waitpid(child, 0)[1]
         if os.WIFEXITED(status):
             if os.WEXITSTATUS(status):
@@ -136,11 +163,6 @@ def run_until_it_ends(template: Path, work: Path, args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Here, so that no child has to; the packages are found through PYTHONPATH.
-    import numpy  # noqa: F401
-
-    import converter.cli.convert  # noqa: F401
-
     sys.dont_write_bytecode = True
     os.fsync = lambda fd: None  # a killed process takes nothing with it that was written; a killed system would
     run_until_it_ends(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -8,7 +8,7 @@ from converter.formats.torch import archive, legacy
 from converter.formats.torch.content import Content
 from converter.formats.torch.rebuild import parse_pickle
 from converter.formats.torch.state_dict import Reading, choose_state_dict
-from converter.formats.training import check_pickled
+from converter.formats.trained.pieces import check_pickled
 from converter.storage import OpenFile
 from converter.tensors.base import Tensor, WeightsFile
 

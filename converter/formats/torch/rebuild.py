@@ -255,6 +255,11 @@ def shape_of(sizes: Any) -> tuple[int, ...]:
     return sizes
 
 
+def size_of(number: Any) -> int:
+    """Give a number that an axis may have. Raises what ``shape_of`` does."""
+    return shape_of((number,))[0]
+
+
 def _of_class(kind: Any) -> Unreadable:
     if type(kind) not in (Global, Kept):
         raise TypeError("a tensor of no class")

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from converter.dtypes import DType
-from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, Where, name_some
+from converter.errors import BadFile, BadRequest, HostileFile, TrainingPiece, Unsupported, Where, name_some, spell_size
 from converter.formats.torch.globals import is_array, is_tensor
 from converter.formats.torch.modules import Walk, is_level, is_module, spell_key
 from converter.formats.torch.rebuild import Left, Listed, Part, StorageRef, TensorRef, Unreadable
@@ -38,9 +38,9 @@ _ADVICE = {
     "of the model in it.",
     False: "Save a state dict: names to tensors.",
 }
+_NO_OPTIMIZER = "Name the file or the folder with the weights; --key takes what is in it all the same."
 _META = "Save it from a model whose weights were loaded."
 _TENSORS = frozenset({TensorRef, Listed})
-_LEAVES = (TensorRef, Listed, Unreadable, StorageRef, Left)  # tuples, and no containers
 _RANKED = "It is one rank's part of a tensor: name the folder in which the files of all ranks lie."
 _INCOMPLETE = "The file is incomplete: fetch it again."
 
@@ -94,7 +94,7 @@ class _Found:
 
     def __str__(self) -> str:
         count = len(self.tensors)
-        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {_spell_size(self.nbytes)})"
+        return f"{self.key or 'the top level'} ({count:,} tensor{'s' * (count != 1)}, {spell_size(self.nbytes)})"
 
 
 class Chosen(NamedTuple):
@@ -117,6 +117,8 @@ def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> Chose
     if not (is_module(value) or type(value) in (dict, list, tuple)):
         raise Unsupported(where, f"holds {_kind(value)}, not a state dict", _ADVICE[type(value) in (Inert, KeptObject)])
     found = list(_find(value, where))
+    if reading.key is None and not reading.flatten and _is_optimizers(value):
+        raise Unsupported(where, "holds the state of an optimizer, and no weights", _NO_OPTIMIZER)
     if reading.flatten:
         chosen = _flatten(value, found, where, reading)
     elif found:
@@ -136,6 +138,13 @@ def choose_state_dict(pickled: Pickled, where: Where, reading: Reading) -> Chose
         state_dict[name] = tensor
     foreign = {name: "holds" if name in chosen.classes else how for name, how in pickled.foreign.items()}
     return Chosen(state_dict, tuple(_notes(value, foreign, chosen, found)), foreign)
+
+
+def _is_optimizers(value: Any) -> bool:
+    """Say whether a pickle holds what an optimizer's ``state_dict()`` gives, by itself or under its name, alone."""
+    if not isinstance(value, dict):
+        return False
+    return {*value} == {"state", "param_groups"} or (len(value) == 1 and "optim" in spell_key(next(iter(value))))
 
 
 def check_lengths(names: Iterable[str], where: Where) -> None:
@@ -443,17 +452,26 @@ def _notes(value: Any, foreign: Mapping[str, str], chosen: _Found, found: list[_
         yield f"only {chosen} is taken, and not {_list(others)}"
     for key, name in chosen.wholes[:_MAX_NAMED]:
         yield (
-            f"{key or 'it'} is a whole {name}: taken as its state_dict() would give it; its class was never imported; "
-            "what that class stores beyond parameters and buffers is not in it"
+            f"{key or 'it'} is a whole {name}: taken as its state_dict() would give it, parameters and buffers alone; "
+            "its class was never imported"
         )
-    beside = [*_beside(value, chosen.path, found)]
-    beside += chosen.beside if chosen.path else _with_sizes(chosen.beside, value, (), found)
+    beside = list(_left_beside(value, chosen))
     if beside:
-        yield f"left out: {_list(beside)}"
+        seen: set[int] = set()
+        named = [_spell_left(*one, nbytes_in(one[-1], seen)) for one in beside[:_MAX_NAMED]]
+        yield f"left out: {name_some([*named, *beside[_MAX_NAMED:]], _MAX_NAMED)}"
     if chosen.unreadable:
         named = [f"{spell_key(name)} ({why})" for name, why in itertools.islice(chosen.unreadable.items(), _MAX_NAMED)]
         yield f"tensors that cannot be read are left out ({len(chosen.unreadable):,} in all): {_list(named)}"
     yield from note_foreign(foreign)
+
+
+def join_foreign(many: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Join what the pickles of several files do with globals: whatever one of them calls, all do."""
+    joined: dict[str, str] = {}
+    for foreign in many:
+        joined |= {name: how for name, how in foreign.items() if joined.get(name) != "calls"}
+    return joined
 
 
 def note_foreign(foreign: Mapping[str, str]) -> Iterator[str]:
@@ -476,34 +494,56 @@ def _list_others(chosen: _Found, found: list[_Found]) -> list[_Found]:
     return [one for one in others if not is_flat or one.path[:depth] != chosen.path]
 
 
-def _beside(value: Any, path: tuple[str, ...], found: list[_Found]) -> Iterator[str]:
-    """Spell the keys beside a dict that is taken, and beside each dict that it lies in."""
+def _left_beside(value: Any, chosen: _Found) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Give what lies beside a state dict, on the way to it and in it: the path to that, its key, and what it is."""
     level = value
-    for depth, step in enumerate(path):
-        is_list = type(level) in (list, tuple)
-        entries = dict(enumerate(level)) if is_list else level if isinstance(level, dict) else {}
-        yield from _with_sizes([key for key in entries if spell_key(key) != step], entries, path[:depth], found)
-        level = next((inner for key, inner in entries.items() if spell_key(key) == step), None)
+    for depth, step in enumerate(chosen.path):
+        taken = None
+        for key, inner in _entries_of(level):
+            if spell_key(key) == step:
+                taken = inner
+            else:
+                yield chosen.path[:depth], key, inner
+        level = taken
+    known = dict(_entries_of(level))
+    yield from ((chosen.path, key, known.get(key)) for key in chosen.beside)
 
 
-def _with_sizes(
-    keys: Iterable[Any], entries: Mapping[Any, Any], above: tuple[str, ...], found: list[_Found]
-) -> list[str]:
-    """Spell keys of one level with how many bytes what is under each takes: tensors, and what is known of the rest."""
-    depth = len(above)
-    nbytes: dict[str, int] = defaultdict(int)
-    for one in found:
-        if one.path[:depth] == above:
-            nbytes["".join(one.path[depth : depth + 1])] += one.nbytes
-    for key in keys:
-        if type(entries.get(key)) is Left:
-            nbytes[spell_key(key)] += entries[key].nbytes
-    named = ((".".join((*above, key)), nbytes.get(key, 0)) for key in map(spell_key, keys))
-    return [f"{name} ({_spell_size(size)})" if size else name for name, size in named]
+def _spell_left(path: tuple[str, ...], key: Any, _: Any, nbytes: int) -> str:
+    name = ".".join((*path, spell_key(key)))
+    return f"{name} ({spell_size(nbytes)})" if nbytes else name
 
 
-def _spell_size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"
+def _entries_of(level: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(level, dict):
+        return level.items()
+    return enumerate(level) if type(level) in (list, tuple) else ()
+
+
+def nbytes_in(value: Any, seen: set[int]) -> int:
+    """Give the bytes of all that is known to be nested in a value, but for what was ``seen`` already.
+
+    Those are the storages of its tensors, and what a listing says of tensors and the rest.
+    """
+    nbytes = 0
+    storages: dict[str, int] = {}
+    waiting = [value]
+    while waiting:
+        inner = waiting.pop()
+        if type(inner) is TensorRef:
+            storages[inner.storage.key] = inner.storage.nbytes
+        elif type(inner) is Listed:
+            nbytes += inner.dtype.nbytes(prod(inner.shape))
+        elif type(inner) is Left:
+            nbytes += inner.nbytes
+        elif isinstance(inner, _CONTAINERS) and id(inner) not in seen:
+            seen.add(id(inner))
+            if isinstance(inner, (Inert, KeptObject)):
+                waiting.append(inner.state)
+            if not isinstance(inner, KeptObject):
+                values = inner.values() if isinstance(inner, dict) else inner
+                waiting.extend(one for one in values if isinstance(one, _CONTAINERS))
+    return nbytes + sum(storages.values())
 
 
 def _list(things: list[Any]) -> str:

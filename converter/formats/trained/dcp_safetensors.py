@@ -14,11 +14,12 @@ from converter.errors import BadFile, Unsupported
 from converter.formats import safetensors
 from converter.formats.texts import parse_json
 from converter.formats.torch.state_dict import Reading
-from converter.formats.training import DCP_SHARD
+from converter.formats.trained.boxes import put_together
+from converter.formats.trained.pieces import DCP_SHARD
 from converter.storage import OpenFile, Place, list_entries, natural_key
 from converter.storage.far import look_at_each
 from converter.tensors.base import Tensor, TensorSource, WeightsFile
-from converter.tensors.derived import Box, Boxes
+from converter.tensors.derived import Box
 
 INFO = "DCP_SHARDING_INFO"
 _DAMAGED = "The checkpoint is damaged or incomplete: fetch all of its files again."
@@ -79,9 +80,4 @@ def _join(place: Place, name: str, boxes: list[Box]) -> TensorSource:
     held = [box for box in boxes if 0 not in box.source.shape]
     ends = (map(sum, zip(start, source.shape, strict=True)) for start, source in held or boxes[:1])
     shape = tuple(map(max, zip(*ends, strict=True)))
-    if len(held) == 1 and held[0].source.shape == shape:
-        return held[0].source
-    try:
-        return Boxes(first.dtype, shape, tuple(held))
-    except ValueError as error:
-        raise BadFile(place.parent, f"cuts the tensor {name!r} into {error}", _DAMAGED) from None
+    return put_together(name, first.dtype, shape, held, place.parent, _DAMAGED)

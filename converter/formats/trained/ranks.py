@@ -17,33 +17,28 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain
 from operator import mul
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from converter.dtypes import DType
-from converter.errors import BadFile, HostileFile, TrainingPiece, Unsupported, name_some
+from converter.errors import BadFile, HostileFile, TrainingPiece, Unsupported
 from converter.formats.torch.files import open_content
-from converter.formats.torch.rebuild import TensorRef, Unreadable, shape_of
-from converter.formats.torch.state_dict import AnyTensor, Reading, choose_state_dict
-from converter.formats.training import RANKS, check_pickled
+from converter.formats.torch.rebuild import TensorRef, Unreadable, checked, shape_of, size_of
+from converter.formats.torch.state_dict import AnyTensor, Reading, choose_state_dict, join_foreign
+from converter.formats.trained.boxes import put_together, spell
+from converter.formats.trained.pieces import ACCELERATE, RANKS, check_pickled, check_ranks
 from converter.storage import OpenFile, Place, list_entries
 from converter.storage.far import look_at_each
 from converter.tensors.base import MAX_TENSORS, Tensor, TensorSource, WeightsFile
-from converter.tensors.derived import Box, Boxes, Replicas, differ
+from converter.tensors.derived import OF_ONE_STEP, Box, Replicas, differ
 from converter.tensors.view import View
-
-_T = TypeVar("_T")
 
 _MAX_WORLD = 1_000_000
 _MAX_BOXES = 600_000  # of 500 bytes each; those of 1,100 tensors on 512 ranks
 _MAX_MESH_DIMS = 16  # trainers have up to five
 _MAX_ASKED = 4_096
-_MAX_NAMED = 8
 _FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")  # ``torch/distributed/fsdp/_common_utils.py``
 _DAMAGED = "The file is damaged: fetch it again."
-_INCOMPLETE = "Only all ranks make the weights: fetch the others too."
-_OF_ONE_STEP = "All ranks have to be of one step of one training: fetch them again."
 _FULL = "Load it with the tool that wrote it, as it was trained, and save a full state dict."
-_FLAT_ADVICE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
 _PLACEMENTS = ("torch.distributed.tensor.placement_types.", "torch.distributed._tensor.placement_types.")
 
 _Start = tuple[int, ...]
@@ -85,7 +80,7 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
         if count > _MAX_BOXES:
             raise HostileFile(rank.place, f"its ranks cut their tensors into more than {_MAX_BOXES:,} parts")
         notes |= dict.fromkeys(rank.notes)
-        foreign |= {name: how for name, how in rank.foreign.items() if foreign.get(name) != "calls"}
+        foreign = join_foreign((foreign, rank.foreign))
     tensors = tuple(Tensor(name, wholes.pop(name).source(first.place)) for name in first.tensors)
     return WeightsFile(first.place, "FSDP ranks", tensors, {}, tuple(notes), foreign)
 
@@ -110,17 +105,9 @@ def _find_others(first: _Rank) -> list[Place]:
     places = {name.rank: entry for name, entry in found.items() if name.of == own.of}
     if own.rank not in places:  # a store that does not list, as the web is
         places = _ask_for(first.place, own, own.world or first.world)
-    last = max(places)
-    world = own.world or max(first.world, last + 1)
-    if last >= world:
-        raise BadFile(places[last], f"is of rank {last}, where there are {world}, counted from 0")
-    missing = [rank for rank in range(world) if rank not in places]
-    if missing:
-        several = len(missing) > 1
-        named = (
-            f"rank{'s' * several} {name_some(missing, _MAX_NAMED)} of {world} {'are' if several else 'is'} not there"
-        )
-        raise BadFile(first.place, named, _INCOMPLETE)
+    world = own.world or max(first.world, max(places) + 1)
+    names = {rank: entry.name for rank, entry in places.items()}
+    check_ranks(first.place.parent, "files", names, world)
     return [places[rank] for rank in sorted(places) if rank != own.rank]
 
 
@@ -136,7 +123,7 @@ def _check_names(rank: _Rank, first: _Rank) -> None:
     for one, other in ((first, rank), (rank, first)):
         lost = next((name for name in one.tensors if name not in other.tensors), None)
         if lost is not None:
-            raise BadFile(other.place, f"holds no tensor {lost!r}, which {one.place.name} holds", _OF_ONE_STEP)
+            raise BadFile(other.place, f"holds no tensor {lost!r}, which {one.place.name} holds", OF_ONE_STEP)
 
 
 class _Whole:
@@ -153,9 +140,9 @@ class _Whole:
     def add(self, held: _Held, place: Place, first: Place) -> int:
         """Add what a rank holds, and say how many sources are kept for that. Raises BadFile where it does not fit."""
         if held.dtype is not self.dtype or held.shape != self.shape:
-            problem = f"its tensor {self.name!r} is {held.dtype.torch_name} {list(held.shape)} in all ranks together"
-            known = f"{self.dtype.torch_name} {list(self.shape)} in {first.name}"
-            raise BadFile(place, f"{problem}, and {known}", _OF_ONE_STEP)
+            problem = f"its tensor {self.name!r} is {spell(held.dtype, held.shape)} in all ranks together"
+            known = f"{spell(self.dtype, self.shape)} in {first.name}"
+            raise BadFile(place, f"{problem}, and {known}", OF_ONE_STEP)
         return sum(self._add_box(box, place) for box in held.boxes)
 
     def _add_box(self, box: Box, place: Place) -> int:
@@ -168,7 +155,7 @@ class _Whole:
             problem = (
                 f"holds {list(box.source.shape)} of tensor {self.name!r} from {list(box.start)} on, and another rank"
             )
-            raise BadFile(place, f"{problem} {list(known.shape)} from there", _OF_ONE_STEP)
+            raise BadFile(place, f"{problem} {list(known.shape)} from there", OF_ONE_STEP)
         original, others = (known.source, known.others) if type(known) is Replicas else (known, ())
         is_same = _compare(original, box.source)
         if is_same is None:
@@ -181,12 +168,7 @@ class _Whole:
     def source(self, first: Place) -> TensorSource:
         """Give the whole. Raises BadFile where the boxes do not make it."""
         boxes = tuple(self.boxes.values())
-        if len(boxes) == 1 and boxes[0].source.shape == self.shape:
-            return boxes[0].source
-        try:
-            return Boxes(self.dtype, self.shape, boxes)
-        except ValueError as error:
-            raise BadFile(first, f"the ranks cut the tensor {self.name!r} into {error}", _OF_ONE_STEP) from None
+        return put_together(self.name, self.dtype, self.shape, boxes, first.parent, OF_ONE_STEP)
 
 
 def _compare(one: TensorSource, other: TensorSource) -> bool | None:
@@ -218,7 +200,7 @@ def _read_rank(file: OpenFile, reading: Reading) -> _Rank:
     for name, tensor in state_dict.items():
         if _FLAT.fullmatch(name):
             problem = f"holds flat parameters such as {name!r}, and does not say which weights they are made of"
-            raise TrainingPiece(place, problem, _FLAT_ADVICE)
+            raise TrainingPiece(place, problem, ACCELERATE)
         parts, least = _parts_of(tensor, name, place)
         world = max(world, least)
         count += len(parts)
@@ -268,26 +250,26 @@ def _parts_of(tensor: AnyTensor, name: str, place: Place) -> tuple[_Parts, int]:
             raise Unsupported(place, f"{what} has a part that {why}", _FULL)
         is_empty = 0 in shape and 0 in local.shape
         if local.dtype is not tensor.dtype or (local.shape != shape and not is_empty):
-            found = f"{local.dtype.torch_name} {list(local.shape)}"
-            problem = f"the part of {what} should be {tensor.dtype.torch_name} {list(shape)}, and is {found}"
+            known, found = spell(tensor.dtype, shape), spell(local.dtype, local.shape)
+            problem = f"the part of {what} should be {known}, and is {found}"
             raise BadFile(place, problem, _DAMAGED)
     return parts, world
 
 
 def _parts_of_shards(whole: tuple[int, ...], state: Any) -> tuple[_Parts, int]:
     """Read the state of a ShardedTensor (``__getstate__`` in ``torch/distributed/_shard/sharded_tensor/api.py``)."""
-    shards, metadata, group = _checked(state, tuple)[:3]
+    shards, metadata, group = checked(state, tuple)[:3]
     if _sizes(_attributes(metadata.state)["size"]) != whole:
         raise ValueError("a ShardedTensor of two shapes")
     parts: _Parts = []
-    for shard in _checked(shards, list):
+    for shard in checked(shards, list):
         attributes = _attributes(shard.state)
         told = _attributes(attributes["metadata"].state)
         start, shape = _sizes(told["shard_offsets"]), _sizes(told["shard_sizes"])
         if not len(start) == len(shape) == len(whole):
             raise ValueError("a shard with other axes than the whole")
         parts.append((start, shape, attributes["tensor"]))
-    return parts, _checked(_attributes(group.state)["global_world_size"], int)
+    return parts, checked(_attributes(group.state)["global_world_size"], int)
 
 
 def _parts_of_dtensor(
@@ -299,7 +281,7 @@ def _parts_of_dtensor(
     mesh = _mesh_shape(mesh_state)
     root = mesh_state.get("_root_mesh")
     world = max(math.prod(mesh), math.prod(_mesh_shape(root.state)) if root else 1)
-    placements = _checked(spec["placements"], tuple)
+    placements = checked(spec["placements"], tuple)
     if len(placements) != len(mesh):
         raise ValueError("placements on other axes than those of the mesh")
     coordinate = mesh_state["_coordinate_on_dim"]
@@ -322,10 +304,10 @@ def _parts_of_dtensor(
 def _mesh_shape(state: Mapping[str, Any]) -> tuple[int, ...]:
     """Give the shape of a DeviceMesh: a tensor of ranks in torch before 2.9 or so, since then a layout."""
     if "_layout" in state:
-        axes = _checked(state["_layout"].state["axes"], tuple)
+        axes = checked(state["_layout"].state["axes"], tuple)
         shape = tuple(math.prod(_sizes(axis.state["shape"])) for axis in axes[: _MAX_MESH_DIMS + 1])
     else:
-        shape = _checked(state["mesh"], TensorRef).shape
+        shape = checked(state["mesh"], TensorRef).shape
     if len(shape) > _MAX_MESH_DIMS or not 0 < math.prod(shape) <= _MAX_WORLD:
         raise ValueError("a mesh of no ranks, or too many")
     return shape
@@ -349,8 +331,8 @@ def _cuts_of(
             continue
         if name not in ("Shard", "_StridedShard"):
             raise Unsupported(place, f"{what} is placed on its ranks as {name}, which is no part of a whole", _FULL)
-        order = cuts.setdefault(_number(state["dim"]), [])
-        factor = _number(state["split_factor"]) if name == "_StridedShard" else 1
+        order = cuts.setdefault(size_of(state["dim"]), [])
+        factor = size_of(state["split_factor"]) if name == "_StridedShard" else 1
         has_strided |= factor != 1
         before = accumulate((mesh[axis] for axis in order), mul, initial=1)
         at = next((at for at, count in enumerate(before) if count == factor), None)
@@ -361,7 +343,7 @@ def _cuts_of(
     told = spec.get("shard_order")
     if told is None:
         return cuts
-    named = {_number(entry.arguments[0]): list(_sizes(entry.arguments[1])) for entry in told[: 1 + len(mesh)]}
+    named = {size_of(entry.arguments[0]): list(_sizes(entry.arguments[1])) for entry in told[: 1 + len(mesh)]}
     if has_strided or _sorted(named) != _sorted(cuts):
         raise Unsupported(place, f"{what} is cut in an order that its placements do not explain", _FULL)
     return named
@@ -376,19 +358,8 @@ def _attributes(state: Any) -> Mapping[str, Any]:
     if type(state) is tuple:
         plain, slots = state
         return {**(plain or {}), **(slots or {})}
-    return _checked(state, dict)
+    return checked(state, dict)
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
     return shape_of(tuple(value) if type(value) is list else value)
-
-
-def _number(value: Any) -> int:
-    return shape_of((value,))[0]
-
-
-def _checked(value: Any, kind: type[_T]) -> _T:
-    """Give a value that is of a kind. Raises TypeError for another."""
-    if type(value) is not kind:
-        raise TypeError(f"no {kind.__name__}")
-    return value

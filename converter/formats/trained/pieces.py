@@ -1,8 +1,8 @@
-"""Parts of checkpoints as distributed training writes them: each is a piece, and its own tool puts them together.
+"""Parts of checkpoints as distributed training writes them: what they are called, and what each alone is refused with.
 
 A piece is a valid file, and often reads like a whole model: tensors of 0 elements, boxes of tensors under the names of
 the whole, one rank's rows. So each is known by what it is called where its writer decides that, and by what it holds
-where it may be renamed, and refused with the name of what reads it.
+where it may be renamed, and refused with the name of what reads it: the folder of all of them, or another tool.
 """
 
 from __future__ import annotations
@@ -10,28 +10,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
+from itertools import islice
 from typing import Any, NamedTuple
 
-from converter.errors import TrainingPiece, Where
+from converter.errors import BadFile, TrainingPiece, Where
 from converter.formats.torch.rebuild import TensorRef
 from converter.storage import Place, list_entries
 from converter.tensors.base import Tensor, WeightsFile
 
+_MAX_NAMED = 8
 _ALL_RANKS = "Name the folder in which the *_model_states.pt and *_optim_states.pt of all ranks lie: wconv reads that."
-_DCP_TO_TORCH = (
-    "'python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt' makes one file of it, which "
-    "wconv converts; that runs what its pickles say, so do it only where you trust the folder."
-)
+_ALL_OF_DCP = "Name the folder in which .metadata and all of its .distcp files lie: wconv reads that."
 _EMPTIED = (
     "The weights lie in the checkpoint of the training: name its folder, in which the *_model_states.pt and "
     "*_optim_states.pt of all ranks lie."
 )
-_ACCELERATE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
+ACCELERATE = "Load it with accelerate, as it was trained, and save a FULL_STATE_DICT."
 _SHARDED = (
     "Name the folder in which all of them lie, each called shard-00001-model-00001-of-00001.safetensors, as torch does."
 )
 _MEGATRON = "Megatron-LM's tools/checkpoint/convert.py, or Megatron-Bridge, makes a model of all ranks."
 _META = "convert_llama_weights_to_hf.py of transformers makes a model of all of them."
+_MISSING = "Put the files of all ranks into one folder: where ranks had disks of their own, each has some."
+MIXED = "The folder holds files of several checkpoints: fetch one of them anew."
 DEEPSPEED = "DeepSpeed's own checkpoint tools (ds_to_universal.py) read all ranks."
 
 TENSOR_PARALLEL = ("is one rank's part of a tensor-parallel DeepSpeed checkpoint", DEEPSPEED)
@@ -46,11 +47,11 @@ ZERO_PIECES = (
     r"|layer_\d+-model_\d+.*-model_states\.pt"
 )
 ZERO_HEAD = r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt"
+ZERO_MODEL = r"zero_pp_rank_(\d{1,9})_mp_rank_0+_model_states\.pt"
 ZERO_OPTIMIZER = r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,9})_mp_rank_0+_?optim_states\.pt"
 ZERO_UNIVERSAL = "zero"
 
 # What is said of folders, and what to do about it.
-DCP = ("is a checkpoint of torch.distributed.checkpoint (DCP)", _DCP_TO_TORCH)
 DCP_OF_MEGATRON = ("is a checkpoint of Megatron (torch_dist)", _MEGATRON)
 DCP_BY_RANKS = (
     "is a checkpoint of torch.distributed.checkpoint (DCP) of which each rank keeps its own .metadata",
@@ -91,7 +92,7 @@ _NAMES = (
     _Name(r".*/(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt",
           "is one rank's part of a DeepSpeed optimizer, with the float32 weights cut up", _ALL_RANKS),
     _Name(r".*/(pytorch_model|model)_fsdp(_\d+)?_rank_?\d+\.(bin|pt)",
-          "is one rank's part of a model, as accelerate's FSDP saves it", _ACCELERATE),
+          "is one rank's part of a model, as accelerate's FSDP saves it", ACCELERATE),
     _Name(r".*/(optim|extra_state)_world_size_\d+_rank_\d+\.pt",
           "is what one rank's trainer goes on from, as verl saves it",
           "The weights are in the files model_world_size_*: name their folder, or one of them."),
@@ -103,7 +104,7 @@ _NAMES = (
     _Name(r".*/model-rank-\d+-part-\d+\.safetensors",
           "is one rank's part of a model, as vLLM cuts it", "vLLM loads it with load_format='sharded_state'.",
           "model-rank-1-part-*.safetensors"),
-    _Name(r".*/[^/]+\.distcp", "is a piece of a checkpoint of torch.distributed.checkpoint (DCP)", _DCP_TO_TORCH),
+    _Name(r".*/[^/]+\.distcp", "is a piece of a checkpoint of torch.distributed.checkpoint (DCP)", _ALL_OF_DCP),
     _Name(r".*/[^/]+\.nemo", "is an archive of NeMo, which holds its config and checkpoint as files",
           "Unpack it with tar; Megatron-Bridge or NeMo's export makes a Hugging Face model of it."),
 )  # fmt: skip
@@ -121,6 +122,20 @@ def check_name(place: Place) -> None:
 def _is_there(folder: Place, pattern: str) -> bool:
     up, _, name = pattern.rpartition("/")
     return any(fnmatch(entry.name, name) for entry in list_entries(folder.parent if up else folder))
+
+
+def check_ranks(folder: Place, what: str, names: Mapping[int, str], world: int) -> None:
+    """Raise BadFile where not just so many ranks have a file; there may be far more than can be gone through."""
+    missing = world - sum(rank < world for rank in names)
+    if missing:
+        lost = (rank for rank in range(world) if rank not in names)
+        spelled = [f"{rank:,}" for rank in islice(lost, min(missing, _MAX_NAMED))]
+        spelled += [f"{missing - _MAX_NAMED:,} more"] if missing > _MAX_NAMED else []
+        *but_last, last = spelled
+        ranks = f"ranks {', '.join(but_last)} and {last}" if but_last else f"rank {last}"
+        raise BadFile(folder, f"is not whole: the {what} of {ranks} of {world:,} are not there", _MISSING)
+    if len(names) > world:
+        raise BadFile(folder, f"was saved by {world:,} ranks, and holds {names[max(names)]} too", MIXED)
 
 
 def check_content(file: WeightsFile) -> None:

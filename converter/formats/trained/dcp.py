@@ -23,11 +23,14 @@ from converter.formats.torch.rebuild import (
     parse_metadata,
     parse_pickle,
     shape_of,
+    size_of,
 )
 from converter.formats.torch.state_dict import Reading, choose_state_dict, is_training_key
 from converter.formats.torch.unpickler import MAX_PICKLE_NBYTES, KeptObject, Pickled, allow_steps
-from converter.storage import OpenFile, Place, Window
+from converter.formats.trained.boxes import put_together, spell
+from converter.storage import OpenFile, Place, Window, is_bare
 from converter.tensors.base import MAX_NAME, Tensor, TensorSource, WeightsFile
+from converter.tensors.derived import Box
 
 _METADATA = "torch.distributed.checkpoint.metadata.Metadata"
 _INDEX = "torch.distributed.checkpoint.metadata.MetadataIndex"
@@ -49,14 +52,7 @@ _MAX_KNOWN_NBYTES = 1 << 10  # of those that are not read again, and how many
 _MAX_KNOWN = 10_000
 _HEAD_NBYTES = 1 << 11
 _TAIL_NBYTES = 1 << 12
-# What describes how tensors lay in memory, and where the checkpoint was written.
-_OWN = {
-    "torch.serialization._get_layout",
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
-    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-}
+_PATHS = "pathlib."  # of where the checkpoint was written, which is no concern of anyone's
 _MAX_DEPTH = 16  # of the path of a tensor; as deep as a state dict is looked for
 _RESAVE = "torch cannot read it either: save it again without serialization_format=SAFETENSORS."
 _DAMAGED = "The checkpoint is damaged: fetch .metadata again."
@@ -84,7 +80,7 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     pickled = parse_metadata(file.read(0, MAX_PICKLE_NBYTES + 1), place, reading.strip_code, _FIELDS)
     try:
         listed = _Listing(place, pickled.value)
-        others = {name: how for name, how in pickled.foreign.items() if name not in _OWN}
+        others = {name: how for name, how in pickled.foreign.items() if not name.startswith(_PATHS)}
         pickled = pickled._replace(value=listed.tree(), foreign=others)
         state_dict, notes, foreign = choose_state_dict(pickled, place, reading)
         tensors = tuple(listed.take(state_dict))
@@ -126,18 +122,18 @@ class _Listing:
         name, begin = _fields_of(key, _INDEX)
         file_name, offset, nbytes, packed = _fields_of(stored, _STORED)
         self._name(name)
-        if self._name(file_name) in ("", ".", "..") or "/" in file_name or "\\" in file_name or "\0" in file_name:
+        if not is_bare(self._name(file_name)):
             raise HostileFile(self.place, f"says that {name!r} lies in {file_name!r}, which is no name of a file")
         if packed:
             problem = f"says that {name!r} is packed ({_spelled(packed)})"
             raise Unsupported(self.place, problem, "Save it again without extensions of the writer.")
         if begin is None:
-            self.left_nbytes[name] = _number(nbytes)
+            self.left_nbytes[name] = size_of(nbytes)
             return
         key = name, str(shape_of(begin))
         if key in self.items:
             raise BadFile(self.place, f"says twice where {name!r} lies", _DAMAGED)
-        self.items[key] = _Item(file_name, _number(offset), _number(nbytes))
+        self.items[key] = _Item(file_name, size_of(offset), size_of(nbytes))
 
     def tree(self) -> dict[str, Any]:
         """Give the dicts that were saved, with a Listed for each tensor."""
@@ -186,19 +182,11 @@ class _Listing:
                     raise BadFile(self.place, problem, _DAMAGED)
                 item = self.items[key]
                 wanted[item.file_name].append((item, key))
-        from converter.tensors.derived import Box, Boxes  # few files need it
-
         found = dict(self._read_items(wanted))
         for name, listed in state_dict.items():
             cuts = self._boxes_of(listed)
             boxes = [Box(start, self._check(found[key], listed, key, shape)) for key, start, shape in cuts]
-            if len(boxes) == 1 and boxes[0].source.shape == listed.shape:
-                yield Tensor(name, boxes[0].source)
-                continue
-            try:
-                yield Tensor(name, Boxes(listed.dtype, listed.shape, tuple(boxes)))
-            except ValueError as error:
-                raise BadFile(self.place, f"cuts the tensor {name!r} into {error}", _DAMAGED) from None
+            yield Tensor(name, put_together(name, listed.dtype, listed.shape, boxes, self.place, _DAMAGED))
 
     def _boxes_of(self, listed: Any) -> Iterator[_Cut]:
         """Give the boxes of a tensor; those without elements may begin beyond the end."""
@@ -211,8 +199,8 @@ class _Listing:
         self, source: TensorSource, listed: TensorRef | Listed, key: _Key, shape: tuple[int, ...]
     ) -> TensorSource:
         if source.dtype is not listed.dtype or source.shape != shape:
-            found = f"{source.dtype.torch_name} {list(source.shape)}"
-            problem = f"says that a part of {key[0]!r} is {listed.dtype.torch_name} {list(shape)}, and it is {found}"
+            known, found = spell(listed.dtype, shape), spell(source.dtype, source.shape)
+            problem = f"says that a part of {key[0]!r} is {known}, and it is {found}"
             raise BadFile(self.place, problem, _DAMAGED)
         return source
 
@@ -278,10 +266,3 @@ def _fields_of(value: Any, name: str) -> Any:
     if type(value) is not KeptObject or value.kind.name != name or value.state is None:
         raise TypeError("an object of another class")
     return value.state
-
-
-def _number(value: Any) -> int:
-    number = checked(value, int)
-    if number < 0:
-        raise TypeError("a number below 0")
-    return number
