@@ -150,7 +150,10 @@ def test_the_folder_of_a_step_of_verl(wconv: Callable[..., Any], tmp_path: Path)
     step.mkdir()
     folder.rename(step / "actor")
     torch.save({"_snapshot": {"_num_yielded": 3}}, step / "data.pt")  # of its data loader
-    wconv("to-safetensors", step, "-o", tmp_path / "out", "--config", step / "actor" / "huggingface" / "config.json")
+    config = step / "actor" / "huggingface" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": ["LlamaForCausalLM"]}))
+    told = wconv("to-safetensors", step, "-o", tmp_path / "out", "--config", config).stdout
+    assert "LlamaForCausalLM.from_pretrained" in told
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), judge)
     assert not (tmp_path / "out" / "data.pt").exists()
 

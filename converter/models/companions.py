@@ -61,9 +61,10 @@ def companions_in(folder: Place) -> Companions:
         folder = folder.parent
     if not folder.is_folder():
         raise BadFile(folder, "is no folder", "Name the folder with the config.json of the model.")
-    if not (folder / "config.json").is_file():
+    companions = _list(folder)
+    if not any(file.name == "config.json" for file in companions):
         raise BadFile(folder, "has no config.json", "Name the folder with the config.json of the model.")
-    return _list(folder)
+    return companions
 
 
 def _list(folder: Place) -> Companions:

@@ -89,7 +89,8 @@ def _with_config(model: Model, folder: Place) -> Model:
         advice = "Name the folder of one of its components."
         raise BadRequest(folder, f"has one config, and {model.path} has {len(model.components)} components", advice)
     companions = companions_in(folder)
-    component = replace(model.components[0], config=read_json(folder / "config.json"), companions=companions)
+    config = next(read_json(file) for file in companions if file.name == "config.json")
+    component = replace(model.components[0], config=config, companions=companions)
     return replace(model, components=(component,))
 
 
