@@ -279,6 +279,15 @@ def test_what_is_wrong_is_refused(tmp_path: Path, stage: int, change: Any, error
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["zero-1-bf16-1-groups-3-ranks", "zero-3-bf16-2-groups-3-ranks"])
+def test_one_rank_s_file_under_the_names_of_two(tmp_path: Path, name: str) -> None:
+    folder = next(unpack(name, tmp_path)[0].glob("global_step*"))
+    zero, one = sorted(folder.glob("*_optim_states.pt"))[:2]
+    one.write_bytes(zero.read_bytes())
+    with pytest.raises(BadFile, match=r"holds the same weights as .*rank_0"):
+        opened(folder)
+
+
 @pytest.mark.parametrize("key", ["param_shapes", "param_alignment_paddings", GROUP])
 def test_one_thing_a_hundred_thousand_times(tmp_path: Path, key: str) -> None:
     made = make_zero(2)

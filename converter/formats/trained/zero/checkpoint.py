@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
+from zlib_ng.zlib_ng import crc32, crc32_combine
+
 from converter.errors import BadFile, BadRequest, HostileFile, spell_size
 from converter.formats.torch import files
 from converter.formats.torch.rebuild import TensorRef, checked
@@ -117,6 +119,7 @@ def _read_optimizers(folder: Place, names: _Names, reading: Reading) -> list[Opt
     for rank in look_at_each(read, ordered[1:]):
         _check_alike(first, rank, rank.stage < 3 and len(ranks) == first.world - 1)
         ranks.append(rank)
+    _check_distinct(ranks)
     return ranks
 
 
@@ -147,6 +150,32 @@ def _check_alike(first: Optimizer, other: Optimizer, is_last: bool) -> None:
         if same.shape != group.shape and not (is_last and same.shape < group.shape):
             problem = f"holds {same.shape[0]:,} elements of group {index}, and {first.place.name} {group.shape[0]:,}"
             raise BadFile(other.place, problem, pieces.MIXED)
+
+
+def _check_distinct(ranks: Iterable[Optimizer]) -> None:
+    """Raise BadFile where the weights of two ranks are the same by their CRC32s: one file lies there under two names.
+
+    Ranks that have nothing but padding hold zeros alone.
+    """
+    known: dict[str, Place] = {}
+    for rank in ranks:
+        stored = [storage for group in rank.groups for storage in group.inputs()]
+        sums = [(storage.crc32, storage.nbytes) for storage in stored]
+        if any(crc is None for crc, _ in sums) or all(crc == _crc_of_zeros(nbytes) for crc, nbytes in sums):
+            continue
+        first = known.setdefault(str(sums), rank.place)
+        if first is not rank.place:
+            problem = f"holds the same weights as {first.name}, and each rank has its own"
+            raise BadFile(rank.place, problem, pieces.MIXED)
+
+
+def _crc_of_zeros(nbytes: int) -> int:
+    crc, known, length = 0, crc32(b"\0"), 1
+    while length <= nbytes:
+        if nbytes & length:
+            crc = crc32_combine(crc, known, length)
+        known, length = crc32_combine(known, known, length), 2 * length
+    return crc
 
 
 def _place_of(folder: Place, name: str) -> Place:
