@@ -7,6 +7,7 @@ transformers has them in ``checkpoint-500/`` or in the folder around it, and acc
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from converter.errors import BadFile
 from converter.models.component import Companions
@@ -33,8 +34,8 @@ _OF_A_RUN = re.compile(
 _MAX_UP = 3
 
 
-def find_companions(folder: Place) -> Companions:
-    """Look for the config that belongs to a training checkpoint, and give what goes with it; none where there is none.
+def find_companions(folder: Place) -> tuple[Companions, dict[str, Any]]:
+    """Look for the config of a training checkpoint: give it and what goes with it, and its content; or nothing.
 
     It is looked for in ``huggingface/``, and around the folder as far as that is one of a run. What says of no model
     which it is, as other programs have a ``config.json``, is none.
@@ -42,17 +43,19 @@ def find_companions(folder: Place) -> Companions:
     for _ in range(_MAX_UP + 1):
         for place in (folder, folder / _BELOW):
             config = place / "config.json"
-            if config.is_file() and not lies_outside(config, folder.real()) and _names_a_model(config):
-                return _list(place)
+            if config.is_file() and not lies_outside(config, folder.real()) and (content := _read_naming(config)):
+                files = _list(place)
+                return files, content if config in files else {}
         if not _OF_A_RUN.fullmatch(folder.absolute().name):
             break
         folder = folder.absolute().parent
-    return ()
+    return (), {}
 
 
-def _names_a_model(place: Place) -> bool:
+def _read_naming(place: Place) -> dict[str, Any]:
+    """Give the content of a config that names a model, and nothing of any other."""
     content, _ = look_into(place)
-    return any(key in content for key in _NAMING)
+    return content if any(key in content for key in _NAMING) else {}
 
 
 def companions_in(folder: Place) -> Companions:

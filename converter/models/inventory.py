@@ -167,12 +167,9 @@ def _with_companions(
     component: Component, around: Place, error: WconvError | None
 ) -> tuple[Component, WconvError | None]:
     """Give a training checkpoint's component the config and the tokenizer that lie near its folder, if any do."""
-    component = replace(component, companions=find_companions(around))
-    for place in component.companions:
-        if place.name == "config.json":
-            config, error = look_into(place)
-            component = replace(component, config=config)
-    return component, error
+    companions, config = find_companions(around)
+    component = replace(component, companions=companions)
+    return (replace(component, config=config), None) if config else (component, error)
 
 
 def _unless_no_object(error: WconvError | None) -> list[WconvError]:
