@@ -53,7 +53,7 @@ def find_copied(
         notes.append(f"not carried over: {name_some(names, _NAMED_MANY)} (training state, {size})")
     if not model.root.store.lists_all:
         notes.append(f"{UNLISTED} carried over")
-    companions, told = find_companions([component for component, _ in selected])
+    companions, told = list_companions([component for component, _ in selected])
     taken_along = {file.place for _, file in companions}
     along = {path.relative_to(model.root): path.ref() for path in sorted(copied) if path not in taken_along}
     return [*(along | dict(companions)).items()], notes + told
@@ -69,7 +69,7 @@ def _other_weights(model: Model, selected: Sequence[tuple[Component, WeightSet]]
             yield path, component.name not in names
 
 
-def find_companions(components: Sequence[Component]) -> tuple[list[tuple[str, FileRef]], list[str]]:
+def list_companions(components: Sequence[Component]) -> tuple[list[tuple[str, FileRef]], list[str]]:
     """List the configs and tokenizers of components that lie elsewhere, by their paths in the output; note where."""
     files = [(join(component.name, file.name), file) for component in components for file in component.companions]
     folders: dict[Place, list[str]] = {}

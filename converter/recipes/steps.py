@@ -23,7 +23,7 @@ from converter.models.select import Tied, select_sets
 from converter.plan.make import make_plan
 from converter.plan.types import Order, Plan, Rest, Target, Writing
 from converter.recipes.card import CARD, make_card
-from converter.recipes.carry import find_companions, find_copied
+from converter.recipes.carry import find_copied, list_companions
 from converter.recipes.outputs import CARDS, open_target, refuse_links
 from converter.recipes.request import Request, names_file
 from converter.run.staging import find_strangers
@@ -31,7 +31,7 @@ from converter.storage import FileRef, Place
 from converter.storage.far import CommittedStore
 from converter.tensors.base import Tensor, find_ties
 from converter.transforms.dtype import Casting, check_names, recast
-from converter.transforms.names import strip_prefix, unwrap
+from converter.transforms.names import with_own_names
 
 _NO_CONFIG = (
     "no config.json was found, and from_pretrained needs one: --config FOLDER takes it from the model that the run "
@@ -103,14 +103,11 @@ def select(job: Job, request: Request | None = None, **changes: Any) -> list[tup
 
 def open_sets(job: Job, selected: _Selected) -> list[tuple[Component, Checkpoint]]:
     """Open sets that are selected; without the prefix that is to be taken off, and without what wrappers added."""
-    return [(component, _open(job.request, component, weight_set)) for component, weight_set in selected]
-
-
-def _open(request: Request, component: Component, weight_set: WeightSet) -> Checkpoint:
-    checkpoint = open_checkpoint(weight_set, request.selection.reading)
-    if request.strip_prefix:
-        checkpoint = strip_prefix(checkpoint, request.strip_prefix)
-    return unwrap(checkpoint, bool(component.class_names))
+    reading, prefix = job.request.selection.reading, job.request.strip_prefix
+    return [
+        (component, with_own_names(open_checkpoint(weight_set, reading), component, prefix))
+        for component, weight_set in selected
+    ]
 
 
 def refuse_file(output: Place) -> None:
@@ -255,7 +252,7 @@ def plan_job(job: Job, selected: _Selected, orders: Sequence[Order], rest: Rest 
         rest, copied = _with_card(job, orders, rest, copied + along)
         notes = [*rest.notes, *left]
     elif named is None:
-        along, told = find_companions([component for component, _ in selected])
+        along, told = list_companions([component for component, _ in selected])
         copied += ((name, file) for name, file in along if not (target.folder / name).is_taken())
         notes += told if along else []
     if named is None and any(one.is_of_many and not component.config for component, one in selected):

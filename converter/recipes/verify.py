@@ -28,8 +28,7 @@ from converter.run.workers.sight import check_workers
 from converter.storage import Given
 from converter.tensors.base import ByteRange, Storage, Tensor, find_ties
 from converter.tensors.reader import RangeReader, piece_nbytes_for
-from converter.transforms.names import strip_prefix as stripped
-from converter.transforms.names import unwrap
+from converter.transforms.names import with_own_names
 from converter.transforms.quantize.bnb_int8 import WidenedRows, dequantized, scales_in
 
 Kind = Literal["missing", "extra", "shape", "dtype", "values"]
@@ -220,9 +219,8 @@ def _pair_variants(a: Component, b: Component, differences: list[Difference], as
         left, right = _meant(left), _meant(right)
     for variant in sorted(left.keys() & right.keys()):
         label = f"{a.name} ({variant})" if variant else a.name
-        before, after = open_checkpoint(left[variant], asked.reading), open_checkpoint(right[variant])
-        before = stripped(before, asked.prefix) if asked.prefix else before
-        before, after = (unwrap(one, bool(side.class_names)) for one, side in ((before, a), (after, b)))
+        before = with_own_names(open_checkpoint(left[variant], asked.reading), a, asked.prefix)
+        after = with_own_names(open_checkpoint(right[variant]), b, "")
         _refuse_bombs(before, after)
         if asked.quantized and scales_in(after):
             after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed, "inf")

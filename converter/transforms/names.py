@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from converter.errors import BadRequest, Unsupported
 from converter.models.checkpoint import Checkpoint
+from converter.models.component import Component
 from converter.tensors.base import WeightsFile
 
 # The attribute under which each keeps what it wraps: ``OptimizedModule`` (``torch/_dynamo/eval_frame.py``),
@@ -16,6 +17,13 @@ from converter.tensors.base import WeightsFile
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # That of ``DataParallel``, ``DistributedDataParallel`` and DeepSpeed's engine; a model's own part may be called so.
 _DATA_PARALLEL = "module"
+
+
+def with_own_names(checkpoint: Checkpoint, component: Component, prefix: str) -> Checkpoint:
+    """Take off names a prefix that is asked for, if any, and what wrappers put into them; raises what these two do."""
+    if prefix:
+        checkpoint = strip_prefix(checkpoint, prefix)
+    return unwrap(checkpoint, bool(component.class_names))
 
 
 def strip_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:

@@ -36,6 +36,10 @@ class Content(NamedTuple):
     def place(self) -> Place:
         return self.file.place
 
+    def without_value(self) -> Content:
+        """Give it without the value, all of which is memory too: what is taken of that is in other hands by now."""
+        return self._replace(pickled=self.pickled._replace(value=None))
+
     def notes_on(self, state_dict: Mapping[str, AnyTensor]) -> Iterator[str]:
         """Give notes on what torch takes another way than one would think."""
         if self.is_big:

@@ -30,6 +30,6 @@ def read_file(file: OpenFile, reading: Reading) -> WeightsFile:
     check_pickled(content.pickled.value, place)
     state_dict, notes, foreign = choose_state_dict(content.pickled, place, reading)
     notes += tuple(content.notes_on(state_dict))
-    content = content._replace(pickled=content.pickled._replace(value=None))  # what is not taken is memory, too
+    content = content.without_value()
     tensors = tuple(Tensor(name, source) for name, source in content.take_sources(state_dict))
     return WeightsFile(place, "torch", tensors, {}, notes, foreign)

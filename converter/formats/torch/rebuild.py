@@ -200,7 +200,7 @@ def _tensor(
         if type(number) is not int or not 0 <= number < 1 << 63:
             raise ValueError("a size that is no whole number")
     if dtype.tag not in DTYPES:
-        return Unreadable(f"is {dtype.torch_name}, a dtype that safetensors does not have")
+        return of_other_dtype(dtype)
     negated = 0
     if flags and flags[0]:
         # The bits of lazy views (``torch._utils.set_tensor_metadata``).
@@ -213,6 +213,11 @@ def _tensor(
             return Unreadable("has a property that no state dict needs")
         negated = 2 * bool(bits.get("conj")) ^ 3 * bool(bits.get("neg"))
     return TensorRef(storage, dtype, storage.start + start, *_shared(shape, strides), negated)
+
+
+def of_other_dtype(dtype: DType) -> Unreadable:
+    """Give what stands for a tensor of a dtype that is none of ours."""
+    return Unreadable(f"is {dtype.torch_name}, a dtype that safetensors does not have")
 
 
 @remembered
@@ -233,9 +238,7 @@ def _rebuild_subclass(arguments: tuple[Any, ...], where: Where) -> Listed | Unre
     kind, dtype, shape = arguments[:3]
     if type(kind) is not Kept:
         return _of_class(kind)
-    if type(dtype) is not DType or type(shape) is not tuple or len(shape) > MAX_DIMS:
-        raise TypeError("a tensor of no dtype or shape")
-    return Listed(dtype, shape_of(shape), Part(kind.name, None))
+    return Listed(checked(dtype, DType), shape_of(shape), Part(kind.name, None))
 
 
 def checked(value: Any, kind: type[_T]) -> _T:
@@ -298,9 +301,7 @@ def _leave_out(arguments: tuple[Any, ...], where: Where) -> None:
 
 
 def _stage(arguments: tuple[Any, ...], where: Where) -> int:
-    if type(arguments[0]) is not int:
-        raise TypeError("a stage that is no number")
-    return arguments[0]
+    return checked(arguments[0], int)
 
 
 def _find_persistent(identity: Any, where: Where) -> StorageRef | Global | Kept:

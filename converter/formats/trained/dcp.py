@@ -18,8 +18,8 @@ from converter.formats.torch.rebuild import (
     Left,
     Listed,
     TensorRef,
-    Unreadable,
     checked,
+    of_other_dtype,
     parse_metadata,
     parse_pickle,
     shape_of,
@@ -168,7 +168,7 @@ class _Listing:
             return Left(self.left_nbytes[name])
         dtype = checked(told["properties"].state[0], DType)
         if dtype.tag not in DTYPES:
-            return Unreadable(f"is {dtype.torch_name}, a dtype that safetensors does not have")
+            return of_other_dtype(dtype)
         checked(told["chunks"], list)
         return Listed(dtype, shape_of(told["size"]), name)
 

@@ -15,13 +15,12 @@ from converter.formats import safetensors
 from converter.formats.texts import parse_json
 from converter.formats.torch.state_dict import Reading
 from converter.formats.trained.boxes import put_together
-from converter.formats.trained.pieces import DCP_SHARD
+from converter.formats.trained.pieces import DCP_INFO, DCP_SHARD
 from converter.storage import OpenFile, Place, list_entries, natural_key
 from converter.storage.far import look_at_each
 from converter.tensors.base import Tensor, TensorSource, WeightsFile
 from converter.tensors.derived import Box
 
-INFO = "DCP_SHARDING_INFO"
 _DAMAGED = "The checkpoint is damaged or incomplete: fetch all of its files again."
 
 
@@ -52,14 +51,14 @@ def _read(place: Place) -> WeightsFile:
 
 
 def _starts_in(file: WeightsFile) -> dict[str, Any]:
-    if INFO not in file.metadata:
-        raise BadFile(file.place, f"has no {INFO} in its header, which its name promises", _DAMAGED)
+    if DCP_INFO not in file.metadata:
+        raise BadFile(file.place, f"has no {DCP_INFO} in its header, which its name promises", _DAMAGED)
     try:
-        starts = parse_json(file.metadata[INFO].encode(), file.place, f"its {INFO} ")
+        starts = parse_json(file.metadata[DCP_INFO].encode(), file.place, f"its {DCP_INFO} ")
     except ValueError as error:
-        raise BadFile(file.place, f"its {INFO} cannot be read ({error})", _DAMAGED) from None
+        raise BadFile(file.place, f"its {DCP_INFO} cannot be read ({error})", _DAMAGED) from None
     if not isinstance(starts, dict):
-        raise BadFile(file.place, f"its {INFO} is no JSON object", _DAMAGED)
+        raise BadFile(file.place, f"its {DCP_INFO} is no JSON object", _DAMAGED)
     return starts
 
 
@@ -68,7 +67,7 @@ def _start_of(starts: dict[str, Any], name: str, source: TensorSource, place: Pl
     start = entry.get("saved_offsets") if isinstance(entry, dict) else None
     start = start if isinstance(start, list) and len(start) == len(source.shape) else [None]
     if not all(type(at) is int and 0 <= at < 1 << 63 for at in start):
-        raise BadFile(place, f"its {INFO} does not say where its part of {name!r} begins", _DAMAGED)
+        raise BadFile(place, f"its {DCP_INFO} does not say where its part of {name!r} begins", _DAMAGED)
     return tuple(start)
 
 

@@ -40,6 +40,9 @@ TENSOR_PARALLEL = ("is one rank's part of a tensor-parallel DeepSpeed checkpoint
 # A rank's file of torch's writer for Hugging Face (``SHARDED_FILE_NAME`` in ``checkpoint/_hf_utils.py``).
 DCP_SHARD = r"shard-(?P<rank>\d{5,9})-model-\d{5,9}-of-\d{5,9}\.safetensors"
 
+# The note in its header that says where its boxes begin (``CUSTOM_METADATA_KEY`` there).
+DCP_INFO = "DCP_SHARDING_INFO"
+
 # DeepSpeed's files (``_get_zero_ckpt_prefix`` and others in ``deepspeed/runtime/engine.py``, ``ckpt_layer_path`` in
 # ``pipe/module.py``; very old ones lack a ``_``), and the folder that a universal checkpoint has for its parameters.
 ZERO_PIECES = (
@@ -140,7 +143,7 @@ def check_ranks(folder: Place, what: str, names: Mapping[int, str], world: int) 
 
 def check_content(file: WeightsFile) -> None:
     """Raise TrainingPiece for a file whose header, or whose tensors, say that it is a piece."""
-    if "DCP_SHARDING_INFO" in file.metadata:
+    if DCP_INFO in file.metadata:
         problem = "holds pieces of tensors under the names of the whole, as torch.distributed.checkpoint cuts them"
         raise TrainingPiece(file.place, problem, _SHARDED)
     emptied = _find_emptied(file.tensors)

@@ -214,7 +214,7 @@ def _read_rank(file: OpenFile, reading: Reading) -> _Rank:
                 if refs.setdefault(key, local) is not local:
                     raise BadFile(place, f"holds two tensors named {key!r}")
     notes += tuple(content.notes_on(refs))
-    content = content._replace(pickled=content.pickled._replace(value=None))
+    content = content.without_value()
     del state_dict
     sources = dict(content.take_sources(refs))
     tensors = {

@@ -113,7 +113,7 @@ def read_head(file: OpenFile, reading: Reading) -> Head:
         if type(groups) is dict:  # as before there were groups
             groups = [groups]
         return Head(
-            content._replace(pickled=content.pickled._replace(value=None)),
+            content.without_value(),
             checked(told["module"], dict),
             frozenset(checked(name, str) for name in checked(told["buffer_names"], list)),
             tuple(_shapes_in(checked(groups, list))),
