@@ -43,9 +43,15 @@ HOMES = {
     "psutil": ("cli/",),
     "filelock": ("run/notes.py",),
     "platformdirs": ("run/notes.py",),
-    "numpy": ("tensors/view.py", "tensors/derived.py", "tensors/kernels.py", "transforms/quantize/row_kernels.py"),
+    "numpy": (
+        "tensors/view.py",
+        "tensors/derived.py",
+        "tensors/kernels.py",
+        "transforms/quantize/row_kernels.py",
+        "transforms/quantize/kernels.py",
+    ),
     "ml_dtypes": ("tensors/kernels.py",),
-    "numkong": ("tensors/kernels.py", "transforms/quantize/row_kernels.py"),
+    "numkong": ("tensors/kernels.py", "transforms/quantize/row_kernels.py", "transforms/quantize/kernels.py"),
     "torch": ("libraries/asked.py",),
     "transformers": ("libraries/asked.py",),
     "diffusers": ("libraries/asked.py",),
@@ -144,7 +150,7 @@ def test_only_storage_touches_a_disk(path: Any) -> None:
         assert bool(touching) == (module_of(path) in ON_DISK), touching
 
 
-@pytest.mark.parametrize("name", ["tensors/view.py", "tensors/derived.py", "transforms/quantize/bnb_int8.py"])
+@pytest.mark.parametrize("name", ["tensors/view.py", "tensors/derived.py", "transforms/quantize/codes.py"])
 def test_numpy_is_loaded_only_when_numbers_are_needed(name: str) -> None:
     tree = parse(ROOT / name)
     tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -16,18 +16,16 @@ from converter.dtypes import DTYPES
 from converter.errors import BadFile, Unsupported
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.inventory import find_weight_set
+from converter.models.schemes import LLM_INT8
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import Constant, cast
 from converter.tensors.reader import RangeReader
-from converter.transforms.quantize.bnb_int8 import (
-    WidenedRows,
-    cut_rows,
-    dequantized,
-    find_scales,
-    quantized,
-    scales_in,
-)
-from converter.transforms.quantize.row_kernels import RowScales, are_finite, int8_errors, quantize_chunk, row_maxima
+from converter.transforms.quantize import DEQUANTIZERS
+from converter.transforms.quantize.bnb_int8 import cut_rows, find_scales, quantized
+from converter.transforms.quantize.codes import steps_of
+from converter.transforms.quantize.kernels import rounding_errors
+from converter.transforms.quantize.restore import Module, find_restored
+from converter.transforms.quantize.row_kernels import RowScales, are_finite, quantize_chunk, row_maxima
 
 DTYPES_OF_WEIGHTS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -96,15 +94,17 @@ def test_the_way_back_is_that_of_bitsandbytes(tag: str) -> None:
     # What float16 cannot hold is not for this test: the largest row is below.
     expected = bitsandbytes.functional.int8_vectorwise_dequant(values, scales)[:-4].to(DTYPES_OF_WEIGHTS[tag])
     values, scales = values[:-4].contiguous(), scales[:-4]
-    widened = WidenedRows(int8(values), raw_bytes(scales))
+    widened = widened_rows(values, scales)
     source = cast(Tensor("w", widened), DTYPES[tag]).source
     for first in (0, 5, 33, 70):
         for part in (source, source.part(first * expected.element_size(), expected.nbytes)):
             assert read(part, first * expected.element_size()) == raw_bytes(expected)[first * expected.element_size() :]
 
 
-def int8(values: torch.Tensor) -> Constant:
-    return Constant(DTYPES["I8"], tuple(values.shape), raw_bytes(values))
+def widened_rows(values: torch.Tensor, scales: torch.Tensor) -> TensorSource:
+    weight = Tensor("m.weight", Constant(DTYPES["I8"], tuple(values.shape), raw_bytes(values)))
+    rows = Tensor("m.SCB", Constant(DTYPES["F32"], tuple(scales.shape), raw_bytes(scales)))
+    return DEQUANTIZERS[LLM_INT8](Module(LLM_INT8, "m", weight, {".SCB": rows}, {}, {})).source
 
 
 def read(source: TensorSource, begin: int = 0) -> bytes:
@@ -117,7 +117,7 @@ def read(source: TensorSource, begin: int = 0) -> bytes:
 
 def test_a_transposed_matrix_has_a_scale_for_each_column() -> None:
     values, scales = judged(wide_range((6, 40)).float())
-    transposed = WidenedRows(int8(values), raw_bytes(scales)).permuted((1, 0))
+    transposed = widened_rows(values, scales).permuted((1, 0))
     expected = (values * scales[:, None] / 127).T.contiguous()
     for first in (0, 1, 6, 14):
         for part in (transposed, transposed.part(4 * first, expected.nbytes)):
@@ -127,7 +127,7 @@ def test_a_transposed_matrix_has_a_scale_for_each_column() -> None:
 
 def test_a_box_of_a_matrix_has_the_scales_of_its_rows() -> None:
     values, scales = judged(wide_range((6, 40)).float())
-    matrix = WidenedRows(int8(values), raw_bytes(scales))
+    matrix = widened_rows(values, scales)
     whole = torch.frombuffer(bytearray(read(matrix)), dtype=torch.float32).reshape(6, 40)
     box = whole[2:5, 7:20].contiguous()
     assert read(matrix.box((2, 7), (3, 13))) == raw_bytes(box)
@@ -141,29 +141,24 @@ def test_each_value_comes_back_within_half_a_step(data: Any) -> None:
     weight = torch.tensor(data.draw(st.lists(numbers, min_size=rows * columns, max_size=rows * columns)))
     weight = weight.reshape(rows, columns)
     values, scales = quantize_in_parts(weight, "F32", data.draw(st.integers(0, rows * columns)))
-    matrix = WidenedRows(Constant(DTYPES["I8"], (rows, columns), values), scales)
+    made = torch.frombuffer(bytearray(values), dtype=torch.int8).reshape(rows, columns)
+    matrix = widened_rows(made, torch.frombuffer(bytearray(scales), dtype=torch.float32))
     found = torch.frombuffer(bytearray(read(matrix)), dtype=torch.float32).reshape(rows, columns).double()
     half = torch.frombuffer(bytearray(scales), dtype=torch.float32).double()[:, None] / 254
     rounded = weight.half().double()
     # The product of two float32 numbers is rounded; so is the step.
     assert ((found - rounded).abs() <= half * 1.0001).all()
-    beyond, share, _, _ = int8_errors(
-        RowScales(scales, columns), memoryview(values), 0, memoryview(raw_bytes(weight)), DTYPES["F32"]
-    )
-    assert beyond == 0
-    # Of float16, an eleventh binary place is rounded off, or what is below half the smallest number of all.
-    smallest = min((2 * 127 * one for one in half.flatten().tolist() if one), default=1.0)
-    assert share <= 1.0001 / 254 + 2**-11 + 2**-25 / smallest
+    raw, steps = (memoryview(read(one)) for one in (matrix, steps_of(matrix)))
+    assert not rounding_errors(memoryview(raw_bytes(weight)), DTYPES["F32"], raw, steps, 2**-11).beyond
 
 
 def test_a_value_beyond_half_a_step_is_counted() -> None:
     weight = torch.tensor([[127.0, 3.0, 0.0]])
-    values, scales = quantize_in_parts(weight, "F32", 0)
-    off = bytes([values[0], values[1] + 1, values[2]])
-    beyond, share, errors, magnitudes = int8_errors(
-        RowScales(scales, 3), memoryview(off), 0, memoryview(raw_bytes(weight)), DTYPES["F32"]
-    )
-    assert (beyond, round(share * 127, 3), round(errors, 3), magnitudes) == (1, 1.0, 1.0, 130.0)
+    matrix = widened_rows(torch.tensor([[127, 4, 0]], dtype=torch.int8), torch.tensor([127.0]))
+    raw, steps = (memoryview(read(one)) for one in (matrix, steps_of(matrix)))
+    found = rounding_errors(memoryview(raw_bytes(weight)), DTYPES["F32"], raw, steps, 2**-11)
+    assert found == (1, 1.0, 127.0, 1.0, 130.0)
+    assert not rounding_errors(memoryview(raw_bytes(weight)), DTYPES["F32"], raw, steps, None).beyond
 
 
 # In files.
@@ -199,7 +194,6 @@ def test_the_three_tensors_of_a_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("others", "error", "problem"),
     [
-        ({}, Unsupported, "has no 'm.SCB'"),
         ({"m.SCB": torch.ones(3)}, BadFile, "does not fit"),
         ({"m.SCB": torch.ones(4).half()}, BadFile, "does not fit"),
         ({"m.SCB": torch.ones(4), "m.weight_format": torch.tensor(2, dtype=torch.uint8)}, Unsupported, "row by row"),
@@ -210,8 +204,4 @@ def test_scales_that_do_not_fit_are_refused(
 ) -> None:
     checkpoint = save_matrix(tmp_path, torch.ones(4, 3, dtype=torch.int8), **others)
     with pytest.raises(error, match=problem):
-        dequantized(checkpoint, DTYPES["F32"], (), "error")
-
-
-def test_what_has_no_int8_weights_has_no_scales(tmp_path: Path) -> None:
-    assert scales_in(save_matrix(tmp_path, torch.ones(4, 3))) == {}
+        find_restored(checkpoint, DEQUANTIZERS, {})

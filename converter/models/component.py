@@ -101,6 +101,16 @@ def _class_in(config: dict[str, Any]) -> str:
     return name if isinstance(name, str) and name.isidentifier() else ""
 
 
+# compressed-tensors' older name for it is the second.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+
+def quantization_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Give what a config, or one in it, says of how its weights are quantized; empty where none does."""
+    said = (one[key] for one in nested(config) for key in QUANTIZATION_KEYS if isinstance(one.get(key), dict))
+    return next(said, {})
+
+
 def nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Give a config and all that are in it."""
     yield config

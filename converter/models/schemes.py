@@ -21,7 +21,8 @@ class Scheme(NamedTuple):
     """A way to quantize: ``weight`` ends the names of its weights, ``companions`` what stands in its place beside them.
 
     A weight of one of ``dtypes`` that has one of the companions is in this scheme. ``reader`` loads it;
-    ``is_dequantized`` where 'wconv dequantize' does too.
+    ``is_dequantized`` where 'wconv dequantize' does too. ``others`` may stand beside it as well, and mean nothing
+    without it; ``small`` are those of all these whose bytes say how it is to be read.
     """
 
     label: str
@@ -29,12 +30,33 @@ class Scheme(NamedTuple):
     dtypes: frozenset[str]
     companions: tuple[str, ...]
     reader: str
+    others: tuple[str, ...] = ()
+    small: tuple[str, ...] = ()
     is_dequantized: bool = False
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What may stand beside a weight in its place."""
+        return (*self.companions, *self.others)
 
 
 LLM_INT8 = Scheme(
-    "LLM.int8 of bitsandbytes", ".weight", frozenset({"I8"}), (".SCB",), "bitsandbytes", is_dequantized=True
+    "LLM.int8 of bitsandbytes",
+    ".weight",
+    frozenset({"I8"}),
+    (".SCB",),
+    "bitsandbytes",
+    others=(".weight_format",),
+    small=(".weight_format",),
+    is_dequantized=True,
 )
+# What an activation was scaled by when the model was measured; weights are whole without it.
+_OF_INPUTS = (".input_scale", ".activation_scale")
+FP8 = Scheme(
+    "float8 with scales", ".weight", _F8, (".weight_scale_inv",),
+    "transformers, with FineGrainedFP8Config(dequantize=True)", others=_OF_INPUTS, is_dequantized=True,
+)  # fmt: skip
+FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=())
 _BNB_4BIT = Scheme("4 bits of bitsandbytes", ".weight", frozenset(), (), "transformers or Diffusers with bitsandbytes")
 _MARKED = Scheme("float8 with scales of ComfyUI", "", _F8, (), "ComfyUI")
 # Beside ``m.weight``, in whatever dtype the 4-bit numbers are stored (``as_dict`` in ``bitsandbytes/functional.py``).
@@ -52,8 +74,8 @@ TABLE = (
     Scheme("MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)"),
     Scheme("packed numbers of compressed-tensors", "_packed", _PACKED, ("_scale",), "compressed-tensors"),
     Scheme("NVFP4 of ModelOpt", "", frozenset({"U8"}), ("_scale_2",), "vLLM or TensorRT-LLM"),
-    Scheme("float8 with scales", "", _F8, ("_scale_inv",),
-           "transformers, with FineGrainedFP8Config(dequantize=True)"),
+    FP8,
+    FP8_OF_EXPERTS,
     Scheme("float8 with scales", "", _F8, ("_scale",), "vLLM, or transformers with compressed-tensors"),
     Scheme("8-bit numbers with scales", "", frozenset({"I8", "U8"}), ("_scale",), "the library that wrote it"),
     Scheme("torchao", "qdata", _PACKED, ("scale",), "torchao"),
@@ -118,12 +140,22 @@ def _scales(name: str, weight: DType, dtypes: Mapping[str, DType]) -> bool:
 
 
 def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozenset[str]:
-    """Name all tensors that lose their meaning in a cast: quantized weights, and what stands beside them but a bias."""
+    """Name all tensors that lose their meaning in a cast: quantized weights, and what stands beside them but a bias.
+
+    What holds several weights, as experts that are fused do, has beside each what begins with its name.
+    """
+    found = list(found)
     weights = {one.weight for one in found}
-    modules = {weight.rpartition(".")[0] for weight in weights}
+    parted = [(one, *one.weight.rpartition(".")) for one in found]
+    modules = {module for one, module, _, leaf in parted if leaf == "weight" or one.scheme.weight.startswith(".")}
+    stems = tuple({one.weight.removesuffix(one.scheme.weight) for one, module, *_ in parted if module not in modules})
 
     def belongs(name: str) -> bool:
         module, _, leaf = name.rpartition(".")
-        return leaf == _MARK or (leaf != "bias" and (module in modules or module in weights or name in weights))
+        if leaf == _MARK or name in weights or module in weights:
+            return True
+        if leaf == "bias" or leaf.endswith("_bias"):
+            return False
+        return module in modules or name.startswith(stems)
 
     return frozenset(name for name in names if belongs(name)) if weights else frozenset()

@@ -17,12 +17,12 @@ from converter.errors import BadRequest, LossyCast, Unsupported, name_some
 from converter.libraries import library_of
 from converter.libraries.modules import find_linears
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import Component, WeightSet
+from converter.models.component import QUANTIZATION_KEYS, Component, WeightSet, quantization_of
 from converter.models.growth import refuse_growth
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model
-from converter.models.schemes import Scheme, quantized_in
+from converter.models.schemes import quantized_in
 from converter.plan.types import Order, Plan, QuantizedPart, Rest
 from converter.recipes.request import Request
 from converter.recipes.steps import Job, make_ready, open_job, open_sets, plan_job, refuse_file, select
@@ -36,9 +36,9 @@ from converter.transforms.quantize.bnb_int8 import (
     find_scales,
     quantization_config,
     quantized,
-    scales_in,
 )
 from converter.transforms.quantize.modules import ModuleChoice, choose_modules, list_skipped
+from converter.transforms.quantize.restore import dequantized, find_restored
 
 # The parts of a pipeline that are quantized where none is named: never the VAE, whose decoding suffers.
 _PARTS = re.compile(r"(transformer|unet|text_encoder)(_\d+)?")
@@ -113,9 +113,10 @@ def plan_dequantized(request: Request) -> Plan:
     selected = select(job, components=job.request.selection.components or said)
     ready = []
     for component, checkpoint in open_sets(job, selected):
+        _check_there(checkpoint, component.name in said)
         transposed = find_linears(component, checkpoint.tensors).transposed
-        for scheme in _schemes_of(checkpoint, component.name in said):
-            checkpoint = DEQUANTIZERS[scheme](checkpoint, casting.dtype, transposed, casting.on_overflow)
+        found = find_restored(checkpoint, DEQUANTIZERS, quantization_of(component.config), transposed)
+        checkpoint = dequantized(checkpoint, found, casting.dtype, casting.on_overflow)
         ready.append((_unquantized(component), checkpoint))
     return plan_job(job, selected, make_ready(job, ready))
 
@@ -235,25 +236,15 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
             raise Unsupported(path, problem, "Quantize the model that it was made from.")
 
 
-def _schemes_of(checkpoint: Checkpoint, is_said: bool) -> set[Scheme]:
-    """Give the schemes of quantized weights; ``is_said`` where the config says that there are any.
-
-    Raises Unsupported for those that nothing here reads, and where there are none.
-    """
-    path = checkpoint.weight_set.path
-    found = quantized_in(checkpoint)
-    for one in found:
-        if one.scheme not in DEQUANTIZERS:
-            raise Unsupported(path, f"is quantized in another form than LLM.int8 ({one})", one.advice)
-    if not found:
-        scales_in(checkpoint)
+def _check_there(checkpoint: Checkpoint, is_said: bool) -> None:
+    """Raise Unsupported where nothing is quantized; ``is_said`` where the config says that something is."""
+    if not quantized_in(checkpoint):
         advice = "'wconv recast' casts weights that are not quantized."
         if is_said:
             advice = "Its config.json says that it is quantized: load it with the library that this names."
-        raise Unsupported(path, "holds no 8-bit weights of bitsandbytes", advice)
-    return {one.scheme for one in found}
+        raise Unsupported(checkpoint.weight_set.path, "holds no quantized weights that wconv knows", advice)
 
 
 def _unquantized(component: Component) -> Component:
-    config = {key: value for key, value in component.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in component.config.items() if key not in QUANTIZATION_KEYS}
     return replace(component, config=config)

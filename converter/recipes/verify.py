@@ -10,18 +10,19 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest
 from converter.formats.torch.state_dict import Reading
 from converter.libraries.modules import find_linears
 from converter.models.checkpoint import Checkpoint, open_checkpoint
-from converter.models.component import Component, WeightSet
+from converter.models.component import Component, WeightSet, quantization_of
 from converter.models.growth import find_growth
 from converter.models.model import open_model
 from converter.models.names import spelled_variant
+from converter.models.schemes import quantized_in
 from converter.models.select import Selection, only_set
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, open_tasks, run_tasks
 from converter.run.workers.sight import check_workers
@@ -29,7 +30,12 @@ from converter.storage import Given
 from converter.tensors.base import ByteRange, Storage, Tensor, find_ties
 from converter.tensors.reader import RangeReader, piece_nbytes_for
 from converter.transforms.names import with_own_names
-from converter.transforms.quantize.bnb_int8 import WidenedRows, dequantized, scales_in
+from converter.transforms.quantize import DEQUANTIZERS
+from converter.transforms.quantize.codes import steps_of
+from converter.transforms.quantize.restore import Restored, dequantized, find_restored
+
+if TYPE_CHECKING:
+    from converter.transforms.quantize.kernels import Rounding
 
 Kind = Literal["missing", "extra", "shape", "dtype", "values"]
 _KINDS = get_args(Kind)  # in the order of what matters
@@ -58,10 +64,10 @@ class ValueErrors:
 
 @dataclass(frozen=True, slots=True)
 class RoundingErrors:
-    """How far the 8-bit values of a tensor in B are from those in A, over all of its elements.
+    """How far the quantized values of a tensor in B are from those in A, over all of its elements.
 
-    ``beyond`` are off by more than half a step, once A is rounded to float16. ``max_relative`` is the largest error
-    over the largest magnitude in its row, ``mean_relative`` the mean error over the mean magnitude.
+    ``beyond`` are off by more than half the distance to the next number that B has a code for. ``max_relative`` is the
+    largest error over the largest magnitude, ``mean_relative`` the mean error over the mean magnitude.
     """
 
     component: str
@@ -75,7 +81,7 @@ class RoundingErrors:
 class Comparison:
     """What a comparison found: whole components first, then by kind, the largest errors first.
 
-    ``recast`` has the tensors of another dtype, and ``quantized`` those in 8 bits, where that is allowed.
+    ``recast`` has the tensors of another dtype, and ``quantized`` the quantized ones, where those are allowed.
     """
 
     tensor_count: int
@@ -94,14 +100,11 @@ class _Pair:
     component: str
     a: Tensor
     b: Tensor
+    restored: Restored | None = None
 
     @property
     def key(self) -> _Key:
         return self.component, self.a.name
-
-    @property
-    def is_quantized(self) -> bool:
-        return isinstance(self.b.source, WidenedRows)
 
     def inputs(self) -> Iterator[Storage]:
         """Give the ranges of files that both are read from."""
@@ -109,7 +112,7 @@ class _Pair:
 
 
 class _Asked(NamedTuple):
-    """Whether B may be in 8 bits, how A is read, and what is taken off its names."""
+    """Whether B may be quantized, how A is read, and what is taken off its names."""
 
     quantized: bool
     reading: Reading
@@ -118,11 +121,10 @@ class _Asked(NamedTuple):
 
 _T = TypeVar("_T")
 _Key = tuple[str, str]
-_Sides = tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]
+_Sides = tuple[str, Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Restored]]
 _Batch = list[tuple[_Pair, int, int]]
 """Pairs for one task, each with the range of elements to compare."""
 _Errors = tuple[int, float, float]
-_Rounding = tuple[int, float, float, float]
 
 
 def verify(
@@ -140,24 +142,25 @@ def verify(
     """Compare all weights at ``a`` with those at ``b``; any format on either side, shards or not.
 
     With ``cast``, a tensor of B may have another dtype if it is the rounded one of A. With ``quantized`` that holds
-    too, and what B has in 8 bits (LLM.int8 of bitsandbytes) may be off by half a step. ``of_a`` are
+    too, and what B has in codes, as quantized weights are, may be off by half a step. ``of_a`` are
     options of Selection by name, and ``strip_prefix``: what is meant of A. Raises WconvError for what cannot be read,
-    BadRequest for a B that has nothing in 8 bits then.
+    BadRequest for a B that has nothing quantized then.
     """
     differences: list[Difference] = []
     pairs: list[_Pair] = []
     prefix = of_a.pop("strip_prefix", "")
     asked = _Asked(quantized, Selection(**of_a).reading, prefix)
-    for component, left, right in _pair_sets(a, b, differences, asked):
-        pairs.extend(_pair_tensors(component, left, right, cast or quantized, differences))
-    in_8_bits = [pair for pair in pairs if pair.is_quantized]
-    if quantized and not in_8_bits:
-        raise BadRequest(b, "has no 8-bit weights that A has too", "Leave out --quantized.")
+    for component, left, right, restored in _pair_sets(a, b, differences, asked):
+        paired = _pair_tensors(component, left, right, cast or quantized, differences)
+        pairs.extend(replace(pair, restored=restored.get(pair.b.name)) for pair in paired)
+    in_codes = [pair for pair in pairs if pair.restored]
+    if quantized and not in_codes:
+        raise BadRequest(b, "has no quantized weights that A has too", "Leave out --quantized.")
     with open_tasks(executor, workers, memory_nbytes, progress) as tasks:
         check_workers(tasks.workers, (storage for pair in pairs for storage in pair.inputs()), None)
-        compared = tasks.run(_calls(_compare_batch, [pair for pair in pairs if not pair.is_quantized]))
+        compared = tasks.run(_calls(_compare_batch, [pair for pair in pairs if not pair.restored]))
         values = {key: ValueErrors(key[0], key[1], *_merge(parts)) for key, parts in _by_tensor(compared).items()}
-        measured = _by_tensor(tasks.run(_calls(_measure_batch, in_8_bits)))
+        measured = _by_tensor(tasks.run(_calls(_measure_batch, in_codes)))
     roundings = [RoundingErrors(key[0], key[1], *_merge_rounding(parts)) for key, parts in measured.items()]
     roundings.sort(key=lambda one: (-one.max_relative, one.component, one.name))
     differences.extend(_wrong_values(values.values(), roundings))
@@ -222,9 +225,13 @@ def _pair_variants(a: Component, b: Component, differences: list[Difference], as
         before = with_own_names(open_checkpoint(left[variant], asked.reading), a, asked.prefix)
         after = with_own_names(open_checkpoint(right[variant]), b, "")
         _refuse_bombs(before, after)
-        if asked.quantized and scales_in(after):
-            after = dequantized(after, DTYPES["F32"], find_linears(b, after.tensors).transposed, "inf")
-        yield label, _by_name(before), _by_name(after)
+        restored: dict[str, Restored] = {}
+        if asked.quantized and quantized_in(after):
+            transposed = find_linears(b, after.tensors).transposed
+            found = find_restored(after, DEQUANTIZERS, quantization_of(b.config), transposed)
+            after = dequantized(after, found, DTYPES["F32"])
+            restored = {one.name: one for one in found.weights.values()}
+        yield label, _by_name(before), _by_name(after), restored
     for variant in sorted(left.keys() ^ right.keys(), key=lambda one: (one in right, one)):
         which = spelled_variant(variant)
         differences.append(Difference("missing" if variant in left else "extra", a.name, "", which))
@@ -332,31 +339,33 @@ def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, _Errors
     return found
 
 
-def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, _Rounding]]:
-    """Measure how far the 8-bit values in a batch are from their source."""
-    from converter.transforms.quantize.row_kernels import int8_errors
+def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, Rounding]]:
+    """Measure how far the quantized values in a batch are from their source."""
+    from converter.transforms.quantize.kernels import rounding_errors
 
     found = []
     room = max(chunk_nbytes, *(pair.b.source.window for pair, _, _ in batch))
-    left, right = memoryview(bytearray(room)), memoryview(bytearray(room))
+    left, right, allowed = (memoryview(bytearray(room)) for _ in range(3))
     with RangeReader() as reader:
         reader.expect(_extents(batch))
         for pair, begin, end in batch:
-            a, rows = pair.a, pair.b.source
-            assert isinstance(rows, WidenedRows)
-            step = room // a.dtype.itemsize
+            a, b, restored = pair.a, pair.b, pair.restored
+            assert restored is not None
+            steps = steps_of(b.source)
+            step = room // max(a.dtype.itemsize, b.dtype.itemsize)
             for first in range(begin, end, step):
                 count = min(step, end - first)
-                view_a, steps = left[: a.dtype.nbytes(count)], right[:count]
-                a.source.read(a.dtype.nbytes(first), view_a, reader)
-                rows.source.read(first, steps, reader)
-                found.append((pair.key, int8_errors(rows.row_scales(), steps, first, view_a, a.dtype)))
+                views = left[: a.dtype.nbytes(count)], right[: 4 * count], allowed[: 4 * count]
+                a.source.read(a.dtype.nbytes(first), views[0], reader)
+                b.source.read(4 * first, views[1], reader)
+                steps.read(4 * first, views[2], reader)
+                found.append((pair.key, rounding_errors(views[0], a.dtype, views[1], views[2], restored.slack)))
     return found
 
 
-def _merge_rounding(parts: Iterable[_Rounding]) -> _Errors:
-    beyond, shares, error_sums, magnitude_sums = zip(*parts, strict=True)
-    return sum(beyond), max(shares), sum(error_sums) / (sum(magnitude_sums) or 1.0)
+def _merge_rounding(parts: Iterable[Rounding]) -> _Errors:
+    beyond, errors, largest, error_sums, magnitude_sums = zip(*parts, strict=True)
+    return sum(beyond), max(errors) / (max(largest) or 1.0), sum(error_sums) / (sum(magnitude_sums) or 1.0)
 
 
 def _value_errors(pair: _Pair, view_a: memoryview, view_b: memoryview) -> _Errors:

@@ -123,7 +123,7 @@ class Derived:
     def box(self: _D, start: tuple[int, ...], shape: tuple[int, ...]) -> _D:
         return replace(self, source=self.source.box(start, shape))
 
-    def permuted(self: _D, axes: tuple[int, ...]) -> _D:
+    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
         return replace(self, source=self.source.permuted(axes))
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Mapping
 
-from converter.dtypes import DType, OnOverflow
-from converter.models.checkpoint import Checkpoint
-from converter.models.schemes import LLM_INT8, Scheme
-from converter.transforms.quantize import bnb_int8
+from converter.models.schemes import FP8, FP8_OF_EXPERTS, LLM_INT8, Scheme
+from converter.transforms.quantize import bnb_int8, fp8
+from converter.transforms.quantize.restore import Restore
 
-Dequantize = Callable[[Checkpoint, DType, Container[str], OnOverflow], Checkpoint]
-"""Gives a checkpoint with plain numbers in a dtype, those of the modules that are named transposed."""
-
-DEQUANTIZERS: Mapping[Scheme, Dequantize] = {LLM_INT8: bnb_int8.dequantized}
+DEQUANTIZERS: Mapping[Scheme, Restore] = {LLM_INT8: bnb_int8.restore, FP8: fp8.restore, FP8_OF_EXPERTS: fp8.restore}

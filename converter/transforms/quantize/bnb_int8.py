@@ -9,16 +9,18 @@ and ``m.weight_format`` a uint8 scalar, 0 for row by row (``Linear8bitLt._save_t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable, Iterator, Mapping
+import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from converter.dtypes import DTYPES, DType, OnOverflow
-from converter.errors import BadFile, HostileFile, Unsupported, Where
-from converter.models.checkpoint import Checkpoint
+from converter.dtypes import DTYPES, DType
+from converter.errors import HostileFile, Unsupported, Where
 from converter.tensors.base import Reader, Tensor
-from converter.tensors.derived import Constant, Derived, cast
+from converter.tensors.derived import Constant, Derived
 from converter.tensors.reader import RangeReader, piece_nbytes_for
+from converter.transforms.quantize.codes import Gridded, Scales, Widened, reshaped
+from converter.transforms.quantize.restore import Module, Restored
 
 if TYPE_CHECKING:
     from converter.transforms.quantize.row_kernels import RowScales
@@ -27,6 +29,8 @@ _R = TypeVar("_R", bound="_Scaled")
 
 _MAX_SCALES_NBYTES = 128_000_000  # 4 a row: of a model of 400 billion weights 100 MB
 _WEIGHT, _SCALES, _FORMAT = ".weight", ".SCB", ".weight_format"
+_STEP = struct.pack("<f", 1 / 127)
+_HALF = 2**-11  # values are rounded to float16 first
 
 
 def quantization_config(skipped: Iterable[str]) -> dict[str, Any]:
@@ -101,23 +105,6 @@ class QuantizedRows(_Scaled):
             quantize_chunk(values, before, out, self.row_scales(), begin - self.first * self.shape[1])
 
 
-class WidenedRows(_Scaled):
-    """The numbers that an int8 matrix stands for, in float32."""
-
-    __slots__ = ()
-
-    @property
-    def dtype(self) -> DType:
-        return DTYPES["F32"]
-
-    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.quantize.row_kernels import widen_chunk
-
-        with reader.scratch(len(out) // 4) as steps:
-            self.source.read(begin // 4, steps, reader)
-            widen_chunk(steps, out, self.row_scales(), begin // 4 - self.first * self.shape[1])
-
-
 @dataclass(frozen=True, slots=True)
 class RowBlock:
     """Rows ``begin`` to ``end`` of a matrix."""
@@ -138,7 +125,7 @@ def cut_rows(weight: Tensor) -> Iterator[RowBlock]:
         yield RowBlock(weight, begin, min(weight.shape[0], begin + step))
 
 
-class Scales(NamedTuple):
+class Measured(NamedTuple):
     """What the rows of a block are scaled by: float32 numbers, which are not finite where float16 is too small."""
 
     block: RowBlock
@@ -146,7 +133,7 @@ class Scales(NamedTuple):
     are_finite: bool
 
 
-def find_scales(block: RowBlock, chunk_nbytes: int) -> Scales:
+def find_scales(block: RowBlock, chunk_nbytes: int) -> Measured:
     """Find the largest magnitude of each row of a block. Raises BadFile for a file that became shorter."""
     from converter.transforms.quantize.row_kernels import are_finite, row_maxima
 
@@ -177,7 +164,7 @@ def find_scales(block: RowBlock, chunk_nbytes: int) -> Scales:
             ]
             found.append(row_maxima(memoryview(b"".join(parts)), DTYPES["F32"], len(parts)))
     numbers = b"".join(found)
-    return Scales(block, numbers, are_finite(numbers))
+    return Measured(block, numbers, are_finite(numbers))
 
 
 def quantized(weight: Tensor, scales: bytes) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,77 +178,29 @@ def quantized(weight: Tensor, scales: bytes) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def scales_in(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Map the name of each int8 weight to the tensor of its scales.
-
-    Raises Unsupported where an int8 weight has none, BadFile where they do not fit it.
-    """
-    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
-    found = {}
-    for name, tensor in tensors.items():
-        if tensor.dtype.tag != "I8" or not name.endswith(_WEIGHT):
-            continue
-        module = name.removesuffix(_WEIGHT)
-        scales = tensors.get(module + _SCALES)
-        if scales is None:
-            advice = "It is in another 8-bit form than that of bitsandbytes, or incomplete."
-            raise Unsupported(tensor.where, f"has no {module + _SCALES!r} for its int8 weight", advice)
-        if len(tensor.shape) != 2 or scales.dtype.tag != "F32" or scales.shape != tensor.shape[:1]:
-            problem = f"has a {module + _SCALES!r} that does not fit its weight"
-            raise BadFile(tensor.where, problem, "Quantize the model again.")
-        found[name] = scales
-    return found
-
-
 def check_scales(path: Where, weights: Iterable[Tensor]) -> None:
     """Raise HostileFile where the scales of weights, one a row, are more than can be held; or they are those scales."""
     if sum(4 * weight.shape[0] for weight in weights) > _MAX_SCALES_NBYTES:
         raise HostileFile(path, f"has more than {_MAX_SCALES_NBYTES:,} bytes of scales, and no model has them")
 
 
-def _check_sizes(checkpoint: Checkpoint, scales: Mapping[str, Tensor]) -> None:
-    """Raise BadFile for what is read whole here, and is larger than it can be."""
-    check_scales(checkpoint.weight_set.path, scales.values())
-    for tensor in checkpoint.tensors:
-        if tensor.name.endswith(_FORMAT) and tensor.numel > 1:
-            raise BadFile(tensor.where, f"has a {tensor.name!r} that is no single number")
+def restore(module: Module) -> Restored:
+    """Give the numbers of an int8 weight, [in, out] where that is what its library has: products in float32.
 
-
-def dequantized(checkpoint: Checkpoint, target: DType, transposed: Container[str], how: OnOverflow) -> Checkpoint:
-    """Let int8 weights be written as numbers in ``target`` again, without what belonged to them.
-
-    Weights of modules in ``transposed`` become [in, out]. Raises as ``scales_in`` does, and Unsupported for a layout
-    that is not row by row.
+    As ``int8_vectorwise_dequant`` does in ``bitsandbytes/backends/default/ops.py``. Raises BadFile for scales that do
+    not fit, Unsupported for a layout that is not row by row.
     """
-    scales = scales_in(checkpoint)
-    _check_sizes(checkpoint, scales)
-    formats = [tensor for tensor in checkpoint.tensors if tensor.name.endswith(_FORMAT)]
-    with RangeReader() as reader:
-        read_first = (*scales.values(), *formats)
-        reader.expect(part for tensor in read_first for part in tensor.source.extents(0, tensor.nbytes))
-
-        def read(tensor: Tensor) -> bytes:
-            raw = bytearray(tensor.nbytes)
-            tensor.source.read(0, memoryview(raw), reader)
-            return bytes(raw)
-
-        contents = {name: read(tensor) for name, tensor in scales.items()}
-        for tensor in formats:
-            if any(read(tensor)):
-                problem = f"has weights that are not laid out row by row, as {tensor.name!r} says"
-                raise Unsupported(tensor.where, problem, "Load it with the bitsandbytes that wrote it.")
-    modules = {name.removesuffix(_WEIGHT) for name in scales}
-    gone = {module + end for module in modules for end in (_SCALES, _FORMAT)}
-
-    def restore(tensor: Tensor) -> Tensor:
-        if tensor.name not in contents:
-            return tensor
-        rows = WidenedRows(tensor.source, contents[tensor.name])
-        is_transposed = tensor.name.removesuffix(_WEIGHT) in transposed
-        return cast(tensor._replace(source=rows.permuted((1, 0)) if is_transposed else rows), target, how)
-
-    files = tuple(
-        replace(file, tensors=tuple(restore(tensor) for tensor in file.tensors if tensor.name not in gone))
-        for file in checkpoint.files
-    )
-    return replace(checkpoint, files=files)
+    weight, scales = module.weight, module.scale(_SCALES)
+    rows = weight.shape[0] if len(weight.shape) == 2 else 0
+    if len(weight.shape) != 2 or scales.dtype.tag != "F32" or scales.shape != weight.shape[:1]:
+        raise module.misfit(_SCALES, f"it is {scales.dtype} {list(scales.shape)} beside {list(weight.shape)}")
+    layout = module.contents.get(_FORMAT, b"")
+    if len(layout) > 1:
+        raise module.misfit(_FORMAT, "it is no single number")
+    if any(layout):
+        problem = f"has weights that are not laid out row by row, as {module.base + _FORMAT!r} says"
+        raise Unsupported(weight.where, problem, "Load it with the bitsandbytes that wrote it.")
+    grid = Scales(reshaped(scales.source, scales.dtype, (rows, 1)), scales.name)
+    numbers = Gridded(Widened(weight.source), grid, (1, max(1, weight.shape[1])))
+    steps = Gridded(numbers, Constant(DTYPES["F32"], (1, 1), _STEP), tuple(max(1, n) for n in weight.shape))
+    return Restored(weight.name, steps.permuted((1, 0)) if module.is_transposed else steps, slack=_HALF)

@@ -9,7 +9,7 @@ import numkong
 import numpy as np
 
 from converter.dtypes import DType
-from converter.tensors.kernels import Array, as_array, as_float16, widen
+from converter.tensors.kernels import as_array, as_float16, widen
 
 # So many numbers at a time stay in the cache through all steps; more rows than that are taken in turn.
 _BLOCK_NUMEL = 1 << 16
@@ -66,55 +66,6 @@ def quantize_chunk(chunk: memoryview, before: DType, out: memoryview, rows: RowS
         steps = np.divide(np.float32(1), largest[block], out=np.zeros(len(wide), "f4"), where=largest[block] != 0)
         wide *= (steps * _INT8_STEPS)[:, np.newaxis]
         quantized[begin:end] = np.rint(flat, out=flat)
-
-
-def widen_chunk(chunk: memoryview, out: memoryview, rows: RowScales, first: int) -> None:
-    """Write the int8 elements of a matrix from the ``first`` on into ``out`` as float32.
-
-    The product is of float32 numbers, as in ``int8_vectorwise_dequant`` of bitsandbytes.
-    """
-    quantized, wide = np.frombuffer(chunk, "i1"), np.frombuffer(out, "<f4")
-    for begin, end, factors in _scale_blocks(rows, first, len(quantized)):
-        block = wide[begin:end].reshape(len(factors), -1)
-        np.multiply(quantized[begin:end].reshape(block.shape), factors, out=block)
-        block *= 1 / _INT8_STEPS
-
-
-def int8_errors(
-    rows: RowScales, chunk: memoryview, first: int, source: memoryview, dtype: DType
-) -> tuple[int, float, float, float]:
-    """Hold int8 elements of a matrix, from the ``first`` on, against the values of ``source`` that they stand for.
-
-    Gives how many are off by more than half a step, not counting the rounding to float16; the largest error as a share
-    of its scale; and the sums of all errors and of all magnitudes.
-    """
-    quantized, values = np.frombuffer(chunk, "i1"), as_array(source, dtype)
-    beyond, share, error_sum, magnitude_sum = 0, 0.0, 0.0, 0.0
-    for begin, end, factors in _scale_blocks(rows, first, len(quantized)):
-        found = quantized[begin:end].reshape(len(factors), -1) * (factors / _INT8_STEPS)
-        half = widen(as_float16(values[begin:end])).reshape(found.shape)
-        # What float32 rounds off is less than a thousandth of half a step.
-        beyond += int((~(np.abs(found - half) <= factors * np.float32(1.001 / 254))).sum())
-        wide = widen(values[begin:end]).reshape(found.shape)
-        errors = np.abs(found - wide)
-        shares = np.divide(errors, factors, out=np.zeros_like(errors), where=factors != 0)
-        share = max(share, float(shares.max(initial=0.0)))
-        error_sum += float(errors.sum(dtype=np.float64))
-        magnitude_sum += float(np.abs(wide).sum(dtype=np.float64))
-    return beyond, share, error_sum, magnitude_sum
-
-
-def _scale_blocks(scales: RowScales, first: int, count: int) -> Iterator[tuple[int, int, Array]]:
-    """Cut elements of a matrix as ``_row_blocks`` does; each comes with its scales, an array of all its rows."""
-    largest = np.frombuffer(scales.numbers, "<f4")
-    for begin, end, rows in _row_blocks(first, count, scales.columns):
-        if not scales.axis:
-            yield begin, end, largest[rows, np.newaxis]
-            continue
-        inside = (first + begin) % scales.columns
-        height = rows.stop - rows.start
-        part = largest[inside : inside + (end - begin) // height]
-        yield begin, end, np.broadcast_to(part, (height, len(part)))
 
 
 def _row_blocks(first: int, count: int, columns: int) -> Iterator[tuple[int, int, slice]]:

@@ -1,0 +1,408 @@
+"""Numbers that lie as codes of few bits, and what scales them: sources in float32, which nest.
+
+A quantized weight is a ``Widened`` or ``Decoded`` one below as many ``Gridded`` as it has scales and zero points.
+All that is read comes by way of the reader when it is needed, the scales too, so that nothing is held, whatever the
+size of a model. Numbers are float32 until ``cast`` rounds them once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from converter.dtypes import DTYPES, DType
+from converter.errors import BadFile
+from converter.tensors.base import ByteRange, Reader, Storage, TensorSource
+from converter.tensors.derived import Constant, Derived
+from converter.tensors.view import GATHER_NBYTES, View, blocks_of, contiguous_strides
+
+_AGAIN = "Fetch the file again, or quantize the model again."
+_BAND_NBYTES = 1 << 20  # of a matrix that is read row by row, at a time
+_F32 = DTYPES["F32"]
+_NBYTES = 4  # of a number
+
+_Sides = tuple[int, ...]
+
+
+class Coding(NamedTuple):
+    """How numbers lie in words of ``width`` bytes: ``bits`` each, the first in the lowest bits.
+
+    ``values`` is what each code stands for, ``steps`` how far a number that was rounded to it may have been off: both
+    float32, one a code. Of words of several bytes ``order`` says which number each code is, from the lowest bits on.
+    """
+
+    bits: int
+    values: tuple[float, ...]
+    steps: tuple[float, ...]
+    width: int = 1
+    order: tuple[int, ...] = ()
+
+    @property
+    def per_word(self) -> int:
+        """The numbers of one word."""
+        return 8 * self.width // self.bits
+
+
+def reshaped(source: TensorSource, dtype: DType, shape: tuple[int, ...]) -> TensorSource:
+    """Give the bytes of a tensor as one of another dtype and shape, as many bytes in all. Raises ValueError."""
+    if (dtype, shape) == (source.dtype, source.shape):
+        return source
+    if source.dtype.nbytes(math.prod(source.shape)) != dtype.nbytes(math.prod(shape)):
+        raise ValueError(f"{source.dtype} {source.shape} is not as many bytes as {dtype} {shape}")
+    if isinstance(source, View) and source.is_contiguous:
+        start = source.dtype.nbytes(source.start)
+        if not start % dtype.itemsize:
+            return View(dtype, shape, source.storage, start // dtype.itemsize, contiguous_strides(shape))
+    if isinstance(source, Constant):
+        return Constant(dtype, shape, source.content)
+    return Reshaped(source, dtype, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Reshaped(Derived):
+    """The bytes of a tensor as one of another dtype and shape."""
+
+    to_dtype: DType
+    to_shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return self.to_dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.to_shape
+
+    @property
+    def grain(self) -> int:
+        return self.source.grain
+
+    @property
+    def window(self) -> int:
+        return self.source.window
+
+    def _below(self, begin: int, end: int) -> tuple[int, int]:
+        return begin, end
+
+    def part(self, begin: int, end: int) -> Reshaped:
+        source = self.source.part(begin, end)
+        return self if source is self.source else replace(self, source=source)
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Reshaped:
+        raise ValueError("a tensor that was given another shape has no boxes")
+
+    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
+        if axes == tuple(range(len(self.shape))):
+            return self
+        if axes != (1, 0):
+            raise ValueError("a tensor that was given another shape has no other axes than a matrix has")
+        return Turned(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Turned(Derived):
+    """A matrix transposed that cannot be read otherwise than row by row: all of it for every window."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.source.shape
+        return columns, rows
+
+    @property
+    def window(self) -> int:
+        return GATHER_NBYTES
+
+    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
+        return self.source.extents(0, self.source.dtype.nbytes(math.prod(self.source.shape)))
+
+    def part(self, begin: int, end: int) -> Turned:
+        return self
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Turned:
+        raise ValueError("a matrix that is read row by row has no boxes")
+
+    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
+        return self.source if axes == (1, 0) else self
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        from converter.transforms.quantize.kernels import copy_columns
+
+        height, width = self.source.shape
+        size = self.dtype.itemsize
+        step = max(1, _BAND_NBYTES // (size * width))
+        for row in range(0, height, step):
+            count = min(step, height - row)
+            with reader.scratch(count * width * size) as rows:
+                self.source.read(row * width * size, rows, reader)
+                copy_columns(rows, (count, width), size, out, begin // size, row, height)
+
+
+class Widened(Derived):
+    """The numbers of a tensor in float32, which holds all of them: of its own dtype, whatever that is."""
+
+    __slots__ = ()
+
+    @property
+    def dtype(self) -> DType:
+        return _F32
+
+    @property
+    def computes(self) -> bool:
+        return True
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        from converter.transforms.quantize.kernels import widen_into
+
+        size = self.source.dtype.itemsize
+        with reader.scratch(len(out) // _NBYTES * size) as chunk:
+            self.source.read(begin // _NBYTES * size, chunk, reader)
+            widen_into(chunk, self.source.dtype, out)
+
+    def steps(self) -> TensorSource:
+        """Give how far each number may be off that was rounded to this one's dtype, in its own units."""
+        return Steps(self.source)
+
+
+class Steps(Widened):
+    """Half the distance to the next number of a tensor's dtype, in float32; 0 for dtypes of 16 bits and more."""
+
+    __slots__ = ()
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        from converter.transforms.quantize.kernels import steps_into
+
+        size = self.source.dtype.itemsize
+        with reader.scratch(len(out) // _NBYTES * size) as chunk:
+            self.source.read(begin // _NBYTES * size, chunk, reader)
+            steps_into(chunk, self.source.dtype, out)
+
+
+@dataclass(frozen=True, slots=True)
+class Scales(Widened):
+    """The scales of a tensor in float32; ``name`` is theirs. U8 is an exponent, as F8_E8M0 is: 2**(byte - 127).
+
+    Raises BadFile, when they are read, for one that is NaN or infinite.
+    """
+
+    name: str
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        from converter.transforms.quantize.kernels import are_finite
+
+        before = DTYPES["F8_E8M0"] if self.source.dtype.tag == "U8" else self.source.dtype
+        Widened.read(replace(self, source=reshaped(self.source, before, self.shape)), begin, out, reader)
+        if not are_finite(out):
+            inputs = self.source.inputs()
+            where = inputs[0].file.place if inputs else repr(self.name)
+            raise BadFile(where, f"has a scale that is no finite number, in {self.name!r}", _AGAIN)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded(Derived):
+    """The numbers that codes stand for, several in a word, in float32.
+
+    ``shape`` is theirs; along ``axis`` the words hold ``coding.per_word`` of them each, the last one perhaps fewer.
+    The source is bytes in the row-major order of words; with other axes, the words' axes go along.
+    """
+
+    coding: Coding
+    of_shape: tuple[int, ...]
+    axis: int
+
+    @property
+    def dtype(self) -> DType:
+        return _F32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of_shape
+
+    @property
+    def window(self) -> int:
+        return self.source.window
+
+    @property
+    def grain(self) -> int:
+        # All of what is deflated: each task would inflate it from its start.
+        return 1 if self.source.grain == 1 else _NBYTES * math.prod(self.shape)
+
+    @property
+    def computes(self) -> bool:
+        return True
+
+    @property
+    def _words(self) -> int:
+        """The words along the axis."""
+        return -(-self.shape[self.axis] // self.coding.per_word)
+
+    @property
+    def _inner(self) -> int:
+        """The numbers that lie next to each other in as many words."""
+        return math.prod(self.shape[self.axis + 1 :])
+
+    def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """Cut numbers into runs of whole words: the run's first word and their number, first number and their number.
+
+        Where the last word along the axis is not full, a run ends with it.
+        """
+        per, inner = self.coding.per_word, self._inner
+        is_full = not self.shape[self.axis] % per
+        row = math.prod(self.shape) if is_full else self.shape[self.axis] * inner
+        row_words = -(-row // (per * inner)) * inner
+        end = first + count
+        while first < end:
+            index, inside = divmod(first, row)
+            taken = min(end - first, row - inside)
+            begin_unit, end_unit = inside // (per * inner), -(-(inside + taken) // (per * inner))
+            words = index * row_words + begin_unit * inner
+            yield words, (end_unit - begin_unit) * inner, inside - begin_unit * per * inner, taken
+            first += taken
+
+    def _below(self, begin: int, end: int) -> tuple[int, int]:
+        runs = list(self._runs(begin // _NBYTES, (end - begin) // _NBYTES)) if end > begin else [(0, 0, 0, 0)]
+        width = self.coding.width
+        return runs[0][0] * width, (runs[-1][0] + runs[-1][1]) * width
+
+    def part(self, begin: int, end: int) -> Decoded:
+        source = self.source.part(*self._below(begin, end))
+        return self if source is self.source else replace(self, source=source)
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Decoded:
+        per, axis = self.coding.per_word, self.axis
+        begin, length = start[axis], shape[axis]
+        if begin % per or (length % per and begin + length != self.shape[axis]):
+            raise ValueError("a box that cuts words")
+        words = self.source.box(_with(start, axis, begin // per), _with(shape, axis, -(-length // per)))
+        return replace(self, source=words, of_shape=shape)
+
+    def permuted(self, axes: tuple[int, ...]) -> Decoded:
+        shape = tuple(self.shape[axis] for axis in axes)
+        return replace(self, source=self.source.permuted(axes), of_shape=shape, axis=axes.index(self.axis))
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        from converter.transforms.quantize.kernels import decode
+
+        width = self.coding.width
+        done = 0
+        for word, words, skipped, count in self._runs(begin // _NBYTES, len(out) // _NBYTES):
+            with reader.scratch(words * width) as chunk:
+                self.source.read(word * width, chunk, reader)
+                decode(chunk, self.coding, self._inner, skipped, out[done : done + count * _NBYTES])
+            done += count * _NBYTES
+
+    def steps(self) -> TensorSource:
+        """Give how far each number may be off that was rounded to its code."""
+        return replace(self, coding=self.coding._replace(values=self.coding.steps))
+
+
+@dataclass(frozen=True, slots=True)
+class Gridded(Derived):
+    """Numbers, each with one of a coarser ``grid`` of numbers in float32: multiplied, divided, or less it.
+
+    ``dims`` is the shape as the grid has it, of as many elements, and ``block`` how many of them along each axis one of
+    the grid is for; the last along an axis may be for fewer. ``origin`` is where the numbers begin in the first block.
+    """
+
+    grid: TensorSource
+    block: tuple[int, ...]
+    by: Literal["times", "over", "less"] = "times"
+    dims: tuple[int, ...] = ()
+    origin: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.dims:
+            object.__setattr__(self, "dims", self.source.shape)
+        if not self.origin:
+            object.__setattr__(self, "origin", tuple(0 for _ in self.dims))
+        needed = tuple(-(-(at + length) // size) for at, length, size in self._sides())
+        if needed != self.grid.shape:
+            raise ValueError(f"a grid {self.grid.shape} for {self.dims} in blocks of {self.block}: it needs {needed}")
+
+    def _sides(self) -> Iterator[tuple[int, int, int]]:
+        return zip(self.origin, self.dims, self.block, strict=True)
+
+    @property
+    def computes(self) -> bool:
+        return True
+
+    def inputs(self) -> tuple[Storage, ...]:
+        return (*self.source.inputs(), *self.grid.inputs())
+
+    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
+        yield from self.source.extents(begin, end)
+        yield from self.grid.extents(*self._span(begin // _NBYTES, end // _NBYTES))
+
+    def _span(self, first: int, end: int) -> tuple[int, int]:
+        """Give the bytes of the grid between which all lie that numbers have."""
+        if not self.dims or first >= end:
+            return 0, _NBYTES * math.prod(self.grid.shape)
+        row = math.prod(self.dims[1:])
+        begin_row, end_row = (self.origin[0] + first // row), self.origin[0] + -(-end // row)
+        inner = math.prod(self.grid.shape[1:]) * _NBYTES
+        return begin_row // self.block[0] * inner, -(-end_row // self.block[0]) * inner
+
+    def part(self, begin: int, end: int) -> Gridded:
+        source = self.source.part(begin, end)
+        return self if source is self.source else replace(self, source=source)
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Gridded:
+        self._check_dims()
+        first, cells, origin = self._cells_of(start, shape)
+        grid = self.grid.box(first, cells)
+        return replace(self, source=self.source.box(start, shape), grid=grid, dims=shape, origin=origin)
+
+    def _cells_of(self, start: _Sides, shape: _Sides) -> tuple[_Sides, _Sides, _Sides]:
+        """Give the box of the grid that a box of numbers has, and where these begin in its first block."""
+        begins = tuple(at + origin for at, origin in zip(start, self.origin, strict=True))
+        first = tuple(at // size for at, size in zip(begins, self.block, strict=True))
+        sides = zip(begins, shape, self.block, first, strict=True)
+        cells = tuple(-(-(at + length) // size) - cell for at, length, size, cell in sides)
+        return first, cells, tuple(at % size for at, size in zip(begins, self.block, strict=True))
+
+    def permuted(self, axes: tuple[int, ...]) -> Gridded:
+        self._check_dims()
+        source, grid = self.source.permuted(axes), self.grid.permuted(axes)
+        block, dims, origin = (tuple(one[axis] for axis in axes) for one in (self.block, self.dims, self.origin))
+        return replace(self, source=source, grid=grid, block=block, dims=dims, origin=origin)
+
+    def _check_dims(self) -> None:
+        if self.dims != self.shape:
+            raise ValueError("the grid of a flattened tensor has no axes")
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        from converter.transforms.quantize.kernels import apply_grid
+
+        self.source.read(begin, out, reader)
+        done = 0
+        for start, shape in blocks_of(self.dims, begin // _NBYTES, len(out) // _NBYTES):
+            nbytes = math.prod(shape) * _NBYTES
+            first, cells, origin = self._cells_of(start, shape)
+            with reader.scratch(math.prod(cells) * _NBYTES) as numbers:
+                # All axes behind that of the run are whole, so these lie in a row.
+                at = sum(map(math.prod, zip(first, contiguous_strides(self.grid.shape), strict=True)))
+                self.grid.read(at * _NBYTES, numbers, reader)
+                apply_grid(out[done : done + nbytes], shape, numbers, cells, self.block, origin, self.by)
+            done += nbytes
+
+    def steps(self) -> TensorSource:
+        """Give how far each number may be off that was rounded to a code: less a zero point it is what it was."""
+        below = steps_of(self.source)
+        return below if self.by == "less" else replace(self, source=below)
+
+
+def steps_of(source: TensorSource) -> TensorSource:
+    """Give half the distance from each number of a quantized weight to the next that it has codes for, in float32.
+
+    Of a negative scale it is negative. Raises ValueError for a source that is none of these.
+    """
+    if isinstance(source, Widened | Decoded | Gridded):
+        return source.steps()
+    if isinstance(source, Reshaped | Turned):
+        return replace(source, source=steps_of(source.source))
+    raise ValueError(f"{type(source).__name__} is no quantized weight")
+
+
+def _with(sides: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
+    return (*sides[:axis], length, *sides[axis + 1 :])
