@@ -25,6 +25,7 @@ class Scheme(NamedTuple):
     ``is_dequantized`` where 'wconv dequantize' does too. ``others`` may stand beside it as well, and mean nothing
     without it; ``small`` are those of all these whose bytes say how it is to be read. ``scales`` are the dtypes that
     the companions have to be of, where names alone do not tell; ``methods`` what configs call it (``quant_method``).
+    ``may_be_turned`` unless none of its modules is a Conv1D, whose weight its library has as [in, out].
     """
 
     label: str
@@ -37,6 +38,7 @@ class Scheme(NamedTuple):
     is_dequantized: bool = False
     scales: frozenset[str] = frozenset()
     methods: tuple[str, ...] = ()
+    may_be_turned: bool = True
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -67,6 +69,7 @@ _FINE_GRAINED = "transformers, with FineGrainedFP8Config(dequantize=True)"
 FP8 = Scheme(
     "float8 with scales", ".weight", _F8, (".weight_scale_inv", ".scale", ".qscale_weight"), _FINE_GRAINED,
     others=(".input_scale", ".activation_scale", ".qscale_act"), is_dequantized=True, methods=("fp8",),
+    may_be_turned=False,
 )  # fmt: skip
 FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
 # Two numbers a byte, as transformers takes all I8 beside these scales; ``.scale`` may be of any 8-bit numbers.

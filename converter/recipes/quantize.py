@@ -34,7 +34,7 @@ from converter.recipes.steps import Job, make_ready, open_job, open_sets, plan_j
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, run_tasks
 from converter.storage import Place
 from converter.tensors.base import Tensor
-from converter.transforms.quantize import DEQUANTIZERS
+from converter.transforms.quantize import find_numbers
 from converter.transforms.quantize.bnb_int8 import (
     check_scales,
     cut_rows,
@@ -43,7 +43,7 @@ from converter.transforms.quantize.bnb_int8 import (
     quantized,
 )
 from converter.transforms.quantize.modules import ModuleChoice, choose_modules, list_skipped
-from converter.transforms.quantize.restore import dequantized, find_restored
+from converter.transforms.quantize.restore import dequantized
 
 # What quantizers write beside config.json: ModelOpt, AutoGPTQ, AutoAWQ, and others. One of compressed-tensors' older
 # tools is quantization_config.json.
@@ -122,8 +122,7 @@ def plan_dequantized(request: Request) -> Plan:
     opened, notes = _open_quantized(job)
     ready = []
     for component, checkpoint in opened:
-        transposed = find_linears(component, checkpoint.tensors).transposed
-        found = find_restored(checkpoint, DEQUANTIZERS, quantization_of(component.config), transposed)
+        found = find_numbers(component, checkpoint)
         dtype = casting.dtype or _said_dtype(component.config)
         ready.append((_unquantized(component), dequantized(checkpoint, found, dtype, casting.on_overflow)))
     orders = [_with_plain_dtype(order) for order in make_ready(job, ready)]

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest
 from converter.formats.torch.state_dict import Reading
-from converter.libraries.modules import find_linears
 from converter.models.checkpoint import Checkpoint, open_checkpoint
-from converter.models.component import Component, WeightSet, quantization_of
+from converter.models.component import Component, WeightSet
 from converter.models.growth import find_growth
 from converter.models.model import open_model
 from converter.models.names import spelled_variant
@@ -30,9 +29,9 @@ from converter.storage import Given
 from converter.tensors.base import ByteRange, Storage, Tensor, find_ties
 from converter.tensors.reader import RangeReader, piece_nbytes_for
 from converter.transforms.names import with_own_names
-from converter.transforms.quantize import DEQUANTIZERS
+from converter.transforms.quantize import find_numbers
 from converter.transforms.quantize.codes import steps_of
-from converter.transforms.quantize.restore import Restored, dequantized, find_restored
+from converter.transforms.quantize.restore import Restored, dequantized
 
 if TYPE_CHECKING:
     from converter.transforms.quantize.kernels import Rounding
@@ -227,8 +226,7 @@ def _pair_variants(a: Component, b: Component, differences: list[Difference], as
         _refuse_bombs(before, after)
         restored: dict[str, Restored] = {}
         if asked.quantized and quantized_in(after):
-            transposed = find_linears(b, after.tensors).transposed
-            found = find_restored(after, DEQUANTIZERS, quantization_of(b.config), transposed)
+            found = find_numbers(b, after)
             after = dequantized(after, found, DTYPES["F32"])
             restored = {one.name: one for one in found.weights.values()}
         yield label, _by_name(before), _by_name(after), restored

@@ -23,6 +23,7 @@ from converter.models.schemes import (
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import cast
 from converter.tensors.reader import RangeReader
+from converter.transforms.quantize.codes import AGAIN
 
 _MAX_SMALL_NBYTES = 1 << 24  # of one tensor that is read before there is a plan, and of all together the eightfold
 # What headers say of how the weights beside are quantized: ``convert_to_quant`` and others write it for ComfyUI.
@@ -57,7 +58,7 @@ class Module(NamedTuple):
         """Give what is said of one beside that does not fit the weight."""
         one = self.scale(end)
         said = f"has a {one.name!r} that does not fit {self.weight.name!r}: {problem}"
-        return BadFile(one.where, said, "Fetch the file again, or quantize the model again.")
+        return BadFile(one.where, said, AGAIN)
 
 
 class Restored(NamedTuple):
@@ -109,13 +110,22 @@ def find_restored(
     weights = {}
     for module in modules:
         known = {end: contents[one.name] for end, one in module.beside.items() if one.name in contents}
-        weights[module.weight.name] = restores[module.scheme](module._replace(contents=known))
+        weights[module.weight.name] = _restore(module._replace(contents=known), restores[module.scheme])
     beside = frozenset(one.name for module in modules for one in module.beside.values())
     of_cache = _find_of_cache(found, tensors, config)
     beside |= of_cache
     _check_rest(found, tensors, weights.keys() | beside)
     notes = (*_note_left_out(modules, of_cache), *_note_method(modules, config))
     return Found(weights, beside, {one.weight: one.scheme.label for one in found}, notes)
+
+
+def _restore(module: Module, restore: Restore) -> Restored:
+    """Give the numbers of a weight. Raises BadFile for shapes of which no numbers can be made."""
+    try:
+        return restore(module)
+    except ValueError as error:
+        problem = f"holds {module.weight.name!r} with scales that do not fit it: {error}"
+        raise BadFile(module.weight.where, problem, AGAIN) from None
 
 
 def dequantized(
