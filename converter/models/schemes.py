@@ -57,6 +57,30 @@ FP8 = Scheme(
     "transformers, with FineGrainedFP8Config(dequantize=True)", others=_OF_INPUTS, is_dequantized=True,
 )  # fmt: skip
 FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=())
+# What nothing but running in 8 or 4 bits has a use for: what activations and the cache of attention are scaled by.
+_OF_RUNNING = (
+    *(f".{what}_{end}" for what in ("input", "output") for end in ("scale", "zero_point", "global_scale")),
+    *(f".{what}_{end}" for what in "kvq" for end in ("scale", "zero_point", "global_scale")),
+)
+_BY_COMPRESSED = "vLLM, or transformers with compressed-tensors"
+# ModelOpt writes two of these as well, and they mean the same.
+CT_FP8 = Scheme(
+    "float8 with scales", ".weight", _F8, (".weight_scale",), _BY_COMPRESSED,
+    others=(".weight_zero_point", ".pre_quant_scale", *_OF_RUNNING), is_dequantized=True,
+)  # fmt: skip
+CT_INT8 = CT_FP8._replace(label="8-bit numbers with scales", dtypes=frozenset({"I8"}))
+CT_PACKED = Scheme(
+    "packed numbers of compressed-tensors", ".weight_packed", frozenset({"I32", "U8"}), (".weight_scale",),
+    _BY_COMPRESSED,
+    others=(".weight_shape", ".weight_zero_point", ".weight_global_scale", ".weight_g_idx", *_OF_RUNNING),
+    small=(".weight_shape", ".weight_g_idx"), is_dequantized=True,
+)  # fmt: skip
+NVFP4 = Scheme(
+    "NVFP4 of ModelOpt", ".weight", frozenset({"U8"}), (".weight_scale_2",), "vLLM or TensorRT-LLM",
+    others=(".weight_scale", ".pre_quant_scale", *_OF_RUNNING), is_dequantized=True,
+)  # fmt: skip
+MODELOPT_4BIT = NVFP4._replace(label="4-bit numbers of ModelOpt", companions=(".weight_scale",),
+                               others=(".pre_quant_scale", *_OF_RUNNING))  # fmt: skip
 _BNB_4BIT = Scheme("4 bits of bitsandbytes", ".weight", frozenset(), (), "transformers or Diffusers with bitsandbytes")
 _MARKED = Scheme("float8 with scales of ComfyUI", "", _F8, (), "ComfyUI")
 # Beside ``m.weight``, in whatever dtype the 4-bit numbers are stored (``as_dict`` in ``bitsandbytes/functional.py``).
@@ -72,10 +96,18 @@ TABLE = (
     Scheme("GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM"),
     Scheme("AWQ or GPTQ", ".qweight", _PACKED, (".qzeros", ".scales"), "transformers with GPTQModel, or vLLM"),
     Scheme("MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)"),
+    CT_PACKED,
+    Scheme("marlin-24 of compressed-tensors", ".weight_packed", frozenset({"I32"}), (".scale_packed",), "vLLM"),
+    Scheme("sparse-24-bitmask of compressed-tensors", "bitmask", frozenset({"U8"}), ("compressed",),
+           "the compressed-tensors that wrote it"),
     Scheme("packed numbers of compressed-tensors", "_packed", _PACKED, ("_scale",), "compressed-tensors"),
+    NVFP4,
     Scheme("NVFP4 of ModelOpt", "", frozenset({"U8"}), ("_scale_2",), "vLLM or TensorRT-LLM"),
     FP8,
     FP8_OF_EXPERTS,
+    CT_FP8,
+    CT_INT8,
+    MODELOPT_4BIT,
     Scheme("float8 with scales", "", _F8, ("_scale",), "vLLM, or transformers with compressed-tensors"),
     Scheme("8-bit numbers with scales", "", frozenset({"I8", "U8"}), ("_scale",), "the library that wrote it"),
     Scheme("torchao", "qdata", _PACKED, ("scale",), "torchao"),

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from converter.models.schemes import FP8, FP8_OF_EXPERTS, LLM_INT8, Scheme
-from converter.transforms.quantize import bnb_int8, fp8
+from converter.models.schemes import (
+    CT_FP8,
+    CT_INT8,
+    CT_PACKED,
+    FP8,
+    FP8_OF_EXPERTS,
+    LLM_INT8,
+    MODELOPT_4BIT,
+    NVFP4,
+    Scheme,
+)
+from converter.transforms.quantize import bnb_int8, compressed, fp8, modelopt
 from converter.transforms.quantize.restore import Restore
 
-DEQUANTIZERS: Mapping[Scheme, Restore] = {LLM_INT8: bnb_int8.restore, FP8: fp8.restore, FP8_OF_EXPERTS: fp8.restore}
+DEQUANTIZERS: Mapping[Scheme, Restore] = {
+    LLM_INT8: bnb_int8.restore,
+    FP8: fp8.restore,
+    FP8_OF_EXPERTS: fp8.restore,
+    CT_FP8: compressed.restore,
+    CT_INT8: compressed.restore,
+    CT_PACKED: compressed.restore_packed,
+    NVFP4: modelopt.restore,
+    MODELOPT_4BIT: modelopt.restore,
+}

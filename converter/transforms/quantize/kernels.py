@@ -92,7 +92,8 @@ def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
     words = np.frombuffer(chunk, f"<u{coding.width}")
     if inner == 1 and coding.width == 1 and per in _TOGETHER:
         together = _TOGETHER[per]
-        np.take(_words(coding.bits, coding.values).view(together)[:, 0], words, out=wide.view(together), mode="clip")
+        table = _words(coding.bits, np.array(coding.values, "<f4").tobytes())
+        np.take(table.view(together)[:, 0], words, out=wide.view(together), mode="clip")
         return
     rows = wide.reshape(-1, per, inner)
     words = words.reshape(-1, inner)
@@ -109,10 +110,10 @@ def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
 
 
 @cache
-def _words(bits: int, values: tuple[float, ...]) -> Array:
-    """Give the numbers of each byte, [256, 8 // bits]."""
+def _words(bits: int, values: bytes) -> Array:
+    """Give the numbers of each byte, [256, 8 // bits]; bytes tell 0 from -0, which numbers do not."""
     codes = np.arange(256, dtype="u1")[:, np.newaxis] >> np.arange(0, 8, bits, dtype="u1")
-    numbers: Array = np.array(values, "f4")[codes & ((1 << bits) - 1)]
+    numbers: Array = np.frombuffer(values, "<f4")[codes & ((1 << bits) - 1)]
     return numbers
 
 
