@@ -14,8 +14,6 @@ from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import cast
 from converter.tensors.reader import RangeReader
 
-# What a cache of keys and values in 8 or 4 bits is scaled by, in a module of attention or one of its projections.
-_OF_CACHE = frozenset(f"{what}_{end}" for what in "kvq" for end in ("scale", "zero_point", "global_scale"))
 _MAX_SMALL_NBYTES = 1 << 24  # of one tensor that is read before there is a plan, and of all together the eightfold
 
 
@@ -67,14 +65,10 @@ Restore = Callable[[Module], Restored]
 
 
 class Found(NamedTuple):
-    """What is quantized in a checkpoint: by the names of the weights that hold the codes; and what goes with them.
-
-    ``notes`` are worth a user's look.
-    """
+    """What is quantized in a checkpoint: by the names of the weights that hold the codes; and what goes with them."""
 
     weights: Mapping[str, Restored]
     beside: frozenset[str]
-    notes: tuple[str, ...] = ()
 
 
 def find_restored(
@@ -97,13 +91,8 @@ def find_restored(
         known = {end: contents[one.name] for end, one in module.beside.items() if one.name in contents}
         weights[module.weight.name] = restores[module.scheme](module._replace(contents=known))
     beside = frozenset(one.name for module in modules for one in module.beside.values())
-    caches = _find_caches(checkpoint.tensors, modules, config) - beside
-    _check_rest(found, tensors, weights.keys() | beside | caches)
-    notes = dict.fromkeys(restored.note for restored in weights.values() if restored.note)
-    if caches:
-        ends = sorted({name.rpartition(".")[2] for name in caches})
-        notes[f"left out, as only a cache in 8 or 4 bits has a use for them: {', '.join(ends)}"] = None
-    return Found(weights, beside | caches, tuple(notes))
+    _check_rest(found, tensors, weights.keys() | beside)
+    return Found(weights, beside)
 
 
 def dequantized(
@@ -124,7 +113,8 @@ def dequantized(
         replace(file, tensors=tuple(write(one) for one in file.tensors if one.name not in found.beside))
         for file in checkpoint.files
     )
-    return replace(checkpoint, files=files, notes=(*checkpoint.notes, *found.notes))
+    notes = dict.fromkeys(restored.note for restored in found.weights.values() if restored.note)
+    return replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
 
 
 def _module_of(
@@ -140,21 +130,6 @@ def _module_of(
     base = one.weight.removesuffix(scheme.weight)
     beside = {end: tensors[base + end] for end in scheme.beside if base + end in tensors}
     return Module(scheme, base, weight, beside, {}, config, base in transposed)
-
-
-def _find_caches(tensors: Iterable[Tensor], modules: Iterable[Module], config: Mapping[str, Any]) -> frozenset[str]:
-    """Name what scales a cache of attention: where the config says that there is one, or weights beside are quantized.
-
-    Without a config it is one number; to a model of floats such a name may be that of a weight like any other.
-    """
-    is_said = bool(config.get("kv_cache_scheme") or config.get("kv_cache_quant_algo"))
-    around = {module.base.rpartition(".")[0] for module in modules}
-    named = ((tensor, *tensor.name.rpartition(".")) for tensor in tensors)
-    return frozenset(
-        tensor.name
-        for tensor, module, _, leaf in named
-        if leaf in _OF_CACHE and (is_said or (module in around and tensor.numel == 1))
-    )
 
 
 def _read_small(checkpoint: Checkpoint, modules: Sequence[Module]) -> dict[str, bytes]:
