@@ -8,6 +8,9 @@ from converter.models.schemes import (
     CT_FP8,
     CT_INT8,
     CT_PACKED,
+    FP4,
+    FP4_OF_DEEPSEEK,
+    FP4_OF_EXPERTS,
     FP8,
     FP8_OF_EXPERTS,
     LLM_INT8,
@@ -20,11 +23,8 @@ from converter.transforms.quantize.restore import Restore
 
 DEQUANTIZERS: Mapping[Scheme, Restore] = {
     LLM_INT8: bnb_int8.restore,
-    FP8: fp8.restore,
-    FP8_OF_EXPERTS: fp8.restore,
-    CT_FP8: compressed.restore,
-    CT_INT8: compressed.restore,
+    **dict.fromkeys((FP8, FP8_OF_EXPERTS, FP4, FP4_OF_EXPERTS, FP4_OF_DEEPSEEK), fp8.restore),
+    **dict.fromkeys((CT_FP8, CT_INT8), compressed.restore),
     CT_PACKED: compressed.restore_packed,
-    NVFP4: modelopt.restore,
-    MODELOPT_4BIT: modelopt.restore,
+    **dict.fromkeys((NVFP4, MODELOPT_4BIT), modelopt.restore),
 }

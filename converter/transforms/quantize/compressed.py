@@ -13,7 +13,6 @@ float32, or rounded once there.
 
 from __future__ import annotations
 
-import itertools
 import math
 import struct
 from collections.abc import Mapping
@@ -24,13 +23,12 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import Unsupported
 from converter.tensors.base import TensorSource
 from converter.tensors.derived import Cast
-from converter.transforms.quantize.codes import Coding, Decoded, Gridded, Scales, Widened, reshaped
+from converter.transforms.quantize.codes import E2M1, Coding, Decoded, Gridded, Scales, Widened, reshaped
 from converter.transforms.quantize.restore import Module, Restored
 
 _SCALE, _ZERO, _SHAPE, _GLOBAL, _INDEX, _INPUTS = (
     ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_global_scale", ".weight_g_idx", ".pre_quant_scale",
 )  # fmt: skip
-_OF_WEIGHT = frozenset({_SCALE, _ZERO, _SHAPE, _GLOBAL, _INDEX, ".weight_scale_2"})
 _BF16 = DTYPES["BF16"]
 _MX_GROUP, _NV_GROUP = 32, 16
 _BLOCK = (128, 128)  # of float8 where no config says another
@@ -57,6 +55,7 @@ class Said(NamedTuple):
 
 def restore(module: Module) -> Restored:
     """Give the numbers of a weight in 8 bits. Raises BadFile or Unsupported for scales that do not fit it."""
+    check_plain(module)
     weight, scale = module.weight, module.scale(_SCALE)
     is_float = weight.dtype.is_floating
     said = _said_of(module, "float" if is_float else "int")
@@ -79,11 +78,12 @@ def restore(module: Module) -> Restored:
     product = Gridded(numbers, Scales(reshaped(scale.source, scale.dtype, cells), scale.name), block)
     is_nearest = not (zeros and (is_float or scale.dtype.bits < 32)) and not _is_calibrated(said)
     dtype = _BF16 if scale.dtype.bits == 8 else _library_dtype(scale.dtype)
-    return Restored(weight.name, product, dtype, slack if is_nearest else None, note_of(module))
+    return Restored(weight.name, product, dtype, slack if is_nearest else None)
 
 
 def restore_packed(module: Module) -> Restored:
     """Give the numbers of a packed weight. Raises BadFile or Unsupported for what does not fit it."""
+    check_plain(module)
     return (_restore_floats if module.weight.dtype.tag == "U8" else _restore_ints)(module)
 
 
@@ -103,7 +103,7 @@ def _restore_ints(module: Module) -> Restored:
     product = Gridded(numbers, Scales(reshaped(scale.source, scale.dtype, cells), scale.name), block)
     is_nearest = not (zeros and scale.dtype.bits < 32) and not _is_calibrated(said)
     slack = _SLACK[scale.dtype.tag] if is_nearest else None
-    return Restored(f"{module.base}.weight", product, _library_dtype(scale.dtype), slack, note_of(module))
+    return Restored(f"{module.base}.weight", product, _library_dtype(scale.dtype), slack)
 
 
 def _restore_floats(module: Module) -> Restored:
@@ -119,9 +119,9 @@ def _restore_floats(module: Module) -> Restored:
     if len(weight.shape) < 2 or scale.shape[:-1] != weight.shape[:-1] or not math.prod(weight.shape):
         raise module.misfit(_SCALE, f"it is {list(scale.shape)} beside {list(weight.shape)}")
     if scale.dtype.tag == "F8_E4M3":
-        coding, group = e2m1(), _NV_GROUP
+        coding, group = E2M1, _NV_GROUP
     elif scale.dtype.tag == "U8" and _GLOBAL not in module.beside:
-        coding, group = e2m1(), _MX_GROUP
+        coding, group = E2M1, _MX_GROUP
         if words[0] * 4 == groups[0] * 3 * _MX_GROUP:
             raise Unsupported(weight.where, f"has floats of 6 bits in {weight.name!r}", _BY_LIBRARY)
     else:
@@ -134,7 +134,7 @@ def _restore_floats(module: Module) -> Restored:
     shape = (*weight.shape[:-1], groups[0] * group)
     numbers = Decoded(weight.source, coding, shape, len(shape) - 1)
     product = Gridded(numbers, grid, (*(1 for _ in shape[:-1]), group))
-    return Restored(f"{module.base}.weight", product, _BF16, _SLACK["F32"], note_of(module))
+    return Restored(f"{module.base}.weight", product, _BF16, _SLACK["F32"])
 
 
 def fit(
@@ -194,8 +194,8 @@ def whole(module: Module, end: str, shape: tuple[int, ...]) -> TensorSource:
     return Scales(reshaped(scale.source, scale.dtype, tuple(1 for _ in shape)), scale.name)
 
 
-def note_of(module: Module) -> str:
-    """Say what is left out with a weight. Raises Unsupported for what the weight cannot do without."""
+def check_plain(module: Module) -> None:
+    """Raise Unsupported for what runs otherwise than a model with plain weights would."""
     if _INPUTS in module.beside:
         problem = f"multiplies the inputs of {module.base!r} by {module.base + _INPUTS!r} before its weight"
         raise Unsupported(module.weight.where, problem, "No plain weight does: load it with the library that wrote it.")
@@ -203,10 +203,6 @@ def note_of(module: Module) -> str:
     if rotations and not (isinstance(rotations, dict) and not rotations.get("config_groups")):
         problem = "is of a model whose config.json has a 'transform_config': its activations are rotated as it runs"
         raise Unsupported(module.weight.where, problem, _BY_LIBRARY)
-    left = sorted(end[1:] for end in module.beside if end not in _OF_WEIGHT)
-    return (
-        f"left out, as only 8- and 4-bit activations and caches have a use for them: {', '.join(left)}" if left else ""
-    )
 
 
 # What the config says.
@@ -353,15 +349,6 @@ def _eight_bits() -> Coding:
     """Give the coding of int8 beside zero points."""
     values, steps = (one[128:] + one[:128] for one in _whole_numbers(8, 1, has_zeros=True)[1:3])
     return Coding(8, values, steps)
-
-
-@cache
-def e2m1(has_negative_zero: bool = True) -> Coding:
-    """Give the coding of floats of 4 bits, the sign in the highest."""
-    half = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-    gaps = [after - before for before, after in itertools.pairwise(half)]
-    steps = tuple(max(pair) / 2 for pair in zip([0.0, *gaps], [*gaps, 0.0], strict=True))
-    return Coding(4, (*half, -0.0 if has_negative_zero else 0.0, *(-one for one in half[1:])), steps * 2)
 
 
 def _rounded(source: TensorSource, dtype: DType) -> TensorSource:

@@ -14,17 +14,19 @@ import math
 from converter.dtypes import DTYPES
 from converter.errors import Unsupported
 from converter.tensors.base import TensorSource
-from converter.transforms.quantize.codes import Decoded, Gridded, Scales
-from converter.transforms.quantize.compressed import e2m1, note_of, whole
+from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, Scales
+from converter.transforms.quantize.compressed import check_plain, whole
 from converter.transforms.quantize.restore import Module, Restored
 
 _SCALE, _SECOND = ".weight_scale", ".weight_scale_2"
 _GROUPS = {"F8_E4M3": 16, "U8": 32}
 _SLACK = 2**-20
+_NV = E2M1._replace(values=tuple(value or 0.0 for value in E2M1.values))
 
 
 def restore(module: Module) -> Restored:
     """Give the numbers of a weight. Raises BadFile for scales that do not fit, Unsupported for whole numbers of AWQ."""
+    check_plain(module)
     weight, scale = module.weight, module.scale(_SCALE)
     has_second = _SECOND in module.beside
     if scale.dtype.bits > 8:
@@ -39,6 +41,6 @@ def restore(module: Module) -> Restored:
     grid: TensorSource = Scales(scale.source, scale.name)
     if has_second:
         grid = Scales(Gridded(grid, whole(module, _SECOND, scale.shape), scale.shape), scale.name)
-    coding = e2m1(has_negative_zero=not has_second)
+    coding = _NV if has_second else E2M1
     numbers = Gridded(Decoded(weight.source, coding, shape, len(shape) - 1), grid, (*(1 for _ in shape[:-1]), group))
-    return Restored(weight.name, numbers, DTYPES["BF16"], _SLACK, note_of(module))
+    return Restored(weight.name, numbers, DTYPES["BF16"], _SLACK)
