@@ -24,6 +24,7 @@ from converter.errors import Unsupported
 from converter.tensors.base import TensorSource
 from converter.tensors.derived import Cast
 from converter.transforms.quantize.codes import E2M1, Coding, Decoded, Gridded, Scales, Widened, reshaped
+from converter.transforms.quantize.dense import Dense
 from converter.transforms.quantize.restore import Module, Restored
 
 _SCALE, _ZERO, _SHAPE, _GLOBAL, _INDEX, _INPUTS = (
@@ -115,24 +116,25 @@ def _restore_floats(module: Module) -> Restored:
     for end in (_ZERO, _SHAPE, _INDEX):
         if end in module.beside:
             raise module.misfit(end, "floats of 4 and 6 bits have none")
-    words, groups = weight.shape[-1:], scale.shape[-1:]
     if len(weight.shape) < 2 or scale.shape[:-1] != weight.shape[:-1] or not math.prod(weight.shape):
         raise module.misfit(_SCALE, f"it is {list(scale.shape)} beside {list(weight.shape)}")
     if scale.dtype.tag == "F8_E4M3":
-        coding, group = E2M1, _NV_GROUP
+        group = _NV_GROUP
     elif scale.dtype.tag == "U8" and _GLOBAL not in module.beside:
-        coding, group = E2M1, _MX_GROUP
-        if words[0] * 4 == groups[0] * 3 * _MX_GROUP:
-            raise Unsupported(weight.where, f"has floats of 6 bits in {weight.name!r}", _BY_LIBRARY)
+        group = _MX_GROUP
     else:
         raise module.misfit(_SCALE, f"it is {scale.dtype}")
-    if words[0] * coding.per_word != groups[0] * group:
+    shape = (*weight.shape[:-1], scale.shape[-1] * group)
+    if 2 * weight.shape[-1] == shape[-1]:
+        numbers = Decoded(weight.source, E2M1, shape, len(shape) - 1)
+    elif 4 * weight.shape[-1] == 3 * shape[-1] and group == _MX_GROUP:
+        codes = reshaped(weight.source, DTYPES["I32"], (*weight.shape[:-1], weight.shape[-1] // 4))
+        numbers = Decoded(Dense(codes, 6, shape, len(shape) - 1), _e2m3(), shape, len(shape) - 1)
+    else:
         raise module.misfit(_SCALE, f"it is {list(scale.shape)}, groups of {group} beside {list(weight.shape)} bytes")
     grid: TensorSource = Scales(scale.source, scale.name)
     if scale.dtype.tag == "F8_E4M3":
         grid = Scales(Gridded(grid, whole(module, _GLOBAL, scale.shape), scale.shape, by="over"), scale.name)
-    shape = (*weight.shape[:-1], groups[0] * group)
-    numbers = Decoded(weight.source, coding, shape, len(shape) - 1)
     product = Gridded(numbers, grid, (*(1 for _ in shape[:-1]), group))
     return Restored(f"{module.base}.weight", product, _BF16, _SLACK["F32"])
 
@@ -276,8 +278,9 @@ def _bits_of(module: Module, shape: tuple[int, ...], said: tuple[Said, ...]) -> 
     if len(fitting) > 1:
         raise Unsupported(module.weight.where, f"may have several widths of numbers in {module.weight.name!r}")
     [bits] = fitting
-    if 32 % bits:
-        raise Unsupported(module.weight.where, f"has numbers of {bits} bits in {module.weight.name!r}", _BY_LIBRARY)
+    if 32 % bits and -(-columns // (32 // bits)) == words > 1:
+        problem = f"may have its numbers of {bits} bits in two ways in {module.weight.name!r}"
+        raise Unsupported(module.weight.where, problem, _BY_LIBRARY)
     return bits
 
 
@@ -287,11 +290,18 @@ def _listed(said: tuple[Said, ...]) -> str:
 
 def _decoded(module: Module, bits: int, shape: tuple[int, ...], has_zeros: bool) -> TensorSource:
     source, words = module.weight.source, module.weight.shape
-    if not shape[-1] % (32 // bits):
-        # No word has room left, so that they are bytes as well, which are faster.
-        source = reshaped(source, DTYPES["U8"], (*words[:-1], 4 * words[-1]))
-        return Decoded(source, _whole_numbers(bits, 1, has_zeros), shape, len(shape) - 1)
-    return Decoded(source, _whole_numbers(bits, 4, has_zeros), shape, len(shape) - 1)
+    if 32 % bits or shape[-1] % (32 // bits):
+        return _unpacked(source, bits, shape, len(shape) - 1, has_zeros)
+    # No word has room left, so that they are bytes as well, which are faster.
+    source = reshaped(source, DTYPES["U8"], (*words[:-1], 4 * words[-1]))
+    return Decoded(source, _whole_numbers(bits, 1, has_zeros), shape, len(shape) - 1)
+
+
+def _unpacked(source: TensorSource, bits: int, shape: tuple[int, ...], axis: int, has_zeros: bool) -> TensorSource:
+    """Give the numbers of words that may have room left."""
+    if 32 % bits:
+        return Decoded(Dense(source, bits, shape, axis), _as_bytes(_whole_numbers(bits, 1, has_zeros)), shape, axis)
+    return Decoded(source, _whole_numbers(bits, 4, has_zeros), shape, axis)
 
 
 def _zeros_of_packed(module: Module, bits: int, shape: tuple[int, ...], cells: tuple[int, ...]) -> TensorSource | None:
@@ -302,7 +312,7 @@ def _zeros_of_packed(module: Module, bits: int, shape: tuple[int, ...], cells: t
     needed = (*cells[:-2], -(-shape[-2] * bits // 32), cells[-1])
     if zeros.shape != needed or cells[-2] != shape[-2]:
         raise module.misfit(_ZERO, f"it is {list(zeros.shape)}, and scales of {list(cells)} need {list(needed)}")
-    return Decoded(zeros.source, _whole_numbers(bits, 4, has_zeros=False), cells, len(cells) - 2)
+    return _unpacked(zeros.source, bits, cells, len(cells) - 2, has_zeros=False)
 
 
 def _plain_zeros(module: Module, cells: tuple[int, ...]) -> TensorSource | None:
@@ -349,6 +359,20 @@ def _eight_bits() -> Coding:
     """Give the coding of int8 beside zero points."""
     values, steps = (one[128:] + one[:128] for one in _whole_numbers(8, 1, has_zeros=True)[1:3])
     return Coding(8, values, steps)
+
+
+def _as_bytes(coding: Coding) -> Coding:
+    """Give the coding of numbers whose codes are in a byte each."""
+    rest = (0.0,) * (256 - (1 << coding.bits))
+    return Coding(8, coding.values + rest, coding.steps + rest)
+
+
+@cache
+def _e2m3() -> Coding:
+    """Give the coding of floats of 6 bits, in a byte each (``compressors/mxfp6/helpers.py``)."""
+    half = (*(code / 8 for code in range(8)), *((1 + code / 8) * 2**power for power in range(3) for code in range(8)))
+    steps = (*(1 / 16 for _ in range(16)), *(2**power / 16 for power in (1, 2) for _ in range(8)))
+    return _as_bytes(Coding(6, (*half, *(-one for one in half)), 2 * steps))
 
 
 def _rounded(source: TensorSource, dtype: DType) -> TensorSource:

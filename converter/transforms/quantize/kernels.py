@@ -212,3 +212,20 @@ def copy_columns(
         if low < high:
             inside = low - column * height - row
             target[low - begin : high - begin] = source[inside : inside + high - low, column]
+
+
+def unpack_dense(chunk: memoryview, bits: int, inner: int, skipped: int, out: memoryview) -> None:
+    """Write codes that lie one behind another in 32-bit words into ``out``, a byte each, but the first ``skipped``.
+
+    32 codes fill as many words as each has bits; ``inner`` words lie side by side, each with codes of its own.
+    """
+    known = np.frombuffer(chunk, "<u4").reshape(-1, inner)
+    units = -(-len(known) // bits)
+    padded = np.zeros((units * bits + 1, inner), "<u8")  # one more, of which no code has a bit
+    padded[: len(known)] = known
+    codes = np.empty((units, 32, inner), "u1")
+    for place in range(32):
+        word, shift = divmod(bits * place, 32)
+        both = padded[word:-1:bits] | padded[word + 1 :: bits][:units] << np.uint64(32)
+        codes[:, place] = both >> np.uint64(shift) & np.uint64((1 << bits) - 1)
+    np.frombuffer(out, "u1")[...] = codes.reshape(-1)[skipped : skipped + len(out)]
