@@ -69,6 +69,7 @@ class Found(NamedTuple):
 
     weights: Mapping[str, Restored]
     beside: frozenset[str]
+    schemes: Mapping[str, Scheme]
 
 
 def find_restored(
@@ -92,7 +93,7 @@ def find_restored(
         weights[module.weight.name] = restores[module.scheme](module._replace(contents=known))
     beside = frozenset(one.name for module in modules for one in module.beside.values())
     _check_rest(found, tensors, weights.keys() | beside)
-    return Found(weights, beside)
+    return Found(weights, beside, {module.weight.name: module.scheme for module in modules})
 
 
 def dequantized(
