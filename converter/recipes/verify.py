@@ -304,7 +304,7 @@ def _side_of(component: Component, checkpoint: Checkpoint, as_numbers: bool) -> 
         return _Side(_by_name(checkpoint), {})
     transposed = find_linears(component, checkpoint.tensors).transposed
     found = find_restored(checkpoint, DEQUANTIZERS, quantization_of(component.config), transposed)
-    in_codes = {one.name: _InCodes(one, found.schemes[name].label) for name, one in found.weights.items()}
+    in_codes = {one.name: _InCodes(one, found.modules[name].scheme.label) for name, one in found.weights.items()}
     return _Side(_by_name(dequantized(checkpoint, found, DTYPES["F32"])), in_codes)
 
 

@@ -65,11 +65,11 @@ Restore = Callable[[Module], Restored]
 
 
 class Found(NamedTuple):
-    """What is quantized in a checkpoint: by the names of the weights that hold the codes; and what goes with them."""
+    """What is quantized in a checkpoint, by the names of the weights that hold codes; and all that goes with them."""
 
     weights: Mapping[str, Restored]
     beside: frozenset[str]
-    schemes: Mapping[str, Scheme]
+    modules: Mapping[str, Module]
 
 
 def find_restored(
@@ -93,7 +93,7 @@ def find_restored(
         weights[module.weight.name] = restores[module.scheme](module._replace(contents=known))
     beside = frozenset(one.name for module in modules for one in module.beside.values())
     _check_rest(found, tensors, weights.keys() | beside)
-    return Found(weights, beside, {module.weight.name: module.scheme for module in modules})
+    return Found(weights, beside, {module.weight.name: module for module in modules})
 
 
 def dequantized(
