@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from converter.models.schemes import FP8, FP8_OF_EXPERTS, LLM_INT8, Scheme
+from converter.models.schemes import (
+    FP4,
+    FP4_OF_DEEPSEEK,
+    FP4_OF_EXPERTS,
+    FP8,
+    FP8_OF_EXPERTS,
+    LLM_INT8,
+    Scheme,
+)
 from converter.transforms.quantize import bnb_int8, fp8
 from converter.transforms.quantize.restore import Restore
 
-DEQUANTIZERS: Mapping[Scheme, Restore] = {LLM_INT8: bnb_int8.restore, FP8: fp8.restore, FP8_OF_EXPERTS: fp8.restore}
+DEQUANTIZERS: Mapping[Scheme, Restore] = {
+    LLM_INT8: bnb_int8.restore,
+    **dict.fromkeys((FP8, FP8_OF_EXPERTS, FP4, FP4_OF_EXPERTS, FP4_OF_DEEPSEEK), fp8.restore),
+}

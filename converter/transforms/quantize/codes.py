@@ -45,6 +45,12 @@ class Coding(NamedTuple):
         return 8 * self.width // self.bits
 
 
+# FP4 of OCP's microscaling formats, the first number in the low half of a byte: sign, and two bits of exponent.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1_STEPS = (0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0)
+E2M1 = Coding(4, (*_E2M1, *(-value for value in _E2M1)), 2 * _E2M1_STEPS)
+
+
 def reshaped(source: TensorSource, dtype: DType, shape: tuple[int, ...]) -> TensorSource:
     """Give the bytes of a tensor as one of another dtype and shape, as many bytes in all. Raises ValueError."""
     if (dtype, shape) == (source.dtype, source.shape):
