@@ -234,3 +234,27 @@ def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozens
         return module in modules or name.startswith(stems)
 
     return frozenset(name for name in names if belongs(name)) if weights else frozenset()
+
+
+def find_owners(found: Iterable[Quantized], names: Iterable[str]) -> dict[str, str]:
+    """Map each tensor that stands beside a quantized weight to that: what means nothing without it, so no bias.
+
+    Diffusers reads shard by shard, and looks for both in one (``create_quantized_param`` in
+    ``diffusers/quantizers/bitsandbytes/bnb_quantizer.py``).
+    """
+    found = list(found)
+    weights = {one.weight for one in found}
+    exact, modules = {}, {}
+    for one in found:
+        base, (module, _, leaf) = one.weight.removesuffix(one.scheme.weight), one.weight.rpartition(".")
+        exact.update({base + end: one.weight for end in one.scheme.beside})
+        if leaf == "weight" or one.scheme.weight.startswith(".") or base.endswith(".weight"):
+            modules[module] = one.weight
+    owners = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        stated = name.partition(_BNB_STATE)[0]
+        owner = exact.get(name) or next((one for one in (stated, parent) if one in weights), modules.get(parent))
+        if owner and name not in weights and not leaf.endswith("bias"):
+            owners[name] = owner
+    return owners

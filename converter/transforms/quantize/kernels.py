@@ -179,15 +179,16 @@ def rounding_errors(
 ) -> Rounding:
     """Hold float32 numbers against those of ``source`` that they stand for, in ``dtype``.
 
-    ``steps`` is how far each may be off, and ``slack`` what share of itself besides; without one any may be.
+    ``steps`` is how far each may be off, and ``slack`` what share of itself besides; without one by any finite number.
     """
     wide = widen(as_array(source, dtype))
     numbers, allowed = np.frombuffer(found, "<f4"), np.frombuffer(steps, "<f4")
     magnitudes = np.abs(wide)
     with np.errstate(over="ignore", invalid="ignore"):
         errors = np.abs(numbers - wide)
-        beyond = 0
-        if slack is not None:
+        if slack is None:
+            beyond = int((~np.isfinite(errors)).sum())
+        else:
             # What float32 rounds off of products is less than a thousandth of a step.
             bounds = np.abs(allowed) * np.float32(1.001) + magnitudes * np.float32(slack) + _LEAST
             beyond = int((~(errors <= bounds)).sum())
