@@ -16,7 +16,7 @@ from support.tiny import assert_same, load_set, raw_bytes, save, save_pipeline, 
 
 from converter.dtypes import BY_TORCH_NAME, DTYPES
 from converter.errors import BadFile, Unsupported
-from converter.models.schemes import FP4, FP4_OF_EXPERTS, FP8, FP8_OF_EXPERTS, find_quantized
+from converter.models.schemes import FP4, FP4_OF_EXPERTS, FP8, FP8_OF_EXPERTS, FP8_OF_FUSED, find_quantized
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import Constant, cast
 from converter.tensors.reader import RangeReader
@@ -439,6 +439,8 @@ def test_8_bit_integers_with_a_scale_are_no_fp4() -> None:
     assert found.scheme == FP4_OF_EXPERTS
     [found] = find_quantized({"m.up": DTYPES["F8_E4M3"], "m.up_scale_inv": DTYPES["U8"]})
     assert found.scheme == FP8_OF_EXPERTS
+    [found] = find_quantized({"m.w13_weight": DTYPES["F8_E4M3"], "m.w13_weight_scale": DTYPES["U8"]})
+    assert found.scheme == FP8_OF_FUSED
 
 
 # Whole models, which the library loads in numbers.

@@ -80,15 +80,14 @@ Restore = Callable[[Module], Restored]
 
 
 class Found(NamedTuple):
-    """What is quantized in a checkpoint: by the names of the weights that hold the codes; and what goes with them.
+    """What is quantized in a checkpoint, by the names of the weights that hold codes; and all that goes with them.
 
-    ``labels`` are those of the schemes, by the same names. ``notes`` say what is left out, and what the config has
-    wrong.
+    ``notes`` say what is left out, and what the config has wrong.
     """
 
     weights: Mapping[str, Restored]
     beside: frozenset[str]
-    labels: Mapping[str, str]
+    modules: Mapping[str, Module]
     notes: tuple[str, ...] = ()
 
 
@@ -116,7 +115,7 @@ def find_restored(
     beside |= of_cache
     _check_rest(found, tensors, weights.keys() | beside)
     notes = (*_note_left_out(modules, of_cache), *_note_method(modules, config))
-    return Found(weights, beside, {one.weight: one.scheme.label for one in found}, notes)
+    return Found(weights, beside, {module.weight.name: module for module in modules}, notes)
 
 
 def _restore(module: Module, restore: Restore) -> Restored:
@@ -143,7 +142,7 @@ def dequantized(
         if restored is None:
             return tensor
         dtype = target or restored.dtype or DTYPES["BF16"]
-        written[found.labels[tensor.name], dtype.short_name] += 1
+        written[found.modules[tensor.name].scheme.label, dtype.short_name] += 1
         return cast(Tensor(restored.name, restored.source), dtype, how)
 
     files = tuple(
