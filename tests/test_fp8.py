@@ -255,6 +255,9 @@ def test_a_file_of_a_folder_leaves_its_config_alone(wconv: Callable[..., Any], t
     assert load_file(source / "plain.safetensors")["m.weight"].dtype == torch.float16
     told = wconv("dequantize", source, "-o", source / "plain.safetensors", exit_code=2).stderr
     assert "is a file name, and what is written is a folder" in told
+    told = wconv("dequantize", source / "model.safetensors", "-o", source, "--overwrite", exit_code=2).stderr
+    assert "is the folder of the source" in told
+    assert_same(load_file(source / "model.safetensors"), WEIGHT)
 
 
 SAID: dict[str, tuple[dict[str, Any], torch.dtype]] = {
@@ -388,6 +391,10 @@ LACKING = {
     "a scale alone": ({"lone.weight_scale_inv": scales(1)}, "has the scale 'lone.weight_scale_inv', and there is no"),
     "a scale beside numbers": ({"n.weight_scale_inv": scales(1)}, "'n.weight' is F16: no weight that it is for"),
     "the scale of experts alone": ({"e.down_proj_scale_inv": scales(1)}, "there is no 'e.down_proj'"),
+    "an exponent alone": ({"lone.scale": scales(1, dtype=E8)}, "'lone.scale', and there is no 'lone.weight'"),
+    "an exponent of nothing": ({"lone": scales(1, dtype=E8)}, "has the scale 'lone', and 'lone' is F8_E8M0"),
+    "a byte alone": ({"lone.scale": scales(1, dtype=torch.uint8)}, "there is no 'lone.weight'"),
+    "two scales": ({"o.scale": scales(1, 1)}, "has 'o.weight_scale_inv' and 'o.scale' for 'o.weight'"),
     "what is not known": ({"o.weight_factor": scales(1)}, "wconv does not know what for"),
 }  # fmt: skip
 
@@ -429,6 +436,9 @@ def test_a_config_that_says_it_of_plain_weights_is_refused(wconv: Callable[..., 
     source = save_model(tmp_path / "m", PLAIN, text_config={key: {"quant_method": "fp8"}})
     told = wconv("dequantize", source, "-o", tmp_path / "out", exit_code=4).stderr
     assert "holds no quantized weights that wconv knows, and its config.json says that it is quantized (fp8)" in told
+    save({"lone.weight": codes(8, 16)}, source / "model.safetensors")
+    told = wconv("dequantize", source, "-o", tmp_path / "out", exit_code=4).stderr
+    assert "there is no scale for lone.weight" in told
 
 
 def test_8_bit_integers_with_a_scale_are_no_fp4() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from converter.dtypes import DType
 from converter.errors import BadFile, Unsupported
 from converter.tensors.base import Tensor, TensorSource
-from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, Scales, Widened, reshaped
+from converter.transforms.quantize.codes import AGAIN, E2M1, Decoded, Gridded, Scales, Widened, reshaped
 from converter.transforms.quantize.restore import Module, Restored
 
 _BLOCK = (128, 128)
@@ -33,8 +33,11 @@ _Sides = tuple[int, ...]
 def restore(module: Module) -> Restored:
     """Give the numbers of a weight. Raises BadFile for scales that do not fit it, Unsupported for another float8."""
     weight = module.weight
-    end = next(end for end in module.scheme.companions if end in module.beside)
+    end, *more = (end for end in module.scheme.companions if end in module.beside)
     scale = module.scale(end)
+    if more:
+        problem = f"has {module.base + end!r} and {module.base + more[0]!r} for {weight.name!r}, and one would do"
+        raise BadFile(scale.where, problem, AGAIN)
     if scale.dtype.tag not in _SCALES:
         raise module.misfit(end, f"it is {scale.dtype}, and scales are fp32, bf16, fp16 or exponents")
     numbers = _numbers_of(weight)

@@ -12,9 +12,9 @@ from converter.errors import BadFile, HostileFile, Unsupported, name_some
 from converter.models.checkpoint import Checkpoint
 from converter.models.schemes import (
     OF_ACTIVATIONS,
-    OF_CACHE,
     Quantized,
     Scheme,
+    cached_by,
     find_belongings,
     holds_codes,
     quantized_in,
@@ -206,8 +206,8 @@ def _find_of_cache(
     parents = {parent for one in found for parent in _parents_of(one.weight)} if not is_said else set()
 
     def scales_cache(name: str, tensor: Tensor) -> bool:
-        parsed = OF_CACHE.fullmatch(name)
-        return parsed is not None and (is_said or (tensor.numel == 1 and parsed[1] in parents))
+        modules = cached_by(name)
+        return bool(modules) and (is_said or (tensor.numel == 1 and not parents.isdisjoint(modules)))
 
     return frozenset(name for name, tensor in tensors.items() if scales_cache(name, tensor))
 
@@ -219,7 +219,8 @@ def _parents_of(weight: str) -> tuple[str, str]:
 
 
 def _note_left_out(modules: Iterable[Module], of_cache: Collection[str]) -> Iterator[str]:
-    ends = [end for module in modules for end in module.beside if end in OF_ACTIVATIONS]
+    beside = ((end, one.name) for module in modules for end, one in module.beside.items())
+    ends = [end for end, name in beside if end in OF_ACTIVATIONS and name not in of_cache]
     for names, what in ((ends, "activations"), (of_cache, "the KV cache")):
         if names:
             leaves = sorted({name.rpartition(".")[2].lstrip("_") for name in names})
@@ -261,7 +262,7 @@ def _check_alone(tensor: Tensor, tensors: Mapping[str, Tensor]) -> None:
     if holds_codes(tensor.name, tensor.dtype):
         problem = f"has no scale for {tensor.name!r}, which is {tensor.dtype}, and others have theirs"
         raise BadFile(tensor.where, problem, "Fetch all files of the model again.")
-    weight = weight_of(tensor.name)
+    weight = weight_of(tensor.name, tensor.dtype)
     if weight is not None:
         has = f"{weight!r} is {tensors[weight].dtype}" if weight in tensors else f"there is no {weight!r}"
         problem = f"has the scale {tensor.name!r}, and {has}: no weight that it is for"
