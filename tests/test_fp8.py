@@ -408,11 +408,12 @@ def test_what_is_not_whole_is_named(wconv: Callable[..., Any], tmp_path: Path, m
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.usefixtures("asked_here")
 def test_two_schemes_in_one_file(wconv: Callable[..., Any], tmp_path: Path) -> None:
     int8 = {"i.weight": torch.full((2, 4), 127, dtype=torch.int8), "i.SCB": torch.tensor([1.0, 3.0])}
     fp4 = {"e.weight": codes(6, 64, dtype=torch.int8), "e.scale": scales(6, 4, dtype=E8)}
     source = save_model(
-        tmp_path / "m", {**PLAIN, **WEIGHT, **int8, **fp4}, architectures=["X"], quantization_config=BLOCKS
+        tmp_path / "m", {**PLAIN, **WEIGHT, **int8, **fp4}, architectures=[], quantization_config=BLOCKS
     )
     told = wconv("dequantize", source, "-o", tmp_path / "out").stdout
     for label in ("float8 with scales", "LLM.int8 of bitsandbytes", "FP4 with scales"):
