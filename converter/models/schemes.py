@@ -7,7 +7,7 @@ scales, so a weight counts as quantized only where its companions stand beside i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from converter.dtypes import DType
@@ -57,16 +57,26 @@ FP8 = Scheme(
     "transformers, with FineGrainedFP8Config(dequantize=True)", others=_OF_INPUTS, is_dequantized=True,
 )  # fmt: skip
 FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=())
-_BNB_4BIT = Scheme("4 bits of bitsandbytes", ".weight", frozenset(), (), "transformers or Diffusers with bitsandbytes")
+# In whatever dtype the 4-bit numbers are stored; what is beside them has the whole name of the weight before it
+# (``as_dict`` in ``bitsandbytes/functional.py``).
+BNB_4BIT = Scheme(
+    "4 bits of bitsandbytes",
+    "",
+    frozenset({"U8", "I8", "BF16", "F16", "F32", "F64", "I16", "I32", "I64"}),
+    (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".absmax"),
+    "transformers or Diffusers with bitsandbytes",
+    others=(".quant_map", ".nested_absmax", ".nested_quant_map"),
+    small=(".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".quant_map"),
+    is_dequantized=True,
+)
 _MARKED = Scheme("float8 with scales of ComfyUI", "", _F8, (), "ComfyUI")
-# Beside ``m.weight``, in whatever dtype the 4-bit numbers are stored (``as_dict`` in ``bitsandbytes/functional.py``).
-_BNB_STATE = ".quant_state.bitsandbytes__"
 # One for the whole file (``detect_layer_quantization`` in ``comfy/utils.py``).
 _MARK = "scaled_fp8"
 
 # The first row that fits speaks; the last ones are for what nobody has told of.
 TABLE = (
     LLM_INT8,
+    BNB_4BIT,
     Scheme("the form of ComfyUI that comfy_quant describes", ".weight", _PACKED, (".comfy_quant",), "ComfyUI"),
     Scheme("float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), "ComfyUI"),
     Scheme("GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM"),
@@ -85,6 +95,9 @@ TABLE = (
     Scheme("numbers with scales", ".weight", _PACKED, (".scale", ".scales", ".qscale_weight", ".absmax"),
            "the library that wrote it"),
 )  # fmt: skip
+_BY_DTYPE = {
+    tag: tuple(row for row in TABLE if tag in row.dtypes) for tag in {tag for row in TABLE for tag in row.dtypes}
+}
 
 
 class Quantized(NamedTuple):
@@ -119,13 +132,8 @@ def quantized_in(checkpoint: Checkpoint) -> list[Quantized]:
 
 
 def _look_at(name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | None) -> Quantized | None:
-    weight, is_state, _ = name.partition(_BNB_STATE)
-    if is_state:
-        return Quantized(_BNB_4BIT, weight, name) if weight in dtypes else None
-    if dtype.tag not in _PACKED:
-        return None
-    for scheme in TABLE:
-        if dtype.tag in scheme.dtypes and name.endswith(scheme.weight):
+    for scheme in _BY_DTYPE.get(dtype.tag, ()):
+        if name.endswith(scheme.weight):
             base = name.removesuffix(scheme.weight)
             companion = next((base + end for end in scheme.companions if _scales(base + end, dtype, dtypes)), None)
             if companion:
@@ -152,10 +160,15 @@ def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozens
 
     def belongs(name: str) -> bool:
         module, _, leaf = name.rpartition(".")
-        if leaf == _MARK or name in weights or module in weights:
+        if leaf == _MARK or name in weights or any(parent in weights for parent in _parents(name)):
             return True
         if leaf == "bias" or leaf.endswith("_bias"):
             return False
         return module in modules or name.startswith(stems)
 
     return frozenset(name for name in names if belongs(name)) if weights else frozenset()
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Give what a name begins with, up to each of its dots."""
+    return (name[:at] for at, letter in enumerate(name) if letter == ".")

@@ -87,12 +87,27 @@ def decode(chunk: memoryview, coding: Coding, inner: int, skipped: int, out: mem
         _decode(chunk, coding, inner, wide)
 
 
+def look_up(chunk: memoryview, table: memoryview, out: memoryview) -> None:
+    """Write the float32 numbers of a table of 256 that the bytes of a chunk stand for into ``out``."""
+    np.take(np.frombuffer(table, "<f4"), np.frombuffer(chunk, "u1"), out=np.frombuffer(out, "<f4"), mode="clip")
+
+
+def table_of_steps(table: memoryview) -> bytes:
+    """Give half the distance from each number of a float32 table to the farther one of its neighbours, as it is."""
+    return np.array(half_steps(np.frombuffer(table, "<f4").tolist()), "<f4").tobytes()
+
+
 def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
     per = coding.per_word
     words = np.frombuffer(chunk, f"<u{coding.width}")
     if inner == 1 and coding.width == 1 and per in _TOGETHER:
         together = _TOGETHER[per]
-        np.take(_words(coding.bits, coding.values).view(together)[:, 0], words, out=wide.view(together), mode="clip")
+        np.take(
+            _words(coding.bits, coding.values, coding.order).view(together)[:, 0],
+            words,
+            out=wide.view(together),
+            mode="clip",
+        )
         return
     rows = wide.reshape(-1, per, inner)
     words = words.reshape(-1, inner)
@@ -109,10 +124,11 @@ def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
 
 
 @cache
-def _words(bits: int, values: tuple[float, ...]) -> Array:
+def _words(bits: int, values: tuple[float, ...], order: tuple[int, ...]) -> Array:
     """Give the numbers of each byte, [256, 8 // bits]."""
     codes = np.arange(256, dtype="u1")[:, np.newaxis] >> np.arange(0, 8, bits, dtype="u1")
-    numbers: Array = np.array(values, "f4")[codes & ((1 << bits) - 1)]
+    numbers: Array = np.empty(codes.shape, "f4")
+    numbers[:, order or range(len(numbers[0]))] = np.array(values, "f4")[codes & ((1 << bits) - 1)]
     return numbers
 
 

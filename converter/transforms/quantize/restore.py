@@ -129,7 +129,7 @@ def _module_of(
         raise Unsupported(weight.where, f"is quantized in a form that wconv does not dequantize ({one})", one.advice)
     base = one.weight.removesuffix(scheme.weight)
     beside = {end: tensors[base + end] for end in scheme.beside if base + end in tensors}
-    return Module(scheme, base, weight, beside, {}, config, base in transposed)
+    return Module(scheme, base, weight, beside, {}, config, base.removesuffix(".weight") in transposed)
 
 
 def _read_small(checkpoint: Checkpoint, modules: Sequence[Module]) -> dict[str, bytes]:
