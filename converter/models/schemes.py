@@ -56,11 +56,15 @@ LLM_INT8 = Scheme(
     methods=("bitsandbytes",),
 )
 # What an activation was scaled by when the model was measured; weights are whole without it.
-OF_ACTIVATIONS = (".input_scale", ".activation_scale", "_activation_scale", ".qscale_act")
+_OF_LINEAR = (
+    *(f".{what}_{end}" for what in ("input", "output") for end in ("scale", "zero_point", "global_scale")),
+    ".input_scale_ub",
+)
+OF_ACTIVATIONS = (".activation_scale", "_activation_scale", ".qscale_act", *_OF_LINEAR)
 # What the cache of keys and values is scaled by as it is filled: no weight is (``maybe_remap_kv_scale_name`` in vLLM's
 # ``model_loader/weight_utils.py``, and what ``get_cache_scale`` of its quantizations takes for the same).
 OF_CACHE = re.compile(
-    r"(.*)\.(?:(?:attn\.)?(?:[qkv]|kv|prob)_(?:scale|zero_point)|prob_output_scale"
+    r"(.*)\.(?:(?:attn\.)?(?:[qkv]|kv|prob)_(?:scale|zero_point|global_scale)|prob_output_scale"
     r"|[qkv]_proj\.(?:[kv]_scale|output_scale|output_zero_point)|(?:[qkv]|kv)_fake_quantizer\.qscale_act)"
 )
 _FINE_GRAINED = "transformers, with FineGrainedFP8Config(dequantize=True)"
@@ -74,6 +78,27 @@ _EXPONENTS = frozenset({"F8_E8M0", "U8"})
 FP4 = FP8._replace(label="FP4 with scales", dtypes=frozenset({"I8"}), companions=(".weight_scale_inv",))
 FP4_OF_EXPERTS = FP4._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
 FP4_OF_DEEPSEEK = FP4._replace(companions=(".scale",), scales=_EXPONENTS)
+# ModelOpt, AutoFP8 and FBGEMM write float8 and int8 by these names as well, and they mean the same.
+CT_FP8 = Scheme(
+    "float8 with scales", ".weight", _F8, (".weight_scale",), "vLLM, or transformers with compressed-tensors",
+    others=(".weight_zero_point", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
+    methods=("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8"),
+)  # fmt: skip
+CT_INT8 = CT_FP8._replace(label="8-bit numbers with scales", dtypes=frozenset({"I8"}))
+CT_PACKED = Scheme(
+    "packed numbers of compressed-tensors", ".weight_packed", frozenset({"I32", "U8"}), (".weight_scale",),
+    CT_FP8.reader,
+    others=(".weight_shape", ".weight_zero_point", ".weight_global_scale", ".weight_g_idx", *_OF_LINEAR),
+    small=(".weight_shape", ".weight_g_idx"), is_dequantized=True, methods=("compressed-tensors",),
+)  # fmt: skip
+NVFP4 = Scheme(
+    "NVFP4 of ModelOpt", ".weight", frozenset({"U8"}), (".weight_scale_2",), "vLLM or TensorRT-LLM",
+    others=(".weight_scale", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
+    methods=("modelopt", "modelopt_fp4"),
+)  # fmt: skip
+MODELOPT_4BIT = NVFP4._replace(
+    label="4-bit numbers of ModelOpt", companions=(".weight_scale",), others=(".pre_quant_scale", *_OF_LINEAR)
+)
 _BNB_4BIT = Scheme("4 bits of bitsandbytes", ".weight", frozenset(), (), "transformers or Diffusers with bitsandbytes")
 _MARKED = Scheme("float8 with scales of ComfyUI", "", _F8, (), "ComfyUI")
 # Beside ``m.weight``, in whatever dtype the 4-bit numbers are stored (``as_dict`` in ``bitsandbytes/functional.py``).
@@ -89,13 +114,21 @@ TABLE = (
     Scheme("GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM"),
     Scheme("AWQ or GPTQ", ".qweight", _PACKED, (".qzeros", ".scales"), "transformers with GPTQModel, or vLLM"),
     Scheme("MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)"),
+    CT_PACKED,
+    Scheme("marlin-24 of compressed-tensors", ".weight_packed", frozenset({"I32"}), (".scale_packed",), "vLLM"),
+    Scheme("sparse-24-bitmask of compressed-tensors", ".bitmask", frozenset({"U8"}), (".compressed",),
+           "the compressed-tensors that wrote it"),
     Scheme("packed numbers of compressed-tensors", "_packed", _PACKED, ("_scale",), "compressed-tensors"),
+    NVFP4,
     Scheme("NVFP4 of ModelOpt", "", frozenset({"U8"}), ("_scale_2",), "vLLM or TensorRT-LLM"),
     FP8,
     FP8_OF_EXPERTS,
     FP4,
     FP4_OF_EXPERTS,
     FP4_OF_DEEPSEEK,
+    CT_FP8,
+    CT_INT8,
+    MODELOPT_4BIT,
     Scheme("float8 with scales", "", _F8, ("_scale",), "vLLM, or transformers with compressed-tensors"),
     Scheme("8-bit numbers with scales", "", frozenset({"I8", "U8"}), ("_scale",), "the library that wrote it"),
     Scheme("torchao", "qdata", _PACKED, ("scale",), "torchao"),

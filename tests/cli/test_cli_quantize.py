@@ -109,7 +109,7 @@ def test_a_pipeline_needs_a_gpu_to_load(wconv: Callable[..., Any], tmp_path: Pat
     shown = wconv("quantize", source, "-o", tmp_path / "out").stdout
     assert "transformer: 1 modules in 8 bits" in shown
     assert 'torch_dtype=torch.float16, device_map="balanced")' in shown
-    assert "Diffusers loads 8-bit models on a machine with a GPU only." in shown
+    assert "Diffusers loads what bitsandbytes has quantized on a machine with a GPU only." in shown
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ _AGAIN = "Fetch the file again, or quantize the model again."
 _BAND_NBYTES = 1 << 20  # of a matrix that is read row by row, at a time
 _F32 = DTYPES["F32"]
 _NBYTES = 4  # of a number
+_KEPT_NBYTES = 1 << 23  # of a grid: what the finest one has for a task
 
 _Sides = tuple[int, ...]
 
@@ -309,6 +310,7 @@ class Gridded(Derived):
 
     ``dims`` is the shape as the grid has it, of as many elements, and ``block`` how many of them along each axis one of
     the grid is for; the last along an axis may be for fewer. ``origin`` is where the numbers begin in the first block.
+    A part of one knows the ``span`` of the grid, in bytes, that it needs.
     """
 
     grid: TensorSource
@@ -316,6 +318,7 @@ class Gridded(Derived):
     by: Literal["times", "over", "less"] = "times"
     dims: tuple[int, ...] = ()
     origin: tuple[int, ...] = ()
+    span: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.dims:
@@ -330,6 +333,13 @@ class Gridded(Derived):
         return zip(self.origin, self.dims, self.block, strict=True)
 
     @property
+    def grain(self) -> int:
+        # Whole rows, or whole blocks where there is one row, take the fewest steps.
+        together = math.prod(self.dims[1:]) if len(self.dims) > 1 else self.block[0] if self.dims else 1
+        is_one = math.prod(self.grid.shape) == 1
+        return self.source.grain if is_one or self.source.grain > 1 else max(1, together) * _NBYTES
+
+    @property
     def computes(self) -> bool:
         return True
 
@@ -337,8 +347,8 @@ class Gridded(Derived):
         return (*self.source.inputs(), *self.grid.inputs())
 
     def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
-        yield from self.source.extents(begin, end)
         yield from self.grid.extents(*self._span(begin // _NBYTES, end // _NBYTES))
+        yield from self.source.extents(begin, end)
 
     def _span(self, first: int, end: int) -> tuple[int, int]:
         """Give the bytes of the grid between which all lie that numbers have."""
@@ -350,14 +360,14 @@ class Gridded(Derived):
         return begin_row // self.block[0] * inner, -(-end_row // self.block[0]) * inner
 
     def part(self, begin: int, end: int) -> Gridded:
-        source = self.source.part(begin, end)
-        return self if source is self.source else replace(self, source=source)
+        span = self._span(begin // _NBYTES, end // _NBYTES)
+        return replace(self, source=self.source.part(begin, end), grid=self.grid.part(*span), span=span)
 
     def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Gridded:
         self._check_dims()
         first, cells, origin = self._cells_of(start, shape)
         grid = self.grid.box(first, cells)
-        return replace(self, source=self.source.box(start, shape), grid=grid, dims=shape, origin=origin)
+        return replace(self, source=self.source.box(start, shape), grid=grid, dims=shape, origin=origin, span=None)
 
     def _cells_of(self, start: _Sides, shape: _Sides) -> tuple[_Sides, _Sides, _Sides]:
         """Give the box of the grid that a box of numbers has, and where these begin in its first block."""
@@ -371,7 +381,7 @@ class Gridded(Derived):
         self._check_dims()
         source, grid = self.source.permuted(axes), self.grid.permuted(axes)
         block, dims, origin = (tuple(one[axis] for axis in axes) for one in (self.block, self.dims, self.origin))
-        return replace(self, source=source, grid=grid, block=block, dims=dims, origin=origin)
+        return replace(self, source=source, grid=grid, block=block, dims=dims, origin=origin, span=None)
 
     def _check_dims(self) -> None:
         if self.dims != self.shape:
@@ -380,16 +390,21 @@ class Gridded(Derived):
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.kernels import apply_grid
 
+        first, count = begin // _NBYTES, len(out) // _NBYTES
+        span = self.span or (0, _NBYTES * math.prod(self.grid.shape))
+        if span[1] - span[0] > _KEPT_NBYTES:
+            span = self._span(first, first + count)
+        numbers = reader.kept(self.grid, *span)
         self.source.read(begin, out, reader)
+        strides = contiguous_strides(self.grid.shape)
         done = 0
-        for start, shape in blocks_of(self.dims, begin // _NBYTES, len(out) // _NBYTES):
+        for start, shape in blocks_of(self.dims, first, count):
+            cell, cells, origin = self._cells_of(start, shape)
+            # All axes behind that of the run are whole, so these lie in a row.
+            at = _NBYTES * sum(map(math.prod, zip(cell, strides, strict=True))) - span[0]
+            some = numbers[at : at + _NBYTES * math.prod(cells)]
             nbytes = math.prod(shape) * _NBYTES
-            first, cells, origin = self._cells_of(start, shape)
-            with reader.scratch(math.prod(cells) * _NBYTES) as numbers:
-                # All axes behind that of the run are whole, so these lie in a row.
-                at = sum(map(math.prod, zip(first, contiguous_strides(self.grid.shape), strict=True)))
-                self.grid.read(at * _NBYTES, numbers, reader)
-                apply_grid(out[done : done + nbytes], shape, numbers, cells, self.block, origin, self.by)
+            apply_grid(out[done : done + nbytes], shape, some, cells, self.block, origin, self.by)
             done += nbytes
 
     def steps(self) -> TensorSource:

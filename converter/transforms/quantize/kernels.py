@@ -92,7 +92,8 @@ def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
     words = np.frombuffer(chunk, f"<u{coding.width}")
     if inner == 1 and coding.width == 1 and per in _TOGETHER:
         together = _TOGETHER[per]
-        np.take(_words(coding.bits, coding.values).view(together)[:, 0], words, out=wide.view(together), mode="clip")
+        table = _words(coding.bits, np.array(coding.values, "<f4").tobytes())
+        np.take(table.view(together)[:, 0], words, out=wide.view(together), mode="clip")
         return
     rows = wide.reshape(-1, per, inner)
     words = words.reshape(-1, inner)
@@ -109,10 +110,10 @@ def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
 
 
 @cache
-def _words(bits: int, values: tuple[float, ...]) -> Array:
-    """Give the numbers of each byte, [256, 8 // bits]."""
+def _words(bits: int, values: bytes) -> Array:
+    """Give the numbers of each byte, [256, 8 // bits]; bytes tell 0 from -0, which numbers do not."""
     codes = np.arange(256, dtype="u1")[:, np.newaxis] >> np.arange(0, 8, bits, dtype="u1")
-    numbers: Array = np.array(values, "f4")[codes & ((1 << bits) - 1)]
+    numbers: Array = np.frombuffer(values, "<f4")[codes & ((1 << bits) - 1)]
     return numbers
 
 
@@ -212,3 +213,20 @@ def copy_columns(
         if low < high:
             inside = low - column * height - row
             target[low - begin : high - begin] = source[inside : inside + high - low, column]
+
+
+def unpack_dense(chunk: memoryview, bits: int, inner: int, skipped: int, out: memoryview) -> None:
+    """Write codes that lie one behind another in 32-bit words into ``out``, a byte each, but the first ``skipped``.
+
+    32 codes fill as many words as each has bits; ``inner`` words lie side by side, each with codes of its own.
+    """
+    known = np.frombuffer(chunk, "<u4").reshape(-1, inner)
+    units = -(-len(known) // bits)
+    padded = np.zeros((units * bits + 1, inner), "<u8")  # one more, of which no code has a bit
+    padded[: len(known)] = known
+    codes = np.empty((units, 32, inner), "u1")
+    for place in range(32):
+        word, shift = divmod(bits * place, 32)
+        both = padded[word:-1:bits] | padded[word + 1 :: bits][:units] << np.uint64(32)
+        codes[:, place] = both >> np.uint64(shift) & np.uint64((1 << bits) - 1)
+    np.frombuffer(out, "u1")[...] = codes.reshape(-1)[skipped : skipped + len(out)]
