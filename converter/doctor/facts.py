@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
 from converter.errors import Unreachable, Unsupported, WconvError
@@ -176,30 +177,31 @@ def says_quantized(part: Part) -> bool:
     return said or "hf_quant_config.json" in part.files
 
 
-def codes_alone(part: Part, listed: ListedSet) -> list[str]:
-    """List the weights of a quantized set that are codes, and have no scale. ComfyUI reads plain float8 as well."""
-    dtypes = dtypes_in(part, listed)
-    found = find_quantized(dtypes)
-    is_of_comfy = any("ComfyUI" in one.scheme.label for one in found)
-    if is_of_comfy or not (found or says_quantized(part)):
-        return []
-    known = find_belongings(found, dtypes)
-    return [name for name, dtype in dtypes.items() if name not in known and holds_codes(name, dtype)]
+class Alone(NamedTuple):
+    """What of a set does not go together: codes without scales, scales without weights, scales of plain weights."""
+
+    codes: list[str]
+    scales: list[str]
+    unused: list[str]
 
 
-def scales_alone(part: Part, listed: ListedSet) -> tuple[list[str], list[str]]:
-    """List the scales of a set of which the weight is not there, and those of which it is no codes.
+def find_alone(part: Part, dtypes: Mapping[str, DType], found: Sequence[Quantized]) -> Alone:
+    """List what of a set, in which some weights were found, does not go together.
 
-    Float models may have parameters of such names, but for a few that nothing else is called.
+    Float models may have parameters with the names of scales, but for a few that nothing else is called; and ComfyUI
+    reads plain float8 as well.
     """
-    dtypes = dtypes_in(part, listed)
-    found = find_quantized(dtypes)
     is_quantized = bool(found) or says_quantized(part)
+    has_codes = is_quantized and not any("ComfyUI" in one.scheme.label for one in found)
     known = find_belongings(found, dtypes)
-    named = ((name, weight_of(name)) for name in dtypes if name not in known)
+    rest = [name for name in dtypes if name not in known]
+    named = ((name, weight_of(name)) for name in rest)
     alone = [(name, weight) for name, weight in named if weight and (is_quantized or name.endswith(_NOTHING_ELSE))]
-    there = [name for name, weight in alone if weight in dtypes]
-    return [name for name, weight in alone if weight not in dtypes], there
+    return Alone(
+        [name for name in rest if has_codes and holds_codes(name, dtypes[name])],
+        [name for name, weight in alone if weight not in dtypes],
+        [name for name, weight in alone if weight in dtypes],
+    )
 
 
 def misfit(part: Part, listed: ListedSet) -> str:
@@ -228,19 +230,18 @@ def find_scales(dtypes: Mapping[str, DType]) -> dict[str, bool]:
     }
 
 
-def cast_scales(part: Part, listed: ListedSet) -> list[str]:
-    """List the scales of a set that are of a dtype that no library writes them in: something has cast them."""
-    dtypes = dtypes_in(part, listed)
-    owners = find_owners(find_quantized(dtypes), dtypes)
+def cast_scales(dtypes: Mapping[str, DType], found: Sequence[Quantized]) -> list[str]:
+    """List the scales of weights that are of a dtype that no library writes them in: something has cast them."""
+    owners = find_owners(found, dtypes)
     written = ((name, next((tags for end, tags in _WRITTEN if name.endswith(end)), None)) for name in owners)
     return [name for name, tags in written if tags and dtypes[name].tag not in tags]
 
 
-def other_method(part: Part, listed: ListedSet) -> tuple[str, str] | None:
-    """Give the scheme that the config names and those that the weights are in, where these are not the same."""
+def other_method(part: Part, found: Sequence[Quantized]) -> tuple[str, str] | None:
+    """Give the scheme that the config names and those that some weights are in, where these are not the same."""
     said = quantization_of(part.component.config)
     method = said.get("quant_method")
-    schemes = {one.scheme for one in quantized_in(part, listed)}
+    schemes = {one.scheme for one in found}
     if not isinstance(method, str) or not schemes:
         return None
     held = " and ".join(sorted({scheme.label for scheme in schemes}))
@@ -252,20 +253,14 @@ def other_method(part: Part, listed: ListedSet) -> tuple[str, str] | None:
 
 
 def promised_method(part: Part) -> str:
-    """Give the scheme that the config of a part names where none of its sets is quantized; empty for none.
-
-    Only schemes count whose weights would be known.
-    """
+    """Give the scheme in which the config of a part says that weights are, if it is one that would be known by them."""
     said = quantization_of(part.component.config)
     method, groups = said.get("quant_method"), said.get("config_groups")
     is_known = isinstance(method, str) and any(method in scheme.methods for scheme in TABLE)
     has_weights = not isinstance(groups, dict) or any(
         isinstance(one, dict) and one.get("weights") for one in groups.values()
     )
-    sets = part.sound_sets
-    if not is_known or not has_weights or not sets or said.get("format") == "dense":
-        return ""
-    return "" if any(quantized_in(part, listed) for listed in sets) else str(method)
+    return str(method) if is_known and has_weights and said.get("format") != "dense" else ""
 
 
 # Of sets beside each other.
