@@ -15,7 +15,9 @@ from converter.models.schemes import (
     FP8_OF_EXPERTS,
     LLM_INT8,
     MODELOPT_4BIT,
+    MODELOPT_FP8_OF_EXPERTS,
     NVFP4,
+    NVFP4_OF_EXPERTS,
     Scheme,
 )
 from converter.transforms.quantize import bnb_int8, compressed, fp8, modelopt
@@ -26,5 +28,6 @@ DEQUANTIZERS: Mapping[Scheme, Restore] = {
     **dict.fromkeys((FP8, FP8_OF_EXPERTS, FP4, FP4_OF_EXPERTS, FP4_OF_DEEPSEEK), fp8.restore),
     **dict.fromkeys((CT_FP8, CT_INT8), compressed.restore),
     CT_PACKED: compressed.restore_packed,
-    **dict.fromkeys((NVFP4, MODELOPT_4BIT), modelopt.restore),
+    **dict.fromkeys((NVFP4, NVFP4_OF_EXPERTS, MODELOPT_4BIT), modelopt.restore),
+    MODELOPT_FP8_OF_EXPERTS: modelopt.restore_whole,
 }
