@@ -60,7 +60,7 @@ _OF_LINEAR = (
     *(f".{what}_{end}" for what in ("input", "output") for end in ("scale", "zero_point", "global_scale")),
     ".input_scale_ub",
 )
-OF_ACTIVATIONS = (".activation_scale", "_activation_scale", ".qscale_act", *_OF_LINEAR)
+OF_ACTIVATIONS = (".activation_scale", "_activation_scale", ".qscale_act", "_input_scale", "_output_scale", *_OF_LINEAR)
 # What the cache of keys and values is scaled by as it is filled: no weight is (``maybe_remap_kv_scale_name`` in vLLM's
 # ``model_loader/weight_utils.py``, and what ``get_cache_scale`` of its quantizations takes for the same).
 OF_CACHE = re.compile(
@@ -96,6 +96,13 @@ NVFP4 = Scheme(
     others=(".weight_scale", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
     methods=("modelopt", "modelopt_fp4"),
 )  # fmt: skip
+# Experts that are one tensor have all of it under a longer name, and their rows along the last axis.
+NVFP4_OF_EXPERTS = NVFP4._replace(
+    weight="", companions=("_weight_scale_2",), others=("_weight_scale", "_input_scale", "_output_scale")
+)
+MODELOPT_FP8_OF_EXPERTS = CT_FP8._replace(
+    weight="", companions=("_weight_scale",), others=("_input_scale", "_output_scale"), methods=("modelopt",)
+)
 MODELOPT_4BIT = NVFP4._replace(
     label="4-bit numbers of ModelOpt", companions=(".weight_scale",), others=(".pre_quant_scale", *_OF_LINEAR)
 )
@@ -127,6 +134,7 @@ TABLE = (
            "the compressed-tensors that wrote it"),
     Scheme("packed numbers of compressed-tensors", "_packed", _PACKED, ("_scale",), "compressed-tensors"),
     NVFP4,
+    NVFP4_OF_EXPERTS,
     Scheme("NVFP4 of ModelOpt", "", frozenset({"U8"}), ("_scale_2",), "vLLM or TensorRT-LLM"),
     FP8,
     FP8_OF_EXPERTS,
@@ -135,6 +143,7 @@ TABLE = (
     FP4_OF_DEEPSEEK,
     CT_FP8,
     CT_INT8,
+    MODELOPT_FP8_OF_EXPERTS,
     MODELOPT_4BIT,
     Scheme("float8 with scales", "", _F8, ("_scale",), "vLLM, or transformers with compressed-tensors"),
     Scheme("8-bit numbers with scales", "", frozenset({"I8", "U8"}), ("_scale",), "the library that wrote it"),

@@ -16,7 +16,9 @@ from converter.models.schemes import (
     FP8_OF_EXPERTS,
     LLM_INT8,
     MODELOPT_4BIT,
+    MODELOPT_FP8_OF_EXPERTS,
     NVFP4,
+    NVFP4_OF_EXPERTS,
     Scheme,
 )
 from converter.transforms.quantize import bnb_4bit, bnb_int8, compressed, fp8, modelopt
@@ -29,6 +31,7 @@ DEQUANTIZERS: Mapping[Scheme, Restore] = {
     **dict.fromkeys((FP8, FP8_OF_EXPERTS, FP4, FP4_OF_EXPERTS, FP4_OF_DEEPSEEK), fp8.restore),
     **dict.fromkeys((CT_FP8, CT_INT8), compressed.restore),
     CT_PACKED: compressed.restore_packed,
-    **dict.fromkeys((NVFP4, MODELOPT_4BIT), modelopt.restore),
+    **dict.fromkeys((NVFP4, NVFP4_OF_EXPERTS, MODELOPT_4BIT), modelopt.restore),
+    MODELOPT_FP8_OF_EXPERTS: modelopt.restore_whole,
 }
 QUANTIZERS: Mapping[str, Writer] = {writer.name: writer for writer in (bnb_int8.INT8, bnb_4bit.NF4)}
