@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from converter.models.schemes import FP8, FP8_OF_EXPERTS, LLM_INT8, Scheme
-from converter.transforms.quantize import bnb_int8, fp8
+from converter.models.schemes import COMFY_FP8, COMFY_MARKED, COMFY_QUANT, FP8, FP8_OF_EXPERTS, LLM_INT8, Scheme
+from converter.transforms.quantize import bnb_int8, comfy, fp8
 from converter.transforms.quantize.restore import Restore
 
-DEQUANTIZERS: Mapping[Scheme, Restore] = {LLM_INT8: bnb_int8.restore, FP8: fp8.restore, FP8_OF_EXPERTS: fp8.restore}
+DEQUANTIZERS: Mapping[Scheme, Restore] = {
+    LLM_INT8: bnb_int8.restore,
+    FP8: fp8.restore,
+    FP8_OF_EXPERTS: fp8.restore,
+    COMFY_QUANT: comfy.restore_described,
+    COMFY_FP8: comfy.restore_scaled,
+    COMFY_MARKED: comfy.restore_marked,
+}

@@ -92,7 +92,8 @@ def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
     words = np.frombuffer(chunk, f"<u{coding.width}")
     if inner == 1 and coding.width == 1 and per in _TOGETHER:
         together = _TOGETHER[per]
-        np.take(_words(coding.bits, coding.values).view(together)[:, 0], words, out=wide.view(together), mode="clip")
+        numbers = _words(coding.bits, coding.values, coding.order)
+        np.take(numbers.view(together)[:, 0], words, out=wide.view(together), mode="clip")
         return
     rows = wide.reshape(-1, per, inner)
     words = words.reshape(-1, inner)
@@ -109,11 +110,29 @@ def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
 
 
 @cache
-def _words(bits: int, values: tuple[float, ...]) -> Array:
+def _words(bits: int, values: tuple[float, ...], order: tuple[int, ...]) -> Array:
     """Give the numbers of each byte, [256, 8 // bits]."""
-    codes = np.arange(256, dtype="u1")[:, np.newaxis] >> np.arange(0, 8, bits, dtype="u1")
+    shifts = np.arange(0, 8, bits, dtype="u1")
+    if order:
+        shifts = shifts[np.argsort(order)]
+    codes = np.arange(256, dtype="u1")[:, np.newaxis] >> shifts
     numbers: Array = np.array(values, "f4")[codes & ((1 << bits) - 1)]
     return numbers
+
+
+def unswizzle(chunk: memoryview, out: memoryview, shape: tuple[int, int], start: tuple[int, int]) -> None:
+    """Write a box of a matrix of bytes into ``out``, the matrix of ``shape``, of which tiles of 128 x 4 are given.
+
+    The tiles lie side by side, row ``32 * k + r`` of each as the bytes ``16 * r + 4 * k`` to ``+ 4`` of its 512.
+    ``start`` is where the first tile begins in the box, which may be before it.
+    """
+    tiles = np.frombuffer(chunk, "u1").reshape(-1, 32, 4, 4).transpose(2, 1, 0, 3)
+    values = tiles.reshape(128, -1)
+    target = np.frombuffer(out, "u1").reshape(shape)
+    row, column = start
+    into = target[max(0, row) : row + 128, max(0, column) : column + values.shape[1]]
+    top, left = max(0, -row), max(0, -column)
+    into[...] = values[top : top + into.shape[0], left : left + into.shape[1]]
 
 
 def apply_grid(

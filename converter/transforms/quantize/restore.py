@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 from converter.dtypes import DTYPES, DType, OnOverflow
 from converter.errors import BadFile, HostileFile, Unsupported, name_some
 from converter.models.checkpoint import Checkpoint
-from converter.models.schemes import Quantized, Scheme, find_belongings, quantized_in
+from converter.models.schemes import (
+    COMFY_NOTE,
+    COMFY_QUANT,
+    Quantized,
+    Scheme,
+    find_belongings,
+    find_marks,
+    modules_noted,
+    quantized_in,
+)
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import cast
 from converter.tensors.reader import RangeReader
@@ -21,7 +30,7 @@ class Module(NamedTuple):
     """A quantized weight and what stands beside it, by what its name has after that of the ``base`` that they share.
 
     ``contents`` are the bytes of those beside that are small. ``config`` is what config.json says of the quantization,
-    empty where it says nothing. ``is_transposed`` where its library has the weight [in, out], as Conv1D does.
+    empty where it says nothing; what the file's header notes of this module goes before. ``is_transposed`` where its library has the weight [in, out], as Conv1D does.
     """
 
     scheme: Scheme
@@ -82,17 +91,23 @@ def find_restored(
     Raises Unsupported for a scheme that is not in ``restores``, and for what stands beside a weight and is not
     understood; BadFile for scales that are missing or do not fit.
     """
+    noted = modules_noted(checkpoint)
     found = quantized_in(checkpoint)
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     modules = [_module_of(one, tensors, config, transposed, restores) for one in found]
+    modules = [one._replace(config=_said_of(one, noted)) if one.base in noted else one for one in modules]
     contents = _read_small(checkpoint, modules)
     weights = {}
     for module in modules:
         known = {end: contents[one.name] for end, one in module.beside.items() if one.name in contents}
         weights[module.weight.name] = restores[module.scheme](module._replace(contents=known))
-    beside = frozenset(one.name for module in modules for one in module.beside.values())
+    beside = {one.name for module in modules for one in module.beside.values()}.union(find_marks(tensors))
     _check_rest(found, tensors, weights.keys() | beside)
-    return Found(weights, beside)
+    for name in (f"{module}.weight" for module in noted):
+        if name in tensors and name not in weights:
+            problem = f"notes that {name!r} is quantized, and it is {tensors[name].dtype}"
+            raise BadFile(tensors[name].where, problem, "Fetch the file again.")
+    return Found(weights, frozenset(beside))
 
 
 def dequantized(
@@ -110,7 +125,11 @@ def dequantized(
         return cast(Tensor(restored.name, restored.source), target or restored.dtype or DTYPES["BF16"], how)
 
     files = tuple(
-        replace(file, tensors=tuple(write(one) for one in file.tensors if one.name not in found.beside))
+        replace(
+            file,
+            tensors=tuple(write(one) for one in file.tensors if one.name not in found.beside),
+            metadata={key: value for key, value in file.metadata.items() if key != COMFY_NOTE},
+        )
         for file in checkpoint.files
     )
     notes = dict.fromkeys(restored.note for restored in found.weights.values() if restored.note)
@@ -130,6 +149,15 @@ def _module_of(
     base = one.weight.removesuffix(scheme.weight)
     beside = {end: tensors[base + end] for end in scheme.beside if base + end in tensors}
     return Module(scheme, base, weight, beside, {}, config, base in transposed)
+
+
+def _said_of(module: Module, noted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give what a header notes of a module. Raises BadFile for what no loader reads."""
+    said = noted[module.base]
+    if module.scheme is not COMFY_QUANT or not isinstance(said, dict):
+        problem = f"notes of {module.base!r} what does not fit it"
+        raise BadFile(module.weight.where, problem, "Fetch the file again, or quantize the model again.")
+    return said
 
 
 def _read_small(checkpoint: Checkpoint, modules: Sequence[Module]) -> dict[str, bytes]:
