@@ -108,7 +108,7 @@ def plan_dequantized(request: Request) -> Plan:
     casting = request.casting
     if casting.dtype is None:
         raise BadRequest(request.source, "needs a dtype to be written in", "Say which: fp16, bf16 or fp32.")
-    job = open_job(_checked(request))
+    job = open_job(_checked(request, request.source.is_file()))
     said = tuple(component.name for component in job.model.components if "quantization_config" in component.config)
     selected = select(job, components=job.request.selection.components or said)
     ready = []
@@ -121,8 +121,11 @@ def plan_dequantized(request: Request) -> Plan:
     return plan_job(job, selected, make_ready(job, ready))
 
 
-def _checked(request: Request) -> Request:
-    """Give a request for one safetensors set a component. Raises WconvError for places that cannot be."""
+def _checked(request: Request, to_file: bool = False) -> Request:
+    """Give a request for one safetensors set a component, where ``to_file`` the output may be one file.
+
+    Raises WconvError for places that cannot be.
+    """
     if request.output is None:
         raise BadRequest(request.source, "needs a folder to be written to", "Name a new one.")
     check_places(request.source, request.output)
@@ -132,7 +135,8 @@ def _checked(request: Request) -> Request:
     if files and _is_gguf(files[0]) and not (source.is_folder() and find_weight_sets(source)):
         advice = "Quantize the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
-    refuse_file(output)
+    if not to_file:
+        refuse_file(output)
     if output.is_same(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
