@@ -77,8 +77,9 @@ def restore_described(module: Module) -> Restored:
     if weight.dtype is not form.dtype or len(weight.shape) != 2:
         raise _misfit(module, f"{said['format']} is {form.dtype} of two axes, and it is {weight.dtype} {weight.shape}")
     group = said.get("group_size", form.group)
-    if type(group) is not int or not 0 <= group < 1 << 20:
-        raise _misfit(module, f"its group_size is {group!r}")
+    is_fixed = form.read is not _blockwise
+    if type(group) is not int or (group != form.group if is_fixed else not 0 < group < 1 << 20):
+        raise _misfit(module, f"its group_size is {str(group)[:30]!r}")
     return Restored(weight.name, form.read(module, group), slack=_SLACK)
 
 
@@ -127,7 +128,7 @@ def _tensorwise(module: Module, group: int) -> TensorSource:
 def _blockwise(module: Module, group: int) -> TensorSource:
     """Multiply numbers with one scale for each square block."""
     shape, scale = module.weight.shape, module.scale(_SCALE)
-    if not group or any(length % group for length in shape) or scale.shape != tuple(n // group for n in shape):
+    if any(length % group for length in shape) or scale.shape != tuple(n // group for n in shape):
         raise module.misfit(_SCALE, f"it is {list(scale.shape)}, for blocks of {group} in {list(shape)}")
     return _gridded(module, _SCALE, scale.shape, (group, group))
 
