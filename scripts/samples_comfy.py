@@ -2,8 +2,8 @@
 
     PYTHONPATH=WHEELS:COMFYUI .venv/bin/python scripts/samples_comfy.py tests/corpus/quantized/comfy
 
-WHEELS is a folder with comfy_kitchen 0.2.40 and convert_to_quant 1.3.4 unpacked, COMFYUI one with ComfyUI 0.3.64, the last
-with the older form. NAME.safetensors gets NAME.judge.safetensors beside it, in float32.
+WHEELS is a folder with comfy_kitchen 0.2.40 and convert_to_quant 1.3.4 unpacked, COMFYUI one with ComfyUI 0.3.64, which
+loads the older form as such. NAME.safetensors gets NAME.judge.safetensors beside it, in float32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""ComfyUI's quantized files as plain numbers: held against what comfy_kitchen, convert_to_quant and ComfyUI made of them.
+"""ComfyUI's quantized files as plain numbers, held against what its own code makes of them.
 
-The files are from ``scripts/samples_comfy.py``.
+The files are from ``scripts/samples_comfy.py``, made with comfy_kitchen, convert_to_quant and ComfyUI.
 """
 
 from __future__ import annotations

@@ -101,6 +101,7 @@ TABLE = (
     Scheme("MLX", ".weight", frozenset({"U32"}), (".scales",), "MLX"),
     Scheme("numbers with scales", ".weight", _PACKED, (".scale", ".scales", ".qscale_weight", ".absmax"),
            "the library that wrote it"),
+    COMFY_MARKED,
 )  # fmt: skip
 
 

@@ -1,18 +1,20 @@
-"""Models in the 8-bit form of bitsandbytes (LLM.int8), and back, without loading them.
+"""Models with their linear modules quantized, and back, without loading them.
 
-Each weight is read twice: once for the largest magnitude of its rows, before anything is planned, because a weight
-beyond float16 is left as it is and that changes sizes and skip list; and once to be written. What stays between is four
-bytes a row.
+A scheme says what it makes of a weight (``Writer``). For some each weight is read twice: once to be measured, before
+anything is planned, because a weight that the scheme cannot hold is left as it is, and that changes sizes and skip
+list; and once to be written. What stays between is four bytes a row.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-from converter.dtypes import RECAST_SOURCES
+from converter.dtypes import RECAST_SOURCES, DType
 from converter.errors import BadRequest, LossyCast, Unsupported, name_some
 from converter.libraries import library_of
 from converter.libraries.modules import find_linears
@@ -29,16 +31,12 @@ from converter.recipes.steps import Job, make_ready, open_job, open_sets, plan_j
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, run_tasks
 from converter.storage import Place
 from converter.tensors.base import Tensor
-from converter.transforms.quantize import DEQUANTIZERS
-from converter.transforms.quantize.bnb_int8 import (
-    check_scales,
-    cut_rows,
-    find_scales,
-    quantization_config,
-    quantized,
-)
+from converter.tensors.derived import cast
+from converter.transforms.dtype import Casting
+from converter.transforms.quantize import DEQUANTIZERS, QUANTIZERS
 from converter.transforms.quantize.modules import ModuleChoice, choose_modules, list_skipped
 from converter.transforms.quantize.restore import dequantized, find_restored
+from converter.transforms.quantize.write import Measure, Writer, check_measured, cut_rows
 
 # The parts of a pipeline that are quantized where none is named: never the VAE, whose decoding suffers.
 _PARTS = re.compile(r"(transformer|unet|text_encoder)(_\d+)?")
@@ -52,49 +50,73 @@ class Measuring:
     memory_nbytes: int = DEFAULT_MEMORY_NBYTES
     progress: Progress | None = None
 
-    def find_scales(self, weights: Iterable[Tensor]) -> tuple[dict[str, bytes], set[str]]:
-        """Give the scales of each weight by its name, and the names of those that float16 cannot hold."""
+    def find(self, measure: Measure, weights: Iterable[Tensor]) -> tuple[dict[str, bytes], set[str]]:
+        """Give what is found of each weight by its name, and the names of those that the scheme cannot hold."""
         blocks = (block for weight in weights for block in cut_rows(weight))
-        calls = (Call(find_scales, block, block.nbytes, block.weight.name) for block in blocks)
-        found: dict[str, bytearray] = {}
+        calls = (Call(measure.find, block, block.nbytes, block.weight.name) for block in blocks)
+        found: dict[str, dict[int, bytes]] = {}
         lossy: set[str] = set()
-        for block, numbers, are_finite in run_tasks(calls, self.executor, None, self.memory_nbytes, self.progress):
-            scales = found.setdefault(block.weight.name, bytearray(4 * block.weight.shape[0]))
-            scales[4 * block.begin : 4 * block.end] = numbers
-            if not are_finite:
+        for block, numbers, is_fit in run_tasks(calls, self.executor, None, self.memory_nbytes, self.progress):
+            found.setdefault(block.weight.name, {})[block.begin] = numbers
+            if not is_fit:
                 lossy.add(block.weight.name)
-        return {name: bytes(scales) for name, scales in found.items()}, lossy
+        return {name: b"".join(parts[begin] for begin in sorted(parts)) for name, parts in found.items()}, lossy
 
 
 _NO_CHOICE = ModuleChoice()
 _ALONE = Measuring()
 
 
-def plan_quantized(request: Request, choice: ModuleChoice = _NO_CHOICE, measuring: Measuring = _ALONE) -> Plan:
-    """Plan the 8-bit form of a model folder, or of a pipeline's transformer or unet and its text encoders.
+def plan_quantized(
+    request: Request,
+    choice: ModuleChoice = _NO_CHOICE,
+    measuring: Measuring = _ALONE,
+    scheme: str = "int8",
+) -> Plan:
+    """Plan the quantized form of a model folder, or of a pipeline's transformer or unet and its text encoders.
 
     The selection names other parts; the dtype is for all that stays unquantized, None for the source's own. Reads every
-    weight once. Raises WconvError as the commands do, LossyCast where ``choice.strict`` has it so.
+    weight once where the scheme has to know its values before. Raises WconvError as the commands do, LossyCast where
+    ``choice.strict`` has it so.
     """
+    if scheme not in QUANTIZERS:
+        raise BadRequest(request.source, f"cannot be written as {scheme!r}", f"There are {', '.join(QUANTIZERS)}.")
     job = open_job(_checked(request))
     parts = _select_parts(job)
     names = {component.name for component, _ in parts}
     # With a dtype the other parts are cast; without one they are carried over.
     selected = select(job, components=()) if request.casting.dtype else parts
+    quantize = _Quantizing(QUANTIZERS[scheme], choice, measuring, request.casting)
     ready, done = [], {}
     for component, checkpoint in open_sets(job, selected):
         if component.name in names:
-            checkpoint, done[component.name] = _quantize(component, checkpoint, choice, measuring)
+            checkpoint, done[component.name] = _quantize(component, checkpoint, quantize)
         ready.append((component, checkpoint))
     orders = [_with_config(order, done.get(order.component.name)) for order in make_ready(job, ready)]
-    return plan_job(job, selected, orders, Rest(quantized=tuple(done.values())))
+    return plan_job(job, selected, orders, Rest(quantized=tuple(one.part for one in done.values())))
 
 
-def _with_config(order: Order, part: QuantizedPart | None) -> Order:
+class _Quantizing(NamedTuple):
+    """What is asked for: by which scheme, of which modules, and what becomes of the rest."""
+
+    writer: Writer
+    choice: ModuleChoice
+    measuring: Measuring
+    casting: Casting
+
+
+class _Done(NamedTuple):
+    """What became of a component, and what its config says of that."""
+
+    part: QuantizedPart
+    said: dict[str, Any]
+
+
+def _with_config(order: Order, done: _Done | None) -> Order:
     """Let the config of a part say what of it is quantized."""
-    if part is None:
+    if done is None:
         return order
-    config = {**order.component.config, "quantization_config": quantization_config(part.skipped)}
+    config = {**order.component.config, "quantization_config": done.said}
     return order._replace(component=replace(order.component, config=config))
 
 
@@ -156,7 +178,7 @@ def _select_parts(job: Job) -> list[tuple[Component, WeightSet]]:
             advice = "Quantize the model that it was made from."
             raise Unsupported(weight_set.path, "is quantized already, as its config.json says", advice)
         if not component.config:
-            raise BadRequest(weight_set.path, "has no config.json beside it", "It is needed to load an 8-bit model.")
+            raise BadRequest(weight_set.path, "has no config.json beside it", "It is needed to load a quantized model.")
     return parts
 
 
@@ -176,10 +198,9 @@ def _part_names(model: Model, asked: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _quantize(
-    component: Component, checkpoint: Checkpoint, choice: ModuleChoice, measuring: Measuring
-) -> tuple[Checkpoint, QuantizedPart]:
-    """Let the chosen weights of a checkpoint be written in 8 bits, and say what goes into its config."""
+def _quantize(component: Component, checkpoint: Checkpoint, how: _Quantizing) -> tuple[Checkpoint, _Done]:
+    """Let the chosen weights of a checkpoint be written in a scheme, and say what goes into its config."""
+    writer, choice = how.writer, how.choice
     path = checkpoint.weight_set.path
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     refuse_growth(path, checkpoint.tensors)  # all of it is read before there is a plan
@@ -188,13 +209,15 @@ def _quantize(
     weights = {module: name for module, name in {**linears.weights, **linears.unknown}.items() if name}
     wanted, notes = choose_modules(component, checkpoint, linears, choice)
     matrices = {
-        module: _transposed(tensors[weights[module]]) if module in linears.transposed else tensors[weights[module]]
+        module: _matrix(tensors[weights[module]], module in linears.transposed, writer, how.casting)
         for module in wanted
     }
-    check_scales(path, matrices.values())
-    scales, too_large = measuring.find_scales(matrices.values())
+    unfit = {module: writer.unfit(one, module in linears.transposed) for module, one in matrices.items()}
+    notes += _note_unfit(unfit)
+    wanted = [module for module in wanted if not unfit[module]]
+    found, too_large = _measure(path, writer, how.measuring, [matrices[module] for module in wanted])
     lossy = [module for module in wanted if weights[module] in too_large]
-    notes += _note_lossy(checkpoint, lossy, choice.strict)
+    notes += _note_lossy(checkpoint, writer, lossy, choice.strict)
     wanted = [module for module in wanted if module not in lossy]
     skipped = list_skipped(component, linears, weights, wanted)
     left = [module for module in wanted if library_of(component).is_skipped(module, skipped)]
@@ -203,30 +226,56 @@ def _quantize(
         wanted = [module for module in wanted if module not in left]
     if not wanted:
         raise BadRequest(path, "has no module that would be quantized", "See --include, --skip and --component.")
-    made = {weights[module]: quantized(matrices[module], scales[weights[module]]) for module in wanted}
+    made = {weights[module]: writer.write(matrices[module], found.get(weights[module], b"")) for module in wanted}
     files = tuple(
         replace(file, tensors=tuple(new for old in file.tensors for new in made.get(old.name, (old,))))
         for file in checkpoint.files
     )
     sizes = tuple(
-        (module, matrices[module].nbytes, sum(new.nbytes for new in made[weights[module]])) for module in sorted(wanted)
+        (module, tensors[weights[module]].nbytes, sum(new.nbytes for new in made[weights[module]]))
+        for module in sorted(wanted)
     )
     changed = replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
-    return changed, QuantizedPart(component.name, sizes, skipped)
+    said = writer.config(skipped, how.casting.dtype or _most_common(matrices[module].dtype for module in wanted))
+    return changed, _Done(QuantizedPart(component.name, sizes, skipped), said)
 
 
-def _note_lossy(checkpoint: Checkpoint, lossy: Collection[str], is_strict: bool) -> Iterable[str]:
-    """Note which modules float16 cannot hold. Raises LossyCast for any, if that is strict."""
+def _matrix(weight: Tensor, is_transposed: bool, writer: Writer, casting: Casting) -> Tensor:
+    """Give a weight as [out, in], in the dtype that its loader would quantize it from."""
+    if writer.casts_first and casting.dtype:
+        weight = cast(weight, casting.dtype, casting.on_overflow)
+    return weight._replace(source=weight.source.permuted((1, 0))) if is_transposed else weight
+
+
+def _most_common(dtypes: Iterable[DType]) -> DType:
+    return Counter(dtypes).most_common(1)[0][0]
+
+
+def _note_unfit(unfit: Mapping[str, str]) -> Iterator[str]:
+    """Note which modules are left as they are, by the reasons that there are."""
+    for why in dict.fromkeys(filter(None, unfit.values())):
+        modules = (module for module, reason in unfit.items() if reason == why)
+        yield f"left as they are, as {why}: {', '.join(modules)}"
+
+
+def _measure(
+    path: Place, writer: Writer, measuring: Measuring, weights: Collection[Tensor]
+) -> tuple[Mapping[str, bytes], Container[str]]:
+    """Give what a scheme has to know of weights before, by their names, and the names of those that it cannot hold."""
+    if writer.measure is None:
+        return {}, ()
+    check_measured(path, weights)
+    return measuring.find(writer.measure, weights)
+
+
+def _note_lossy(checkpoint: Checkpoint, writer: Writer, lossy: Collection[str], is_strict: bool) -> Iterator[str]:
+    """Note which modules a scheme cannot hold. Raises LossyCast for any, if that is strict."""
     path = checkpoint.weight_set.path
-    if lossy:
-        problem = f"holds weights with values that float16 cannot hold, in {name_some(lossy, 5)}"
+    if lossy and writer.measure:
+        problem = f"holds weights with {writer.measure.cause}, in {name_some(lossy, 5)}"
         if is_strict:
             raise LossyCast(path, problem, "Without --strict these modules are left as they are.")
         yield f"{path.name} {problem}: left as they are"
-
-
-def _transposed(weight: Tensor) -> Tensor:
-    return weight._replace(source=weight.source.permuted((1, 0)))
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

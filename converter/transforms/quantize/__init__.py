@@ -1,4 +1,4 @@
-"""Quantized weights as plain numbers again, and back: a module a scheme, and here which one reads what."""
+"""Quantized weights as plain numbers again, and back: a module a scheme, and here which one reads or writes what."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from converter.models.schemes import COMFY_FP8, COMFY_MARKED, COMFY_QUANT, FP8, FP8_OF_EXPERTS, LLM_INT8, Scheme
 from converter.transforms.quantize import bnb_int8, comfy, fp8
 from converter.transforms.quantize.restore import Restore
+from converter.transforms.quantize.write import Writer
 
 DEQUANTIZERS: Mapping[Scheme, Restore] = {
     LLM_INT8: bnb_int8.restore,
@@ -16,3 +17,4 @@ DEQUANTIZERS: Mapping[Scheme, Restore] = {
     COMFY_FP8: comfy.restore_scaled,
     COMFY_MARKED: comfy.restore_marked,
 }
+QUANTIZERS: Mapping[str, Writer] = {writer.name: writer for writer in (bnb_int8.INT8,)}

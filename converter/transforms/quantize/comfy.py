@@ -5,11 +5,14 @@ The older form: a file has a tensor ``scaled_fp8``, whose values mean nothing; a
 ComfyUI 0.3.64's ``comfy/ops.py``, whose default is 1; ``convert_old_quants`` in ``comfy/utils.py`` of later ones).
 ``m.scale_input`` is for inputs.
 
-The newer: ``m.comfy_quant`` is JSON in bytes, and so may be what the header notes under ``_quantization_metadata``, which
-goes before. Its ``format`` says what ``m.weight``, ``m.weight_scale`` and ``m.weight_scale_2`` are
-(``_load_quantized_module`` in ``comfy/ops.py``; numbers as in ``comfy_kitchen/backends/eager/quantization.py``, in float32;
-formats that convert_to_quant adds as its ``comfy/quant_ops.py`` has them). Scales of blocks along a row lie in the order
-that cuBLAS reads them in (``to_blocked`` in ``comfy_kitchen/float_utils.py``).
+The newer: ``m.comfy_quant`` is JSON in bytes, and so may be what the header notes under ``_quantization_metadata``. Its
+``format`` says what ``m.weight``, ``m.weight_scale`` and ``m.weight_scale_2`` are (``_load_quantized_module`` in
+``comfy/ops.py``; numbers as in ``comfy_kitchen/backends/eager/quantization.py``, in float32; those of formats that
+convert_to_quant adds as in its ``comfy/quant_ops.py``). Scales of blocks along a row lie in the order that cuBLAS reads
+them in (``to_blocked`` in ``comfy_kitchen/float_utils.py``).
+
+In bfloat16 the CPU code of ComfyUI rounds the scale of float8 before it multiplies, and its kernels for GPUs do not:
+here the product is rounded, once.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ class Module(NamedTuple):
     """A quantized weight and what stands beside it, by what its name has after that of the ``base`` that they share.
 
     ``contents`` are the bytes of those beside that are small. ``config`` is what config.json says of the quantization,
-    empty where it says nothing; what the file's header notes of this module goes before. ``is_transposed`` where its library has the weight [in, out], as Conv1D does.
+    empty where it says nothing; or what the file's header notes of this module. ``is_transposed`` where its library has
+    the weight [in, out], as Conv1D does.
     """
 
     scheme: Scheme
