@@ -72,12 +72,11 @@ def command(
     from functools import partial
 
     from converter.cli.convert import open_run, run_prepared, take_run
-    from converter.recipes.quantize import Measuring, plan_quantized
+    from converter.recipes.quantize import Measuring, plan_quantized, writer_of
     from converter.recipes.request import Request, prepare
-    from converter.transforms.quantize import QUANTIZERS
     from converter.transforms.quantize.modules import ModuleChoice
 
-    writer = QUANTIZERS[scheme]
+    writer = writer_of(scheme, source)
     run = take_run(options)
     request = Request.of(source, **options)
     choice = ModuleChoice(include, skip, strict)

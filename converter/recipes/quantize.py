@@ -90,10 +90,11 @@ def plan_quantized(
     """
     if scheme not in QUANTIZERS:
         raise BadRequest(request.source, f"cannot be written as {scheme!r}", f"There are {', '.join(QUANTIZERS)}.")
-    writer = QUANTIZERS[scheme]
-    job = open_job(_checked(request, scheme in FILE_QUANTIZERS and request.source.is_file()))
-    if job.model.kind == "file" and scheme in FILE_QUANTIZERS:
-        return _plan_file(job, _Quantizing(FILE_QUANTIZERS[scheme], choice, measuring, request.casting))
+    writer = writer_of(scheme, request.source)
+    is_file = writer not in QUANTIZERS.values()
+    job = open_job(_checked(request, is_file))
+    if is_file:
+        return _plan_file(job, _Quantizing(writer, choice, measuring, request.casting))
     parts = _select_parts(job, writer)
     names = {component.name for component, _ in parts}
     # With a dtype the other parts are cast; without one they are carried over.
@@ -106,6 +107,12 @@ def plan_quantized(
         ready.append((component, checkpoint))
     orders = [_with_config(order, done.get(order.component.name)) for order in make_ready(job, ready)]
     return plan_job(job, selected, orders, Rest(quantized=tuple(one.part for one in done.values())))
+
+
+def writer_of(scheme: str, source: Place) -> Writer:
+    """Give what writes a source in a scheme: of single files some have a form of their own."""
+    is_of_files = scheme in FILE_QUANTIZERS and source.is_file()
+    return FILE_QUANTIZERS[scheme] if is_of_files else QUANTIZERS[scheme]
 
 
 def _plan_file(job: Job, how: _Quantizing) -> Plan:

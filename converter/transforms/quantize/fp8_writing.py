@@ -6,9 +6,10 @@ with NaN or infinity has no scale, and stays as it is.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from converter.dtypes import DTYPES, DType
 from converter.tensors.base import Tensor, TensorSource
@@ -21,7 +22,7 @@ _F8, _F32 = DTYPES["F8_E4M3"], DTYPES["F32"]
 _BLOCK = 128
 _CAUSE = "values that are no finite numbers"
 _WHOLE = 0  # a cell as long as the matrix
-_ACCURACY = "Each value comes out within 1/16 of itself, or 1/2**19 of the largest one that has the same scale."
+_ACCURACY = "Each value comes out within about 1/16 of itself, or 1/450,000 of the largest one of the same scale."
 
 
 class _Cell(NamedTuple):
@@ -82,14 +83,15 @@ def _measure(cell: _Cell) -> Measure:
     return Measure(partial(find_maxima, cell=cell), _CAUSE, rows=cell.rows or 1)
 
 
-def _in_float8(weight: Tensor, factors: bytes, cell: _Cell, by: Any = "times", to: DType | None = None) -> Tensor:
-    """Give a weight in float8, with each of its cells multiplied with a factor, or divided; rounded before, if so."""
+def _scaled(weight: Tensor, factors: bytes, cell: _Cell, by: Literal["times", "over"] = "times") -> TensorSource:
+    """Give a weight in float32 with each of its cells multiplied with a factor, or divided."""
     rows, columns = weight.shape
     block = cell.rows or rows, cell.columns or columns
     grid = Constant(_F32, (-(-rows // block[0]), -(-columns // block[1])), factors)
-    numbers: TensorSource = Gridded(Widened(weight.source), grid, block, by)
-    if to is not None and to.bits < 32:
-        numbers = Cast(numbers, to)
+    return Gridded(Widened(weight.source), grid, block, by)
+
+
+def _in_float8(weight: Tensor, numbers: TensorSource) -> Tensor:
     return weight._replace(source=Cast(numbers, _F8, "saturate"))
 
 
@@ -113,7 +115,8 @@ def write_blocks(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
 
     factors, inverse = block_scales(found)
     shape = weight.shape[0] // _BLOCK, weight.shape[1] // _BLOCK
-    return _in_float8(weight, factors, _TILE), _beside(weight, ".weight_scale_inv", _F32, shape, inverse)
+    codes = _in_float8(weight, _scaled(weight, factors, _TILE))
+    return codes, _beside(weight, ".weight_scale_inv", _F32, shape, inverse)
 
 
 def _has_no_blocks(weight: Tensor, is_transposed: bool) -> str:
@@ -157,6 +160,7 @@ FP8_BLOCK = Writer(
 
 
 _ROW = _Cell(1, _WHOLE)
+_MINUS_ZERO = struct.pack("<f", -0.0)
 
 
 def write_rows(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
@@ -168,8 +172,13 @@ def write_rows(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
 
     dtype = weight.dtype if weight.dtype.bits < 32 else _F32
     divisors, scales = row_scales(found, dtype)
+    numbers = _scaled(weight, divisors, _ROW, "over")
+    if dtype.bits < 32:
+        numbers = Widened(Cast(numbers, dtype))
+    # It adds a zero point of 0, which takes the sign off zeros.
+    numbers = Gridded(numbers, Constant(_F32, (1, 1), _MINUS_ZERO), weight.shape, "less")
     shape = weight.shape[0], 1
-    return _in_float8(weight, divisors, _ROW, "over", dtype), _beside(weight, ".weight_scale", dtype, shape, scales)
+    return _in_float8(weight, numbers), _beside(weight, ".weight_scale", dtype, shape, scales)
 
 
 def _is_no_linear(weight: Tensor, is_transposed: bool) -> str:
@@ -178,13 +187,12 @@ def _is_no_linear(weight: Tensor, is_transposed: bool) -> str:
 
 def _rows_config(skipped: Sequence[str], dtype: DType) -> dict[str, Any]:
     """Give what ``ModelCompressor.update_config`` of compressed-tensors 0.20.0 writes for its preset FP8_DYNAMIC."""
-    numbers = {"group_size": None, "num_bits": 8, "symmetric": True, "type": "float"}
     group = {
         "format": "float-quantized",
-        "input_activations": {"dynamic": True, **numbers, "strategy": "token"},
+        "input_activations": _numbers(dynamic=True, strategy="token"),
         "output_activations": None,
         "targets": ["Linear"],
-        "weights": {"dynamic": False, **numbers, "strategy": "channel"},
+        "weights": _numbers(dynamic=False, strategy="channel"),
     }
     return {
         "config_groups": {"group_0": group},
@@ -198,6 +206,11 @@ def _rows_config(skipped: Sequence[str], dtype: DType) -> dict[str, Any]:
         "transform_config": {},
         "version": "0.20.0",
     }
+
+
+def _numbers(dynamic: bool, strategy: str) -> dict[str, Any]:
+    kind = {"strategy": strategy, "symmetric": True, "type": "float"}
+    return {"dynamic": dynamic, "group_size": None, "num_bits": 8, **kind}
 
 
 FP8_SCALED = Writer(
@@ -232,7 +245,7 @@ def write_whole(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
 
     factor, scale = whole_scale(found)
     return (
-        _in_float8(weight, factor, _ALL),
+        _in_float8(weight, _scaled(weight, factor, _ALL)),
         _beside(weight, ".weight_scale", _F32, (), scale),
         _beside(weight, ".comfy_quant", DTYPES["U8"], (len(_SAID),), _SAID),
     )

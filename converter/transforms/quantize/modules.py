@@ -29,7 +29,9 @@ _ALL_EXPERTS = r"re:.*\.experts\.\d+\..*"
 # ``constants.py``).
 _IN_BLOCK = re.compile(r"(^|\.)\w*(block|blocks|layer|layers|refiner)\.\d+\.")
 _STAYS = re.compile(
-    r"norm|mod(\.|$|ulation)|_mod|adaln|emb|shared|relative_attention_bias|scale_shift|gate_logits", re.I
+    r"norm|_mod(\.|$)|modulation|adaln|emb|(^|\.)shared\.|relative_attention_bias|scale_shift|gate_logits"
+    r"|^(cond_stage_model|conditioner|text_encoders|first_stage_model|vae)\.",
+    re.IGNORECASE,
 )
 
 
