@@ -163,3 +163,11 @@ def test_a_marked_file_may_have_float8_that_nothing_scales(wconv: Callable[..., 
     wconv("dequantize", tmp_path / "m.safetensors", "-o", out, "--dtype", "bf16")
     expected = {key: one.bfloat16() for key, one in state.items() if key != "scaled_fp8"}
     assert_same(load_file(out), expected)
+
+
+def test_float8_beside_what_is_described_is_as_it_is(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    """``_load_quantized_module`` casts the weights of modules that nothing describes."""
+    save_file({**FP8, "n.weight": EIGHT.clone()}, tmp_path / "m.safetensors")
+    wconv("dequantize", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "--dtype", "fp16")
+    expected = {"m.weight": (EIGHT.float() / 2).half(), "n.weight": EIGHT.half()}
+    assert_same(load_file(tmp_path / "out.safetensors"), expected)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from converter.storage import Place
     from converter.transforms.quantize.write import Writer
 
-SCHEMES = ("int8", "fp8-block", "fp8-scaled")  # the names in QUANTIZERS, which is not loaded for a help text
+SCHEMES = ("int8", "nf4", "fp8-block", "fp8-scaled")  # the names in QUANTIZERS, which is not loaded for a help text
 
 
 @click.command("quantize")

@@ -7,7 +7,8 @@ scales, so a weight counts as quantized only where its companions stand beside i
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+import re
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from converter.dtypes import DType
@@ -24,7 +25,8 @@ class Scheme(NamedTuple):
 
     A weight of one of ``dtypes`` that has one of the companions is in this scheme. ``reader`` loads it;
     ``is_dequantized`` where 'wconv dequantize' does too. ``others`` may stand beside it as well, and mean nothing
-    without it; ``small`` are those of all these whose bytes say how it is to be read.
+    without it; ``small`` are those of all these whose bytes say how it is to be read. ``scales`` are the dtypes that
+    the companions have to be of, where names alone do not tell; ``methods`` what configs call it (``quant_method``).
     """
 
     label: str
@@ -35,6 +37,8 @@ class Scheme(NamedTuple):
     others: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
     is_dequantized: bool = False
+    scales: frozenset[str] = frozenset()
+    methods: tuple[str, ...] = ()
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -51,15 +55,61 @@ LLM_INT8 = Scheme(
     others=(".weight_format",),
     small=(".weight_format",),
     is_dequantized=True,
+    methods=("bitsandbytes",),
 )
 # What an activation was scaled by when the model was measured; weights are whole without it.
-_OF_INPUTS = (".input_scale", ".activation_scale")
+_OF_LINEAR = (
+    *(f".{what}_{end}" for what in ("input", "output") for end in ("scale", "zero_point", "global_scale")),
+    ".input_scale_ub",
+)
+OF_ACTIVATIONS = (".activation_scale", "_activation_scale", ".qscale_act", *_OF_LINEAR)
+# What the cache of keys and values is scaled by as it is filled: no weight is (``maybe_remap_kv_scale_name`` in vLLM's
+# ``model_loader/weight_utils.py``, and what ``get_cache_scale`` of its quantizations takes for the same).
+OF_CACHE = re.compile(
+    r"(.*)\.(?:(?:attn\.)?(?:[qkv]|kv|prob)_(?:scale|zero_point|global_scale)|prob_output_scale"
+    r"|[qkv]_proj\.(?:[kv]_scale|output_scale|output_zero_point)|(?:[qkv]|kv)_fake_quantizer\.qscale_act)"
+)
+_FINE_GRAINED = "transformers, with FineGrainedFP8Config(dequantize=True)"
 FP8 = Scheme(
-    "float8 with scales", ".weight", _F8, (".weight_scale_inv",),
-    "transformers, with FineGrainedFP8Config(dequantize=True)", others=_OF_INPUTS, is_dequantized=True,
+    "float8 with scales", ".weight", _F8, (".weight_scale_inv", ".scale", ".qscale_weight"), _FINE_GRAINED,
+    others=(".input_scale", ".activation_scale", ".qscale_act"), is_dequantized=True, methods=("fp8",),
 )  # fmt: skip
-FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=())
-_BNB_4BIT = Scheme("4 bits of bitsandbytes", ".weight", frozenset(), (), "transformers or Diffusers with bitsandbytes")
+FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
+# Two numbers a byte, as transformers takes all I8 beside these scales; ``.scale`` may be of any 8-bit numbers.
+_EXPONENTS = frozenset({"F8_E8M0", "U8"})
+FP4 = FP8._replace(label="FP4 with scales", dtypes=frozenset({"I8"}), companions=(".weight_scale_inv",))
+FP4_OF_EXPERTS = FP4._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
+FP4_OF_DEEPSEEK = FP4._replace(companions=(".scale",), scales=_EXPONENTS)
+# ModelOpt, AutoFP8 and FBGEMM write float8 and int8 by these names as well, and they mean the same.
+CT_FP8 = Scheme(
+    "float8 with scales", ".weight", _F8, (".weight_scale",), "vLLM, or transformers with compressed-tensors",
+    others=(".weight_zero_point", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
+    methods=("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8"),
+)  # fmt: skip
+CT_INT8 = CT_FP8._replace(label="8-bit numbers with scales", dtypes=frozenset({"I8"}))
+CT_PACKED = Scheme(
+    "packed numbers of compressed-tensors", ".weight_packed", frozenset({"I32", "U8"}), (".weight_scale",),
+    CT_FP8.reader,
+    others=(".weight_shape", ".weight_zero_point", ".weight_global_scale", ".weight_g_idx", *_OF_LINEAR),
+    small=(".weight_shape", ".weight_g_idx"), is_dequantized=True, methods=("compressed-tensors",),
+)  # fmt: skip
+NVFP4 = Scheme(
+    "NVFP4 of ModelOpt", ".weight", frozenset({"U8"}), (".weight_scale_2",), "vLLM or TensorRT-LLM",
+    others=(".weight_scale", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
+    methods=("modelopt", "modelopt_fp4"),
+)  # fmt: skip
+MODELOPT_4BIT = NVFP4._replace(
+    label="4-bit numbers of ModelOpt", companions=(".weight_scale",), others=(".pre_quant_scale", *_OF_LINEAR)
+)
+# In whatever dtype the 4-bit numbers are stored; what is beside them has the whole name of the weight before it
+# (``as_dict`` in ``bitsandbytes/functional.py``).
+_BNB_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+BNB_4BIT = Scheme(
+    "4 bits of bitsandbytes", "", frozenset({"U8", "I8", "BF16", "F16", "F32", "F64", "I16", "I32", "I64"}),
+    (*_BNB_STATES, ".absmax"), "transformers or Diffusers with bitsandbytes",
+    others=(".quant_map", ".nested_absmax", ".nested_quant_map"), small=(*_BNB_STATES, ".quant_map"),
+    is_dequantized=True, methods=("bitsandbytes",),
+)  # fmt: skip
 COMFY_QUANT = Scheme(
     "the form of ComfyUI that comfy_quant describes", ".weight", _PACKED, (".comfy_quant",), "ComfyUI",
     others=(".weight_scale", ".weight_scale_2", ".input_scale"), small=(".comfy_quant",), is_dequantized=True,
@@ -68,12 +118,11 @@ COMFY_FP8 = Scheme(
     "float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), "ComfyUI",
     others=(".scale_input",), is_dequantized=True,
 )  # fmt: skip
-COMFY_MARKED = Scheme("float8 in a file that ComfyUI scales", "", _F8, (), "ComfyUI", is_dequantized=True)
+# What has no scale in a file in which others have one is as it is.
+COMFY_MARKED = Scheme("float8 in a file of ComfyUI", "", _F8, (), "ComfyUI", is_dequantized=True)
 _COMFY = (COMFY_QUANT, COMFY_FP8, COMFY_MARKED)
 # What no module of a float model has.
 _COMFY_LEAVES = frozenset({"scale_weight", "scale_input", "comfy_quant"})
-# Beside ``m.weight``, in whatever dtype the 4-bit numbers are stored (``as_dict`` in ``bitsandbytes/functional.py``).
-_BNB_STATE = ".quant_state.bitsandbytes__"
 # One for all of a model in a file (``convert_old_quants`` in ``comfy/utils.py``).
 _MARK = "scaled_fp8"
 # What a header notes of quantized modules, and what may stand before the names that it has of them (the same function;
@@ -84,15 +133,27 @@ _COMFY_PREFIXES = ("", "model.diffusion_model.", "model.model.", "net.")
 # The first row that fits speaks; the last ones are for what nobody has told of.
 TABLE = (
     LLM_INT8,
+    BNB_4BIT,
     COMFY_QUANT,
     COMFY_FP8,
     Scheme("GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM"),
     Scheme("AWQ or GPTQ", ".qweight", _PACKED, (".qzeros", ".scales"), "transformers with GPTQModel, or vLLM"),
     Scheme("MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)"),
+    CT_PACKED,
+    Scheme("marlin-24 of compressed-tensors", ".weight_packed", frozenset({"I32"}), (".scale_packed",), "vLLM"),
+    Scheme("sparse-24-bitmask of compressed-tensors", ".bitmask", frozenset({"U8"}), (".compressed",),
+           "the compressed-tensors that wrote it"),
     Scheme("packed numbers of compressed-tensors", "_packed", _PACKED, ("_scale",), "compressed-tensors"),
+    NVFP4,
     Scheme("NVFP4 of ModelOpt", "", frozenset({"U8"}), ("_scale_2",), "vLLM or TensorRT-LLM"),
     FP8,
     FP8_OF_EXPERTS,
+    FP4,
+    FP4_OF_EXPERTS,
+    FP4_OF_DEEPSEEK,
+    CT_FP8,
+    CT_INT8,
+    MODELOPT_4BIT,
     Scheme("float8 with scales", "", _F8, ("_scale",), "vLLM, or transformers with compressed-tensors"),
     Scheme("8-bit numbers with scales", "", frozenset({"I8", "U8"}), ("_scale",), "the library that wrote it"),
     Scheme("torchao", "qdata", _PACKED, ("scale",), "torchao"),
@@ -103,6 +164,17 @@ TABLE = (
            "the library that wrote it"),
     COMFY_MARKED,
 )  # fmt: skip
+_BY_DTYPE = {
+    tag: tuple(row for row in TABLE if tag in row.dtypes) for tag in {tag for row in TABLE for tag in row.dtypes}
+}
+# What ends the names of scales that no float model has: with what ends their weight's.
+_SCALE_ENDS = (
+    (".weight_scale_inv", ".weight"), ("_scale_inv", ""), (".qscale_weight", ".weight"), (".scale_weight", ".weight"),
+    (".weight_scale", ".weight"), (".weight_scale_2", ".weight"), (".SCB", ".weight"), (".qzeros", ".qweight"),
+    (".g_idx", ".qweight"), (".weight.absmax", ".weight"),
+)  # fmt: skip
+# What ends the names of weights that are no numbers by themselves; integers may be a float model's under others.
+_CODES = tuple({scheme.weight for scheme in TABLE} - {""})
 
 
 class Quantized(NamedTuple):
@@ -124,9 +196,10 @@ class Quantized(NamedTuple):
         return f"{self.scheme.label}: {self.weight!r} goes with {self.companion!r}"
 
 
-def find_quantized(dtypes: Mapping[str, DType], noted: Container[str] = ()) -> list[Quantized]:
+def find_quantized(dtypes: Mapping[str, DType], noted: Collection[str] = ()) -> list[Quantized]:
     """List the quantized weights among tensors, in order; ``noted`` modules are so by what ComfyUI's headers note."""
-    mark = next(iter(find_marks(dtypes)), None)
+    marks = (name for name in dtypes if is_mark(name) or name.endswith(COMFY_QUANT.companions))
+    mark = next(marks, COMFY_NOTE if noted else None)
     found = (_look_at(name, dtype, dtypes, mark, noted) for name, dtype in dtypes.items())
     return [one for one in found if one]
 
@@ -141,9 +214,9 @@ def quantized_in(checkpoint: Checkpoint) -> list[Quantized]:
     return find_quantized(dtypes, noted)
 
 
-def find_marks(names: Iterable[str]) -> list[str]:
-    """List the tensors that mark all float8 of a model as ComfyUI's: numbers of their own, and no module's."""
-    return [name for name in names if name.endswith(_MARK) and name.rpartition(".")[2] == _MARK]
+def is_mark(name: str) -> bool:
+    """Say whether a tensor marks all float8 of a model as ComfyUI's: it is no module's, and means nothing else."""
+    return name.endswith(_MARK) and name.rpartition(".")[2] == _MARK
 
 
 def modules_noted(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -166,30 +239,39 @@ def modules_noted(checkpoint: Checkpoint) -> dict[str, Any]:
     return found
 
 
+def holds_codes(name: str, dtype: DType) -> bool:
+    """Say whether a tensor of a quantized model is no numbers by itself: floats of 8 bits or fewer, packed integers."""
+    return dtype.tag in _PACKED and (dtype.is_floating or name.endswith(_CODES))
+
+
+def weight_of(name: str) -> str | None:
+    """Give the name of the weight that a tensor scales, by its own name alone; None for what may be anything."""
+    end = next((end for end in _SCALE_ENDS if name.endswith(end[0])), None)
+    return None if end is None else name.removesuffix(end[0]) + end[1]
+
+
 def _look_at(
     name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | None, noted: Container[str]
 ) -> Quantized | None:
-    weight, is_state, _ = name.partition(_BNB_STATE)
-    if is_state:
-        return Quantized(_BNB_4BIT, weight, name) if weight in dtypes else None
-    if dtype.tag not in _PACKED:
-        return None
-    if name.endswith(".weight") and name.removesuffix(".weight") in noted:
+    if dtype.tag in _PACKED and name.endswith(".weight") and name.removesuffix(".weight") in noted:
         return Quantized(COMFY_QUANT, name, COMFY_NOTE)
-    for scheme in TABLE:
-        if dtype.tag in scheme.dtypes and name.endswith(scheme.weight):
+    for scheme in _BY_DTYPE.get(dtype.tag, ()):
+        if name.endswith(scheme.weight):
             base = name.removesuffix(scheme.weight)
-            companion = next((base + end for end in scheme.companions if _scales(base + end, dtype, dtypes)), None)
+            ends = (base + end for end in scheme.companions)
+            companion = next((end for end in ends if _scales(end, dtype, dtypes, scheme.scales)), None)
             if companion:
                 return Quantized(scheme, name, companion)
-    is_marked = mark is not None and dtype.tag in _F8 and name.rpartition(".")[2] != _MARK
-    return Quantized(COMFY_MARKED, name, mark) if mark and is_marked else None
+    is_scale = is_mark(name) or name.endswith(COMFY_QUANT.others)
+    return Quantized(COMFY_MARKED, name, mark) if mark and dtype.tag in _F8 and not is_scale else None
 
 
-def _scales(name: str, weight: DType, dtypes: Mapping[str, DType]) -> bool:
+def _scales(name: str, weight: DType, dtypes: Mapping[str, DType], tags: Container[str]) -> bool:
     """Say whether a tensor may scale a weight; what a plain cast made float8 is as coarse as the weight itself."""
     dtype = dtypes.get(name)
-    return dtype is not None and not (dtype is weight and weight.tag in _F8)
+    if dtype is None or (dtype is weight and weight.tag in _F8):
+        return False
+    return not tags or dtype.tag in tags
 
 
 def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozenset[str]:
@@ -207,10 +289,38 @@ def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozens
 
     def belongs(name: str) -> bool:
         module, _, leaf = name.rpartition(".")
-        if leaf == _MARK or leaf in of_comfy or name in weights or module in weights:
+        if leaf == _MARK or leaf in of_comfy or name in weights or any(parent in weights for parent in _parents(name)):
             return True
         if leaf == "bias" or leaf.endswith("_bias"):
             return False
         return module in modules or name.startswith(stems)
 
     return frozenset(name for name in names if belongs(name)) if weights else frozenset()
+
+
+def find_owners(found: Iterable[Quantized], names: Iterable[str]) -> dict[str, str]:
+    """Map each tensor that stands beside a quantized weight to that: what means nothing without it, so no bias.
+
+    Diffusers reads shard by shard, and looks for both in one (``create_quantized_param`` in
+    ``diffusers/quantizers/bitsandbytes/bnb_quantizer.py``).
+    """
+    found = list(found)
+    weights = {one.weight for one in found}
+    exact, modules = {}, {}
+    for one in found:
+        base, (module, _, leaf) = one.weight.removesuffix(one.scheme.weight), one.weight.rpartition(".")
+        exact.update({base + end: one.weight for end in one.scheme.beside})
+        if leaf == "weight" or one.scheme.weight.startswith(".") or base.endswith(".weight"):
+            modules[module] = one.weight
+    owners = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        owner = exact.get(name) or next((one for one in _parents(name) if one in weights), modules.get(parent))
+        if owner and name not in weights and not leaf.endswith("bias"):
+            owners[name] = owner
+    return owners
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Give what a name begins with, up to each of its dots."""
+    return (name[:at] for at, letter in enumerate(name) if letter == ".")

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
@@ -30,6 +31,7 @@ _PACKED_NBYTES = 1 << 16
 # A comparison takes turns between two files, a merge goes through its shards: more open files would save little, and
 # eight tasks at once are to get along with 64.
 _MAX_OPEN = 4
+_MAX_KEPT = 4  # a weight has scales, zero points, and one scale for those
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class RangeReader:
         self._expected: dict[FileRef, list[Stream]] = {}
         self._current: _SourceFile | None = None
         self._scratch: list[_Scratch] = []
+        self._kept: list[_Kept] = []
         self._led: Storage | None = None
         self._summed: Storage | None = None
         self._begin = self._end = self._crc = 0
@@ -115,6 +118,16 @@ class RangeReader:
     def file(self, ref: FileRef) -> OpenFile:
         """Give a file that is read from, open for now."""
         return self._turn_to(ref).file
+
+    def kept(self, source: TensorSource, begin: int, end: int) -> memoryview:
+        """Give bytes of a source; of few sources those that were asked for last are kept."""
+        for one in self._kept:
+            if one.source is source and (one.begin, one.end) == (begin, end):
+                return one.content
+        content = memoryview(bytearray(end - begin))
+        source.read(begin, content, self)
+        self._kept = [_Kept(source, begin, end, content), *self._kept[: _MAX_KEPT - 1]]
+        return content
 
     def scratch(self, nbytes: int) -> _Scratch:
         """Give room to work in, for as long as the context is open; what it holds at first is anything."""
@@ -169,6 +182,15 @@ def _fill(file: OpenFile, record: ByteRange, begin: int, out: memoryview) -> int
         part = part[lead:]
     out[: len(part)] = part
     return len(part)
+
+
+class _Kept(NamedTuple):
+    """Bytes of a source that were read once."""
+
+    source: TensorSource
+    begin: int
+    end: int
+    content: memoryview
 
 
 class _Scratch:

@@ -76,7 +76,7 @@ def test_quiet_is_quiet(wconv: Callable[..., Any], model: Path, tmp_path: Path) 
 def test_there_and_back(wconv: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     wconv("quantize", model, "-o", tmp_path / "out", "--dtype", "bf16", "--verify")
     shown = wconv("verify", model, tmp_path / "out", "--quantized").stdout
-    assert "The same within half a step of 8 bits: 3 tensors" in shown
+    assert "The same within half a step of the codes in B: 3 tensors" in shown
     assert "mean rel error" in shown
     printed = json.loads(wconv("verify", model, tmp_path / "out", "--quantized", "--json").stdout)
     assert {one["name"] for one in printed["quantized"]} == {f"layers.0.self_attn.{leaf}.weight" for leaf in LEAVES}

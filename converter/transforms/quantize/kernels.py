@@ -87,13 +87,23 @@ def decode(chunk: memoryview, coding: Coding, inner: int, skipped: int, out: mem
         _decode(chunk, coding, inner, wide)
 
 
+def look_up(chunk: memoryview, table: memoryview, out: memoryview) -> None:
+    """Write the float32 numbers of a table of 256 that the bytes of a chunk stand for into ``out``."""
+    np.take(np.frombuffer(table, "<f4"), np.frombuffer(chunk, "u1"), out=np.frombuffer(out, "<f4"), mode="clip")
+
+
+def table_of_steps(table: memoryview) -> bytes:
+    """Give half the distance from each number of a float32 table to the farther one of its neighbours, as it is."""
+    return np.array(half_steps(np.frombuffer(table, "<f4").tolist()), "<f4").tobytes()
+
+
 def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
     per = coding.per_word
     words = np.frombuffer(chunk, f"<u{coding.width}")
     if inner == 1 and coding.width == 1 and per in _TOGETHER:
         together = _TOGETHER[per]
-        numbers = _words(coding.bits, coding.values, coding.order)
-        np.take(numbers.view(together)[:, 0], words, out=wide.view(together), mode="clip")
+        table = _words(coding.bits, np.array(coding.values, "<f4").tobytes(), coding.order)
+        np.take(table.view(together)[:, 0], words, out=wide.view(together), mode="clip")
         return
     rows = wide.reshape(-1, per, inner)
     words = words.reshape(-1, inner)
@@ -110,13 +120,11 @@ def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
 
 
 @cache
-def _words(bits: int, values: tuple[float, ...], order: tuple[int, ...]) -> Array:
-    """Give the numbers of each byte, [256, 8 // bits]."""
-    shifts = np.arange(0, 8, bits, dtype="u1")
-    if order:
-        shifts = shifts[np.argsort(order)]
-    codes = np.arange(256, dtype="u1")[:, np.newaxis] >> shifts
-    numbers: Array = np.array(values, "f4")[codes & ((1 << bits) - 1)]
+def _words(bits: int, values: bytes, order: tuple[int, ...]) -> Array:
+    """Give the numbers of each byte, [256, 8 // bits]; bytes tell 0 from -0, which numbers do not."""
+    codes = np.arange(256, dtype="u1")[:, np.newaxis] >> np.arange(0, 8, bits, dtype="u1")
+    numbers: Array = np.empty(codes.shape, "<f4")
+    numbers[:, order or range(len(numbers[0]))] = np.frombuffer(values, "<f4")[codes & ((1 << bits) - 1)]
     return numbers
 
 
@@ -197,15 +205,16 @@ def rounding_errors(
 ) -> Rounding:
     """Hold float32 numbers against those of ``source`` that they stand for, in ``dtype``.
 
-    ``steps`` is how far each may be off, and ``slack`` what share of itself besides; without one any may be.
+    ``steps`` is how far each may be off, and ``slack`` what share of itself besides; without one by any finite number.
     """
     wide = widen(as_array(source, dtype))
     numbers, allowed = np.frombuffer(found, "<f4"), np.frombuffer(steps, "<f4")
     magnitudes = np.abs(wide)
     with np.errstate(over="ignore", invalid="ignore"):
         errors = np.abs(numbers - wide)
-        beyond = 0
-        if slack is not None:
+        if slack is None:
+            beyond = int((~np.isfinite(errors)).sum())
+        else:
             # What float32 rounds off of products is less than a thousandth of a step.
             bounds = np.abs(allowed) * np.float32(1.001) + magnitudes * np.float32(slack) + _LEAST
             beyond = int((~(errors <= bounds)).sum())
@@ -298,3 +307,20 @@ def copy_columns(
         if low < high:
             inside = low - column * height - row
             target[low - begin : high - begin] = source[inside : inside + high - low, column]
+
+
+def unpack_dense(chunk: memoryview, bits: int, inner: int, skipped: int, out: memoryview) -> None:
+    """Write codes that lie one behind another in 32-bit words into ``out``, a byte each, but the first ``skipped``.
+
+    32 codes fill as many words as each has bits; ``inner`` words lie side by side, each with codes of its own.
+    """
+    known = np.frombuffer(chunk, "<u4").reshape(-1, inner)
+    units = -(-len(known) // bits)
+    padded = np.zeros((units * bits + 1, inner), "<u8")  # one more, of which no code has a bit
+    padded[: len(known)] = known
+    codes = np.empty((units, 32, inner), "u1")
+    for place in range(32):
+        word, shift = divmod(bits * place, 32)
+        both = padded[word:-1:bits] | padded[word + 1 :: bits][:units] << np.uint64(32)
+        codes[:, place] = both >> np.uint64(shift) & np.uint64((1 << bits) - 1)
+    np.frombuffer(out, "u1")[...] = codes.reshape(-1)[skipped : skipped + len(out)]
