@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from converter.storage import Place
     from converter.transforms.quantize.write import Writer
 
-SCHEMES = ("int8", "nf4")  # the names in QUANTIZERS, which is not loaded for a help text
+SCHEMES = ("int8", "nf4", "fp8-block", "fp8-scaled")  # the names in QUANTIZERS, which is not loaded for a help text
 
 
 @click.command("quantize")
@@ -73,12 +73,11 @@ def command(
     from functools import partial
 
     from converter.cli.convert import open_run, run_prepared, take_run
-    from converter.recipes.quantize import Measuring, plan_quantized
+    from converter.recipes.quantize import Measuring, plan_quantized, writer_of
     from converter.recipes.request import Request, prepare
-    from converter.transforms.quantize import QUANTIZERS
     from converter.transforms.quantize.modules import ModuleChoice
 
-    writer = QUANTIZERS[scheme]
+    writer = writer_of(scheme, source)
     run = take_run(options)
     request = Request.of(source, **options)
     choice = ModuleChoice(include, skip, strict)

@@ -195,12 +195,12 @@ def find_alone(part: Part, dtypes: Mapping[str, DType], found: Sequence[Quantize
     has_codes = is_quantized and not any("ComfyUI" in one.scheme.label for one in found)
     known = find_belongings(found, dtypes)
     rest = [name for name in dtypes if name not in known]
-    named = ((name, weight_of(name)) for name in rest)
+    named = ((name, weight_of(name, dtypes[name])) for name in rest)
     alone = [(name, weight) for name, weight in named if weight and (is_quantized or name.endswith(_NOTHING_ELSE))]
     return Alone(
         [name for name in rest if has_codes and holds_codes(name, dtypes[name])],
-        [name for name, weight in alone if weight not in dtypes],
-        [name for name, weight in alone if weight in dtypes],
+        [name for name, weight in alone if weight == name or weight not in dtypes],
+        [name for name, weight in alone if weight != name and weight in dtypes],
     )
 
 

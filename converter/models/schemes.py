@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from converter.dtypes import DType
+from converter.errors import BadFile
+from converter.formats.texts import parse_json
 from converter.models.checkpoint import Checkpoint
 
 _F8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
@@ -121,16 +123,32 @@ BNB_4BIT = Scheme(
     others=(".quant_map", ".nested_absmax", ".nested_quant_map"), small=(*_BNB_STATES, ".quant_map"),
     is_dequantized=True, methods=("bitsandbytes",),
 )  # fmt: skip
-_MARKED = Scheme("float8 with scales of ComfyUI", "", _F8, (), "ComfyUI")
-# One for the whole file (``detect_layer_quantization`` in ``comfy/utils.py``).
+COMFY_QUANT = Scheme(
+    "the form of ComfyUI that comfy_quant describes", ".weight", _PACKED, (".comfy_quant",), "ComfyUI",
+    others=(".weight_scale", ".weight_scale_2", ".input_scale"), small=(".comfy_quant",), is_dequantized=True,
+)  # fmt: skip
+COMFY_FP8 = Scheme(
+    "float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), "ComfyUI",
+    others=(".scale_input",), is_dequantized=True,
+)  # fmt: skip
+# What has no scale in a file in which others have one is as it is.
+COMFY_MARKED = Scheme("float8 in a file of ComfyUI", "", _F8, (), "ComfyUI", is_dequantized=True)
+_COMFY = (COMFY_QUANT, COMFY_FP8, COMFY_MARKED)
+# What no module of a float model has.
+_COMFY_LEAVES = frozenset({"scale_weight", "scale_input", "comfy_quant"})
+# One for all of a model in a file (``convert_old_quants`` in ``comfy/utils.py``).
 _MARK = "scaled_fp8"
+# What a header notes of quantized modules, and what may stand before the names that it has of them (the same function;
+# ``unet_prefix_from_state_dict`` in ``comfy/model_detection.py``).
+COMFY_NOTE = "_quantization_metadata"
+_COMFY_PREFIXES = ("", "model.diffusion_model.", "model.model.", "net.")
 
 # The first row that fits speaks; the last ones are for what nobody has told of.
 TABLE = (
     LLM_INT8,
     BNB_4BIT,
-    Scheme("the form of ComfyUI that comfy_quant describes", ".weight", _PACKED, (".comfy_quant",), "ComfyUI"),
-    Scheme("float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), "ComfyUI"),
+    COMFY_QUANT,
+    COMFY_FP8,
     Scheme("GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM"),
     Scheme("AWQ or GPTQ", ".qweight", _PACKED, (".qzeros", ".scales"), "transformers with GPTQModel, or vLLM"),
     Scheme("MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)"),
@@ -160,6 +178,7 @@ TABLE = (
     Scheme("MLX", ".weight", frozenset({"U32"}), (".scales",), "MLX"),
     Scheme("numbers with scales", ".weight", _PACKED, (".scale", ".scales", ".qscale_weight", ".absmax"),
            "the library that wrote it"),
+    COMFY_MARKED,
 )  # fmt: skip
 _BY_DTYPE = {
     tag: tuple(row for row in TABLE if tag in row.dtypes) for tag in {tag for row in TABLE for tag in row.dtypes}
@@ -194,16 +213,47 @@ class Quantized(NamedTuple):
         return f"{self.scheme.label}: {self.weight!r} goes with {self.companion!r}"
 
 
-def find_quantized(dtypes: Mapping[str, DType]) -> list[Quantized]:
-    """List the quantized weights among tensors, in order."""
-    mark = next((name for name in dtypes if name.endswith(_MARK) and name.rpartition(".")[2] == _MARK), None)
-    found = (_look_at(name, dtype, dtypes, mark) for name, dtype in dtypes.items())
+def find_quantized(dtypes: Mapping[str, DType], noted: Collection[str] = ()) -> list[Quantized]:
+    """List the quantized weights among tensors, in order; ``noted`` modules are so by what ComfyUI's headers note."""
+    marks = (name for name in dtypes if is_mark(name) or name.endswith(COMFY_QUANT.companions))
+    mark = next(marks, COMFY_NOTE if noted else None)
+    found = (_look_at(name, dtype, dtypes, mark, noted) for name, dtype in dtypes.items())
     return [one for one in found if one]
 
 
 def quantized_in(checkpoint: Checkpoint) -> list[Quantized]:
     """List the weights of a checkpoint that other tensors scale, but for those that are written as numbers again."""
-    return find_quantized({info.name: info.dtype for info in checkpoint.tensors if not info.is_made})
+    dtypes = {info.name: info.dtype for info in checkpoint.tensors if not info.is_made}
+    try:
+        noted = modules_noted(checkpoint)
+    except BadFile:  # whoever reads numbers by it says so
+        noted = {}
+    return find_quantized(dtypes, noted)
+
+
+def is_mark(name: str) -> bool:
+    """Say whether a tensor marks all float8 of a model as ComfyUI's: it is no module's, and means nothing else."""
+    return name.endswith(_MARK) and name.rpartition(".")[2] == _MARK
+
+
+def modules_noted(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Map modules to what ComfyUI's note in a header says of each. Raises BadFile for a note that is none."""
+    found: dict[str, Any] = {}
+    for file in checkpoint.files:
+        if COMFY_NOTE not in file.metadata:
+            continue
+        try:
+            note = parse_json(file.metadata[COMFY_NOTE].encode(), file.place, f"its note {COMFY_NOTE} ")
+            layers = note["layers"] if isinstance(note, dict) else None
+        except (ValueError, KeyError):
+            layers = None
+        if not isinstance(layers, dict):
+            raise BadFile(file.place, f"has a note {COMFY_NOTE} that names no modules", "Fetch the file again.")
+        names = {tensor.name for tensor in file.tensors}
+        for layer, said in layers.items():
+            prefix = next((one for one in _COMFY_PREFIXES if f"{one}{layer}.weight" in names), "")
+            found[prefix + layer] = said
+    return found
 
 
 def holds_codes(name: str, dtype: DType) -> bool:
@@ -230,7 +280,11 @@ def cached_by(name: str) -> tuple[str, ...]:
     return tuple(name[: -len(tail) - 1] for tail in tails if _OF_CACHE.fullmatch(tail))
 
 
-def _look_at(name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | None) -> Quantized | None:
+def _look_at(
+    name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | None, noted: Container[str]
+) -> Quantized | None:
+    if dtype.tag in _PACKED and name.endswith(".weight") and name.removesuffix(".weight") in noted:
+        return Quantized(COMFY_QUANT, name, COMFY_NOTE)
     for scheme in _BY_DTYPE.get(dtype.tag, ()):
         if name.endswith(scheme.weight):
             base = name.removesuffix(scheme.weight)
@@ -238,7 +292,8 @@ def _look_at(name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | N
             companion = next((end for end in ends if _scales(end, dtype, dtypes, scheme.scales)), None)
             if companion:
                 return Quantized(scheme, name, companion)
-    return Quantized(_MARKED, name, mark) if mark and mark != name and dtype.tag in _F8 else None
+    is_scale = is_mark(name) or name.endswith(COMFY_QUANT.others)
+    return Quantized(COMFY_MARKED, name, mark) if mark and dtype.tag in _F8 and not is_scale else None
 
 
 def _scales(name: str, weight: DType, dtypes: Mapping[str, DType], tags: Container[str]) -> bool:
@@ -256,13 +311,15 @@ def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozens
     """
     found = list(found)
     weights = {one.weight for one in found}
-    parted = [(one, *one.weight.rpartition(".")) for one in found]
+    # What only a mark says is quantized has nothing beside it.
+    parted = [(one, *one.weight.rpartition(".")) for one in found if one.scheme is not COMFY_MARKED]
+    of_comfy = _COMFY_LEAVES if any(one.scheme in _COMFY for one in found) else ()
     modules = {module for one, module, _, leaf in parted if leaf == "weight" or one.scheme.weight.startswith(".")}
     stems = _Prefixes(one.weight.removesuffix(one.scheme.weight) for one, module, *_ in parted if module not in modules)
 
     def belongs(name: str) -> bool:
         module, _, leaf = name.rpartition(".")
-        if leaf == _MARK or name in weights or any(parent in weights for parent in _parents(name)):
+        if leaf == _MARK or leaf in of_comfy or name in weights or any(parent in weights for parent in _parents(name)):
             return True
         if leaf == "bias" or leaf.endswith("_bias"):
             return False

@@ -9,6 +9,9 @@ from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component, quantization_of
 from converter.models.schemes import (
     BNB_4BIT,
+    COMFY_FP8,
+    COMFY_MARKED,
+    COMFY_QUANT,
     CT_FP8,
     CT_INT8,
     CT_PACKED,
@@ -26,7 +29,7 @@ from converter.models.schemes import (
     Scheme,
     quantized_in,
 )
-from converter.transforms.quantize import bnb_4bit, bnb_int8, compressed, fp8, modelopt
+from converter.transforms.quantize import bnb_4bit, bnb_int8, comfy, compressed, fp8, fp8_writing, modelopt
 from converter.transforms.quantize.restore import Found, Restore, find_restored
 from converter.transforms.quantize.write import Writer
 
@@ -38,8 +41,15 @@ DEQUANTIZERS: Mapping[Scheme, Restore] = {
     CT_PACKED: compressed.restore_packed,
     **dict.fromkeys((NVFP4, NVFP4_OF_EXPERTS, MODELOPT_4BIT), modelopt.restore),
     MODELOPT_FP8_OF_EXPERTS: modelopt.restore_whole,
+    COMFY_QUANT: comfy.restore_described,
+    COMFY_FP8: comfy.restore_scaled,
+    COMFY_MARKED: comfy.restore_marked,
 }
-QUANTIZERS: Mapping[str, Writer] = {writer.name: writer for writer in (bnb_int8.INT8, bnb_4bit.NF4)}
+QUANTIZERS: Mapping[str, Writer] = {
+    writer.name: writer for writer in (bnb_int8.INT8, bnb_4bit.NF4, fp8_writing.FP8_BLOCK, fp8_writing.FP8_SCALED)
+}
+FILE_QUANTIZERS: Mapping[str, Writer] = {fp8_writing.COMFY_FILE.name: fp8_writing.COMFY_FILE}
+"""The schemes of single files, which no library but ComfyUI loads."""
 
 
 def find_numbers(component: Component, checkpoint: Checkpoint) -> Found:
