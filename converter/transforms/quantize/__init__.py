@@ -8,6 +8,10 @@ from converter.libraries.modules import find_linears
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component, quantization_of
 from converter.models.schemes import (
+    BNB_4BIT,
+    COMFY_FP8,
+    COMFY_MARKED,
+    COMFY_QUANT,
     CT_FP8,
     CT_INT8,
     CT_PACKED,
@@ -19,22 +23,33 @@ from converter.models.schemes import (
     FP8_OF_FUSED,
     LLM_INT8,
     MODELOPT_4BIT,
+    MODELOPT_FP8_OF_EXPERTS,
     NVFP4,
+    NVFP4_OF_EXPERTS,
     Scheme,
     quantized_in,
 )
-from converter.transforms.quantize import bnb_int8, compressed, fp8, modelopt
+from converter.transforms.quantize import bnb_4bit, bnb_int8, comfy, compressed, fp8, fp8_writing, modelopt
 from converter.transforms.quantize.restore import Found, Restore, find_restored
 from converter.transforms.quantize.write import Writer
 
 DEQUANTIZERS: Mapping[Scheme, Restore] = {
     LLM_INT8: bnb_int8.restore,
+    BNB_4BIT: bnb_4bit.restore,
     **dict.fromkeys((FP8, FP8_OF_EXPERTS, FP8_OF_FUSED, FP4, FP4_OF_EXPERTS, FP4_OF_DEEPSEEK), fp8.restore),
     **dict.fromkeys((CT_FP8, CT_INT8), compressed.restore),
     CT_PACKED: compressed.restore_packed,
-    **dict.fromkeys((NVFP4, MODELOPT_4BIT), modelopt.restore),
+    **dict.fromkeys((NVFP4, NVFP4_OF_EXPERTS, MODELOPT_4BIT), modelopt.restore),
+    MODELOPT_FP8_OF_EXPERTS: modelopt.restore_whole,
+    COMFY_QUANT: comfy.restore_described,
+    COMFY_FP8: comfy.restore_scaled,
+    COMFY_MARKED: comfy.restore_marked,
 }
-QUANTIZERS: Mapping[str, Writer] = {writer.name: writer for writer in (bnb_int8.INT8,)}
+QUANTIZERS: Mapping[str, Writer] = {
+    writer.name: writer for writer in (bnb_int8.INT8, bnb_4bit.NF4, fp8_writing.FP8_BLOCK, fp8_writing.FP8_SCALED)
+}
+FILE_QUANTIZERS: Mapping[str, Writer] = {fp8_writing.COMFY_FILE.name: fp8_writing.COMFY_FILE}
+"""The schemes of single files, which no library but ComfyUI loads."""
 
 
 def find_numbers(component: Component, checkpoint: Checkpoint) -> Found:

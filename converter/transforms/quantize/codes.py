@@ -31,7 +31,7 @@ class Coding(NamedTuple):
     """How numbers lie in words of ``width`` bytes: ``bits`` each, the first in the lowest bits.
 
     ``values`` is what each code stands for, ``steps`` how far a number that was rounded to it may have been off: both
-    float32, one a code. Of words of several bytes ``order`` says which number each code is, from the lowest bits on.
+    float32, one a code. ``order`` says which number each code is, from the lowest bits on, where that is another.
     """
 
     bits: int

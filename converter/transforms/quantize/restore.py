@@ -11,12 +11,16 @@ from converter.dtypes import DTYPES, DType, OnOverflow
 from converter.errors import BadFile, HostileFile, Unsupported, name_some
 from converter.models.checkpoint import Checkpoint
 from converter.models.schemes import (
+    COMFY_NOTE,
+    COMFY_QUANT,
     OF_ACTIVATIONS,
     Quantized,
     Scheme,
     cached_by,
     find_belongings,
     holds_codes,
+    is_mark,
+    modules_noted,
     quantized_in,
     weight_of,
 )
@@ -27,7 +31,7 @@ from converter.transforms.quantize.codes import AGAIN
 
 _MAX_SMALL_NBYTES = 1 << 24  # of one tensor that is read before there is a plan, and of all together the eightfold
 # What headers say of how the weights beside are quantized: ``convert_to_quant`` and others write it for ComfyUI.
-_METADATA = ("_quantization_metadata",)
+_METADATA = (COMFY_NOTE,)
 # What configs of compressed-tensors and of ModelOpt say of a quantized cache.
 _CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_dtype")
 
@@ -36,7 +40,8 @@ class Module(NamedTuple):
     """A quantized weight and what stands beside it, by what its name has after that of the ``base`` that they share.
 
     ``contents`` are the bytes of those beside that are small. ``config`` is what config.json says of the quantization,
-    empty where it says nothing. ``is_transposed`` where its library has the weight [in, out], as Conv1D does.
+    empty where it says nothing; or what the file's header notes of this module. ``is_transposed`` where its library has
+    the weight [in, out], as Conv1D does.
     """
 
     scheme: Scheme
@@ -102,9 +107,11 @@ def find_restored(
     Raises Unsupported for a scheme that is not in ``restores``, and for what stands beside a weight and is not
     understood; BadFile for scales that are missing or do not fit, for weights without any, and scales without theirs.
     """
+    noted = modules_noted(checkpoint)
     found = quantized_in(checkpoint)
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     modules = [_module_of(one, tensors, config, transposed, restores) for one in found]
+    modules = [one._replace(config=_said_of(one, noted)) if one.base in noted else one for one in modules]
     contents = _read_small(checkpoint, modules)
     weights = {}
     for module in modules:
@@ -112,8 +119,12 @@ def find_restored(
         weights[module.weight.name] = _restore(module._replace(contents=known), restores[module.scheme])
     beside = frozenset(one.name for module in modules for one in module.beside.values())
     of_cache = _find_of_cache(found, tensors, config)
-    beside |= of_cache
+    beside = beside.union(of_cache, filter(is_mark, tensors) if found else ())
     _check_rest(found, tensors, weights.keys() | beside)
+    for name in (f"{module}.weight" for module in noted):
+        if name in tensors and name not in weights:
+            problem = f"notes that {name!r} is quantized, and it is {tensors[name].dtype}"
+            raise BadFile(tensors[name].where, problem, "Fetch the file again.")
     notes = (*_note_left_out(modules, of_cache), *_note_method(modules, config))
     return Found(weights, beside, {module.weight.name: module for module in modules}, notes)
 
@@ -175,7 +186,16 @@ def _module_of(
         raise Unsupported(weight.where, f"is quantized in a form that wconv does not dequantize ({one})", one.advice)
     base = one.weight.removesuffix(scheme.weight)
     beside = {end: tensors[base + end] for end in scheme.beside if base + end in tensors}
-    return Module(scheme, base, weight, beside, {}, config, base in transposed)
+    return Module(scheme, base, weight, beside, {}, config, base.removesuffix(".weight") in transposed)
+
+
+def _said_of(module: Module, noted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give what a header notes of a module. Raises BadFile for what no loader reads."""
+    said = noted[module.base]
+    if module.scheme is not COMFY_QUANT or not isinstance(said, dict):
+        problem = f"notes of {module.base!r} what does not fit it"
+        raise BadFile(module.weight.where, problem, "Fetch the file again, or quantize the model again.")
+    return said
 
 
 def _read_small(checkpoint: Checkpoint, modules: Sequence[Module]) -> dict[str, bytes]:
