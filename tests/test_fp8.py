@@ -78,12 +78,16 @@ def judged(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tor
 
 
 def official(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, block: int = 128) -> torch.Tensor:
-    """Do what ``weight_dequant_kernel`` of DeepSeek does, block by block."""
+    """Do what ``weight_dequant_kernel`` of DeepSeek does, block by block; compressed-tensors has to agree."""
+    from compressed_tensors.entrypoints.convert.converters.fp8block_dequantizer import FP8BlockDequantizer
+
     made = torch.empty(weight.shape, dtype=dtype)
     for row in range(scale.shape[0]):
         for column in range(scale.shape[1]):
             part = slice(row * block, (row + 1) * block), slice(column * block, (column + 1) * block)
             made[part] = (weight[part].float() * scale[row, column].float()).to(dtype)
+    padded = FP8BlockDequantizer(weight_block_size=(block, block), dtype=dtype)
+    assert torch.equal(padded._create_dequantized_weight(weight, scale), made)
     return made
 
 
@@ -191,7 +195,7 @@ def test_what_is_empty_needs_no_scale() -> None:
 PLAIN = {"norm.weight": torch.full((8,), 1 / 3), "n.weight": torch.ones(4, 8).half()}
 WEIGHT = {"m.weight": codes(8, 16), "m.weight_scale_inv": scales(1, 1)}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-NUMBERS = official(WEIGHT["m.weight"], WEIGHT["m.weight_scale_inv"], torch.bfloat16)
+NUMBERS = (WEIGHT["m.weight"].float() * WEIGHT["m.weight_scale_inv"]).bfloat16()
 
 
 def save_model(folder: Path, state: dict[str, torch.Tensor], **config: Any) -> Path:
@@ -305,7 +309,7 @@ def test_a_dtype_casts_all(wconv: Callable[..., Any], tmp_path: Path) -> None:
 
 def test_what_describes_the_quantization_is_left_out(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_model(tmp_path / "m", WEIGHT, quantization_config=BLOCKS)
-    noted = {"format": "pt", "_quantization_metadata": "{}", "made_by": "me"}
+    noted = {"format": "pt", "_quantization_metadata": '{"layers": {}}', "made_by": "me"}
     save_file(WEIGHT, source / "model.safetensors", noted)
     for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json"):
         write_json(source / name, {})
