@@ -57,6 +57,11 @@ FP8 = Scheme(
     "transformers, with FineGrainedFP8Config(dequantize=True)", others=_OF_INPUTS, is_dequantized=True,
 )  # fmt: skip
 FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=())
+MXFP4 = Scheme(
+    "MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)",
+    is_dequantized=True,
+)  # fmt: skip
+MXFP4_ROWS = MXFP4._replace(weight=".blocks", companions=(".scales",), reader="gpt-oss")
 _BNB_4BIT = Scheme("4 bits of bitsandbytes", ".weight", frozenset(), (), "transformers or Diffusers with bitsandbytes")
 _MARKED = Scheme("float8 with scales of ComfyUI", "", _F8, (), "ComfyUI")
 # Beside ``m.weight``, in whatever dtype the 4-bit numbers are stored (``as_dict`` in ``bitsandbytes/functional.py``).
@@ -71,7 +76,8 @@ TABLE = (
     Scheme("float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), "ComfyUI"),
     Scheme("GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM"),
     Scheme("AWQ or GPTQ", ".qweight", _PACKED, (".qzeros", ".scales"), "transformers with GPTQModel, or vLLM"),
-    Scheme("MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)"),
+    MXFP4,
+    MXFP4_ROWS,
     Scheme("packed numbers of compressed-tensors", "_packed", _PACKED, ("_scale",), "compressed-tensors"),
     Scheme("NVFP4 of ModelOpt", "", frozenset({"U8"}), ("_scale_2",), "vLLM or TensorRT-LLM"),
     FP8,

@@ -105,6 +105,9 @@ class Reader(Protocol):
     def scratch(self, nbytes: int) -> AbstractContextManager[memoryview]:
         """Give room to work in, for as long as the context is open; what it holds at first is anything."""
 
+    def held(self, source: TensorSource, begin: int, nbytes: int, room: int) -> memoryview:
+        """Give bytes of a source, of which ``room`` from ``begin`` on are read at once and kept for what follows."""
+
 
 class TensorSource(Protocol):
     """A tensor's bytes, wherever they come from. Positions are in bytes of its own, in row-major order.

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from converter.dtypes import DType, OnOverflow
 from converter.errors import BadFile
 from converter.tensors.base import ByteRange, Reader, Storage, Tensor, TensorSource
-from converter.tensors.view import blocks_of
+from converter.tensors.reader import ITEM_MULTIPLE
+from converter.tensors.view import GATHER_NBYTES, blocks_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -186,6 +187,43 @@ class Cast(Derived):
         with reader.scratch(len(out) // self.to.itemsize * before.itemsize) as values:
             self.source.read(begin // self.to.itemsize * before.itemsize, values, reader)
             reader.too_large += cast_chunk(values, before, out, self.to, self.on_overflow)
+
+
+@dataclass(frozen=True, slots=True)
+class Held(Derived):
+    """A tensor that takes long to read in small parts, as a transposed one does: about ``room`` bytes are at a time.
+
+    These the reader keeps, so that what is made of it can be computed in parts that fit a processor's cache. ``end`` is
+    where what is needed of it ends, in bytes.
+    """
+
+    room: int = GATHER_NBYTES
+    end: int | None = None
+
+    @property
+    def window(self) -> int:
+        return 1
+
+    def part(self, begin: int, end: int) -> Held:
+        return replace(self, source=self.source.part(begin, end), end=end)
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> TensorSource:
+        return held(self.source.box(start, shape), self.room)
+
+    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
+        return held(self.source.permuted(axes), self.room)
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        whole = self.dtype.nbytes(math.prod(self.shape))
+        rest = max((whole if self.end is None else self.end) - begin, len(out))
+        count = max(1, round(rest / self.room))
+        room = -(-rest // count // ITEM_MULTIPLE) * ITEM_MULTIPLE
+        out[:] = reader.held(self.source, begin, len(out), min(room, whole - begin))
+
+
+def held(source: TensorSource, room: int = GATHER_NBYTES) -> TensorSource:
+    """Give a tensor that can be read in small parts."""
+    return Held(source, room) if source.window > 1 else source
 
 
 @dataclass(frozen=True, slots=True)

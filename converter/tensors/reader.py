@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
@@ -30,6 +31,7 @@ _PACKED_NBYTES = 1 << 16
 # A comparison takes turns between two files, a merge goes through its shards: more open files would save little, and
 # eight tasks at once are to get along with 64.
 _MAX_OPEN = 4
+_HELD_NBYTES = 1 << 24  # of what is kept of sources together, but for the last one
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class RangeReader:
         self._expected: dict[FileRef, list[Stream]] = {}
         self._current: _SourceFile | None = None
         self._scratch: list[_Scratch] = []
+        self._held: dict[int, _Held] = {}
         self._led: Storage | None = None
         self._summed: Storage | None = None
         self._begin = self._end = self._crc = 0
@@ -74,6 +77,7 @@ class RangeReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._held.clear()
         self._scratch.clear()  # each knows the list that it goes back to: a circle
         # That a file was changed is also why its bytes are damaged.
         is_checked = kind is None or issubclass(kind, BadFile)
@@ -122,6 +126,19 @@ class RangeReader:
         scratch.nbytes = nbytes
         return scratch
 
+    def held(self, source: TensorSource, begin: int, nbytes: int, room: int) -> memoryview:
+        """Give bytes of a source, of which ``room`` from ``begin`` on are read at once and kept for what follows."""
+        kept = self._held.get(id(source))
+        if kept is None or not kept.begin <= begin <= begin + nbytes <= kept.begin + len(kept.content):
+            content = memoryview(bytearray(max(nbytes, room)))
+            self._held.pop(id(source), None)
+            while sum(len(one.content) for one in self._held.values()) + len(content) > _HELD_NBYTES and self._held:
+                del self._held[next(iter(self._held))]
+            source.read(begin, content, self)
+            # It knows the source, so that no other one can have its id.
+            kept = self._held[id(source)] = _Held(source, begin, content)
+        return kept.content[begin - kept.begin : begin - kept.begin + nbytes]
+
     def _turn_to(self, ref: FileRef) -> _SourceFile:
         current = self._current
         if current is not None and current.ref is ref:
@@ -169,6 +186,14 @@ def _fill(file: OpenFile, record: ByteRange, begin: int, out: memoryview) -> int
         part = part[lead:]
     out[: len(part)] = part
     return len(part)
+
+
+class _Held(NamedTuple):
+    """What is kept of a source: its bytes from ``begin`` on."""
+
+    source: TensorSource
+    begin: int
+    content: memoryview
 
 
 class _Scratch:

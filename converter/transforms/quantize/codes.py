@@ -15,11 +15,12 @@ from typing import Literal, NamedTuple
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
 from converter.tensors.base import ByteRange, Reader, Storage, TensorSource
-from converter.tensors.derived import Constant, Derived
+from converter.tensors.derived import Constant, Derived, held
 from converter.tensors.view import GATHER_NBYTES, View, blocks_of, contiguous_strides
 
 _AGAIN = "Fetch the file again, or quantize the model again."
 _BAND_NBYTES = 1 << 20  # of a matrix that is read row by row, at a time
+_GRID_NBYTES = 1 << 21  # of a grid that is transposed, at a time
 _F32 = DTYPES["F32"]
 _NBYTES = 4  # of a number
 
@@ -279,17 +280,18 @@ class Decoded(Derived):
 
     def permuted(self, axes: tuple[int, ...]) -> Decoded:
         shape = tuple(self.shape[axis] for axis in axes)
-        return replace(self, source=self.source.permuted(axes), of_shape=shape, axis=axes.index(self.axis))
+        source = held(self.source.permuted(axes))
+        return replace(self, source=source, of_shape=shape, axis=axes.index(self.axis))
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.quantize.kernels import decode
+        from converter.transforms.quantize.kernels import DECODING_NBYTES, decode
 
         width = self.coding.width
         done = 0
         for word, words, skipped, count in self._runs(begin // _NBYTES, len(out) // _NBYTES):
-            with reader.scratch(words * width) as chunk:
+            with reader.scratch(words * width) as chunk, reader.scratch(DECODING_NBYTES) as room:
                 self.source.read(word * width, chunk, reader)
-                decode(chunk, self.coding, self._inner, skipped, out[done : done + count * _NBYTES])
+                decode(chunk, self.coding, self._inner, skipped, out[done : done + count * _NBYTES], room)
             done += count * _NBYTES
 
     def steps(self) -> TensorSource:
@@ -363,7 +365,7 @@ class Gridded(Derived):
 
     def permuted(self, axes: tuple[int, ...]) -> Gridded:
         self._check_dims()
-        source, grid = self.source.permuted(axes), self.grid.permuted(axes)
+        source, grid = self.source.permuted(axes), held(self.grid.permuted(axes), _GRID_NBYTES)
         block, dims, origin = (tuple(one[axis] for axis in axes) for one in (self.block, self.dims, self.origin))
         return replace(self, source=source, grid=grid, block=block, dims=dims, origin=origin)
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # What numpy takes a code's numbers for, where one byte has so many: their bits move as one element does.
 _TOGETHER = {1: "<f4", 2: "<u8", 4: "<c16"}
 
+DECODING_NBYTES = 1 << 18  # numbers are looked up together and then put apart: they stay in the cache
+
 _LEAST = np.float32(2**-25)  # half the smallest number of float16, by way of which some schemes go
 
 
@@ -71,41 +73,73 @@ def half_steps(values: list[float]) -> tuple[float, ...]:
     return tuple(found.get(value, 0.0) for value in values)
 
 
-def decode(chunk: memoryview, coding: Coding, inner: int, skipped: int, out: memoryview) -> None:
+def decode(chunk: memoryview, coding: Coding, inner: int, skipped: int, out: memoryview, room: memoryview) -> None:
     """Write the numbers of words into ``out`` as float32, but for the first ``skipped`` ones.
 
-    ``inner`` words lie side by side: their first numbers come first, then their second ones.
+    ``inner`` words lie side by side: their first numbers come first, then their second ones. ``room`` is of
+    DECODING_NBYTES to work in.
     """
     wide = np.frombuffer(out, "<f4")
-    per = coding.per_word
-    count = len(chunk) // coding.width * per
-    if skipped or len(wide) != count:
-        whole = np.empty(count, "<f4")
-        _decode(chunk, coding, inner, whole)
-        wide[...] = whole[skipped : skipped + len(wide)]
-    else:
-        _decode(chunk, coding, inner, wide)
+    unit, nbytes = inner * coding.per_word, inner * coding.width
+    done, at = 0, 0
+    while done < len(wide):
+        inside = 0 if done else skipped
+        units = (len(wide) - done) // unit
+        if inside or not units:
+            # Of the words at both ends not all may be asked for.
+            taken, units = min(unit - inside, len(wide) - done), 1
+            whole = np.empty(unit, "<f4")
+            _decode(chunk[at : at + nbytes], coding, inner, whole, room)
+            wide[done : done + taken] = whole[inside : inside + taken]
+        else:
+            taken = units * unit
+            _decode(chunk[at : at + units * nbytes], coding, inner, wide[done : done + taken], room)
+        done, at = done + taken, at + units * nbytes
 
 
-def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
+def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array, room: memoryview) -> None:
     per = coding.per_word
     words = np.frombuffer(chunk, f"<u{coding.width}")
-    if inner == 1 and coding.width == 1 and per in _TOGETHER:
-        together = _TOGETHER[per]
-        np.take(_words(coding.bits, coding.values).view(together)[:, 0], words, out=wide.view(together), mode="clip")
-        return
     rows = wide.reshape(-1, per, inner)
-    words = words.reshape(-1, inner)
-    values = np.array(coding.values, "f4")
-    mask = words.dtype.type((1 << coding.bits) - 1)
-    for place in range(per):
-        codes = (words >> words.dtype.type(coding.bits * place)) & mask
-        number = coding.order[place] if coding.order else place
+    if coding.width == 1 and per in _TOGETHER and (inner == 1 or _offset(coding.values) is None):
+        together = _words(coding.bits, coding.values).view(_TOGETHER[per])[:, 0]
         if inner == 1:
-            rows[:, number, 0] = values.take(codes[:, 0], mode="clip")
+            np.take(together, words, out=wide.view(_TOGETHER[per]), mode="clip")
         else:
-            for row, code in zip(rows[:, number], codes, strict=True):
-                np.take(values, code, out=row, mode="clip")
+            _put_apart(words.reshape(-1, inner), together, rows, np.frombuffer(room, together.dtype))
+        return
+    words = words.reshape(-1, inner)
+    for place in range(per):
+        codes = (words >> words.dtype.type(coding.bits * place)) & words.dtype.type((1 << coding.bits) - 1)
+        _look_up(codes, coding.values, rows[:, coding.order[place] if coding.order else place])
+
+
+def _put_apart(words: Array, together: Array, rows: Array, room: Array) -> None:
+    """Write the numbers of words, which ``together`` has for each, into the rows that each place has."""
+    height, width = words.shape
+    step = max(1, len(room) // width)
+    for row in range(0, height, step):
+        for begin in range(0, width, len(room)):
+            part = words[row : row + step, begin : begin + len(room)]
+            found = np.take(together, part, out=room[: part.size].reshape(part.shape), mode="clip")
+            numbers = found.view("<f4").reshape(*part.shape, -1)
+            for place in range(rows.shape[1]):
+                rows[row : row + step, place, begin : begin + len(room)] = numbers[:, :, place]
+
+
+def _look_up(codes: Array, values: tuple[float, ...], out: Array) -> None:
+    """Write what codes stand for into ``out``."""
+    offset = _offset(values)
+    if offset is None:
+        out[...] = np.array(values, "f4").take(codes, mode="clip")
+    else:
+        np.add(codes, np.float32(offset), out=out, casting="unsafe")
+
+
+@cache
+def _offset(values: tuple[float, ...]) -> float | None:
+    """Give what makes each code its value when it is added, where there is such a number."""
+    return values[0] if all(value == code + values[0] for code, value in enumerate(values)) else None
 
 
 @cache

@@ -1,0 +1,67 @@
+"""MXFP4 of gpt-oss: numbers of 4 bits in groups of 32, each of which has an exponent, as bytes of two.
+
+``X_blocks`` is U8 [.., rows, groups, 16] and ``X_scales`` U8 [.., rows, groups]. The lower half of a byte comes first;
+a number is a value of e2m1 times 2**(byte - 127). ``X`` is [.., groups * 32, rows]: transposed, as the experts of
+transformers are (``_convert_moe_packed_tensors`` in ``transformers/integrations/mxfp4.py``). OpenAI's own files name
+them ``X.blocks`` and ``X.scales``, and the experts that read them are not transposed (``_get_mxfp4_tensor`` in
+``gpt_oss/torch/weights.py``).
+"""
+
+from __future__ import annotations
+
+from converter.dtypes import DTYPES
+from converter.errors import BadFile
+from converter.tensors.base import Tensor, TensorSource
+from converter.tensors.derived import held
+from converter.transforms.quantize.codes import Coding, Decoded, Gridded, Scales, reshaped
+from converter.transforms.quantize.kernels import half_steps
+from converter.transforms.quantize.restore import Module, Restored
+
+_VALUES = tuple(sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+_CODING = Coding(4, _VALUES, half_steps(list(_VALUES)))
+_BYTES = 16  # of a group
+_SCALES_NBYTES = 1 << 20  # that are read at a time, where they are transposed
+
+
+def restore(module: Module) -> Restored:
+    """Give the experts of a layer, [.., K, rows]. Raises BadFile for blocks or scales of other shapes or dtypes."""
+    blocks, scales = _parts(module)
+    *outer, rows, groups, size = range(len(blocks.shape))
+    return _restored(
+        module,
+        held(blocks.source.permuted((*outer, groups, size, rows))),
+        held(scales.source.permuted((*outer, groups, rows)), _SCALES_NBYTES),
+        scales.name,
+        axis=-2,
+    )
+
+
+def restore_rows(module: Module) -> Restored:
+    """Give the experts of a layer of OpenAI's own files, [.., rows, K]; raises as ``restore`` does."""
+    blocks, scales = _parts(module)
+    return _restored(module, blocks.source, scales.source, scales.name, axis=-1)
+
+
+def _parts(module: Module) -> tuple[Tensor, Tensor]:
+    blocks = module.weight
+    [end] = module.scheme.companions
+    scales = module.scale(end)
+    if len(blocks.shape) < 3 or blocks.shape[-1] != _BYTES:
+        problem = f"has blocks of MXFP4 that are {list(blocks.shape)}, and not [.., rows, groups, 16]: {blocks.name!r}"
+        raise BadFile(blocks.where, problem, "Fetch the file again, or quantize the model again.")
+    needed = blocks.shape[:-1]
+    if scales.dtype.tag not in ("U8", "F8_E8M0") or scales.shape != needed:
+        found = f"it is {scales.dtype} {list(scales.shape)}, and blocks {list(blocks.shape)} need U8 {list(needed)}"
+        raise module.misfit(end, found)
+    return blocks, scales
+
+
+def _restored(module: Module, blocks: TensorSource, scales: TensorSource, name: str, axis: int) -> Restored:
+    """Give the numbers of blocks whose groups lie along an axis, as those of ``scales`` do."""
+    shape, block = list(scales.shape), [1] * len(scales.shape)
+    shape[axis] *= 2 * _BYTES
+    block[axis] = 2 * _BYTES
+    words = list(scales.shape)
+    words[axis] *= _BYTES
+    numbers = Decoded(reshaped(blocks, blocks.dtype, tuple(words)), _CODING, tuple(shape), len(shape) + axis)
+    return Restored(module.base, Gridded(numbers, Scales(scales, name), tuple(block)), DTYPES["BF16"])
