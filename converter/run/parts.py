@@ -42,6 +42,7 @@ _ASKED_NBYTES = 1 << 12  # it takes as long to find out where a smaller tensor l
 
 
 _NAMED = 5  # tensors, in a message
+_GRAINS = 4  # in a chunk, at least: or too little of the room is used
 
 
 class Step(NamedTuple):
@@ -296,7 +297,7 @@ def carry(piece: Piece, chunk_nbytes: int, deal_with: Callable[[int, memoryview,
         for tensor, offset, begin, end in piece.steps:
             buffer.turn_to(offset + begin, tensor.name)
             crc = 0
-            size = tensor.dtype.itemsize or 1  # elements stay whole; packed ones are neither cast nor gathered
+            size = _unit_nbytes(tensor, buffer.nbytes)
             at = begin
             while at < end:
                 out = buffer.room_for(end - at, size)
@@ -314,6 +315,13 @@ def carry(piece: Piece, chunk_nbytes: int, deal_with: Callable[[int, memoryview,
     return report
 
 
+def _unit_nbytes(tensor: Tensor, room: int) -> int:
+    """Give the bytes that stay together in a chunk: an element, or the grain where several find room."""
+    size = tensor.dtype.itemsize or 1  # packed ones are neither cast nor gathered
+    together = math.lcm(size, tensor.source.grain)
+    return together if together * _GRAINS <= room else size
+
+
 def _buffer_nbytes(piece: Piece, chunk_nbytes: int) -> int:
     return max(chunk_nbytes, *(step.tensor.source.window for step in piece.steps))
 
@@ -326,7 +334,7 @@ class _Buffer:
         self._deal_with = deal_with
         self._name = ""
         self._offset = self._filled = 0
-        self._room = nbytes
+        self.nbytes = self._room = nbytes
 
     def turn_to(self, offset: int, name: str) -> None:
         """Let what comes next be of a tensor, at an offset of the file."""
@@ -340,6 +348,8 @@ class _Buffer:
         count = min(nbytes, (self._room - self._filled) // itemsize * itemsize)
         if not count:
             self.flush()
+            if self._room < _GRAINS * itemsize:
+                self._room = self.nbytes
             count = min(nbytes, self._room // itemsize * itemsize)
         self._filled += count
         return self._view[self._filled - count : self._filled]

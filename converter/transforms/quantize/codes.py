@@ -326,6 +326,13 @@ class Gridded(Derived):
         return zip(self.origin, self.dims, self.block, strict=True)
 
     @property
+    def grain(self) -> int:
+        # Whole rows, or whole blocks where there is one row, take the fewest steps.
+        together = math.prod(self.dims[1:]) if len(self.dims) > 1 else self.block[0] if self.dims else 1
+        is_one = math.prod(self.grid.shape) == 1
+        return self.source.grain if is_one or self.source.grain > 1 else max(1, together) * _NBYTES
+
+    @property
     def computes(self) -> bool:
         return True
 
