@@ -9,6 +9,8 @@ them ``X.blocks`` and ``X.scales``, and the experts that read them are not trans
 
 from __future__ import annotations
 
+import math
+
 from converter.dtypes import DTYPES
 from converter.errors import BadFile
 from converter.tensors.base import Tensor, TensorSource
@@ -19,6 +21,7 @@ from converter.transforms.quantize.restore import Module, Restored
 
 _VALUES = tuple(sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 _CODING = Coding(4, _VALUES, half_steps(list(_VALUES)))
+_F32, _BF16 = DTYPES["F32"], DTYPES["BF16"]
 _BYTES = 16  # of a group
 _SCALES_NBYTES = 1 << 20  # that are read at a time, where they are transposed
 
@@ -57,11 +60,17 @@ def _parts(module: Module) -> tuple[Tensor, Tensor]:
 
 
 def _restored(module: Module, blocks: TensorSource, scales: TensorSource, name: str, axis: int) -> Restored:
-    """Give the numbers of blocks whose groups lie along an axis, as those of ``scales`` do."""
-    shape, block = list(scales.shape), [1] * len(scales.shape)
+    """Give the numbers of blocks whose groups lie along an axis, as those of ``scales`` do.
+
+    All axes before the last are taken for one, so that they are dealt with in whole rows.
+    """
+    shape = list(scales.shape)
     shape[axis] *= 2 * _BYTES
-    block[axis] = 2 * _BYTES
-    words = list(scales.shape)
-    words[axis] *= _BYTES
-    numbers = Decoded(reshaped(blocks, blocks.dtype, tuple(words)), _CODING, tuple(shape), len(shape) + axis)
-    return Restored(module.base, Gridded(numbers, Scales(scales, name), tuple(block)), DTYPES["BF16"])
+    height, width = math.prod(scales.shape[:-1]), scales.shape[-1]
+    if axis == -1:
+        words, sides, block = (height, width * _BYTES), (height, shape[-1]), (1, 2 * _BYTES)
+    else:
+        words, sides, block = (height * _BYTES, width), (height * 2 * _BYTES, width), (2 * _BYTES, 1)
+    numbers = Decoded(reshaped(blocks, blocks.dtype, words), _CODING, sides, 2 + axis)
+    grid = Scales(reshaped(scales, scales.dtype, (height, width)), name)
+    return Restored(module.base, reshaped(Gridded(numbers, grid, block), _F32, tuple(shape)), _BF16)
