@@ -21,11 +21,12 @@ from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import Constant, cast
 from converter.tensors.reader import RangeReader
 from converter.transforms.quantize import DEQUANTIZERS
-from converter.transforms.quantize.bnb_int8 import cut_rows, find_scales, quantized
+from converter.transforms.quantize.bnb_int8 import find_scales, quantized
 from converter.transforms.quantize.codes import steps_of
 from converter.transforms.quantize.kernels import rounding_errors
 from converter.transforms.quantize.restore import Module, find_restored
 from converter.transforms.quantize.row_kernels import RowScales, are_finite, quantize_chunk, row_maxima
+from converter.transforms.quantize.write import cut_rows
 
 DTYPES_OF_WEIGHTS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -177,7 +178,7 @@ def test_scales_are_found_in_small_chunks(tmp_path: Path, chunk_nbytes: int) -> 
     weight = wide_range((30, 37)).float()
     [info] = save_matrix(tmp_path, weight).tensors
     found = [find_scales(block, chunk_nbytes) for block in cut_rows(info)]
-    assert b"".join(scales.numbers for scales in found) == raw_bytes(judged(weight)[1])
+    assert b"".join(scales.found for scales in found) == raw_bytes(judged(weight)[1])
 
 
 def test_the_three_tensors_of_a_module(tmp_path: Path) -> None:

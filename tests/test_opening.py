@@ -27,7 +27,8 @@ from converter.storage import FileRef, OpenFile, place_of
 from converter.storage.local import LocalFile
 from converter.tensors.base import Storage, Tensor
 from converter.tensors.reader import RangeReader
-from converter.transforms.quantize.bnb_int8 import cut_rows, find_scales
+from converter.transforms.quantize.bnb_int8 import find_scales
+from converter.transforms.quantize.write import cut_rows
 
 OLD, NEW = make_state(), make_state(seed=1)
 FORMS = ("safetensors", "torch", "deflated", "stream")

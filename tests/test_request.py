@@ -133,8 +133,9 @@ def test_8_bits_take_texts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert prepared.plan is not None
     run_plan(prepared.plan, request=prepared.request)
     assert load_file("back/model.safetensors")["fc.weight"].dtype is torch.float32
-    with pytest.raises(BadRequest, match="needs a dtype to be written in"):
-        plan_dequantized(Request.of("small", "again"))
+    # Neither the request nor the config says a dtype.
+    [written] = plan_dequantized(Request.of("small", "again")).sets
+    assert written.notes == ("dequantized to bf16: 1 weight (LLM.int8 of bitsandbytes)",)
 
 
 def test_8_bits_are_of_the_key_that_is_asked_for(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ FORMS = {
     "fp8 block": ("float8", {"m.weight": eight(), "m.weight_scale_inv": scale(1, 1)}),
     "fp8 tensor": ("float8", {"m.weight": eight(), "m.weight_scale": scale(1), "m.input_scale": scale(1)}),
     "fp8 experts": ("float8", {"m.gate_up_proj": eight(), "m.gate_up_proj_scale_inv": scale(1, 1)}),
-    "fp8 of V4": ("numbers with scales", {"m.weight": eight(), "m.scale": scale(1, 1).to(torch.float8_e8m0fnu)}),
+    "fp8 of V4": ("float8 with scales", {"m.weight": eight(), "m.scale": scale(1, 1).to(torch.float8_e8m0fnu)}),
     "ComfyUI": ("ComfyUI", {"m.weight": eight(), "m.scale_weight": scale(), "m.scale_input": scale(),
                             "scaled_fp8": torch.zeros(0).to(F8)}),
     "ComfyUI, marked": ("ComfyUI", {"m.weight": eight(), "scaled_fp8": torch.zeros(2).to(F8)}),

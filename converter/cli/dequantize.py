@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import FULL_TARGETS, DTypeName, new_folder_option, some_conversion_options, source_arg
+from converter.cli.options import FULL_TARGETS, DTypeName, PlaceType, some_conversion_options, source_arg
 
 if TYPE_CHECKING:
     from converter.storage import Place
@@ -14,21 +14,44 @@ if TYPE_CHECKING:
 
 @click.command("dequantize")
 @source_arg
-@new_folder_option
-@click.option("--dtype", type=DTypeName(FULL_TARGETS), metavar="DTYPE", required=True, help="fp32, bf16 or fp16.")
+@click.option(
+    "-o",
+    "--output",
+    type=PlaceType(),
+    metavar="OUT",
+    required=True,
+    help="The new folder, or URL of one; or a file for a file.",
+)
+@click.option(
+    "--dtype",
+    type=DTypeName(FULL_TARGETS),
+    metavar="DTYPE",
+    help="Write all in this: fp32, bf16 or fp16 (default: what was quantized as config.json names it, or as its "
+    "scheme has it; the rest as it is).",
+)
 @some_conversion_options(
     "from-variant", "component", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "follow-links", "create",
     "private", "pr", "verify", "dry-run",
 )  # fmt: skip
 def command(source: Place, **options: Any) -> None:
-    """Write the 8-bit modules of SRC (LLM.int8 of bitsandbytes) as numbers again, and the rest in the same dtype.
+    """Write the quantized weights of SRC, a folder or a file, as plain numbers again.
 
-    What the rounding to 8 bits took off stays lost; the folder loads without bitsandbytes, anywhere.
+    The result loads anywhere, without the library that quantized it, and can be trained and converted; what rounding
+    to fewer bits took off stays lost. Each number is the one that the scheme's own library computes, bit for bit. Which
+    weights are quantized, and how, is seen by what lies beside them, whatever config.json says; that and the other
+    files of the quantizer are written without it, or left out. Scales of activations and of a KV cache are left out,
+    and counted.
 
     \b
+    wconv dequantize ./DeepSeek-V3 -o ./DeepSeek-V3-bf16   as its config.json names it: bf16
     wconv dequantize ./model-int8 -o ./model-fp16 --dtype fp16
+    wconv dequantize flux-fp8.safetensors -o flux-bf16.safetensors
     """
-    from converter.cli.convert import run_conversion
+    from converter.cli.convert import open_run, run_prepared, take_run
     from converter.recipes.quantize import plan_dequantized
+    from converter.recipes.request import Request, prepare
 
-    run_conversion(source, options, plan_dequantized, "dequantize")
+    run = take_run(options)
+    request = Request.of(source, **options)
+    with open_run(request, run, computes=True) as job:
+        run_prepared(prepare(request, plan_dequantized, "dequantize", recovering=not run.dry_run), job)

@@ -50,7 +50,8 @@ _REST = {
 def command(source: Place, with_tensors: bool, as_json: bool) -> int:
     """Show which weights SRC holds, by component and variant, and what else is there. Reads headers only.
 
-    SRC is a file, an index or a folder, or a URL of one, such as hf://owner/name or s3://bucket/folder.
+    SRC is a file, an index or a folder, or a URL of one, such as hf://owner/name or s3://bucket/folder. Of quantized
+    weights the few bytes are read too that say how, and the numbers are counted that they stand for.
 
     What cannot be read is shown with what is wrong; the exit code is then that of the worst.
     """
@@ -106,23 +107,39 @@ def _describe(
         checkpoint = open_checkpoint(weight_set, Reading(strip_code=True, skip_unreadable=True, lenient=True))
     except WconvError as error:
         return {**content, "error": str(error)}, error
-    return {**content, **_describe_tensors(checkpoint, with_tensors)}, None
+    return {**content, **_describe_tensors(component, checkpoint, with_tensors)}, None
 
 
-def _describe_tensors(checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
+def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
+    from converter.models.component import quantization_of
+    from converter.models.names import fold_numbers
     from converter.tensors.base import find_ties
+    from converter.transforms.quantize.stock import take_stock
 
     tensors = checkpoint.tensors
+    stock = take_stock(checkpoint, quantization_of(component.config))
     content: dict[str, Any] = {
         "format": checkpoint.format,
         "tensors": len(tensors),
-        "parameters": sum(info.numel for info in tensors),
+        "parameters": stock.parameters,
         "nbytes": sum(info.nbytes for info in tensors),
         "dtypes": dict(Counter(info.dtype.tag for info in tensors).most_common()),
         "tied": {**find_ties(tensors), **checkpoint.ties},
-        "notes": list(checkpoint.notes),
+        "quantized": [{**share._asdict(), "bits_per_weight": share.bits_per_weight} for share in stock.shares],
+        "notes": [
+            *checkpoint.notes,
+            *([f"quantized weights are not counted: {stock.error.where} {stock.error.problem}"] if stock.error else ()),
+        ],
         "globals": {name: how for file in checkpoint.files for name, how in file.foreign.items()},
     }
+    if stock.shares:
+        content["plain"] = {
+            "tensors": len(stock.plain),
+            "parameters": sum(info.numel for info in stock.plain),
+            "nbytes": sum(info.nbytes for info in stock.plain),
+            "dtypes": dict(Counter(info.dtype.tag for info in stock.plain).most_common()),
+            "names": fold_numbers(info.name for info in sorted(stock.plain, key=lambda info: -info.nbytes)),
+        }
     if with_tensors:
         content["all_tensors"] = [
             {"name": i.name, "dtype": i.dtype.tag, "shape": list(i.shape), "file": i.file.name if i.file else ""}
@@ -176,11 +193,33 @@ def _row_of(described: dict[str, Any]) -> tuple[str, ...]:
     row = (described["component"] or ".", *named, files)
     if "error" in described:
         return (*row, "-", "-", "-", described["error"])
-    counts = (f"{described['tensors']:,}", show_count(described["parameters"]), show_bytes(described["nbytes"]))
+    counts = (f"{described['tensors']:,}", _show_parameters(described["parameters"]), show_bytes(described["nbytes"]))
     return (*row, *counts, ", ".join(described["dtypes"]) or "-")
 
 
+def _show_parameters(count: int | None) -> str:
+    return "-" if count is None else show_count(count)
+
+
+def _show_quantized(described: dict[str, Any]) -> None:
+    of = f" of {described['component']}" if described["component"] else ""
+    for share in described["quantized"]:
+        count, bits = share["parameters"], share["bits_per_weight"]
+        known = f", {show_count(count)} parameters in {bits:.4g} bits a weight" if count else ""
+        told = f"{share['weights']:,} weights{known}, {show_bytes(share['nbytes'])}: {share['scheme']}"
+        echo(printable(f"quantized{of}: {told}"))
+    if described["quantized"]:
+        plain = described["plain"]
+        held = (
+            f"{plain['tensors']:,} tensors, {show_count(plain['parameters'])} parameters, {show_bytes(plain['nbytes'])}"
+        )
+        dtypes = ", ".join(plain["dtypes"]) or "none"
+        names = f": {name_some(plain['names'], _MAX_NAMED)}" if plain["names"] else ""
+        echo(printable(f"plain{of}: {held} ({dtypes}){names}"))
+
+
 def _show_remarks(described: dict[str, Any]) -> None:
+    _show_quantized(described)
     for dropped, kept in described["tied"].items():
         echo(printable(f"tied: {dropped} is {kept}"))
     for note in described["notes"]:

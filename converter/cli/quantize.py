@@ -13,12 +13,15 @@ from converter.cli.terminal import echo, open_meter, printable, show_bytes, show
 if TYPE_CHECKING:
     from converter.plan.types import Plan, QuantizedPart
     from converter.storage import Place
+    from converter.transforms.quantize.write import Writer
+
+SCHEMES = ("int8",)  # the names in QUANTIZERS, which is not loaded for a help text
 
 
 @click.command("quantize")
 @source_arg
 @new_folder_option
-@click.option("--scheme", type=click.Choice(["int8"]), default="int8", show_default=True, help="LLM.int8.")
+@click.option("--scheme", type=click.Choice(SCHEMES), default="int8", show_default=True, help="What it is written in.")
 @click.option(
     "--include", multiple=True, metavar="REGEX", help="Quantize only linear modules of these names; repeatable."
 )
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     metavar="DTYPE",
     help="Cast what stays: fp32, bf16 or fp16 (default: as it is).",
 )
-@click.option("--strict", is_flag=True, help="Refuse a model with weights that float16 cannot hold.")
+@click.option("--strict", is_flag=True, help="Refuse a model with weights that the scheme cannot hold.")
 @some_conversion_options(
     "from-variant",
     "max-shard-size",
@@ -50,12 +53,16 @@ if TYPE_CHECKING:
     "verify",
     "dry-run",
 )
-def command(source: Place, include: tuple[str, ...], skip: tuple[str, ...], strict: bool, **options: Any) -> None:
-    """Write the linear modules of SRC, a model's or a pipeline's folder, in 8 bits: LLM.int8 of bitsandbytes.
+def command(
+    source: Place, scheme: str, include: tuple[str, ...], skip: tuple[str, ...], strict: bool, **options: Any
+) -> None:
+    """Write the linear modules of SRC, a model's or a pipeline's folder, in 8 or 4 bits.
 
-    The new folder loads in half the memory of the fp16 one; the numbers are those that bitsandbytes gives when it
-    quantizes at load time. Which modules, the model's library decides, as it does then; config.json says so. A module
-    with values that float16 cannot hold is left as it is, and named.
+    int8 is LLM.int8 of bitsandbytes.
+
+    The new folder loads in a half or a quarter of the memory of the fp16 one; the numbers are those that the library
+    gives when it quantizes at load time. Which modules, the model's library decides, as it does then; config.json says
+    so. A module that the scheme cannot hold is left as it is, and named.
 
     \b
     wconv quantize ./model -o ./model-int8
@@ -67,29 +74,31 @@ def command(source: Place, include: tuple[str, ...], skip: tuple[str, ...], stri
     from converter.cli.convert import open_run, run_prepared, take_run
     from converter.recipes.quantize import Measuring, plan_quantized
     from converter.recipes.request import Request, prepare
+    from converter.transforms.quantize import QUANTIZERS
     from converter.transforms.quantize.modules import ModuleChoice
 
-    del options["scheme"]  # there is one
+    writer = QUANTIZERS[scheme]
     run = take_run(options)
     request = Request.of(source, **options)
     choice = ModuleChoice(include, skip, strict)
     with open_run(request, run, computes=True) as job:
         with open_meter(None, "looking", run.quiet) as meter:
             measuring = Measuring(job.workers, int(run.memory), meter)
-            plan = partial(plan_quantized, choice=choice, measuring=measuring)
-            prepared = prepare(request, plan, ("quantize", choice), recovering=not run.dry_run)
+            plan = partial(plan_quantized, choice=choice, measuring=measuring, scheme=scheme)
+            prepared = prepare(request, plan, ("quantize", scheme, choice), recovering=not run.dry_run)
         parts = prepared.plan.quantized if prepared.plan else ()
         if run.is_told:
-            _show_parts(parts, every=run.dry_run or run.verbose)
-        run_prepared(prepared, job, {"quantized": _as_json(parts)})
+            _show_parts(parts, writer, every=run.dry_run or run.verbose)
+        run_prepared(prepared, job, {"quantized": _as_json(parts, scheme)})
     if run.is_told and prepared.plan is not None and prepared.plan.sets and not run.dry_run:
-        _show_hints(prepared.plan)
+        _show_hints(prepared.plan, writer)
 
 
-def _as_json(parts: Iterable[QuantizedPart]) -> list[dict[str, Any]]:
+def _as_json(parts: Iterable[QuantizedPart], scheme: str) -> list[dict[str, Any]]:
     return [
         {
             "component": part.component,
+            "scheme": scheme,
             "modules": [
                 {"name": name, "nbytes_before": before, "nbytes_after": after} for name, before, after in part.modules
             ],
@@ -99,7 +108,7 @@ def _as_json(parts: Iterable[QuantizedPart]) -> list[dict[str, Any]]:
     ]
 
 
-def _show_parts(parts: Collection[QuantizedPart], every: bool) -> None:
+def _show_parts(parts: Collection[QuantizedPart], writer: Writer, every: bool) -> None:
     for part in parts:
         if every:
             rows = [(name, show_bytes(before), show_bytes(after)) for name, before, after in part.modules]
@@ -108,18 +117,19 @@ def _show_parts(parts: Collection[QuantizedPart], every: bool) -> None:
         before = show_bytes(sum(before for _, before, _ in part.modules))
         after = show_bytes(sum(after for _, _, after in part.modules))
         name = part.component or "The model"
-        echo(printable(f"{name}: {len(part.modules)} modules in 8 bits, {before} before and {after} after."))
+        echo(printable(f"{name}: {len(part.modules)} modules in {writer.bits}, {before} before and {after} after."))
         if part.skipped:
             echo(f"Its config.json lists as left alone: {', '.join(map(printable, part.skipped))}.")
     if parts:
-        echo("Each value comes out within 0.4 % of the largest one in its row (1/254), and float16's rounding.\n")
+        echo(f"{writer.accuracy}\n")
 
 
-def _show_hints(plan: Plan) -> None:
+def _show_hints(plan: Plan, writer: Writer) -> None:
     from converter.libraries import library_of
 
-    echo("\nDo not call .to() on it: an 8-bit model stays where device_map has put it. bitsandbytes must be installed.")
     quantized = {part.component for part in plan.quantized}
-    components = (component for component in plan.source.components if component.name in quantized)
-    for note in dict.fromkeys(filter(None, (library_of(component).int8_note for component in components))):
-        echo(note)
+    libraries = [library_of(component) for component in plan.source.components if component.name in quantized]
+    notes = (library.note_quantized(writer.package) for library in libraries)
+    echo()
+    for hint in dict.fromkeys(filter(None, (*writer.hints, *notes))):
+        echo(hint)

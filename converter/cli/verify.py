@@ -32,7 +32,9 @@ _WHAT = {
 @click.argument("b", type=PlaceType(is_read=True))
 @click.option("--cast", is_flag=True, help="Allow another dtype in B, if its values are those of A, rounded.")
 @click.option(
-    "--quantized", is_flag=True, help="Allow 8 bits in B, as 'wconv quantize' writes them, and show the errors."
+    "--quantized",
+    is_flag=True,
+    help="Compare the numbers that quantized weights of A or B stand for, and show the errors of those in B.",
 )
 @reading_options
 @run_options
@@ -65,7 +67,7 @@ def command(
         show_json({"equal": found.is_equal, **asdict(found, dict_factory=_finite)})
     elif not quiet:
         show_commits(a, b)
-        _show(found, verbose)
+        _show(found, quantized, verbose)
     return 0 if found.is_equal else 1
 
 
@@ -74,23 +76,48 @@ def _finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in pairs}
 
 
-def _show(found: Comparison, verbose: bool) -> None:
+def _show(found: Comparison, of_numbers: bool, verbose: bool) -> None:
     recast = sorted(found.recast, key=lambda error: -error.max_relative)
     rows = [(e.component or ".", e.name, f"{e.max_absolute:.3g}", f"{e.max_relative:.3g}") for e in recast]
     _show_some(("component", "tensor", "max abs error", "max rel error"), rows, verbose)
-    rows = [(e.component or ".", e.name, f"{e.max_relative:.3g}", f"{e.mean_relative:.3g}") for e in found.quantized]
-    _show_some(("component", "tensor in 8 bits", "max rel error", "mean rel error"), rows, verbose)
+    coded = [
+        (e.component or ".", e.name, e.scheme, f"{e.max_relative:.3g}", f"{e.mean_relative:.3g}")
+        for e in found.quantized
+    ]
+    _show_some(("component", "tensor", "in B", "max rel error", "mean rel error"), coded, verbose)
     rows = [(one.component or ".", one.name or "-", _WHAT[one.kind], one.detail) for one in found.differences]
     _show_some(("component", "tensor", "difference", ""), rows, verbose)
     if rows:
-        hint = " --cast allows B to be rounded." if {one.kind for one in found.differences} == {"dtype"} else ""
-        echo(f"Not the same: {len(rows):,} differences, {found.tensor_count:,} tensors compared.{hint}")
-    elif found.quantized:
-        echo("The max error is over the largest value of its row, the mean error over the mean value of the tensor.")
-        echo(f"The same within half a step of 8 bits: {found.tensor_count:,} tensors, {show_bytes(found.nbytes)}.")
-    else:
-        how = "each the rounded one" if found.recast else "bit for bit"
-        echo(f"The same: {found.tensor_count:,} tensors, {show_bytes(found.nbytes)}, {how}.")
+        told = f"{len(rows):,} differences, {found.tensor_count:,} tensors compared"
+        echo(f"Not the same: {told}.{_hint(found, of_numbers)}")
+        return
+    if found.quantized:
+        echo("The max error is over the largest value of the tensor, the mean error over its mean value.")
+    echo(f"{_verdict(found)}: {found.tensor_count:,} tensors, {show_bytes(found.nbytes)}{_how(found, of_numbers)}.")
+
+
+def _hint(found: Comparison, of_numbers: bool) -> str:
+    """Give the option that may be missing."""
+    kinds = {one.kind for one in found.differences}
+    if kinds - {"values"} and found.schemes and not of_numbers:
+        of_each = " and ".join(f"{side} is in {' and '.join(schemes)}" for side, schemes in found.schemes.items())
+        return f" {of_each}: --quantized compares the numbers that these stand for."
+    return " --cast allows B to be rounded." if kinds == {"dtype"} else ""
+
+
+def _verdict(found: Comparison) -> str:
+    unjudged = dict.fromkeys(one.scheme for one in found.quantized if one.beyond is None)
+    if unjudged:
+        return f"No bound is broken, and there is none for {' and '.join(unjudged)}, which is not the nearest"
+    return "The same within half a step of the codes in B" if found.quantized else "The same"
+
+
+def _how(found: Comparison, of_numbers: bool) -> str:
+    if found.quantized:
+        return ""
+    if of_numbers:
+        return f", the numbers of A ({' and '.join(found.schemes['A'])}), rounded"
+    return ", each the rounded one" if found.recast else ", bit for bit"
 
 
 def _show_some(header: Sequence[str], rows: Sequence[Sequence[str]], verbose: bool) -> None:

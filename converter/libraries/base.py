@@ -27,15 +27,14 @@ class Library(Protocol):
     """What a library wants of the weights of its models.
 
     ``package`` is the one that has their classes. ``tags_recasts`` where its users ask for a dtype by a variant,
-    ``reads_dtype`` where a model is loaded in the dtype that its config names. ``int8_dtype`` is what else is loaded in
-    beside 8 bits, where that must be said, and ``int8_note`` what else there is to know then.
+    ``reads_dtype`` where a model is loaded in the dtype that its config names. ``quantized_dtype`` is what
+    the rest of a quantized model is loaded in, where that must be said.
     """
 
     package: str
     tags_recasts: bool = False
     reads_dtype: bool = False
-    int8_dtype: str = ""
-    int8_note: str = ""
+    quantized_dtype: str = ""
 
     def owns(self, component: Component) -> bool:
         """Say whether the library loads a component."""
@@ -128,6 +127,10 @@ class Library(Protocol):
     def pick(self, part: PartListing, variant: str | None, pickles: bool = True) -> Pick:
         """Say which files its loader opens of a part for a variant (None for the untagged one)."""
 
+    def note_quantized(self, package: str) -> str:
+        """Say what else there is to know of a model that a package has quantized before its loader is called."""
+        return ""
+
     def load_folder(self, written: Written) -> list[str]:
         """Give the Python lines that load all of a folder at once, none where that cannot be."""
         return []
@@ -138,7 +141,7 @@ class Library(Protocol):
         if not name or is_bare(written, one) or written.is_variantless or not self.finds(one.component, one.name):
             return []
         folder = written.folder / one.component.name
-        return from_pretrained(written, [one], folder, self.home_of(name), name, self.int8_dtype)
+        return from_pretrained(written, [one], folder, self.home_of(name), name, self.quantized_dtype)
 
     def home_of(self, class_name: str) -> str:
         """Give the module that a class is imported from."""

@@ -28,8 +28,7 @@ class Diffusers(Library):
 
     package = "diffusers"
     tags_recasts = True
-    int8_dtype = "float16"
-    int8_note = "Diffusers loads 8-bit models on a machine with a GPU only."
+    quantized_dtype = "float16"
 
     def owns(self, component: Component) -> bool:
         return "_class_name" in component.config
@@ -92,10 +91,14 @@ class Diffusers(Library):
             return pick_shards(part, index)
         return pick_single(part, [name.single, *([name.in_format("torch").single] if pickles else [])])
 
+    def note_quantized(self, package: str) -> str:
+        said = f"Diffusers loads what {package} has quantized on a machine with a GPU only."
+        return said if package == "bitsandbytes" else ""
+
     def load_folder(self, written: Written) -> list[str]:
         if not self._loads_whole(written):
             return []
-        arguments = ("DiffusionPipeline", self.int8_dtype, "balanced")
+        arguments = ("DiffusionPipeline", self.quantized_dtype, "balanced")
         return from_pretrained(written, written.sets, written.folder, self.package, *arguments)
 
     def _loads_whole(self, written: Written) -> bool:

@@ -18,12 +18,12 @@ from converter.models.names import WeightsName
 
 
 class WrittenSet(NamedTuple):
-    """One set: ``files`` are its weight files, ``is_int8`` where some of it is in 8 bits with scales."""
+    """One set: ``files`` are its weight files, ``is_quantized`` where some of it is written as quantized weights."""
 
     component: Component
     name: WeightsName
     files: tuple[Path, ...]
-    is_int8: bool
+    is_quantized: bool
 
 
 class Written(NamedTuple):
@@ -65,25 +65,25 @@ def from_pretrained(
     folder: Path,
     module: str,
     class_name: str,
-    int8_dtype: str = "",
+    quantized_dtype: str = "",
     device_map: str = "auto",
 ) -> list[str]:
-    """Load sets of a folder with a class; what is in 8 bits needs a ``device_map``, and ``int8_dtype`` if there is one.
+    """Load sets of a folder with a class; what is quantized needs a ``device_map``, and ``quantized_dtype`` if any.
 
     ``torch_dtype`` is known to every version of both libraries; the newest ones say that ``dtype`` is to replace it.
     """
     variants = sorted(one.name.variant or "" for one in sets)
-    is_int8 = any(one.is_int8 for one in sets)
+    is_quantized = any(one.is_quantized for one in sets)
     arguments = [repr(str(folder))]
     if variants and variants[0]:
         arguments.append(f"variant={variants[0]!r}")
     if any(must_be_torch(written, one) for one in sets):
         arguments.append("use_safetensors=False")
     dtype = written.dtype.torch_name if written.dtype is not None and written.dtype.bits >= 16 else ""
-    dtype = dtype or (int8_dtype if is_int8 else "")
+    dtype = dtype or (quantized_dtype if is_quantized else "")
     if dtype:
         arguments.append(f"torch_dtype=torch.{dtype}")
-    if is_int8:
+    if is_quantized:
         arguments.append(f'device_map="{device_map}"')
     imports = ["import torch"] if dtype else []
     return [*imports, f"from {module} import {class_name}", f"{class_name}.from_pretrained({', '.join(arguments)})"]

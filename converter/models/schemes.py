@@ -7,7 +7,8 @@ scales, so a weight counts as quantized only where its companions stand beside i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 from converter.dtypes import DType
@@ -22,7 +23,8 @@ class Scheme(NamedTuple):
 
     A weight of one of ``dtypes`` that has one of the companions is in this scheme. ``reader`` loads it;
     ``is_dequantized`` where 'wconv dequantize' does too. ``others`` may stand beside it as well, and mean nothing
-    without it; ``small`` are those of all these whose bytes say how it is to be read.
+    without it; ``small`` are those of all these whose bytes say how it is to be read. ``scales`` are the dtypes that
+    the companions have to be of, where names alone do not tell; ``methods`` what configs call it (``quant_method``).
     """
 
     label: str
@@ -33,6 +35,8 @@ class Scheme(NamedTuple):
     others: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
     is_dequantized: bool = False
+    scales: frozenset[str] = frozenset()
+    methods: tuple[str, ...] = ()
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -49,17 +53,55 @@ LLM_INT8 = Scheme(
     others=(".weight_format",),
     small=(".weight_format",),
     is_dequantized=True,
+    methods=("bitsandbytes",),
 )
 # What an activation was scaled by when the model was measured; weights are whole without it.
-_OF_INPUTS = (".input_scale", ".activation_scale")
+_OF_LINEAR = (
+    *(f".{what}_{end}" for what in ("input", "output") for end in ("scale", "zero_point", "global_scale")),
+    ".input_scale_ub",
+)
+OF_ACTIVATIONS = (".activation_scale", "_activation_scale", ".qscale_act", *_OF_LINEAR)
+# What the cache of keys and values is scaled by as it is filled: no weight is (``maybe_remap_kv_scale_name`` in vLLM's
+# ``model_loader/weight_utils.py``, and what ``get_cache_scale`` of its quantizations takes for the same).
+OF_CACHE = re.compile(
+    r"(.*)\.(?:(?:attn\.)?(?:[qkv]|kv|prob)_(?:scale|zero_point|global_scale)|prob_output_scale"
+    r"|[qkv]_proj\.(?:[kv]_scale|output_scale|output_zero_point)|(?:[qkv]|kv)_fake_quantizer\.qscale_act)"
+)
+_FINE_GRAINED = "transformers, with FineGrainedFP8Config(dequantize=True)"
 FP8 = Scheme(
-    "float8 with scales", ".weight", _F8, (".weight_scale_inv",),
-    "transformers, with FineGrainedFP8Config(dequantize=True)", others=_OF_INPUTS, is_dequantized=True,
+    "float8 with scales", ".weight", _F8, (".weight_scale_inv", ".scale", ".qscale_weight"), _FINE_GRAINED,
+    others=(".input_scale", ".activation_scale", ".qscale_act"), is_dequantized=True, methods=("fp8",),
 )  # fmt: skip
-FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=())
+FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
+# Two numbers a byte, as transformers takes all I8 beside these scales; ``.scale`` may be of any 8-bit numbers.
+_EXPONENTS = frozenset({"F8_E8M0", "U8"})
+FP4 = FP8._replace(label="FP4 with scales", dtypes=frozenset({"I8"}), companions=(".weight_scale_inv",))
+FP4_OF_EXPERTS = FP4._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
+FP4_OF_DEEPSEEK = FP4._replace(companions=(".scale",), scales=_EXPONENTS)
+# ModelOpt, AutoFP8 and FBGEMM write float8 and int8 by these names as well, and they mean the same.
+CT_FP8 = Scheme(
+    "float8 with scales", ".weight", _F8, (".weight_scale",), "vLLM, or transformers with compressed-tensors",
+    others=(".weight_zero_point", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
+    methods=("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8"),
+)  # fmt: skip
+CT_INT8 = CT_FP8._replace(label="8-bit numbers with scales", dtypes=frozenset({"I8"}))
+CT_PACKED = Scheme(
+    "packed numbers of compressed-tensors", ".weight_packed", frozenset({"I32", "U8"}), (".weight_scale",),
+    CT_FP8.reader,
+    others=(".weight_shape", ".weight_zero_point", ".weight_global_scale", ".weight_g_idx", *_OF_LINEAR),
+    small=(".weight_shape", ".weight_g_idx"), is_dequantized=True, methods=("compressed-tensors",),
+)  # fmt: skip
+NVFP4 = Scheme(
+    "NVFP4 of ModelOpt", ".weight", frozenset({"U8"}), (".weight_scale_2",), "vLLM or TensorRT-LLM",
+    others=(".weight_scale", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
+    methods=("modelopt", "modelopt_fp4"),
+)  # fmt: skip
+MODELOPT_4BIT = NVFP4._replace(
+    label="4-bit numbers of ModelOpt", companions=(".weight_scale",), others=(".pre_quant_scale", *_OF_LINEAR)
+)
 MXFP4 = Scheme(
     "MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)",
-    is_dequantized=True,
+    is_dequantized=True, methods=("mxfp4",),
 )  # fmt: skip
 MXFP4_ROWS = MXFP4._replace(weight=".blocks", companions=(".scales",), reader="gpt-oss")
 _BNB_4BIT = Scheme("4 bits of bitsandbytes", ".weight", frozenset(), (), "transformers or Diffusers with bitsandbytes")
@@ -78,10 +120,21 @@ TABLE = (
     Scheme("AWQ or GPTQ", ".qweight", _PACKED, (".qzeros", ".scales"), "transformers with GPTQModel, or vLLM"),
     MXFP4,
     MXFP4_ROWS,
+    CT_PACKED,
+    Scheme("marlin-24 of compressed-tensors", ".weight_packed", frozenset({"I32"}), (".scale_packed",), "vLLM"),
+    Scheme("sparse-24-bitmask of compressed-tensors", ".bitmask", frozenset({"U8"}), (".compressed",),
+           "the compressed-tensors that wrote it"),
     Scheme("packed numbers of compressed-tensors", "_packed", _PACKED, ("_scale",), "compressed-tensors"),
+    NVFP4,
     Scheme("NVFP4 of ModelOpt", "", frozenset({"U8"}), ("_scale_2",), "vLLM or TensorRT-LLM"),
     FP8,
     FP8_OF_EXPERTS,
+    FP4,
+    FP4_OF_EXPERTS,
+    FP4_OF_DEEPSEEK,
+    CT_FP8,
+    CT_INT8,
+    MODELOPT_4BIT,
     Scheme("float8 with scales", "", _F8, ("_scale",), "vLLM, or transformers with compressed-tensors"),
     Scheme("8-bit numbers with scales", "", frozenset({"I8", "U8"}), ("_scale",), "the library that wrote it"),
     Scheme("torchao", "qdata", _PACKED, ("scale",), "torchao"),
@@ -91,6 +144,14 @@ TABLE = (
     Scheme("numbers with scales", ".weight", _PACKED, (".scale", ".scales", ".qscale_weight", ".absmax"),
            "the library that wrote it"),
 )  # fmt: skip
+# What ends the names of scales that no float model has: with what ends their weight's.
+_SCALE_ENDS = (
+    (".weight_scale_inv", ".weight"), ("_scale_inv", ""), (".qscale_weight", ".weight"), (".scale_weight", ".weight"),
+    (".weight_scale", ".weight"), (".weight_scale_2", ".weight"), (".SCB", ".weight"), (".qzeros", ".qweight"),
+    (".g_idx", ".qweight"), (".weight.absmax", ".weight"),
+)  # fmt: skip
+# What ends the names of weights that are no numbers by themselves; integers may be a float model's under others.
+_CODES = tuple({scheme.weight for scheme in TABLE} - {""})
 
 
 class Quantized(NamedTuple):
@@ -124,6 +185,17 @@ def quantized_in(checkpoint: Checkpoint) -> list[Quantized]:
     return find_quantized({info.name: info.dtype for info in checkpoint.tensors if not info.is_made})
 
 
+def holds_codes(name: str, dtype: DType) -> bool:
+    """Say whether a tensor of a quantized model is no numbers by itself: floats of 8 bits or fewer, packed integers."""
+    return dtype.tag in _PACKED and (dtype.is_floating or name.endswith(_CODES))
+
+
+def weight_of(name: str) -> str | None:
+    """Give the name of the weight that a tensor scales, by its own name alone; None for what may be anything."""
+    end = next((end for end in _SCALE_ENDS if name.endswith(end[0])), None)
+    return None if end is None else name.removesuffix(end[0]) + end[1]
+
+
 def _look_at(name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | None) -> Quantized | None:
     weight, is_state, _ = name.partition(_BNB_STATE)
     if is_state:
@@ -133,16 +205,19 @@ def _look_at(name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | N
     for scheme in TABLE:
         if dtype.tag in scheme.dtypes and name.endswith(scheme.weight):
             base = name.removesuffix(scheme.weight)
-            companion = next((base + end for end in scheme.companions if _scales(base + end, dtype, dtypes)), None)
+            ends = (base + end for end in scheme.companions)
+            companion = next((end for end in ends if _scales(end, dtype, dtypes, scheme.scales)), None)
             if companion:
                 return Quantized(scheme, name, companion)
     return Quantized(_MARKED, name, mark) if mark and mark != name and dtype.tag in _F8 else None
 
 
-def _scales(name: str, weight: DType, dtypes: Mapping[str, DType]) -> bool:
+def _scales(name: str, weight: DType, dtypes: Mapping[str, DType], tags: Container[str]) -> bool:
     """Say whether a tensor may scale a weight; what a plain cast made float8 is as coarse as the weight itself."""
     dtype = dtypes.get(name)
-    return dtype is not None and not (dtype is weight and weight.tag in _F8)
+    if dtype is None or (dtype is weight and weight.tag in _F8):
+        return False
+    return not tags or dtype.tag in tags
 
 
 def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozenset[str]:
@@ -165,3 +240,27 @@ def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozens
         return module in modules or name.startswith(stems)
 
     return frozenset(name for name in names if belongs(name)) if weights else frozenset()
+
+
+def find_owners(found: Iterable[Quantized], names: Iterable[str]) -> dict[str, str]:
+    """Map each tensor that stands beside a quantized weight to that: what means nothing without it, so no bias.
+
+    Diffusers reads shard by shard, and looks for both in one (``create_quantized_param`` in
+    ``diffusers/quantizers/bitsandbytes/bnb_quantizer.py``).
+    """
+    found = list(found)
+    weights = {one.weight for one in found}
+    exact, modules = {}, {}
+    for one in found:
+        base, (module, _, leaf) = one.weight.removesuffix(one.scheme.weight), one.weight.rpartition(".")
+        exact.update({base + end: one.weight for end in one.scheme.beside})
+        if leaf == "weight" or one.scheme.weight.startswith(".") or base.endswith(".weight"):
+            modules[module] = one.weight
+    owners = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        stated = name.partition(_BNB_STATE)[0]
+        owner = exact.get(name) or next((one for one in (stated, parent) if one in weights), modules.get(parent))
+        if owner and name not in weights and not leaf.endswith("bias"):
+            owners[name] = owner
+    return owners

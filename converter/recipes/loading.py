@@ -49,9 +49,8 @@ def _spelled(place: Place) -> Path:
 def _describe(plan: Plan, planned: PlannedSet) -> WrittenSet:
     component = next(component for component in plan.source.components if component.name == planned.component)
     files = tuple(_spelled(plan.target.folder / file.path) for file in planned.files)
-    tensors = (tensor for file in planned.files for tensor, _ in file.tensors)
-    is_int8 = any(tensor.dtype.tag == "I8" and tensor.source.computes for tensor in tensors)
-    return WrittenSet(component, planned.name, files, is_int8)
+    is_quantized = any(part.component == component.name for part in plan.quantized)
+    return WrittenSet(component, planned.name, files, is_quantized)
 
 
 def _lines_of(written: Written, one: WrittenSet) -> list[str]:

@@ -86,7 +86,10 @@ def plan_coreml(request: Request, keep_default: bool = False, ema: bool = False,
     _refuse(request.source, find_lacks(request.source))
     job = open_job(request)
     selected = _select(job)
-    orders = make_ready(job, list(itertools.starmap(_longer, open_sets(job, selected))))
+    opened = open_sets(job, selected)
+    for _, checkpoint in opened:
+        _refuse_quantized(checkpoint)
+    orders = make_ready(job, list(itertools.starmap(_longer, opened)))
     if keep_default:
         others = select(job, untagged)
         orders += make_ready(job, list(itertools.starmap(_longer, open_sets(job, others))), untagged)
@@ -98,14 +101,18 @@ def _plan_single_file(request: Request, untagged: Request | None, ema: bool, con
     if config is not None:
         _refuse(config, coreml.find_lacks(config, _model_index(config)))
     checkpoint = open_checkpoint(request.source)
-    for one in quantized_in(checkpoint):
-        raise Unsupported(request.source, f"is quantized ({one}), which Core ML does not take", one.advice)
+    _refuse_quantized(checkpoint)
     opened = open_single_file(checkpoint, config, ema, request.publishing.follow_links)
     job = open_job(request, opened.model)
     parts = [_longer(component, checkpoint) for component, checkpoint in opened.checkpoints]
     orders = make_ready(job, parts) + (make_ready(job, parts, untagged) if untagged else [])
     selected = [(component, checkpoint.weight_set) for component, checkpoint in opened.checkpoints]
     return plan_job(job, selected, orders, Rest(opened.copied, opened.generated, opened.notes))
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    for one in quantized_in(checkpoint):
+        raise Unsupported(checkpoint.weight_set.path, f"is quantized ({one}), which Core ML does not take", one.advice)
 
 
 def _longer(component: Component, checkpoint: Checkpoint) -> tuple[Component, Checkpoint]:

@@ -1,44 +1,51 @@
-"""Models in the 8-bit form of bitsandbytes (LLM.int8), and back, without loading them.
+"""Models with their linear modules quantized, and back, without loading them.
 
-Each weight is read twice: once for the largest magnitude of its rows, before anything is planned, because a weight
-beyond float16 is left as it is and that changes sizes and skip list; and once to be written. What stays between is four
-bytes a row.
+A scheme says what it makes of a weight (``Writer``). For some each weight is read twice: once to be measured, before
+anything is planned, because a weight that the scheme cannot hold is left as it is, and that changes sizes and skip
+list; and once to be written. What stays between is four bytes a row.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-from converter.dtypes import RECAST_SOURCES
-from converter.errors import BadRequest, LossyCast, Unsupported, name_some
+from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
+from converter.errors import BadRequest, LossyCast, Unsupported, WconvError, name_some
 from converter.libraries import library_of
+from converter.libraries.base import DTYPE_KEYS
 from converter.libraries.modules import find_linears
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import QUANTIZATION_KEYS, Component, WeightSet, quantization_of
+from converter.models.component import QUANTIZATION_KEYS, Component, WeightSet, nested, quantization_of
+from converter.models.configs import read_json, render_json
 from converter.models.growth import refuse_growth
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model
 from converter.models.schemes import quantized_in
+from converter.plan.make import join
 from converter.plan.types import Order, Plan, QuantizedPart, Rest
 from converter.recipes.request import Request
 from converter.recipes.steps import Job, make_ready, open_job, open_sets, plan_job, refuse_file, select
 from converter.run.tasks import DEFAULT_MEMORY_NBYTES, Call, Progress, run_tasks
 from converter.storage import Place
 from converter.tensors.base import Tensor
-from converter.transforms.quantize import DEQUANTIZERS
-from converter.transforms.quantize.bnb_int8 import (
-    check_scales,
-    cut_rows,
-    find_scales,
-    quantization_config,
-    quantized,
-)
+from converter.tensors.derived import cast
+from converter.transforms.dtype import Casting
+from converter.transforms.quantize import DEQUANTIZERS, QUANTIZERS
 from converter.transforms.quantize.modules import ModuleChoice, choose_modules, list_skipped
 from converter.transforms.quantize.restore import dequantized, find_restored
+from converter.transforms.quantize.write import Measure, Writer, check_measured, cut_rows
+
+# What quantizers write beside config.json: ModelOpt, AutoGPTQ, AutoAWQ, and others. One of compressed-tensors' older
+# tools is quantization_config.json.
+_CONFIGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+_PARAMS = "params.json"
+_PLAIN = ("fp32", "bf16", "fp16")  # the dtypes that a model runs in
 
 # The parts of a pipeline that are quantized where none is named: never the VAE, whose decoding suffers.
 _PARTS = re.compile(r"(transformer|unet|text_encoder)(_\d+)?")
@@ -52,76 +59,175 @@ class Measuring:
     memory_nbytes: int = DEFAULT_MEMORY_NBYTES
     progress: Progress | None = None
 
-    def find_scales(self, weights: Iterable[Tensor]) -> tuple[dict[str, bytes], set[str]]:
-        """Give the scales of each weight by its name, and the names of those that float16 cannot hold."""
+    def find(self, measure: Measure, weights: Iterable[Tensor]) -> tuple[dict[str, bytes], set[str]]:
+        """Give what is found of each weight by its name, and the names of those that the scheme cannot hold."""
         blocks = (block for weight in weights for block in cut_rows(weight))
-        calls = (Call(find_scales, block, block.nbytes, block.weight.name) for block in blocks)
-        found: dict[str, bytearray] = {}
+        calls = (Call(measure.find, block, block.nbytes, block.weight.name) for block in blocks)
+        found: dict[str, dict[int, bytes]] = {}
         lossy: set[str] = set()
-        for block, numbers, are_finite in run_tasks(calls, self.executor, None, self.memory_nbytes, self.progress):
-            scales = found.setdefault(block.weight.name, bytearray(4 * block.weight.shape[0]))
-            scales[4 * block.begin : 4 * block.end] = numbers
-            if not are_finite:
+        for block, numbers, is_fit in run_tasks(calls, self.executor, None, self.memory_nbytes, self.progress):
+            found.setdefault(block.weight.name, {})[block.begin] = numbers
+            if not is_fit:
                 lossy.add(block.weight.name)
-        return {name: bytes(scales) for name, scales in found.items()}, lossy
+        return {name: b"".join(parts[begin] for begin in sorted(parts)) for name, parts in found.items()}, lossy
 
 
 _NO_CHOICE = ModuleChoice()
 _ALONE = Measuring()
 
 
-def plan_quantized(request: Request, choice: ModuleChoice = _NO_CHOICE, measuring: Measuring = _ALONE) -> Plan:
-    """Plan the 8-bit form of a model folder, or of a pipeline's transformer or unet and its text encoders.
+def plan_quantized(
+    request: Request,
+    choice: ModuleChoice = _NO_CHOICE,
+    measuring: Measuring = _ALONE,
+    scheme: str = "int8",
+) -> Plan:
+    """Plan the quantized form of a model folder, or of a pipeline's transformer or unet and its text encoders.
 
     The selection names other parts; the dtype is for all that stays unquantized, None for the source's own. Reads every
-    weight once. Raises WconvError as the commands do, LossyCast where ``choice.strict`` has it so.
+    weight once where the scheme has to know its values before. Raises WconvError as the commands do, LossyCast where
+    ``choice.strict`` has it so.
     """
+    if scheme not in QUANTIZERS:
+        raise BadRequest(request.source, f"cannot be written as {scheme!r}", f"There are {', '.join(QUANTIZERS)}.")
     job = open_job(_checked(request))
     parts = _select_parts(job)
     names = {component.name for component, _ in parts}
     # With a dtype the other parts are cast; without one they are carried over.
     selected = select(job, components=()) if request.casting.dtype else parts
+    quantize = _Quantizing(QUANTIZERS[scheme], choice, measuring, request.casting)
     ready, done = [], {}
     for component, checkpoint in open_sets(job, selected):
         if component.name in names:
-            checkpoint, done[component.name] = _quantize(component, checkpoint, choice, measuring)
+            checkpoint, done[component.name] = _quantize(component, checkpoint, quantize)
         ready.append((component, checkpoint))
     orders = [_with_config(order, done.get(order.component.name)) for order in make_ready(job, ready)]
-    return plan_job(job, selected, orders, Rest(quantized=tuple(done.values())))
+    return plan_job(job, selected, orders, Rest(quantized=tuple(one.part for one in done.values())))
 
 
-def _with_config(order: Order, part: QuantizedPart | None) -> Order:
+class _Quantizing(NamedTuple):
+    """What is asked for: by which scheme, of which modules, and what becomes of the rest."""
+
+    writer: Writer
+    choice: ModuleChoice
+    measuring: Measuring
+    casting: Casting
+
+
+class _Done(NamedTuple):
+    """What became of a component, and what its config says of that."""
+
+    part: QuantizedPart
+    said: dict[str, Any]
+
+
+def _with_config(order: Order, done: _Done | None) -> Order:
     """Let the config of a part say what of it is quantized."""
-    if part is None:
+    if done is None:
         return order
-    config = {**order.component.config, "quantization_config": quantization_config(part.skipped)}
+    config = {**order.component.config, "quantization_config": done.said}
     return order._replace(component=replace(order.component, config=config))
 
 
 def plan_dequantized(request: Request) -> Plan:
-    """Plan the way back: int8 weights as numbers in the request's dtype, and all else in it too.
+    """Plan the way back: quantized weights as numbers, in the request's dtype and all else in it too.
 
-    In a pipeline only the parts that are quantized are written anew. Raises Unsupported for weights in another form,
-    BadFile for scales that do not fit. A class that is in no table is taken to have no Conv1D where its library is not
+    Without one each comes in the dtype that its config names, or else in its scheme's, and all else as it is. In a
+    pipeline only the parts that are quantized are written anew. Raises Unsupported for weights in another form, BadFile
+    for scales that do not fit. A class that is in no table is taken to have no Conv1D where its library is not
     installed.
     """
     casting = request.casting
-    if casting.dtype is None:
-        raise BadRequest(request.source, "needs a dtype to be written in", "Say which: fp16, bf16 or fp32.")
-    job = open_job(_checked(request))
-    said = tuple(component.name for component in job.model.components if "quantization_config" in component.config)
-    selected = select(job, components=job.request.selection.components or said)
+    job = open_job(_checked(request, takes_files=True))
+    opened, notes = _open_quantized(job)
     ready = []
-    for component, checkpoint in open_sets(job, selected):
-        _check_there(checkpoint, component.name in said)
+    for component, checkpoint in opened:
         transposed = find_linears(component, checkpoint.tensors).transposed
         found = find_restored(checkpoint, DEQUANTIZERS, quantization_of(component.config), transposed)
-        checkpoint = dequantized(checkpoint, found, casting.dtype, casting.on_overflow)
-        ready.append((_unquantized(component), checkpoint))
-    return plan_job(job, selected, make_ready(job, ready))
+        dtype = casting.dtype or _said_dtype(component.config)
+        ready.append((_unquantized(component), dequantized(checkpoint, found, dtype, casting.on_overflow)))
+    orders = [_with_plain_dtype(order) for order in make_ready(job, ready)]
+    if job.model.kind == "file":  # whose config is that of all weights in its folder
+        configs = {component.name: component.config for component, _ in opened}
+        orders = [_with(order, config=configs[order.component.name]) for order in orders]
+    selected = [(component, checkpoint.weight_set) for component, checkpoint in opened]
+    rest = Rest(notes=tuple(notes), generated=dict(_plain_params(component for component, _ in opened)))
+    return _without_configs(plan_job(job, selected, orders, rest), [component for component, _ in opened])
 
 
-def _checked(request: Request) -> Request:
+def _open_quantized(job: Job) -> tuple[list[tuple[Component, Checkpoint]], list[str]]:
+    """Open the sets that hold quantized weights, or whose configs say so, and note which others could not be looked at.
+
+    Raises Unsupported where one that is asked for, or said to be, holds none, or all others.
+    """
+    asked = job.request.selection.components
+    said = [component.name for component in job.model.components if quantization_of(component.config)]
+    first = select(job, components=asked or said)
+    opened = open_sets(job, first)
+    if asked or said or len(opened) == 1:
+        for component, checkpoint in opened:
+            _check_there(checkpoint, component)
+    notes = []
+    for component in job.model.components if said and not asked else ():
+        if component.name not in said:
+            try:
+                opened += open_sets(job, select(job, components=(component.name,)))
+            except WconvError as error:
+                notes.append(f"{component.name} was not looked at, and goes along as it is: {error}")
+    quantized = [(component, checkpoint) for component, checkpoint in opened if quantized_in(checkpoint)]
+    if not quantized:
+        _check_there(opened[0][1], opened[0][0])
+    return quantized, notes
+
+
+def _said_dtype(config: Mapping[str, Any]) -> DType | None:
+    """Give the dtype that a config names for its model: its own word before that on texts, and before all others."""
+    texts = (config.get(key) for key in ("text_config", "llm_config"))
+    configs = [config, *(one for one in texts if isinstance(one, dict)), *nested(dict(config))]
+    said = (value for one in configs for key in DTYPE_KEYS if isinstance(value := one.get(key), str))
+    dtypes = (BY_TORCH_NAME.get(value.removeprefix("torch.")) for value in said)
+    return next((dtype for dtype in dtypes if dtype and dtype.short_name in _PLAIN), None)
+
+
+def _with_plain_dtype(order: Order) -> Order:
+    """Let a config that names a dtype of 8 bits or fewer name that of the weights."""
+    dtypes = Counter(tensor.dtype.torch_name for tensor in order.checkpoint.tensors if tensor.source.computes)
+    [(name, _)] = dtypes.most_common(1) or [("", 0)]
+
+    def changed(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: changed(key, one) for key, one in value.items()}
+        is_packed = key in DTYPE_KEYS and isinstance(value, str) and value.removeprefix("torch.").startswith("float8")
+        return name if name and is_packed else value
+
+    return _with(order, config=changed("", order.component.config))
+
+
+def _with(order: Order, config: dict[str, Any]) -> Order:
+    return order._replace(component=replace(order.component, config=config))
+
+
+def _without_configs(plan: Plan, components: Iterable[Component]) -> Plan:
+    """Leave behind what else lies beside weights that are no longer quantized, and says how they are."""
+    names = {join(component.name, name) for component in components for name in _CONFIGS}
+    left = [name for name, _ in plan.copied if name in names]
+    if not left:
+        return plan
+    copied = tuple(one for one in plan.copied if one[0] not in names)
+    note = f"not carried over: {name_some(left, 5)} (of the quantization)"
+    return replace(plan, copied=copied, notes=(*plan.notes, note))
+
+
+def _plain_params(components: Iterable[Component]) -> Iterator[tuple[str, bytes]]:
+    """Give the configs of Mistral's own that say how weights are quantized, without that."""
+    for component in components:
+        params = read_json(component.path / _PARAMS)
+        if "quantization" in params:
+            plain = {key: value for key, value in params.items() if key != "quantization"}
+            yield join(component.name, _PARAMS), render_json(plain)
+
+
+def _checked(request: Request, takes_files: bool = False) -> Request:
     """Give a request for one safetensors set a component. Raises WconvError for places that cannot be."""
     if request.output is None:
         raise BadRequest(request.source, "needs a folder to be written to", "Name a new one.")
@@ -132,7 +238,8 @@ def _checked(request: Request) -> Request:
     if files and _is_gguf(files[0]) and not (source.is_folder() and find_weight_sets(source)):
         advice = "Quantize the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
-    refuse_file(output)
+    if not (takes_files and source.is_file()):
+        refuse_file(output)
     if output.is_same(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
@@ -152,7 +259,7 @@ def _select_parts(job: Job) -> list[tuple[Component, WeightSet]]:
             advice = "Quantize the model that it was made from."
             raise Unsupported(weight_set.path, "is quantized already, as its config.json says", advice)
         if not component.config:
-            raise BadRequest(weight_set.path, "has no config.json beside it", "It is needed to load an 8-bit model.")
+            raise BadRequest(weight_set.path, "has no config.json beside it", "It is needed to load a quantized model.")
     return parts
 
 
@@ -172,10 +279,9 @@ def _part_names(model: Model, asked: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _quantize(
-    component: Component, checkpoint: Checkpoint, choice: ModuleChoice, measuring: Measuring
-) -> tuple[Checkpoint, QuantizedPart]:
-    """Let the chosen weights of a checkpoint be written in 8 bits, and say what goes into its config."""
+def _quantize(component: Component, checkpoint: Checkpoint, how: _Quantizing) -> tuple[Checkpoint, _Done]:
+    """Let the chosen weights of a checkpoint be written in a scheme, and say what goes into its config."""
+    writer, choice = how.writer, how.choice
     path = checkpoint.weight_set.path
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     refuse_growth(path, checkpoint.tensors)  # all of it is read before there is a plan
@@ -184,13 +290,15 @@ def _quantize(
     weights = {module: name for module, name in {**linears.weights, **linears.unknown}.items() if name}
     wanted, notes = choose_modules(component, checkpoint, linears, choice)
     matrices = {
-        module: _transposed(tensors[weights[module]]) if module in linears.transposed else tensors[weights[module]]
+        module: _matrix(tensors[weights[module]], module in linears.transposed, writer, how.casting)
         for module in wanted
     }
-    check_scales(path, matrices.values())
-    scales, too_large = measuring.find_scales(matrices.values())
+    unfit = {module: writer.unfit(one, module in linears.transposed) for module, one in matrices.items()}
+    notes += _note_unfit(unfit)
+    wanted = [module for module in wanted if not unfit[module]]
+    found, too_large = _measure(path, writer, how.measuring, [matrices[module] for module in wanted])
     lossy = [module for module in wanted if weights[module] in too_large]
-    notes += _note_lossy(checkpoint, lossy, choice.strict)
+    notes += _note_lossy(checkpoint, writer, lossy, choice.strict)
     wanted = [module for module in wanted if module not in lossy]
     skipped = list_skipped(component, linears, weights, wanted)
     left = [module for module in wanted if library_of(component).is_skipped(module, skipped)]
@@ -199,30 +307,56 @@ def _quantize(
         wanted = [module for module in wanted if module not in left]
     if not wanted:
         raise BadRequest(path, "has no module that would be quantized", "See --include, --skip and --component.")
-    made = {weights[module]: quantized(matrices[module], scales[weights[module]]) for module in wanted}
+    made = {weights[module]: writer.write(matrices[module], found.get(weights[module], b"")) for module in wanted}
     files = tuple(
         replace(file, tensors=tuple(new for old in file.tensors for new in made.get(old.name, (old,))))
         for file in checkpoint.files
     )
     sizes = tuple(
-        (module, matrices[module].nbytes, sum(new.nbytes for new in made[weights[module]])) for module in sorted(wanted)
+        (module, tensors[weights[module]].nbytes, sum(new.nbytes for new in made[weights[module]]))
+        for module in sorted(wanted)
     )
     changed = replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
-    return changed, QuantizedPart(component.name, sizes, skipped)
+    said = writer.config(skipped, how.casting.dtype or _most_common(matrices[module].dtype for module in wanted))
+    return changed, _Done(QuantizedPart(component.name, sizes, skipped), said)
 
 
-def _note_lossy(checkpoint: Checkpoint, lossy: Collection[str], is_strict: bool) -> Iterable[str]:
-    """Note which modules float16 cannot hold. Raises LossyCast for any, if that is strict."""
+def _matrix(weight: Tensor, is_transposed: bool, writer: Writer, casting: Casting) -> Tensor:
+    """Give a weight as [out, in], in the dtype that its loader would quantize it from."""
+    if writer.casts_first and casting.dtype:
+        weight = cast(weight, casting.dtype, casting.on_overflow)
+    return weight._replace(source=weight.source.permuted((1, 0))) if is_transposed else weight
+
+
+def _most_common(dtypes: Iterable[DType]) -> DType:
+    return Counter(dtypes).most_common(1)[0][0]
+
+
+def _note_unfit(unfit: Mapping[str, str]) -> Iterator[str]:
+    """Note which modules are left as they are, by the reasons that there are."""
+    for why in dict.fromkeys(filter(None, unfit.values())):
+        modules = (module for module, reason in unfit.items() if reason == why)
+        yield f"left as they are, as {why}: {', '.join(modules)}"
+
+
+def _measure(
+    path: Place, writer: Writer, measuring: Measuring, weights: Collection[Tensor]
+) -> tuple[Mapping[str, bytes], Container[str]]:
+    """Give what a scheme has to know of weights before, by their names, and the names of those that it cannot hold."""
+    if writer.measure is None:
+        return {}, ()
+    check_measured(path, weights)
+    return measuring.find(writer.measure, weights)
+
+
+def _note_lossy(checkpoint: Checkpoint, writer: Writer, lossy: Collection[str], is_strict: bool) -> Iterator[str]:
+    """Note which modules a scheme cannot hold. Raises LossyCast for any, if that is strict."""
     path = checkpoint.weight_set.path
-    if lossy:
-        problem = f"holds weights with values that float16 cannot hold, in {name_some(lossy, 5)}"
+    if lossy and writer.measure:
+        problem = f"holds weights with {writer.measure.cause}, in {name_some(lossy, 5)}"
         if is_strict:
             raise LossyCast(path, problem, "Without --strict these modules are left as they are.")
         yield f"{path.name} {problem}: left as they are"
-
-
-def _transposed(weight: Tensor) -> Tensor:
-    return weight._replace(source=weight.source.permuted((1, 0)))
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -236,15 +370,26 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
             raise Unsupported(path, problem, "Quantize the model that it was made from.")
 
 
-def _check_there(checkpoint: Checkpoint, is_said: bool) -> None:
-    """Raise Unsupported where nothing is quantized; ``is_said`` where the config says that something is."""
-    if not quantized_in(checkpoint):
-        advice = "'wconv recast' casts weights that are not quantized."
-        if is_said:
-            advice = "Its config.json says that it is quantized: load it with the library that this names."
-        raise Unsupported(checkpoint.weight_set.path, "holds no quantized weights that wconv knows", advice)
+def _check_there(checkpoint: Checkpoint, component: Component) -> None:
+    """Raise Unsupported where nothing is quantized."""
+    if quantized_in(checkpoint):
+        return
+    problem, advice = (
+        "holds no quantized weights that wconv knows",
+        "'wconv recast' casts weights that are not quantized.",
+    )
+    said = quantization_of(component.config)
+    if said:
+        problem += f", and its config.json says that it is quantized ({str(said.get('quant_method'))[:60]})"
+        advice = "Load it with the library that this names; or take that out, if its weights are plain numbers."
+    raise Unsupported(checkpoint.weight_set.path, problem, advice)
 
 
 def _unquantized(component: Component) -> Component:
-    config = {key: value for key, value in component.config.items() if key not in QUANTIZATION_KEYS}
-    return replace(component, config=config)
+    """Give a component whose config, and those in it, say nothing of a quantization."""
+
+    def plain(config: dict[str, Any]) -> dict[str, Any]:
+        kept = ((key, value) for key, value in config.items() if key not in QUANTIZATION_KEYS)
+        return {key: plain(value) if isinstance(value, dict) else value for key, value in kept}
+
+    return replace(component, config=plain(component.config))

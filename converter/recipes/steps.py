@@ -19,6 +19,7 @@ from converter.models.inventory import find_weight_sets
 from converter.models.model import Model, open_model
 from converter.models.names import WeightsName, is_other_file, parse_name
 from converter.models.rest import is_linked
+from converter.models.schemes import find_owners, quantized_in
 from converter.models.select import Tied, select_sets
 from converter.plan.make import make_plan
 from converter.plan.types import Order, Plan, Rest, Target, Writing
@@ -202,8 +203,25 @@ def make_order(
     ties = _find_ties(component, checkpoint, name, writing.tied)
     growth = _check_growth(checkpoint, ties, writing.expand)
     cast = recast(component, checkpoint, casting)
+    if writing.max_shard_size is not None:
+        cast = _kept_together(cast)
     notes = (*checkpoint.notes, *growth, *cast.notes[len(checkpoint.notes) :])
     return Order(component, replace(cast, notes=notes), name, ties, casting.dtype, is_beside)
+
+
+def _kept_together(checkpoint: Checkpoint) -> Checkpoint:
+    """Let what stands beside a quantized weight come into the shard that this comes into."""
+    owners = find_owners(quantized_in(checkpoint), (tensor.name for tensor in checkpoint.tensors))
+    if not owners:
+        return checkpoint
+    files = (
+        replace(
+            file,
+            tensors=tuple(one._replace(beside=one.beside or owners.get(one.name, "")) for one in file.tensors),
+        )
+        for file in checkpoint.files
+    )
+    return replace(checkpoint, files=tuple(files))
 
 
 def _more_fp32(component: Component, request: Request) -> tuple[tuple[str, ...], str]:

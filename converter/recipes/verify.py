@@ -7,10 +7,11 @@ for the tensor it is tied to. Chunks are compared as memory; only where they dif
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 from converter.dtypes import DTYPES
@@ -64,15 +65,17 @@ class ValueErrors:
 
 @dataclass(frozen=True, slots=True)
 class RoundingErrors:
-    """How far the quantized values of a tensor in B are from those in A, over all of its elements.
+    """How far the numbers that the codes of a tensor in B stand for are from those in A, over all of its elements.
 
-    ``beyond`` are off by more than half the distance to the next number that B has a code for. ``max_relative`` is the
-    largest error over the largest magnitude, ``mean_relative`` the mean error over the mean magnitude.
+    ``scheme`` is that of B. ``beyond`` are off by more than half the distance to the next number that B has a code for;
+    None where its scheme does not take the nearest one. ``max_relative`` is the largest error over the largest
+    magnitude, ``mean_relative`` the mean error over the mean magnitude.
     """
 
     component: str
     name: str
-    beyond: int
+    scheme: str
+    beyond: int | None
     max_relative: float
     mean_relative: float
 
@@ -81,7 +84,8 @@ class RoundingErrors:
 class Comparison:
     """What a comparison found: whole components first, then by kind, the largest errors first.
 
-    ``recast`` has the tensors of another dtype, and ``quantized`` the quantized ones, where those are allowed.
+    ``recast`` has the tensors of another dtype, and ``quantized`` those that are codes in B, where these are allowed.
+    ``schemes`` is how weights are quantized, ``{"A": ["GPTQ"]}`` where A's alone are.
     """
 
     tensor_count: int
@@ -89,22 +93,51 @@ class Comparison:
     differences: tuple[Difference, ...]
     recast: tuple[ValueErrors, ...]
     quantized: tuple[RoundingErrors, ...] = ()
+    schemes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def is_equal(self) -> bool:
         return not self.differences
 
 
+class _InCodes(NamedTuple):
+    """How a tensor that is numbers here lies in its file."""
+
+    restored: Restored
+    scheme: str
+
+
+class _Side(NamedTuple):
+    """The tensors of a set by name, quantized ones as numbers in float32; and ``in_codes`` which these are."""
+
+    tensors: Mapping[str, Tensor]
+    in_codes: Mapping[str, _InCodes]
+
+
 @dataclass(frozen=True, slots=True)
 class _Pair:
+    """A tensor on both sides. ``was`` and ``codes`` say how A and B have it in codes, where they do."""
+
     component: str
     a: Tensor
     b: Tensor
-    restored: Restored | None = None
+    was: _InCodes | None = None
+    codes: _InCodes | None = None
 
     @property
     def key(self) -> _Key:
         return self.component, self.a.name
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its numbers, of the side that has them as such."""
+        return (self.b if self.was else self.a).nbytes
+
+    @property
+    def slack(self) -> float | None:
+        """The share of each number that B may be off besides its step; None where it may be off by any."""
+        slack = self.codes.restored.slack if self.codes else 0.0
+        return slack if slack is None or self.was is None else slack + _HALF_BF16
 
     def inputs(self) -> Iterator[Storage]:
         """Give the ranges of files that both are read from."""
@@ -112,7 +145,7 @@ class _Pair:
 
 
 class _Asked(NamedTuple):
-    """Whether B may be quantized, how A is read, and what is taken off its names."""
+    """Whether numbers are meant where a side is quantized, how A is read, and what is taken off its names."""
 
     quantized: bool
     reading: Reading
@@ -121,10 +154,12 @@ class _Asked(NamedTuple):
 
 _T = TypeVar("_T")
 _Key = tuple[str, str]
-_Sides = tuple[str, Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Restored]]
+_Sides = tuple[str, _Side, _Side]
 _Batch = list[tuple[_Pair, int, int]]
 """Pairs for one task, each with the range of elements to compare."""
 _Errors = tuple[int, float, float]
+_NO_ERRORS = (0, 0.0, 0.0, 0.0, 0.0)
+_HALF_BF16 = 2**-8  # what is made of quantized weights is made of their numbers rounded to bf16, or finer
 
 
 def verify(
@@ -142,35 +177,53 @@ def verify(
     """Compare all weights at ``a`` with those at ``b``; any format on either side, shards or not.
 
     With ``cast``, a tensor of B may have another dtype if it is the rounded one of A. With ``quantized`` that holds
-    too, and what B has in codes, as quantized weights are, may be off by half a step. ``of_a`` are
-    options of Selection by name, and ``strip_prefix``: what is meant of A. Raises WconvError for what cannot be read,
-    BadRequest for a B that has nothing quantized then.
+    too, both sides may be quantized, and the numbers count that their codes stand for: what A has in codes is in B what
+    'wconv dequantize' gives, in any dtype; what B has in codes may be off by half a step. ``of_a`` are options of
+    Selection by name, and ``strip_prefix``: what is meant of A. Raises WconvError for what cannot be read, BadRequest
+    where nothing is quantized then.
     """
     differences: list[Difference] = []
     pairs: list[_Pair] = []
+    schemes: dict[str, dict[str, None]] = {"A": {}, "B": {}}
     prefix = of_a.pop("strip_prefix", "")
     asked = _Asked(quantized, Selection(**of_a).reading, prefix)
-    for component, left, right, restored in _pair_sets(a, b, differences, asked):
-        paired = _pair_tensors(component, left, right, cast or quantized, differences)
-        pairs.extend(replace(pair, restored=restored.get(pair.b.name)) for pair in paired)
-    in_codes = [pair for pair in pairs if pair.restored]
-    if quantized and not in_codes:
-        raise BadRequest(b, "has no quantized weights that A has too", "Leave out --quantized.")
+    for component, left, right in _pair_sets(a, b, differences, asked, schemes):
+        pairs.extend(_pair_tensors(component, left, right, cast or quantized, differences))
+    if quantized and not any(schemes.values()):
+        raise BadRequest(b, "has no quantized weights, and A has none either", "Leave out --quantized.")
+    in_codes = [pair for pair in pairs if pair.codes]
     with open_tasks(executor, workers, memory_nbytes, progress) as tasks:
         check_workers(tasks.workers, (storage for pair in pairs for storage in pair.inputs()), None)
-        compared = tasks.run(_calls(_compare_batch, [pair for pair in pairs if not pair.restored]))
+        compared = tasks.run(_calls(_compare_batch, [pair for pair in pairs if not pair.codes]))
         values = {key: ValueErrors(key[0], key[1], *_merge(parts)) for key, parts in _by_tensor(compared).items()}
         measured = _by_tensor(tasks.run(_calls(_measure_batch, in_codes)))
-    roundings = [RoundingErrors(key[0], key[1], *_merge_rounding(parts)) for key, parts in measured.items()]
-    roundings.sort(key=lambda one: (-one.max_relative, one.component, one.name))
+    roundings = sorted((_rounding_of(pair, measured.get(pair.key, ())) for pair in in_codes), key=_worst_first)
     differences.extend(_wrong_values(values.values(), roundings))
     return Comparison(
         tensor_count=len(pairs),
-        nbytes=sum(pair.a.nbytes for pair in pairs),
+        nbytes=sum(pair.nbytes for pair in pairs),
         differences=tuple(sorted(differences, key=lambda one: (bool(one.name), _KINDS.index(one.kind)))),
         recast=tuple(values[pair.key] for pair in pairs if pair.key in values and pair.a.dtype is not pair.b.dtype),
         quantized=tuple(roundings),
+        schemes={side: tuple(found) for side, found in schemes.items() if found},
     )
+
+
+def _rounding_of(pair: _Pair, parts: Iterable[Rounding]) -> RoundingErrors:
+    """Give how far a tensor that B has in codes is off; of one without elements by nothing."""
+    assert pair.codes is not None
+    beyond, errors, largest, error_sums, magnitude_sums = zip(_NO_ERRORS, *parts, strict=True)
+    relative = max(errors, key=_or_infinite) / (max(largest) or 1.0), sum(error_sums) / (sum(magnitude_sums) or 1.0)
+    judged = sum(beyond) if pair.slack is not None or any(beyond) else None
+    return RoundingErrors(pair.component, pair.a.name, pair.codes.scheme, judged, *relative)
+
+
+def _or_infinite(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
+def _worst_first(one: RoundingErrors) -> tuple[float, str, str]:
+    return -_or_infinite(one.max_relative), one.component, one.name
 
 
 def _wrong_values(values: Iterable[ValueErrors], roundings: Iterable[RoundingErrors]) -> Iterator[Difference]:
@@ -180,8 +233,12 @@ def _wrong_values(values: Iterable[ValueErrors], roundings: Iterable[RoundingErr
             detail = f"{value.differing:,} of its values, by up to {value.max_absolute:.3g}"
             yield Difference("values", value.component, value.name, detail)
     for rounding in roundings:
+        detail = ""
         if rounding.beyond:
             detail = f"{rounding.beyond:,} of its values are off by more than half a step"
+        elif rounding.beyond is None and rounding.mean_relative >= 1:
+            detail = f"no nearer than zeros would be, in {rounding.scheme}"
+        if detail:
             yield Difference("values", rounding.component, rounding.name, detail)
 
 
@@ -193,17 +250,20 @@ def holds_values(kept: Checkpoint, gone: Checkpoint) -> bool:
         for one, other in ((name, twin), (twin, name)):
             if other in there:
                 there.setdefault(one, there[other])
-    pairs = list(_pair_tensors("", wanted, there, False, differences))
+    pairs = list(_pair_tensors("", _Side(wanted, {}), _Side(there, {}), False, differences))
     if any(one.kind != "extra" for one in differences):
         return False
     with closing(run_tasks(_calls(_compare_batch, pairs))) as compared:
         return not any(differing for batch in compared for _, (differing, *_) in batch)
 
 
-def _pair_sets(a: Given, b: Given, differences: list[Difference], asked: _Asked) -> Iterator[_Sides]:
+_Schemes = Mapping[str, dict[str, None]]
+
+
+def _pair_sets(a: Given, b: Given, differences: list[Difference], asked: _Asked, schemes: _Schemes) -> Iterator[_Sides]:
     left, right = open_model(a).components, open_model(b).components
     if len(left) == len(right) == 1:
-        yield from _pair_variants(left[0], right[0], differences, asked)
+        yield from _pair_variants(left[0], right[0], differences, asked, schemes)
         return
     theirs = {component.name: component for component in right}
     for component in left:
@@ -211,11 +271,13 @@ def _pair_sets(a: Given, b: Given, differences: list[Difference], asked: _Asked)
         if other is None:
             differences.append(Difference("missing", component.name, "", "the whole component"))
         else:
-            yield from _pair_variants(component, other, differences, asked)
+            yield from _pair_variants(component, other, differences, asked, schemes)
     differences.extend(Difference("extra", name, "", "the whole component") for name in theirs)
 
 
-def _pair_variants(a: Component, b: Component, differences: list[Difference], asked: _Asked) -> Iterator[_Sides]:
+def _pair_variants(
+    a: Component, b: Component, differences: list[Difference], asked: _Asked, schemes: _Schemes
+) -> Iterator[_Sides]:
     left, right = _by_variant(a), _by_variant(b)
     if not left.keys() & right.keys() and 1 in (len(left), len(right)):
         # One set under another name: it is meant for the other side's untagged one, or its only one.
@@ -225,16 +287,25 @@ def _pair_variants(a: Component, b: Component, differences: list[Difference], as
         before = with_own_names(open_checkpoint(left[variant], asked.reading), a, asked.prefix)
         after = with_own_names(open_checkpoint(right[variant]), b, "")
         _refuse_bombs(before, after)
-        restored: dict[str, Restored] = {}
-        if asked.quantized and quantized_in(after):
-            transposed = find_linears(b, after.tensors).transposed
-            found = find_restored(after, DEQUANTIZERS, quantization_of(b.config), transposed)
-            after = dequantized(after, found, DTYPES["F32"])
-            restored = {one.name: one for one in found.weights.values()}
-        yield label, _by_name(before), _by_name(after), restored
+        for side, checkpoint in (("A", before), ("B", after)):
+            schemes[side].update(dict.fromkeys(one.scheme.label for one in quantized_in(checkpoint)))
+        yield label, _side_of(a, before, asked.quantized), _side_of(b, after, asked.quantized)
     for variant in sorted(left.keys() ^ right.keys(), key=lambda one: (one in right, one)):
         which = spelled_variant(variant)
         differences.append(Difference("missing" if variant in left else "extra", a.name, "", which))
+
+
+def _side_of(component: Component, checkpoint: Checkpoint, as_numbers: bool) -> _Side:
+    """Give the tensors of a set, quantized ones ``as_numbers`` where that is asked.
+
+    Raises Unsupported for a scheme that is not dequantized, BadFile for scales that do not fit.
+    """
+    if not as_numbers:
+        return _Side(_by_name(checkpoint), {})
+    transposed = find_linears(component, checkpoint.tensors).transposed
+    found = find_restored(checkpoint, DEQUANTIZERS, quantization_of(component.config), transposed)
+    in_codes = {one.name: _InCodes(one, found.modules[name].scheme.label) for name, one in found.weights.items()}
+    return _Side(_by_name(dequantized(checkpoint, found, DTYPES["F32"])), in_codes)
 
 
 def _refuse_bombs(a: Checkpoint, b: Checkpoint) -> None:
@@ -261,24 +332,22 @@ def _by_name(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     return {**ties, **tensors}
 
 
-def _pair_tensors(
-    component: str,
-    a: Mapping[str, Tensor],
-    b: Mapping[str, Tensor],
-    cast: bool,
-    differences: list[Difference],
-) -> Iterator[_Pair]:
-    differences.extend(Difference("missing", component, name) for name in a if name not in b)
-    differences.extend(Difference("extra", component, name) for name in b if name not in a)
-    for name in (name for name in a if name in b):
-        left, right = a[name], b[name]
+def _pair_tensors(component: str, a: _Side, b: _Side, cast: bool, differences: list[Difference]) -> Iterator[_Pair]:
+    differences.extend(Difference("missing", component, name) for name in a.tensors if name not in b.tensors)
+    differences.extend(Difference("extra", component, name) for name in b.tensors if name not in a.tensors)
+    for name in (name for name in a.tensors if name in b.tensors):
+        left, right = a.tensors[name], b.tensors[name]
         if left.shape != right.shape:
             detail = f"{list(left.shape)} became {list(right.shape)}"
             differences.append(Difference("shape", component, name, detail))
-        elif left.dtype is not right.dtype and not (cast and left.dtype.is_floating and right.dtype.is_floating):
+        elif left.dtype is not right.dtype and not (cast and _may_be_cast(left) and _may_be_cast(right)):
             differences.append(Difference("dtype", component, name, f"{left.dtype} became {right.dtype}"))
         else:
-            yield _Pair(component, left, right)
+            yield _Pair(component, left, right, a.in_codes.get(name), b.in_codes.get(name))
+
+
+def _may_be_cast(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating and tensor.dtype.bits >= 8
 
 
 def _calls(function: Callable[[_Batch, int], _T], pairs: Iterable[_Pair]) -> Iterator[Call[_Batch, _T]]:
@@ -318,13 +387,14 @@ def _extents(batch: _Batch) -> Iterator[ByteRange]:
 def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, _Errors]]:
     """Compare the pairs of a batch; give errors for those that differ, and for all that were recast."""
     found = []
-    left, right = bytearray(chunk_nbytes), bytearray(chunk_nbytes)
+    room = _room_for(batch, chunk_nbytes)
+    left, right = bytearray(room), bytearray(room)
     with RangeReader() as reader:
         reader.expect(_extents(batch))
         for pair, begin, end in batch:
             a, b = pair.a, pair.b
             parts = []
-            step = chunk_nbytes * 8 // max(a.dtype.bits, b.dtype.bits) // 16 * 16
+            step = room * 8 // max(a.dtype.bits, b.dtype.bits) // 16 * 16
             for first in range(begin, end, step):
                 count = min(step, end - first)
                 view_a = memoryview(left)[: a.dtype.nbytes(count)]
@@ -339,18 +409,21 @@ def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, _Errors
     return found
 
 
+def _room_for(batch: _Batch, chunk_nbytes: int) -> int:
+    return max(chunk_nbytes, *(one.source.window for pair, _, _ in batch for one in (pair.a, pair.b)))
+
+
 def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, Rounding]]:
-    """Measure how far the quantized values in a batch are from their source."""
+    """Measure how far the numbers of a batch that B has in codes are from those of A."""
     from converter.transforms.quantize.kernels import rounding_errors
 
     found = []
-    room = max(chunk_nbytes, *(pair.b.source.window for pair, _, _ in batch))
+    room = _room_for(batch, chunk_nbytes)
     left, right, allowed = (memoryview(bytearray(room)) for _ in range(3))
     with RangeReader() as reader:
         reader.expect(_extents(batch))
         for pair, begin, end in batch:
-            a, b, restored = pair.a, pair.b, pair.restored
-            assert restored is not None
+            a, b = pair.a, pair.b
             steps = steps_of(b.source)
             step = room // max(a.dtype.itemsize, b.dtype.itemsize)
             for first in range(begin, end, step):
@@ -359,13 +432,8 @@ def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, Roundin
                 a.source.read(a.dtype.nbytes(first), views[0], reader)
                 b.source.read(4 * first, views[1], reader)
                 steps.read(4 * first, views[2], reader)
-                found.append((pair.key, rounding_errors(views[0], a.dtype, views[1], views[2], restored.slack)))
+                found.append((pair.key, rounding_errors(views[0], a.dtype, views[1], views[2], pair.slack)))
     return found
-
-
-def _merge_rounding(parts: Iterable[Rounding]) -> _Errors:
-    beyond, errors, largest, error_sums, magnitude_sums = zip(*parts, strict=True)
-    return sum(beyond), max(errors) / (max(largest) or 1.0), sum(error_sums) / (sum(magnitude_sums) or 1.0)
 
 
 def _value_errors(pair: _Pair, view_a: memoryview, view_b: memoryview) -> _Errors:

@@ -102,11 +102,11 @@ class Reader(Protocol):
     def announce(self, record: Storage, begin: int, nbytes: int) -> None:
         """Say that a part of a range is read next, in small parts."""
 
+    def kept(self, source: TensorSource, begin: int, end: int) -> memoryview:
+        """Give bytes of a source that many parts of another need: it is read when it is first asked for."""
+
     def scratch(self, nbytes: int) -> AbstractContextManager[memoryview]:
         """Give room to work in, for as long as the context is open; what it holds at first is anything."""
-
-    def held(self, source: TensorSource, begin: int, nbytes: int, room: int) -> memoryview:
-        """Give bytes of a source, of which ``room`` from ``begin`` on are read at once and kept for what follows."""
 
 
 class TensorSource(Protocol):

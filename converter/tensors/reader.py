@@ -31,7 +31,7 @@ _PACKED_NBYTES = 1 << 16
 # A comparison takes turns between two files, a merge goes through its shards: more open files would save little, and
 # eight tasks at once are to get along with 64.
 _MAX_OPEN = 4
-_HELD_NBYTES = 1 << 24  # of what is kept of sources together, but for the last one
+_MAX_KEPT = 8  # a weight has scales, zero points, and one scale for those; and each may be gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class RangeReader:
         self._expected: dict[FileRef, list[Stream]] = {}
         self._current: _SourceFile | None = None
         self._scratch: list[_Scratch] = []
-        self._held: dict[int, _Held] = {}
+        self._kept: list[_Kept] = []
         self._led: Storage | None = None
         self._summed: Storage | None = None
         self._begin = self._end = self._crc = 0
@@ -77,7 +77,6 @@ class RangeReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._held.clear()
         self._scratch.clear()  # each knows the list that it goes back to: a circle
         # That a file was changed is also why its bytes are damaged.
         is_checked = kind is None or issubclass(kind, BadFile)
@@ -120,24 +119,22 @@ class RangeReader:
         """Give a file that is read from, open for now."""
         return self._turn_to(ref).file
 
+    def kept(self, source: TensorSource, begin: int, end: int) -> memoryview:
+        """Give bytes of a source; of few sources those that were asked for last are kept."""
+        for one in self._kept:
+            if one.source is source and (one.begin, one.end) == (begin, end):
+                return one.content
+        self._kept = [one for one in self._kept if one.source is not source]
+        content = memoryview(bytearray(end - begin))
+        source.read(begin, content, self)
+        self._kept = [_Kept(source, begin, end, content), *self._kept[: _MAX_KEPT - 1]]
+        return content
+
     def scratch(self, nbytes: int) -> _Scratch:
         """Give room to work in, for as long as the context is open; what it holds at first is anything."""
         scratch = self._scratch.pop() if self._scratch else _Scratch(self._scratch)
         scratch.nbytes = nbytes
         return scratch
-
-    def held(self, source: TensorSource, begin: int, nbytes: int, room: int) -> memoryview:
-        """Give bytes of a source, of which ``room`` from ``begin`` on are read at once and kept for what follows."""
-        kept = self._held.get(id(source))
-        if kept is None or not kept.begin <= begin <= begin + nbytes <= kept.begin + len(kept.content):
-            content = memoryview(bytearray(max(nbytes, room)))
-            self._held.pop(id(source), None)
-            while sum(len(one.content) for one in self._held.values()) + len(content) > _HELD_NBYTES and self._held:
-                del self._held[next(iter(self._held))]
-            source.read(begin, content, self)
-            # It knows the source, so that no other one can have its id.
-            kept = self._held[id(source)] = _Held(source, begin, content)
-        return kept.content[begin - kept.begin : begin - kept.begin + nbytes]
 
     def _turn_to(self, ref: FileRef) -> _SourceFile:
         current = self._current
@@ -188,11 +185,12 @@ def _fill(file: OpenFile, record: ByteRange, begin: int, out: memoryview) -> int
     return len(part)
 
 
-class _Held(NamedTuple):
-    """What is kept of a source: its bytes from ``begin`` on."""
+class _Kept(NamedTuple):
+    """Bytes of a source that were read once."""
 
     source: TensorSource
     begin: int
+    end: int
     content: memoryview
 
 

@@ -67,6 +67,7 @@ def test_a_weight_set(inspect: Any, tmp_path: Path) -> None:
         "nbytes": 6 * TENSOR_NBYTES + 24 + 8,
         "dtypes": {"F32": 6, "F16": 1, "I64": 1},
         "tied": {},
+        "quantized": [],
         "notes": [],
         "globals": {},
     }

@@ -86,7 +86,7 @@ def test_a_conversion(wconv: Callable[..., Any], tmp_path: Path) -> None:
     wconv("to-safetensors", source, "-o", tmp_path / "out")
     before = snapshot(tmp_path)
     found = json.loads(wconv("verify", source, tmp_path / "out", "--json").stdout)
-    nothing: dict[str, list[object]] = {"differences": [], "recast": [], "quantized": []}
+    nothing: dict[str, object] = {"differences": [], "recast": [], "quantized": [], "schemes": {}}
     assert found == {"equal": True, "tensor_count": 18, "nbytes": 18 * 32, **nothing}
     assert "18 tensors" in wconv("verify", tmp_path / "out", source).stdout
     assert snapshot(tmp_path) == before

@@ -288,3 +288,29 @@ def test_what_a_deep_look_reads(s3: stores.S3, two: tuple[Path, list[State]], wc
     log = Log([s3.wire])
     assert log.sent <= 1.05 * sum(sizes_in(two[0]).values()), log
     assert len(log.read) <= 6, log  # the headers twice, and a stream each
+
+
+@pytest.mark.parametrize("to", ["here", "s3"])
+def test_what_is_quantized_is_read_once_with_its_scales(to: str, s3: stores.S3, tmp_path: Path, wconv: Any) -> None:
+    state: State = {}
+    for layer in range(6):
+        name = f"layers.{layer}.{'down' if layer % 2 else 'up'}_proj.weight"
+        state[name] = torch.randn(1400, 2100).to(torch.float8_e4m3fn)
+        state[f"{name}_scale_inv"] = torch.rand(11, 17)
+    state["norm.weight"] = torch.rand(2100)
+    folder = write_shards([state, {"head.weight": torch.rand(100, 2100)}], tmp_path / "m", ".safetensors")
+    s3.put_folder(folder, "m/")
+    s3.wire.clear()
+    target = f"{s3.url}/out" if to == "s3" else tmp_path / "out"
+    wconv("dequantize", f"{s3.url}/m", "-o", target, "--dtype", "bf16")
+    assert_few(read_of([s3.wire]), sizes_in(folder), headers=1, streams=2)
+    found = {
+        name: one
+        for content in files_at(target, s3).values()
+        if b"__metadata__" in content[:99]
+        for name, one in load(content).items()
+    }
+    for name, scales in ((name, scales) for name, scales in state.items() if name.endswith("_scale_inv")):
+        weight = state[name.removesuffix("_scale_inv")].float()
+        whole = scales.repeat_interleave(128, 0)[:1400].repeat_interleave(128, 1)[:, :2100]
+        assert torch.equal(found[name.removesuffix("_scale_inv")], (weight * whole).bfloat16())

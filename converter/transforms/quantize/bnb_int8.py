@@ -10,30 +10,25 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any
 
 from converter.dtypes import DTYPES, DType
-from converter.errors import HostileFile, Unsupported, Where
-from converter.tensors.base import Reader, Tensor
+from converter.errors import Unsupported
+from converter.tensors.base import Reader, Tensor, TensorSource
 from converter.tensors.derived import Constant, Derived
-from converter.tensors.reader import RangeReader, piece_nbytes_for
+from converter.tensors.reader import RangeReader
 from converter.transforms.quantize.codes import Gridded, Scales, Widened, reshaped
 from converter.transforms.quantize.restore import Module, Restored
+from converter.transforms.quantize.write import Measure, Measured, RowBlock, Writer
 
-if TYPE_CHECKING:
-    from converter.transforms.quantize.row_kernels import RowScales
-
-_R = TypeVar("_R", bound="_Scaled")
-
-_MAX_SCALES_NBYTES = 128_000_000  # 4 a row: of a model of 400 billion weights 100 MB
 _WEIGHT, _SCALES, _FORMAT = ".weight", ".SCB", ".weight_format"
 _STEP = struct.pack("<f", 1 / 127)
 _HALF = 2**-11  # values are rounded to float16 first
 
 
-def quantization_config(skipped: Iterable[str]) -> dict[str, Any]:
+def quantization_config(skipped: Sequence[str], dtype: DType) -> dict[str, Any]:
     """Give what config.json says of a quantized model, as ``BitsAndBytesConfig.to_dict`` of both libraries does."""
     return {
         "_load_in_4bit": False,
@@ -53,88 +48,46 @@ def quantization_config(skipped: Iterable[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scaled(Derived):
-    """A matrix by way of ``scales``: float32, one a row from the row ``first`` on; with ``axis`` 1, one a column."""
+class QuantizedRows(Derived):
+    """A matrix [out, in] in 8 bits; ``scales`` are float32, one a row from the row ``first`` on."""
 
     scales: bytes
     first: int = 0
-    axis: int = 0
-
-    @property
-    def computes(self) -> bool:
-        return True
-
-    def part(self: _R, begin: int, end: int) -> _R:
-        part = Derived.part(self, begin, end)
-        if self.axis:
-            return part
-        row = self.shape[1] * self.dtype.itemsize
-        first, last = begin // row, -(-end // row)
-        return replace(part, scales=part.scales[4 * (first - self.first) : 4 * (last - self.first)], first=first)
-
-    def box(self: _R, start: tuple[int, ...], shape: tuple[int, ...]) -> _R:
-        first = start[self.axis] - self.first
-        scales = self.scales[4 * first : 4 * (first + shape[self.axis])]
-        return replace(self, source=self.source.box(start, shape), scales=scales, first=0)
-
-    def permuted(self: _R, axes: tuple[int, ...]) -> _R:
-        return replace(self, source=self.source.permuted(axes), axis=axes.index(self.axis))
-
-    def row_scales(self) -> RowScales:
-        """Give the scales as the kernels want them."""
-        from converter.transforms.quantize.row_kernels import RowScales
-
-        return RowScales(self.scales, self.shape[1], self.axis)
-
-
-class QuantizedRows(_Scaled):
-    """A matrix [out, in] in 8 bits."""
-
-    __slots__ = ()
 
     @property
     def dtype(self) -> DType:
         return DTYPES["I8"]
 
+    @property
+    def computes(self) -> bool:
+        return True
+
+    def part(self, begin: int, end: int) -> QuantizedRows:
+        part = Derived.part(self, begin, end)
+        first, last = begin // self.shape[1], -(-end // self.shape[1])
+        return replace(part, scales=part.scales[4 * (first - self.first) : 4 * (last - self.first)], first=first)
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> QuantizedRows:
+        raise ValueError("a matrix that is being quantized has no boxes")
+
+    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
+        raise ValueError("a matrix that is being quantized has no other axes")
+
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.quantize.row_kernels import quantize_chunk
+        from converter.transforms.quantize.row_kernels import RowScales, quantize_chunk
 
         before = self.source.dtype
+        columns = self.shape[1]
         with reader.scratch(len(out) * before.itemsize) as values:
             self.source.read(begin * before.itemsize, values, reader)
-            quantize_chunk(values, before, out, self.row_scales(), begin - self.first * self.shape[1])
-
-
-@dataclass(frozen=True, slots=True)
-class RowBlock:
-    """Rows ``begin`` to ``end`` of a matrix."""
-
-    weight: Tensor
-    begin: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.dtype.nbytes((self.end - self.begin) * self.weight.shape[1])
-
-
-def cut_rows(weight: Tensor) -> Iterator[RowBlock]:
-    """Cut a matrix into blocks of rows, each of some MB, for one task each."""
-    step = max(1, piece_nbytes_for([weight.source]) // weight.dtype.nbytes(weight.shape[1]))
-    for begin in range(0, weight.shape[0], step):
-        yield RowBlock(weight, begin, min(weight.shape[0], begin + step))
-
-
-class Measured(NamedTuple):
-    """What the rows of a block are scaled by: float32 numbers, which are not finite where float16 is too small."""
-
-    block: RowBlock
-    numbers: bytes
-    are_finite: bool
+            quantize_chunk(values, before, out, RowScales(self.scales, columns), begin - self.first * columns)
 
 
 def find_scales(block: RowBlock, chunk_nbytes: int) -> Measured:
-    """Find the largest magnitude of each row of a block. Raises BadFile for a file that became shorter."""
+    """Find the largest magnitude of each row of a block; it is fit where float16 holds them all.
+
+    Raises BadFile for a file that became shorter.
+    """
     from converter.transforms.quantize.row_kernels import are_finite, row_maxima
 
     weight = block.weight
@@ -178,12 +131,6 @@ def quantized(weight: Tensor, scales: bytes) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def check_scales(path: Where, weights: Iterable[Tensor]) -> None:
-    """Raise HostileFile where the scales of weights, one a row, are more than can be held; or they are those scales."""
-    if sum(4 * weight.shape[0] for weight in weights) > _MAX_SCALES_NBYTES:
-        raise HostileFile(path, f"has more than {_MAX_SCALES_NBYTES:,} bytes of scales, and no model has them")
-
-
 def restore(module: Module) -> Restored:
     """Give the numbers of an int8 weight, [in, out] where that is what its library has: products in float32.
 
@@ -204,3 +151,15 @@ def restore(module: Module) -> Restored:
     numbers = Gridded(Widened(weight.source), grid, (1, max(1, weight.shape[1])))
     steps = Gridded(numbers, Constant(DTYPES["F32"], (1, 1), _STEP), tuple(max(1, n) for n in weight.shape))
     return Restored(weight.name, steps.permuted((1, 0)) if module.is_transposed else steps, slack=_HALF)
+
+
+INT8 = Writer(
+    "int8",
+    "8 bits",
+    "bitsandbytes",
+    quantized,
+    quantization_config,
+    "Each value comes out within 0.4 % of the largest one in its row (1/254), and float16's rounding.",
+    ("Do not call .to() on it: an 8-bit model stays where device_map has put it. bitsandbytes must be installed.",),
+    Measure(find_scales, "values that float16 cannot hold"),
+)

@@ -23,6 +23,7 @@ _BAND_NBYTES = 1 << 20  # of a matrix that is read row by row, at a time
 _GRID_NBYTES = 1 << 21  # of a grid that is transposed, at a time
 _F32 = DTYPES["F32"]
 _NBYTES = 4  # of a number
+_KEPT_NBYTES = 1 << 23  # of a grid: what the finest one has for a task
 
 _Sides = tuple[int, ...]
 
@@ -44,6 +45,12 @@ class Coding(NamedTuple):
     def per_word(self) -> int:
         """The numbers of one word."""
         return 8 * self.width // self.bits
+
+
+# FP4 of OCP's microscaling formats, the first number in the low half of a byte: sign, and two bits of exponent.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1_STEPS = (0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0)
+E2M1 = Coding(4, (*_E2M1, *(-value for value in _E2M1)), 2 * _E2M1_STEPS)
 
 
 def reshaped(source: TensorSource, dtype: DType, shape: tuple[int, ...]) -> TensorSource:
@@ -305,6 +312,7 @@ class Gridded(Derived):
 
     ``dims`` is the shape as the grid has it, of as many elements, and ``block`` how many of them along each axis one of
     the grid is for; the last along an axis may be for fewer. ``origin`` is where the numbers begin in the first block.
+    A part of one knows the ``span`` of the grid, in bytes, that it needs.
     """
 
     grid: TensorSource
@@ -312,6 +320,7 @@ class Gridded(Derived):
     by: Literal["times", "over", "less"] = "times"
     dims: tuple[int, ...] = ()
     origin: tuple[int, ...] = ()
+    span: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.dims:
@@ -340,8 +349,8 @@ class Gridded(Derived):
         return (*self.source.inputs(), *self.grid.inputs())
 
     def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
-        yield from self.source.extents(begin, end)
         yield from self.grid.extents(*self._span(begin // _NBYTES, end // _NBYTES))
+        yield from self.source.extents(begin, end)
 
     def _span(self, first: int, end: int) -> tuple[int, int]:
         """Give the bytes of the grid between which all lie that numbers have."""
@@ -353,14 +362,14 @@ class Gridded(Derived):
         return begin_row // self.block[0] * inner, -(-end_row // self.block[0]) * inner
 
     def part(self, begin: int, end: int) -> Gridded:
-        source = self.source.part(begin, end)
-        return self if source is self.source else replace(self, source=source)
+        span = self._span(begin // _NBYTES, end // _NBYTES)
+        return replace(self, source=self.source.part(begin, end), grid=self.grid.part(*span), span=span)
 
     def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Gridded:
         self._check_dims()
         first, cells, origin = self._cells_of(start, shape)
         grid = self.grid.box(first, cells)
-        return replace(self, source=self.source.box(start, shape), grid=grid, dims=shape, origin=origin)
+        return replace(self, source=self.source.box(start, shape), grid=grid, dims=shape, origin=origin, span=None)
 
     def _cells_of(self, start: _Sides, shape: _Sides) -> tuple[_Sides, _Sides, _Sides]:
         """Give the box of the grid that a box of numbers has, and where these begin in its first block."""
@@ -374,7 +383,7 @@ class Gridded(Derived):
         self._check_dims()
         source, grid = self.source.permuted(axes), held(self.grid.permuted(axes), _GRID_NBYTES)
         block, dims, origin = (tuple(one[axis] for axis in axes) for one in (self.block, self.dims, self.origin))
-        return replace(self, source=source, grid=grid, block=block, dims=dims, origin=origin)
+        return replace(self, source=source, grid=grid, block=block, dims=dims, origin=origin, span=None)
 
     def _check_dims(self) -> None:
         if self.dims != self.shape:
@@ -383,16 +392,21 @@ class Gridded(Derived):
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.kernels import apply_grid
 
+        first, count = begin // _NBYTES, len(out) // _NBYTES
+        span = self.span or (0, _NBYTES * math.prod(self.grid.shape))
+        if span[1] - span[0] > _KEPT_NBYTES:
+            span = self._span(first, first + count)
+        numbers = reader.kept(self.grid, *span)
         self.source.read(begin, out, reader)
+        strides = contiguous_strides(self.grid.shape)
         done = 0
-        for start, shape in blocks_of(self.dims, begin // _NBYTES, len(out) // _NBYTES):
+        for start, shape in blocks_of(self.dims, first, count):
+            cell, cells, origin = self._cells_of(start, shape)
+            # All axes behind that of the run are whole, so these lie in a row.
+            at = _NBYTES * sum(map(math.prod, zip(cell, strides, strict=True))) - span[0]
+            some = numbers[at : at + _NBYTES * math.prod(cells)]
             nbytes = math.prod(shape) * _NBYTES
-            first, cells, origin = self._cells_of(start, shape)
-            with reader.scratch(math.prod(cells) * _NBYTES) as numbers:
-                # All axes behind that of the run are whole, so these lie in a row.
-                at = sum(map(math.prod, zip(first, contiguous_strides(self.grid.shape), strict=True)))
-                self.grid.read(at * _NBYTES, numbers, reader)
-                apply_grid(out[done : done + nbytes], shape, numbers, cells, self.block, origin, self.by)
+            apply_grid(out[done : done + nbytes], shape, some, cells, self.block, origin, self.by)
             done += nbytes
 
     def steps(self) -> TensorSource:

@@ -98,55 +98,78 @@ def decode(chunk: memoryview, coding: Coding, inner: int, skipped: int, out: mem
 
 
 def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array, room: memoryview) -> None:
-    per = coding.per_word
-    words = np.frombuffer(chunk, f"<u{coding.width}")
-    rows = wide.reshape(-1, per, inner)
-    if coding.width == 1 and per in _TOGETHER and (inner == 1 or _offset(coding.values) is None):
-        together = _words(coding.bits, coding.values).view(_TOGETHER[per])[:, 0]
-        if inner == 1:
-            np.take(together, words, out=wide.view(_TOGETHER[per]), mode="clip")
-        else:
-            _put_apart(words.reshape(-1, inner), together, rows, np.frombuffer(room, together.dtype))
-        return
-    words = words.reshape(-1, inner)
-    for place in range(per):
-        codes = (words >> words.dtype.type(coding.bits * place)) & words.dtype.type((1 << coding.bits) - 1)
-        _look_up(codes, coding.values, rows[:, coding.order[place] if coding.order else place])
-
-
-def _put_apart(words: Array, together: Array, rows: Array, room: Array) -> None:
-    """Write the numbers of words, which ``together`` has for each, into the rows that each place has."""
-    height, width = words.shape
-    step = max(1, len(room) // width)
-    for row in range(0, height, step):
-        for begin in range(0, width, len(room)):
-            part = words[row : row + step, begin : begin + len(room)]
-            found = np.take(together, part, out=room[: part.size].reshape(part.shape), mode="clip")
-            numbers = found.view("<f4").reshape(*part.shape, -1)
-            for place in range(rows.shape[1]):
-                rows[row : row + step, place, begin : begin + len(room)] = numbers[:, :, place]
-
-
-def _look_up(codes: Array, values: tuple[float, ...], out: Array) -> None:
-    """Write what codes stand for into ``out``."""
+    raw, bits = np.frombuffer(chunk, "u1"), coding.bits
+    values = np.array(coding.values, "<f4").tobytes()
     offset = _offset(values)
-    if offset is None:
-        out[...] = np.array(values, "f4").take(codes, mode="clip")
-    else:
-        np.add(codes, np.float32(offset), out=out, casting="unsafe")
+    if inner == 1 and not coding.order and (offset is None or bits >= 4):
+        # Words are as their bytes.
+        if offset is None:
+            together = _TOGETHER[8 // bits]
+            np.take(_words(bits, values).view(together)[:, 0], raw, out=wide.view(together), mode="clip")
+        elif bits == 4:
+            _add_halves(raw, offset, wide, room)
+        else:
+            np.add(raw, offset, out=wide)
+        return
+    words = raw.reshape(-1, inner, coding.width)
+    rows = wide.reshape(-1, coding.per_word, inner)
+    if offset is None and coding.width == 1 and bits < 8:
+        _put_apart(words[:, :, 0], _words(bits, values), rows, room)
+        return
+    table = np.frombuffer(values, "<f4")
+    for place in range(coding.per_word):
+        byte, shift = divmod(place * bits, 8)
+        codes = (words[:, :, byte] >> np.uint8(shift)) & np.uint8((1 << bits) - 1)
+        out = rows[:, coding.order[place] if coding.order else place]
+        if offset is None:
+            out[...] = table.take(codes, mode="clip")
+        else:
+            np.add(codes, offset, out=out)
+
+
+def _add_halves(raw: Array, offset: Array, wide: Array, room: memoryview) -> None:
+    """Write both halves of bytes, the lower one first, with an offset added."""
+    step = len(room) // 4
+    pairs, shifted = np.frombuffer(room, "<u2").reshape(2, step)
+    for begin in range(0, len(raw), step):
+        part = raw[begin : begin + step]
+        pair, other = pairs[: len(part)], shifted[: len(part)]
+        pair[...] = part
+        np.left_shift(pair, 4, out=other)
+        np.bitwise_or(pair, other, out=pair)
+        np.bitwise_and(pair, 0x0F0F, out=pair)
+        np.add(pair.view("u1"), offset, out=wide[2 * begin : 2 * (begin + len(part))])
+
+
+def _put_apart(words: Array, table: Array, rows: Array, room: memoryview) -> None:
+    """Write the numbers of bytes, which ``table`` has for each, into the rows that each place has."""
+    per = table.shape[1]
+    together = table.view(_TOGETHER[per])[:, 0]
+    free = np.frombuffer(room, together.dtype)
+    height, width = words.shape
+    step = max(1, len(free) // width)
+    for row in range(0, height, step):
+        for begin in range(0, width, len(free)):
+            part = words[row : row + step, begin : begin + len(free)]
+            found = np.take(together, part, out=free[: part.size].reshape(part.shape), mode="clip")
+            numbers = found.view("<f4").reshape(*part.shape, per)
+            for place in range(per):
+                rows[row : row + step, place, begin : begin + len(free)] = numbers[:, :, place]
 
 
 @cache
-def _offset(values: tuple[float, ...]) -> float | None:
+def _offset(values: bytes) -> Array | None:
     """Give what makes each code its value when it is added, where there is such a number."""
-    return values[0] if all(value == code + values[0] for code, value in enumerate(values)) else None
+    numbers = np.frombuffer(values, "<f4")
+    added = np.arange(len(numbers), dtype="<f4") + numbers[0]
+    return numbers[0] if added.tobytes() == values else None
 
 
 @cache
-def _words(bits: int, values: tuple[float, ...]) -> Array:
-    """Give the numbers of each byte, [256, 8 // bits]."""
+def _words(bits: int, values: bytes) -> Array:
+    """Give the numbers of each byte, [256, 8 // bits]; bytes tell 0 from -0, which numbers do not."""
     codes = np.arange(256, dtype="u1")[:, np.newaxis] >> np.arange(0, 8, bits, dtype="u1")
-    numbers: Array = np.array(values, "f4")[codes & ((1 << bits) - 1)]
+    numbers: Array = np.frombuffer(values, "<f4")[codes & ((1 << bits) - 1)]
     return numbers
 
 
@@ -212,15 +235,16 @@ def rounding_errors(
 ) -> Rounding:
     """Hold float32 numbers against those of ``source`` that they stand for, in ``dtype``.
 
-    ``steps`` is how far each may be off, and ``slack`` what share of itself besides; without one any may be.
+    ``steps`` is how far each may be off, and ``slack`` what share of itself besides; without one by any finite number.
     """
     wide = widen(as_array(source, dtype))
     numbers, allowed = np.frombuffer(found, "<f4"), np.frombuffer(steps, "<f4")
     magnitudes = np.abs(wide)
     with np.errstate(over="ignore", invalid="ignore"):
         errors = np.abs(numbers - wide)
-        beyond = 0
-        if slack is not None:
+        if slack is None:
+            beyond = int((~np.isfinite(errors)).sum())
+        else:
             # What float32 rounds off of products is less than a thousandth of a step.
             bounds = np.abs(allowed) * np.float32(1.001) + magnitudes * np.float32(slack) + _LEAST
             beyond = int((~(errors <= bounds)).sum())
@@ -245,3 +269,20 @@ def copy_columns(
         if low < high:
             inside = low - column * height - row
             target[low - begin : high - begin] = source[inside : inside + high - low, column]
+
+
+def unpack_dense(chunk: memoryview, bits: int, inner: int, skipped: int, out: memoryview) -> None:
+    """Write codes that lie one behind another in 32-bit words into ``out``, a byte each, but the first ``skipped``.
+
+    32 codes fill as many words as each has bits; ``inner`` words lie side by side, each with codes of its own.
+    """
+    known = np.frombuffer(chunk, "<u4").reshape(-1, inner)
+    units = -(-len(known) // bits)
+    padded = np.zeros((units * bits + 1, inner), "<u8")  # one more, of which no code has a bit
+    padded[: len(known)] = known
+    codes = np.empty((units, 32, inner), "u1")
+    for place in range(32):
+        word, shift = divmod(bits * place, 32)
+        both = padded[word:-1:bits] | padded[word + 1 :: bits][:units] << np.uint64(32)
+        codes[:, place] = both >> np.uint64(shift) & np.uint64((1 << bits) - 1)
+    np.frombuffer(out, "u1")[...] = codes.reshape(-1)[skipped : skipped + len(out)]

@@ -15,12 +15,9 @@ from converter.dtypes import DTYPES
 from converter.errors import BadFile
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import held
-from converter.transforms.quantize.codes import Coding, Decoded, Gridded, Scales, reshaped
-from converter.transforms.quantize.kernels import half_steps
+from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, Scales, reshaped
 from converter.transforms.quantize.restore import Module, Restored
 
-_VALUES = tuple(sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
-_CODING = Coding(4, _VALUES, half_steps(list(_VALUES)))
 _F32, _BF16 = DTYPES["F32"], DTYPES["BF16"]
 _BYTES = 16  # of a group
 _SCALES_NBYTES = 1 << 20  # that are read at a time, where they are transposed
@@ -71,6 +68,6 @@ def _restored(module: Module, blocks: TensorSource, scales: TensorSource, name: 
         words, sides, block = (height, width * _BYTES), (height, shape[-1]), (1, 2 * _BYTES)
     else:
         words, sides, block = (height * _BYTES, width), (height * 2 * _BYTES, width), (2 * _BYTES, 1)
-    numbers = Decoded(reshaped(blocks, blocks.dtype, words), _CODING, sides, 2 + axis)
+    numbers = Decoded(reshaped(blocks, blocks.dtype, words), E2M1, sides, 2 + axis)
     grid = Scales(reshaped(scales, scales.dtype, (height, width)), name)
     return Restored(module.base, reshaped(Gridded(numbers, grid, block), _F32, tuple(shape)), _BF16)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from converter.dtypes import DTYPES, DType, OnOverflow
 from converter.errors import BadFile, HostileFile, Unsupported, name_some
 from converter.models.checkpoint import Checkpoint
-from converter.models.schemes import Quantized, Scheme, find_belongings, quantized_in
+from converter.models.schemes import (
+    OF_ACTIVATIONS,
+    OF_CACHE,
+    Quantized,
+    Scheme,
+    find_belongings,
+    holds_codes,
+    quantized_in,
+    weight_of,
+)
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import cast
 from converter.tensors.reader import RangeReader
 
 _MAX_SMALL_NBYTES = 1 << 24  # of one tensor that is read before there is a plan, and of all together the eightfold
+# What headers say of how the weights beside are quantized: ``convert_to_quant`` and others write it for ComfyUI.
+_METADATA = ("_quantization_metadata",)
+# What configs of compressed-tensors and of ModelOpt say of a quantized cache.
+_CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_dtype")
 
 
 class Module(NamedTuple):
@@ -65,10 +79,15 @@ Restore = Callable[[Module], Restored]
 
 
 class Found(NamedTuple):
-    """What is quantized in a checkpoint: by the names of the weights that hold the codes; and what goes with them."""
+    """What is quantized in a checkpoint, by the names of the weights that hold codes; and all that goes with them.
+
+    ``notes`` say what is left out, and what the config has wrong.
+    """
 
     weights: Mapping[str, Restored]
     beside: frozenset[str]
+    modules: Mapping[str, Module]
+    notes: tuple[str, ...] = ()
 
 
 def find_restored(
@@ -80,7 +99,7 @@ def find_restored(
     """Give the numbers of all quantized weights of a checkpoint; ``transposed`` modules have theirs as [in, out].
 
     Raises Unsupported for a scheme that is not in ``restores``, and for what stands beside a weight and is not
-    understood; BadFile for scales that are missing or do not fit.
+    understood; BadFile for scales that are missing or do not fit, for weights without any, and scales without theirs.
     """
     found = quantized_in(checkpoint)
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
@@ -91,8 +110,11 @@ def find_restored(
         known = {end: contents[one.name] for end, one in module.beside.items() if one.name in contents}
         weights[module.weight.name] = restores[module.scheme](module._replace(contents=known))
     beside = frozenset(one.name for module in modules for one in module.beside.values())
+    of_cache = _find_of_cache(found, tensors, config)
+    beside |= of_cache
     _check_rest(found, tensors, weights.keys() | beside)
-    return Found(weights, beside)
+    notes = (*_note_left_out(modules, of_cache), *_note_method(modules, config))
+    return Found(weights, beside, {module.weight.name: module for module in modules}, notes)
 
 
 def dequantized(
@@ -100,20 +122,34 @@ def dequantized(
 ) -> Checkpoint:
     """Let quantized weights be written as numbers in ``target``, without what belonged to them; what is plain stays.
 
-    Without a target each comes in the dtype that its library gives, which is bf16 where nothing says it.
+    Without a target each comes in the dtype that its library gives, which is bf16 where nothing says it. Notes say what
+    was written in which. What headers note of the quantization is left out.
     """
+    written: Counter[tuple[str, str]] = Counter()
 
     def write(tensor: Tensor) -> Tensor:
         restored = found.weights.get(tensor.name)
         if restored is None:
             return tensor
-        return cast(Tensor(restored.name, restored.source), target or restored.dtype or DTYPES["BF16"], how)
+        dtype = target or restored.dtype or DTYPES["BF16"]
+        written[found.modules[tensor.name].scheme.label, dtype.short_name] += 1
+        return cast(Tensor(restored.name, restored.source), dtype, how)
 
     files = tuple(
-        replace(file, tensors=tuple(write(one) for one in file.tensors if one.name not in found.beside))
+        replace(
+            file,
+            tensors=tuple(write(one) for one in file.tensors if one.name not in found.beside),
+            metadata={key: value for key, value in file.metadata.items() if key not in _METADATA},
+        )
         for file in checkpoint.files
     )
-    notes = dict.fromkeys(restored.note for restored in found.weights.values() if restored.note)
+    done = (
+        f"dequantized to {dtype}: {_count(number, 'weight')} ({label})" for (label, dtype), number in written.items()
+    )
+    dropped = [key for key in _METADATA if key in checkpoint.metadata]
+    left_out = [f"left out of the header: {', '.join(dropped)}"] if dropped else []
+    of_weights = (restored.note for restored in found.weights.values() if restored.note)
+    notes = dict.fromkeys((*done, *found.notes, *left_out, *of_weights))
     return replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
 
 
@@ -148,10 +184,75 @@ def _read_small(checkpoint: Checkpoint, modules: Sequence[Module]) -> dict[str, 
     return contents
 
 
-def _check_rest(found: Iterable[Quantized], tensors: Iterable[str], known: Container[str]) -> None:
-    """Raise Unsupported for what belongs to a quantized weight and is in no scheme."""
+def _find_of_cache(
+    found: Iterable[Quantized], tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> frozenset[str]:
+    """Name what scales the cache of keys and values, which plain models fill with plain numbers.
+
+    A float model may have parameters of these names: they stay, but for single numbers beside or above quantized
+    weights, and where the config says that the cache is quantized.
+    """
+    is_said = any(config.get(key) for key in _CACHE_KEYS)
+    parents = {parent for one in found for parent in _parents_of(one.weight)} if not is_said else set()
+
+    def scales_cache(name: str, tensor: Tensor) -> bool:
+        parsed = OF_CACHE.fullmatch(name)
+        return parsed is not None and (is_said or (tensor.numel == 1 and parsed[1] in parents))
+
+    return frozenset(name for name, tensor in tensors.items() if scales_cache(name, tensor))
+
+
+def _parents_of(weight: str) -> tuple[str, str]:
+    """Name the module of a weight, and the one that this is in."""
+    module = weight.rpartition(".")[0]
+    return module, module.rpartition(".")[0]
+
+
+def _note_left_out(modules: Iterable[Module], of_cache: Collection[str]) -> Iterator[str]:
+    ends = [end for module in modules for end in module.beside if end in OF_ACTIVATIONS]
+    for names, what in ((ends, "activations"), (of_cache, "the KV cache")):
+        if names:
+            leaves = sorted({name.rpartition(".")[2].lstrip("_") for name in names})
+            yield f"left out: {_count(len(names), 'scale')} of {what} ({name_some(leaves, 5)})"
+
+
+def _note_method(modules: Iterable[Module], config: Mapping[str, Any]) -> Iterator[str]:
+    """Note that a config names another scheme than that which the weights are in."""
+    said = config.get("quant_method")
+    schemes = {module.scheme for module in modules}
+    if isinstance(said, str) and all(scheme.methods and said not in scheme.methods for scheme in schemes):
+        labels = sorted({scheme.label for scheme in schemes})
+        yield f"config.json says {said[:60]!r}, and the weights are {' and '.join(labels)}: they were read as that"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _check_rest(found: Collection[Quantized], tensors: Mapping[str, Tensor], known: Container[str]) -> None:
+    """Raise Unsupported for what belongs to a quantized weight and is in no scheme; and for what stands alone, BadFile.
+
+    Where nothing is quantized, so is what scales nothing: those tensors may be a float model's own.
+    """
+    if not found:
+        return
     left = [name for name in find_belongings(found, tensors) if name not in known]
     if left:
         raise Unsupported(
             name_some(sorted(left), 5), "stand beside quantized weights, and wconv does not know what for"
         )
+    for name, tensor in tensors.items():
+        if name not in known:
+            _check_alone(tensor, tensors)
+
+
+def _check_alone(tensor: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    """Raise BadFile for codes without a scale, or a scale without codes, in a model that is quantized."""
+    if holds_codes(tensor.name, tensor.dtype):
+        problem = f"has no scale for {tensor.name!r}, which is {tensor.dtype}, and others have theirs"
+        raise BadFile(tensor.where, problem, "Fetch all files of the model again.")
+    weight = weight_of(tensor.name)
+    if weight is not None:
+        has = f"{weight!r} is {tensors[weight].dtype}" if weight in tensors else f"there is no {weight!r}"
+        problem = f"has the scale {tensor.name!r}, and {has}: no weight that it is for"
+        raise BadFile(tensor.where, problem, "Fetch all files of the model again.")

@@ -17,14 +17,10 @@ _INT8_STEPS = np.float32(127)
 
 
 class RowScales(NamedTuple):
-    """What the rows of a matrix of so many columns are scaled by: float32 ``numbers``, the largest magnitude of each.
-
-    With ``axis`` 1 they are those of the columns: of a matrix that is transposed.
-    """
+    """What the rows of a matrix of so many columns are scaled by: float32 ``numbers``, the largest of each."""
 
     numbers: bytes
     columns: int
-    axis: int = 0
 
 
 def row_maxima(chunk: memoryview, dtype: DType, columns: int) -> bytes:

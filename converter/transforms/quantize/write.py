@@ -1,0 +1,89 @@
+"""Plain weights as quantized ones: what a scheme says that is to be written, and how weights are measured for it.
+
+A scheme is a ``Writer`` in a module of its own, and a row in ``QUANTIZERS``. Its tensors are sources that read the
+weight as they go: nothing that grows with the model is held but what ``Measure`` found, four bytes a row at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from converter.dtypes import DType
+from converter.errors import HostileFile, Where
+from converter.tensors.base import Tensor
+from converter.tensors.reader import piece_nbytes_for
+
+_MAX_MEASURED_NBYTES = 128_000_000  # of a model of 400 billion weights, whose rows are long, 100 MB
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Rows ``begin`` to ``end`` of a matrix."""
+
+    weight: Tensor
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.dtype.nbytes((self.end - self.begin) * self.weight.shape[1])
+
+
+def cut_rows(weight: Tensor) -> Iterator[RowBlock]:
+    """Cut a matrix into blocks of rows, each of some MB, for one task each."""
+    step = max(1, piece_nbytes_for([weight.source]) // weight.dtype.nbytes(weight.shape[1]))
+    for begin in range(0, weight.shape[0], step):
+        yield RowBlock(weight, begin, min(weight.shape[0], begin + step))
+
+
+class Measured(NamedTuple):
+    """What was found of a block of rows, four bytes a row at most; it is fit where the scheme can hold all of it."""
+
+    block: RowBlock
+    found: bytes
+    is_fit: bool
+
+
+class Measure(NamedTuple):
+    """How weights are read before there is a plan: ``find``, for a block of rows, in chunks of so many bytes.
+
+    A module is left as it is where a block of its weight is not fit: ``cause`` says what it holds then.
+    """
+
+    find: Callable[[RowBlock, int], Measured]
+    cause: str
+
+
+def _is_fit(weight: Tensor, is_transposed: bool) -> str:
+    return ""
+
+
+class Writer(NamedTuple):
+    """A scheme that is written.
+
+    ``write`` gives the tensors that stand for a weight [out, in], in one file, from what ``measure`` found of its
+    blocks, one after another; nothing where there is no measure. ``config`` is what config.json says of it, given the
+    loader's skip list and the dtype of the rest. ``unfit`` says of a weight, which the model has transposed or not, why
+    it is left as it is; nothing where it is not. ``casts_first`` where the loader casts a weight to the dtype of the
+    rest before it quantizes it. ``package`` loads it, ``bits`` says what it is in; ``accuracy`` and ``hints`` are
+    sentences for who writes it, and who loads it.
+    """
+
+    name: str
+    bits: str
+    package: str
+    write: Callable[[Tensor, bytes], tuple[Tensor, ...]]
+    config: Callable[[Sequence[str], DType], dict[str, Any]]
+    accuracy: str
+    hints: tuple[str, ...] = ()
+    measure: Measure | None = None
+    unfit: Callable[[Tensor, bool], str] = _is_fit
+    casts_first: bool = False
+
+
+def check_measured(path: Where, weights: Iterable[Tensor]) -> None:
+    """Raise HostileFile where what is found of weights, four bytes a row, is more than can be held."""
+    if sum(4 * weight.shape[0] for weight in weights) > _MAX_MEASURED_NBYTES:
+        raise HostileFile(path, f"has more than {_MAX_MEASURED_NBYTES:,} bytes of scales, and no model has them")
