@@ -99,6 +99,12 @@ NVFP4 = Scheme(
 MODELOPT_4BIT = NVFP4._replace(
     label="4-bit numbers of ModelOpt", companions=(".weight_scale",), others=(".pre_quant_scale", *_OF_LINEAR)
 )
+GPTQ = Scheme(
+    "GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM", others=(".qzeros", ".scales"),
+    is_dequantized=True, methods=("gptq",),
+)  # fmt: skip
+# Newer files of GPTQ have no ``g_idx`` where inputs are in order; shapes tell the two.
+AWQ = GPTQ._replace(label="AWQ or GPTQ", companions=(".qzeros", ".scales"), others=(), methods=("awq", "gptq"))
 MXFP4 = Scheme(
     "MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)",
     is_dequantized=True, methods=("mxfp4",),
@@ -116,8 +122,8 @@ TABLE = (
     LLM_INT8,
     Scheme("the form of ComfyUI that comfy_quant describes", ".weight", _PACKED, (".comfy_quant",), "ComfyUI"),
     Scheme("float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), "ComfyUI"),
-    Scheme("GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM"),
-    Scheme("AWQ or GPTQ", ".qweight", _PACKED, (".qzeros", ".scales"), "transformers with GPTQModel, or vLLM"),
+    GPTQ,
+    AWQ,
     MXFP4,
     MXFP4_ROWS,
     CT_PACKED,

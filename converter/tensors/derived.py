@@ -207,8 +207,8 @@ class Held(Derived):
     def part(self, begin: int, end: int) -> Held:
         return replace(self, source=self.source.part(begin, end), span=(begin, end))
 
-    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> TensorSource:
-        return held(self.source.box(start, shape), self.room)
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Held:
+        return replace(self, source=self.source.box(start, shape), span=None)
 
     def permuted(self, axes: tuple[int, ...]) -> TensorSource:
         return held(self.source.permuted(axes), self.room)

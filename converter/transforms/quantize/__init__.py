@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from converter.models.schemes import (
+    AWQ,
     CT_FP8,
     CT_INT8,
     CT_PACKED,
@@ -13,6 +14,7 @@ from converter.models.schemes import (
     FP4_OF_EXPERTS,
     FP8,
     FP8_OF_EXPERTS,
+    GPTQ,
     LLM_INT8,
     MODELOPT_4BIT,
     MXFP4,
@@ -20,7 +22,7 @@ from converter.models.schemes import (
     NVFP4,
     Scheme,
 )
-from converter.transforms.quantize import bnb_int8, compressed, fp8, modelopt, mxfp4
+from converter.transforms.quantize import awq, bnb_int8, compressed, fp8, gptq, modelopt, mxfp4
 from converter.transforms.quantize.restore import Restore
 from converter.transforms.quantize.write import Writer
 
@@ -30,6 +32,8 @@ DEQUANTIZERS: Mapping[Scheme, Restore] = {
     **dict.fromkeys((CT_FP8, CT_INT8), compressed.restore),
     CT_PACKED: compressed.restore_packed,
     **dict.fromkeys((NVFP4, MODELOPT_4BIT), modelopt.restore),
+    GPTQ: gptq.restore,
+    AWQ: awq.restore,
     MXFP4: mxfp4.restore,
     MXFP4_ROWS: mxfp4.restore_rows,
 }

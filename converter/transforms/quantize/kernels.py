@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _TOGETHER = {1: "<f4", 2: "<u8", 4: "<c16"}
 
 DECODING_NBYTES = 1 << 18  # numbers are looked up together and then put apart: they stay in the cache
+
+_UFUNCS: Mapping[str, np.ufunc] = {"times": np.multiply, "over": np.divide, "less": np.subtract}
 
 _LEAST = np.float32(2**-25)  # half the smallest number of float16, by way of which some schemes go
 
@@ -44,6 +46,15 @@ def _exponents() -> Array:
 def are_finite(numbers: memoryview) -> bool:
     """Say whether float32 numbers are all finite."""
     return bool(np.isfinite(np.frombuffer(numbers, "<f4")).all())
+
+
+def fill_alike(numbers: memoryview, value: float) -> bool:
+    """Write a value over float32 numbers that are all the same; give False, and leave others as they are."""
+    found = np.frombuffer(numbers, "<f4")
+    if len(found) and not (found == found[0]).all():
+        return False
+    found[...] = value
+    return True
 
 
 def steps_into(chunk: memoryview, dtype: DType, out: memoryview) -> None:
@@ -186,13 +197,45 @@ def apply_grid(
 
     ``origin`` is where the box begins in the grid's first block.
     """
-    ufunc = {"times": np.multiply, "over": np.divide, "less": np.subtract}[by]
+    ufunc = _UFUNCS[by]
     values = np.frombuffer(out, "<f4").reshape(shape)
     grid = np.frombuffer(numbers, "<f4").reshape(grid_shape)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         for part, cells, sizes in _aligned(values, grid, block, origin):
             split = part.reshape([n for cell, size in zip(cells.shape, sizes, strict=True) for n in (cell, size)])
             ufunc(split, cells.reshape([n for cell in cells.shape for n in (cell, 1)]), out=split)
+
+
+def apply_columns(
+    out: memoryview,
+    numbers: memoryview,
+    height: int,
+    index: memoryview,
+    dtype: DType,
+    columns: tuple[int, int],
+    by: str,
+) -> bool:
+    """Multiply float32 numbers, some ``columns`` of rows, in place with those of a grid; or divide by them, and so on.
+
+    ``numbers`` are the grid's for these rows; ``index`` says for each column which of a row. Gives False, and leaves
+    ``out`` as it is, where there is none.
+    """
+    ufunc = _UFUNCS[by]
+    grid = np.frombuffer(numbers, "<f4").reshape(height, -1)
+    groups = np.frombuffer(index, numpy_dtype(dtype))[slice(*columns)]
+    values = np.frombuffer(out, "<f4").reshape(height, len(groups))
+    if len(groups) and (groups.min() < 0 or groups.max() >= grid.shape[1]):
+        return False
+    changes = np.flatnonzero(np.diff(groups)) + 1
+    size = int(changes[0]) if len(changes) else len(groups)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        if size and not len(groups) % size and np.array_equal(changes, np.arange(size, len(groups), size)):
+            # As many columns to each group, one group behind another.
+            split = values.reshape(height, -1, size)
+            ufunc(split, grid[:, groups[::size], np.newaxis], out=split)
+        else:
+            ufunc(values, grid.take(groups, axis=1), out=values)
+    return True
 
 
 def _aligned(

@@ -1,10 +1,10 @@
 """MXFP4 of gpt-oss: numbers of 4 bits in groups of 32, each of which has an exponent, as bytes of two.
 
-``X_blocks`` is U8 [.., rows, groups, 16] and ``X_scales`` U8 [.., rows, groups]. The lower half of a byte comes first;
-a number is a value of e2m1 times 2**(byte - 127). ``X`` is [.., groups * 32, rows]: transposed, as the experts of
-transformers are (``_convert_moe_packed_tensors`` in ``transformers/integrations/mxfp4.py``). OpenAI's own files name
-them ``X.blocks`` and ``X.scales``, and the experts that read them are not transposed (``_get_mxfp4_tensor`` in
-``gpt_oss/torch/weights.py``).
+``X_blocks`` is U8 [experts, rows, groups, 16] and ``X_scales`` U8 [experts, rows, groups]. The lower half of a byte
+comes first; a number is a value of e2m1 times 2**(byte - 127). ``X`` is [experts, K, rows], K being groups * 32:
+transposed, as the experts of transformers are (``_convert_moe_packed_tensors`` in
+``transformers/integrations/mxfp4.py``). OpenAI's own files name them ``X.blocks`` and ``X.scales``, and the experts that
+read them are not transposed (``_get_mxfp4_tensor`` in ``gpt_oss/torch/weights.py``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SCALES_NBYTES = 1 << 20  # that are read at a time, where they are transposed
 
 
 def restore(module: Module) -> Restored:
-    """Give the experts of a layer, [.., K, rows]. Raises BadFile for blocks or scales of other shapes or dtypes."""
+    """Give a layer's experts, [experts, K, rows]. Raises BadFile for blocks or scales of other shapes or dtypes."""
     blocks, scales = _parts(module)
     *outer, rows, groups, size = range(len(blocks.shape))
     return _restored(
@@ -37,7 +37,7 @@ def restore(module: Module) -> Restored:
 
 
 def restore_rows(module: Module) -> Restored:
-    """Give the experts of a layer of OpenAI's own files, [.., rows, K]; raises as ``restore`` does."""
+    """Give the experts of OpenAI's own files, [experts, rows, K]; raises as ``restore`` does."""
     blocks, scales = _parts(module)
     return _restored(module, blocks.source, scales.source, scales.name, axis=-1)
 
@@ -46,8 +46,10 @@ def _parts(module: Module) -> tuple[Tensor, Tensor]:
     blocks = module.weight
     [end] = module.scheme.companions
     scales = module.scale(end)
-    if len(blocks.shape) < 3 or blocks.shape[-1] != _BYTES:
-        problem = f"has blocks of MXFP4 that are {list(blocks.shape)}, and not [.., rows, groups, 16]: {blocks.name!r}"
+    if len(blocks.shape) != 4 or blocks.shape[-1] != _BYTES:
+        problem = (
+            f"has blocks of MXFP4, {blocks.name!r}, that are {list(blocks.shape)}, not [experts, rows, groups, 16]"
+        )
         raise BadFile(blocks.where, problem, "Fetch the file again, or quantize the model again.")
     needed = blocks.shape[:-1]
     if scales.dtype.tag not in ("U8", "F8_E8M0") or scales.shape != needed:
