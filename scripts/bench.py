@@ -32,6 +32,7 @@ from typing import Any
 
 import psutil
 from bench_models import GB, ROOT, write_small
+from bench_quantized import measure_dequantized
 from bench_runs import (
     CASES,
     OK,
@@ -297,6 +298,7 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "ratio": measure_ratio,
     "scaling": measure_scaling,
     "baselines": measure_baselines,
+    "dequantize": measure_dequantized,
     "rss": measure_rss,
     "start": measure_start,
     "small": measure_small,
