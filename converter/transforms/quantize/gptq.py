@@ -2,7 +2,7 @@
 
 For a linear module ``m`` [out, in]: ``m.qweight`` is I32 [in * bits / 32, out], whose words hold the codes of inputs
 one behind another, from the lowest bits on; ``m.qzeros`` I32 [groups, out * bits / 32] the zero points of outputs
-likewise, ``m.scales`` [groups, out], and ``m.g_idx`` I32 [in] the group of each input, which may be any order. A number is
+likewise, ``m.scales`` [groups, out], and ``m.g_idx`` I32 [in] the group of each input, in any order. A number is
 (code - zero) * scale, rounded once to the dtype of the scales (``dequantize_weight`` in
 ``gptqmodel/nn_modules/qlinear/__init__.py``; ``forward`` in ``auto_gptq/nn_modules/qlinear/qlinear_cuda.py``).
 

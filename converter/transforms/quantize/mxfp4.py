@@ -3,8 +3,8 @@
 ``X_blocks`` is U8 [experts, rows, groups, 16] and ``X_scales`` U8 [experts, rows, groups]. The lower half of a byte
 comes first; a number is a value of e2m1 times 2**(byte - 127). ``X`` is [experts, K, rows], K being groups * 32:
 transposed, as the experts of transformers are (``_convert_moe_packed_tensors`` in
-``transformers/integrations/mxfp4.py``). OpenAI's own files name them ``X.blocks`` and ``X.scales``, and the experts that
-read them are not transposed (``_get_mxfp4_tensor`` in ``gpt_oss/torch/weights.py``).
+``transformers/integrations/mxfp4.py``). OpenAI's own files name them ``X.blocks`` and ``X.scales``, and the experts
+that read them are not transposed (``_get_mxfp4_tensor`` in ``gpt_oss/torch/weights.py``).
 """
 
 from __future__ import annotations
