@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from support.tiny import raw_bytes, save, write_json
+from safetensors.torch import load_file
+from support.tiny import raw_bytes
 
-from converter.errors import BadFile, Unsupported, WconvError
 from converter.models.checkpoint import open_checkpoint
 from converter.storage import place_of
 from converter.tensors.base import TensorSource

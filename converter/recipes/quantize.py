@@ -20,7 +20,14 @@ from converter.libraries import library_of
 from converter.libraries.base import DTYPE_KEYS
 from converter.libraries.modules import find_linears
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import QUANTIZATION_KEYS, Component, WeightSet, nested, quantization_of
+from converter.models.component import (
+    QUANTIZATION_KEYS,
+    Component,
+    WeightSet,
+    nested,
+    quantization_beside,
+    quantization_of,
+)
 from converter.models.configs import read_json, render_json
 from converter.models.growth import refuse_growth
 from converter.models.hub_cache import check_places, snapshot_of
@@ -38,7 +45,7 @@ from converter.tensors.derived import cast
 from converter.transforms.dtype import Casting
 from converter.transforms.quantize import DEQUANTIZERS, QUANTIZERS
 from converter.transforms.quantize.modules import ModuleChoice, choose_modules, list_skipped
-from converter.transforms.quantize.restore import dequantized, find_restored
+from converter.transforms.quantize.restore import dequantized, find_restored, named_plainly
 from converter.transforms.quantize.write import Measure, Writer, check_measured, cut_rows
 
 # What quantizers write beside config.json: ModelOpt, AutoGPTQ, AutoAWQ, and others. One of compressed-tensors' older
@@ -142,8 +149,8 @@ def plan_dequantized(request: Request) -> Plan:
     opened, notes = _open_quantized(job)
     ready = []
     for component, checkpoint in opened:
-        transposed = find_linears(component, checkpoint.tensors).transposed
-        found = find_restored(checkpoint, DEQUANTIZERS, quantization_of(component.config), transposed)
+        transposed = find_linears(component, named_plainly(checkpoint)).transposed
+        found = find_restored(checkpoint, DEQUANTIZERS, quantization_beside(component), transposed)
         dtype = casting.dtype or _said_dtype(component.config)
         ready.append((_unquantized(component), dequantized(checkpoint, found, dtype, casting.on_overflow)))
     orders = [_with_plain_dtype(order) for order in make_ready(job, ready)]
