@@ -398,6 +398,8 @@ LACKING = {
     "an exponent alone": ({"lone.scale": scales(1, dtype=E8)}, "'lone.scale', and there is no 'lone.weight'"),
     "an exponent of nothing": ({"lone": scales(1, dtype=E8)}, "has the scale 'lone', and 'lone' is F8_E8M0"),
     "a byte alone": ({"lone.scale": scales(1, dtype=torch.uint8)}, "there is no 'lone.weight'"),
+    "blocks alone": ({"e.up_blocks": torch.ones(2, 8, dtype=torch.uint8)}, "has no scale for 'e.up_blocks'"),
+    "scales of no blocks": ({"e.up_scales": scales(2, 8, dtype=torch.uint8)}, "there is no 'e.up_blocks'"),
     "two scales": ({"o.scale": scales(1, 1)}, "has 'o.weight_scale_inv' and 'o.scale' for 'o.weight'"),
     "what is not known": ({"o.weight_factor": scales(1)}, "wconv does not know what for"),
 }  # fmt: skip
