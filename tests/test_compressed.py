@@ -177,6 +177,18 @@ def restored_tensor(restored: Any) -> Any:
     return Tensor(restored.name, restored.source)
 
 
+def test_experts_that_are_one_tensor_are_packed_one_by_one(tmp_path: Path) -> None:
+    args = {**ints(3, False), **GROUP_32}
+    weight = torch.randn(3, 44, 160, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scheme = scheme_of(args)
+    beside = scales_for(weight, scheme.weights)
+    beside["weight_scale"] = beside["weight_scale"].bfloat16()
+    state = compressor_of("pack-quantized").compress({"weight": weight, **beside}, scheme)
+    judged = compressor_of("pack-quantized").decompress(dict(state), scheme)["weight"]
+    [restored] = found_in(tmp_path, {name: one.contiguous() for name, one in state.items()}, {}).weights.values()
+    assert read(cast(restored_tensor(restored), DTYPES["BF16"]).source) == raw_bytes(judged)
+
+
 def test_blocks_are_those_of_the_config(tmp_path: Path) -> None:
     """Of several groups the one that fits the shapes, of the same type; without a config blocks are not guessed."""
     block = {**FLOAT8, "strategy": "block", "block_structure": [32, 32]}
