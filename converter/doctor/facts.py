@@ -36,6 +36,8 @@ from converter.transforms.quantize.restore import find_restored
 
 # What no float model calls a parameter of its own.
 _NOTHING_ELSE = ("_scale_inv", ".SCB", ".absmax", ".qzeros", ".g_idx")
+# Scales whose names do not say so; never bytes, which are codes there.
+_FLOAT_SCALES = frozenset({"SCB", "absmax", "nested_absmax"})
 # The dtypes that libraries write scales in, by what ends their names; all others are written in the model's own.
 _EXPONENTS = frozenset({"F8_E8M0", "U8"})
 _WRITTEN = (
@@ -224,10 +226,14 @@ def misfit(part: Part, listed: ListedSet) -> str:
 def find_scales(dtypes: Mapping[str, DType]) -> dict[str, bool]:
     """Name the tensors beside quantized weights, and say which are scales: floats, and bytes that are exponents."""
     owners = find_owners(find_quantized(dtypes), dtypes)
-    return {
-        name: dtypes[name].is_floating or (dtypes[name].tag == "U8" and "scale" in name.rpartition(".")[2])
-        for name in owners
-    }
+
+    def is_scale(name: str) -> bool:
+        dtype, leaf = dtypes[name], name.rpartition(".")[2]
+        return (dtype.is_floating and leaf in _FLOAT_SCALES) or (
+            "scale" in leaf and (dtype.is_floating or dtype.tag == "U8")
+        )
+
+    return {name: is_scale(name) for name in owners}
 
 
 def cast_scales(dtypes: Mapping[str, DType], found: Sequence[Quantized]) -> list[str]:
