@@ -154,7 +154,7 @@ def test_without_a_bound_errors_are_told_and_zeros_are_no_match(
     wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibrated = {**DEQUANTIZERS, FP8: lambda module: DEQUANTIZERS[FP8](module)._replace(slack=None)}
-    monkeypatch.setattr("converter.recipes.verify.DEQUANTIZERS", calibrated)
+    monkeypatch.setattr("converter.transforms.quantize.DEQUANTIZERS", calibrated)
     coded = to_fp8(plain(), "m.weight")
     a, b = save(plain(), tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
     save({**coded, "m.weight_scale_inv": coded["m.weight_scale_inv"] * 1.5}, b)

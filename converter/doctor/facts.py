@@ -14,7 +14,13 @@ from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
 from converter.errors import Unreachable, Unsupported, WconvError
 from converter.libraries import library_at
 from converter.models.checkpoint import open_checkpoint
-from converter.models.component import QUANTIZATION_KEYS, nested, quantization_of
+from converter.models.component import (
+    OWN_CONFIGS,
+    QUANTIZATION_KEYS,
+    nested,
+    quantization_beside,
+    quantization_of,
+)
 from converter.models.headers import LENIENT
 from converter.models.inventory import Inventory, Part
 from converter.models.names import WeightsName
@@ -174,9 +180,9 @@ def lacks_format(part: Part, listed: ListedSet) -> list[str]:
 
 
 def says_quantized(part: Part) -> bool:
-    """Say whether the config of a part says that its weights are quantized, or the file that ModelOpt writes beside."""
+    """Say whether the config of a part says that its weights are quantized, or a file beside it that is for that."""
     said = any(key in config for config in nested(part.component.config) for key in QUANTIZATION_KEYS)
-    return said or "hf_quant_config.json" in part.files
+    return said or any(name in part.files for name in (*OWN_CONFIGS, "hf_quant_config.json"))
 
 
 class Alone(NamedTuple):
@@ -197,12 +203,12 @@ def find_alone(part: Part, dtypes: Mapping[str, DType], found: Sequence[Quantize
     has_codes = is_quantized and not any("ComfyUI" in one.scheme.label for one in found)
     known = find_belongings(found, dtypes)
     rest = [name for name in dtypes if name not in known]
-    named = ((name, weight_of(name)) for name in rest)
+    named = ((name, weight_of(name, dtypes[name])) for name in rest)
     alone = [(name, weight) for name, weight in named if weight and (is_quantized or name.endswith(_NOTHING_ELSE))]
     return Alone(
         [name for name in rest if has_codes and holds_codes(name, dtypes[name])],
-        [name for name, weight in alone if weight not in dtypes],
-        [name for name, weight in alone if weight in dtypes],
+        [name for name, weight in alone if weight == name or weight not in dtypes],
+        [name for name, weight in alone if weight != name and weight in dtypes],
     )
 
 
@@ -213,7 +219,7 @@ def misfit(part: Part, listed: ListedSet) -> str:
     """
     try:
         checkpoint = open_checkpoint(listed.without_index, LENIENT)
-        find_restored(checkpoint, DEQUANTIZERS, quantization_of(part.component.config))
+        find_restored(checkpoint, DEQUANTIZERS, quantization_beside(part.component))
     except Unreachable:
         raise
     except Unsupported:  # which is said of what is quantized

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,13 +11,17 @@ import numkong
 import numpy as np
 
 from converter.dtypes import DTYPES, DType
-from converter.tensors.kernels import Array, as_array, numpy_dtype, widen
+from converter.tensors.kernels import Array, as_array, cast_chunk, numpy_dtype, widen
 
 if TYPE_CHECKING:
     from converter.transforms.quantize.codes import Coding
 
 # What numpy takes a code's numbers for, where one byte has so many: their bits move as one element does.
 _TOGETHER = {1: "<f4", 2: "<u8", 4: "<c16"}
+
+DECODING_NBYTES = 1 << 18  # numbers are looked up together and then put apart: they stay in the cache
+
+_UFUNCS: Mapping[str, np.ufunc] = {"times": np.multiply, "over": np.divide, "less": np.subtract}
 
 _LEAST = np.float32(2**-25)  # half the smallest number of float16, by way of which some schemes go
 
@@ -42,6 +46,15 @@ def _exponents() -> Array:
 def are_finite(numbers: memoryview) -> bool:
     """Say whether float32 numbers are all finite."""
     return bool(np.isfinite(np.frombuffer(numbers, "<f4")).all())
+
+
+def fill_alike(numbers: memoryview, value: float) -> bool:
+    """Write a value over float32 numbers that are all the same; give False, and leave others as they are."""
+    found = np.frombuffer(numbers, "<f4")
+    if len(found) and not (found == found[0]).all():
+        return False
+    found[...] = value
+    return True
 
 
 def steps_into(chunk: memoryview, dtype: DType, out: memoryview) -> None:
@@ -71,50 +84,142 @@ def half_steps(values: list[float]) -> tuple[float, ...]:
     return tuple(found.get(value, 0.0) for value in values)
 
 
-def decode(chunk: memoryview, coding: Coding, inner: int, skipped: int, out: memoryview) -> None:
+def decode(chunk: memoryview, coding: Coding, inner: int, skipped: int, out: memoryview, room: memoryview) -> None:
     """Write the numbers of words into ``out`` as float32, but for the first ``skipped`` ones.
 
-    ``inner`` words lie side by side: their first numbers come first, then their second ones.
+    ``inner`` words lie side by side: their first numbers come first, then their second ones. ``room`` is of
+    DECODING_NBYTES to work in.
     """
     wide = np.frombuffer(out, "<f4")
-    per = coding.per_word
-    count = len(chunk) // coding.width * per
-    if skipped or len(wide) != count:
-        whole = np.empty(count, "<f4")
-        _decode(chunk, coding, inner, whole)
-        wide[...] = whole[skipped : skipped + len(wide)]
-    else:
-        _decode(chunk, coding, inner, wide)
-
-
-def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
-    per = coding.per_word
-    words = np.frombuffer(chunk, f"<u{coding.width}")
-    if inner == 1 and coding.width == 1 and per in _TOGETHER:
-        together = _TOGETHER[per]
-        table = _words(coding.bits, np.array(coding.values, "<f4").tobytes())
-        np.take(table.view(together)[:, 0], words, out=wide.view(together), mode="clip")
-        return
-    rows = wide.reshape(-1, per, inner)
-    words = words.reshape(-1, inner)
-    values = np.array(coding.values, "f4")
-    mask = words.dtype.type((1 << coding.bits) - 1)
-    for place in range(per):
-        codes = (words >> words.dtype.type(coding.bits * place)) & mask
-        number = coding.order[place] if coding.order else place
-        if inner == 1:
-            rows[:, number, 0] = values.take(codes[:, 0], mode="clip")
+    unit, nbytes = inner * coding.per_word, inner * coding.width
+    done, at = 0, 0
+    while done < len(wide):
+        inside = 0 if done else skipped
+        units = (len(wide) - done) // unit
+        if inside or not units:
+            # Of the words at both ends not all may be asked for.
+            taken, units = min(unit - inside, len(wide) - done), 1
+            whole = np.empty(unit, "<f4")
+            _decode(chunk[at : at + nbytes], coding, inner, whole, room)
+            wide[done : done + taken] = whole[inside : inside + taken]
         else:
-            for row, code in zip(rows[:, number], codes, strict=True):
-                np.take(values, code, out=row, mode="clip")
+            taken = units * unit
+            _decode(chunk[at : at + units * nbytes], coding, inner, wide[done : done + taken], room)
+        done, at = done + taken, at + units * nbytes
+
+
+def look_up(chunk: memoryview, table: memoryview, out: memoryview) -> None:
+    """Write the float32 numbers of a table of 256 that the bytes of a chunk stand for into ``out``."""
+    np.take(np.frombuffer(table, "<f4"), np.frombuffer(chunk, "u1"), out=np.frombuffer(out, "<f4"), mode="clip")
+
+
+def table_of_steps(table: memoryview) -> bytes:
+    """Give half the distance from each number of a float32 table to the farther one of its neighbours, as it is."""
+    return np.array(half_steps(np.frombuffer(table, "<f4").tolist()), "<f4").tobytes()
+
+
+def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array, room: memoryview) -> None:
+    raw, bits = np.frombuffer(chunk, "u1"), coding.bits
+    values = np.array(coding.values, "<f4").tobytes()
+    offset = _offset(values)
+    # Words are as their bytes, unless they have an order of their own.
+    in_bytes = inner == 1 and not 8 % bits and (coding.width == 1 or not coding.order)
+    if in_bytes and (offset is None or coding.order):
+        together = _TOGETHER[8 // bits]
+        table = _words(bits, values, coding.order)
+        np.take(table.view(together)[:, 0], raw, out=wide.view(together), mode="clip")
+        return
+    if in_bytes and offset is not None and bits >= 4:
+        if bits == 4:
+            _add_halves(raw, offset, wide, room)
+        else:
+            np.add(raw, offset, out=wide)
+        return
+    words = raw.reshape(-1, inner, coding.width)
+    rows = wide.reshape(-1, coding.per_word, inner)
+    if offset is None and coding.width == 1 and bits < 8:
+        _put_apart(words[:, :, 0], _words(bits, values, coding.order), rows, room)
+        return
+    table = np.frombuffer(values, "<f4")
+    for place in range(coding.per_word):
+        codes = _codes_at(words, place * bits, bits)
+        out = rows[:, coding.order[place] if coding.order else place]
+        if offset is None:
+            out[...] = table.take(codes, mode="clip")
+        else:
+            np.add(codes, offset, out=out)
+
+
+def _codes_at(words: Array, at: int, bits: int) -> Array:
+    """Give the codes of words [.., width], in bytes, that begin at a bit; some lie in two bytes."""
+    byte, shift = divmod(at, 8)
+    codes = words[..., byte] >> np.uint8(shift)
+    if shift + bits > 8:
+        codes = codes | (words[..., byte + 1] << np.uint8(8 - shift))
+    found: Array = codes & np.uint8((1 << bits) - 1)
+    return found
+
+
+def _add_halves(raw: Array, offset: Array, wide: Array, room: memoryview) -> None:
+    """Write both halves of bytes, the lower one first, with an offset added."""
+    step = len(room) // 4
+    pairs, shifted = np.frombuffer(room, "<u2").reshape(2, step)
+    for begin in range(0, len(raw), step):
+        part = raw[begin : begin + step]
+        pair, other = pairs[: len(part)], shifted[: len(part)]
+        pair[...] = part
+        np.left_shift(pair, 4, out=other)
+        np.bitwise_or(pair, other, out=pair)
+        np.bitwise_and(pair, 0x0F0F, out=pair)
+        np.add(pair.view("u1"), offset, out=wide[2 * begin : 2 * (begin + len(part))])
+
+
+def _put_apart(words: Array, table: Array, rows: Array, room: memoryview) -> None:
+    """Write the numbers of bytes, which ``table`` has for each, into the rows that each place has."""
+    per = table.shape[1]
+    together = table.view(_TOGETHER[per])[:, 0]
+    free = np.frombuffer(room, together.dtype)
+    height, width = words.shape
+    step = max(1, len(free) // width)
+    for row in range(0, height, step):
+        for begin in range(0, width, len(free)):
+            part = words[row : row + step, begin : begin + len(free)]
+            found = np.take(together, part, out=free[: part.size].reshape(part.shape), mode="clip")
+            numbers = found.view("<f4").reshape(*part.shape, per)
+            for place in range(per):
+                rows[row : row + step, place, begin : begin + len(free)] = numbers[:, :, place]
 
 
 @cache
-def _words(bits: int, values: bytes) -> Array:
+def _offset(values: bytes) -> Array | None:
+    """Give what makes each code its value when it is added, where there is such a number."""
+    numbers = np.frombuffer(values, "<f4")
+    added = np.arange(len(numbers), dtype="<f4") + numbers[0]
+    return numbers[0] if added.tobytes() == values else None
+
+
+@cache
+def _words(bits: int, values: bytes, order: tuple[int, ...]) -> Array:
     """Give the numbers of each byte, [256, 8 // bits]; bytes tell 0 from -0, which numbers do not."""
     codes = np.arange(256, dtype="u1")[:, np.newaxis] >> np.arange(0, 8, bits, dtype="u1")
-    numbers: Array = np.frombuffer(values, "<f4")[codes & ((1 << bits) - 1)]
+    numbers: Array = np.empty(codes.shape, "<f4")
+    numbers[:, order or range(len(numbers[0]))] = np.frombuffer(values, "<f4")[codes & ((1 << bits) - 1)]
     return numbers
+
+
+def unswizzle(chunk: memoryview, out: memoryview, shape: tuple[int, int], start: tuple[int, int]) -> None:
+    """Write a box of a matrix of bytes into ``out``, the matrix of ``shape``, of which tiles of 128 x 4 are given.
+
+    The tiles lie side by side, row ``32 * k + r`` of each as the bytes ``16 * r + 4 * k`` to ``+ 4`` of its 512.
+    ``start`` is where the first tile begins in the box, which may be before it.
+    """
+    tiles = np.frombuffer(chunk, "u1").reshape(-1, 32, 4, 4).transpose(2, 1, 0, 3)
+    values = tiles.reshape(128, -1)
+    target = np.frombuffer(out, "u1").reshape(shape)
+    row, column = start
+    into = target[max(0, row) : row + 128, max(0, column) : column + values.shape[1]]
+    top, left = max(0, -row), max(0, -column)
+    into[...] = values[top : top + into.shape[0], left : left + into.shape[1]]
 
 
 def apply_grid(
@@ -130,13 +235,45 @@ def apply_grid(
 
     ``origin`` is where the box begins in the grid's first block.
     """
-    ufunc = {"times": np.multiply, "over": np.divide, "less": np.subtract}[by]
+    ufunc = _UFUNCS[by]
     values = np.frombuffer(out, "<f4").reshape(shape)
     grid = np.frombuffer(numbers, "<f4").reshape(grid_shape)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         for part, cells, sizes in _aligned(values, grid, block, origin):
             split = part.reshape([n for cell, size in zip(cells.shape, sizes, strict=True) for n in (cell, size)])
             ufunc(split, cells.reshape([n for cell in cells.shape for n in (cell, 1)]), out=split)
+
+
+def apply_columns(
+    out: memoryview,
+    numbers: memoryview,
+    height: int,
+    index: memoryview,
+    dtype: DType,
+    columns: tuple[int, int],
+    by: str,
+) -> bool:
+    """Multiply float32 numbers, some ``columns`` of rows, in place with those of a grid; or divide by them, and so on.
+
+    ``numbers`` are the grid's for these rows; ``index`` says for each column which of a row. Gives False, and leaves
+    ``out`` as it is, where there is none.
+    """
+    ufunc = _UFUNCS[by]
+    grid = np.frombuffer(numbers, "<f4").reshape(height, -1)
+    groups = np.frombuffer(index, numpy_dtype(dtype))[slice(*columns)]
+    values = np.frombuffer(out, "<f4").reshape(height, len(groups))
+    if len(groups) and (groups.min() < 0 or groups.max() >= grid.shape[1]):
+        return False
+    changes = np.flatnonzero(np.diff(groups)) + 1
+    size = int(changes[0]) if len(changes) else len(groups)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        if size and not len(groups) % size and np.array_equal(changes, np.arange(size, len(groups), size)):
+            # As many columns to each group, one group behind another.
+            split = values.reshape(height, -1, size)
+            ufunc(split, grid[:, groups[::size], np.newaxis], out=split)
+        else:
+            ufunc(values, grid.take(groups, axis=1), out=values)
+    return True
 
 
 def _aligned(
@@ -194,6 +331,74 @@ def rounding_errors(
             beyond = int((~(errors <= bounds)).sum())
     sums = (float(one.sum(dtype=np.float64)) for one in (errors, magnitudes))
     return Rounding(beyond, float(errors.max(initial=0.0)), float(magnitudes.max(initial=0.0)), *sums)
+
+
+def cell_maxima(chunk: memoryview, dtype: DType, cell: tuple[int, int], columns: int) -> bytes:
+    """Give the largest magnitude of each cell of some rows of a matrix, row-major, as float32; NaN where it has one.
+
+    Cells divide the rows; a matrix that is narrower than a cell is a part of one.
+    """
+    rows, wide = cell[0], min(cell[1], columns)
+    values = widen(as_array(chunk, dtype))
+    with np.errstate(invalid="ignore"):
+        if wide == columns:
+            cells = values.reshape(-1, rows * columns)
+            largest = np.maximum(cells.max(axis=1), -cells.min(axis=1))
+        else:
+            bands = values.reshape(-1, rows, columns)
+            largest = np.maximum(bands.max(axis=1), -bands.min(axis=1))
+            largest = largest.reshape(-1, columns // wide, wide).max(axis=2)
+        found: bytes = np.abs(largest).tobytes()  # of zeros none is negative
+    return found
+
+
+def raise_maxima(maxima: bytearray, part: bytes, first: int) -> None:
+    """Raise float32 numbers from the ``first`` on to others where those are larger, or NaN."""
+    others = np.frombuffer(part, "<f4")
+    known = np.frombuffer(maxima, "<f4")[first : first + len(others)]
+    np.maximum(known, others, out=known)
+
+
+_E4M3_LARGEST = np.float32(448)
+
+
+def block_scales(maxima: bytes) -> tuple[bytes, bytes]:
+    """Give what blocks are multiplied with to fill float8, and the reciprocals, of the largest magnitude of each.
+
+    torch takes 448 / largest as 448 times the reciprocal, rounded twice (``Tensor.__rtruediv__``). Zeros stay zeros.
+    """
+    largest = np.frombuffer(maxima, "<f4")
+    with np.errstate(divide="ignore", over="ignore"):
+        factors = np.where(largest > 0, _E4M3_LARGEST * (np.float32(1) / largest), np.float32(1))
+        return factors.tobytes(), (np.float32(1) / factors).tobytes()
+
+
+def row_scales(maxima: bytes, dtype: DType) -> tuple[bytes, bytes]:
+    """Give what rows are divided by to fill float8, in float32 and in the dtype that it is rounded to.
+
+    A row of zeros has the dtype's epsilon.
+    """
+    scales = np.frombuffer(maxima, "<f4") / _E4M3_LARGEST
+    rounded = bytearray(len(scales) * dtype.itemsize)
+    cast_chunk(memoryview(scales.tobytes()), DTYPES["F32"], memoryview(rounded), dtype, "error")
+    wide = widen(as_array(memoryview(rounded), dtype)).copy()
+    epsilon = {"F32": 2.0**-23, "BF16": 2.0**-7, "F16": 2.0**-10}[dtype.tag]
+    wide[wide == 0] = epsilon
+    cast_chunk(memoryview(wide.tobytes()), DTYPES["F32"], memoryview(rounded), dtype, "error")
+    return wide.tobytes(), bytes(rounded)
+
+
+def whole_scale(maxima: bytes) -> tuple[bytes, bytes]:
+    """Give what a weight is multiplied with to fill float8, and its scale, of the largest magnitudes of its parts.
+
+    One of zeros, or nearly, has the scale 1.
+    """
+    scale = np.frombuffer(maxima, "<f4").max(initial=0) / _E4M3_LARGEST
+    with np.errstate(divide="ignore", over="ignore"):
+        factor = np.float32(1) / scale
+    if not np.isfinite(factor):
+        scale = factor = np.float32(1)
+    return factor.tobytes(), scale.tobytes()
 
 
 def copy_columns(
