@@ -123,7 +123,7 @@ def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array, room: me
     values = np.array(coding.values, "<f4").tobytes()
     offset = _offset(values)
     # Words are as their bytes, unless they have an order of their own.
-    in_bytes = inner == 1 and not 8 % bits and (coding.width == 1 or not coding.order)
+    in_bytes = inner == 1 and bits in (2, 4, 8) and (coding.width == 1 or not coding.order)
     if in_bytes and (offset is None or coding.order):
         together = _TOGETHER[8 // bits]
         table = _words(bits, values, coding.order)
