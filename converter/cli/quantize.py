@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from converter.storage import Place
     from converter.transforms.quantize.write import Writer
 
-SCHEMES = ("int8",)  # the names in QUANTIZERS, which is not loaded for a help text
+SCHEMES = ("int8", "nf4", "fp8-block", "fp8-scaled")  # the names in QUANTIZERS, which is not loaded for a help text
 
 
 @click.command("quantize")
@@ -58,7 +58,7 @@ def command(
 ) -> None:
     """Write the linear modules of SRC, a model's or a pipeline's folder, in 8 or 4 bits.
 
-    int8 is LLM.int8 of bitsandbytes.
+    int8 is LLM.int8 of bitsandbytes, and nf4 its 4 bits, in blocks of 64 that share a scale.
 
     The new folder loads in a half or a quarter of the memory of the fp16 one; the numbers are those that the library
     gives when it quantizes at load time. Which modules, the model's library decides, as it does then; config.json says
@@ -66,18 +66,18 @@ def command(
 
     \b
     wconv quantize ./model -o ./model-int8
+    wconv quantize ./model -o ./model-nf4 --scheme nf4
     wconv quantize ./sana -o ./sana-int8 --dtype bf16      the rest of all parts in bf16
     wconv quantize ./model -o ./model-int8 --skip 'layers\\.0\\.'
     """
     from functools import partial
 
     from converter.cli.convert import open_run, run_prepared, take_run
-    from converter.recipes.quantize import Measuring, plan_quantized
+    from converter.recipes.quantize import Measuring, plan_quantized, writer_of
     from converter.recipes.request import Request, prepare
-    from converter.transforms.quantize import QUANTIZERS
     from converter.transforms.quantize.modules import ModuleChoice
 
-    writer = QUANTIZERS[scheme]
+    writer = writer_of(scheme, source)
     run = take_run(options)
     request = Request.of(source, **options)
     choice = ModuleChoice(include, skip, strict)

@@ -7,11 +7,14 @@ scales, so a weight counts as quantized only where its companions stand beside i
 
 from __future__ import annotations
 
+import bisect
 import re
-from collections.abc import Container, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from converter.dtypes import DType
+from converter.errors import BadFile
+from converter.formats.texts import parse_json
 from converter.models.checkpoint import Checkpoint
 
 _F8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
@@ -25,6 +28,7 @@ class Scheme(NamedTuple):
     ``is_dequantized`` where 'wconv dequantize' does too. ``others`` may stand beside it as well, and mean nothing
     without it; ``small`` are those of all these whose bytes say how it is to be read. ``scales`` are the dtypes that
     the companions have to be of, where names alone do not tell; ``methods`` what configs call it (``quant_method``).
+    ``may_be_turned`` unless none of its modules is a Conv1D, whose weight its library has as [in, out].
     """
 
     label: str
@@ -37,6 +41,7 @@ class Scheme(NamedTuple):
     is_dequantized: bool = False
     scales: frozenset[str] = frozenset()
     methods: tuple[str, ...] = ()
+    may_be_turned: bool = True
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -60,19 +65,22 @@ _OF_LINEAR = (
     *(f".{what}_{end}" for what in ("input", "output") for end in ("scale", "zero_point", "global_scale")),
     ".input_scale_ub",
 )
-OF_ACTIVATIONS = (".activation_scale", "_activation_scale", ".qscale_act", *_OF_LINEAR)
+OF_ACTIVATIONS = (".activation_scale", "_activation_scale", ".qscale_act", "_input_scale", "_output_scale", *_OF_LINEAR)
 # What the cache of keys and values is scaled by as it is filled: no weight is (``maybe_remap_kv_scale_name`` in vLLM's
 # ``model_loader/weight_utils.py``, and what ``get_cache_scale`` of its quantizations takes for the same).
-OF_CACHE = re.compile(
-    r"(.*)\.(?:(?:attn\.)?(?:[qkv]|kv|prob)_(?:scale|zero_point|global_scale)|prob_output_scale"
-    r"|[qkv]_proj\.(?:[kv]_scale|output_scale|output_zero_point)|(?:[qkv]|kv)_fake_quantizer\.qscale_act)"
+_OF_CACHE = re.compile(
+    r"(?:attn\.)?(?:[qkv]|kv|prob)_(?:scale|zero_point|global_scale)|prob_output_scale"
+    r"|[qkv]_proj\.(?:[kv]_scale|output_scale|output_zero_point)|(?:[qkv]|kv)_fake_quantizer\.qscale_act"
 )
 _FINE_GRAINED = "transformers, with FineGrainedFP8Config(dequantize=True)"
 FP8 = Scheme(
     "float8 with scales", ".weight", _F8, (".weight_scale_inv", ".scale", ".qscale_weight"), _FINE_GRAINED,
-    others=(".input_scale", ".activation_scale", ".qscale_act"), is_dequantized=True, methods=("fp8",),
+    others=(".activation_scale", ".qscale_act", *_OF_LINEAR), is_dequantized=True, methods=("fp8",),
+    may_be_turned=False,
 )  # fmt: skip
 FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
+# Inkling's, which are renamed to those as they are loaded (``conversion_mapping.py`` of transformers).
+FP8_OF_FUSED = FP8._replace(weight="_weight", companions=("_weight_scale",), others=("_input_scale",))
 # Two numbers a byte, as transformers takes all I8 beside these scales; ``.scale`` may be of any 8-bit numbers.
 _EXPONENTS = frozenset({"F8_E8M0", "U8"})
 FP4 = FP8._replace(label="FP4 with scales", dtypes=frozenset({"I8"}), companions=(".weight_scale_inv",))
@@ -96,6 +104,13 @@ NVFP4 = Scheme(
     others=(".weight_scale", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
     methods=("modelopt", "modelopt_fp4"),
 )  # fmt: skip
+# Experts that are one tensor have all of it under a longer name, and their rows along the last axis.
+NVFP4_OF_EXPERTS = NVFP4._replace(
+    weight="", companions=("_weight_scale_2",), others=("_weight_scale", "_input_scale", "_output_scale")
+)
+MODELOPT_FP8_OF_EXPERTS = CT_FP8._replace(
+    weight="", companions=("_weight_scale",), others=("_input_scale", "_output_scale"), methods=("modelopt",)
+)
 MODELOPT_4BIT = NVFP4._replace(
     label="4-bit numbers of ModelOpt", companions=(".weight_scale",), others=(".pre_quant_scale", *_OF_LINEAR)
 )
@@ -110,18 +125,41 @@ MXFP4 = Scheme(
     is_dequantized=True, methods=("mxfp4",),
 )  # fmt: skip
 MXFP4_ROWS = MXFP4._replace(weight=".blocks", companions=(".scales",), reader="gpt-oss")
-_BNB_4BIT = Scheme("4 bits of bitsandbytes", ".weight", frozenset(), (), "transformers or Diffusers with bitsandbytes")
-_MARKED = Scheme("float8 with scales of ComfyUI", "", _F8, (), "ComfyUI")
-# Beside ``m.weight``, in whatever dtype the 4-bit numbers are stored (``as_dict`` in ``bitsandbytes/functional.py``).
-_BNB_STATE = ".quant_state.bitsandbytes__"
-# One for the whole file (``detect_layer_quantization`` in ``comfy/utils.py``).
+# In whatever dtype the 4-bit numbers are stored; what is beside them has the whole name of the weight before it
+# (``as_dict`` in ``bitsandbytes/functional.py``).
+_BNB_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+BNB_4BIT = Scheme(
+    "4 bits of bitsandbytes", "", frozenset({"U8", "I8", "BF16", "F16", "F32", "F64", "I16", "I32", "I64"}),
+    (*_BNB_STATES, ".absmax"), "transformers or Diffusers with bitsandbytes",
+    others=(".quant_map", ".nested_absmax", ".nested_quant_map"), small=(*_BNB_STATES, ".quant_map"),
+    is_dequantized=True, methods=("bitsandbytes",),
+)  # fmt: skip
+COMFY_QUANT = Scheme(
+    "the form of ComfyUI that comfy_quant describes", ".weight", _PACKED, (".comfy_quant",), "ComfyUI",
+    others=(".weight_scale", ".weight_scale_2", ".input_scale"), small=(".comfy_quant",), is_dequantized=True,
+)  # fmt: skip
+COMFY_FP8 = Scheme(
+    "float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), "ComfyUI",
+    others=(".scale_input",), is_dequantized=True,
+)  # fmt: skip
+# What has no scale in a file in which others have one is as it is.
+COMFY_MARKED = Scheme("float8 in a file of ComfyUI", "", _F8, (), "ComfyUI", is_dequantized=True)
+_COMFY = (COMFY_QUANT, COMFY_FP8, COMFY_MARKED)
+# What no module of a float model has.
+_COMFY_LEAVES = frozenset({"scale_weight", "scale_input", "comfy_quant"})
+# One for all of a model in a file (``convert_old_quants`` in ``comfy/utils.py``).
 _MARK = "scaled_fp8"
+# What a header notes of quantized modules, and what may stand before the names that it has of them (the same function;
+# ``unet_prefix_from_state_dict`` in ``comfy/model_detection.py``).
+COMFY_NOTE = "_quantization_metadata"
+_COMFY_PREFIXES = ("", "model.diffusion_model.", "model.model.", "net.")
 
 # The first row that fits speaks; the last ones are for what nobody has told of.
 TABLE = (
     LLM_INT8,
-    Scheme("the form of ComfyUI that comfy_quant describes", ".weight", _PACKED, (".comfy_quant",), "ComfyUI"),
-    Scheme("float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), "ComfyUI"),
+    BNB_4BIT,
+    COMFY_QUANT,
+    COMFY_FP8,
     GPTQ,
     AWQ,
     MXFP4,
@@ -132,14 +170,17 @@ TABLE = (
            "the compressed-tensors that wrote it"),
     Scheme("packed numbers of compressed-tensors", "_packed", _PACKED, ("_scale",), "compressed-tensors"),
     NVFP4,
+    NVFP4_OF_EXPERTS,
     Scheme("NVFP4 of ModelOpt", "", frozenset({"U8"}), ("_scale_2",), "vLLM or TensorRT-LLM"),
     FP8,
     FP8_OF_EXPERTS,
+    FP8_OF_FUSED,
     FP4,
     FP4_OF_EXPERTS,
     FP4_OF_DEEPSEEK,
     CT_FP8,
     CT_INT8,
+    MODELOPT_FP8_OF_EXPERTS,
     MODELOPT_4BIT,
     Scheme("float8 with scales", "", _F8, ("_scale",), "vLLM, or transformers with compressed-tensors"),
     Scheme("8-bit numbers with scales", "", frozenset({"I8", "U8"}), ("_scale",), "the library that wrote it"),
@@ -149,13 +190,18 @@ TABLE = (
     Scheme("MLX", ".weight", frozenset({"U32"}), (".scales",), "MLX"),
     Scheme("numbers with scales", ".weight", _PACKED, (".scale", ".scales", ".qscale_weight", ".absmax"),
            "the library that wrote it"),
+    COMFY_MARKED,
 )  # fmt: skip
+_BY_DTYPE = {
+    tag: tuple(row for row in TABLE if tag in row.dtypes) for tag in {tag for row in TABLE for tag in row.dtypes}
+}
 # What ends the names of scales that no float model has: with what ends their weight's.
 _SCALE_ENDS = (
     (".weight_scale_inv", ".weight"), ("_scale_inv", ""), (".qscale_weight", ".weight"), (".scale_weight", ".weight"),
     (".weight_scale", ".weight"), (".weight_scale_2", ".weight"), (".SCB", ".weight"), (".qzeros", ".qweight"),
     (".g_idx", ".qweight"), (".weight.absmax", ".weight"),
 )  # fmt: skip
+_EXPONENT_ENDS = ((".scale", ".weight"), ("_scale", ""))
 # What ends the names of weights that are no numbers by themselves; integers may be a float model's under others.
 _CODES = tuple({scheme.weight for scheme in TABLE} - {""})
 
@@ -179,16 +225,47 @@ class Quantized(NamedTuple):
         return f"{self.scheme.label}: {self.weight!r} goes with {self.companion!r}"
 
 
-def find_quantized(dtypes: Mapping[str, DType]) -> list[Quantized]:
-    """List the quantized weights among tensors, in order."""
-    mark = next((name for name in dtypes if name.endswith(_MARK) and name.rpartition(".")[2] == _MARK), None)
-    found = (_look_at(name, dtype, dtypes, mark) for name, dtype in dtypes.items())
+def find_quantized(dtypes: Mapping[str, DType], noted: Collection[str] = ()) -> list[Quantized]:
+    """List the quantized weights among tensors, in order; ``noted`` modules are so by what ComfyUI's headers note."""
+    marks = (name for name in dtypes if is_mark(name) or name.endswith(COMFY_QUANT.companions))
+    mark = next(marks, COMFY_NOTE if noted else None)
+    found = (_look_at(name, dtype, dtypes, mark, noted) for name, dtype in dtypes.items())
     return [one for one in found if one]
 
 
 def quantized_in(checkpoint: Checkpoint) -> list[Quantized]:
     """List the weights of a checkpoint that other tensors scale, but for those that are written as numbers again."""
-    return find_quantized({info.name: info.dtype for info in checkpoint.tensors if not info.is_made})
+    dtypes = {info.name: info.dtype for info in checkpoint.tensors if not info.is_made}
+    try:
+        noted = modules_noted(checkpoint)
+    except BadFile:  # whoever reads numbers by it says so
+        noted = {}
+    return find_quantized(dtypes, noted)
+
+
+def is_mark(name: str) -> bool:
+    """Say whether a tensor marks all float8 of a model as ComfyUI's: it is no module's, and means nothing else."""
+    return name.endswith(_MARK) and name.rpartition(".")[2] == _MARK
+
+
+def modules_noted(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Map modules to what ComfyUI's note in a header says of each. Raises BadFile for a note that is none."""
+    found: dict[str, Any] = {}
+    for file in checkpoint.files:
+        if COMFY_NOTE not in file.metadata:
+            continue
+        try:
+            note = parse_json(file.metadata[COMFY_NOTE].encode(), file.place, f"its note {COMFY_NOTE} ")
+            layers = note["layers"] if isinstance(note, dict) else None
+        except (ValueError, KeyError):
+            layers = None
+        if not isinstance(layers, dict):
+            raise BadFile(file.place, f"has a note {COMFY_NOTE} that names no modules", "Fetch the file again.")
+        names = {tensor.name for tensor in file.tensors}
+        for layer, said in layers.items():
+            prefix = next((one for one in _COMFY_PREFIXES if f"{one}{layer}.weight" in names), "")
+            found[prefix + layer] = said
+    return found
 
 
 def holds_codes(name: str, dtype: DType) -> bool:
@@ -196,26 +273,39 @@ def holds_codes(name: str, dtype: DType) -> bool:
     return dtype.tag in _PACKED and (dtype.is_floating or name.endswith(_CODES))
 
 
-def weight_of(name: str) -> str | None:
-    """Give the name of the weight that a tensor scales, by its own name alone; None for what may be anything."""
-    end = next((end for end in _SCALE_ENDS if name.endswith(end[0])), None)
-    return None if end is None else name.removesuffix(end[0]) + end[1]
+def weight_of(name: str, dtype: DType) -> str | None:
+    """Give the name of the weight that a tensor scales, by its own and its dtype; None for what may be anything.
+
+    What is nothing but an exponent scales something: where its name does not tell what, it is given itself.
+    """
+    ends = (*_SCALE_ENDS, *_EXPONENT_ENDS) if dtype.tag in _EXPONENTS else _SCALE_ENDS
+    end = next((end for end in ends if name.endswith(end[0])), None)
+    if end is None:
+        return name if dtype.tag == "F8_E8M0" else None
+    return name.removesuffix(end[0]) + end[1]
 
 
-def _look_at(name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | None) -> Quantized | None:
-    weight, is_state, _ = name.partition(_BNB_STATE)
-    if is_state:
-        return Quantized(_BNB_4BIT, weight, name) if weight in dtypes else None
-    if dtype.tag not in _PACKED:
-        return None
-    for scheme in TABLE:
-        if dtype.tag in scheme.dtypes and name.endswith(scheme.weight):
+def cached_by(name: str) -> tuple[str, ...]:
+    """Name the modules whose cache of keys and values a tensor may scale, by its name; none for other names."""
+    parts = name.rsplit(".", 2)
+    tails = (".".join(parts[at:]) for at in range(1, len(parts)))
+    return tuple(name[: -len(tail) - 1] for tail in tails if _OF_CACHE.fullmatch(tail))
+
+
+def _look_at(
+    name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | None, noted: Container[str]
+) -> Quantized | None:
+    if dtype.tag in _PACKED and name.endswith(".weight") and name.removesuffix(".weight") in noted:
+        return Quantized(COMFY_QUANT, name, COMFY_NOTE)
+    for scheme in _BY_DTYPE.get(dtype.tag, ()):
+        if name.endswith(scheme.weight):
             base = name.removesuffix(scheme.weight)
             ends = (base + end for end in scheme.companions)
             companion = next((end for end in ends if _scales(end, dtype, dtypes, scheme.scales)), None)
             if companion:
                 return Quantized(scheme, name, companion)
-    return Quantized(_MARKED, name, mark) if mark and mark != name and dtype.tag in _F8 else None
+    is_scale = is_mark(name) or name.endswith(COMFY_QUANT.others)
+    return Quantized(COMFY_MARKED, name, mark) if mark and dtype.tag in _F8 and not is_scale else None
 
 
 def _scales(name: str, weight: DType, dtypes: Mapping[str, DType], tags: Container[str]) -> bool:
@@ -233,19 +323,36 @@ def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozens
     """
     found = list(found)
     weights = {one.weight for one in found}
-    parted = [(one, *one.weight.rpartition(".")) for one in found]
+    # What only a mark says is quantized has nothing beside it.
+    parted = [(one, *one.weight.rpartition(".")) for one in found if one.scheme is not COMFY_MARKED]
+    of_comfy = _COMFY_LEAVES if any(one.scheme in _COMFY for one in found) else ()
     modules = {module for one, module, _, leaf in parted if leaf == "weight" or one.scheme.weight.startswith(".")}
-    stems = tuple({one.weight.removesuffix(one.scheme.weight) for one, module, *_ in parted if module not in modules})
+    stems = _Prefixes(one.weight.removesuffix(one.scheme.weight) for one, module, *_ in parted if module not in modules)
 
     def belongs(name: str) -> bool:
         module, _, leaf = name.rpartition(".")
-        if leaf == _MARK or name in weights or module in weights:
+        if leaf == _MARK or leaf in of_comfy or name in weights or any(parent in weights for parent in _parents(name)):
             return True
         if leaf == "bias" or leaf.endswith("_bias"):
             return False
-        return module in modules or name.startswith(stems)
+        return module in modules or stems.begin(name)
 
     return frozenset(name for name in names if belongs(name)) if weights else frozenset()
+
+
+class _Prefixes:
+    """Texts that others may begin with, of which there may be as many: each is looked up, and not held against all."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts: list[str] = []
+        for text in sorted(texts):
+            if not (self._texts and text.startswith(self._texts[-1])):
+                self._texts.append(text)
+
+    def begin(self, name: str) -> bool:
+        """Say whether a name begins with one of them."""
+        at = bisect.bisect_right(self._texts, name)
+        return at > 0 and name.startswith(self._texts[at - 1])
 
 
 def find_owners(found: Iterable[Quantized], names: Iterable[str]) -> dict[str, str]:
@@ -265,8 +372,12 @@ def find_owners(found: Iterable[Quantized], names: Iterable[str]) -> dict[str, s
     owners = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        stated = name.partition(_BNB_STATE)[0]
-        owner = exact.get(name) or next((one for one in (stated, parent) if one in weights), modules.get(parent))
+        owner = exact.get(name) or next((one for one in _parents(name) if one in weights), modules.get(parent))
         if owner and name not in weights and not leaf.endswith("bias"):
             owners[name] = owner
     return owners
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Give what a name begins with, up to each of its dots."""
+    return (name[:at] for at, letter in enumerate(name) if letter == ".")

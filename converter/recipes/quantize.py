@@ -18,14 +18,13 @@ from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
 from converter.errors import BadRequest, LossyCast, Unsupported, WconvError, name_some
 from converter.libraries import library_of
 from converter.libraries.base import DTYPE_KEYS
-from converter.libraries.modules import find_linears
+from converter.libraries.modules import Linears, find_linears
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import (
     QUANTIZATION_KEYS,
     Component,
     WeightSet,
     nested,
-    quantization_beside,
     quantization_of,
 )
 from converter.models.configs import read_json, render_json
@@ -33,7 +32,7 @@ from converter.models.growth import refuse_growth
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model
-from converter.models.schemes import quantized_in
+from converter.models.schemes import holds_codes, quantized_in
 from converter.plan.make import join
 from converter.plan.types import Order, Plan, QuantizedPart, Rest
 from converter.recipes.request import Request
@@ -43,9 +42,18 @@ from converter.storage import Place
 from converter.tensors.base import Tensor
 from converter.tensors.derived import cast
 from converter.transforms.dtype import Casting
-from converter.transforms.quantize import DEQUANTIZERS, QUANTIZERS
-from converter.transforms.quantize.modules import ModuleChoice, choose_modules, list_skipped
-from converter.transforms.quantize.restore import dequantized, find_restored, named_plainly
+from converter.transforms.quantize import FILE_QUANTIZERS, QUANTIZERS, find_numbers
+from converter.transforms.quantize.modules import (
+    ModuleChoice,
+    choose_in_file,
+    choose_modules,
+    expert_modules,
+    find_experts,
+    list_skipped,
+    name_skipped,
+    parted_experts,
+)
+from converter.transforms.quantize.restore import dequantized
 from converter.transforms.quantize.write import Measure, Writer, check_measured, cut_rows
 
 # What quantizers write beside config.json: ModelOpt, AutoGPTQ, AutoAWQ, and others. One of compressed-tensors' older
@@ -68,7 +76,7 @@ class Measuring:
 
     def find(self, measure: Measure, weights: Iterable[Tensor]) -> tuple[dict[str, bytes], set[str]]:
         """Give what is found of each weight by its name, and the names of those that the scheme cannot hold."""
-        blocks = (block for weight in weights for block in cut_rows(weight))
+        blocks = (block for weight in weights for block in cut_rows(weight, measure.rows))
         calls = (Call(measure.find, block, block.nbytes, block.weight.name) for block in blocks)
         found: dict[str, dict[int, bytes]] = {}
         lossy: set[str] = set()
@@ -97,12 +105,16 @@ def plan_quantized(
     """
     if scheme not in QUANTIZERS:
         raise BadRequest(request.source, f"cannot be written as {scheme!r}", f"There are {', '.join(QUANTIZERS)}.")
-    job = open_job(_checked(request))
-    parts = _select_parts(job)
+    writer = writer_of(scheme, request.source)
+    is_file = writer not in QUANTIZERS.values()
+    job = open_job(_checked(request, is_file))
+    if is_file:
+        return _plan_file(job, _Quantizing(writer, choice, measuring, request.casting))
+    parts = _select_parts(job, writer)
     names = {component.name for component, _ in parts}
     # With a dtype the other parts are cast; without one they are carried over.
     selected = select(job, components=()) if request.casting.dtype else parts
-    quantize = _Quantizing(QUANTIZERS[scheme], choice, measuring, request.casting)
+    quantize = _Quantizing(writer, choice, measuring, request.casting)
     ready, done = [], {}
     for component, checkpoint in open_sets(job, selected):
         if component.name in names:
@@ -110,6 +122,37 @@ def plan_quantized(
         ready.append((component, checkpoint))
     orders = [_with_config(order, done.get(order.component.name)) for order in make_ready(job, ready)]
     return plan_job(job, selected, orders, Rest(quantized=tuple(one.part for one in done.values())))
+
+
+def writer_of(scheme: str, source: Place) -> Writer:
+    """Give what writes a source in a scheme: of single files some have a form of their own."""
+    is_of_files = scheme in FILE_QUANTIZERS and source.is_file()
+    return FILE_QUANTIZERS[scheme] if is_of_files else QUANTIZERS[scheme]
+
+
+def _plan_file(job: Job, how: _Quantizing) -> Plan:
+    """Plan the quantized form of one file, whose modules nothing knows but its names."""
+    selected = select(job)
+    [(component, checkpoint)] = open_sets(job, selected)
+    path = checkpoint.weight_set.path
+    _refuse_quantized(checkpoint)
+    refuse_growth(path, checkpoint.tensors)
+    matrices = {
+        module: _matrix(weight, False, how) for module, weight in choose_in_file(checkpoint, how.choice).items()
+    }
+    found, lossy = _measure(path, how.writer, how.measuring, list(matrices.values()))
+    left = [module for module, weight in matrices.items() if weight.name in lossy]
+    notes = list(_note_lossy(checkpoint, how.writer, left, how.choice.strict))
+    wanted = {module: weight for module, weight in matrices.items() if weight.name not in lossy}
+    if not wanted:
+        advice = "Name them with --include: weights with two axes, called .weight."
+        raise BadRequest(path, "has no module that would be quantized", advice)
+    made = {weight.name: how.writer.write(weight, found[weight.name]) for weight in wanted.values()}
+    changed = _with_made(checkpoint, made, notes)
+    names = {module: weight.name for module, weight in wanted.items()}
+    before = {tensor.name: tensor for tensor in checkpoint.tensors}
+    part = QuantizedPart(component.name, _sizes(before, names, made), ())
+    return plan_job(job, selected, make_ready(job, [(component, changed)]), Rest(quantized=(part,)))
 
 
 class _Quantizing(NamedTuple):
@@ -149,8 +192,7 @@ def plan_dequantized(request: Request) -> Plan:
     opened, notes = _open_quantized(job)
     ready = []
     for component, checkpoint in opened:
-        transposed = find_linears(component, named_plainly(checkpoint)).transposed
-        found = find_restored(checkpoint, DEQUANTIZERS, quantization_beside(component), transposed)
+        found = find_numbers(component, checkpoint)
         dtype = casting.dtype or _said_dtype(component.config)
         ready.append((_unquantized(component), dequantized(checkpoint, found, dtype, casting.on_overflow)))
     orders = [_with_plain_dtype(order) for order in make_ready(job, ready)]
@@ -250,6 +292,8 @@ def _checked(request: Request, takes_files: bool = False) -> Request:
     if output.is_same(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
+    if takes_files and source.is_file() and output.is_same(source.parent):
+        raise BadRequest(output, "is the folder of the source", "Name a new one, or a file: -o NEW.safetensors.")
     selection = replace(request.selection, every_variant=False)
     return replace(request, source=source, selection=selection, writing=replace(request.writing, format="safetensors"))
 
@@ -259,9 +303,15 @@ def _is_gguf(place: Place) -> bool:
         return file.read(0, 4) == b"GGUF"
 
 
-def _select_parts(job: Job) -> list[tuple[Component, WeightSet]]:
+def _select_parts(job: Job, writer: Writer) -> list[tuple[Component, WeightSet]]:
     parts = select(job, components=_part_names(job.model, job.request.selection.components))
     for component, weight_set in parts:
+        library = library_of(component).package
+        if writer.libraries and library not in writer.libraries:
+            advice = (
+                "int8 and nf4 are for it; --component names other parts; for ComfyUI, quantize a single file of it."
+            )
+            raise Unsupported(weight_set.path, f"is a model of {library}, which does not load {writer.name}", advice)
         if "quantization_config" in component.config:
             advice = "Quantize the model that it was made from."
             raise Unsupported(weight_set.path, "is quantized already, as its config.json says", advice)
@@ -294,12 +344,11 @@ def _quantize(component: Component, checkpoint: Checkpoint, how: _Quantizing) ->
     refuse_growth(path, checkpoint.tensors)  # all of it is read before there is a plan
     _refuse_quantized(checkpoint)
     linears = find_linears(component, tensors.values())
+    experts = find_experts(tensors.values()) if writer.takes_experts else {}
+    linears = replace(linears, weights={**linears.weights, **{module: f"{module}.weight" for module in experts}})
     weights = {module: name for module, name in {**linears.weights, **linears.unknown}.items() if name}
     wanted, notes = choose_modules(component, checkpoint, linears, choice)
-    matrices = {
-        module: _matrix(tensors[weights[module]], module in linears.transposed, writer, how.casting)
-        for module in wanted
-    }
+    matrices = {module: _matrix(tensors[weights[module]], module in linears.transposed, how) for module in wanted}
     unfit = {module: writer.unfit(one, module in linears.transposed) for module, one in matrices.items()}
     notes += _note_unfit(unfit)
     wanted = [module for module in wanted if not unfit[module]]
@@ -307,31 +356,63 @@ def _quantize(component: Component, checkpoint: Checkpoint, how: _Quantizing) ->
     lossy = [module for module in wanted if weights[module] in too_large]
     notes += _note_lossy(checkpoint, writer, lossy, choice.strict)
     wanted = [module for module in wanted if module not in lossy]
-    skipped = list_skipped(component, linears, weights, wanted)
-    left = [module for module in wanted if library_of(component).is_skipped(module, skipped)]
-    if left:
-        notes.append(f"left as they are, as a name in the skip list means them too: {', '.join(left)}")
-        wanted = [module for module in wanted if module not in left]
+    parted = parted_experts(experts, wanted)
+    if parted:
+        notes.append(f"left as they are, as the loader has all experts in one form: {name_some(sorted(parted), 5)}")
+        wanted = [module for module in wanted if experts.get(module) not in parted]
+    skipped = _list_skipped(component, linears, writer, experts, wanted, tensors)
+    if not writer.names_skipped:
+        left = [one for one in wanted if library_of(component).is_skipped(experts.get(one, one), skipped)]
+        if left:
+            notes.append(f"left as they are, as a name in the skip list means them too: {', '.join(left)}")
+            wanted = [module for module in wanted if module not in left]
     if not wanted:
         raise BadRequest(path, "has no module that would be quantized", "See --include, --skip and --component.")
     made = {weights[module]: writer.write(matrices[module], found.get(weights[module], b"")) for module in wanted}
+    said = writer.config(skipped, how.casting.dtype or _most_common(matrices[module].dtype for module in wanted))
+    part = QuantizedPart(component.name, _sizes(tensors, {one: weights[one] for one in wanted}, made), skipped)
+    return _with_made(checkpoint, made, notes), _Done(part, said)
+
+
+def _list_skipped(
+    component: Component,
+    linears: Linears,
+    writer: Writer,
+    experts: Mapping[str, str],
+    wanted: Collection[str],
+    names: Iterable[str],
+) -> tuple[str, ...]:
+    """Give the skip list that leaves alone all modules but the wanted ones; experts are one module of theirs."""
+    if writer.names_skipped:
+        return name_skipped(linears, wanted, names)
+    weights = {module: name for module, name in linears.weights.items() if module not in experts}
+    if writer.takes_experts:
+        weights |= dict.fromkeys(expert_modules(names), "")
+    modules = {experts.get(module, module) for module in wanted}
+    return list_skipped(component, replace(linears, weights=weights), {**weights, **linears.unknown}, modules)
+
+
+def _with_made(checkpoint: Checkpoint, made: Mapping[str, tuple[Tensor, ...]], notes: Iterable[str]) -> Checkpoint:
+    """Let a checkpoint have, in place of some tensors, others that stand for each."""
     files = tuple(
         replace(file, tensors=tuple(new for old in file.tensors for new in made.get(old.name, (old,))))
         for file in checkpoint.files
     )
-    sizes = tuple(
-        (module, tensors[weights[module]].nbytes, sum(new.nbytes for new in made[weights[module]]))
-        for module in sorted(wanted)
-    )
-    changed = replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
-    said = writer.config(skipped, how.casting.dtype or _most_common(matrices[module].dtype for module in wanted))
-    return changed, _Done(QuantizedPart(component.name, sizes, skipped), said)
+    return replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
 
 
-def _matrix(weight: Tensor, is_transposed: bool, writer: Writer, casting: Casting) -> Tensor:
+def _sizes(
+    tensors: Mapping[str, Tensor], weights: Mapping[str, str], made: Mapping[str, tuple[Tensor, ...]]
+) -> tuple[tuple[str, int, int], ...]:
+    """Give the bytes of the weights of modules before and after."""
+    pairs = sorted(weights.items())
+    return tuple((module, tensors[name].nbytes, sum(new.nbytes for new in made[name])) for module, name in pairs)
+
+
+def _matrix(weight: Tensor, is_transposed: bool, how: _Quantizing) -> Tensor:
     """Give a weight as [out, in], in the dtype that its loader would quantize it from."""
-    if writer.casts_first and casting.dtype:
-        weight = cast(weight, casting.dtype, casting.on_overflow)
+    if how.writer.casts_first and how.casting.dtype:
+        weight = cast(weight, how.casting.dtype, how.casting.on_overflow)
     return weight._replace(source=weight.source.permuted((1, 0))) if is_transposed else weight
 
 
@@ -381,14 +462,16 @@ def _check_there(checkpoint: Checkpoint, component: Component) -> None:
     """Raise Unsupported where nothing is quantized."""
     if quantized_in(checkpoint):
         return
-    problem, advice = (
-        "holds no quantized weights that wconv knows",
-        "'wconv recast' casts weights that are not quantized.",
-    )
+    problem = "holds no quantized weights that wconv knows"
+    advice = "'wconv recast' casts weights that are not quantized."
     said = quantization_of(component.config)
     if said:
         problem += f", and its config.json says that it is quantized ({str(said.get('quant_method'))[:60]})"
         advice = "Load it with the library that this names; or take that out, if its weights are plain numbers."
+        lone = [one.name for one in checkpoint.tensors if holds_codes(one.name, one.dtype)]
+        if lone:
+            problem += f": there is no scale for {name_some(lone, 3)}"
+            advice = "Fetch all files of the model again."
     raise Unsupported(checkpoint.weight_set.path, problem, advice)
 
 

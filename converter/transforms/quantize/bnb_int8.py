@@ -28,8 +28,11 @@ _STEP = struct.pack("<f", 1 / 127)
 _HALF = 2**-11  # values are rounded to float16 first
 
 
-def quantization_config(skipped: Sequence[str], dtype: DType) -> dict[str, Any]:
-    """Give what config.json says of a quantized model, as ``BitsAndBytesConfig.to_dict`` of both libraries does."""
+def bitsandbytes_config(skipped: Sequence[str], **said: Any) -> dict[str, Any]:
+    """Give what config.json says of a model in a form of bitsandbytes, as ``BitsAndBytesConfig.to_dict`` does.
+
+    That is the same in transformers and in Diffusers; ``said`` is what differs from a model in 8 bits.
+    """
     return {
         "_load_in_4bit": False,
         "_load_in_8bit": True,
@@ -44,7 +47,13 @@ def quantization_config(skipped: Sequence[str], dtype: DType) -> dict[str, Any]:
         "load_in_4bit": False,
         "load_in_8bit": True,
         "quant_method": "bitsandbytes",
+        **said,
     }
+
+
+def quantization_config(skipped: Sequence[str], dtype: DType) -> dict[str, Any]:
+    """Give what config.json says of a model in 8 bits."""
+    return bitsandbytes_config(skipped)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from converter.tensors.base import ByteRange, Reader, Storage, TensorSource
 from converter.tensors.derived import Constant, Derived, held
 from converter.tensors.view import GATHER_NBYTES, View, blocks_of, contiguous_strides
 
-_AGAIN = "Fetch the file again, or quantize the model again."
+AGAIN = "Fetch the file again, or quantize the model again."
 _BAND_NBYTES = 1 << 20  # of a matrix that is read row by row, at a time
 _GRID_NBYTES = 1 << 21  # of a grid that is transposed, at a time
 _F32 = DTYPES["F32"]
@@ -32,7 +32,7 @@ class Coding(NamedTuple):
     """How numbers lie in words of ``width`` bytes: ``bits`` each, the first in the lowest bits.
 
     ``values`` is what each code stands for, ``steps`` how far a number that was rounded to it may have been off: both
-    float32, one a code. Of words of several bytes ``order`` says which number each code is, from the lowest bits on.
+    float32, one a code. ``order`` says which number each code is, from the lowest bits on, where that is another.
     """
 
     bits: int
@@ -204,7 +204,7 @@ class Scales(Widened):
         if not are_finite(out):
             inputs = self.source.inputs()
             where = inputs[0].file.place if inputs else repr(self.name)
-            raise BadFile(where, f"has a scale that is no finite number, in {self.name!r}", _AGAIN)
+            raise BadFile(where, f"has a scale that is no finite number, in {self.name!r}", AGAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,7 +483,7 @@ class Indexed(Derived):
                 inputs = self.index.inputs()
                 where = inputs[0].file.place if inputs else repr(self.name)
                 count = self.grid.shape[1]
-                raise BadFile(where, f"names groups in {self.name!r} that are not from 0 to {count - 1}", _AGAIN)
+                raise BadFile(where, f"names groups in {self.name!r} that are not from 0 to {count - 1}", AGAIN)
             done += nbytes
 
     def steps(self) -> TensorSource:

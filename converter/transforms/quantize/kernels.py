@@ -11,7 +11,7 @@ import numkong
 import numpy as np
 
 from converter.dtypes import DTYPES, DType
-from converter.tensors.kernels import Array, as_array, numpy_dtype, widen
+from converter.tensors.kernels import Array, as_array, cast_chunk, numpy_dtype, widen
 
 if TYPE_CHECKING:
     from converter.transforms.quantize.codes import Coding
@@ -108,16 +108,29 @@ def decode(chunk: memoryview, coding: Coding, inner: int, skipped: int, out: mem
         done, at = done + taken, at + units * nbytes
 
 
+def look_up(chunk: memoryview, table: memoryview, out: memoryview) -> None:
+    """Write the float32 numbers of a table of 256 that the bytes of a chunk stand for into ``out``."""
+    np.take(np.frombuffer(table, "<f4"), np.frombuffer(chunk, "u1"), out=np.frombuffer(out, "<f4"), mode="clip")
+
+
+def table_of_steps(table: memoryview) -> bytes:
+    """Give half the distance from each number of a float32 table to the farther one of its neighbours, as it is."""
+    return np.array(half_steps(np.frombuffer(table, "<f4").tolist()), "<f4").tobytes()
+
+
 def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array, room: memoryview) -> None:
     raw, bits = np.frombuffer(chunk, "u1"), coding.bits
     values = np.array(coding.values, "<f4").tobytes()
     offset = _offset(values)
-    if inner == 1 and not coding.order and (offset is None or bits >= 4):
-        # Words are as their bytes.
-        if offset is None:
-            together = _TOGETHER[8 // bits]
-            np.take(_words(bits, values).view(together)[:, 0], raw, out=wide.view(together), mode="clip")
-        elif bits == 4:
+    # Words are as their bytes, unless they have an order of their own.
+    in_bytes = inner == 1 and bits in (2, 4, 8) and (coding.width == 1 or not coding.order)
+    if in_bytes and (offset is None or coding.order):
+        together = _TOGETHER[8 // bits]
+        table = _words(bits, values, coding.order)
+        np.take(table.view(together)[:, 0], raw, out=wide.view(together), mode="clip")
+        return
+    if in_bytes and offset is not None and bits >= 4:
+        if bits == 4:
             _add_halves(raw, offset, wide, room)
         else:
             np.add(raw, offset, out=wide)
@@ -125,17 +138,26 @@ def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array, room: me
     words = raw.reshape(-1, inner, coding.width)
     rows = wide.reshape(-1, coding.per_word, inner)
     if offset is None and coding.width == 1 and bits < 8:
-        _put_apart(words[:, :, 0], _words(bits, values), rows, room)
+        _put_apart(words[:, :, 0], _words(bits, values, coding.order), rows, room)
         return
     table = np.frombuffer(values, "<f4")
     for place in range(coding.per_word):
-        byte, shift = divmod(place * bits, 8)
-        codes = (words[:, :, byte] >> np.uint8(shift)) & np.uint8((1 << bits) - 1)
+        codes = _codes_at(words, place * bits, bits)
         out = rows[:, coding.order[place] if coding.order else place]
         if offset is None:
             out[...] = table.take(codes, mode="clip")
         else:
             np.add(codes, offset, out=out)
+
+
+def _codes_at(words: Array, at: int, bits: int) -> Array:
+    """Give the codes of words [.., width], in bytes, that begin at a bit; some lie in two bytes."""
+    byte, shift = divmod(at, 8)
+    codes = words[..., byte] >> np.uint8(shift)
+    if shift + bits > 8:
+        codes = codes | (words[..., byte + 1] << np.uint8(8 - shift))
+    found: Array = codes & np.uint8((1 << bits) - 1)
+    return found
 
 
 def _add_halves(raw: Array, offset: Array, wide: Array, room: memoryview) -> None:
@@ -177,11 +199,27 @@ def _offset(values: bytes) -> Array | None:
 
 
 @cache
-def _words(bits: int, values: bytes) -> Array:
+def _words(bits: int, values: bytes, order: tuple[int, ...]) -> Array:
     """Give the numbers of each byte, [256, 8 // bits]; bytes tell 0 from -0, which numbers do not."""
     codes = np.arange(256, dtype="u1")[:, np.newaxis] >> np.arange(0, 8, bits, dtype="u1")
-    numbers: Array = np.frombuffer(values, "<f4")[codes & ((1 << bits) - 1)]
+    numbers: Array = np.empty(codes.shape, "<f4")
+    numbers[:, order or range(len(numbers[0]))] = np.frombuffer(values, "<f4")[codes & ((1 << bits) - 1)]
     return numbers
+
+
+def unswizzle(chunk: memoryview, out: memoryview, shape: tuple[int, int], start: tuple[int, int]) -> None:
+    """Write a box of a matrix of bytes into ``out``, the matrix of ``shape``, of which tiles of 128 x 4 are given.
+
+    The tiles lie side by side, row ``32 * k + r`` of each as the bytes ``16 * r + 4 * k`` to ``+ 4`` of its 512.
+    ``start`` is where the first tile begins in the box, which may be before it.
+    """
+    tiles = np.frombuffer(chunk, "u1").reshape(-1, 32, 4, 4).transpose(2, 1, 0, 3)
+    values = tiles.reshape(128, -1)
+    target = np.frombuffer(out, "u1").reshape(shape)
+    row, column = start
+    into = target[max(0, row) : row + 128, max(0, column) : column + values.shape[1]]
+    top, left = max(0, -row), max(0, -column)
+    into[...] = values[top : top + into.shape[0], left : left + into.shape[1]]
 
 
 def apply_grid(
@@ -293,6 +331,74 @@ def rounding_errors(
             beyond = int((~(errors <= bounds)).sum())
     sums = (float(one.sum(dtype=np.float64)) for one in (errors, magnitudes))
     return Rounding(beyond, float(errors.max(initial=0.0)), float(magnitudes.max(initial=0.0)), *sums)
+
+
+def cell_maxima(chunk: memoryview, dtype: DType, cell: tuple[int, int], columns: int) -> bytes:
+    """Give the largest magnitude of each cell of some rows of a matrix, row-major, as float32; NaN where it has one.
+
+    Cells divide the rows; a matrix that is narrower than a cell is a part of one.
+    """
+    rows, wide = cell[0], min(cell[1], columns)
+    values = widen(as_array(chunk, dtype))
+    with np.errstate(invalid="ignore"):
+        if wide == columns:
+            cells = values.reshape(-1, rows * columns)
+            largest = np.maximum(cells.max(axis=1), -cells.min(axis=1))
+        else:
+            bands = values.reshape(-1, rows, columns)
+            largest = np.maximum(bands.max(axis=1), -bands.min(axis=1))
+            largest = largest.reshape(-1, columns // wide, wide).max(axis=2)
+        found: bytes = np.abs(largest).tobytes()  # of zeros none is negative
+    return found
+
+
+def raise_maxima(maxima: bytearray, part: bytes, first: int) -> None:
+    """Raise float32 numbers from the ``first`` on to others where those are larger, or NaN."""
+    others = np.frombuffer(part, "<f4")
+    known = np.frombuffer(maxima, "<f4")[first : first + len(others)]
+    np.maximum(known, others, out=known)
+
+
+_E4M3_LARGEST = np.float32(448)
+
+
+def block_scales(maxima: bytes) -> tuple[bytes, bytes]:
+    """Give what blocks are multiplied with to fill float8, and the reciprocals, of the largest magnitude of each.
+
+    torch takes 448 / largest as 448 times the reciprocal, rounded twice (``Tensor.__rtruediv__``). Zeros stay zeros.
+    """
+    largest = np.frombuffer(maxima, "<f4")
+    with np.errstate(divide="ignore", over="ignore"):
+        factors = np.where(largest > 0, _E4M3_LARGEST * (np.float32(1) / largest), np.float32(1))
+        return factors.tobytes(), (np.float32(1) / factors).tobytes()
+
+
+def row_scales(maxima: bytes, dtype: DType) -> tuple[bytes, bytes]:
+    """Give what rows are divided by to fill float8, in float32 and in the dtype that it is rounded to.
+
+    A row of zeros has the dtype's epsilon.
+    """
+    scales = np.frombuffer(maxima, "<f4") / _E4M3_LARGEST
+    rounded = bytearray(len(scales) * dtype.itemsize)
+    cast_chunk(memoryview(scales.tobytes()), DTYPES["F32"], memoryview(rounded), dtype, "error")
+    wide = widen(as_array(memoryview(rounded), dtype)).copy()
+    epsilon = {"F32": 2.0**-23, "BF16": 2.0**-7, "F16": 2.0**-10}[dtype.tag]
+    wide[wide == 0] = epsilon
+    cast_chunk(memoryview(wide.tobytes()), DTYPES["F32"], memoryview(rounded), dtype, "error")
+    return wide.tobytes(), bytes(rounded)
+
+
+def whole_scale(maxima: bytes) -> tuple[bytes, bytes]:
+    """Give what a weight is multiplied with to fill float8, and its scale, of the largest magnitudes of its parts.
+
+    One of zeros, or nearly, has the scale 1.
+    """
+    scale = np.frombuffer(maxima, "<f4").max(initial=0) / _E4M3_LARGEST
+    with np.errstate(divide="ignore", over="ignore"):
+        factor = np.float32(1) / scale
+    if not np.isfinite(factor):
+        scale = factor = np.float32(1)
+    return factor.tobytes(), scale.tobytes()
 
 
 def copy_columns(

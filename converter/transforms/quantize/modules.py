@@ -1,12 +1,13 @@
 """Which linear modules are quantized: as the loader would choose them, or as the user does; and how a config says so.
 
-The loader must find 8 bits just where it makes a module for them: so modules are chosen by its own rule, and the skip
-list that config.json gets is held against that rule once more.
+The loader must find quantized weights just where it makes a module for them: so modules are chosen by its own rule, and
+the skip list that config.json gets is held against that rule once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from converter.errors import BadRequest, Unsupported
@@ -16,7 +17,22 @@ from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.models.select import compiled, texts_of
 from converter.storage import Place
-from converter.tensors.base import find_ties
+from converter.tensors.base import Tensor, find_ties
+
+# Experts of a mixture as files have them, for which a class has one module (``replace_with_fp8_linear`` in
+# ``transformers/integrations/finegrained_fp8.py``).
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.[^.]+")
+_OF_EXPERTS = re.compile(r"(.+?\.experts)\.")
+_ALL_EXPERTS = r"re:.*\.experts\.\d+\..*"
+# What ComfyUI has as Linear in a file: in a block of a stack; norms, embeddings and modulation stay, as the files that
+# it publishes have them, and what lies before and behind the blocks (``MODEL_FILTERS`` in convert_to_quant's
+# ``constants.py``).
+_IN_BLOCK = re.compile(r"(^|\.)\w*(block|blocks|layer|layers|refiner)\.\d+\.")
+_STAYS = re.compile(
+    r"norm|_mod(\.|$)|modulation|adaln|emb|(^|\.)shared\.|relative_attention_bias|scale_shift|gate_logits"
+    r"|^(cond_stage_model|conditioner|text_encoders|first_stage_model|vae)\.",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +41,7 @@ class ModuleChoice:
 
     With none, those that the loader would quantize itself. With ``include``, those alone; ``skip`` takes some away, and
     of a class that nobody knows all others are taken for linear then.
-    With both, each module must match one of them. ``strict`` refuses a weight that float16 cannot hold.
+    With both, each module must match one of them. ``strict`` refuses a weight that the scheme cannot hold.
     """
 
     include: tuple[str, ...] = ()
@@ -111,3 +127,55 @@ def list_skipped(
             entry, *spellings = library.spell_skipped(component, module, weights.get(module, ""))
             entries += [entry, *filter(is_free, spellings)]
     return tuple(sorted(set(entries)))
+
+
+def name_skipped(linears: Linears, wanted: Collection[str], names: Iterable[str]) -> tuple[str, ...]:
+    """Give the full names of all linear modules but the wanted ones, as compressed-tensors takes them.
+
+    Experts, which transformers has as none, by a regular expression that other loaders need.
+    """
+    known = set(wanted)
+    left = {module for module in (*linears.weights, *linears.unknown) if module not in known}
+    if expert_modules(names):
+        left.add(_ALL_EXPERTS)
+    return tuple(sorted(left.union(linears.skipped)))
+
+
+def find_experts(tensors: Iterable[Tensor]) -> dict[str, str]:
+    """Map each linear module of an expert to the one module that its class has for all of them."""
+    matrices = (one.name for one in tensors if len(one.shape) == 2 and one.name.endswith(".weight"))
+    found = ((name, _EXPERT.fullmatch(name.removesuffix(".weight"))) for name in matrices)
+    return {name.removesuffix(".weight"): match[1] for name, match in found if match}
+
+
+def expert_modules(names: Iterable[str]) -> set[str]:
+    """Name the modules that a class has for all experts of a layer, whether a file has each of those or all as one."""
+    return {match[1] for name in names if (match := _OF_EXPERTS.match(name))}
+
+
+def parted_experts(experts: Mapping[str, str], wanted: Collection[str]) -> set[str]:
+    """Name the modules of experts of which some are wanted, and others not."""
+    known = set(wanted)
+    left = {group for module, group in experts.items() if module not in known}
+    return left & {group for module, group in experts.items() if module in known}
+
+
+def choose_in_file(checkpoint: Checkpoint, choice: ModuleChoice) -> dict[str, Tensor]:
+    """Give the modules of a single file that are quantized, each with its weight, by their names alone.
+
+    Raises BadRequest for a module that is both included and skipped.
+    """
+    is_included, is_excluded = _matcher(choice.include), _matcher(choice.skip)
+    chosen = {}
+    for tensor in checkpoint.tensors:
+        module = tensor.name.removesuffix(".weight")
+        if module == tensor.name or len(tensor.shape) != 2 or not tensor.numel or not tensor.dtype.is_floating:
+            continue
+        included, excluded = is_included(module), is_excluded(module)
+        if included and excluded:
+            path = checkpoint.weight_set.path
+            raise BadRequest(path, f"has the module {module!r}, which --include and --skip both name", "Choose one.")
+        by_default = not choice.include and _IN_BLOCK.search(module) and not _STAYS.search(module)
+        if included or (by_default and not excluded):
+            chosen[module] = tensor
+    return chosen

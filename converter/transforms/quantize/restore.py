@@ -11,22 +11,27 @@ from converter.dtypes import DTYPES, DType, OnOverflow
 from converter.errors import BadFile, HostileFile, Unsupported, name_some
 from converter.models.checkpoint import Checkpoint
 from converter.models.schemes import (
+    COMFY_NOTE,
+    COMFY_QUANT,
     OF_ACTIVATIONS,
-    OF_CACHE,
     Quantized,
     Scheme,
+    cached_by,
     find_belongings,
     holds_codes,
+    is_mark,
+    modules_noted,
     quantized_in,
     weight_of,
 )
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import cast
 from converter.tensors.reader import RangeReader
+from converter.transforms.quantize.codes import AGAIN
 
 _MAX_SMALL_NBYTES = 1 << 24  # of one tensor that is read before there is a plan, and of all together the eightfold
 # What headers say of how the weights beside are quantized: ``convert_to_quant`` and others write it for ComfyUI.
-_METADATA = ("_quantization_metadata",)
+_METADATA = (COMFY_NOTE,)
 # What configs of compressed-tensors and of ModelOpt say of a quantized cache.
 _CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_dtype")
 
@@ -35,7 +40,8 @@ class Module(NamedTuple):
     """A quantized weight and what stands beside it, by what its name has after that of the ``base`` that they share.
 
     ``contents`` are the bytes of those beside that are small. ``config`` is what config.json says of the quantization,
-    empty where it says nothing. ``is_transposed`` where its library has the weight [in, out], as Conv1D does.
+    empty where it says nothing; or what the file's header notes of this module. ``is_transposed`` where its library has
+    the weight [in, out], as Conv1D does.
     """
 
     scheme: Scheme
@@ -57,7 +63,7 @@ class Module(NamedTuple):
         """Give what is said of one beside that does not fit the weight."""
         one = self.scale(end)
         said = f"has a {one.name!r} that does not fit {self.weight.name!r}: {problem}"
-        return BadFile(one.where, said, "Fetch the file again, or quantize the model again.")
+        return BadFile(one.where, said, AGAIN)
 
 
 class Restored(NamedTuple):
@@ -101,20 +107,35 @@ def find_restored(
     Raises Unsupported for a scheme that is not in ``restores``, and for what stands beside a weight and is not
     understood; BadFile for scales that are missing or do not fit, for weights without any, and scales without theirs.
     """
+    noted = modules_noted(checkpoint)
     found = quantized_in(checkpoint)
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     modules = [_module_of(one, tensors, config, transposed, restores) for one in found]
+    modules = [one._replace(config=_said_of(one, noted)) if one.base in noted else one for one in modules]
     contents = _read_small(checkpoint, modules)
     weights = {}
     for module in modules:
         known = {end: contents[one.name] for end, one in module.beside.items() if one.name in contents}
-        weights[module.weight.name] = restores[module.scheme](module._replace(contents=known))
+        weights[module.weight.name] = _restore(module._replace(contents=known), restores[module.scheme])
     beside = frozenset(one.name for module in modules for one in module.beside.values())
     of_cache = _find_of_cache(found, tensors, config)
-    beside |= of_cache
+    beside = beside.union(of_cache, filter(is_mark, tensors) if found else ())
     _check_rest(found, tensors, weights.keys() | beside)
+    for name in (f"{module}.weight" for module in noted):
+        if name in tensors and name not in weights:
+            problem = f"notes that {name!r} is quantized, and it is {tensors[name].dtype}"
+            raise BadFile(tensors[name].where, problem, "Fetch the file again.")
     notes = (*_note_left_out(modules, of_cache), *_note_method(modules, config))
     return Found(weights, beside, {module.weight.name: module for module in modules}, notes)
+
+
+def _restore(module: Module, restore: Restore) -> Restored:
+    """Give the numbers of a weight. Raises BadFile for shapes of which no numbers can be made."""
+    try:
+        return restore(module)
+    except ValueError as error:
+        problem = f"holds {module.weight.name!r} with scales that do not fit it: {error}"
+        raise BadFile(module.weight.where, problem, AGAIN) from None
 
 
 def named_plainly(checkpoint: Checkpoint) -> Iterator[Tensor]:
@@ -173,7 +194,16 @@ def _module_of(
         raise Unsupported(weight.where, f"is quantized in a form that wconv does not dequantize ({one})", one.advice)
     base = one.weight.removesuffix(scheme.weight)
     beside = {end: tensors[base + end] for end in scheme.beside if base + end in tensors}
-    return Module(scheme, base, weight, beside, {}, config, base in transposed)
+    return Module(scheme, base, weight, beside, {}, config, base.removesuffix(".weight") in transposed)
+
+
+def _said_of(module: Module, noted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give what a header notes of a module. Raises BadFile for what no loader reads."""
+    said = noted[module.base]
+    if module.scheme is not COMFY_QUANT or not isinstance(said, dict):
+        problem = f"notes of {module.base!r} what does not fit it"
+        raise BadFile(module.weight.where, problem, "Fetch the file again, or quantize the model again.")
+    return said
 
 
 def _read_small(checkpoint: Checkpoint, modules: Sequence[Module]) -> dict[str, bytes]:
@@ -204,8 +234,8 @@ def _find_of_cache(
     parents = {parent for one in found for parent in _parents_of(one.weight)} if not is_said else set()
 
     def scales_cache(name: str, tensor: Tensor) -> bool:
-        parsed = OF_CACHE.fullmatch(name)
-        return parsed is not None and (is_said or (tensor.numel == 1 and parsed[1] in parents))
+        modules = cached_by(name)
+        return bool(modules) and (is_said or (tensor.numel == 1 and not parents.isdisjoint(modules)))
 
     return frozenset(name for name, tensor in tensors.items() if scales_cache(name, tensor))
 
@@ -217,7 +247,8 @@ def _parents_of(weight: str) -> tuple[str, str]:
 
 
 def _note_left_out(modules: Iterable[Module], of_cache: Collection[str]) -> Iterator[str]:
-    ends = [end for module in modules for end in module.beside if end in OF_ACTIVATIONS]
+    beside = ((end, one.name) for module in modules for end, one in module.beside.items())
+    ends = [end for end, name in beside if end in OF_ACTIVATIONS and name not in of_cache]
     for names, what in ((ends, "activations"), (of_cache, "the KV cache")):
         if names:
             leaves = sorted({name.rpartition(".")[2].lstrip("_") for name in names})
@@ -259,7 +290,7 @@ def _check_alone(tensor: Tensor, tensors: Mapping[str, Tensor]) -> None:
     if holds_codes(tensor.name, tensor.dtype):
         problem = f"has no scale for {tensor.name!r}, which is {tensor.dtype}, and others have theirs"
         raise BadFile(tensor.where, problem, "Fetch all files of the model again.")
-    weight = weight_of(tensor.name)
+    weight = weight_of(tensor.name, tensor.dtype)
     if weight is not None:
         has = f"{weight!r} is {tensors[weight].dtype}" if weight in tensors else f"there is no {weight!r}"
         problem = f"has the scale {tensor.name!r}, and {has}: no weight that it is for"

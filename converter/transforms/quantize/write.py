@@ -31,9 +31,9 @@ class RowBlock:
         return self.weight.dtype.nbytes((self.end - self.begin) * self.weight.shape[1])
 
 
-def cut_rows(weight: Tensor) -> Iterator[RowBlock]:
-    """Cut a matrix into blocks of rows, each of some MB, for one task each."""
-    step = max(1, piece_nbytes_for([weight.source]) // weight.dtype.nbytes(weight.shape[1]))
+def cut_rows(weight: Tensor, together: int = 1) -> Iterator[RowBlock]:
+    """Cut a matrix into blocks of rows, each of some MB, for one task each; so many rows stay together."""
+    step = max(1, piece_nbytes_for([weight.source]) // weight.dtype.nbytes(weight.shape[1] * together)) * together
     for begin in range(0, weight.shape[0], step):
         yield RowBlock(weight, begin, min(weight.shape[0], begin + step))
 
@@ -49,11 +49,13 @@ class Measured(NamedTuple):
 class Measure(NamedTuple):
     """How weights are read before there is a plan: ``find``, for a block of rows, in chunks of so many bytes.
 
-    A module is left as it is where a block of its weight is not fit: ``cause`` says what it holds then.
+    A module is left as it is where a block of its weight is not fit: ``cause`` says what it holds then. ``rows`` that
+    follow each other are measured together.
     """
 
     find: Callable[[RowBlock, int], Measured]
     cause: str
+    rows: int = 1
 
 
 def _is_fit(weight: Tensor, is_transposed: bool) -> str:
@@ -67,8 +69,10 @@ class Writer(NamedTuple):
     blocks, one after another; nothing where there is no measure. ``config`` is what config.json says of it, given the
     loader's skip list and the dtype of the rest. ``unfit`` says of a weight, which the model has transposed or not, why
     it is left as it is; nothing where it is not. ``casts_first`` where the loader casts a weight to the dtype of the
-    rest before it quantizes it. ``package`` loads it, ``bits`` says what it is in; ``accuracy`` and ``hints`` are
-    sentences for who writes it, and who loads it.
+    rest before it quantizes it. Components of other ``libraries`` have no loader for it. It ``takes_experts`` where the
+    loader reads those of a mixture in it, which it has as one module, all of them or none; it ``names_skipped`` where
+    the skip list has modules by their whole names. ``package`` loads it, ``bits`` says what it is in; ``accuracy`` and
+    ``hints`` are sentences for who writes it, and who loads it.
     """
 
     name: str
@@ -81,6 +85,9 @@ class Writer(NamedTuple):
     measure: Measure | None = None
     unfit: Callable[[Tensor, bool], str] = _is_fit
     casts_first: bool = False
+    libraries: tuple[str, ...] = ()
+    takes_experts: bool = False
+    names_skipped: bool = False
 
 
 def check_measured(path: Where, weights: Iterable[Tensor]) -> None:

@@ -1,0 +1,266 @@
+"""Float8 with scales, as it is written: in blocks for transformers, by rows for compressed-tensors, whole for ComfyUI.
+
+Each weight is measured before there is a plan: the largest magnitude of each cell that has a scale of its own. A weight
+with NaN or infinity has no scale, and stays as it is.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+from converter.dtypes import DTYPES, DType
+from converter.tensors.base import Tensor, TensorSource
+from converter.tensors.derived import Cast, Constant
+from converter.tensors.reader import RangeReader
+from converter.transforms.quantize.codes import Gridded, Widened
+from converter.transforms.quantize.write import Measure, Measured, RowBlock, Writer
+
+_F8, _F32 = DTYPES["F8_E4M3"], DTYPES["F32"]
+_BLOCK = 128
+_CAUSE = "values that are no finite numbers"
+_WHOLE = 0  # a cell as long as the matrix
+_ACCURACY = "Each value comes out within about 1/16 of itself, or 1/450,000 of the largest one of the same scale."
+
+
+class _Cell(NamedTuple):
+    """What has one scale: so many rows and columns, all of them where it says 0."""
+
+    rows: int
+    columns: int
+
+
+def find_maxima(block: RowBlock, chunk_nbytes: int, cell: _Cell) -> Measured:
+    """Find the largest magnitude of each cell of a block of rows, as float32; it is fit where all are finite.
+
+    Raises BadFile for a file that became shorter.
+    """
+    from converter.transforms.quantize.kernels import are_finite, cell_maxima, raise_maxima
+
+    weight = block.weight
+    dtype, columns = weight.dtype, weight.shape[1]
+    wide, high = cell.columns or columns, cell.rows or block.end - block.begin
+    buffer = memoryview(bytearray(max(chunk_nbytes, weight.source.window)))
+    room = len(buffer) // dtype.itemsize
+    found = bytearray()
+    with RangeReader() as reader:
+        reader.expect(weight.source.extents(*(dtype.nbytes(row * columns) for row in (block.begin, block.end))))
+
+        def read(first: int, count: int) -> memoryview:
+            view = buffer[: dtype.nbytes(count)]
+            weight.source.read(dtype.nbytes(first), view, reader)
+            return view
+
+        together = max(1, room // (high * columns)) * high
+        for row in range(block.begin, block.end, together):
+            rows = min(together, block.end - row)
+            if rows * columns <= room:
+                found += cell_maxima(read(row * columns, rows * columns), dtype, (high, wide), columns)
+                continue
+            maxima = bytearray(4 * (columns // wide))
+            step = max(1, room // columns)
+            for at in range(row, row + rows, step):
+                count = min(step, row + rows - at)
+                for begin, end in _cut_row(columns, wide, room):
+                    part = read(at * columns + begin, count * (end - begin))
+                    raise_maxima(maxima, cell_maxima(part, dtype, (count, wide), end - begin), begin // wide)
+            found += maxima
+    return Measured(block, bytes(found), are_finite(memoryview(found)))
+
+
+def _cut_row(columns: int, wide: int, room: int) -> Iterator[tuple[int, int]]:
+    """Cut a row into parts that find room: all of it, whole cells, or parts of one."""
+    step = max(wide, columns if columns <= room else room // wide * wide)
+    for first in range(0, columns, step):
+        last = min(columns, first + step)
+        for begin in range(first, last, min(step, room)):
+            yield begin, min(last, begin + room)
+
+
+def _measure(cell: _Cell) -> Measure:
+    return Measure(partial(find_maxima, cell=cell), _CAUSE, rows=cell.rows or 1)
+
+
+def _scaled(weight: Tensor, factors: bytes, cell: _Cell, by: Literal["times", "over"] = "times") -> TensorSource:
+    """Give a weight in float32 with each of its cells multiplied with a factor, or divided."""
+    rows, columns = weight.shape
+    block = cell.rows or rows, cell.columns or columns
+    grid = Constant(_F32, (-(-rows // block[0]), -(-columns // block[1])), factors)
+    return Gridded(Widened(weight.source), grid, block, by)
+
+
+def _in_float8(weight: Tensor, numbers: TensorSource) -> Tensor:
+    return weight._replace(source=Cast(numbers, _F8, "saturate"))
+
+
+def _beside(weight: Tensor, end: str, dtype: DType, shape: tuple[int, ...], content: bytes) -> Tensor:
+    name = weight.name.removesuffix(".weight") + end
+    return Tensor(name, Constant(dtype, shape, content), beside=weight.name)
+
+
+# In blocks.
+
+
+_TILE = _Cell(_BLOCK, _BLOCK)
+
+
+def write_blocks(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
+    """Give a weight [out, in] in float8, and what each block of 128 x 128 is multiplied with to get it back.
+
+    As ``Fp8Quantize`` does in ``transformers/integrations/finegrained_fp8.py``.
+    """
+    from converter.transforms.quantize.kernels import block_scales
+
+    factors, inverse = block_scales(found)
+    shape = weight.shape[0] // _BLOCK, weight.shape[1] // _BLOCK
+    codes = _in_float8(weight, _scaled(weight, factors, _TILE))
+    return codes, _beside(weight, ".weight_scale_inv", _F32, shape, inverse)
+
+
+def _has_no_blocks(weight: Tensor, is_transposed: bool) -> str:
+    """Say why transformers has no float8 for a weight: it makes none of other modules, and none of other sides."""
+    if is_transposed:
+        return "they are no Linear"
+    return f"{_BLOCK} does not divide their sides" if any(side % _BLOCK for side in weight.shape) else ""
+
+
+def _blocks_config(skipped: Sequence[str], dtype: DType) -> dict[str, Any]:
+    """Give what ``FineGrainedFP8Config.to_dict`` of transformers 5.24 gives."""
+    return {
+        "activation_scheme": "dynamic",
+        "dequantize": False,
+        "expert_dtype": "fp8",
+        "modules_to_convert": None,
+        "modules_to_not_convert": list(skipped),
+        "quant_method": "fp8",
+        "scale_fmt": "float",
+        "weight_block_size": [_BLOCK, _BLOCK],
+    }
+
+
+FP8_BLOCK = Writer(
+    "fp8-block",
+    "8 bits (float8 in blocks)",
+    "transformers",
+    write_blocks,
+    _blocks_config,
+    _ACCURACY,
+    ("Without a GPU that has float8 (compute capability 8.9), transformers makes bf16 of it as it loads.",),
+    _measure(_TILE),
+    unfit=_has_no_blocks,
+    libraries=("transformers",),
+    takes_experts=True,
+    casts_first=True,
+)
+
+
+# By rows.
+
+
+_ROW = _Cell(1, _WHOLE)
+_MINUS_ZERO = struct.pack("<f", -0.0)
+
+
+def write_rows(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
+    """Give a weight [out, in] in float8, and what each row is multiplied with to get it back.
+
+    In the weight's own dtype, as ``calculate_qparams`` and ``quantize`` do in ``compressed_tensors/quantization``.
+    """
+    from converter.transforms.quantize.kernels import row_scales
+
+    dtype = weight.dtype if weight.dtype.bits < 32 else _F32
+    divisors, scales = row_scales(found, dtype)
+    numbers = _scaled(weight, divisors, _ROW, "over")
+    if dtype.bits < 32:
+        numbers = Widened(Cast(numbers, dtype))
+    # It adds a zero point of 0, which takes the sign off zeros.
+    numbers = Gridded(numbers, Constant(_F32, (1, 1), _MINUS_ZERO), weight.shape, "less")
+    shape = weight.shape[0], 1
+    return _in_float8(weight, numbers), _beside(weight, ".weight_scale", dtype, shape, scales)
+
+
+def _is_no_linear(weight: Tensor, is_transposed: bool) -> str:
+    return "they are no Linear" if is_transposed else ""
+
+
+def _rows_config(skipped: Sequence[str], dtype: DType) -> dict[str, Any]:
+    """Give what ``ModelCompressor.update_config`` of compressed-tensors 0.20.0 writes for its preset FP8_DYNAMIC."""
+    group = {
+        "format": "float-quantized",
+        "input_activations": _numbers(dynamic=True, strategy="token"),
+        "output_activations": None,
+        "targets": ["Linear"],
+        "weights": _numbers(dynamic=False, strategy="channel"),
+    }
+    return {
+        "config_groups": {"group_0": group},
+        "format": "float-quantized",
+        "global_compression_ratio": None,
+        "ignore": list(skipped),
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": "0.20.0",
+    }
+
+
+def _numbers(dynamic: bool, strategy: str) -> dict[str, Any]:
+    kind = {"strategy": strategy, "symmetric": True, "type": "float"}
+    return {"dynamic": dynamic, "group_size": None, "num_bits": 8, **kind}
+
+
+FP8_SCALED = Writer(
+    "fp8-scaled",
+    "8 bits (float8 with scales)",
+    "compressed-tensors",
+    write_rows,
+    _rows_config,
+    _ACCURACY,
+    ("compressed-tensors must be installed, or vLLM.",),
+    _measure(_ROW),
+    unfit=_is_no_linear,
+    libraries=("transformers",),
+    names_skipped=True,
+    casts_first=True,
+)
+
+
+# Whole, in one file.
+
+
+_ALL = _Cell(_WHOLE, _WHOLE)
+_SAID = b'{"format": "float8_e4m3fn"}'
+
+
+def write_whole(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
+    """Give a weight in float8, what it is multiplied with to get it back, and what says so to ComfyUI.
+
+    As ``TensorCoreFP8Layout.quantize`` does in ``comfy_kitchen/tensor/fp8.py``, of a weight in float32.
+    """
+    from converter.transforms.quantize.kernels import whole_scale
+
+    factor, scale = whole_scale(found)
+    return (
+        _in_float8(weight, _scaled(weight, factor, _ALL)),
+        _beside(weight, ".weight_scale", _F32, (), scale),
+        _beside(weight, ".comfy_quant", DTYPES["U8"], (len(_SAID),), _SAID),
+    )
+
+
+def _no_config(skipped: Sequence[str], dtype: DType) -> dict[str, Any]:
+    return {}
+
+
+COMFY_FILE = Writer(
+    "fp8-scaled",
+    "8 bits (float8 with scales)",
+    "ComfyUI",
+    write_whole,
+    _no_config,
+    _ACCURACY,
+    measure=_measure(_ALL),
+)
