@@ -13,6 +13,7 @@ threadpoolctl accelerate), run::
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -59,13 +60,13 @@ def scales(groups: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 
 def make_gptqmodel(folder: Path) -> None:
-    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+    linear = importlib.import_module("gptqmodel.nn_modules.qlinear.torch").TorchLinear
+    to_second_version = importlib.import_module("gptqmodel.utils.model").convert_gptq_v1_to_v2_format_module
 
     def make(name: str, bits: int, version: str, group: int = GROUP, order: str = "", **more: Any) -> None:
         size = IN if group == -1 else group
         groups = -(-IN // size)
-        module = TorchLinear(
+        module = linear(
             bits=bits, group_size=group, sym=False, desc_act=bool(order), in_features=IN, out_features=OUT, bias=False
         )
         index = torch.arange(IN, dtype=torch.int32) // size
@@ -82,7 +83,7 @@ def make_gptqmodel(folder: Path) -> None:
             assert getattr(module, end).shape == one.shape, (name, end)
             setattr(module, end, one.clone())
         if version == "gptq":
-            convert_gptq_v1_to_v2_format_module(module, bits, torch.int32)
+            to_second_version(module, bits, torch.int32)
         weight = module.dequantize_weight().T
         config = {"quant_method": "gptq", "bits": bits, "group_size": group, "checkpoint_format": version}
         write(folder, name, state, weight, **config, desc_act=bool(order))
