@@ -102,6 +102,34 @@ def scaled(dtype: torch.dtype) -> tuple[State, State]:
     return state, judged
 
 
+def plain() -> tuple[State, State]:
+    """Lay out a file in full, of which ComfyUI's own layout quantizes the Linears of blocks, in float32."""
+    import comfy_kitchen
+    from comfy_kitchen.tensor import TensorCoreFP8Layout
+
+    state: State = {
+        "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": numbers(30, 20, torch.bfloat16),
+        "model.diffusion_model.single_blocks.3.linear1.weight": numbers(12, 300),
+    }
+    judged: State = {}
+    with comfy_kitchen.use_backend("eager"):
+        for name, weight in state.items():
+            codes, params = TensorCoreFP8Layout.quantize(weight.float())
+            judged |= {name: codes, f"{name}_scale": params.scale}
+            judged[f"{name.removesuffix('.weight')}.comfy_quant"] = described(format="float8_e4m3fn")
+    kept = {
+        "double_blocks.0.img_attn.qkv.bias": torch.randn(30),
+        "double_blocks.0.img_attn.norm.query_norm.scale": torch.randn(4),
+        "double_blocks.0.img_mod.lin.weight": numbers(8, 4),
+        "img_in.weight": numbers(8, 4, torch.bfloat16),
+        "final_layer.linear.weight": numbers(3, 4),
+        "input_blocks.0.0.weight": torch.randn(2, 2, 3, 3),
+    }
+    kept = {f"model.diffusion_model.{name}": one for name, one in kept.items()}
+    kept["cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"] = numbers(4, 4)
+    return state | kept, judged | kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT")
@@ -109,6 +137,7 @@ def main() -> None:
     made = {
         "comfy_quant": kitchen,
         "convert_to_quant": converter,
+        "plain": plain,
         "scaled_fp8_e4m3fn": lambda: scaled(torch.float8_e4m3fn),
         "scaled_fp8_e5m2": lambda: scaled(torch.float8_e5m2),
     }
