@@ -122,3 +122,17 @@ def test_core_ml_takes_no_quantized_part(wconv: Callable[..., Any], tmp_path: Pa
     told = wconv("prepare-coreml", source, "-o", tmp_path / "out", exit_code=4).stderr
     assert "which Core ML does not take" in told
     assert "'wconv dequantize'" in told
+
+
+def test_core_ml_takes_no_folder_with_a_quantized_part(
+    builders: Any, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
+    model = builders.MODELS["sd"]()
+    builders.write_tokenizer(tmp_path / "in" / "tokenizer")
+    builders.save_safetensors(model, tmp_path / "in")
+    path = tmp_path / "in" / "unet" / "diffusion_pytorch_model.safetensors"
+    save({**load_file(path), **MODULES["fp8"]}, path)
+    told = wconv("prepare-coreml", tmp_path / "in", "-o", tmp_path / "out", exit_code=4).stderr
+    assert "which Core ML does not take" in told
+    assert "'wconv dequantize'" in told
+    assert "--force" not in told

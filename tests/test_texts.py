@@ -243,7 +243,7 @@ def test_scales_are_read_only_where_they_are_what_they_should_be(tmp_path: Path,
     scales = {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 1 << 32]}
     write_header(path, json.dumps({"q_proj.weight": entry, "q_proj.SCB": scales}))
     os.truncate(path, path.stat().st_size + (1 << 32))
-    assert "bytes of scales" in wconv(*arguments, exit_code=3).stderr
+    assert "scales that do not fit" in wconv(*arguments, exit_code=3).stderr
 
 
 # What is said of it.

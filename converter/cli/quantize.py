@@ -58,7 +58,7 @@ def command(
 ) -> None:
     """Write the linear modules of SRC, a model's or a pipeline's folder, in 8 or 4 bits.
 
-    int8 is LLM.int8 of bitsandbytes.
+    int8 is LLM.int8 of bitsandbytes, and nf4 its 4 bits, in blocks of 64 that share a scale.
 
     The new folder loads in a half or a quarter of the memory of the fp16 one; the numbers are those that the library
     gives when it quantizes at load time. Which modules, the model's library decides, as it does then; config.json says
@@ -66,6 +66,7 @@ def command(
 
     \b
     wconv quantize ./model -o ./model-int8
+    wconv quantize ./model -o ./model-nf4 --scheme nf4
     wconv quantize ./sana -o ./sana-int8 --dtype bf16      the rest of all parts in bf16
     wconv quantize ./model -o ./model-int8 --skip 'layers\\.0\\.'
     """

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from converter.doctor import facts
 from converter.doctor.findings import Finding
-from converter.dtypes import BY_ALIAS
+from converter.dtypes import BY_ALIAS, DType
 from converter.errors import TrainingPiece, name_some
 from converter.libraries import library_of
 from converter.models import faults
-from converter.models.component import nested
 from converter.models.inventory import Inventory, Part
 from converter.models.names import WeightsName, spelled_variant
+from converter.models.schemes import Quantized, find_quantized
 from converter.models.sets import ListedSet
 from converter.transforms.names import find_wrappers
 
@@ -189,14 +189,57 @@ def _dtypes(part: Part) -> Iterator[Finding]:
 
 
 def _quantized(part: Part) -> Iterator[Finding]:
-    is_said = any("quantization_config" in config for config in nested(part.component.config))
-    for listed in part.sound_sets:
-        if weights := facts.quantized_in(part, listed):
-            more = f", and so are {len(weights) - 1:,} more" if len(weights) > 1 else ""
-            code = "quantized-unsaid" if part.component.config and not is_said else "quantized"
-            problem = f"is quantized ({weights[0]}{more})"
-            problem += ", and its config.json does not say so" if code == "quantized-unsaid" else ""
-            yield Finding(code, listed.path, part.name, problem)
+    sets = [(listed, facts.dtypes_in(part, listed)) for listed in part.sound_sets]
+    held = [(listed, dtypes, find_quantized(dtypes)) for listed, dtypes in sets]
+    for listed, dtypes, found in held:
+        if found:
+            yield _what_is_quantized(part, listed, found)
+        alone = facts.find_alone(part, dtypes, found)
+        yield from _alone(part, listed, alone)
+        if found and not any(alone) and not facts.repeated_name(part, listed):
+            yield from _misfits(part, listed, dtypes, found)
+    yield from _config_schemes(part, [(listed, found) for listed, _, found in held])
+
+
+def _what_is_quantized(part: Part, listed: ListedSet, found: list[Quantized]) -> Finding:
+    more = f", and so are {len(found) - 1:,} more" if len(found) > 1 else ""
+    code = "quantized-unsaid" if part.component.config and not facts.says_quantized(part) else "quantized"
+    problem = f"is quantized ({found[0]}{more})"
+    problem += ", and its config.json does not say so" if code == "quantized-unsaid" else ""
+    unread = next((one.scheme for one in found if not one.scheme.is_dequantized), None)
+    problem += f"; wconv does not dequantize that, {unread.reader} loads it" if unread else ""
+    return Finding(code, listed.path, part.name, problem)
+
+
+def _alone(part: Part, listed: ListedSet, alone: facts.Alone) -> Iterator[Finding]:
+    rows = (
+        ("scales-missing", "holds quantized weights that have no scales: ", alone.codes),
+        ("scales-stray", "holds scales of weights that are not there: ", alone.scales),
+        ("scales-unused", "holds scales beside weights that are plain numbers: ", alone.unused),
+    )
+    for code, what, names in rows:
+        if names:
+            yield Finding(code, listed.path, part.name, what + name_some(names, _NAMED))
+
+
+def _misfits(part: Part, listed: ListedSet, dtypes: Mapping[str, DType], found: list[Quantized]) -> Iterator[Finding]:
+    if problem := facts.misfit(part, listed):
+        yield Finding("scales-misfit", listed.path, part.name, problem)
+    elif names := facts.cast_scales(dtypes, found):
+        problem = f"holds scales that were cast, to {dtypes[names[0]]}: {name_some(names, _NAMED)}"
+        yield Finding("scales-cast", listed.path, part.name, problem)
+
+
+def _config_schemes(part: Part, held: list[tuple[ListedSet, list[Quantized]]]) -> Iterator[Finding]:
+    path = part.path / "config.json"
+    for listed, found in held:
+        if other := facts.other_method(part, found):
+            problem = f"names {other[0]} in its quantization_config, and {listed.label} is {other[1]}"
+            yield Finding("config-scheme", path, part.name, problem)
+    method = facts.promised_method(part)
+    if method and held and not any(found for _, found in held):
+        problem = f"has a quantization_config ({method}), and no weights are quantized"
+        yield Finding("config-quantized", path, part.name, problem)
 
 
 def _old_attention(part: Part) -> Iterator[Finding]:
@@ -233,6 +276,6 @@ _FOLDER_CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 _PART_CHECKS: tuple[_PartCheck, ...] = (
     faults.unreadable_files, _partial_downloads, faults.missing_shards, _indexes, _training_checkpoints, _twins,
-    _strays, _single_variants, _names, _sharded_bins, _two_forms, _dtypes, _quantized, _old_attention, _wrapped,
-    _headers, _pickles,
+    _strays, _single_variants, _names, _sharded_bins, _two_forms, _dtypes, _quantized,
+    _old_attention, _wrapped, _headers, _pickles,
 )  # fmt: skip

@@ -10,9 +10,11 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from converter.doctor.facts import repeated_name
+from converter.doctor.facts import find_scales, repeated_name
 from converter.doctor.findings import Finding
+from converter.dtypes import DTYPES
 from converter.errors import Unsupported, name_some
 from converter.libraries.ask import LibraryMissing, ask_class
 from converter.models.checkpoint import open_checkpoint
@@ -23,15 +25,24 @@ from converter.models.sets import ListedSet
 from converter.run.tasks import Call, run_tasks
 from converter.tensors.base import Tensor, find_ties
 from converter.tensors.reader import RangeReader, are_far, piece_nbytes_for, read_chunks
+from converter.transforms.quantize.codes import reshaped
+
+
+class _Looked(NamedTuple):
+    """A tensor that is looked at, and whether others are scaled by it."""
+
+    info: Tensor
+    is_scale: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """What the values of one tensor are like. ``digest`` is of its bytes."""
+    """What the values of one tensor are like. ``digest`` is of its bytes; ``zeros`` are counted of scales alone."""
 
     info: Tensor
     nans: int
     infinite: int
+    zeros: int
     is_zero: bool
     digest: bytes
 
@@ -57,13 +68,19 @@ def _check_values(part: Part, found: ListedSet, tensors: Sequence[Tensor]) -> It
     refuse_growth(found.path, tensors)
     ties = find_ties(tensors)
     alone = [info for info in tensors if info.name not in ties]
-    looked_at = run_tasks(_calls(alone))
+    beside = find_scales({info.name: info.dtype for info in tensors})
+    looked_at = run_tasks(_calls([_as_scale(one) if beside.get(one.name) else _Looked(one) for one in alone]))
     values = sorted(itertools.chain.from_iterable(looked_at), key=lambda one: one.info.name)
     twins: dict[tuple[bytes, object, tuple[int, ...]], list[str]] = defaultdict(list)
     for one in values:
-        if not one.is_zero and one.info.numel > 1:
+        if not one.is_zero and one.info.numel > 1 and one.info.name not in beside:
             twins[one.digest, one.info.dtype, one.info.shape].append(one.info.name)
+    of_scales = [one for one in values if beside.get(one.info.name)]
+    values = [one for one in values if one.info.name not in beside]
+    odd = [f"{one.info.name} ({one.nans + one.infinite:,})" for one in of_scales if one.nans or one.infinite]
     rows = (
+        ("scales-odd", "scales that are NaN or infinite", odd),
+        ("scales-zero", "scales that are zero", [f"{one.info.name} ({one.zeros:,})" for one in of_scales if one.zeros]),
         ("values-nan", "NaN", [f"{one.info.name} ({one.nans:,})" for one in values if one.nans]),
         ("values-inf", "infinite values", [f"{one.info.name} ({one.infinite:,})" for one in values if one.infinite]),
         ("values-zero", "nothing but zeros", [one.info.name for one in values if one.is_zero and one.info.numel]),
@@ -74,38 +91,46 @@ def _check_values(part: Part, found: ListedSet, tensors: Sequence[Tensor]) -> It
             yield Finding(code, found.path, part.name, f"holds {what} in {name_some(names, 3)}")
 
 
-def _calls(tensors: Sequence[Tensor]) -> Iterator[Call[list[Tensor], list[_Values]]]:
+def _as_scale(scale: Tensor) -> _Looked:
+    """Give what others are scaled by as the numbers that it is: 2**(byte - 127), where it is bytes."""
+    dtype = DTYPES["F8_E8M0"] if scale.dtype.tag == "U8" else scale.dtype
+    return _Looked(scale._replace(source=reshaped(scale.source, dtype, scale.shape)), is_scale=True)
+
+
+def _calls(looked: Sequence[_Looked]) -> Iterator[Call[list[_Looked], list[_Values]]]:
     """Give a task for each tensor; of those that are far, for as many as come well in one stream."""
-    room = piece_nbytes_for(info.source for info in tensors) if are_far(info.source for info in tensors) else 0
-    batch: list[Tensor] = []
+    sources = [one.info.source for one in looked]
+    room = piece_nbytes_for(sources) if are_far(sources) else 0
+    batch: list[_Looked] = []
     nbytes = 0
-    for info in tensors:
-        if batch and nbytes + info.nbytes > room:
-            yield Call(_look_at, batch, nbytes, batch[0].name)
+    for one in looked:
+        if batch and nbytes + one.info.nbytes > room:
+            yield Call(_look_at, batch, nbytes, batch[0].info.name)
             batch, nbytes = [], 0
-        batch.append(info)
-        nbytes += info.nbytes
+        batch.append(one)
+        nbytes += one.info.nbytes
     if batch:
-        yield Call(_look_at, batch, nbytes, batch[0].name)
+        yield Call(_look_at, batch, nbytes, batch[0].info.name)
 
 
-def _look_at(tensors: list[Tensor], chunk_nbytes: int) -> list[_Values]:
+def _look_at(looked: list[_Looked], chunk_nbytes: int) -> list[_Values]:
     with RangeReader() as reader:
-        reader.expect(part for info in tensors for part in info.source.extents(0, info.nbytes))
-        return [_look_at_one(info, reader, chunk_nbytes) for info in tensors]
+        reader.expect(part for info, _ in looked for part in info.source.extents(0, info.nbytes))
+        return [_look_at_one(info, is_scale, reader, chunk_nbytes) for info, is_scale in looked]
 
 
-def _look_at_one(info: Tensor, reader: RangeReader, chunk_nbytes: int) -> _Values:
-    from converter.tensors.kernels import count_odd
+def _look_at_one(info: Tensor, is_scale: bool, reader: RangeReader, chunk_nbytes: int) -> _Values:
+    from converter.tensors.kernels import count_odd, count_zeros
 
-    nans = infinite = 0
+    nans = infinite = zeros = 0
     is_zero = True
     digest = hashlib.blake2b(digest_size=16)
     for chunk in read_chunks(info.source, reader, bytearray(chunk_nbytes)):
         odd = count_odd(chunk, info.dtype)
         nans, infinite, is_zero = nans + odd[0], infinite + odd[1], is_zero and not odd[2]
+        zeros += count_zeros(chunk, info.dtype) if is_scale else 0
         digest.update(chunk)
-    return _Values(info, nans, infinite, is_zero, digest.digest())
+    return _Values(info, nans, infinite, zeros, is_zero, digest.digest())
 
 
 def _check_shapes(part: Part, found: ListedSet, tensors: Iterable[Tensor]) -> Iterator[Finding]:

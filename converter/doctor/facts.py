@@ -8,18 +8,47 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
-from converter.errors import Unreachable, WconvError
+from converter.errors import Unreachable, Unsupported, WconvError
 from converter.libraries import library_at
 from converter.models.checkpoint import open_checkpoint
+from converter.models.component import QUANTIZATION_KEYS, nested, quantization_of
 from converter.models.headers import LENIENT
 from converter.models.inventory import Inventory, Part
 from converter.models.names import WeightsName
-from converter.models.schemes import Quantized, find_quantized
+from converter.models.schemes import (
+    LLM_INT8,
+    TABLE,
+    Quantized,
+    find_belongings,
+    find_owners,
+    find_quantized,
+    holds_codes,
+    weight_of,
+)
 from converter.models.sets import ListedSet
 from converter.tensors.base import find_ties
 from converter.transforms.dtype import find_kept, stays_wider
+from converter.transforms.quantize import DEQUANTIZERS
+from converter.transforms.quantize.restore import find_restored
+
+# What no float model calls a parameter of its own.
+_NOTHING_ELSE = ("_scale_inv", ".SCB", ".absmax", ".qzeros", ".g_idx")
+# The dtypes that libraries write scales in, by what ends their names; all others are written in the model's own.
+_EXPONENTS = frozenset({"F8_E8M0", "U8"})
+_WRITTEN = (
+    ("_scale_inv", {"F32", "BF16"} | _EXPONENTS),
+    (".SCB", {"F32"}),
+    (".nested_absmax", {"F32"}),
+    (".absmax", {"F32", "U8"}),
+    (".quant_map", {"F32"}),
+    (".nested_quant_map", {"F32"}),
+    (".weight_scale_2", {"F32"}),
+    (".weight_global_scale", {"F32"}),
+    ("_scales", {"F16", "BF16", "F32"} | _EXPONENTS),
+)
 
 # Of names.
 
@@ -79,10 +108,15 @@ def index_faults(part: Part, listed: ListedSet) -> Iterator[tuple[str, str]]:
         yield "index-size", f"gives a total_size of {size!r:.30}, its tensors take {nbytes} bytes"
 
 
+def dtypes_in(part: Part, listed: ListedSet) -> dict[str, DType]:
+    """Map the tensors of a set to their dtypes."""
+    pairs = (zip(header.names, header.dtypes, strict=True) for header in part.headers_of(listed))
+    return dict(chain.from_iterable(pairs))
+
+
 def quantized_in(part: Part, listed: ListedSet) -> list[Quantized]:
     """List the weights of a set that other tensors scale."""
-    pairs = (zip(header.names, header.dtypes, strict=True) for header in part.headers_of(listed))
-    return find_quantized(dict(chain.from_iterable(pairs)))
+    return find_quantized(dtypes_in(part, listed))
 
 
 def dtype_shares(part: Part, listed: ListedSet, dtype: DType | None = None) -> Counter[DType]:
@@ -132,6 +166,101 @@ def lacks_format(part: Part, listed: ListedSet) -> list[str]:
     """List the files of a set, of those that a model's library loads, whose headers have no format."""
     headers = part.headers_of(listed) if part.component.config and listed.name.tail is not None else []
     return [header.name for header in headers if header.format == "safetensors" and "format" not in header.metadata]
+
+
+# Of quantized weights.
+
+
+def says_quantized(part: Part) -> bool:
+    """Say whether the config of a part says that its weights are quantized, or the file that ModelOpt writes beside."""
+    said = any(key in config for config in nested(part.component.config) for key in QUANTIZATION_KEYS)
+    return said or "hf_quant_config.json" in part.files
+
+
+class Alone(NamedTuple):
+    """What of a set does not go together: codes without scales, scales without weights, scales of plain weights."""
+
+    codes: list[str]
+    scales: list[str]
+    unused: list[str]
+
+
+def find_alone(part: Part, dtypes: Mapping[str, DType], found: Sequence[Quantized]) -> Alone:
+    """List what of a set, in which some weights were found, does not go together.
+
+    Float models may have parameters with the names of scales, but for a few that nothing else is called; and ComfyUI
+    reads plain float8 as well.
+    """
+    is_quantized = bool(found) or says_quantized(part)
+    has_codes = is_quantized and not any("ComfyUI" in one.scheme.label for one in found)
+    known = find_belongings(found, dtypes)
+    rest = [name for name in dtypes if name not in known]
+    named = ((name, weight_of(name, dtypes[name])) for name in rest)
+    alone = [(name, weight) for name, weight in named if weight and (is_quantized or name.endswith(_NOTHING_ELSE))]
+    return Alone(
+        [name for name in rest if has_codes and holds_codes(name, dtypes[name])],
+        [name for name, weight in alone if weight == name or weight not in dtypes],
+        [name for name, weight in alone if weight != name and weight in dtypes],
+    )
+
+
+def misfit(part: Part, listed: ListedSet) -> str:
+    """Say what of the quantized weights of a set does not fit, as dequantizing it would; empty where all does.
+
+    Reads the few bytes that say how they are to be read.
+    """
+    try:
+        checkpoint = open_checkpoint(listed.without_index, LENIENT)
+        find_restored(checkpoint, DEQUANTIZERS, quantization_of(part.component.config))
+    except Unreachable:
+        raise
+    except Unsupported:  # which is said of what is quantized
+        return ""
+    except WconvError as error:
+        return error.problem
+    return ""
+
+
+def find_scales(dtypes: Mapping[str, DType]) -> dict[str, bool]:
+    """Name the tensors beside quantized weights, and say which are scales: floats, and bytes that are exponents."""
+    owners = find_owners(find_quantized(dtypes), dtypes)
+    return {
+        name: dtypes[name].is_floating or (dtypes[name].tag == "U8" and "scale" in name.rpartition(".")[2])
+        for name in owners
+    }
+
+
+def cast_scales(dtypes: Mapping[str, DType], found: Sequence[Quantized]) -> list[str]:
+    """List the scales of weights that are of a dtype that no library writes them in: something has cast them."""
+    owners = find_owners(found, dtypes)
+    written = ((name, next((tags for end, tags in _WRITTEN if name.endswith(end)), None)) for name in owners)
+    return [name for name, tags in written if tags and dtypes[name].tag not in tags]
+
+
+def other_method(part: Part, found: Sequence[Quantized]) -> tuple[str, str] | None:
+    """Give the scheme that the config names and those that some weights are in, where these are not the same."""
+    said = quantization_of(part.component.config)
+    method = said.get("quant_method")
+    schemes = {one.scheme for one in found}
+    if not isinstance(method, str) or not schemes:
+        return None
+    held = " and ".join(sorted({scheme.label for scheme in schemes}))
+    if all(scheme.methods and method not in scheme.methods for scheme in schemes):
+        return method[:60], held
+    bits = "8" if LLM_INT8 in schemes else "4"
+    is_other = method == "bitsandbytes" and len(schemes) == 1 and said.get(f"load_in_{bits}bit") is False
+    return (f"{method} without load_in_{bits}bit", held) if is_other else None
+
+
+def promised_method(part: Part) -> str:
+    """Give the scheme in which the config of a part says that weights are, if it is one that would be known by them."""
+    said = quantization_of(part.component.config)
+    method, groups = said.get("quant_method"), said.get("config_groups")
+    is_known = isinstance(method, str) and any(method in scheme.methods for scheme in TABLE)
+    has_weights = not isinstance(groups, dict) or any(
+        isinstance(one, dict) and one.get("weights") for one in groups.values()
+    )
+    return str(method) if is_known and has_weights and said.get("format") != "dense" else ""
 
 
 # Of sets beside each other.

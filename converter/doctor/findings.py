@@ -215,13 +215,53 @@ KINDS: dict[str, Kind] = {
     "quantized": Kind(
         "note", "Weights in 8 bits or fewer, with their scales beside them",
         "Only what knows the form reads them; a cast would ruin them, and wconv refuses it.",
-        "'wconv dequantize' makes numbers of LLM.int8; all other forms are copied as they are.",
+        "'wconv dequantize SRC -o NEW' makes bf16, fp16 or fp32 of it; where it does not know the form, what loads it "
+        "is named. All other commands copy such weights as they are.",
     ),
     "quantized-unsaid": Kind(
         "warning", "Quantized weights, and a config.json that does not say so",
         "The model's library takes the packed numbers for the weights, or leaves the weights random; scales are not "
         "used.",
-        "Put back the quantization_config that the model had, or take the model from where it came.",
+        "Put back the quantization_config that the model had, or have 'wconv dequantize SRC -o NEW' make plain numbers "
+        "of it, which needs no config.",
+    ),
+    "scales-missing": Kind(
+        "error", "Quantized weights without scales, in a model that has scales for others or says that it is quantized",
+        "Loaders take the codes for the weights, or random numbers for the scales: the model gives nonsense, mostly "
+        "without a word. bitsandbytes fails.",
+        "Fetch all files of the model again, the index too.",
+    ),
+    "scales-stray": Kind(
+        "error", "Scales of weights that are not there",
+        "The weights are left random; often a shard is missing.", "Fetch all files of the model again.",
+    ),
+    "scales-unused": Kind(
+        "warning", "Scales beside weights that are plain numbers",
+        "No loader applies them. Where the weights were cast from codes, and not dequantized, it gives nonsense.",
+        "Take the quantized model from where it came, and have 'wconv dequantize' make numbers of it.",
+    ),
+    "scales-misfit": Kind(
+        "error", "Quantized weights and scales that do not fit each other",
+        "Loaders fail, or give other numbers than the weights had. 'wconv dequantize' refuses them.",
+        "Fetch the file again, or quantize the model again.",
+    ),
+    "scales-cast": Kind(
+        "warning", "Scales in a dtype that no library writes them in",
+        "They were rounded when something cast the whole model; weights are off by that much, and bitsandbytes fails "
+        "or gives nonsense.",
+        "Take the model from where it came. wconv casts no scales.",
+    ),
+    "config-scheme": Kind(
+        "error", "A quantization_config that names another scheme than the weights are in",
+        "The loader looks for other scales, and fails or leaves them random.",
+        "Put back the config.json that came with the weights, or have 'wconv dequantize SRC -o NEW' make plain "
+        "numbers, which goes by the weights.",
+    ),
+    "config-quantized": Kind(
+        "error", "A quantization_config, and weights that are not quantized",
+        "bitsandbytes fails; compressed-tensors gives NaN, as scales are missing; float8 and MXFP4 are loaded where "
+        "they would be dequantized.",
+        "Take the quantization_config out of config.json, or fetch the weights that it belongs to.",
     ),
     "config-shape": Kind(
         "error", "Tensors of another shape than the class in config.json gives them",
@@ -253,6 +293,15 @@ KINDS: dict[str, Kind] = {
     ),
     "values-nan": Kind("warning", "NaN among the values", "The model gives NaN.", "Fetch the weights again."),
     "values-inf": Kind("warning", "Infinite values", "The model gives NaN.", "Fetch the weights, or cast them anew."),
+    "scales-odd": Kind(
+        "error", "Scales that are NaN or infinite", "All weights that they scale are NaN.",
+        "Fetch the weights again, or quantize the model again.",
+    ),
+    "scales-zero": Kind(
+        "note", "Scales that are zero",
+        "All weights that they scale are zero: meant so where these were pruned, else they were too small for a cast.",
+        "",
+    ),
     "values-zero": Kind("note", "Tensors of nothing but zeros", "Often meant so; else they were never trained.", ""),
     "values-equal": Kind("note", "Tensors with the same values", "They could be tied.", ""),
 }  # fmt: skip

@@ -7,6 +7,7 @@ scales, so a weight counts as quantized only where its companions stand beside i
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ class Scheme(NamedTuple):
     ``is_dequantized`` where 'wconv dequantize' does too. ``others`` may stand beside it as well, and mean nothing
     without it; ``small`` are those of all these whose bytes say how it is to be read. ``scales`` are the dtypes that
     the companions have to be of, where names alone do not tell; ``methods`` what configs call it (``quant_method``).
+    ``may_be_turned`` unless none of its modules is a Conv1D, whose weight its library has as [in, out].
     """
 
     label: str
@@ -39,6 +41,7 @@ class Scheme(NamedTuple):
     is_dequantized: bool = False
     scales: frozenset[str] = frozenset()
     methods: tuple[str, ...] = ()
+    may_be_turned: bool = True
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -62,19 +65,22 @@ _OF_LINEAR = (
     *(f".{what}_{end}" for what in ("input", "output") for end in ("scale", "zero_point", "global_scale")),
     ".input_scale_ub",
 )
-OF_ACTIVATIONS = (".activation_scale", "_activation_scale", ".qscale_act", *_OF_LINEAR)
+OF_ACTIVATIONS = (".activation_scale", "_activation_scale", ".qscale_act", "_input_scale", "_output_scale", *_OF_LINEAR)
 # What the cache of keys and values is scaled by as it is filled: no weight is (``maybe_remap_kv_scale_name`` in vLLM's
 # ``model_loader/weight_utils.py``, and what ``get_cache_scale`` of its quantizations takes for the same).
-OF_CACHE = re.compile(
-    r"(.*)\.(?:(?:attn\.)?(?:[qkv]|kv|prob)_(?:scale|zero_point|global_scale)|prob_output_scale"
-    r"|[qkv]_proj\.(?:[kv]_scale|output_scale|output_zero_point)|(?:[qkv]|kv)_fake_quantizer\.qscale_act)"
+_OF_CACHE = re.compile(
+    r"(?:attn\.)?(?:[qkv]|kv|prob)_(?:scale|zero_point|global_scale)|prob_output_scale"
+    r"|[qkv]_proj\.(?:[kv]_scale|output_scale|output_zero_point)|(?:[qkv]|kv)_fake_quantizer\.qscale_act"
 )
 _FINE_GRAINED = "transformers, with FineGrainedFP8Config(dequantize=True)"
 FP8 = Scheme(
     "float8 with scales", ".weight", _F8, (".weight_scale_inv", ".scale", ".qscale_weight"), _FINE_GRAINED,
-    others=(".input_scale", ".activation_scale", ".qscale_act"), is_dequantized=True, methods=("fp8",),
+    others=(".activation_scale", ".qscale_act", *_OF_LINEAR), is_dequantized=True, methods=("fp8",),
+    may_be_turned=False,
 )  # fmt: skip
 FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
+# Inkling's, which are renamed to those as they are loaded (``conversion_mapping.py`` of transformers).
+FP8_OF_FUSED = FP8._replace(weight="_weight", companions=("_weight_scale",), others=("_input_scale",))
 # Two numbers a byte, as transformers takes all I8 beside these scales; ``.scale`` may be of any 8-bit numbers.
 _EXPONENTS = frozenset({"F8_E8M0", "U8"})
 FP4 = FP8._replace(label="FP4 with scales", dtypes=frozenset({"I8"}), companions=(".weight_scale_inv",))
@@ -98,6 +104,13 @@ NVFP4 = Scheme(
     others=(".weight_scale", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
     methods=("modelopt", "modelopt_fp4"),
 )  # fmt: skip
+# Experts that are one tensor have all of it under a longer name, and their rows along the last axis.
+NVFP4_OF_EXPERTS = NVFP4._replace(
+    weight="", companions=("_weight_scale_2",), others=("_weight_scale", "_input_scale", "_output_scale")
+)
+MODELOPT_FP8_OF_EXPERTS = CT_FP8._replace(
+    weight="", companions=("_weight_scale",), others=("_input_scale", "_output_scale"), methods=("modelopt",)
+)
 MODELOPT_4BIT = NVFP4._replace(
     label="4-bit numbers of ModelOpt", companions=(".weight_scale",), others=(".pre_quant_scale", *_OF_LINEAR)
 )
@@ -145,14 +158,17 @@ TABLE = (
            "the compressed-tensors that wrote it"),
     Scheme("packed numbers of compressed-tensors", "_packed", _PACKED, ("_scale",), "compressed-tensors"),
     NVFP4,
+    NVFP4_OF_EXPERTS,
     Scheme("NVFP4 of ModelOpt", "", frozenset({"U8"}), ("_scale_2",), "vLLM or TensorRT-LLM"),
     FP8,
     FP8_OF_EXPERTS,
+    FP8_OF_FUSED,
     FP4,
     FP4_OF_EXPERTS,
     FP4_OF_DEEPSEEK,
     CT_FP8,
     CT_INT8,
+    MODELOPT_FP8_OF_EXPERTS,
     MODELOPT_4BIT,
     Scheme("float8 with scales", "", _F8, ("_scale",), "vLLM, or transformers with compressed-tensors"),
     Scheme("8-bit numbers with scales", "", frozenset({"I8", "U8"}), ("_scale",), "the library that wrote it"),
@@ -173,6 +189,7 @@ _SCALE_ENDS = (
     (".weight_scale", ".weight"), (".weight_scale_2", ".weight"), (".SCB", ".weight"), (".qzeros", ".qweight"),
     (".g_idx", ".qweight"), (".weight.absmax", ".weight"),
 )  # fmt: skip
+_EXPONENT_ENDS = ((".scale", ".weight"), ("_scale", ""))
 # What ends the names of weights that are no numbers by themselves; integers may be a float model's under others.
 _CODES = tuple({scheme.weight for scheme in TABLE} - {""})
 
@@ -244,10 +261,23 @@ def holds_codes(name: str, dtype: DType) -> bool:
     return dtype.tag in _PACKED and (dtype.is_floating or name.endswith(_CODES))
 
 
-def weight_of(name: str) -> str | None:
-    """Give the name of the weight that a tensor scales, by its own name alone; None for what may be anything."""
-    end = next((end for end in _SCALE_ENDS if name.endswith(end[0])), None)
-    return None if end is None else name.removesuffix(end[0]) + end[1]
+def weight_of(name: str, dtype: DType) -> str | None:
+    """Give the name of the weight that a tensor scales, by its own and its dtype; None for what may be anything.
+
+    What is nothing but an exponent scales something: where its name does not tell what, it is given itself.
+    """
+    ends = (*_SCALE_ENDS, *_EXPONENT_ENDS) if dtype.tag in _EXPONENTS else _SCALE_ENDS
+    end = next((end for end in ends if name.endswith(end[0])), None)
+    if end is None:
+        return name if dtype.tag == "F8_E8M0" else None
+    return name.removesuffix(end[0]) + end[1]
+
+
+def cached_by(name: str) -> tuple[str, ...]:
+    """Name the modules whose cache of keys and values a tensor may scale, by its name; none for other names."""
+    parts = name.rsplit(".", 2)
+    tails = (".".join(parts[at:]) for at in range(1, len(parts)))
+    return tuple(name[: -len(tail) - 1] for tail in tails if _OF_CACHE.fullmatch(tail))
 
 
 def _look_at(
@@ -285,7 +315,7 @@ def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozens
     parted = [(one, *one.weight.rpartition(".")) for one in found if one.scheme is not COMFY_MARKED]
     of_comfy = _COMFY_LEAVES if any(one.scheme in _COMFY for one in found) else ()
     modules = {module for one, module, _, leaf in parted if leaf == "weight" or one.scheme.weight.startswith(".")}
-    stems = tuple({one.weight.removesuffix(one.scheme.weight) for one, module, *_ in parted if module not in modules})
+    stems = _Prefixes(one.weight.removesuffix(one.scheme.weight) for one, module, *_ in parted if module not in modules)
 
     def belongs(name: str) -> bool:
         module, _, leaf = name.rpartition(".")
@@ -293,9 +323,24 @@ def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozens
             return True
         if leaf == "bias" or leaf.endswith("_bias"):
             return False
-        return module in modules or name.startswith(stems)
+        return module in modules or stems.begin(name)
 
     return frozenset(name for name in names if belongs(name)) if weights else frozenset()
+
+
+class _Prefixes:
+    """Texts that others may begin with, of which there may be as many: each is looked up, and not held against all."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts: list[str] = []
+        for text in sorted(texts):
+            if not (self._texts and text.startswith(self._texts[-1])):
+                self._texts.append(text)
+
+    def begin(self, name: str) -> bool:
+        """Say whether a name begins with one of them."""
+        at = bisect.bisect_right(self._texts, name)
+        return at > 0 and name.startswith(self._texts[at - 1])
 
 
 def find_owners(found: Iterable[Quantized], names: Iterable[str]) -> dict[str, str]:

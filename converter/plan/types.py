@@ -161,7 +161,7 @@ class Target:
 
 
 class QuantizedPart(NamedTuple):
-    """What becomes of one component: its int8 modules with their bytes before and after, and its skip list."""
+    """What becomes of one component: its quantized modules with their bytes before and after, and its skip list."""
 
     component: str
     modules: tuple[tuple[str, int, int], ...]

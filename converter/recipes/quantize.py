@@ -26,7 +26,7 @@ from converter.models.growth import refuse_growth
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model
-from converter.models.schemes import quantized_in
+from converter.models.schemes import holds_codes, quantized_in
 from converter.plan.make import join
 from converter.plan.types import Order, Plan, QuantizedPart, Rest
 from converter.recipes.request import Request
@@ -36,7 +36,7 @@ from converter.storage import Place
 from converter.tensors.base import Tensor
 from converter.tensors.derived import cast
 from converter.transforms.dtype import Casting
-from converter.transforms.quantize import DEQUANTIZERS, FILE_QUANTIZERS, QUANTIZERS
+from converter.transforms.quantize import FILE_QUANTIZERS, QUANTIZERS, find_numbers
 from converter.transforms.quantize.modules import (
     ModuleChoice,
     choose_in_file,
@@ -47,7 +47,7 @@ from converter.transforms.quantize.modules import (
     name_skipped,
     parted_experts,
 )
-from converter.transforms.quantize.restore import dequantized, find_restored
+from converter.transforms.quantize.restore import dequantized
 from converter.transforms.quantize.write import Measure, Writer, check_measured, cut_rows
 
 # What quantizers write beside config.json: ModelOpt, AutoGPTQ, AutoAWQ, and others. One of compressed-tensors' older
@@ -186,8 +186,7 @@ def plan_dequantized(request: Request) -> Plan:
     opened, notes = _open_quantized(job)
     ready = []
     for component, checkpoint in opened:
-        transposed = find_linears(component, checkpoint.tensors).transposed
-        found = find_restored(checkpoint, DEQUANTIZERS, quantization_of(component.config), transposed)
+        found = find_numbers(component, checkpoint)
         dtype = casting.dtype or _said_dtype(component.config)
         ready.append((_unquantized(component), dequantized(checkpoint, found, dtype, casting.on_overflow)))
     orders = [_with_plain_dtype(order) for order in make_ready(job, ready)]
@@ -287,6 +286,8 @@ def _checked(request: Request, takes_files: bool = False) -> Request:
     if output.is_same(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
+    if takes_files and source.is_file() and output.is_same(source.parent):
+        raise BadRequest(output, "is the folder of the source", "Name a new one, or a file: -o NEW.safetensors.")
     selection = replace(request.selection, every_variant=False)
     return replace(request, source=source, selection=selection, writing=replace(request.writing, format="safetensors"))
 
@@ -455,14 +456,16 @@ def _check_there(checkpoint: Checkpoint, component: Component) -> None:
     """Raise Unsupported where nothing is quantized."""
     if quantized_in(checkpoint):
         return
-    problem, advice = (
-        "holds no quantized weights that wconv knows",
-        "'wconv recast' casts weights that are not quantized.",
-    )
+    problem = "holds no quantized weights that wconv knows"
+    advice = "'wconv recast' casts weights that are not quantized."
     said = quantization_of(component.config)
     if said:
         problem += f", and its config.json says that it is quantized ({str(said.get('quant_method'))[:60]})"
         advice = "Load it with the library that this names; or take that out, if its weights are plain numbers."
+        lone = [one.name for one in checkpoint.tensors if holds_codes(one.name, one.dtype)]
+        if lone:
+            problem += f": there is no scale for {name_some(lone, 3)}"
+            advice = "Fetch all files of the model again."
     raise Unsupported(checkpoint.weight_set.path, problem, advice)
 
 

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 from converter.dtypes import DTYPES
 from converter.errors import BadRequest
 from converter.formats.torch.state_dict import Reading
-from converter.libraries.modules import find_linears
 from converter.models.checkpoint import Checkpoint, open_checkpoint
-from converter.models.component import Component, WeightSet, quantization_of
+from converter.models.component import Component, WeightSet
 from converter.models.growth import find_growth
 from converter.models.model import open_model
 from converter.models.names import spelled_variant
@@ -31,9 +30,9 @@ from converter.storage import Given
 from converter.tensors.base import ByteRange, Storage, Tensor, find_ties
 from converter.tensors.reader import RangeReader, piece_nbytes_for
 from converter.transforms.names import with_own_names
-from converter.transforms.quantize import DEQUANTIZERS
+from converter.transforms.quantize import find_numbers
 from converter.transforms.quantize.codes import steps_of
-from converter.transforms.quantize.restore import Restored, dequantized, find_restored
+from converter.transforms.quantize.restore import Restored, dequantized
 
 if TYPE_CHECKING:
     from converter.transforms.quantize.kernels import Rounding
@@ -302,8 +301,7 @@ def _side_of(component: Component, checkpoint: Checkpoint, as_numbers: bool) -> 
     """
     if not as_numbers:
         return _Side(_by_name(checkpoint), {})
-    transposed = find_linears(component, checkpoint.tensors).transposed
-    found = find_restored(checkpoint, DEQUANTIZERS, quantization_of(component.config), transposed)
+    found = find_numbers(component, checkpoint)
     in_codes = {one.name: _InCodes(one, found.modules[name].scheme.label) for name, one in found.weights.items()}
     return _Side(_by_name(dequantized(checkpoint, found, DTYPES["F32"])), in_codes)
 

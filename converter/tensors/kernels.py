@@ -155,6 +155,11 @@ def count_odd(chunk: memoryview, dtype: DType) -> tuple[int, int, bool]:
     return int(np.isnan(wide).sum()), int(np.isinf(wide).sum()), True
 
 
+def count_zeros(chunk: memoryview, dtype: DType) -> int:
+    """Count the elements of a chunk that are zero; none where numpy has no such dtype."""
+    return 0 if numpy_dtype(dtype) is None else int((as_array(chunk, dtype) == 0).sum())
+
+
 @cache
 def numpy_dtype(dtype: DType) -> np.dtype[Any] | None:
     """Give numpy's dtype for one of ours; None for the packed ones (F4, F6), which have none."""

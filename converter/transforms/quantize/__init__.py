@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from converter.libraries.modules import find_linears
+from converter.models.checkpoint import Checkpoint
+from converter.models.component import Component, quantization_of
 from converter.models.schemes import (
     BNB_4BIT,
     COMFY_FP8,
@@ -17,22 +20,27 @@ from converter.models.schemes import (
     FP4_OF_EXPERTS,
     FP8,
     FP8_OF_EXPERTS,
+    FP8_OF_FUSED,
     LLM_INT8,
     MODELOPT_4BIT,
+    MODELOPT_FP8_OF_EXPERTS,
     NVFP4,
+    NVFP4_OF_EXPERTS,
     Scheme,
+    quantized_in,
 )
 from converter.transforms.quantize import bnb_4bit, bnb_int8, comfy, compressed, fp8, fp8_writing, modelopt
-from converter.transforms.quantize.restore import Restore
+from converter.transforms.quantize.restore import Found, Restore, find_restored
 from converter.transforms.quantize.write import Writer
 
 DEQUANTIZERS: Mapping[Scheme, Restore] = {
     LLM_INT8: bnb_int8.restore,
     BNB_4BIT: bnb_4bit.restore,
-    **dict.fromkeys((FP8, FP8_OF_EXPERTS, FP4, FP4_OF_EXPERTS, FP4_OF_DEEPSEEK), fp8.restore),
+    **dict.fromkeys((FP8, FP8_OF_EXPERTS, FP8_OF_FUSED, FP4, FP4_OF_EXPERTS, FP4_OF_DEEPSEEK), fp8.restore),
     **dict.fromkeys((CT_FP8, CT_INT8), compressed.restore),
     CT_PACKED: compressed.restore_packed,
-    **dict.fromkeys((NVFP4, MODELOPT_4BIT), modelopt.restore),
+    **dict.fromkeys((NVFP4, NVFP4_OF_EXPERTS, MODELOPT_4BIT), modelopt.restore),
+    MODELOPT_FP8_OF_EXPERTS: modelopt.restore_whole,
     COMFY_QUANT: comfy.restore_described,
     COMFY_FP8: comfy.restore_scaled,
     COMFY_MARKED: comfy.restore_marked,
@@ -42,3 +50,13 @@ QUANTIZERS: Mapping[str, Writer] = {
 }
 FILE_QUANTIZERS: Mapping[str, Writer] = {fp8_writing.COMFY_FILE.name: fp8_writing.COMFY_FILE}
 """The schemes of single files, which no library but ComfyUI loads."""
+
+
+def find_numbers(component: Component, checkpoint: Checkpoint) -> Found:
+    """Give the numbers of all quantized weights of a component's checkpoint. Raises what ``find_restored`` does.
+
+    Its library is asked which of them lie transposed, where any may: that starts a program for many classes.
+    """
+    may_be_turned = any(one.scheme.may_be_turned for one in quantized_in(checkpoint))
+    transposed = find_linears(component, checkpoint.tensors).transposed if may_be_turned else ()
+    return find_restored(checkpoint, DEQUANTIZERS, quantization_of(component.config), transposed)

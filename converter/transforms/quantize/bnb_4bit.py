@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from converter.dtypes import DTYPES, DType
-from converter.errors import BadFile, LossyCast, WconvError
+from converter.errors import LossyCast, WconvError, name_some
 from converter.formats.texts import parse_json
-from converter.tensors.base import ByteRange, Reader, Storage, Tensor, TensorSource
+from converter.tensors.base import MAX_DIMS, ByteRange, Reader, Storage, Tensor, TensorSource
 from converter.tensors.derived import Constant, Derived
 from converter.transforms.quantize.bnb_int8 import bitsandbytes_config
 from converter.transforms.quantize.codes import Coding, Decoded, Gridded, Scales, Widened, reshaped
@@ -65,6 +65,7 @@ _PLAIN_KEYS = frozenset({"quant_type", "blocksize", "dtype", "shape"})
 _NESTED_KEYS = frozenset({"nested_blocksize", "nested_dtype", "nested_offset"})
 _MAX_STATE_NBYTES = 1 << 14  # it names a shape
 _MAX_BLOCK = 1 << 31
+_MAX_OFFSET = 1e38
 _BLOCK = 64  # of nf4 as it is written
 _BAND_NBYTES = 1 << 20  # of a weight that is read to be quantized, at a time
 # What a weight's own dtype took off before it was quantized, a share of it.
@@ -121,48 +122,55 @@ def _state_end(module: Module) -> str:
 
 def _read_state(module: Module, end: str) -> _State:
     """Read the JSON beside a weight, whose every value is checked. Raises BadFile for what it should not hold."""
+    said = _parse_state(module, end)
+    if said["quant_type"] != end.removeprefix(_STATE):
+        raise module.misfit(end, "its quant_type is another than its name says")
+    dtype = _DTYPES.get(said["dtype"]) if isinstance(said["dtype"], str) else None
+    if dtype is None:
+        raise module.misfit(end, "its dtype is none of float32, bfloat16 and float16")
+    state = _State(said["quant_type"], _block_in(module, end, said["blocksize"]), dtype, _shape_in(module, end, said))
+    if "nested_offset" not in said:
+        return state
+    offset = said["nested_offset"]
+    if type(offset) not in (int, float) or not abs(offset) < _MAX_OFFSET:
+        raise module.misfit(end, "its nested_offset is no finite number")
+    if said["nested_dtype"] != "float32":
+        raise module.misfit(end, "its nested_dtype is not float32")
+    nested_block = _block_in(module, end, said["nested_blocksize"])
+    return state._replace(nested_block=nested_block, offset=_rounded(float(offset)))
 
-    def wrong(problem: str) -> BadFile:
-        return module.misfit(end, problem)
 
+def _parse_state(module: Module, end: str) -> dict[str, Any]:
+    """Give what the JSON beside a weight says, all of it and no more."""
     raw = module.contents[end]
     if len(raw) > _MAX_STATE_NBYTES:
-        raise wrong(f"its {len(raw):,} bytes are more than any has")
+        raise module.misfit(end, f"its {len(raw):,} bytes are more than any has")
     try:
         said = parse_json(raw, module.scale(end).where)
     except (ValueError, WconvError):
-        raise wrong("it is no JSON") from None
+        raise module.misfit(end, "it is no JSON") from None
     if not isinstance(said, dict):
-        raise wrong("it is no JSON object")
-    is_nested = not _NESTED_KEYS.isdisjoint(said) or _NESTED_ABSMAX in module.beside or _NESTED_MAP in module.beside
-    keys = _PLAIN_KEYS | _NESTED_KEYS if is_nested else _PLAIN_KEYS
-    odd = sorted(map(repr, said.keys() ^ keys))
+        raise module.misfit(end, "it is no JSON object")
+    is_nested = not _NESTED_KEYS.isdisjoint(said) or not {_NESTED_ABSMAX, _NESTED_MAP}.isdisjoint(module.beside)
+    odd = sorted(map(repr, said.keys() ^ (_PLAIN_KEYS | _NESTED_KEYS if is_nested else _PLAIN_KEYS)))
     if odd:
-        raise wrong(f"it lacks, or should not have, {', '.join(odd)[:200]}")
-    if said["quant_type"] != end.removeprefix(_STATE):
-        raise wrong("its quant_type is another than its name says")
-    dtype = _DTYPES.get(said["dtype"]) if isinstance(said["dtype"], str) else None
-    if dtype is None:
-        raise wrong("its dtype is none of float32, bfloat16 and float16")
+        raise module.misfit(end, f"it lacks, or should not have, {name_some(odd, 5)[:500]}")
+    return said
+
+
+def _block_in(module: Module, end: str, said: Any) -> int:
+    if type(said) is not int or not 0 < said < _MAX_BLOCK:
+        raise module.misfit(end, f"a block of {str(said)[:40]} numbers is none")
+    return said
+
+
+def _shape_in(module: Module, end: str, said: Mapping[str, Any]) -> tuple[int, ...]:
     shape = said["shape"]
     if not isinstance(shape, list) or not all(type(side) is int and 0 <= side < 1 << 48 for side in shape):
-        raise wrong("its shape is no list of lengths")
-    plain = _State(said["quant_type"], _block_in(said, "blocksize", wrong), dtype, tuple(shape))
-    if not is_nested:
-        return plain
-    offset = said["nested_offset"]
-    if type(offset) not in (int, float) or not abs(offset) < 1e38:
-        raise wrong("its nested_offset is no finite number")
-    if said["nested_dtype"] != "float32":
-        raise wrong("its nested_dtype is not float32")
-    return plain._replace(nested_block=_block_in(said, "nested_blocksize", wrong), offset=_rounded(float(offset)))
-
-
-def _block_in(said: Mapping[str, Any], key: str, wrong: Any) -> int:
-    block = said[key]
-    if type(block) is not int or not 0 < block < _MAX_BLOCK:
-        raise wrong(f"its {key} is no number of numbers")
-    return block
+        raise module.misfit(end, "its shape is no list of lengths")
+    if len(shape) > MAX_DIMS:
+        raise module.misfit(end, f"its shape has {len(shape):,} axes")
+    return tuple(shape)
 
 
 def _words_of(module: Module, nbytes: int) -> TensorSource:
@@ -274,7 +282,8 @@ class _Blocks(Derived):
 
     @property
     def grain(self) -> int:
-        return 1 if self.source.grain == 1 else self.dtype.nbytes(math.prod(self.shape))
+        # All of what is deflated: each task would inflate it from its start.
+        return self._per_block if self.source.grain == 1 else self.dtype.nbytes(math.prod(self.shape))
 
     @property
     def _per_block(self) -> int:
@@ -391,7 +400,7 @@ NF4 = Writer(
     "bitsandbytes",
     quantized,
     quantization_config,
-    "Each value comes out within 15.2 % of the largest of the 64 that it lies among, most of them far closer.",
-    ("It computes in the dtype that config.json names: bnb_4bit_compute_dtype. bitsandbytes must be installed.",),
+    "Each value comes out within 15.2 % of the largest of its 64; normal ones are off by 9 % on average.",
+    ("It computes in the dtype that config.json has as bnb_4bit_compute_dtype. bitsandbytes must be installed.",),
     casts_first=True,
 )

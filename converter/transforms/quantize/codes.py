@@ -18,7 +18,7 @@ from converter.tensors.base import ByteRange, Reader, Storage, TensorSource
 from converter.tensors.derived import Constant, Derived
 from converter.tensors.view import GATHER_NBYTES, View, blocks_of, contiguous_strides
 
-_AGAIN = "Fetch the file again, or quantize the model again."
+AGAIN = "Fetch the file again, or quantize the model again."
 _BAND_NBYTES = 1 << 20  # of a matrix that is read row by row, at a time
 _F32 = DTYPES["F32"]
 _NBYTES = 4  # of a number
@@ -203,7 +203,7 @@ class Scales(Widened):
         if not are_finite(out):
             inputs = self.source.inputs()
             where = inputs[0].file.place if inputs else repr(self.name)
-            raise BadFile(where, f"has a scale that is no finite number, in {self.name!r}", _AGAIN)
+            raise BadFile(where, f"has a scale that is no finite number, in {self.name!r}", AGAIN)
 
 
 @dataclass(frozen=True, slots=True)

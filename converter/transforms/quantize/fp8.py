@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from converter.dtypes import DType
 from converter.errors import BadFile, Unsupported
 from converter.tensors.base import Tensor, TensorSource
-from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, Scales, Widened, reshaped
+from converter.transforms.quantize.codes import AGAIN, E2M1, Decoded, Gridded, Scales, Widened, reshaped
 from converter.transforms.quantize.restore import Module, Restored
 
 _BLOCK = (128, 128)
@@ -33,11 +33,16 @@ _Sides = tuple[int, ...]
 def restore(module: Module) -> Restored:
     """Give the numbers of a weight. Raises BadFile for scales that do not fit it, Unsupported for another float8."""
     weight = module.weight
-    end = next(end for end in module.scheme.companions if end in module.beside)
+    end, *more = (end for end in module.scheme.companions if end in module.beside)
     scale = module.scale(end)
+    if more:
+        problem = f"has {module.base + end!r} and {module.base + more[0]!r} for {weight.name!r}, and one would do"
+        raise BadFile(scale.where, problem, AGAIN)
     if scale.dtype.tag not in _SCALES:
         raise module.misfit(end, f"it is {scale.dtype}, and scales are fp32, bf16, fp16 or exponents")
     numbers = _numbers_of(weight)
+    if 0 in numbers.shape:
+        return Restored(weight.name, numbers, _dtype_of(scale))
     block = _find_block(module, end, numbers.shape, scale)
     grid = _grid_of(numbers.shape, block)
     scales = Scales(reshaped(scale.source, scale.dtype, grid), scale.name)
@@ -63,7 +68,7 @@ def _find_block(module: Module, end: str, shape: _Sides, scale: Tensor) -> _Side
     """Give how many numbers along each axis have a scale in common. Raises BadFile where no block is as many scales."""
     said = _said_block(module)
     if math.prod(scale.shape) == 1:
-        return tuple(max(1, length) for length in shape)
+        return shape
     if len(shape) >= 2:
         for block in _blocks_of(shape, scale.shape, said):
             whole = _whole(shape, block)
@@ -78,7 +83,7 @@ def _find_block(module: Module, end: str, shape: _Sides, scale: Tensor) -> _Side
 
 def _whole(shape: _Sides, block: tuple[int, int]) -> _Sides:
     """Give a block of matrices as one of all axes."""
-    return (*(1 for _ in shape[:-2]), *(max(1, size) for size in block))
+    return (*(1 for _ in shape[:-2]), *block)
 
 
 def _blocks_of(shape: _Sides, scales: _Sides, said: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
@@ -92,7 +97,7 @@ def _blocks_of(shape: _Sides, scales: _Sides, said: tuple[int, int] | None) -> I
     yield rows, columns
     yield 1, columns
     yield _MX_BLOCK
-    if len(shape) == 3 and not rows % 2:
+    if len(shape) == 3 and not rows % 2:  # gate and up
         yield rows // 2, columns
         yield rows // 2, size[1]
     is_grid = said is None and len(scales) == len(shape) and all(scales[-2:])

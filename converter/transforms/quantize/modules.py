@@ -1,7 +1,7 @@
 """Which linear modules are quantized: as the loader would choose them, or as the user does; and how a config says so.
 
-The loader must find 8 bits just where it makes a module for them: so modules are chosen by its own rule, and the skip
-list that config.json gets is held against that rule once more.
+The loader must find quantized weights just where it makes a module for them: so modules are chosen by its own rule, and
+the skip list that config.json gets is held against that rule once more.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ModuleChoice:
 
     With none, those that the loader would quantize itself. With ``include``, those alone; ``skip`` takes some away, and
     of a class that nobody knows all others are taken for linear then.
-    With both, each module must match one of them. ``strict`` refuses a weight that float16 cannot hold.
+    With both, each module must match one of them. ``strict`` refuses a weight that the scheme cannot hold.
     """
 
     include: tuple[str, ...] = ()

@@ -14,9 +14,9 @@ from converter.models.schemes import (
     COMFY_NOTE,
     COMFY_QUANT,
     OF_ACTIVATIONS,
-    OF_CACHE,
     Quantized,
     Scheme,
+    cached_by,
     find_belongings,
     holds_codes,
     is_mark,
@@ -27,6 +27,7 @@ from converter.models.schemes import (
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import cast
 from converter.tensors.reader import RangeReader
+from converter.transforms.quantize.codes import AGAIN
 
 _MAX_SMALL_NBYTES = 1 << 24  # of one tensor that is read before there is a plan, and of all together the eightfold
 # What headers say of how the weights beside are quantized: ``convert_to_quant`` and others write it for ComfyUI.
@@ -62,7 +63,7 @@ class Module(NamedTuple):
         """Give what is said of one beside that does not fit the weight."""
         one = self.scale(end)
         said = f"has a {one.name!r} that does not fit {self.weight.name!r}: {problem}"
-        return BadFile(one.where, said, "Fetch the file again, or quantize the model again.")
+        return BadFile(one.where, said, AGAIN)
 
 
 class Restored(NamedTuple):
@@ -115,7 +116,7 @@ def find_restored(
     weights = {}
     for module in modules:
         known = {end: contents[one.name] for end, one in module.beside.items() if one.name in contents}
-        weights[module.weight.name] = restores[module.scheme](module._replace(contents=known))
+        weights[module.weight.name] = _restore(module._replace(contents=known), restores[module.scheme])
     beside = frozenset(one.name for module in modules for one in module.beside.values())
     of_cache = _find_of_cache(found, tensors, config)
     beside = beside.union(of_cache, filter(is_mark, tensors) if found else ())
@@ -126,6 +127,15 @@ def find_restored(
             raise BadFile(tensors[name].where, problem, "Fetch the file again.")
     notes = (*_note_left_out(modules, of_cache), *_note_method(modules, config))
     return Found(weights, beside, {module.weight.name: module for module in modules}, notes)
+
+
+def _restore(module: Module, restore: Restore) -> Restored:
+    """Give the numbers of a weight. Raises BadFile for shapes of which no numbers can be made."""
+    try:
+        return restore(module)
+    except ValueError as error:
+        problem = f"holds {module.weight.name!r} with scales that do not fit it: {error}"
+        raise BadFile(module.weight.where, problem, AGAIN) from None
 
 
 def dequantized(
@@ -216,8 +226,8 @@ def _find_of_cache(
     parents = {parent for one in found for parent in _parents_of(one.weight)} if not is_said else set()
 
     def scales_cache(name: str, tensor: Tensor) -> bool:
-        parsed = OF_CACHE.fullmatch(name)
-        return parsed is not None and (is_said or (tensor.numel == 1 and parsed[1] in parents))
+        modules = cached_by(name)
+        return bool(modules) and (is_said or (tensor.numel == 1 and not parents.isdisjoint(modules)))
 
     return frozenset(name for name, tensor in tensors.items() if scales_cache(name, tensor))
 
@@ -229,7 +239,8 @@ def _parents_of(weight: str) -> tuple[str, str]:
 
 
 def _note_left_out(modules: Iterable[Module], of_cache: Collection[str]) -> Iterator[str]:
-    ends = [end for module in modules for end in module.beside if end in OF_ACTIVATIONS]
+    beside = ((end, one.name) for module in modules for end, one in module.beside.items())
+    ends = [end for end, name in beside if end in OF_ACTIVATIONS and name not in of_cache]
     for names, what in ((ends, "activations"), (of_cache, "the KV cache")):
         if names:
             leaves = sorted({name.rpartition(".")[2].lstrip("_") for name in names})
@@ -271,7 +282,7 @@ def _check_alone(tensor: Tensor, tensors: Mapping[str, Tensor]) -> None:
     if holds_codes(tensor.name, tensor.dtype):
         problem = f"has no scale for {tensor.name!r}, which is {tensor.dtype}, and others have theirs"
         raise BadFile(tensor.where, problem, "Fetch all files of the model again.")
-    weight = weight_of(tensor.name)
+    weight = weight_of(tensor.name, tensor.dtype)
     if weight is not None:
         has = f"{weight!r} is {tensors[weight].dtype}" if weight in tensors else f"there is no {weight!r}"
         problem = f"has the scale {tensor.name!r}, and {has}: no weight that it is for"
