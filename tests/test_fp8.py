@@ -305,7 +305,7 @@ def test_a_dtype_casts_all(wconv: Callable[..., Any], tmp_path: Path) -> None:
 
 def test_what_describes_the_quantization_is_left_out(wconv: Callable[..., Any], tmp_path: Path) -> None:
     source = save_model(tmp_path / "m", WEIGHT, quantization_config=BLOCKS)
-    noted = {"format": "pt", "_quantization_metadata": "{}", "made_by": "me"}
+    noted = {"format": "pt", "_quantization_metadata": '{"layers": {}}', "made_by": "me"}
     save_file(WEIGHT, source / "model.safetensors", noted)
     for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json"):
         write_json(source / name, {})

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -34,6 +35,12 @@ def scale(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.full(shape, 1 / 3, dtype=torch.float32).to(dtype)
 
 
+def text(content: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
+
+
+NF4_STATE = '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [4, 8]}'
+NF4_MAP = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
 # What the libraries write for a linear module ``m`` (names, dtypes and numbers of axes), and what it is called.
 FORMS = {
     "fp8 block": ("float8", {"m.weight": eight(), "m.weight_scale_inv": scale(1, 1)}),
@@ -44,7 +51,7 @@ FORMS = {
                             "scaled_fp8": torch.zeros(0).to(F8)}),
     "ComfyUI, marked": ("ComfyUI", {"m.weight": eight(), "scaled_fp8": torch.zeros(2).to(F8)}),
     "comfy_quant": ("comfy_quant", {"m.weight": eight(), "m.weight_scale": scale(),
-                                    "m.comfy_quant": packed(1, 8, dtype=torch.uint8)}),
+                                    "m.comfy_quant": text('{"format": "float8_e4m3fn"}')}),
     "LLM.int8": ("LLM.int8", {"m.weight": eight(torch.int8), "m.SCB": scale(4),
                               "m.weight_format": torch.zeros((), dtype=torch.uint8)}),
     "GPTQ": ("GPTQ", {"m.qweight": packed(1, 8), "m.qzeros": packed(1, 1), "m.scales": scale(1, 8, dtype=torch.half),
@@ -57,14 +64,14 @@ FORMS = {
     "nvfp4": ("NVFP4", {"m.weight": packed(4, 8, dtype=torch.uint8), "m.weight_scale": scale(4, 1).to(F8),
                         "m.weight_scale_2": scale(), "m.input_scale": scale()}),
     "ct int8": ("8-bit numbers", {"m.weight": eight(torch.int8), "m.weight_scale": scale(4, 1)}),
-    "mxfp4": ("MXFP4", {"m.down_proj_blocks": packed(4, 8, dtype=torch.uint8),
-                        "m.down_proj_scales": packed(4, 1, dtype=torch.uint8)}),
+    "mxfp4": ("MXFP4", {"m.down_proj_blocks": packed(4, 8, dtype=torch.uint8).reshape(1, 2, 1, 16),
+                        "m.down_proj_scales": packed(2, 1, dtype=torch.uint8).reshape(1, 2, 1)}),
     "nf4": ("4 bits", {"m.weight": packed(4, 4, dtype=torch.uint8).reshape(-1, 1), "m.weight.absmax": scale(1),
-                       "m.weight.quant_map": scale(16),
-                       "m.weight.quant_state.bitsandbytes__nf4": packed(1, 8, dtype=torch.uint8)}),
+                       "m.weight.quant_map": NF4_MAP,
+                       "m.weight.quant_state.bitsandbytes__nf4": text(NF4_STATE)}),
     "nf4 in bf16": ("4 bits", {"m.weight": scale(8, 1, dtype=torch.bfloat16), "m.weight.absmax": scale(1),
-                               "m.weight.quant_map": scale(16),
-                               "m.weight.quant_state.bitsandbytes__nf4": packed(1, 8, dtype=torch.uint8)}),
+                               "m.weight.quant_map": NF4_MAP,
+                               "m.weight.quant_state.bitsandbytes__nf4": text(NF4_STATE)}),
     "MLX": ("MLX", {"m.weight": packed(4, 1).to(torch.uint32), "m.scales": scale(4, 1, dtype=torch.half),
                     "m.biases": scale(4, 1, dtype=torch.half)}),
 }  # fmt: skip

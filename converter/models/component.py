@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from converter.errors import HostileFile
+from converter.models.configs import read_json
 from converter.models.names import WEIGHT_EXTENSIONS, WeightsName
 from converter.storage import Place
 
@@ -109,6 +110,18 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any]:
     """Give what a config, or one in it, says of how its weights are quantized; empty where none does."""
     said = (one[key] for one in nested(config) for key in QUANTIZATION_KEYS if isinstance(one.get(key), dict))
     return next(said, {})
+
+
+# Where auto_gptq and autoawq put it before config.json had it.
+_OWN_CONFIGS = ("quantize_config.json", "quant_config.json")
+
+
+def quantization_beside(component: Component) -> dict[str, Any]:
+    """Give what a config says of how its weights are quantized, or else a file beside it. Raises BadFile."""
+    said = quantization_of(component.config)
+    for name in () if said else _OWN_CONFIGS:
+        said = said or read_json(component.path / name)
+    return said
 
 
 def nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

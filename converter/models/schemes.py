@@ -114,6 +114,17 @@ MODELOPT_FP8_OF_EXPERTS = CT_FP8._replace(
 MODELOPT_4BIT = NVFP4._replace(
     label="4-bit numbers of ModelOpt", companions=(".weight_scale",), others=(".pre_quant_scale", *_OF_LINEAR)
 )
+GPTQ = Scheme(
+    "GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM", others=(".qzeros", ".scales"),
+    is_dequantized=True, methods=("gptq",),
+)  # fmt: skip
+# Newer files of GPTQ have no ``g_idx`` where inputs are in order; shapes tell the two.
+AWQ = GPTQ._replace(label="AWQ or GPTQ", companions=(".qzeros", ".scales"), others=(), methods=("awq", "gptq"))
+MXFP4 = Scheme(
+    "MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)",
+    is_dequantized=True, methods=("mxfp4",),
+)  # fmt: skip
+MXFP4_ROWS = MXFP4._replace(weight=".blocks", companions=(".scales",), reader="gpt-oss")
 # In whatever dtype the 4-bit numbers are stored; what is beside them has the whole name of the weight before it
 # (``as_dict`` in ``bitsandbytes/functional.py``).
 _BNB_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
@@ -149,9 +160,10 @@ TABLE = (
     BNB_4BIT,
     COMFY_QUANT,
     COMFY_FP8,
-    Scheme("GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM"),
-    Scheme("AWQ or GPTQ", ".qweight", _PACKED, (".qzeros", ".scales"), "transformers with GPTQModel, or vLLM"),
-    Scheme("MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)"),
+    GPTQ,
+    AWQ,
+    MXFP4,
+    MXFP4_ROWS,
     CT_PACKED,
     Scheme("marlin-24 of compressed-tensors", ".weight_packed", frozenset({"I32"}), (".scale_packed",), "vLLM"),
     Scheme("sparse-24-bitmask of compressed-tensors", ".bitmask", frozenset({"U8"}), (".compressed",),

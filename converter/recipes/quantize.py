@@ -20,7 +20,13 @@ from converter.libraries import library_of
 from converter.libraries.base import DTYPE_KEYS
 from converter.libraries.modules import Linears, find_linears
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import QUANTIZATION_KEYS, Component, WeightSet, nested, quantization_of
+from converter.models.component import (
+    QUANTIZATION_KEYS,
+    Component,
+    WeightSet,
+    nested,
+    quantization_of,
+)
 from converter.models.configs import read_json, render_json
 from converter.models.growth import refuse_growth
 from converter.models.hub_cache import check_places, snapshot_of

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from converter.dtypes import DType, OnOverflow
 from converter.errors import BadFile
 from converter.tensors.base import ByteRange, Reader, Storage, Tensor, TensorSource
-from converter.tensors.view import blocks_of
+from converter.tensors.view import GATHER_NBYTES, blocks_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,7 @@ _D = TypeVar("_D", bound="Derived")
 # What is looked at to see that boxes lie apart: of each so many times, and of few ones all pairs.
 _LOOKS = 16
 _MORE_LOOKS = 100_000
+_WHOLE = 16  # bytes: windows hold whole elements
 OF_ONE_STEP = "All ranks have to be of one step of one training: fetch them again."
 
 
@@ -186,6 +187,49 @@ class Cast(Derived):
         with reader.scratch(len(out) // self.to.itemsize * before.itemsize) as values:
             self.source.read(begin // self.to.itemsize * before.itemsize, values, reader)
             reader.too_large += cast_chunk(values, before, out, self.to, self.on_overflow)
+
+
+@dataclass(frozen=True, slots=True)
+class Held(Derived):
+    """A tensor that takes long to read in small parts, as a transposed one does: about ``room`` bytes are at a time.
+
+    These the reader keeps, so that what is made of it can be computed in parts that fit a processor's cache. ``span``
+    is what is needed of it, in bytes.
+    """
+
+    room: int = GATHER_NBYTES
+    span: tuple[int, int] | None = None
+
+    @property
+    def window(self) -> int:
+        return 1
+
+    def part(self, begin: int, end: int) -> Held:
+        return replace(self, source=self.source.part(begin, end), span=(begin, end))
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Held:
+        return replace(self, source=self.source.box(start, shape), span=None)
+
+    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
+        return held(self.source.permuted(axes), self.room)
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        first, last = self.span or (0, self.dtype.nbytes(math.prod(self.shape)))
+        count = max(1, round((last - first) / self.room))
+        room = max(1, -(-(last - first) // (count * _WHOLE))) * _WHOLE
+        done = 0
+        while done < len(out):
+            window, inside = divmod(begin + done - first, room)
+            taken = min(room - inside, len(out) - done)
+            low = first + window * room
+            kept = reader.kept(self.source, low, min(low + room, last))
+            out[done : done + taken] = kept[inside : inside + taken]
+            done += taken
+
+
+def held(source: TensorSource, room: int = GATHER_NBYTES) -> TensorSource:
+    """Give a tensor that can be read in small parts."""
+    return Held(source, room) if source.window > 1 else source
 
 
 @dataclass(frozen=True, slots=True)

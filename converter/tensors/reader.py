@@ -31,7 +31,7 @@ _PACKED_NBYTES = 1 << 16
 # A comparison takes turns between two files, a merge goes through its shards: more open files would save little, and
 # eight tasks at once are to get along with 64.
 _MAX_OPEN = 4
-_MAX_KEPT = 4  # a weight has scales, zero points, and one scale for those
+_MAX_KEPT = 8  # a weight has scales, zero points, and one scale for those; and each may be gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,7 @@ class RangeReader:
         for one in self._kept:
             if one.source is source and (one.begin, one.end) == (begin, end):
                 return one.content
+        self._kept = [one for one in self._kept if one.source is not source]
         content = memoryview(bytearray(end - begin))
         source.read(begin, content, self)
         self._kept = [_Kept(source, begin, end, content), *self._kept[: _MAX_KEPT - 1]]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 GATHER_NBYTES = 1 << 23  # a transposed matrix needs many rows at once, or it is read in single elements
 _SLAB_NBYTES = 1 << 20
-_SPARSE = 16  # a slab of which less than this share is wanted is read in parts
+_READ_NBYTES = 1 << 14  # to read so many more takes less time than to read in two places
 _FAR_SPAN_NBYTES = 1 << 24  # comes at once where it is far, whatever is wanted of it
 
 
@@ -224,7 +224,10 @@ class _Gather:
 
         extents = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
         span = 1 + sum(extents)
-        if span == 1 or (span * self.itemsize <= _SLAB_NBYTES and (self.is_far or span <= _SPARSE * out.size)):
+        # Elements next to each other are one read.
+        reads = math.prod(length for length, stride in zip(shape, strides, strict=True) if stride != 1)
+        is_worth = self.is_far or span == out.size or span * self.itemsize <= reads * _READ_NBYTES
+        if span == 1 or (span * self.itemsize <= _SLAB_NBYTES and is_worth):
             slab = np.empty(span, dtype=out.dtype)
             self.reader.read_into(self.storage, start * self.itemsize, slab.data.cast("B"))
             out[...] = np.lib.stride_tricks.as_strided(slab, shape, [stride * self.itemsize for stride in strides])

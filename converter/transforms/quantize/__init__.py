@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from converter.libraries.modules import find_linears
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import Component, quantization_of
+from converter.models.component import Component, quantization_beside
 from converter.models.schemes import (
+    AWQ,
     BNB_4BIT,
     COMFY_FP8,
     COMFY_MARKED,
@@ -21,16 +22,30 @@ from converter.models.schemes import (
     FP8,
     FP8_OF_EXPERTS,
     FP8_OF_FUSED,
+    GPTQ,
     LLM_INT8,
     MODELOPT_4BIT,
     MODELOPT_FP8_OF_EXPERTS,
+    MXFP4,
+    MXFP4_ROWS,
     NVFP4,
     NVFP4_OF_EXPERTS,
     Scheme,
     quantized_in,
 )
-from converter.transforms.quantize import bnb_4bit, bnb_int8, comfy, compressed, fp8, fp8_writing, modelopt
-from converter.transforms.quantize.restore import Found, Restore, find_restored
+from converter.transforms.quantize import (
+    awq,
+    bnb_4bit,
+    bnb_int8,
+    comfy,
+    compressed,
+    fp8,
+    fp8_writing,
+    gptq,
+    modelopt,
+    mxfp4,
+)
+from converter.transforms.quantize.restore import Found, Restore, find_restored, named_plainly
 from converter.transforms.quantize.write import Writer
 
 DEQUANTIZERS: Mapping[Scheme, Restore] = {
@@ -44,6 +59,10 @@ DEQUANTIZERS: Mapping[Scheme, Restore] = {
     COMFY_QUANT: comfy.restore_described,
     COMFY_FP8: comfy.restore_scaled,
     COMFY_MARKED: comfy.restore_marked,
+    GPTQ: gptq.restore,
+    AWQ: awq.restore,
+    MXFP4: mxfp4.restore,
+    MXFP4_ROWS: mxfp4.restore_rows,
 }
 QUANTIZERS: Mapping[str, Writer] = {
     writer.name: writer for writer in (bnb_int8.INT8, bnb_4bit.NF4, fp8_writing.FP8_BLOCK, fp8_writing.FP8_SCALED)
@@ -58,5 +77,5 @@ def find_numbers(component: Component, checkpoint: Checkpoint) -> Found:
     Its library is asked which of them lie transposed, where any may: that starts a program for many classes.
     """
     may_be_turned = any(one.scheme.may_be_turned for one in quantized_in(checkpoint))
-    transposed = find_linears(component, checkpoint.tensors).transposed if may_be_turned else ()
-    return find_restored(checkpoint, DEQUANTIZERS, quantization_of(component.config), transposed)
+    transposed = find_linears(component, named_plainly(checkpoint)).transposed if may_be_turned else ()
+    return find_restored(checkpoint, DEQUANTIZERS, quantization_beside(component), transposed)

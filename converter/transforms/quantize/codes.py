@@ -15,11 +15,12 @@ from typing import Literal, NamedTuple
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
 from converter.tensors.base import ByteRange, Reader, Storage, TensorSource
-from converter.tensors.derived import Constant, Derived
+from converter.tensors.derived import Constant, Derived, held
 from converter.tensors.view import GATHER_NBYTES, View, blocks_of, contiguous_strides
 
 AGAIN = "Fetch the file again, or quantize the model again."
 _BAND_NBYTES = 1 << 20  # of a matrix that is read row by row, at a time
+_GRID_NBYTES = 1 << 21  # of a grid that is transposed, at a time
 _F32 = DTYPES["F32"]
 _NBYTES = 4  # of a number
 _KEPT_NBYTES = 1 << 23  # of a grid: what the finest one has for a task
@@ -286,17 +287,18 @@ class Decoded(Derived):
 
     def permuted(self, axes: tuple[int, ...]) -> Decoded:
         shape = tuple(self.shape[axis] for axis in axes)
-        return replace(self, source=self.source.permuted(axes), of_shape=shape, axis=axes.index(self.axis))
+        source = held(self.source.permuted(axes))
+        return replace(self, source=source, of_shape=shape, axis=axes.index(self.axis))
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.quantize.kernels import decode
+        from converter.transforms.quantize.kernels import DECODING_NBYTES, decode
 
         width = self.coding.width
         done = 0
         for word, words, skipped, count in self._runs(begin // _NBYTES, len(out) // _NBYTES):
-            with reader.scratch(words * width) as chunk:
+            with reader.scratch(words * width) as chunk, reader.scratch(DECODING_NBYTES) as room:
                 self.source.read(word * width, chunk, reader)
-                decode(chunk, self.coding, self._inner, skipped, out[done : done + count * _NBYTES])
+                decode(chunk, self.coding, self._inner, skipped, out[done : done + count * _NBYTES], room)
             done += count * _NBYTES
 
     def steps(self) -> TensorSource:
@@ -379,7 +381,7 @@ class Gridded(Derived):
 
     def permuted(self, axes: tuple[int, ...]) -> Gridded:
         self._check_dims()
-        source, grid = self.source.permuted(axes), self.grid.permuted(axes)
+        source, grid = self.source.permuted(axes), held(self.grid.permuted(axes), _GRID_NBYTES)
         block, dims, origin = (tuple(one[axis] for axis in axes) for one in (self.block, self.dims, self.origin))
         return replace(self, source=source, grid=grid, block=block, dims=dims, origin=origin, span=None)
 
@@ -413,12 +415,89 @@ class Gridded(Derived):
         return below if self.by == "less" else replace(self, source=below)
 
 
+@dataclass(frozen=True, slots=True)
+class Indexed(Derived):
+    """The numbers of a matrix, each with one of its row in a ``grid``: multiplied, divided, or less it.
+
+    ``index``, whole numbers, says for each column which column of the grid that is; it is called ``name``. Reading
+    raises BadFile for one that the grid does not have.
+    """
+
+    grid: TensorSource
+    index: TensorSource
+    name: str
+    by: Literal["times", "over", "less"] = "times"
+    span: tuple[int, int] | None = None
+
+    @property
+    def grain(self) -> int:
+        return self.source.grain if self.source.grain > 1 else max(1, self.shape[1]) * _NBYTES
+
+    @property
+    def computes(self) -> bool:
+        return True
+
+    def inputs(self) -> tuple[Storage, ...]:
+        return (*self.source.inputs(), *self.grid.inputs(), *self.index.inputs())
+
+    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
+        yield from self.index.extents(0, self._index_nbytes)
+        yield from self.grid.extents(*self._span(begin, end))
+        yield from self.source.extents(begin, end)
+
+    @property
+    def _index_nbytes(self) -> int:
+        return self.index.dtype.nbytes(math.prod(self.index.shape))
+
+    def _span(self, begin: int, end: int) -> tuple[int, int]:
+        """Give the bytes of the grid between which all lie that numbers have."""
+        row, cells = max(1, self.shape[1]) * _NBYTES, self.grid.shape[1] * _NBYTES
+        return begin // row * cells, -(-end // row) * cells
+
+    def part(self, begin: int, end: int) -> Indexed:
+        span = self._span(begin, end)
+        return replace(self, source=self.source.part(begin, end), grid=self.grid.part(*span), span=span)
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Indexed:
+        raise ValueError("a matrix whose columns are scaled in any order has no boxes")
+
+    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
+        return self if axes == (0, 1) else Turned(self)
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        from converter.transforms.quantize.kernels import apply_columns
+
+        span = self.span or self._span(0, _NBYTES * math.prod(self.shape))
+        if span[1] - span[0] > _KEPT_NBYTES:
+            span = self._span(begin, begin + len(out))
+        cells = self.grid.shape[1] * _NBYTES
+        index = reader.kept(self.index, 0, self._index_nbytes)
+        numbers = reader.kept(self.grid, *span)
+        self.source.read(begin, out, reader)
+        done = 0
+        for (row, column), (height, width) in blocks_of(self.shape, begin // _NBYTES, len(out) // _NBYTES):
+            nbytes = height * width * _NBYTES
+            rows = numbers[row * cells - span[0] : (row + height) * cells - span[0]]
+            columns = (column, column + width)
+            if not apply_columns(out[done : done + nbytes], rows, height, index, self.index.dtype, columns, self.by):
+                inputs = self.index.inputs()
+                where = inputs[0].file.place if inputs else repr(self.name)
+                count = self.grid.shape[1]
+                raise BadFile(where, f"names groups in {self.name!r} that are not from 0 to {count - 1}", AGAIN)
+            done += nbytes
+
+    def steps(self) -> TensorSource:
+        """Give how far each number may be off that was rounded to a code, as ``Gridded`` does."""
+        below = steps_of(self.source)
+        return below if self.by == "less" else replace(self, source=below)
+
+
 def steps_of(source: TensorSource) -> TensorSource:
     """Give half the distance from each number of a quantized weight to the next that it has codes for, in float32.
 
     Of a negative scale it is negative. Raises ValueError for a source that is none of these.
     """
-    if isinstance(source, Widened | Decoded | Gridded):
+    if isinstance(source, Widened | Decoded | Gridded | Indexed):
         return source.steps()
     if isinstance(source, Reshaped | Turned):
         return replace(source, source=steps_of(source.source))

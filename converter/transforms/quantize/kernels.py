@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 # What numpy takes a code's numbers for, where one byte has so many: their bits move as one element does.
 _TOGETHER = {1: "<f4", 2: "<u8", 4: "<c16"}
+
+DECODING_NBYTES = 1 << 18  # numbers are looked up together and then put apart: they stay in the cache
+
+_UFUNCS: Mapping[str, np.ufunc] = {"times": np.multiply, "over": np.divide, "less": np.subtract}
 
 _LEAST = np.float32(2**-25)  # half the smallest number of float16, by way of which some schemes go
 
@@ -42,6 +46,15 @@ def _exponents() -> Array:
 def are_finite(numbers: memoryview) -> bool:
     """Say whether float32 numbers are all finite."""
     return bool(np.isfinite(np.frombuffer(numbers, "<f4")).all())
+
+
+def fill_alike(numbers: memoryview, value: float) -> bool:
+    """Write a value over float32 numbers that are all the same; give False, and leave others as they are."""
+    found = np.frombuffer(numbers, "<f4")
+    if len(found) and not (found == found[0]).all():
+        return False
+    found[...] = value
+    return True
 
 
 def steps_into(chunk: memoryview, dtype: DType, out: memoryview) -> None:
@@ -71,20 +84,28 @@ def half_steps(values: list[float]) -> tuple[float, ...]:
     return tuple(found.get(value, 0.0) for value in values)
 
 
-def decode(chunk: memoryview, coding: Coding, inner: int, skipped: int, out: memoryview) -> None:
+def decode(chunk: memoryview, coding: Coding, inner: int, skipped: int, out: memoryview, room: memoryview) -> None:
     """Write the numbers of words into ``out`` as float32, but for the first ``skipped`` ones.
 
-    ``inner`` words lie side by side: their first numbers come first, then their second ones.
+    ``inner`` words lie side by side: their first numbers come first, then their second ones. ``room`` is of
+    DECODING_NBYTES to work in.
     """
     wide = np.frombuffer(out, "<f4")
-    per = coding.per_word
-    count = len(chunk) // coding.width * per
-    if skipped or len(wide) != count:
-        whole = np.empty(count, "<f4")
-        _decode(chunk, coding, inner, whole)
-        wide[...] = whole[skipped : skipped + len(wide)]
-    else:
-        _decode(chunk, coding, inner, wide)
+    unit, nbytes = inner * coding.per_word, inner * coding.width
+    done, at = 0, 0
+    while done < len(wide):
+        inside = 0 if done else skipped
+        units = (len(wide) - done) // unit
+        if inside or not units:
+            # Of the words at both ends not all may be asked for.
+            taken, units = min(unit - inside, len(wide) - done), 1
+            whole = np.empty(unit, "<f4")
+            _decode(chunk[at : at + nbytes], coding, inner, whole, room)
+            wide[done : done + taken] = whole[inside : inside + taken]
+        else:
+            taken = units * unit
+            _decode(chunk[at : at + units * nbytes], coding, inner, wide[done : done + taken], room)
+        done, at = done + taken, at + units * nbytes
 
 
 def look_up(chunk: memoryview, table: memoryview, out: memoryview) -> None:
@@ -97,26 +118,84 @@ def table_of_steps(table: memoryview) -> bytes:
     return np.array(half_steps(np.frombuffer(table, "<f4").tolist()), "<f4").tobytes()
 
 
-def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array) -> None:
-    per = coding.per_word
-    words = np.frombuffer(chunk, f"<u{coding.width}")
-    if inner == 1 and coding.width == 1 and per in _TOGETHER:
-        together = _TOGETHER[per]
-        table = _words(coding.bits, np.array(coding.values, "<f4").tobytes(), coding.order)
-        np.take(table.view(together)[:, 0], words, out=wide.view(together), mode="clip")
+def _decode(chunk: memoryview, coding: Coding, inner: int, wide: Array, room: memoryview) -> None:
+    raw, bits = np.frombuffer(chunk, "u1"), coding.bits
+    values = np.array(coding.values, "<f4").tobytes()
+    offset = _offset(values)
+    # Words are as their bytes, unless they have an order of their own.
+    in_bytes = inner == 1 and bits in (2, 4, 8) and (coding.width == 1 or not coding.order)
+    if in_bytes and (offset is None or coding.order):
+        together = _TOGETHER[8 // bits]
+        table = _words(bits, values, coding.order)
+        np.take(table.view(together)[:, 0], raw, out=wide.view(together), mode="clip")
         return
-    rows = wide.reshape(-1, per, inner)
-    words = words.reshape(-1, inner)
-    values = np.array(coding.values, "f4")
-    mask = words.dtype.type((1 << coding.bits) - 1)
-    for place in range(per):
-        codes = (words >> words.dtype.type(coding.bits * place)) & mask
-        number = coding.order[place] if coding.order else place
-        if inner == 1:
-            rows[:, number, 0] = values.take(codes[:, 0], mode="clip")
+    if in_bytes and offset is not None and bits >= 4:
+        if bits == 4:
+            _add_halves(raw, offset, wide, room)
         else:
-            for row, code in zip(rows[:, number], codes, strict=True):
-                np.take(values, code, out=row, mode="clip")
+            np.add(raw, offset, out=wide)
+        return
+    words = raw.reshape(-1, inner, coding.width)
+    rows = wide.reshape(-1, coding.per_word, inner)
+    if offset is None and coding.width == 1 and bits < 8:
+        _put_apart(words[:, :, 0], _words(bits, values, coding.order), rows, room)
+        return
+    table = np.frombuffer(values, "<f4")
+    for place in range(coding.per_word):
+        codes = _codes_at(words, place * bits, bits)
+        out = rows[:, coding.order[place] if coding.order else place]
+        if offset is None:
+            out[...] = table.take(codes, mode="clip")
+        else:
+            np.add(codes, offset, out=out)
+
+
+def _codes_at(words: Array, at: int, bits: int) -> Array:
+    """Give the codes of words [.., width], in bytes, that begin at a bit; some lie in two bytes."""
+    byte, shift = divmod(at, 8)
+    codes = words[..., byte] >> np.uint8(shift)
+    if shift + bits > 8:
+        codes = codes | (words[..., byte + 1] << np.uint8(8 - shift))
+    found: Array = codes & np.uint8((1 << bits) - 1)
+    return found
+
+
+def _add_halves(raw: Array, offset: Array, wide: Array, room: memoryview) -> None:
+    """Write both halves of bytes, the lower one first, with an offset added."""
+    step = len(room) // 4
+    pairs, shifted = np.frombuffer(room, "<u2").reshape(2, step)
+    for begin in range(0, len(raw), step):
+        part = raw[begin : begin + step]
+        pair, other = pairs[: len(part)], shifted[: len(part)]
+        pair[...] = part
+        np.left_shift(pair, 4, out=other)
+        np.bitwise_or(pair, other, out=pair)
+        np.bitwise_and(pair, 0x0F0F, out=pair)
+        np.add(pair.view("u1"), offset, out=wide[2 * begin : 2 * (begin + len(part))])
+
+
+def _put_apart(words: Array, table: Array, rows: Array, room: memoryview) -> None:
+    """Write the numbers of bytes, which ``table`` has for each, into the rows that each place has."""
+    per = table.shape[1]
+    together = table.view(_TOGETHER[per])[:, 0]
+    free = np.frombuffer(room, together.dtype)
+    height, width = words.shape
+    step = max(1, len(free) // width)
+    for row in range(0, height, step):
+        for begin in range(0, width, len(free)):
+            part = words[row : row + step, begin : begin + len(free)]
+            found = np.take(together, part, out=free[: part.size].reshape(part.shape), mode="clip")
+            numbers = found.view("<f4").reshape(*part.shape, per)
+            for place in range(per):
+                rows[row : row + step, place, begin : begin + len(free)] = numbers[:, :, place]
+
+
+@cache
+def _offset(values: bytes) -> Array | None:
+    """Give what makes each code its value when it is added, where there is such a number."""
+    numbers = np.frombuffer(values, "<f4")
+    added = np.arange(len(numbers), dtype="<f4") + numbers[0]
+    return numbers[0] if added.tobytes() == values else None
 
 
 @cache
@@ -156,13 +235,45 @@ def apply_grid(
 
     ``origin`` is where the box begins in the grid's first block.
     """
-    ufunc = {"times": np.multiply, "over": np.divide, "less": np.subtract}[by]
+    ufunc = _UFUNCS[by]
     values = np.frombuffer(out, "<f4").reshape(shape)
     grid = np.frombuffer(numbers, "<f4").reshape(grid_shape)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         for part, cells, sizes in _aligned(values, grid, block, origin):
             split = part.reshape([n for cell, size in zip(cells.shape, sizes, strict=True) for n in (cell, size)])
             ufunc(split, cells.reshape([n for cell in cells.shape for n in (cell, 1)]), out=split)
+
+
+def apply_columns(
+    out: memoryview,
+    numbers: memoryview,
+    height: int,
+    index: memoryview,
+    dtype: DType,
+    columns: tuple[int, int],
+    by: str,
+) -> bool:
+    """Multiply float32 numbers, some ``columns`` of rows, in place with those of a grid; or divide by them, and so on.
+
+    ``numbers`` are the grid's for these rows; ``index`` says for each column which of a row. Gives False, and leaves
+    ``out`` as it is, where there is none.
+    """
+    ufunc = _UFUNCS[by]
+    grid = np.frombuffer(numbers, "<f4").reshape(height, -1)
+    groups = np.frombuffer(index, numpy_dtype(dtype))[slice(*columns)]
+    values = np.frombuffer(out, "<f4").reshape(height, len(groups))
+    if len(groups) and (groups.min() < 0 or groups.max() >= grid.shape[1]):
+        return False
+    changes = np.flatnonzero(np.diff(groups)) + 1
+    size = int(changes[0]) if len(changes) else len(groups)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        if size and not len(groups) % size and np.array_equal(changes, np.arange(size, len(groups), size)):
+            # As many columns to each group, one group behind another.
+            split = values.reshape(height, -1, size)
+            ufunc(split, grid[:, groups[::size], np.newaxis], out=split)
+        else:
+            ufunc(values, grid.take(groups, axis=1), out=values)
+    return True
 
 
 def _aligned(

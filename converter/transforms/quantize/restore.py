@@ -138,6 +138,14 @@ def _restore(module: Module, restore: Restore) -> Restored:
         raise BadFile(module.weight.where, problem, AGAIN) from None
 
 
+def named_plainly(checkpoint: Checkpoint) -> Iterator[Tensor]:
+    """Give a checkpoint's tensors, those that hold a module's codes under the name that its weight has."""
+    scheme_of = {one.weight: one.scheme for one in quantized_in(checkpoint)}
+    for tensor in checkpoint.tensors:
+        end = scheme_of[tensor.name].weight if tensor.name in scheme_of else ""
+        yield tensor._replace(name=tensor.name.removesuffix(end) + ".weight") if end.startswith(".") else tensor
+
+
 def dequantized(
     checkpoint: Checkpoint, found: Found, target: DType | None = None, how: OnOverflow = "error"
 ) -> Checkpoint:
