@@ -59,6 +59,24 @@ def kitchen() -> tuple[State, State]:
     return state, judged
 
 
+def rotated() -> tuple[State, State]:
+    """Quantize rows that are turned before, with what the library makes of them in its float32 products."""
+    import comfy_kitchen
+    from comfy_kitchen.tensor import TensorWiseINT8Layout
+
+    state: State = {}
+    judged: State = {}
+    with comfy_kitchen.use_backend("eager"):
+        for group, columns in ((4, 12), (64, 128), (256, 512)):
+            turned = {"convrot": True, "convrot_groupsize": group}
+            codes, params = TensorWiseINT8Layout.quantize(numbers(3, columns), per_channel=True, **turned)
+            state |= {f"{group}.weight": codes, f"{group}.weight_scale": params.scale}
+            state[f"{group}.comfy_quant"] = described(format="int8_tensorwise", **turned)
+            params = dataclasses.replace(params, orig_dtype=torch.float32)
+            judged[f"{group}.weight"] = TensorWiseINT8Layout.dequantize(codes, params)
+    return state, judged
+
+
 def converter() -> tuple[State, State]:
     """Quantize as convert_to_quant does in formats of its own, which a node of ComfyUI loads."""
     from convert_to_quant.comfy.quant_ops import LAYOUTS
@@ -136,6 +154,7 @@ def main() -> None:
     out = parser.parse_args().out
     made = {
         "comfy_quant": kitchen,
+        "convrot": rotated,
         "convert_to_quant": converter,
         "plain": plain,
         "scaled_fp8_e4m3fn": lambda: scaled(torch.float8_e4m3fn),

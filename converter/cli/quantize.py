@@ -59,8 +59,8 @@ def command(
     """Write the linear modules of SRC, a model's or a pipeline's folder, or a file, in 8 or 4 bits.
 
     int8 is LLM.int8 of bitsandbytes, and nf4 its 4 bits, in blocks of 64 that share a scale.
-    fp8-block is float8 in blocks of 128 x 128 as transformers has it; fp8-scaled is float8 with a scale for each row, for
-    compressed-tensors and vLLM. Of a single file, fp8-scaled makes one that ComfyUI loads: of the matrices in its blocks,
+    fp8-block is float8 in blocks of 128 x 128, as transformers has it; fp8-scaled is float8 with a scale for each row,
+    for compressed-tensors and vLLM. Of a single file fp8-scaled makes one for ComfyUI: of the matrices in its blocks,
     with one scale for each.
 
     The new folder loads in a half or a quarter of the memory of the fp16 one; the numbers are those that the library
