@@ -384,6 +384,14 @@ def raise_maxima(maxima: bytearray, part: bytes, first: int) -> None:
 _E4M3_LARGEST = np.float32(448)
 
 
+def float8_into(numbers: memoryview, out: memoryview) -> None:
+    """Write finite float32 numbers into ``out`` as F8_E4M3, rounded to nearest even; those are cut in place before."""
+    values = np.frombuffer(numbers, "<f4")
+    np.clip(values, -_E4M3_LARGEST, _E4M3_LARGEST, out=values)
+    # The kernel is right for all that it can hold (``converter/tensors/kernels.py``).
+    numkong.astype(values, "e4m3", out=as_array(out, DTYPES["F8_E4M3"]))
+
+
 def block_scales(maxima: bytes) -> tuple[bytes, bytes]:
     """Give what blocks are multiplied with to fill float8, and the reciprocals, of the largest magnitude of each.
 
