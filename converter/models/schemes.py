@@ -260,8 +260,8 @@ def modules_noted(checkpoint: Checkpoint) -> dict[str, Any]:
             continue
         try:
             note = parse_json(file.metadata[COMFY_NOTE].encode(), file.place, f"its note {COMFY_NOTE} ")
-            layers = note["layers"] if isinstance(note, dict) else None
-        except (ValueError, KeyError):
+            layers = note.get("layers", {}) if isinstance(note, dict) else None
+        except ValueError:
             layers = None
         if not isinstance(layers, dict):
             raise BadFile(file.place, f"has a note {COMFY_NOTE} that names no modules", "Fetch the file again.")

@@ -35,8 +35,9 @@ _MX_GROUP, _NV_GROUP = 32, 16
 _BLOCK = (128, 128)  # of float8 where no config says another
 _MAX_GROUPS = 64  # of a config: real ones have up to four
 _MAX_SIDE = 1 << 31
-# What rounds off of a quotient before it is rounded to a code: it is in the scale's dtype.
-_SLACK = {"BF16": 2**-8, "F16": 2**-10, "F32": 2**-20}
+# What rounds off of a weight, where it was cast before, and of the quotient before that is rounded to a code: both are
+# in the scale's dtype.
+_SLACK = {"BF16": 2**-7, "F16": 2**-10, "F32": 2**-20}
 _BY_LIBRARY = "Load it with the compressed-tensors that wrote it."
 
 
