@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from converter.plan.types import Writing as Writing
     from converter.recipes.convert import convert as convert
     from converter.recipes.convert import plan_conversion as plan_conversion
+    from converter.recipes.dequantize import plan_dequantized as plan_dequantized
     from converter.recipes.quantize import Measuring as Measuring
-    from converter.recipes.quantize import plan_dequantized as plan_dequantized
     from converter.recipes.quantize import plan_quantized as plan_quantized
     from converter.recipes.rename import plan_rename as plan_rename
     from converter.recipes.request import Request as Request
@@ -73,7 +73,8 @@ _HOMES = {
     "models.select": "Selection",
     "plan.types": "Plan PlannedFile PlannedSet PlannedTensor Publishing Writing",
     "recipes.convert": "convert plan_conversion",
-    "recipes.quantize": "Measuring plan_dequantized plan_quantized",
+    "recipes.dequantize": "plan_dequantized",
+    "recipes.quantize": "Measuring plan_quantized",
     "recipes.rename": "plan_rename",
     "recipes.request": "Request prepare",
     "recipes.verify": "verify",

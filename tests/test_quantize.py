@@ -18,7 +18,8 @@ from converter.errors import BadRequest, LossyCast, Unsupported, WconvError
 from converter.libraries import ask
 from converter.plan.types import Plan
 from converter.recipes import quantize
-from converter.recipes.quantize import Measuring, plan_dequantized, plan_quantized
+from converter.recipes.dequantize import plan_dequantized
+from converter.recipes.quantize import Measuring, plan_quantized
 from converter.recipes.request import Request, prepare
 from converter.recipes.verify import verify
 from converter.run.execute import run_plan

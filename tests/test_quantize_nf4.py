@@ -17,7 +17,8 @@ from support.tiny import left_behind, load_set, names_in
 from converter.cli.quantize import SCHEMES
 from converter.errors import BadRequest, LossyCast
 from converter.plan.types import Plan
-from converter.recipes.quantize import plan_dequantized, plan_quantized
+from converter.recipes.dequantize import plan_dequantized
+from converter.recipes.quantize import plan_quantized
 from converter.recipes.request import Request
 from converter.recipes.verify import verify
 from converter.run.execute import run_plan

@@ -41,7 +41,7 @@ def command(source: Place, **options: Any) -> None:
     wconv dequantize flux-fp8.safetensors -o flux-bf16.safetensors
     """
     from converter.cli.convert import open_run, run_prepared, take_run
-    from converter.recipes.quantize import plan_dequantized
+    from converter.recipes.dequantize import plan_dequantized
     from converter.recipes.request import Request, prepare
 
     run = take_run(options)

@@ -14,7 +14,7 @@ from converter.models.companions import companions_in
 from converter.models.component import Component, WeightSet
 from converter.models.configs import read_json
 from converter.models.growth import note_growth, refuse_growth
-from converter.models.hub_cache import check_places
+from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model, open_model
 from converter.models.names import WeightsName, is_other_file, parse_name
@@ -347,3 +347,30 @@ def _refuse_linked_configs(plan: Plan) -> None:
         if place.is_file() and is_linked(plan.source, place):
             advice = "--follow-links takes what is in it along, with what changes."
             raise OutputRefused(place, "is a link out of the folder, and would be written anew", advice)
+
+
+def into_one_set(request: Request, takes_files: bool = False) -> Request:
+    """Give a request for one safetensors set a component. Raises WconvError for places that cannot be."""
+    if request.output is None:
+        raise BadRequest(request.source, "needs a folder to be written to", "Name a new one.")
+    check_places(request.source, request.output)
+    source, output = snapshot_of(request.source), request.output
+    folder = [one for one in source.entries() if one.name.endswith(".gguf")] if source.is_folder() else []
+    files = [source] if source.is_file() else list(filter(Place.is_file, folder))
+    if files and _is_gguf(files[0]) and not (source.is_folder() and find_weight_sets(source)):
+        advice = "Quantize the safetensors model that it was made from."
+        raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
+    if not (takes_files and source.is_file()):
+        refuse_file(output)
+    if output.is_same(source):
+        # Its config.json would be another one, and one folder has one for all its weights.
+        raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
+    if takes_files and source.is_file() and output.is_same(source.parent):
+        raise BadRequest(output, "is the folder of the source", "Name a new one, or a file: -o NEW.safetensors.")
+    selection = replace(request.selection, every_variant=False)
+    return replace(request, source=source, selection=selection, writing=replace(request.writing, format="safetensors"))
+
+
+def _is_gguf(place: Place) -> bool:
+    with place.open() as file:
+        return file.read(0, 4) == b"GGUF"

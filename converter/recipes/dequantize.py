@@ -1,0 +1,152 @@
+"""Quantized weights as plain numbers again, and nothing left that says that they were quantized."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from converter.dtypes import BY_TORCH_NAME, DType
+from converter.errors import Unsupported, WconvError, name_some
+from converter.libraries.base import DTYPE_KEYS
+from converter.models.checkpoint import Checkpoint
+from converter.models.component import QUANTIZATION_KEYS, Component, nested, quantization_of
+from converter.models.configs import read_json, render_json
+from converter.models.schemes import holds_codes, quantized_in
+from converter.plan.make import join
+from converter.plan.types import Order, Plan, Rest
+from converter.recipes.request import Request
+from converter.recipes.steps import Job, into_one_set, make_ready, open_job, open_sets, plan_job, select
+from converter.transforms.quantize import find_numbers
+from converter.transforms.quantize.restore import dequantized
+
+# What quantizers write beside config.json: ModelOpt, AutoGPTQ, AutoAWQ, and others. One of compressed-tensors' older
+# tools is quantization_config.json.
+_CONFIGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+_PARAMS = "params.json"
+_PLAIN = ("fp32", "bf16", "fp16")  # the dtypes that a model runs in
+
+
+def plan_dequantized(request: Request) -> Plan:
+    """Plan the way back: quantized weights as numbers, in the request's dtype and all else in it too.
+
+    Without one each comes in the dtype that its config names, or else in its scheme's, and all else as it is. In a
+    pipeline only the parts that are quantized are written anew. Raises Unsupported for weights in another form, BadFile
+    for scales that do not fit. A class that is in no table is taken to have no Conv1D where its library is not
+    installed.
+    """
+    casting = request.casting
+    job = open_job(into_one_set(request, takes_files=True))
+    opened, notes = _open_quantized(job)
+    ready = []
+    for component, checkpoint in opened:
+        found = find_numbers(component, checkpoint)
+        dtype = casting.dtype or _said_dtype(component.config)
+        ready.append((_unquantized(component), dequantized(checkpoint, found, dtype, casting.on_overflow)))
+    orders = [_with_plain_dtype(order) for order in make_ready(job, ready)]
+    if job.model.kind == "file":  # whose config is that of all weights in its folder
+        configs = {component.name: component.config for component, _ in opened}
+        orders = [_with(order, config=configs[order.component.name]) for order in orders]
+    selected = [(component, checkpoint.weight_set) for component, checkpoint in opened]
+    rest = Rest(notes=tuple(notes), generated=dict(_plain_params(component for component, _ in opened)))
+    return _without_configs(plan_job(job, selected, orders, rest), [component for component, _ in opened])
+
+
+def _open_quantized(job: Job) -> tuple[list[tuple[Component, Checkpoint]], list[str]]:
+    """Open the sets that hold quantized weights, or whose configs say so, and note which others could not be looked at.
+
+    Raises Unsupported where one that is asked for, or said to be, holds none, or all others.
+    """
+    asked = job.request.selection.components
+    said = [component.name for component in job.model.components if quantization_of(component.config)]
+    first = select(job, components=asked or said)
+    opened = open_sets(job, first)
+    if asked or said or len(opened) == 1:
+        for component, checkpoint in opened:
+            _check_there(checkpoint, component)
+    notes = []
+    for component in job.model.components if said and not asked else ():
+        if component.name not in said:
+            try:
+                opened += open_sets(job, select(job, components=(component.name,)))
+            except WconvError as error:
+                notes.append(f"{component.name} was not looked at, and goes along as it is: {error}")
+    quantized = [(component, checkpoint) for component, checkpoint in opened if quantized_in(checkpoint)]
+    if not quantized:
+        _check_there(opened[0][1], opened[0][0])
+    return quantized, notes
+
+
+def _said_dtype(config: Mapping[str, Any]) -> DType | None:
+    """Give the dtype that a config names for its model: its own word before that on texts, and before all others."""
+    texts = (config.get(key) for key in ("text_config", "llm_config"))
+    configs = [config, *(one for one in texts if isinstance(one, dict)), *nested(dict(config))]
+    said = (value for one in configs for key in DTYPE_KEYS if isinstance(value := one.get(key), str))
+    dtypes = (BY_TORCH_NAME.get(value.removeprefix("torch.")) for value in said)
+    return next((dtype for dtype in dtypes if dtype and dtype.short_name in _PLAIN), None)
+
+
+def _with_plain_dtype(order: Order) -> Order:
+    """Let a config that names a dtype of 8 bits or fewer name that of the weights."""
+    dtypes = Counter(tensor.dtype.torch_name for tensor in order.checkpoint.tensors if tensor.source.computes)
+    [(name, _)] = dtypes.most_common(1) or [("", 0)]
+
+    def changed(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: changed(key, one) for key, one in value.items()}
+        is_packed = key in DTYPE_KEYS and isinstance(value, str) and value.removeprefix("torch.").startswith("float8")
+        return name if name and is_packed else value
+
+    return _with(order, config=changed("", order.component.config))
+
+
+def _with(order: Order, config: dict[str, Any]) -> Order:
+    return order._replace(component=replace(order.component, config=config))
+
+
+def _without_configs(plan: Plan, components: Iterable[Component]) -> Plan:
+    """Leave behind what else lies beside weights that are no longer quantized, and says how they are."""
+    names = {join(component.name, name) for component in components for name in _CONFIGS}
+    left = [name for name, _ in plan.copied if name in names]
+    if not left:
+        return plan
+    copied = tuple(one for one in plan.copied if one[0] not in names)
+    note = f"not carried over: {name_some(left, 5)} (of the quantization)"
+    return replace(plan, copied=copied, notes=(*plan.notes, note))
+
+
+def _plain_params(components: Iterable[Component]) -> Iterator[tuple[str, bytes]]:
+    """Give the configs of Mistral's own that say how weights are quantized, without that."""
+    for component in components:
+        params = read_json(component.path / _PARAMS)
+        if "quantization" in params:
+            plain = {key: value for key, value in params.items() if key != "quantization"}
+            yield join(component.name, _PARAMS), render_json(plain)
+
+
+def _check_there(checkpoint: Checkpoint, component: Component) -> None:
+    """Raise Unsupported where nothing is quantized."""
+    if quantized_in(checkpoint):
+        return
+    problem = "holds no quantized weights that wconv knows"
+    advice = "'wconv recast' casts weights that are not quantized."
+    said = quantization_of(component.config)
+    if said:
+        problem += f", and its config.json says that it is quantized ({str(said.get('quant_method'))[:60]})"
+        advice = "Load it with the library that this names; or take that out, if its weights are plain numbers."
+        lone = [one.name for one in checkpoint.tensors if holds_codes(one.name, one.dtype)]
+        if lone:
+            problem += f": there is no scale for {name_some(lone, 3)}"
+            advice = "Fetch all files of the model again."
+    raise Unsupported(checkpoint.weight_set.path, problem, advice)
+
+
+def _unquantized(component: Component) -> Component:
+    """Give a component whose config, and those in it, say nothing of a quantization."""
+
+    def plain(config: dict[str, Any]) -> dict[str, Any]:
+        kept = ((key, value) for key, value in config.items() if key not in QUANTIZATION_KEYS)
+        return {key: plain(value) if isinstance(value, dict) else value for key, value in kept}
+
+    return replace(component, config=plain(component.config))
