@@ -59,6 +59,24 @@ def kitchen() -> tuple[State, State]:
     return state, judged
 
 
+def rotated() -> tuple[State, State]:
+    """Quantize rows that are turned before, with what the library makes of them in its float32 products."""
+    import comfy_kitchen
+    from comfy_kitchen.tensor import TensorWiseINT8Layout
+
+    state: State = {}
+    judged: State = {}
+    with comfy_kitchen.use_backend("eager"):
+        for group, columns in ((4, 12), (64, 128), (256, 512)):
+            turned = {"convrot": True, "convrot_groupsize": group}
+            codes, params = TensorWiseINT8Layout.quantize(numbers(3, columns), per_channel=True, **turned)
+            state |= {f"{group}.weight": codes, f"{group}.weight_scale": params.scale}
+            state[f"{group}.comfy_quant"] = described(format="int8_tensorwise", **turned)
+            params = dataclasses.replace(params, orig_dtype=torch.float32)
+            judged[f"{group}.weight"] = TensorWiseINT8Layout.dequantize(codes, params)
+    return state, judged
+
+
 def converter() -> tuple[State, State]:
     """Quantize as convert_to_quant does in formats of its own, which a node of ComfyUI loads."""
     from convert_to_quant.comfy.quant_ops import LAYOUTS
@@ -102,13 +120,43 @@ def scaled(dtype: torch.dtype) -> tuple[State, State]:
     return state, judged
 
 
+def plain() -> tuple[State, State]:
+    """Lay out a file in full, of which ComfyUI's own layout quantizes the Linears of blocks, in float32."""
+    import comfy_kitchen
+    from comfy_kitchen.tensor import TensorCoreFP8Layout
+
+    state: State = {
+        "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": numbers(30, 20, torch.bfloat16),
+        "model.diffusion_model.single_blocks.3.linear1.weight": numbers(12, 300),
+    }
+    judged: State = {}
+    with comfy_kitchen.use_backend("eager"):
+        for name, weight in state.items():
+            codes, params = TensorCoreFP8Layout.quantize(weight.float())
+            judged |= {name: codes, f"{name}_scale": params.scale}
+            judged[f"{name.removesuffix('.weight')}.comfy_quant"] = described(format="float8_e4m3fn")
+    kept = {
+        "double_blocks.0.img_attn.qkv.bias": torch.randn(30),
+        "double_blocks.0.img_attn.norm.query_norm.scale": torch.randn(4),
+        "double_blocks.0.img_mod.lin.weight": numbers(8, 4),
+        "img_in.weight": numbers(8, 4, torch.bfloat16),
+        "final_layer.linear.weight": numbers(3, 4),
+        "input_blocks.0.0.weight": torch.randn(2, 2, 3, 3),
+    }
+    kept = {f"model.diffusion_model.{name}": one for name, one in kept.items()}
+    kept["cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"] = numbers(4, 4)
+    return state | kept, judged | kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT")
     out = parser.parse_args().out
     made = {
         "comfy_quant": kitchen,
+        "convrot": rotated,
         "convert_to_quant": converter,
+        "plain": plain,
         "scaled_fp8_e4m3fn": lambda: scaled(torch.float8_e4m3fn),
         "scaled_fp8_e5m2": lambda: scaled(torch.float8_e5m2),
     }

@@ -11,6 +11,8 @@ import torch
 from support.tiny import State, save, write_json
 
 from converter.doctor import Finding, diagnose
+from converter.doctor.facts import find_scales
+from converter.dtypes import DTYPES
 
 F8 = torch.float8_e4m3fn
 PLAIN = {"norm.weight": torch.ones(8, dtype=torch.bfloat16)}
@@ -109,6 +111,14 @@ def test_odd_scales_are_found_deep(tmp_path: Path) -> None:
     state["m.down_proj_scales"][1, 2, 0] = 255
     found = found_in(tmp_path / "mx", state, {"quant_method": "mxfp4"}, deep=True)
     assert "m.down_proj_scales (1)" in found["scales-odd"].problem
+
+
+def test_tables_of_codes_and_bytes_are_no_scales() -> None:
+    tags = {"weight": "U8", "weight.absmax": "U8", "weight.nested_absmax": "F32", "weight.quant_map": "F32",
+            "weight.quant_state.bitsandbytes__nf4": "U8"}  # fmt: skip
+    found = find_scales({f"m.{name}": DTYPES[tag] for name, tag in tags.items()})
+    assert {name for name, is_scale in found.items() if is_scale} == {"m.weight.nested_absmax"}
+    assert len(found) == 4
 
 
 def test_the_command_that_serves_is_named(wconv: Callable[..., Any], tmp_path: Path) -> None:

@@ -78,12 +78,16 @@ def judged(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tor
 
 
 def official(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, block: int = 128) -> torch.Tensor:
-    """Do what ``weight_dequant_kernel`` of DeepSeek does, block by block."""
+    """Do what ``weight_dequant_kernel`` of DeepSeek does, block by block; compressed-tensors has to agree."""
+    from compressed_tensors.entrypoints.convert.converters.fp8block_dequantizer import FP8BlockDequantizer
+
     made = torch.empty(weight.shape, dtype=dtype)
     for row in range(scale.shape[0]):
         for column in range(scale.shape[1]):
             part = slice(row * block, (row + 1) * block), slice(column * block, (column + 1) * block)
             made[part] = (weight[part].float() * scale[row, column].float()).to(dtype)
+    padded = FP8BlockDequantizer(weight_block_size=(block, block), dtype=dtype)
+    assert torch.equal(padded._create_dequantized_weight(weight, scale), made)
     return made
 
 
@@ -191,7 +195,7 @@ def test_what_is_empty_needs_no_scale() -> None:
 PLAIN = {"norm.weight": torch.full((8,), 1 / 3), "n.weight": torch.ones(4, 8).half()}
 WEIGHT = {"m.weight": codes(8, 16), "m.weight_scale_inv": scales(1, 1)}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-NUMBERS = official(WEIGHT["m.weight"], WEIGHT["m.weight_scale_inv"], torch.bfloat16)
+NUMBERS = (WEIGHT["m.weight"].float() * WEIGHT["m.weight_scale_inv"]).bfloat16()
 
 
 def save_model(folder: Path, state: dict[str, torch.Tensor], **config: Any) -> Path:
@@ -394,6 +398,8 @@ LACKING = {
     "an exponent alone": ({"lone.scale": scales(1, dtype=E8)}, "'lone.scale', and there is no 'lone.weight'"),
     "an exponent of nothing": ({"lone": scales(1, dtype=E8)}, "has the scale 'lone', and 'lone' is F8_E8M0"),
     "a byte alone": ({"lone.scale": scales(1, dtype=torch.uint8)}, "there is no 'lone.weight'"),
+    "blocks alone": ({"e.up_blocks": torch.ones(2, 8, dtype=torch.uint8)}, "has no scale for 'e.up_blocks'"),
+    "scales of no blocks": ({"e.up_scales": scales(2, 8, dtype=torch.uint8)}, "there is no 'e.up_blocks'"),
     "two scales": ({"o.scale": scales(1, 1)}, "has 'o.weight_scale_inv' and 'o.scale' for 'o.weight'"),
     "what is not known": ({"o.weight_factor": scales(1)}, "wconv does not know what for"),
 }  # fmt: skip
@@ -408,11 +414,12 @@ def test_what_is_not_whole_is_named(wconv: Callable[..., Any], tmp_path: Path, m
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.usefixtures("asked_here")
 def test_two_schemes_in_one_file(wconv: Callable[..., Any], tmp_path: Path) -> None:
     int8 = {"i.weight": torch.full((2, 4), 127, dtype=torch.int8), "i.SCB": torch.tensor([1.0, 3.0])}
     fp4 = {"e.weight": codes(6, 64, dtype=torch.int8), "e.scale": scales(6, 4, dtype=E8)}
     source = save_model(
-        tmp_path / "m", {**PLAIN, **WEIGHT, **int8, **fp4}, architectures=["X"], quantization_config=BLOCKS
+        tmp_path / "m", {**PLAIN, **WEIGHT, **int8, **fp4}, architectures=[], quantization_config=BLOCKS
     )
     told = wconv("dequantize", source, "-o", tmp_path / "out").stdout
     for label in ("float8 with scales", "LLM.int8 of bitsandbytes", "FP4 with scales"):

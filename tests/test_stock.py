@@ -54,6 +54,19 @@ def test_schemes_bits_and_what_is_plain(wconv: Callable[..., Any], tmp_path: Pat
     assert "plain: 2 tensors, 40 parameters, 80 B (BF16): lm_head.weight, norm.weight" in shown
 
 
+def test_packed_words_are_not_what_is_counted(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    int4 = {
+        "a.weight_packed": torch.zeros(16, 8, dtype=torch.int32),
+        "a.weight_scale": torch.ones(16, 2, dtype=torch.bfloat16),
+        "a.weight_shape": torch.tensor([16, 64]),
+    }
+    found = described(wconv, save({**PLAIN, **int4}, tmp_path / "m.safetensors"))
+    assert found["parameters"] == 16 * 64 + 40
+    (share,) = found["quantized"]
+    assert (share["weights"], share["parameters"]) == (1, 16 * 64)
+    assert share["bits_per_weight"] == 4 + 16 / 32 + 8 * 16 / (16 * 64)  # codes, scales, and what the shape takes
+
+
 def test_nothing_is_said_of_plain_weights(wconv: Callable[..., Any], tmp_path: Path) -> None:
     found = described(wconv, save(PLAIN, tmp_path / "m.safetensors"))
     assert (found["quantized"], found["parameters"]) == ([], 40)

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from support.tiny import State, save, write_json
 
+from converter.models.schemes import FP8
 from converter.recipes.verify import verify
+from converter.transforms.quantize import DEQUANTIZERS
 
 F8 = torch.float8_e4m3fn
 
@@ -146,3 +148,25 @@ def test_memory_changes_nothing(tmp_path: Path, memory: str) -> None:
     for one, other in ((a, b), (b, a)):
         found = verify(one, other, quantized=True, memory_nbytes=nbytes)
         assert found.is_equal == (one is a)
+
+
+def test_without_a_bound_errors_are_told_and_zeros_are_no_match(
+    wconv: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated = {**DEQUANTIZERS, FP8: lambda module: DEQUANTIZERS[FP8](module)._replace(slack=None)}
+    monkeypatch.setattr("converter.transforms.quantize.DEQUANTIZERS", calibrated)
+    coded = to_fp8(plain(), "m.weight")
+    a, b = save(plain(), tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
+    save({**coded, "m.weight_scale_inv": coded["m.weight_scale_inv"] * 1.5}, b)
+    shown = wconv("verify", a, b, "--quantized").stdout
+    assert "No bound is broken, and there is none for float8 with scales" in shown
+    (one,) = verify(a, b, quantized=True).quantized
+    assert (one.is_bounded, one.beyond) == (False, 0)
+    assert 0.48 < one.mean_relative < 0.52
+    save({**coded, "m.weight_scale_inv": coded["m.weight_scale_inv"] * -1}, b)
+    assert "no nearer than zeros" in wconv("verify", a, b, "--quantized", exit_code=1).stdout
+    coded["m.weight"].view(torch.uint8)[3, 5] = 0x7F  # NaN
+    save(coded, b)
+    (difference,) = verify(a, b, quantized=True).differences
+    assert difference.detail == "1 of its values are no finite numbers"
+    assert json.loads(wconv("verify", a, b, "--quantized", "--json", exit_code=1).stdout)["quantized"][0]["beyond"] == 1

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import FULL_TARGETS, DTypeName, PlaceType, some_conversion_options, source_arg
+from converter.cli.options import FULL_TARGETS, DTypeName, folder_or_file_option, some_conversion_options, source_arg
 
 if TYPE_CHECKING:
     from converter.storage import Place
@@ -14,14 +14,7 @@ if TYPE_CHECKING:
 
 @click.command("dequantize")
 @source_arg
-@click.option(
-    "-o",
-    "--output",
-    type=PlaceType(),
-    metavar="OUT",
-    required=True,
-    help="The new folder, or URL of one; or a file for a file.",
-)
+@folder_or_file_option
 @click.option(
     "--dtype",
     type=DTypeName(FULL_TARGETS),

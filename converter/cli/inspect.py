@@ -111,13 +111,12 @@ def _describe(
 
 
 def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
-    from converter.models.component import quantization_of
     from converter.models.names import fold_numbers
     from converter.tensors.base import find_ties
     from converter.transforms.quantize.stock import take_stock
 
     tensors = checkpoint.tensors
-    stock = take_stock(checkpoint, quantization_of(component.config))
+    stock = take_stock(component, checkpoint)
     content: dict[str, Any] = {
         "format": checkpoint.format,
         "tensors": len(tensors),

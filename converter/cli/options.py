@@ -124,6 +124,15 @@ new_folder_option = click.option(
     "-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder, or URL of one."
 )
 
+folder_or_file_option = click.option(
+    "-o",
+    "--output",
+    type=PlaceType(),
+    metavar="OUT",
+    required=True,
+    help="The new folder, or URL of one; or a file for a file.",
+)
+
 _RUN_OPTIONS = (
     click.option(
         "--workers",

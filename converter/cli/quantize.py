@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import FULL_TARGETS, DTypeName, new_folder_option, some_conversion_options, source_arg
+from converter.cli.options import FULL_TARGETS, DTypeName, folder_or_file_option, some_conversion_options, source_arg
 from converter.cli.terminal import echo, open_meter, printable, show_bytes, show_table
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ SCHEMES = ("int8", "nf4", "fp8-block", "fp8-scaled")  # the names in QUANTIZERS,
 
 @click.command("quantize")
 @source_arg
-@new_folder_option
+@folder_or_file_option
 @click.option("--scheme", type=click.Choice(SCHEMES), default="int8", show_default=True, help="What it is written in.")
 @click.option(
     "--include", multiple=True, metavar="REGEX", help="Quantize only linear modules of these names; repeatable."
@@ -56,9 +56,12 @@ SCHEMES = ("int8", "nf4", "fp8-block", "fp8-scaled")  # the names in QUANTIZERS,
 def command(
     source: Place, scheme: str, include: tuple[str, ...], skip: tuple[str, ...], strict: bool, **options: Any
 ) -> None:
-    """Write the linear modules of SRC, a model's or a pipeline's folder, in 8 or 4 bits.
+    """Write the linear modules of SRC, a model's or a pipeline's folder, or a file, in 8 or 4 bits.
 
     int8 is LLM.int8 of bitsandbytes, and nf4 its 4 bits, in blocks of 64 that share a scale.
+    fp8-block is float8 in blocks of 128 x 128, as transformers has it; fp8-scaled is float8 with a scale for each row,
+    for compressed-tensors and vLLM. Of a single file fp8-scaled makes one for ComfyUI: of the matrices in its blocks,
+    with one scale for each.
 
     The new folder loads in a half or a quarter of the memory of the fp16 one; the numbers are those that the library
     gives when it quantizes at load time. Which modules, the model's library decides, as it does then; config.json says
@@ -67,6 +70,7 @@ def command(
     \b
     wconv quantize ./model -o ./model-int8
     wconv quantize ./model -o ./model-nf4 --scheme nf4
+    wconv quantize flux.safetensors -o flux-fp8.safetensors --scheme fp8-scaled
     wconv quantize ./sana -o ./sana-int8 --dtype bf16      the rest of all parts in bf16
     wconv quantize ./model -o ./model-int8 --skip 'layers\\.0\\.'
     """

@@ -106,7 +106,7 @@ def _hint(found: Comparison, of_numbers: bool) -> str:
 
 
 def _verdict(found: Comparison) -> str:
-    unjudged = dict.fromkeys(one.scheme for one in found.quantized if one.beyond is None)
+    unjudged = dict.fromkeys(one.scheme for one in found.quantized if not one.is_bounded)
     if unjudged:
         return f"No bound is broken, and there is none for {' and '.join(unjudged)}, which is not the nearest"
     return "The same within half a step of the codes in B" if found.quantized else "The same"

@@ -14,7 +14,13 @@ from converter.dtypes import BY_TORCH_NAME, RECAST_SOURCES, DType
 from converter.errors import Unreachable, Unsupported, WconvError
 from converter.libraries import library_at
 from converter.models.checkpoint import open_checkpoint
-from converter.models.component import QUANTIZATION_KEYS, nested, quantization_of
+from converter.models.component import (
+    OWN_CONFIGS,
+    QUANTIZATION_KEYS,
+    nested,
+    quantization_beside,
+    quantization_of,
+)
 from converter.models.headers import LENIENT
 from converter.models.inventory import Inventory, Part
 from converter.models.names import WeightsName
@@ -36,6 +42,8 @@ from converter.transforms.quantize.restore import find_restored
 
 # What no float model calls a parameter of its own.
 _NOTHING_ELSE = ("_scale_inv", ".SCB", ".absmax", ".qzeros", ".g_idx")
+# Scales whose names do not say so; never bytes, which are codes there.
+_FLOAT_SCALES = frozenset({"SCB", "absmax", "nested_absmax"})
 # The dtypes that libraries write scales in, by what ends their names; all others are written in the model's own.
 _EXPONENTS = frozenset({"F8_E8M0", "U8"})
 _WRITTEN = (
@@ -172,9 +180,9 @@ def lacks_format(part: Part, listed: ListedSet) -> list[str]:
 
 
 def says_quantized(part: Part) -> bool:
-    """Say whether the config of a part says that its weights are quantized, or the file that ModelOpt writes beside."""
+    """Say whether the config of a part says that its weights are quantized, or a file beside it that is for that."""
     said = any(key in config for config in nested(part.component.config) for key in QUANTIZATION_KEYS)
-    return said or "hf_quant_config.json" in part.files
+    return said or any(name in part.files for name in (*OWN_CONFIGS, "hf_quant_config.json"))
 
 
 class Alone(NamedTuple):
@@ -211,7 +219,7 @@ def misfit(part: Part, listed: ListedSet) -> str:
     """
     try:
         checkpoint = open_checkpoint(listed.without_index, LENIENT)
-        find_restored(checkpoint, DEQUANTIZERS, quantization_of(part.component.config))
+        find_restored(checkpoint, DEQUANTIZERS, quantization_beside(part.component))
     except Unreachable:
         raise
     except Unsupported:  # which is said of what is quantized
@@ -224,10 +232,14 @@ def misfit(part: Part, listed: ListedSet) -> str:
 def find_scales(dtypes: Mapping[str, DType]) -> dict[str, bool]:
     """Name the tensors beside quantized weights, and say which are scales: floats, and bytes that are exponents."""
     owners = find_owners(find_quantized(dtypes), dtypes)
-    return {
-        name: dtypes[name].is_floating or (dtypes[name].tag == "U8" and "scale" in name.rpartition(".")[2])
-        for name in owners
-    }
+
+    def is_scale(name: str) -> bool:
+        dtype, leaf = dtypes[name], name.rpartition(".")[2]
+        return (dtype.is_floating and leaf in _FLOAT_SCALES) or (
+            "scale" in leaf and (dtype.is_floating or dtype.tag == "U8")
+        )
+
+    return {name: is_scale(name) for name in owners}
 
 
 def cast_scales(dtypes: Mapping[str, DType], found: Sequence[Quantized]) -> list[str]:

@@ -113,13 +113,13 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 # Where auto_gptq and autoawq put it before config.json had it.
-_OWN_CONFIGS = ("quantize_config.json", "quant_config.json")
+OWN_CONFIGS = ("quantize_config.json", "quant_config.json")
 
 
 def quantization_beside(component: Component) -> dict[str, Any]:
     """Give what a config says of how its weights are quantized, or else a file beside it. Raises BadFile."""
     said = quantization_of(component.config)
-    for name in () if said else _OWN_CONFIGS:
+    for name in () if said else OWN_CONFIGS:
         said = said or read_json(component.path / name)
     return said
 

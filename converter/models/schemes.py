@@ -90,7 +90,7 @@ FP4_OF_DEEPSEEK = FP4._replace(companions=(".scale",), scales=_EXPONENTS)
 CT_FP8 = Scheme(
     "float8 with scales", ".weight", _F8, (".weight_scale",), "vLLM, or transformers with compressed-tensors",
     others=(".weight_zero_point", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
-    methods=("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8"),
+    methods=("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8"), may_be_turned=False,
 )  # fmt: skip
 CT_INT8 = CT_FP8._replace(label="8-bit numbers with scales", dtypes=frozenset({"I8"}))
 CT_PACKED = Scheme(
@@ -98,11 +98,12 @@ CT_PACKED = Scheme(
     CT_FP8.reader,
     others=(".weight_shape", ".weight_zero_point", ".weight_global_scale", ".weight_g_idx", *_OF_LINEAR),
     small=(".weight_shape", ".weight_g_idx"), is_dequantized=True, methods=("compressed-tensors",),
+    may_be_turned=False,
 )  # fmt: skip
 NVFP4 = Scheme(
     "NVFP4 of ModelOpt", ".weight", frozenset({"U8"}), (".weight_scale_2",), "vLLM or TensorRT-LLM",
     others=(".weight_scale", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
-    methods=("modelopt", "modelopt_fp4"),
+    methods=("modelopt", "modelopt_fp4"), may_be_turned=False,
 )  # fmt: skip
 # Experts that are one tensor have all of it under a longer name, and their rows along the last axis.
 NVFP4_OF_EXPERTS = NVFP4._replace(
@@ -122,7 +123,7 @@ GPTQ = Scheme(
 AWQ = GPTQ._replace(label="AWQ or GPTQ", companions=(".qzeros", ".scales"), others=(), methods=("awq", "gptq"))
 MXFP4 = Scheme(
     "MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)",
-    is_dequantized=True, methods=("mxfp4",),
+    is_dequantized=True, methods=("mxfp4",), may_be_turned=False,
 )  # fmt: skip
 MXFP4_ROWS = MXFP4._replace(weight=".blocks", companions=(".scales",), reader="gpt-oss")
 # In whatever dtype the 4-bit numbers are stored; what is beside them has the whole name of the weight before it
@@ -137,13 +138,16 @@ BNB_4BIT = Scheme(
 COMFY_QUANT = Scheme(
     "the form of ComfyUI that comfy_quant describes", ".weight", _PACKED, (".comfy_quant",), "ComfyUI",
     others=(".weight_scale", ".weight_scale_2", ".input_scale"), small=(".comfy_quant",), is_dequantized=True,
+    may_be_turned=False,
 )  # fmt: skip
 COMFY_FP8 = Scheme(
     "float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), "ComfyUI",
-    others=(".scale_input",), is_dequantized=True,
+    others=(".scale_input",), is_dequantized=True, may_be_turned=False,
 )  # fmt: skip
 # What has no scale in a file in which others have one is as it is.
-COMFY_MARKED = Scheme("float8 in a file of ComfyUI", "", _F8, (), "ComfyUI", is_dequantized=True)
+COMFY_MARKED = Scheme(
+    "float8 in a file of ComfyUI", "", _F8, (), "ComfyUI", is_dequantized=True, may_be_turned=False
+)  # fmt: skip
 _COMFY = (COMFY_QUANT, COMFY_FP8, COMFY_MARKED)
 # What no module of a float model has.
 _COMFY_LEAVES = frozenset({"scale_weight", "scale_input", "comfy_quant"})
@@ -201,7 +205,7 @@ _SCALE_ENDS = (
     (".weight_scale", ".weight"), (".weight_scale_2", ".weight"), (".SCB", ".weight"), (".qzeros", ".qweight"),
     (".g_idx", ".qweight"), (".weight.absmax", ".weight"),
 )  # fmt: skip
-_EXPONENT_ENDS = ((".scale", ".weight"), ("_scale", ""))
+_EXPONENT_ENDS = ((".scale", ".weight"), ("_scale", ""), ("_scales", "_blocks"), (".scales", ".blocks"))
 # What ends the names of weights that are no numbers by themselves; integers may be a float model's under others.
 _CODES = tuple({scheme.weight for scheme in TABLE} - {""})
 
@@ -256,8 +260,8 @@ def modules_noted(checkpoint: Checkpoint) -> dict[str, Any]:
             continue
         try:
             note = parse_json(file.metadata[COMFY_NOTE].encode(), file.place, f"its note {COMFY_NOTE} ")
-            layers = note["layers"] if isinstance(note, dict) else None
-        except (ValueError, KeyError):
+            layers = note.get("layers", {}) if isinstance(note, dict) else None
+        except ValueError:
             layers = None
         if not isinstance(layers, dict):
             raise BadFile(file.place, f"has a note {COMFY_NOTE} that names no modules", "Fetch the file again.")

@@ -67,14 +67,16 @@ class RoundingErrors:
     """How far the numbers that the codes of a tensor in B stand for are from those in A, over all of its elements.
 
     ``scheme`` is that of B. ``beyond`` are off by more than half the distance to the next number that B has a code for;
-    None where its scheme does not take the nearest one. ``max_relative`` is the largest error over the largest
-    magnitude, ``mean_relative`` the mean error over the mean magnitude.
+    where its scheme does not take the nearest one it is not ``is_bounded``, and they are those that are not finite.
+    ``max_relative`` is the largest error over the largest magnitude, ``mean_relative`` the mean error over the mean
+    magnitude.
     """
 
     component: str
     name: str
     scheme: str
-    beyond: int | None
+    is_bounded: bool
+    beyond: int
     max_relative: float
     mean_relative: float
 
@@ -213,8 +215,8 @@ def _rounding_of(pair: _Pair, parts: Iterable[Rounding]) -> RoundingErrors:
     assert pair.codes is not None
     beyond, errors, largest, error_sums, magnitude_sums = zip(_NO_ERRORS, *parts, strict=True)
     relative = max(errors, key=_or_infinite) / (max(largest) or 1.0), sum(error_sums) / (sum(magnitude_sums) or 1.0)
-    judged = sum(beyond) if pair.slack is not None or any(beyond) else None
-    return RoundingErrors(pair.component, pair.a.name, pair.codes.scheme, judged, *relative)
+    is_bounded = pair.slack is not None
+    return RoundingErrors(pair.component, pair.a.name, pair.codes.scheme, is_bounded, sum(beyond), *relative)
 
 
 def _or_infinite(error: float) -> float:
@@ -234,8 +236,9 @@ def _wrong_values(values: Iterable[ValueErrors], roundings: Iterable[RoundingErr
     for rounding in roundings:
         detail = ""
         if rounding.beyond:
-            detail = f"{rounding.beyond:,} of its values are off by more than half a step"
-        elif rounding.beyond is None and rounding.mean_relative >= 1:
+            how = "off by more than half a step" if rounding.is_bounded else "no finite numbers"
+            detail = f"{rounding.beyond:,} of its values are {how}"
+        elif not rounding.is_bounded and rounding.mean_relative >= 1:
             detail = f"no nearer than zeros would be, in {rounding.scheme}"
         if detail:
             yield Difference("values", rounding.component, rounding.name, detail)

@@ -18,6 +18,7 @@ here the product is rounded, once.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,14 +27,15 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile, Unsupported
 from converter.formats.texts import parse_json
 from converter.tensors.base import Reader, TensorSource
-from converter.tensors.derived import Derived
+from converter.tensors.derived import Constant, Derived
 from converter.tensors.view import blocks_of
-from converter.transforms.quantize.codes import Coding, Decoded, Gridded, Scales, Turned, Widened, reshaped
+from converter.transforms.quantize.codes import Coding, Decoded, Gridded, Scales, Turned, Widened, reshaped, steps_of
 from converter.transforms.quantize.restore import Module, Restored
 
 _DESCRIBED, _SCALE, _SCALE_2, _OLD_SCALE = ".comfy_quant", ".weight_scale", ".weight_scale_2", ".scale_weight"
 # Values are multiplied by a reciprocal before they are rounded, in bfloat16 where that is what they were.
 _SLACK = 2**-7
+_TURNED = tuple(4**power for power in range(1, 6))  # groups, of which 256 is usual
 _TILE_ROWS, _TILE_COLUMNS, _TILE_NBYTES = 128, 4, 512
 _BAND_TILES = 2048  # of a row of tiles, at a time
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -73,6 +75,9 @@ def restore_described(module: Module) -> Restored:
     if form is None:
         what = f"has {weight.name!r} in the format {said['format']!r} of ComfyUI, which wconv does not dequantize"
         raise Unsupported(weight.where, what, "Load it with ComfyUI, or take the model that it was made from.")
+    if said.get("convrot") is True and said["format"] == "int8_tensorwise":
+        form = form._replace(read=_rotated, group=said.pop("convrot_groupsize", 256))
+        del said["convrot"]
     unknown = sorted(key for key, value in said.items() if key not in _SILENT and value not in (None, False))
     if unknown:
         what = f"has {weight.name!r} quantized with {unknown[0]!r} ({said['format']}), which wconv does not dequantize"
@@ -99,7 +104,7 @@ def _said_of(module: Module) -> dict[str, Any]:
             raise _misfit(module, "the file's header says something else of it")
         said = within
     params = said.get("params") if isinstance(said, dict) else None
-    said = {**params, **said} if isinstance(params, dict) else said
+    said = {**params, **said} if isinstance(params, dict) else dict(said) if isinstance(said, dict) else said
     if not isinstance(said, dict) or not isinstance(said.get("format"), str):
         raise _misfit(module, "it names no format")
     return said
@@ -111,8 +116,8 @@ def _misfit(module: Module, problem: str) -> BadFile:
     return BadFile(module.weight.where, said, "Fetch the file again, or quantize the model again.")
 
 
-def _scaled(module: Module, end: str) -> TensorSource:
-    """Multiply numbers with one scale for all of them, or for each row."""
+def _scaled(module: Module, end: str, numbers: TensorSource | None = None) -> TensorSource:
+    """Multiply numbers with one scale for all of them, or for each row; those of the codes where none are given."""
     weight, scale = module.weight, module.scale(end)
     rows = weight.shape[:1]
     if math.prod(scale.shape) == 1:
@@ -121,11 +126,23 @@ def _scaled(module: Module, end: str) -> TensorSource:
         grid, block = (*rows, 1), (1, *weight.shape[1:])
     else:
         raise module.misfit(end, f"it is {list(scale.shape)} beside {list(weight.shape)}, and no number a row or one")
-    return _gridded(module, end, grid, block)
+    return _gridded(module, end, grid, block, numbers)
 
 
 def _tensorwise(module: Module, group: int) -> TensorSource:
     return _scaled(module, _SCALE)
+
+
+def _rotated(module: Module, group: int) -> TensorSource:
+    """Give the numbers of an int8 weight whose rows were turned, in groups, before they were rounded (ConvRot).
+
+    ``dequantize_int8_convrot_weight`` turns the products back, by a matrix product whose sums are rounded as they
+    grow; here the whole numbers are turned back, which is exact, and the product with the scale is rounded once.
+    """
+    columns = module.weight.shape[1]
+    if group not in _TURNED or columns % group:
+        raise _misfit(module, f"its rows of {columns} are turned in groups of {str(group)[:30]}")
+    return _scaled(module, _SCALE, Unrotated(Widened(module.weight.source), group))
 
 
 def _blockwise(module: Module, group: int) -> TensorSource:
@@ -136,12 +153,15 @@ def _blockwise(module: Module, group: int) -> TensorSource:
     return _gridded(module, _SCALE, scale.shape, (group, group))
 
 
-def _gridded(module: Module, end: str, grid: tuple[int, ...], block: tuple[int, ...]) -> TensorSource:
+def _gridded(
+    module: Module, end: str, grid: tuple[int, ...], block: tuple[int, ...], numbers: TensorSource | None = None
+) -> TensorSource:
     scale = module.scale(end)
     if not scale.dtype.is_floating or scale.dtype.bits < 16:
         raise module.misfit(end, f"it is {scale.dtype}")
     scales = Scales(reshaped(scale.source, scale.dtype, grid), scale.name)
-    return Gridded(Widened(module.weight.source), scales, tuple(max(1, length) for length in block))
+    numbers = numbers or Widened(module.weight.source)
+    return Gridded(numbers, scales, tuple(max(1, length) for length in block))
 
 
 def _mxfp8(module: Module, group: int) -> TensorSource:
@@ -233,6 +253,49 @@ class Unswizzled(Derived):
         for row in range(start[0] // _TILE_ROWS, -(-(start[0] + shape[0]) // _TILE_ROWS)):
             for column in range(first, end, _BAND_TILES):
                 yield row, column, min(_BAND_TILES, end - column)
+
+
+@dataclass(frozen=True, slots=True)
+class Unrotated(Widened):
+    """Whole numbers in float32, those of each ``group`` along a row turned back: with a regular Hadamard matrix.
+
+    That is the Kronecker product of as many matrices of 4 x 4 as there are fours in ``group``, each its own inverse
+    (``_build_hadamard`` in ``comfy_kitchen/tensor/int8_utils.py``). Groups divide the rows.
+    """
+
+    group: int
+
+    def _span(self, begin: int, end: int) -> tuple[int, int]:
+        """Give the bytes of whole groups that some of theirs are in."""
+        nbytes = self.group * self.dtype.itemsize
+        return begin // nbytes * nbytes, -(-end // nbytes) * nbytes
+
+    def _below(self, begin: int, end: int) -> tuple[int, int]:
+        return self._span(begin, end)
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Unrotated:
+        raise ValueError("a matrix whose rows are turned has no boxes")
+
+    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
+        return self if axes == (0, 1) else Turned(self)
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        from converter.transforms.quantize.kernels import unrotate
+
+        first, end = self._span(begin, begin + len(out))
+        if (first, end) == (begin, begin + len(out)):
+            self.source.read(begin, out, reader)
+            unrotate(out, self.group)
+            return
+        with reader.scratch(end - first) as numbers:
+            self.source.read(first, numbers, reader)
+            unrotate(numbers, self.group)
+            out[:] = numbers[begin - first : begin - first + len(out)]
+
+    def steps(self) -> TensorSource:
+        """Give how far each may be off: all of a group, each by what it weighs."""
+        weight = Constant(DTYPES["F32"], (1, 1), struct.pack("<f", math.sqrt(self.group)))
+        return Gridded(steps_of(self.source), weight, tuple(max(1, length) for length in self.shape))
 
 
 _FORMATS: Mapping[str, _Format] = {

@@ -17,13 +17,13 @@ import math
 import struct
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from converter.dtypes import DTYPES, DType
 from converter.errors import Unsupported
-from converter.tensors.base import TensorSource
+from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import Cast
-from converter.transforms.quantize.codes import E2M1, Coding, Decoded, Gridded, Scales, Widened, reshaped
+from converter.transforms.quantize.codes import E2M1, Coding, Decoded, Gridded, Indexed, Scales, Widened, reshaped
 from converter.transforms.quantize.dense import Dense
 from converter.transforms.quantize.restore import Module, Restored
 
@@ -35,8 +35,9 @@ _MX_GROUP, _NV_GROUP = 32, 16
 _BLOCK = (128, 128)  # of float8 where no config says another
 _MAX_GROUPS = 64  # of a config: real ones have up to four
 _MAX_SIDE = 1 << 31
-# What rounds off of a quotient before it is rounded to a code: it is in the scale's dtype.
-_SLACK = {"BF16": 2**-8, "F16": 2**-10, "F32": 2**-20}
+# What rounds off of a weight, where it was cast before, and of the quotient before that is rounded to a code: both are
+# in the scale's dtype.
+_SLACK = {"BF16": 2**-7, "F16": 2**-10, "F32": 2**-20}
 _BY_LIBRARY = "Load it with the compressed-tensors that wrote it."
 
 
@@ -97,11 +98,12 @@ def _restore_ints(module: Module) -> Restored:
     bits = _bits_of(module, shape, said)
     said = tuple(one for one in said if one.bits == bits)
     cells, block = fit(module, _SCALE, shape, said)
-    _check_order(module, shape[-1], block[-1])
+    order = _order_of(module, shape, block[-1])
     zeros, numbers = _zeros_of_packed(module, bits, shape, cells), _decoded(module, bits, shape, has_zeros=False)
     if zeros is not None:
-        numbers = Gridded(_decoded(module, bits, shape, has_zeros=True), zeros, block, by="less")
-    product = Gridded(numbers, Scales(reshaped(scale.source, scale.dtype, cells), scale.name), block)
+        numbers = _by_groups(_decoded(module, bits, shape, has_zeros=True), zeros, block, order, "less")
+    scales = Scales(reshaped(scale.source, scale.dtype, cells), scale.name)
+    product = _by_groups(numbers, scales, block, order)
     is_nearest = not (zeros and scale.dtype.bits < 32) and not _is_calibrated(said)
     slack = _SLACK[scale.dtype.tag] if is_nearest else None
     return Restored(f"{module.base}.weight", product, _library_dtype(scale.dtype), slack)
@@ -327,18 +329,36 @@ def _plain_zeros(module: Module, cells: tuple[int, ...]) -> TensorSource | None:
     return Scales(reshaped(zeros.source, zeros.dtype, cells), zeros.name)
 
 
-def _check_order(module: Module, columns: int, group: int) -> None:
-    """Raise Unsupported where columns are in other groups than the ones they lie in, BadFile for what says nothing."""
+def _order_of(module: Module, shape: tuple[int, ...], group: int) -> Tensor | None:
+    """Give what says which group each column is in, where that is not the one it lies in.
+
+    Each group has as many columns (``_process_quantization`` in ``quantization/lifecycle/forward.py`` of
+    compressed-tensors 0.12). Raises BadFile for others.
+    """
     index = module.beside.get(_INDEX)
     if index is None:
-        return
-    if index.dtype.tag != "I32" or index.shape != (columns,):
-        raise module.misfit(_INDEX, f"it is {index.dtype} {list(index.shape)}")
-    groups = struct.unpack(f"<{columns}i", module.contents[_INDEX])
-    in_order = all(found == column // group for column, found in enumerate(groups))
-    if not (in_order or all(found == -1 for found in groups)):
-        problem = f"has the columns of {module.weight.name!r} in an order of their own, as {index.name!r} says"
-        raise Unsupported(module.weight.where, problem, "compressed-tensors itself reads them no more since 0.20.")
+        return None
+    if len(shape) != 2 or index.dtype.tag != "I32" or index.shape != shape[-1:]:
+        raise module.misfit(_INDEX, f"it is {index.dtype} {list(index.shape)} beside {list(shape)}")
+    groups = struct.unpack(f"<{shape[-1]}i", module.contents[_INDEX])
+    if all(found == -1 for found in groups):
+        return None  # as it was before there was an order
+    in_order = [column // group for column in range(shape[-1])]
+    if sorted(groups) != in_order:
+        raise module.misfit(_INDEX, f"it does not have {group} columns in each group")
+    return index if list(groups) != in_order else None
+
+
+def _by_groups(
+    numbers: TensorSource,
+    grid: TensorSource,
+    block: tuple[int, ...],
+    order: Tensor | None,
+    by: Literal["times", "less"] = "times",
+) -> TensorSource:
+    if order is None:
+        return Gridded(numbers, grid, block, by=by)
+    return Indexed(numbers, grid, order.source, order.name, by)
 
 
 # Codes.

@@ -23,6 +23,7 @@ from converter.transforms.quantize.codes import AGAIN, E2M1, Decoded, Gridded, S
 from converter.transforms.quantize.restore import Module, Restored
 
 _BLOCK = (128, 128)
+_SLACK = 2**-8  # what a cast to bfloat16 has taken off before: loaders quantize the weights that they run
 _MX_BLOCK = (1, 32)  # of the microscaling formats of OCP
 _MAX_BLOCK = 1 << 20
 _SCALES = frozenset({"F32", "BF16", "F16", "F8_E8M0", "U8"})
@@ -42,11 +43,11 @@ def restore(module: Module) -> Restored:
         raise module.misfit(end, f"it is {scale.dtype}, and scales are fp32, bf16, fp16 or exponents")
     numbers = _numbers_of(weight)
     if 0 in numbers.shape:
-        return Restored(weight.name, numbers, _dtype_of(scale))
+        return Restored(weight.name, numbers, _dtype_of(scale), _SLACK)
     block = _find_block(module, end, numbers.shape, scale)
     grid = _grid_of(numbers.shape, block)
     scales = Scales(reshaped(scale.source, scale.dtype, grid), scale.name)
-    return Restored(weight.name, Gridded(numbers, scales, block), _dtype_of(scale))
+    return Restored(weight.name, Gridded(numbers, scales, block), _dtype_of(scale), _SLACK)
 
 
 def _numbers_of(weight: Tensor) -> TensorSource:

@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from converter.dtypes import DTYPES, DType
-from converter.tensors.base import Tensor, TensorSource
-from converter.tensors.derived import Cast, Constant
+from converter.tensors.base import Reader, Tensor, TensorSource
+from converter.tensors.derived import Cast, Constant, Derived
 from converter.tensors.reader import RangeReader
 from converter.transforms.quantize.codes import Gridded, Widened
 from converter.transforms.quantize.write import Measure, Measured, RowBlock, Writer
 
-_F8, _F32 = DTYPES["F8_E4M3"], DTYPES["F32"]
+_F32 = DTYPES["F32"]
 _BLOCK = 128
 _CAUSE = "values that are no finite numbers"
 _WHOLE = 0  # a cell as long as the matrix
@@ -91,8 +91,28 @@ def _scaled(weight: Tensor, factors: bytes, cell: _Cell, by: Literal["times", "o
     return Gridded(Widened(weight.source), grid, block, by)
 
 
-def _in_float8(weight: Tensor, numbers: TensorSource) -> Tensor:
-    return weight._replace(source=Cast(numbers, _F8, "saturate"))
+class InFloat8(Derived):
+    """Finite numbers in float32 as float8, those that it cannot hold as its largest ones.
+
+    ``Cast`` looks at all of a chunk once more where one number is the largest, and here there is one for each scale.
+    """
+
+    __slots__ = ()
+
+    @property
+    def dtype(self) -> DType:
+        return DTYPES["F8_E4M3"]
+
+    @property
+    def computes(self) -> bool:
+        return True
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        from converter.transforms.quantize.kernels import float8_into
+
+        with reader.scratch(_F32.itemsize * len(out)) as numbers:
+            self.source.read(_F32.itemsize * begin, numbers, reader)
+            float8_into(numbers, out)
 
 
 def _beside(weight: Tensor, end: str, dtype: DType, shape: tuple[int, ...], content: bytes) -> Tensor:
@@ -115,7 +135,7 @@ def write_blocks(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
 
     factors, inverse = block_scales(found)
     shape = weight.shape[0] // _BLOCK, weight.shape[1] // _BLOCK
-    codes = _in_float8(weight, _scaled(weight, factors, _TILE))
+    codes = weight._replace(source=InFloat8(_scaled(weight, factors, _TILE)))
     return codes, _beside(weight, ".weight_scale_inv", _F32, shape, inverse)
 
 
@@ -178,7 +198,7 @@ def write_rows(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
     # It adds a zero point of 0, which takes the sign off zeros.
     numbers = Gridded(numbers, Constant(_F32, (1, 1), _MINUS_ZERO), weight.shape, "less")
     shape = weight.shape[0], 1
-    return _in_float8(weight, numbers), _beside(weight, ".weight_scale", dtype, shape, scales)
+    return weight._replace(source=InFloat8(numbers)), _beside(weight, ".weight_scale", dtype, shape, scales)
 
 
 def _is_no_linear(weight: Tensor, is_transposed: bool) -> str:
@@ -245,7 +265,7 @@ def write_whole(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
 
     factor, scale = whole_scale(found)
     return (
-        _in_float8(weight, _scaled(weight, factor, _ALL)),
+        weight._replace(source=InFloat8(_scaled(weight, factor, _ALL))),
         _beside(weight, ".weight_scale", _F32, (), scale),
         _beside(weight, ".comfy_quant", DTYPES["U8"], (len(_SAID),), _SAID),
     )

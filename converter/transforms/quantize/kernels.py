@@ -207,6 +207,28 @@ def _words(bits: int, values: bytes, order: tuple[int, ...]) -> Array:
     return numbers
 
 
+def unrotate(numbers: memoryview, group: int) -> None:
+    """Multiply float32 numbers in place, each ``group`` of them, with the regular Hadamard matrix of its size.
+
+    Of whole numbers of 8 bits all products and sums are exact, in whatever order they are taken.
+    """
+    values = np.frombuffer(numbers, "<f4")
+    inner = 1
+    while inner < group:
+        # A product of small matrices, as the large one is, takes a small part of its steps.
+        matrix = _hadamard(min(16, group // inner))
+        parts = values.reshape(-1, len(matrix), inner)
+        parts[...] = np.matmul(matrix, parts) if inner > 1 else (parts[:, :, 0] @ matrix)[:, :, np.newaxis]
+        inner *= len(matrix)
+
+
+@cache
+def _hadamard(group: int) -> Array:
+    """Give the Kronecker product of as many matrices of 4 x 4 as there are fours in ``group``, each its own inverse."""
+    four = (np.ones((4, 4), "f4") - 2 * np.eye(4, dtype="f4")[::-1]) / 2
+    return four if group == 4 else np.kron(_hadamard(group // 4), four)
+
+
 def unswizzle(chunk: memoryview, out: memoryview, shape: tuple[int, int], start: tuple[int, int]) -> None:
     """Write a box of a matrix of bytes into ``out``, the matrix of ``shape``, of which tiles of 128 x 4 are given.
 
@@ -360,6 +382,14 @@ def raise_maxima(maxima: bytearray, part: bytes, first: int) -> None:
 
 
 _E4M3_LARGEST = np.float32(448)
+
+
+def float8_into(numbers: memoryview, out: memoryview) -> None:
+    """Write finite float32 numbers into ``out`` as F8_E4M3, rounded to nearest even; those are cut in place before."""
+    values = np.frombuffer(numbers, "<f4")
+    np.clip(values, -_E4M3_LARGEST, _E4M3_LARGEST, out=values)
+    # The kernel is right for all that it can hold (``converter/tensors/kernels.py``).
+    numkong.astype(values, "e4m3", out=as_array(out, DTYPES["F8_E4M3"]))
 
 
 def block_scales(maxima: bytes) -> tuple[bytes, bytes]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from converter.errors import WconvError
 from converter.models.checkpoint import Checkpoint
+from converter.models.component import Component, quantization_beside
 from converter.models.schemes import find_belongings, quantized_in
 from converter.tensors.base import Tensor
 from converter.transforms.quantize import DEQUANTIZERS
@@ -49,8 +50,8 @@ class Stock(NamedTuple):
         return sum(known) + sum(tensor.numel for tensor in self.plain) if len(known) == len(counts) else None
 
 
-def take_stock(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Stock:
-    """Say what of a checkpoint is quantized; ``config`` is what its config.json says of that.
+def take_stock(component: Component, checkpoint: Checkpoint) -> Stock:
+    """Say what of a component's checkpoint is quantized.
 
     Reads the few bytes beside weights that say how these are quantized, where a scheme has such.
     """
@@ -58,7 +59,7 @@ def take_stock(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Stock:
     if not found:
         return Stock((), checkpoint.tensors)
     try:
-        restored = find_restored(checkpoint, DEQUANTIZERS, config)
+        restored = find_restored(checkpoint, DEQUANTIZERS, quantization_beside(component))
     except WconvError as error:
         belongings = find_belongings(found, (tensor.name for tensor in checkpoint.tensors))
         inside = [tensor for tensor in checkpoint.tensors if tensor.name in belongings]
