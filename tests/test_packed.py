@@ -348,6 +348,20 @@ def test_what_is_transposed_is_read_in_windows(tmp_path: Path) -> None:
     assert counting.nbytes <= 2 * matrix.nbytes
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((20, 3_000), (1, 20_000)), ((300, 20), (0, 1)), ((4, 5, 7), (1, 1, 50_000)), ((3, 40), (1, 30_000))],
+)
+def test_views_that_lie_far_apart_or_overlap(tmp_path: Path, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    span = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    storage = (torch.arange(span) % 251).to(torch.uint8)
+    expected = storage.as_strided(shape, strides)
+    torch.save({"m": expected}, tmp_path / "m.pt")
+    [tensor] = open_checkpoint(place_of(tmp_path / "m.pt")).tensors
+    assert tensor.source.window > 1
+    assert read(tensor.source) == raw_bytes(expected.contiguous())
+
+
 def test_codes_are_decoded_with_any_number_side_by_side() -> None:
     """The lower half of a byte is the row before; what comes together is cut where the room ends."""
     generator = torch.Generator().manual_seed(0)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 GATHER_NBYTES = 1 << 23  # a transposed matrix needs many rows at once, or it is read in single elements
 _SLAB_NBYTES = 1 << 20
 _READ_NBYTES = 1 << 14  # to read so many more takes less time than to read in two places
+_RUNS = 16  # elements of several that go side by side: a cache line
 _FAR_SPAN_NBYTES = 1 << 24  # comes at once where it is far, whatever is wanted of it
 
 
@@ -233,8 +234,27 @@ class _Gather:
             out[...] = np.lib.stride_tricks.as_strided(slab, shape, [stride * self.itemsize for stride in strides])
             return
         axis = extents.index(max(extents))
+        # Views may overlap themselves: then what is next to each other is none.
+        is_run = shape[axis] == reads and strides[axis] != 1 and strides.count(1) <= 1
+        if not is_worth and is_run and out.size // reads * self.itemsize <= _SLAB_NBYTES:
+            self.read_runs(axis, strides[axis], start, out)
+            return
         half = shape[axis] // 2
         for begin, end in ((0, half), (half, shape[axis])):
             part = tuple(end - begin if at == axis else length for at, length in enumerate(shape))
             where = (slice(None),) * axis + (slice(begin, end),)
             self.read_block(part, strides, start + begin * strides[axis], out[where])
+
+    def read_runs(self, axis: int, stride: int, start: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill ``out`` with what lies in a row for each step along an axis, a few at once: they go between others."""
+        import numpy as np
+
+        rows = np.moveaxis(out, axis, 0)
+        step = max(1, min(_RUNS, _SLAB_NBYTES // max(1, rows[0].nbytes)))
+        for begin in range(0, len(rows), step):
+            runs = np.empty(rows[begin : begin + step].shape, out.dtype)
+            for at, run in enumerate(runs, start=begin):
+                self.reader.read_into(
+                    self.storage, (start + at * stride) * self.itemsize, run.reshape(-1).data.cast("B")
+                )
+            rows[begin : begin + step] = runs

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from converter.errors import BadFile, Unsupported
+from converter.errors import BadFile, HostileFile, Unsupported
 from converter.tensors.base import Reader, Tensor, TensorSource
 from converter.tensors.derived import Derived, held
 from converter.transforms.quantize.codes import Coding, Decoded, Gridded, Indexed, Scales, Turned
@@ -37,7 +37,7 @@ _FIRST, _SECOND = "gptq", "gptq_v2"
 _ODD_KEYS = ("rotation", "is_marlin_format", "adapter")
 # Those have no inputs and outputs: gptqmodel's ``TorchQuantEmbeddings`` has other axes.
 _EMBEDDING = re.compile(r"(?:^|\.)(?:wte|wpe|[a-z_]*embed(?:ding)?s?(?:_tokens|_in|_positions)?)$")
-_MOST_TURNED = 1 << 28  # numbers of a matrix that is transposed row by row: no Conv1D has a tenth of it
+_MOST_TURNED = 1 << 28  # numbers of a matrix that is transposed by reading all of it, again and again
 
 
 def restore(module: Module) -> Restored:
@@ -66,9 +66,10 @@ def restore(module: Module) -> Restored:
         numbers = Indexed(codes, points, index.source, index.name, "less")
         numbers = Indexed(numbers, grid, index.source, index.name)
     if module.is_transposed:
-        if outputs * inputs > _MOST_TURNED:
-            raise Unsupported(words.where, f"has a Conv1D of {outputs} by {inputs} in {words.name!r}")
         numbers = Turned(numbers)
+    if (module.is_transposed and outputs * inputs > _MOST_TURNED) or (_WORD % bits and groups * outputs > _MOST_TURNED):
+        problem = f"has {outputs} by {inputs} numbers in {groups} groups in {words.name!r}, more than any model"
+        raise HostileFile(words.where, problem)
     return Restored(module.base + ".weight", numbers, scales.dtype, slack=None)
 
 
