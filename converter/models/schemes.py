@@ -86,11 +86,11 @@ _EXPONENTS = frozenset({"F8_E8M0", "U8"})
 FP4 = FP8._replace(label="FP4 with scales", dtypes=frozenset({"I8"}), companions=(".weight_scale_inv",))
 FP4_OF_EXPERTS = FP4._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
 FP4_OF_DEEPSEEK = FP4._replace(companions=(".scale",), scales=_EXPONENTS)
-# ModelOpt, AutoFP8 and FBGEMM write float8 and int8 by these names as well, and they mean the same.
+# ModelOpt, AutoFP8, FBGEMM and Quark write float8 and int8 by these names as well, and they mean the same.
 CT_FP8 = Scheme(
     "float8 with scales", ".weight", _F8, (".weight_scale",), "vLLM, or transformers with compressed-tensors",
     others=(".weight_zero_point", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
-    methods=("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8"), may_be_turned=False,
+    methods=("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "quark"), may_be_turned=False,
 )  # fmt: skip
 CT_INT8 = CT_FP8._replace(label="8-bit numbers with scales", dtypes=frozenset({"I8"}))
 CT_PACKED = Scheme(
@@ -113,8 +113,9 @@ MODELOPT_FP8_OF_EXPERTS = CT_FP8._replace(
     weight="", companions=("_weight_scale",), others=("_input_scale", "_output_scale"), methods=("modelopt",)
 )
 MODELOPT_4BIT = NVFP4._replace(
-    label="4-bit numbers of ModelOpt", companions=(".weight_scale",), others=(".pre_quant_scale", *_OF_LINEAR)
-)
+    label="4-bit numbers of ModelOpt or Quark", companions=(".weight_scale",),
+    others=(".pre_quant_scale", *_OF_LINEAR), methods=(*NVFP4.methods, "quark"),
+)  # fmt: skip
 GPTQ = Scheme(
     "GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM", others=(".qzeros", ".scales"),
     is_dequantized=True, methods=("gptq",),
@@ -192,7 +193,8 @@ TABLE = (
     Scheme("optimum-quanto", "._data", _PACKED, ("._scale",), "optimum-quanto"),
     Scheme("HQQ", ".W_q", _PACKED, (".scale", ".meta"), "hqq"),
     Scheme("MLX", ".weight", frozenset({"U32"}), (".scales",), "MLX"),
-    Scheme("numbers with scales", ".weight", _PACKED, (".scale", ".scales", ".qscale_weight", ".absmax"),
+    Scheme("numbers with scales", ".weight", _PACKED,
+           (".scale", ".scales", ".qscale_weight", ".absmax", ".weight_scale"),
            "the library that wrote it"),
     COMFY_MARKED,
 )  # fmt: skip

@@ -92,10 +92,11 @@ class Reshaped(Derived):
         return self.source.window
 
     def _below(self, begin: int, end: int) -> tuple[int, int]:
-        return begin, end
+        size = self.source.dtype.itemsize
+        return begin // size * size, -(-end // size) * size
 
     def part(self, begin: int, end: int) -> Reshaped:
-        source = self.source.part(begin, end)
+        source = self.source.part(*self._below(begin, end))
         return self if source is self.source else replace(self, source=source)
 
     def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Reshaped:
@@ -107,6 +108,16 @@ class Reshaped(Derived):
         if axes != (1, 0):
             raise ValueError("a tensor that was given another shape has no other axes than a matrix has")
         return Turned(self)
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        low, high = self._below(begin, begin + len(out))
+        if high - low == len(out):
+            self.source.read(begin, out, reader)
+            return
+        # Whole elements of the source, of which some bytes are asked for.
+        with reader.scratch(high - low) as elements:
+            self.source.read(low, elements, reader)
+            out[:] = elements[begin - low : begin - low + len(out)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ def restore(module: Module) -> Restored:
     scale = module.scale(end)
     if scale.dtype.bits > 8:
         # ``pack_int4_in_uint8`` in ``export/quant_utils.py``: nothing in it reads them again.
-        raise Unsupported(weight.where, f"has whole numbers of 4 bits, as AWQ has them, in {weight.name!r}")
+        problem = f"holds {weight.name!r} in bytes with scales in {scale.dtype}, which no 4-bit floats have"
+        raise Unsupported(weight.where, problem, "Load it with the library that wrote it.")
     if scale.dtype.tag != ("F8_E4M3" if second else "U8"):
         raise module.misfit(end, f"it is {scale.dtype}")
     shape, block, axis = _fit(module, end)
