@@ -301,28 +301,39 @@ def _scales(name: str, weight: DType, dtypes: Mapping[str, DType], tags: Contain
     return not tags or dtype.tag in tags
 
 
-def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozenset[str]:
-    """Name all tensors that lose their meaning in a cast: quantized weights, and what stands beside them but a bias.
+def find_belongings(found: Collection[Quantized], names: Iterable[str]) -> frozenset[str]:
+    """Name all tensors that lose their meaning in a cast: quantized weights, and what stands beside them but a bias."""
+    names = list(names)
+    of_comfy = _COMFY_LEAVES if any(one.scheme in _COMFY for one in found) else ()
+    marks = (name for name in names if is_mark(name) or name.rpartition(".")[2] in of_comfy) if found else ()
+    return frozenset((*(one.weight for one in found), *find_owners(found, names), *marks))
 
-    What holds several weights, as experts that are fused do, has beside each what begins with its name.
+
+def find_owners(found: Collection[Quantized], names: Iterable[str]) -> dict[str, str]:
+    """Map each tensor that stands beside a quantized weight to that: what means nothing without it, so no bias.
+
+    What holds several weights, as experts that are fused do, has beside each what begins with its name. Diffusers reads
+    shard by shard, and looks for both in one (``create_quantized_param`` in
+    ``diffusers/quantizers/bitsandbytes/bnb_quantizer.py``).
     """
-    found = list(found)
-    weights = {one.weight for one in found}
     # What only a mark says is quantized has nothing beside it.
     parted = [(one, *one.weight.rpartition(".")) for one in found if one.scheme is not COMFY_MARKED]
-    of_comfy = _COMFY_LEAVES if any(one.scheme in _COMFY for one in found) else ()
-    modules = {module for one, module, _, leaf in parted if leaf == "weight" or one.scheme.weight.startswith(".")}
-    stems = _Prefixes(one.weight.removesuffix(one.scheme.weight) for one, module, *_ in parted if module not in modules)
-
-    def belongs(name: str) -> bool:
+    weights = {one.weight for one in found}
+    of_modules = (row for row in parted if row[3] == "weight" or row[0].scheme.weight.startswith("."))
+    modules = {module: one.weight for one, module, *_ in of_modules}
+    stems = {
+        one.weight.removesuffix(one.scheme.weight): one.weight for one, module, *_ in parted if module not in modules
+    }
+    stem_of = _Prefixes(stems).find
+    owners = {}
+    for name in names:
         module, _, leaf = name.rpartition(".")
-        if leaf == _MARK or leaf in of_comfy or name in weights or any(parent in weights for parent in _parents(name)):
-            return True
-        if leaf == "bias" or leaf.endswith("_bias"):
-            return False
-        return module in modules or stems.begin(name)
-
-    return frozenset(name for name in names if belongs(name)) if weights else frozenset()
+        if name not in weights and not (leaf == "bias" or leaf.endswith("_bias")):
+            inside = next((one for one in _parents(name) if one in weights), modules.get(module))
+            owner = inside or stems.get(stem_of(name))
+            if owner:
+                owners[name] = owner
+    return owners
 
 
 class _Prefixes:
@@ -334,33 +345,10 @@ class _Prefixes:
             if not (self._texts and text.startswith(self._texts[-1])):
                 self._texts.append(text)
 
-    def begin(self, name: str) -> bool:
-        """Say whether a name begins with one of them."""
+    def find(self, name: str) -> str:
+        """Give the one of them that a name begins with, or nothing."""
         at = bisect.bisect_right(self._texts, name)
-        return at > 0 and name.startswith(self._texts[at - 1])
-
-
-def find_owners(found: Iterable[Quantized], names: Iterable[str]) -> dict[str, str]:
-    """Map each tensor that stands beside a quantized weight to that: what means nothing without it, so no bias.
-
-    Diffusers reads shard by shard, and looks for both in one (``create_quantized_param`` in
-    ``diffusers/quantizers/bitsandbytes/bnb_quantizer.py``).
-    """
-    found = list(found)
-    weights = {one.weight for one in found}
-    exact, modules = {}, {}
-    for one in found:
-        base, (module, _, leaf) = one.weight.removesuffix(one.scheme.weight), one.weight.rpartition(".")
-        exact.update({base + end: one.weight for end in one.scheme.beside})
-        if leaf == "weight" or one.scheme.weight.startswith(".") or base.endswith(".weight"):
-            modules[module] = one.weight
-    owners = {}
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        owner = exact.get(name) or next((one for one in _parents(name) if one in weights), modules.get(parent))
-        if owner and name not in weights and not leaf.endswith("bias"):
-            owners[name] = owner
-    return owners
+        return self._texts[at - 1] if at and name.startswith(self._texts[at - 1]) else ""
 
 
 def _parents(name: str) -> Iterator[str]:
