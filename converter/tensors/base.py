@@ -113,8 +113,8 @@ class TensorSource(Protocol):
     """A tensor's bytes, wherever they come from. Positions are in bytes of its own, in row-major order.
 
     ``grain`` is how many bytes one task should read, if not any number; ``window`` how many at a time, at least, or it
-    takes far longer; ``kept_nbytes`` what the reader keeps meanwhile. ``computes`` says that its numbers are others than
-    those that lie in a file.
+    takes far longer; ``kept_nbytes`` what the reader keeps meanwhile. ``computes`` says that its numbers are others
+    than those that lie in a file.
     """
 
     @property
