@@ -38,6 +38,7 @@ class Constant:
     content: bytes
     grain = 1
     window = 1
+    kept_nbytes = 0
     computes = False
 
     def inputs(self) -> tuple[Storage, ...]:
@@ -92,6 +93,10 @@ class Derived:
     def window(self) -> int:
         # What a wider one takes more is not worth the room.
         return min(self.source.window, self._scaled(self.source.window))
+
+    @property
+    def kept_nbytes(self) -> int:
+        return self.source.kept_nbytes
 
     @property
     def computes(self) -> bool:
@@ -204,6 +209,10 @@ class Held(Derived):
     def window(self) -> int:
         return 1
 
+    @property
+    def kept_nbytes(self) -> int:
+        return min(self.room, self.dtype.nbytes(math.prod(self.shape))) + self.source.kept_nbytes
+
     def part(self, begin: int, end: int) -> Held:
         return replace(self, source=self.source.part(begin, end), span=(begin, end))
 
@@ -242,6 +251,10 @@ class Replicas(Derived):
     @property
     def window(self) -> int:
         return max(source.window for source in (self.source, *self.others))
+
+    @property
+    def kept_nbytes(self) -> int:
+        return sum(source.kept_nbytes for source in (self.source, *self.others))
 
     def inputs(self) -> tuple[Storage, ...]:
         return tuple(storage for source in (self.source, *self.others) for storage in source.inputs())
@@ -334,6 +347,10 @@ class Boxes:
     @property
     def window(self) -> int:
         return max((box.source.window for box in self.boxes), default=1)
+
+    @property
+    def kept_nbytes(self) -> int:
+        return max((box.source.kept_nbytes for box in self.boxes), default=0)
 
     @property
     def computes(self) -> bool:

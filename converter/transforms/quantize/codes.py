@@ -16,6 +16,7 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
 from converter.tensors.base import ByteRange, Reader, Storage, TensorSource
 from converter.tensors.derived import Constant, Derived, held
+from converter.tensors.reader import PIECE_NBYTES
 from converter.tensors.view import GATHER_NBYTES, View, blocks_of, contiguous_strides
 
 AGAIN = "Fetch the file again, or quantize the model again."
@@ -342,6 +343,11 @@ class Gridded(Derived):
         return self.source.grain if is_one or self.source.grain > 1 else max(1, together) * _NBYTES
 
     @property
+    def kept_nbytes(self) -> int:
+        of_task = _NBYTES * min(math.prod(self.grid.shape), PIECE_NBYTES // 2 // (math.prod(self.block) or 1))
+        return min(_KEPT_NBYTES, of_task) + self.grid.kept_nbytes + self.source.kept_nbytes
+
+    @property
     def computes(self) -> bool:
         return True
 
@@ -432,6 +438,11 @@ class Indexed(Derived):
     @property
     def grain(self) -> int:
         return self.source.grain if self.source.grain > 1 else max(1, self.shape[1]) * _NBYTES
+
+    @property
+    def kept_nbytes(self) -> int:
+        grid = min(_KEPT_NBYTES, _NBYTES * math.prod(self.grid.shape))
+        return self._index_nbytes + grid + self.grid.kept_nbytes + self.source.kept_nbytes
 
     @property
     def computes(self) -> bool:
