@@ -136,6 +136,16 @@ class Derived:
         self.source.read(begin, out, reader)
 
 
+class Computed(Derived):
+    """A tensor of other numbers than its source has."""
+
+    __slots__ = ()
+
+    @property
+    def computes(self) -> bool:
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class Swapped(Derived):
     """A tensor whose numbers lie the other way round, ``width`` bytes each: big-endian ones."""
@@ -171,7 +181,7 @@ class Negated(Derived):
 
 
 @dataclass(frozen=True, slots=True)
-class Cast(Derived):
+class Cast(Computed):
     """A tensor in another dtype, rounded to nearest even; the reader counts what is too large for it."""
 
     to: DType
@@ -180,10 +190,6 @@ class Cast(Derived):
     @property
     def dtype(self) -> DType:
         return self.to
-
-    @property
-    def computes(self) -> bool:
-        return True
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.tensors.kernels import cast_chunk
