@@ -75,7 +75,7 @@ _OF_CACHE = re.compile(
 _FINE_GRAINED = "transformers, with FineGrainedFP8Config(dequantize=True)"
 FP8 = Scheme(
     "float8 with scales", ".weight", _F8, (".weight_scale_inv", ".scale", ".qscale_weight"), _FINE_GRAINED,
-    others=(".activation_scale", ".qscale_act", *_OF_LINEAR), is_dequantized=True, methods=("fp8",),
+    others=(".activation_scale", ".qscale_act", *_OF_LINEAR), is_dequantized=True, methods=("fp8", "mxfp8"),
     may_be_turned=False,
 )  # fmt: skip
 FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
@@ -191,7 +191,12 @@ TABLE = (
     Scheme("torchao", "qdata", _PACKED, ("scale",), "torchao"),
     Scheme("optimum-quanto", "._data", _PACKED, ("._scale",), "optimum-quanto"),
     Scheme("HQQ", ".W_q", _PACKED, (".scale", ".meta"), "hqq"),
-    Scheme("MLX", ".weight", frozenset({"U32"}), (".scales",), "MLX"),
+    Scheme("MLX", ".weight", frozenset({"U32"}), (".scales",), "MLX ('mlx_lm.convert --dequantize' writes numbers)"),
+    Scheme("EXL2", ".q_weight", frozenset({"I32"}), (".q_scale",), "ExLlamaV2"),
+    Scheme("EXL3", ".trellis", frozenset({"I16"}), (".suh", ".su"), "ExLlamaV3"),
+    Scheme("Marlin of auto_gptq", ".B", frozenset({"I32"}), (".s",), "vLLM"),
+    Scheme("AQLM", ".codes", frozenset({"I8", "I16", "U8"}), (".codebooks",), "transformers with aqlm"),
+    Scheme("EETQ", ".weight", frozenset({"I8"}), (".weight_scales",), "transformers with eetq"),
     Scheme("numbers with scales", ".weight", _PACKED, (".scale", ".scales", ".qscale_weight", ".absmax"),
            "the library that wrote it"),
     COMFY_MARKED,
@@ -208,6 +213,8 @@ _SCALE_ENDS = (
 _EXPONENT_ENDS = ((".scale", ".weight"), ("_scale", ""), ("_scales", "_blocks"), (".scales", ".blocks"))
 # What ends the names of weights that are no numbers by themselves; integers may be a float model's under others.
 _CODES = tuple({scheme.weight for scheme in TABLE} - {""})
+METHODS = frozenset(method for scheme in TABLE for method in scheme.methods)
+"""What configs call the schemes that are known by their weights; what they call otherwise may be in any form."""
 
 
 class Quantized(NamedTuple):
