@@ -61,7 +61,7 @@ UNREAD: dict[str, tuple[State, dict[str, Any], str]] = {
     "exl2": ({"m.q_weight": whole(4, 8), "m.q_scale": whole(1, 1), "m.q_scale_max": torch.ones(1).half(),
               "m.q_groups": whole(1, 2, dtype=torch.int16), "m.q_invperm": whole(1, 8, dtype=torch.int16)},
              {"quant_method": "exl2"}, "ExLlamaV2"),
-    "exl3": ({"m.trellis": whole(4, 8, dtype=torch.int16), "m.suh": torch.ones(8).half(), "m.svh": torch.ones(8).half()},
+    "exl3": ({"m.trellis": whole(4, 8, dtype=torch.int16), "m.suh": torch.ones(8).half()},
              {"quant_method": "exl3"}, "ExLlamaV3"),
     "marlin": ({"m.B": whole(4, 8), "m.s": torch.ones(1, 8).half()},
                {"quant_method": "gptq", "is_marlin_format": True}, "vLLM"),
