@@ -26,7 +26,7 @@ from converter.models.inventory import Inventory, Part
 from converter.models.names import WeightsName
 from converter.models.schemes import (
     LLM_INT8,
-    TABLE,
+    METHODS,
     Quantized,
     find_belongings,
     find_owners,
@@ -185,6 +185,12 @@ def says_quantized(part: Part) -> bool:
     return said or any(name in part.files for name in (*OWN_CONFIGS, "hf_quant_config.json"))
 
 
+def _names_unknown(part: Part) -> bool:
+    """Say whether the config of a part names a scheme that is none of those known by their weights."""
+    method = quantization_of(part.component.config).get("quant_method")
+    return isinstance(method, str) and method not in METHODS
+
+
 class Alone(NamedTuple):
     """What of a set does not go together: codes without scales, scales without weights, scales of plain weights."""
 
@@ -197,9 +203,9 @@ def find_alone(part: Part, dtypes: Mapping[str, DType], found: Sequence[Quantize
     """List what of a set, in which some weights were found, does not go together.
 
     Float models may have parameters with the names of scales, but for a few that nothing else is called; and ComfyUI
-    reads plain float8 as well.
+    reads plain float8 as well. What a config calls otherwise than the schemes that are known may have them elsewhere.
     """
-    is_quantized = bool(found) or says_quantized(part)
+    is_quantized = bool(found) or (says_quantized(part) and not _names_unknown(part))
     has_codes = is_quantized and not any("ComfyUI" in one.scheme.label for one in found)
     known = find_belongings(found, dtypes)
     rest = [name for name in dtypes if name not in known]
@@ -257,7 +263,7 @@ def other_method(part: Part, found: Sequence[Quantized]) -> tuple[str, str] | No
     if not isinstance(method, str) or not schemes:
         return None
     held = " and ".join(sorted({scheme.label for scheme in schemes}))
-    if all(scheme.methods and method not in scheme.methods for scheme in schemes):
+    if method in METHODS and all(scheme.methods and method not in scheme.methods for scheme in schemes):
         return method[:60], held
     bits = "8" if LLM_INT8 in schemes else "4"
     is_other = method == "bitsandbytes" and len(schemes) == 1 and said.get(f"load_in_{bits}bit") is False
@@ -268,7 +274,7 @@ def promised_method(part: Part) -> str:
     """Give the scheme in which the config of a part says that weights are, if it is one that would be known by them."""
     said = quantization_of(part.component.config)
     method, groups = said.get("quant_method"), said.get("config_groups")
-    is_known = isinstance(method, str) and any(method in scheme.methods for scheme in TABLE)
+    is_known = isinstance(method, str) and method in METHODS
     has_weights = not isinstance(groups, dict) or any(
         isinstance(one, dict) and one.get("weights") for one in groups.values()
     )

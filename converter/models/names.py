@@ -195,8 +195,8 @@ def parse_name(file_name: str) -> ParsedName | None:
     if match := _SHARD.fullmatch(file_name):
         stem, inner = (match["base"], match["old"][1:]) if match["old"] else _split_variant(match["base"])
         name = WeightsName(stem, inner, match["ext"])
-        number, count = int(match["number"]), int(match["count"])
-        return ParsedName(name, "shard", number, count, is_legacy=name.shard(number, count) != file_name)
+        # More zeros before a number are no legacy: DeepSeek's ``-of-000163``, which an index names, and loaders open.
+        return ParsedName(name, "shard", int(match["number"]), int(match["count"]), is_legacy=match["old"] is not None)
     if match := _SINGLE.fullmatch(file_name):
         stem, inner = _split_variant(match["base"])
         return ParsedName(WeightsName(stem, inner, match["ext"]), "single")

@@ -71,7 +71,7 @@ _OF_CACHE = re.compile(
 )
 FP8 = Scheme(
     "float8 with scales", ".weight", _F8, (".weight_scale_inv", ".scale", ".qscale_weight"),
-    others=(".activation_scale", ".qscale_act", *_OF_LINEAR), methods=("fp8",),
+    others=(".activation_scale", ".qscale_act", *_OF_LINEAR), methods=("fp8", "mxfp8"),
 )  # fmt: skip
 FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
 # Inkling's, which are renamed to those as they are loaded (``conversion_mapping.py`` of transformers).
@@ -172,7 +172,12 @@ TABLE = (
     Scheme("torchao", "qdata", _PACKED, ("scale",), reader="torchao"),
     Scheme("optimum-quanto", "._data", _PACKED, ("._scale",), reader="optimum-quanto"),
     Scheme("HQQ", ".W_q", _PACKED, (".scale", ".meta"), reader="hqq"),
-    Scheme("MLX", ".weight", frozenset({"U32"}), (".scales",), reader="MLX"),
+    Scheme("MLX", ".weight", frozenset({"U32"}), (".scales",), reader="MLX ('mlx_lm.convert --dequantize' writes numbers)"),
+    Scheme("EXL2", ".q_weight", frozenset({"I32"}), (".q_scale",), reader="ExLlamaV2"),
+    Scheme("EXL3", ".trellis", frozenset({"I16"}), (".suh", ".su"), reader="ExLlamaV3"),
+    Scheme("Marlin of auto_gptq", ".B", frozenset({"I32"}), (".s",), reader="vLLM"),
+    Scheme("AQLM", ".codes", frozenset({"I8", "I16", "U8"}), (".codebooks",), reader="transformers with aqlm"),
+    Scheme("EETQ", ".weight", frozenset({"I8"}), (".weight_scales",), reader="transformers with eetq"),
     Scheme("numbers with scales", ".weight", _PACKED, (".scale", ".scales", ".qscale_weight", ".absmax"),
            reader="the library that wrote it"),
     COMFY_MARKED,
@@ -189,6 +194,8 @@ _SCALE_ENDS = (
 _EXPONENT_ENDS = ((".scale", ".weight"), ("_scale", ""), ("_scales", "_blocks"), (".scales", ".blocks"))
 # What ends the names of weights that are no numbers by themselves; integers may be a float model's under others.
 _CODES = tuple({scheme.weight for scheme in TABLE} - {""})
+METHODS = frozenset(method for scheme in TABLE for method in scheme.methods)
+"""What configs call the schemes that are known by their weights; what they call otherwise may be in any form."""
 
 
 class Quantized(NamedTuple):

@@ -33,7 +33,10 @@ def restore(module: Module) -> Restored:
     scale = module.scale(end)
     if scale.dtype.bits > 8:
         # ``pack_int4_in_uint8`` in ``export/quant_utils.py``: nothing in it reads them again.
-        raise Unsupported(weight.where, f"has whole numbers of 4 bits, as AWQ has them, in {weight.name!r}")
+        said = module.config.get("quant_method")
+        called = f", and its config says {said[:60]!r}" if isinstance(said, str) else ""
+        problem = f"has whole numbers in fewer than 8 bits in {weight.name!r}, as ModelOpt's AWQ has them{called}"
+        raise Unsupported(weight.where, problem, "wconv does not read those: take the model it was made from.")
     if scale.dtype.tag != ("F8_E4M3" if second else "U8"):
         raise module.misfit(end, f"it is {scale.dtype}")
     shape, block, axis = _fit(module, end)
