@@ -19,10 +19,7 @@ from converter.errors import BadRequest, LossyCast, Unsupported, name_some
 from converter.libraries import library_of
 from converter.libraries.modules import Linears, find_linears
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import (
-    Component,
-    WeightSet,
-)
+from converter.models.component import Component, WeightSet, has_quantization
 from converter.models.growth import refuse_growth
 from converter.models.model import Model
 from converter.models.schemes import quantized_in
@@ -162,7 +159,7 @@ def _select_parts(job: Job, writer: Writer) -> list[tuple[Component, WeightSet]]
                 "int8 and nf4 are for it; --component names other parts; for ComfyUI, quantize a single file of it."
             )
             raise Unsupported(weight_set.path, f"is a model of {library}, which does not load {writer.name}", advice)
-        if "quantization_config" in component.config:
+        if has_quantization(component.config):
             advice = "Quantize the model that it was made from."
             raise Unsupported(weight_set.path, "is quantized already, as its config.json says", advice)
         if not component.config:
