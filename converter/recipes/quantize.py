@@ -205,6 +205,7 @@ def _quantize(component: Component, checkpoint: Checkpoint, how: _Quantizing) ->
     refuse_growth(path, checkpoint.tensors)  # all of it is read before there is a plan
     _refuse_quantized(checkpoint)
     linears = find_linears(component, tensors.values())
+    _refuse_remade(path, linears, writer)
     experts = find_experts(tensors.values()) if writer.takes_experts else {}
     linears = replace(linears, weights={**linears.weights, **{module: f"{module}.weight" for module in experts}})
     weights = {module: name for module, name in {**linears.weights, **linears.unknown}.items() if name}
@@ -247,10 +248,19 @@ def _list_skipped(
     if writer.names_skipped:
         return name_skipped(linears, wanted, names)
     weights = {module: name for module, name in linears.weights.items() if module not in experts}
-    if writer.takes_experts:
-        weights |= dict.fromkeys(expert_modules(names), "")
     modules = {experts.get(module, module) for module in wanted}
+    if writer.takes_experts:
+        homes = {linears.homes.get(f"{module}.weight", "").rpartition(".")[0] for module in wanted if module in experts}
+        left = {*linears.experts, *linears.others} - homes
+        weights |= dict.fromkeys((*expert_modules(names), *sorted(left)), "")
     return list_skipped(component, replace(linears, weights=weights), {**weights, **linears.unknown}, modules)
+
+
+def _refuse_remade(path: Place, linears: Linears, writer: Writer) -> None:
+    """Raise Unsupported where the loader of a scheme has other modules, and no file of plain weights their tensors."""
+    for module in linears.remade.get(writer.package, ()):
+        problem = f"has {module!r}, of which {writer.package} has other modules, one for each expert"
+        raise Unsupported(path, problem, "fp8-block is for it.")
 
 
 def _with_made(checkpoint: Checkpoint, made: Mapping[str, tuple[Tensor, ...]], notes: Iterable[str]) -> Checkpoint:

@@ -16,10 +16,10 @@ from typing import Any
 
 from converter.dtypes import DTYPES, DType
 from converter.errors import Unsupported
-from converter.tensors.base import Reader, Tensor, TensorSource
-from converter.tensors.derived import Constant, Derived
+from converter.tensors.base import Reader, Tensor
+from converter.tensors.derived import Computed, Constant, Derived
 from converter.tensors.reader import RangeReader
-from converter.transforms.quantize.codes import Gridded, Scales, Widened, reshaped
+from converter.transforms.quantize.codes import Gridded, Unboxed, Widened, scales_of
 from converter.transforms.quantize.restore import Module, Restored
 from converter.transforms.quantize.write import Measure, Measured, RowBlock, Writer
 
@@ -57,7 +57,7 @@ def quantization_config(skipped: Sequence[str], dtype: DType) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedRows(Derived):
+class QuantizedRows(Unboxed, Computed):
     """A matrix [out, in] in 8 bits; ``scales`` are float32, one a row from the row ``first`` on."""
 
     scales: bytes
@@ -67,20 +67,10 @@ class QuantizedRows(Derived):
     def dtype(self) -> DType:
         return DTYPES["I8"]
 
-    @property
-    def computes(self) -> bool:
-        return True
-
     def part(self, begin: int, end: int) -> QuantizedRows:
         part = Derived.part(self, begin, end)
         first, last = begin // self.shape[1], -(-end // self.shape[1])
         return replace(part, scales=part.scales[4 * (first - self.first) : 4 * (last - self.first)], first=first)
-
-    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> QuantizedRows:
-        raise ValueError("a matrix that is being quantized has no boxes")
-
-    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
-        raise ValueError("a matrix that is being quantized has no other axes")
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.row_kernels import RowScales, quantize_chunk
@@ -156,9 +146,8 @@ def restore(module: Module) -> Restored:
     if any(layout):
         problem = f"has weights that are not laid out row by row, as {module.base + _FORMAT!r} says"
         raise Unsupported(weight.where, problem, "Load it with the bitsandbytes that wrote it.")
-    grid = Scales(reshaped(scales.source, scales.dtype, (rows, 1)), scales.name)
-    numbers = Gridded(Widened(weight.source), grid, (1, max(1, weight.shape[1])))
-    steps = Gridded(numbers, Constant(DTYPES["F32"], (1, 1), _STEP), tuple(max(1, n) for n in weight.shape))
+    numbers = Gridded(Widened(weight.source), scales_of(scales, (rows, 1)), (1, weight.shape[1]))
+    steps = Gridded(numbers, Constant(DTYPES["F32"], (1, 1), _STEP), weight.shape)
     return Restored(weight.name, steps.permuted((1, 0)) if module.is_transposed else steps, slack=_HALF)
 
 

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from converter.dtypes import DTYPES, DType
 from converter.tensors.base import Reader, Tensor, TensorSource
-from converter.tensors.derived import Cast, Constant, Derived
+from converter.tensors.derived import Cast, Computed, Constant
 from converter.tensors.reader import RangeReader
-from converter.transforms.quantize.codes import Gridded, Widened
+from converter.transforms.quantize.codes import Gridded, Widened, cells_of
 from converter.transforms.quantize.write import Measure, Measured, RowBlock, Writer
 
 _F32 = DTYPES["F32"]
@@ -87,11 +87,11 @@ def _scaled(weight: Tensor, factors: bytes, cell: _Cell, by: Literal["times", "o
     """Give a weight in float32 with each of its cells multiplied with a factor, or divided."""
     rows, columns = weight.shape
     block = cell.rows or rows, cell.columns or columns
-    grid = Constant(_F32, (-(-rows // block[0]), -(-columns // block[1])), factors)
-    return Gridded(Widened(weight.source), grid, block, by)
+    grid = Constant(_F32, cells_of(weight.shape, block), factors)
+    return Gridded(Widened(weight.source), grid, block, by=by)
 
 
-class InFloat8(Derived):
+class InFloat8(Computed):
     """Finite numbers in float32 as float8, those that it cannot hold as its largest ones.
 
     ``Cast`` looks at all of a chunk once more where one number is the largest, and here there is one for each scale.
@@ -102,10 +102,6 @@ class InFloat8(Derived):
     @property
     def dtype(self) -> DType:
         return DTYPES["F8_E4M3"]
-
-    @property
-    def computes(self) -> bool:
-        return True
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.kernels import float8_into
@@ -196,7 +192,7 @@ def write_rows(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
     if dtype.bits < 32:
         numbers = Widened(Cast(numbers, dtype))
     # It adds a zero point of 0, which takes the sign off zeros.
-    numbers = Gridded(numbers, Constant(_F32, (1, 1), _MINUS_ZERO), weight.shape, "less")
+    numbers = Gridded(numbers, Constant(_F32, (1, 1), _MINUS_ZERO), weight.shape, by="less")
     shape = weight.shape[0], 1
     return weight._replace(source=InFloat8(numbers)), _beside(weight, ".weight_scale", dtype, shape, scales)
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numkong
 import numpy as np
 
 from converter.dtypes import DTYPES, DType
 from converter.tensors.kernels import Array, as_array, cast_chunk, numpy_dtype, widen
-
-if TYPE_CHECKING:
-    from converter.transforms.quantize.codes import Coding
+from converter.transforms.quantize.codes import Coding, half_steps
 
 # What numpy takes a code's numbers for, where one byte has so many: their bits move as one element does.
 _TOGETHER = {1: "<f4", 2: "<u8", 4: "<c16"}
@@ -74,14 +72,6 @@ def steps_into(chunk: memoryview, dtype: DType, out: memoryview) -> None:
 def _steps(dtype: DType) -> Array:
     codes = np.arange(256, dtype="u1").view(numpy_dtype(dtype) or "u1").astype("f4")
     return np.array(half_steps(codes.tolist()), "f4")
-
-
-def half_steps(values: list[float]) -> tuple[float, ...]:
-    """Give, for each value of a code, half the distance to the farther one of its neighbours; 0 for one alone."""
-    known = sorted({value for value in values if np.isfinite(value)})
-    gaps = [0.0, *(after - before for before, after in itertools.pairwise(known)), 0.0]
-    found = {value: max(gaps[at], gaps[at + 1]) / 2 for at, value in enumerate(known)}
-    return tuple(found.get(value, 0.0) for value in values)
 
 
 def decode(chunk: memoryview, coding: Coding, inner: int, skipped: int, out: memoryview, room: memoryview) -> None:
@@ -309,7 +299,7 @@ def _aligned(
     for choice in itertools.product(*spans):
         of_values = tuple(slice(begin, end) for begin, end, _, _ in choice)
         of_grid = tuple(slice(cell, cell + (end - begin) // size) for begin, end, cell, size in choice)
-        yield values[of_values], grid[of_grid], tuple(size for _, _, _, size in choice)
+        yield values[(*of_values, ...)], grid[(*of_grid, ...)], tuple(size for _, _, _, size in choice)
 
 
 def _spans(length: int, block: int, origin: int) -> Iterator[tuple[int, int, int, int]]:

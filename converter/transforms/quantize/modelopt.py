@@ -15,15 +15,13 @@ from __future__ import annotations
 from converter.dtypes import DTYPES
 from converter.errors import Unsupported
 from converter.tensors.base import TensorSource
-from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, Scales, Widened
+from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, Scales, Shape, Widened
 from converter.transforms.quantize.compressed import check_plain, whole
 from converter.transforms.quantize.restore import Module, Restored
 
 _GROUPS = {"F8_E4M3": (16, 32), "U8": (32,)}
 _SLACK = 2**-20
 _NV = E2M1._replace(values=tuple(value or 0.0 for value in E2M1.values))
-
-_Sides = tuple[int, ...]
 
 
 def restore(module: Module) -> Restored:
@@ -59,7 +57,7 @@ def restore_whole(module: Module) -> Restored:
     return Restored(weight.name, numbers, None, _SLACK)
 
 
-def _fit(module: Module, end: str) -> tuple[_Sides, _Sides, int]:
+def _fit(module: Module, end: str) -> tuple[Shape, Shape, int]:
     """Give the shape of a weight's numbers, the block of each scale, and the axis along which numbers are packed."""
     packed, scale = module.weight.shape, module.scale(end)
     axes = (len(packed) - 1, 1) if len(packed) == 3 else (len(packed) - 1,)

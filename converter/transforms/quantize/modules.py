@@ -132,10 +132,13 @@ def list_skipped(
 def name_skipped(linears: Linears, wanted: Collection[str], names: Iterable[str]) -> tuple[str, ...]:
     """Give the full names of all linear modules but the wanted ones, as compressed-tensors takes them.
 
+    As the class has them, which transformers goes by, and as the file has, which others do.
     Experts, which transformers has as none, by a regular expression that other loaders need.
     """
     known = set(wanted)
-    left = {module for module in (*linears.weights, *linears.unknown) if module not in known}
+    weights = {**linears.weights, **linears.unknown}
+    left = {module for module in (*weights, *linears.others) if module not in known}
+    left |= {weights[module].removesuffix(".weight") for module in left if weights.get(module)} - known
     if expert_modules(names):
         left.add(_ALL_EXPERTS)
     return tuple(sorted(left.union(linears.skipped)))
