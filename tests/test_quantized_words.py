@@ -70,7 +70,7 @@ UNREAD: dict[str, tuple[State, dict[str, Any], str]] = {
     "eetq": ({"m.weight": whole(4, 8, dtype=torch.int8), "m.weight_scales": torch.ones(8).half()},
              {"quant_method": "eetq"}, "eetq"),
     "mlx": ({"m.weight": whole(4, 8).to(torch.uint32), "m.scales": torch.ones(4, 1), "m.biases": torch.ones(4, 1)},
-            {"group_size": 64, "bits": 4}, "mlx_lm.convert -d"),
+            {"group_size": 64, "bits": 4}, "mlx_lm.convert --dequantize"),
 }  # fmt: skip
 # And those of which no more is known than that a config names another library.
 OTHERS: dict[str, State] = {

@@ -297,9 +297,10 @@ def _aligned(
     """
     spans = [list(_spans(*sides)) for sides in zip(values.shape, block, origin, strict=True)]
     for choice in itertools.product(*spans):
-        of_values = tuple(slice(begin, end) for begin, end, _, _ in choice)
-        of_grid = tuple(slice(cell, cell + (end - begin) // size) for begin, end, cell, size in choice)
-        yield values[(*of_values, ...)], grid[(*of_grid, ...)], tuple(size for _, _, _, size in choice)
+        # With the dots a part without axes is a view as well.
+        of_values: Any = (*(slice(begin, end) for begin, end, _, _ in choice), ...)
+        of_grid: Any = (*(slice(cell, cell + (end - begin) // size) for begin, end, cell, size in choice), ...)
+        yield values[of_values], grid[of_grid], tuple(size for _, _, _, size in choice)
 
 
 def _spans(length: int, block: int, origin: int) -> Iterator[tuple[int, int, int, int]]:
