@@ -272,7 +272,7 @@ def _measure(checkpoint: Checkpoint, how: _Quantizing, matrices: Mapping[str, Te
     left = [module for module, weight in matrices.items() if weight.name in lossy]
     if not left:
         return _Measured(matrices, found)
-    problem = f"holds weights with {measure.cause}, in {name_some(left, 5)}"
+    problem = f"holds weights with {measure.cause}, in {_name(left)}"
     if how.choice.strict:
         raise LossyCast(path, problem, "Without --strict these modules are left as they are.")
     kept = {module: weight for module, weight in matrices.items() if module not in left}
@@ -322,8 +322,6 @@ def _name(modules: Iterable[str]) -> str:
     return name_some(fold_modules(modules), _NAMED)
 
 
-        if has_quantization(component.config):
-            raise Unsupported(weight_set.path, "is quantized already, as its config.json says", _ORIGINAL)
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     path = checkpoint.weight_set.path
     for one in quantized_in(checkpoint):
