@@ -48,7 +48,8 @@ LOOK_UPS: dict[str, tuple[str, dict[str, Any]]] = {
     "a name": ("LlamaModel", {**LLAMA, "_name_or_path": "evil/evil", "name_or_path": "evil/evil"}),
     "quantized": ("LlamaModel", {**LLAMA, "quantization_config": {"quant_method": "evil"}}),
 }  # fmt: skip
-NOTHING: dict[str, Any] = {"linear": [], "transposed": [], "skipped": [], "kept": [], "shapes": {}}
+LISTS = ("linear", "transposed", "skipped", "kept", "others", "experts", "joined")
+NOTHING: dict[str, Any] = {**{key: [] for key in LISTS}, "remade": {}, "homes": {}, "shapes": {}}
 # One process asks about all of them, with a module to be fooled by on its path.
 WATCHED = """
 import json, sys

@@ -31,6 +31,7 @@ SPELLINGS = [
     ("model.fp16-00002-of-00002.safetensors", "model", "fp16", "safetensors", "shard", 2, 2, False),
     ("model-00002-of-00002.fp16.safetensors", "model", "fp16", "safetensors", "shard", 2, 2, True),
     ("model-100000-of-123456.bin", "model", None, "bin", "shard", 100000, 123456, False),
+    ("model-00001-of-000163.safetensors", "model", None, "safetensors", "shard", 1, 163, False),
     ("model.safetensors.index.json", "model", None, "safetensors", "index", 0, 0, False),
     ("model.safetensors.index.fp16.json", "model", "fp16", "safetensors", "index", 0, 0, False),
     ("model.safetensors.fp16.index.json", "model", "fp16", "safetensors", "index", 0, 0, True),

@@ -15,10 +15,8 @@ from converter.errors import Unreachable, Unsupported, WconvError
 from converter.libraries import library_at
 from converter.models.checkpoint import open_checkpoint
 from converter.models.component import (
-    OWN_CONFIGS,
-    QUANTIZATION_KEYS,
-    nested,
-    quantization_beside,
+    QUANTIZER_CONFIGS,
+    has_quantization,
     quantization_of,
 )
 from converter.models.headers import LENIENT
@@ -26,7 +24,7 @@ from converter.models.inventory import Inventory, Part
 from converter.models.names import WeightsName
 from converter.models.schemes import (
     LLM_INT8,
-    TABLE,
+    METHODS,
     Quantized,
     find_belongings,
     find_owners,
@@ -37,8 +35,7 @@ from converter.models.schemes import (
 from converter.models.sets import ListedSet
 from converter.tensors.base import find_ties
 from converter.transforms.dtype import find_kept, stays_wider
-from converter.transforms.quantize import DEQUANTIZERS
-from converter.transforms.quantize.restore import find_restored
+from converter.transforms.quantize import find_unasked
 
 # What no float model calls a parameter of its own.
 _NOTHING_ELSE = ("_scale_inv", ".SCB", ".absmax", ".qzeros", ".g_idx")
@@ -159,7 +156,7 @@ def config_dtype(part: Part) -> tuple[DType, DType] | None:
     named = part.component.config.get("dtype") or part.component.config.get("torch_dtype")
     dtype = BY_TORCH_NAME.get(named) if isinstance(named, str) else None
     sets = part.sound_sets
-    if not library_at(part).reads_dtype or dtype is None or "quantization_config" in part.component.config:
+    if not library_at(part).reads_dtype or dtype is None or says_quantized(part):
         return None
     if not sets or any(listed.name.variant or quantized_in(part, listed) for listed in sets):
         return None
@@ -181,8 +178,13 @@ def lacks_format(part: Part, listed: ListedSet) -> list[str]:
 
 def says_quantized(part: Part) -> bool:
     """Say whether the config of a part says that its weights are quantized, or a file beside it that is for that."""
-    said = any(key in config for config in nested(part.component.config) for key in QUANTIZATION_KEYS)
-    return said or any(name in part.files for name in (*OWN_CONFIGS, "hf_quant_config.json"))
+    return has_quantization(part.component.config) or any(name in part.files for name in QUANTIZER_CONFIGS)
+
+
+def _names_unknown(part: Part) -> bool:
+    """Say whether the config of a part names a scheme that is none of those known by their weights."""
+    method = quantization_of(part.component.config).get("quant_method")
+    return isinstance(method, str) and method not in METHODS
 
 
 class Alone(NamedTuple):
@@ -197,9 +199,9 @@ def find_alone(part: Part, dtypes: Mapping[str, DType], found: Sequence[Quantize
     """List what of a set, in which some weights were found, does not go together.
 
     Float models may have parameters with the names of scales, but for a few that nothing else is called; and ComfyUI
-    reads plain float8 as well.
+    reads plain float8 as well. What a config calls otherwise than the schemes that are known may have them elsewhere.
     """
-    is_quantized = bool(found) or says_quantized(part)
+    is_quantized = bool(found) or (says_quantized(part) and not _names_unknown(part))
     has_codes = is_quantized and not any("ComfyUI" in one.scheme.label for one in found)
     known = find_belongings(found, dtypes)
     rest = [name for name in dtypes if name not in known]
@@ -219,7 +221,7 @@ def misfit(part: Part, listed: ListedSet) -> str:
     """
     try:
         checkpoint = open_checkpoint(listed.without_index, LENIENT)
-        find_restored(checkpoint, DEQUANTIZERS, quantization_beside(part.component))
+        find_unasked(part.component, checkpoint)
     except Unreachable:
         raise
     except Unsupported:  # which is said of what is quantized
@@ -257,7 +259,7 @@ def other_method(part: Part, found: Sequence[Quantized]) -> tuple[str, str] | No
     if not isinstance(method, str) or not schemes:
         return None
     held = " and ".join(sorted({scheme.label for scheme in schemes}))
-    if all(scheme.methods and method not in scheme.methods for scheme in schemes):
+    if method in METHODS and all(scheme.methods and method not in scheme.methods for scheme in schemes):
         return method[:60], held
     bits = "8" if LLM_INT8 in schemes else "4"
     is_other = method == "bitsandbytes" and len(schemes) == 1 and said.get(f"load_in_{bits}bit") is False
@@ -268,7 +270,7 @@ def promised_method(part: Part) -> str:
     """Give the scheme in which the config of a part says that weights are, if it is one that would be known by them."""
     said = quantization_of(part.component.config)
     method, groups = said.get("quant_method"), said.get("config_groups")
-    is_known = isinstance(method, str) and any(method in scheme.methods for scheme in TABLE)
+    is_known = isinstance(method, str) and method in METHODS
     has_weights = not isinstance(groups, dict) or any(
         isinstance(one, dict) and one.get("weights") for one in groups.values()
     )

@@ -50,6 +50,7 @@ _OFFLINE = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DIFFUSERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
     "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
+_LISTS = ("linear", "transposed", "skipped", "kept", "others", "experts", "joined")
 _MAKES_NO_SENSE = "what its library answers makes no sense"
 _NONSENSE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 # ``-I`` keeps the current folder, which may be the model's, and the variables for Python out.
@@ -57,12 +58,21 @@ _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from converter.libraries.asked
 
 
 class Answer(NamedTuple):
-    """Names of modules as ``modules.Linears`` has them, and the shape of each tensor."""
+    """Names of modules as ``modules.Linears`` has them, and the shape of each tensor.
+
+    ``homes`` maps the names that a file has to those in the class; in ``joined`` are those of which the loader makes
+    other tensors.
+    """
 
     linear: tuple[str, ...]
     transposed: tuple[str, ...]
     skipped: tuple[str, ...]
     kept: tuple[str, ...]
+    others: tuple[str, ...]
+    experts: tuple[str, ...]
+    remade: dict[str, tuple[str, ...]]
+    homes: dict[str, str]
+    joined: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -70,8 +80,11 @@ class LibraryMissing(Unsupported):
     """A library that would have to be asked is not installed."""
 
 
-def ask_class(component: Component) -> Answer:
-    """Say what a component's class has inside; raises Unsupported, with the cause, where it cannot be made."""
+def ask_class(component: Component, names: Iterable[str] = ()) -> Answer:
+    """Say what a component's class has inside, and where tensors of such ``names`` in a file go.
+
+    Raises Unsupported, with the cause, where it cannot be made.
+    """
     path = component.path / "config.json"
     if not component.class_name:
         raise Unsupported(path, "names no class")
@@ -80,7 +93,8 @@ def ask_class(component: Component) -> Answer:
     except _Unasked as error:
         raise Unsupported(path, str(error)) from None
     library = library_of(component).package
-    answer = _ask(json.dumps({"class": component.class_name, "library": library, "config": config}))
+    request = {"class": component.class_name, "library": library, "config": config, "names": list(names)}
+    answer = _ask(json.dumps(request))
     if isinstance(answer, Answer):
         return answer
     if not answer:
@@ -213,8 +227,13 @@ def checked(raw: bytes) -> Answer | str:
 
 
 def _described(answer: Any) -> Answer:
-    linear, transposed, skipped, kept = (_strings(answer[key]) for key in ("linear", "transposed", "skipped", "kept"))
-    return Answer(linear, transposed, skipped, kept, {name: _shape(one) for name, one in answer["shapes"].items()})
+    names = {key: _strings(answer[key]) for key in _LISTS}
+    return Answer(
+        **names,
+        remade={method: _strings(modules) for method, modules in answer["remade"].items()},
+        homes=dict(zip(answer["homes"], _strings([*answer["homes"].values()]), strict=True)),
+        shapes={name: _shape(one) for name, one in answer["shapes"].items()},
+    )
 
 
 def _checked(raw: bytes, read: Callable[[Any], _T]) -> _T | str:

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # Libraries take some 6 s and 0.4 GB to load, 100,000 modules 12 s and 0.3 GB.
@@ -46,7 +46,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if "keeps" in request:
             return {"keeps": dict(list_kept(request["keeps"], request["library"]))}
-        return describe(request["class"], request["library"], request["config"])
+        return describe(request["class"], request["library"], request["config"], request.get("names", ()))
     except _Refused as error:
         return {"cause": str(error)}
     except BaseException as error:
@@ -65,11 +65,14 @@ def set_limits() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (_DATA_NBYTES, _DATA_NBYTES))
 
 
-def describe(class_name: str, library: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Give what ``ask.Answer`` has of a class that is made from a config."""
+def describe(class_name: str, library: str, config: dict[str, Any], names: Iterable[str] = ()) -> dict[str, Any]:
+    """Give what ``ask.Answer`` has of a class that is made from a config; ``names`` are those in a file."""
     model = make_on_meta(class_name, library, config)
+    state = model.state_dict()
     found = _ask_diffusers(model) if library == "diffusers" else _ask_transformers(model)
-    return {**found, "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()}}
+    homes, joined = _find_homes(model, names, state) if library == "transformers" else ({}, [])
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    return {**found, "homes": homes, "joined": joined, "shapes": shapes}
 
 
 def list_kept(class_names: list[str], library: str) -> Iterator[tuple[str, list[list[str]]]]:
@@ -93,23 +96,75 @@ def _ask_diffusers(model: Any) -> dict[str, Any]:
         "transposed": [],
         "skipped": [],
         "kept": _listed(model._keep_in_fp32_modules),
+        "others": [],
+        "experts": [],
+        "remade": {},
     }
 
 
 def _ask_transformers(model: Any) -> dict[str, Any]:
-    """Go by ``replace_with_bnb_linear`` in ``transformers/integrations/bitsandbytes.py`` and by its caller."""
+    """Go by ``replace_with_bnb_linear`` in ``transformers/integrations/bitsandbytes.py`` and by its caller.
+
+    ``others`` are what ``match_named_modules`` of compressed-tensors takes for Linear too, and ``experts`` those that
+    ``replace_with_fp8_linear`` in ``transformers/integrations/finegrained_fp8.py`` does.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
 
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     names = {name for name, module in model.named_modules() if type(module) is nn.Linear} | transposed
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return {
         "linear": sorted(names),
         "transposed": sorted(transposed),
         "skipped": sorted(HfQuantizer.get_modules_to_not_convert(model, None, None)),
         "kept": _listed(model._keep_in_fp32_modules),
+        "others": sorted(linear - names),
+        "experts": [name for name, _ in model.named_modules() if name.endswith(".experts")],
+        "remade": _list_remade(model),
     }
+
+
+def _list_remade(model: Any) -> dict[str, list[str]]:
+    """Name the modules that a loader of quantized weights makes anew, of other tensors, by its method.
+
+    ``_convert_model_for_quantization`` in ``transformers/quantizers/base.py``.
+    """
+    try:
+        from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as REMADE
+    except ImportError:
+        return {}
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        for method in REMADE.get(type(module).__name__, {}).get("quantization_methods", ()):
+            found.setdefault(str(method.value), []).append(name)
+    return found
+
+
+def _find_homes(model: Any, names: Iterable[str], state: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Map names in a file to those in the class, and name those whose tensors are joined or cut on the way.
+
+    ``convert_and_load_state_dict_in_model`` in ``transformers/core_model_loading.py``.
+    """
+    try:
+        from transformers import core_model_loading as loading
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return {}, []
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+    homes, joined = {}, []
+    for name in names:
+        home, converted = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if home not in state and name in state:
+            home, converted = loading.rename_source_key(name, [], [], model.base_model_prefix, state)
+        if home in state:
+            homes[name] = home
+            if converted is not None:
+                joined.append(name)
+    return homes, joined
 
 
 def make_on_meta(class_name: str, library: str, config: dict[str, Any]) -> Any:

@@ -27,6 +27,10 @@ class Linears:
     the file has none; those in ``transposed`` are Conv1D, whose weight is [in, out]. ``skipped`` are the entries of
     the loader's own skip list, which holds where a config has none, ``kept`` those that it adds to any. ``unknown``
     maps modules that may be linear or not, and ``cause`` says why their class was not made, where it might be.
+
+    ``others`` are of a class that is Linear's child, which only some loaders take for linear; ``experts`` the modules
+    that a class has for all experts of a layer, and ``homes`` the names in the class of the file's tensors that are
+    joined in these. ``remade`` are modules of which the loader of a method has others, with other tensors.
     """
 
     weights: Mapping[str, str]
@@ -35,6 +39,10 @@ class Linears:
     kept: tuple[str, ...] = ()
     unknown: Mapping[str, str] = field(default_factory=dict)
     cause: str = ""
+    others: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    homes: Mapping[str, str] = field(default_factory=dict)
+    remade: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class _Row(NamedTuple):
@@ -130,16 +138,29 @@ def _ends_in(module: str, ends: str) -> bool:
 def _by_library(component: Component, matrices: Collection[str]) -> Linears | str:
     """Ask the class itself; gives the cause where it cannot be made, none where its library is not installed."""
     try:
-        answer = ask_class(component)
+        answer = ask_class(component, matrices)
     except LibraryMissing:
         return ""
     except Unsupported as error:
         return error.problem
     weights = {module: _weight_of(module, matrices) for module in answer.linear}
+    joined = frozenset(answer.joined)
+    for name, home in answer.homes.items():
+        if home.removesuffix(_WEIGHT) in weights:
+            weights[home.removesuffix(_WEIGHT)] = "" if name in joined else name
     held = [name for name in weights.values() if name]
     if len(set(held)) < len(held):
         return "names a class that has several modules of one name in the file"
-    return Linears(weights, frozenset(answer.transposed), answer.skipped, answer.kept)
+    return Linears(
+        weights,
+        frozenset(answer.transposed),
+        answer.skipped,
+        answer.kept,
+        others=answer.others,
+        experts=answer.experts,
+        homes={name: answer.homes[name] for name in joined},
+        remade=answer.remade,
+    )
 
 
 def _weight_of(module: str, matrices: Collection[str]) -> str:

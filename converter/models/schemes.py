@@ -24,24 +24,28 @@ _PACKED = _F8 | {"I8", "U8", "I16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2"}
 class Scheme(NamedTuple):
     """A way to quantize: ``weight`` ends the names of its weights, ``companions`` what stands in its place beside them.
 
-    A weight of one of ``dtypes`` that has one of the companions is in this scheme. ``reader`` loads it;
-    ``is_dequantized`` where 'wconv dequantize' does too. ``others`` may stand beside it as well, and mean nothing
-    without it; ``small`` are those of all these whose bytes say how it is to be read. ``scales`` are the dtypes that
-    the companions have to be of, where names alone do not tell; ``methods`` what configs call it (``quant_method``).
-    ``may_be_turned`` unless none of its modules is a Conv1D, whose weight its library has as [in, out].
+    A weight of one of ``dtypes`` that has one of the companions is in this scheme. ``others`` may stand beside it as
+    well, and mean nothing without it; ``small`` are those of all these whose bytes say how it is to be read. ``scales``
+    are the dtypes that the companions have to be of, where names alone do not tell; ``methods`` what configs call it
+    (``quant_method``). ``may_be_turned`` where some of its modules may be a Conv1D, whose weight its library has as
+    [in, out]. ``reader`` loads what 'wconv dequantize' does not.
     """
 
     label: str
     weight: str
     dtypes: frozenset[str]
     companions: tuple[str, ...]
-    reader: str
     others: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
-    is_dequantized: bool = False
     scales: frozenset[str] = frozenset()
     methods: tuple[str, ...] = ()
-    may_be_turned: bool = True
+    may_be_turned: bool = False
+    reader: str = ""
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether 'wconv dequantize' makes numbers of its weights."""
+        return not self.reader
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -50,16 +54,9 @@ class Scheme(NamedTuple):
 
 
 LLM_INT8 = Scheme(
-    "LLM.int8 of bitsandbytes",
-    ".weight",
-    frozenset({"I8"}),
-    (".SCB",),
-    "bitsandbytes",
-    others=(".weight_format",),
-    small=(".weight_format",),
-    is_dequantized=True,
-    methods=("bitsandbytes",),
-)
+    "LLM.int8 of bitsandbytes", ".weight", frozenset({"I8"}), (".SCB",), others=(".weight_format",),
+    small=(".weight_format",), methods=("bitsandbytes",), may_be_turned=True,
+)  # fmt: skip
 # What an activation was scaled by when the model was measured; weights are whole without it.
 _OF_LINEAR = (
     *(f".{what}_{end}" for what in ("input", "output") for end in ("scale", "zero_point", "global_scale")),
@@ -72,11 +69,9 @@ _OF_CACHE = re.compile(
     r"(?:attn\.)?(?:[qkv]|kv|prob)_(?:scale|zero_point|global_scale)|prob_output_scale"
     r"|[qkv]_proj\.(?:[kv]_scale|output_scale|output_zero_point)|(?:[qkv]|kv)_fake_quantizer\.qscale_act"
 )
-_FINE_GRAINED = "transformers, with FineGrainedFP8Config(dequantize=True)"
 FP8 = Scheme(
-    "float8 with scales", ".weight", _F8, (".weight_scale_inv", ".scale", ".qscale_weight"), _FINE_GRAINED,
-    others=(".activation_scale", ".qscale_act", *_OF_LINEAR), is_dequantized=True, methods=("fp8",),
-    may_be_turned=False,
+    "float8 with scales", ".weight", _F8, (".weight_scale_inv", ".scale", ".qscale_weight"),
+    others=(".activation_scale", ".qscale_act", *_OF_LINEAR), methods=("fp8", "mxfp8"),
 )  # fmt: skip
 FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
 # Inkling's, which are renamed to those as they are loaded (``conversion_mapping.py`` of transformers).
@@ -88,22 +83,19 @@ FP4_OF_EXPERTS = FP4._replace(weight="", companions=("_scale_inv",), others=("_a
 FP4_OF_DEEPSEEK = FP4._replace(companions=(".scale",), scales=_EXPONENTS)
 # ModelOpt, AutoFP8, FBGEMM and Quark write float8 and int8 by these names as well, and they mean the same.
 CT_FP8 = Scheme(
-    "float8 with scales", ".weight", _F8, (".weight_scale",), "vLLM, or transformers with compressed-tensors",
-    others=(".weight_zero_point", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
-    methods=("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "quark"), may_be_turned=False,
+    "float8 with scales", ".weight", _F8, (".weight_scale",),
+    others=(".weight_zero_point", ".pre_quant_scale", *_OF_LINEAR),
+    methods=("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "quark"),
 )  # fmt: skip
 CT_INT8 = CT_FP8._replace(label="8-bit numbers with scales", dtypes=frozenset({"I8"}))
 CT_PACKED = Scheme(
     "packed numbers of compressed-tensors", ".weight_packed", frozenset({"I32", "U8"}), (".weight_scale",),
-    CT_FP8.reader,
     others=(".weight_shape", ".weight_zero_point", ".weight_global_scale", ".weight_g_idx", *_OF_LINEAR),
-    small=(".weight_shape", ".weight_g_idx"), is_dequantized=True, methods=("compressed-tensors",),
-    may_be_turned=False,
+    small=(".weight_shape", ".weight_g_idx"), methods=("compressed-tensors",),
 )  # fmt: skip
 NVFP4 = Scheme(
-    "NVFP4 of ModelOpt", ".weight", frozenset({"U8"}), (".weight_scale_2",), "vLLM or TensorRT-LLM",
-    others=(".weight_scale", ".pre_quant_scale", *_OF_LINEAR), is_dequantized=True,
-    methods=("modelopt", "modelopt_fp4"), may_be_turned=False,
+    "NVFP4 of ModelOpt", ".weight", frozenset({"U8"}), (".weight_scale_2",),
+    others=(".weight_scale", ".pre_quant_scale", *_OF_LINEAR), methods=("modelopt", "modelopt_fp4"),
 )  # fmt: skip
 # Experts that are one tensor have all of it under a longer name, and their rows along the last axis.
 NVFP4_OF_EXPERTS = NVFP4._replace(
@@ -117,38 +109,27 @@ MODELOPT_4BIT = NVFP4._replace(
     others=(".pre_quant_scale", *_OF_LINEAR), methods=(*NVFP4.methods, "quark"),
 )  # fmt: skip
 GPTQ = Scheme(
-    "GPTQ", ".qweight", _PACKED, (".g_idx",), "transformers with GPTQModel, or vLLM", others=(".qzeros", ".scales"),
-    is_dequantized=True, methods=("gptq",),
-)  # fmt: skip
+    "GPTQ", ".qweight", _PACKED, (".g_idx",), others=(".qzeros", ".scales"), methods=("gptq",), may_be_turned=True
+)
 # Newer files of GPTQ have no ``g_idx`` where inputs are in order; shapes tell the two.
 AWQ = GPTQ._replace(label="AWQ or GPTQ", companions=(".qzeros", ".scales"), others=(), methods=("awq", "gptq"))
-MXFP4 = Scheme(
-    "MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), "transformers, with Mxfp4Config(dequantize=True)",
-    is_dequantized=True, methods=("mxfp4",), may_be_turned=False,
-)  # fmt: skip
-MXFP4_ROWS = MXFP4._replace(weight=".blocks", companions=(".scales",), reader="gpt-oss")
+MXFP4 = Scheme("MXFP4", "_blocks", frozenset({"U8"}), ("_scales",), methods=("mxfp4",))
+MXFP4_ROWS = MXFP4._replace(weight=".blocks", companions=(".scales",))
 # In whatever dtype the 4-bit numbers are stored; what is beside them has the whole name of the weight before it
 # (``as_dict`` in ``bitsandbytes/functional.py``).
 _BNB_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 BNB_4BIT = Scheme(
     "4 bits of bitsandbytes", "", frozenset({"U8", "I8", "BF16", "F16", "F32", "F64", "I16", "I32", "I64"}),
-    (*_BNB_STATES, ".absmax"), "transformers or Diffusers with bitsandbytes",
-    others=(".quant_map", ".nested_absmax", ".nested_quant_map"), small=(*_BNB_STATES, ".quant_map"),
-    is_dequantized=True, methods=("bitsandbytes",),
+    (*_BNB_STATES, ".absmax"), others=(".quant_map", ".nested_absmax", ".nested_quant_map"),
+    small=(*_BNB_STATES, ".quant_map"), methods=("bitsandbytes",), may_be_turned=True,
 )  # fmt: skip
 COMFY_QUANT = Scheme(
-    "the form of ComfyUI that comfy_quant describes", ".weight", _PACKED, (".comfy_quant",), "ComfyUI",
-    others=(".weight_scale", ".weight_scale_2", ".input_scale"), small=(".comfy_quant",), is_dequantized=True,
-    may_be_turned=False,
+    "the form of ComfyUI that comfy_quant describes", ".weight", _PACKED, (".comfy_quant",),
+    others=(".weight_scale", ".weight_scale_2", ".input_scale"), small=(".comfy_quant",),
 )  # fmt: skip
-COMFY_FP8 = Scheme(
-    "float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), "ComfyUI",
-    others=(".scale_input",), is_dequantized=True, may_be_turned=False,
-)  # fmt: skip
+COMFY_FP8 = Scheme("float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), others=(".scale_input",))
 # What has no scale in a file in which others have one is as it is.
-COMFY_MARKED = Scheme(
-    "float8 in a file of ComfyUI", "", _F8, (), "ComfyUI", is_dequantized=True, may_be_turned=False
-)  # fmt: skip
+COMFY_MARKED = Scheme("float8 in a file of ComfyUI", "", _F8, ())
 _COMFY = (COMFY_QUANT, COMFY_FP8, COMFY_MARKED)
 # What no module of a float model has.
 _COMFY_LEAVES = frozenset({"scale_weight", "scale_input", "comfy_quant"})
@@ -170,13 +151,13 @@ TABLE = (
     MXFP4,
     MXFP4_ROWS,
     CT_PACKED,
-    Scheme("marlin-24 of compressed-tensors", ".weight_packed", frozenset({"I32"}), (".scale_packed",), "vLLM"),
+    Scheme("marlin-24 of compressed-tensors", ".weight_packed", frozenset({"I32"}), (".scale_packed",), reader="vLLM"),
     Scheme("sparse-24-bitmask of compressed-tensors", ".bitmask", frozenset({"U8"}), (".compressed",),
-           "the compressed-tensors that wrote it"),
-    Scheme("packed numbers of compressed-tensors", "_packed", _PACKED, ("_scale",), "compressed-tensors"),
+           reader="the compressed-tensors that wrote it"),
+    Scheme("packed numbers of compressed-tensors", "_packed", _PACKED, ("_scale",), reader="compressed-tensors"),
     NVFP4,
     NVFP4_OF_EXPERTS,
-    Scheme("NVFP4 of ModelOpt", "", frozenset({"U8"}), ("_scale_2",), "vLLM or TensorRT-LLM"),
+    Scheme("NVFP4 of ModelOpt", "", frozenset({"U8"}), ("_scale_2",), reader="vLLM or TensorRT-LLM"),
     FP8,
     FP8_OF_EXPERTS,
     FP8_OF_FUSED,
@@ -187,15 +168,20 @@ TABLE = (
     CT_INT8,
     MODELOPT_FP8_OF_EXPERTS,
     MODELOPT_4BIT,
-    Scheme("float8 with scales", "", _F8, ("_scale",), "vLLM, or transformers with compressed-tensors"),
-    Scheme("8-bit numbers with scales", "", frozenset({"I8", "U8"}), ("_scale",), "the library that wrote it"),
-    Scheme("torchao", "qdata", _PACKED, ("scale",), "torchao"),
-    Scheme("optimum-quanto", "._data", _PACKED, ("._scale",), "optimum-quanto"),
-    Scheme("HQQ", ".W_q", _PACKED, (".scale", ".meta"), "hqq"),
-    Scheme("MLX", ".weight", frozenset({"U32"}), (".scales",), "MLX"),
+    Scheme("float8 with scales", "", _F8, ("_scale",), reader="vLLM, or transformers with compressed-tensors"),
+    Scheme("8-bit numbers with scales", "", frozenset({"I8", "U8"}), ("_scale",), reader="the library that wrote it"),
+    Scheme("torchao", "qdata", _PACKED, ("scale",), reader="torchao"),
+    Scheme("optimum-quanto", "._data", _PACKED, ("._scale",), reader="optimum-quanto"),
+    Scheme("HQQ", ".W_q", _PACKED, (".scale", ".meta"), reader="hqq"),
+    Scheme("MLX", ".weight", frozenset({"U32"}), (".scales",),
+           reader="MLX ('mlx_lm.convert --dequantize' writes numbers)"),
+    Scheme("EXL2", ".q_weight", frozenset({"I32"}), (".q_scale",), reader="ExLlamaV2"),
+    Scheme("EXL3", ".trellis", frozenset({"I16"}), (".suh", ".su"), reader="ExLlamaV3"),
+    Scheme("Marlin of auto_gptq", ".B", frozenset({"I32"}), (".s",), reader="vLLM"),
+    Scheme("AQLM", ".codes", frozenset({"I8", "I16", "U8"}), (".codebooks",), reader="transformers with aqlm"),
+    Scheme("EETQ", ".weight", frozenset({"I8"}), (".weight_scales",), reader="transformers with eetq"),
     Scheme("numbers with scales", ".weight", _PACKED,
-           (".scale", ".scales", ".qscale_weight", ".absmax", ".weight_scale"),
-           "the library that wrote it"),
+           (".scale", ".scales", ".qscale_weight", ".absmax", ".weight_scale"), reader="the library that wrote it"),
     COMFY_MARKED,
 )  # fmt: skip
 _BY_DTYPE = {
@@ -210,6 +196,8 @@ _SCALE_ENDS = (
 _EXPONENT_ENDS = ((".scale", ".weight"), ("_scale", ""), ("_scales", "_blocks"), (".scales", ".blocks"))
 # What ends the names of weights that are no numbers by themselves; integers may be a float model's under others.
 _CODES = tuple({scheme.weight for scheme in TABLE} - {""})
+METHODS = frozenset(method for scheme in TABLE for method in scheme.methods)
+"""What configs call the schemes that are known by their weights; what they call otherwise may be in any form."""
 
 
 class Quantized(NamedTuple):
@@ -322,28 +310,39 @@ def _scales(name: str, weight: DType, dtypes: Mapping[str, DType], tags: Contain
     return not tags or dtype.tag in tags
 
 
-def find_belongings(found: Iterable[Quantized], names: Iterable[str]) -> frozenset[str]:
-    """Name all tensors that lose their meaning in a cast: quantized weights, and what stands beside them but a bias.
+def find_belongings(found: Collection[Quantized], names: Iterable[str]) -> frozenset[str]:
+    """Name all tensors that lose their meaning in a cast: quantized weights, and what stands beside them but a bias."""
+    names = list(names)
+    of_comfy = _COMFY_LEAVES if any(one.scheme in _COMFY for one in found) else ()
+    marks = (name for name in names if is_mark(name) or name.rpartition(".")[2] in of_comfy) if found else ()
+    return frozenset((*(one.weight for one in found), *find_owners(found, names), *marks))
 
-    What holds several weights, as experts that are fused do, has beside each what begins with its name.
+
+def find_owners(found: Collection[Quantized], names: Iterable[str]) -> dict[str, str]:
+    """Map each tensor that stands beside a quantized weight to that: what means nothing without it, so no bias.
+
+    What holds several weights, as experts that are fused do, has beside each what begins with its name. Diffusers reads
+    shard by shard, and looks for both in one (``create_quantized_param`` in
+    ``diffusers/quantizers/bitsandbytes/bnb_quantizer.py``).
     """
-    found = list(found)
-    weights = {one.weight for one in found}
     # What only a mark says is quantized has nothing beside it.
     parted = [(one, *one.weight.rpartition(".")) for one in found if one.scheme is not COMFY_MARKED]
-    of_comfy = _COMFY_LEAVES if any(one.scheme in _COMFY for one in found) else ()
-    modules = {module for one, module, _, leaf in parted if leaf == "weight" or one.scheme.weight.startswith(".")}
-    stems = _Prefixes(one.weight.removesuffix(one.scheme.weight) for one, module, *_ in parted if module not in modules)
-
-    def belongs(name: str) -> bool:
+    weights = {one.weight for one in found}
+    of_modules = (row for row in parted if row[3] == "weight" or row[0].scheme.weight.startswith("."))
+    modules = {module: one.weight for one, module, *_ in of_modules}
+    stems = {
+        one.weight.removesuffix(one.scheme.weight): one.weight for one, module, *_ in parted if module not in modules
+    }
+    stem_of = _Prefixes(stems).find
+    owners = {}
+    for name in names:
         module, _, leaf = name.rpartition(".")
-        if leaf == _MARK or leaf in of_comfy or name in weights or any(parent in weights for parent in _parents(name)):
-            return True
-        if leaf == "bias" or leaf.endswith("_bias"):
-            return False
-        return module in modules or stems.begin(name)
-
-    return frozenset(name for name in names if belongs(name)) if weights else frozenset()
+        if name not in weights and not (leaf == "bias" or leaf.endswith("_bias")):
+            inside = next((one for one in _parents(name) if one in weights), modules.get(module))
+            owner = inside or stems.get(stem_of(name))
+            if owner:
+                owners[name] = owner
+    return owners
 
 
 class _Prefixes:
@@ -355,33 +354,10 @@ class _Prefixes:
             if not (self._texts and text.startswith(self._texts[-1])):
                 self._texts.append(text)
 
-    def begin(self, name: str) -> bool:
-        """Say whether a name begins with one of them."""
+    def find(self, name: str) -> str:
+        """Give the one of them that a name begins with, or nothing."""
         at = bisect.bisect_right(self._texts, name)
-        return at > 0 and name.startswith(self._texts[at - 1])
-
-
-def find_owners(found: Iterable[Quantized], names: Iterable[str]) -> dict[str, str]:
-    """Map each tensor that stands beside a quantized weight to that: what means nothing without it, so no bias.
-
-    Diffusers reads shard by shard, and looks for both in one (``create_quantized_param`` in
-    ``diffusers/quantizers/bitsandbytes/bnb_quantizer.py``).
-    """
-    found = list(found)
-    weights = {one.weight for one in found}
-    exact, modules = {}, {}
-    for one in found:
-        base, (module, _, leaf) = one.weight.removesuffix(one.scheme.weight), one.weight.rpartition(".")
-        exact.update({base + end: one.weight for end in one.scheme.beside})
-        if leaf == "weight" or one.scheme.weight.startswith(".") or base.endswith(".weight"):
-            modules[module] = one.weight
-    owners = {}
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        owner = exact.get(name) or next((one for one in _parents(name) if one in weights), modules.get(parent))
-        if owner and name not in weights and not leaf.endswith("bias"):
-            owners[name] = owner
-    return owners
+        return self._texts[at - 1] if at and name.startswith(self._texts[at - 1]) else ""
 
 
 def _parents(name: str) -> Iterator[str]:

@@ -101,8 +101,8 @@ def group(folder: Place, parsed: Mapping[str, ParsedName]) -> tuple[tuple[Listed
         if one.role == "single" and name not in taken:
             sets.append(ListedSet(folder, one.name, (name,)))
         elif one.role == "shard" and name not in taken:
-            is_twin = one.is_legacy and one.name.shard(one.number, one.count) in parsed
-            numbered[one.name, one.count, is_twin][one.number] = name
+            current = one.name.shard(one.number, one.count)
+            numbered[one.name, one.count, current != name and current in parsed][one.number] = name
     groups = [_of_shards(folder, parsed, members) for members in numbered.values()]
     strays = tuple(one for one in groups if one.name in whole)
     sets = _join(sets, [one for one in groups if one.name not in whole])

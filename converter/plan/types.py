@@ -215,8 +215,9 @@ class Plan:
 
     @property
     def window(self) -> int:
-        """How many bytes its tensors are read at a time, at least, where a buffer has less."""
-        return max((tensor.source.window for file in self.written for tensor, _ in file.tensors), default=1)
+        """How many bytes its tensors are read at a time, where a buffer has less; a task takes twice as many."""
+        sources = (tensor.source for file in self.written for tensor, _ in file.tensors)
+        return max((max(source.window, source.kept_nbytes // 2) for source in sources), default=1)
 
     @property
     def indexes(self) -> tuple[tuple[str, bytes], ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,12 +19,10 @@ from converter.errors import BadRequest, LossyCast, Unsupported, name_some
 from converter.libraries import library_of
 from converter.libraries.modules import Linears, find_linears
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import (
-    Component,
-    WeightSet,
-)
+from converter.models.component import Component, WeightSet, has_quantization
 from converter.models.growth import refuse_growth
 from converter.models.model import Model
+from converter.models.names import fold_modules
 from converter.models.schemes import quantized_in
 from converter.plan.types import Order, Plan, QuantizedPart, Rest
 from converter.recipes.request import Request
@@ -72,6 +70,8 @@ class Measuring:
         return {name: b"".join(parts[begin] for begin in sorted(parts)) for name, parts in found.items()}, lossy
 
 
+_NAMED = 8  # of the modules, or kinds of them, of which a note tells
+_ORIGINAL = "Quantize the model that it was made from, or what 'wconv dequantize' makes of it."
 _NO_CHOICE = ModuleChoice()
 _ALONE = Measuring()
 
@@ -92,7 +92,7 @@ def plan_quantized(
         raise BadRequest(request.source, f"cannot be written as {scheme!r}", f"There are {', '.join(QUANTIZERS)}.")
     writer = writer_of(scheme, request.source)
     is_file = writer not in QUANTIZERS.values()
-    job = open_job(into_one_set(request, is_file))
+    job = open_job(into_one_set(request, takes_files=True))
     if is_file:
         return _plan_file(job, _Quantizing(writer, choice, measuring, request.casting))
     parts = _select_parts(job, writer)
@@ -119,24 +119,13 @@ def _plan_file(job: Job, how: _Quantizing) -> Plan:
     """Plan the quantized form of one file, whose modules nothing knows but its names."""
     selected = select(job)
     [(component, checkpoint)] = open_sets(job, selected)
-    path = checkpoint.weight_set.path
     _refuse_quantized(checkpoint)
-    refuse_growth(path, checkpoint.tensors)
-    matrices = {
-        module: _matrix(weight, False, how) for module, weight in choose_in_file(checkpoint, how.choice).items()
-    }
-    found, lossy = _measure(path, how.writer, how.measuring, list(matrices.values()))
-    left = [module for module, weight in matrices.items() if weight.name in lossy]
-    notes = list(_note_lossy(checkpoint, how.writer, left, how.choice.strict))
-    wanted = {module: weight for module, weight in matrices.items() if weight.name not in lossy}
-    if not wanted:
-        advice = "Name them with --include: weights with two axes, called .weight."
-        raise BadRequest(path, "has no module that would be quantized", advice)
-    made = {weight.name: how.writer.write(weight, found[weight.name]) for weight in wanted.values()}
-    changed = _with_made(checkpoint, made, notes)
-    names = {module: weight.name for module, weight in wanted.items()}
-    before = {tensor.name: tensor for tensor in checkpoint.tensors}
-    part = QuantizedPart(component.name, _sizes(before, names, made), ())
+    refuse_growth(checkpoint.weight_set.path, checkpoint.tensors)
+    chosen = choose_in_file(checkpoint, how.choice).items()
+    measured = _measure(checkpoint, how, {module: _matrix(weight, False, how) for module, weight in chosen})
+    advice = "Name them with --include: weights with two axes, called .weight."
+    _check_any(checkpoint, measured.matrices, advice)
+    changed, part = _written(component, checkpoint, how.writer, measured)
     return plan_job(job, selected, make_ready(job, [(component, changed)]), Rest(quantized=(part,)))
 
 
@@ -173,18 +162,23 @@ def _select_parts(job: Job, writer: Writer) -> list[tuple[Component, WeightSet]]
                 "int8 and nf4 are for it; --component names other parts; for ComfyUI, quantize a single file of it."
             )
             raise Unsupported(weight_set.path, f"is a model of {library}, which does not load {writer.name}", advice)
-        if "quantization_config" in component.config:
-            advice = "Quantize the model that it was made from."
-            raise Unsupported(weight_set.path, "is quantized already, as its config.json says", advice)
+        if has_quantization(component.config):
+            raise Unsupported(weight_set.path, "is quantized already, as its config.json says", _ORIGINAL)
         if not component.config:
-            raise BadRequest(weight_set.path, "has no config.json beside it", "It is needed to load a quantized model.")
+            advice = "It is needed to load a quantized model."
+            if job.request.source.is_folder() and writer.name in FILE_QUANTIZERS:
+                advice += " To make one for ComfyUI, name the file itself."
+            raise BadRequest(weight_set.path, "has no config.json beside it", advice)
     return parts
 
 
 def _part_names(model: Model, asked: tuple[str, ...]) -> tuple[str, ...]:
     """Name the parts that are quantized: those that are asked for, or those of which loaders would do it."""
     if model.kind == "file":
-        advice = "Name the folder that has its config.json: that says which modules are linear."
+        advice = (
+            "Name the folder that has its config.json: that says which modules are linear. Of a single file, "
+            "--scheme fp8-scaled makes one for ComfyUI."
+        )
         raise BadRequest(model.path, "is one file, and not a model's folder", advice)
     if model.kind == "sentence-transformers" and not asked:
         return ("",)
@@ -205,6 +199,7 @@ def _quantize(component: Component, checkpoint: Checkpoint, how: _Quantizing) ->
     refuse_growth(path, checkpoint.tensors)  # all of it is read before there is a plan
     _refuse_quantized(checkpoint)
     linears = find_linears(component, tensors.values())
+    _refuse_remade(path, linears, writer)
     experts = find_experts(tensors.values()) if writer.takes_experts else {}
     linears = replace(linears, weights={**linears.weights, **{module: f"{module}.weight" for module in experts}})
     weights = {module: name for module, name in {**linears.weights, **linears.unknown}.items() if name}
@@ -212,27 +207,24 @@ def _quantize(component: Component, checkpoint: Checkpoint, how: _Quantizing) ->
     matrices = {module: _matrix(tensors[weights[module]], module in linears.transposed, how) for module in wanted}
     unfit = {module: writer.unfit(one, module in linears.transposed) for module, one in matrices.items()}
     notes += _note_unfit(unfit)
-    wanted = [module for module in wanted if not unfit[module]]
-    found, too_large = _measure(path, writer, how.measuring, [matrices[module] for module in wanted])
-    lossy = [module for module in wanted if weights[module] in too_large]
-    notes += _note_lossy(checkpoint, writer, lossy, choice.strict)
-    wanted = [module for module in wanted if module not in lossy]
+    measured = _measure(checkpoint, how, {module: one for module, one in matrices.items() if not unfit[module]})
+    notes += measured.notes
+    wanted = list(measured.matrices)
     parted = parted_experts(experts, wanted)
     if parted:
-        notes.append(f"left as they are, as the loader has all experts in one form: {name_some(sorted(parted), 5)}")
+        notes.append(f"left as they are, as the loader has all experts in one form: {_name(sorted(parted))}")
         wanted = [module for module in wanted if experts.get(module) not in parted]
     skipped = _list_skipped(component, linears, writer, experts, wanted, tensors)
     if not writer.names_skipped:
         left = [one for one in wanted if library_of(component).is_skipped(experts.get(one, one), skipped)]
         if left:
-            notes.append(f"left as they are, as a name in the skip list means them too: {', '.join(left)}")
+            notes.append(f"left as they are, as a name in the skip list means them too: {_name(left)}")
             wanted = [module for module in wanted if module not in left]
-    if not wanted:
-        raise BadRequest(path, "has no module that would be quantized", "See --include, --skip and --component.")
-    made = {weights[module]: writer.write(matrices[module], found.get(weights[module], b"")) for module in wanted}
+    _check_any(checkpoint, wanted, "See --include, --skip and --component.")
+    measured = measured._replace(matrices={module: matrices[module] for module in wanted}, notes=notes)
     said = writer.config(skipped, how.casting.dtype or _most_common(matrices[module].dtype for module in wanted))
-    part = QuantizedPart(component.name, _sizes(tensors, {one: weights[one] for one in wanted}, made), skipped)
-    return _with_made(checkpoint, made, notes), _Done(part, said)
+    changed, part = _written(component, checkpoint, writer, measured)
+    return changed, _Done(part._replace(skipped=skipped), said)
 
 
 def _list_skipped(
@@ -247,27 +239,65 @@ def _list_skipped(
     if writer.names_skipped:
         return name_skipped(linears, wanted, names)
     weights = {module: name for module, name in linears.weights.items() if module not in experts}
-    if writer.takes_experts:
-        weights |= dict.fromkeys(expert_modules(names), "")
     modules = {experts.get(module, module) for module in wanted}
+    if writer.takes_experts:
+        homes = {linears.homes.get(f"{module}.weight", "").rpartition(".")[0] for module in wanted if module in experts}
+        left = {*linears.experts, *linears.others} - homes
+        weights |= dict.fromkeys((*expert_modules(names), *sorted(left)), "")
     return list_skipped(component, replace(linears, weights=weights), {**weights, **linears.unknown}, modules)
 
 
-def _with_made(checkpoint: Checkpoint, made: Mapping[str, tuple[Tensor, ...]], notes: Iterable[str]) -> Checkpoint:
-    """Let a checkpoint have, in place of some tensors, others that stand for each."""
+def _refuse_remade(path: Place, linears: Linears, writer: Writer) -> None:
+    """Raise Unsupported where the loader of a scheme has other modules, and no file of plain weights their tensors."""
+    for module in linears.remade.get(writer.package, ()):
+        problem = f"has {module!r}, of which {writer.package} has other modules, one for each expert"
+        raise Unsupported(path, problem, "fp8-block is for it.")
+
+
+class _Measured(NamedTuple):
+    """The weights of modules that a scheme can hold, what was found of each by its name, and notes on others."""
+
+    matrices: Mapping[str, Tensor]
+    found: Mapping[str, bytes]
+    notes: Sequence[str] = ()
+
+
+def _measure(checkpoint: Checkpoint, how: _Quantizing, matrices: Mapping[str, Tensor]) -> _Measured:
+    """Find what a scheme has to know of weights before. Raises LossyCast for one that it cannot hold, if strict."""
+    path, measure = checkpoint.weight_set.path, how.writer.measure
+    if measure is None:
+        return _Measured(matrices, {})
+    check_measured(path, matrices.values())
+    found, lossy = how.measuring.find(measure, matrices.values())
+    left = [module for module, weight in matrices.items() if weight.name in lossy]
+    if not left:
+        return _Measured(matrices, found)
+    problem = f"holds weights with {measure.cause}, in {_name(left)}"
+    if how.choice.strict:
+        raise LossyCast(path, problem, "Without --strict these modules are left as they are.")
+    kept = {module: weight for module, weight in matrices.items() if module not in left}
+    return _Measured(kept, found, (f"{path.name} {problem}: left as they are",))
+
+
+def _check_any(checkpoint: Checkpoint, modules: Collection[str], advice: str) -> None:
+    if not modules:
+        raise BadRequest(checkpoint.weight_set.path, "has no module that would be quantized", advice)
+
+
+def _written(
+    component: Component, checkpoint: Checkpoint, writer: Writer, measured: _Measured
+) -> tuple[Checkpoint, QuantizedPart]:
+    """Let a checkpoint have, in place of weights, those that stand for each."""
+    found, weights = measured.found, sorted(measured.matrices.items())
+    made = {weight.name: writer.write(weight, found.get(weight.name, b"")) for _, weight in weights}
+    nbytes = {tensor.name: tensor.nbytes for tensor in checkpoint.tensors}
+    modules = ((module, nbytes[one.name], sum(new.nbytes for new in made[one.name])) for module, one in weights)
     files = tuple(
         replace(file, tensors=tuple(new for old in file.tensors for new in made.get(old.name, (old,))))
         for file in checkpoint.files
     )
-    return replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
-
-
-def _sizes(
-    tensors: Mapping[str, Tensor], weights: Mapping[str, str], made: Mapping[str, tuple[Tensor, ...]]
-) -> tuple[tuple[str, int, int], ...]:
-    """Give the bytes of the weights of modules before and after."""
-    pairs = sorted(weights.items())
-    return tuple((module, tensors[name].nbytes, sum(new.nbytes for new in made[name])) for module, name in pairs)
+    changed = replace(checkpoint, files=files, notes=(*checkpoint.notes, *measured.notes))
+    return changed, QuantizedPart(component.name, tuple(modules), ())
 
 
 def _matrix(weight: Tensor, is_transposed: bool, how: _Quantizing) -> Tensor:
@@ -285,33 +315,18 @@ def _note_unfit(unfit: Mapping[str, str]) -> Iterator[str]:
     """Note which modules are left as they are, by the reasons that there are."""
     for why in dict.fromkeys(filter(None, unfit.values())):
         modules = (module for module, reason in unfit.items() if reason == why)
-        yield f"left as they are, as {why}: {', '.join(modules)}"
+        yield f"left as they are, as {why}: {_name(modules)}"
 
 
-def _measure(
-    path: Place, writer: Writer, measuring: Measuring, weights: Collection[Tensor]
-) -> tuple[Mapping[str, bytes], Container[str]]:
-    """Give what a scheme has to know of weights before, by their names, and the names of those that it cannot hold."""
-    if writer.measure is None:
-        return {}, ()
-    check_measured(path, weights)
-    return measuring.find(writer.measure, weights)
-
-
-def _note_lossy(checkpoint: Checkpoint, writer: Writer, lossy: Collection[str], is_strict: bool) -> Iterator[str]:
-    """Note which modules a scheme cannot hold. Raises LossyCast for any, if that is strict."""
-    path = checkpoint.weight_set.path
-    if lossy and writer.measure:
-        problem = f"holds weights with {writer.measure.cause}, in {name_some(lossy, 5)}"
-        if is_strict:
-            raise LossyCast(path, problem, "Without --strict these modules are left as they are.")
-        yield f"{path.name} {problem}: left as they are"
+def _name(modules: Iterable[str]) -> str:
+    return name_some(fold_modules(modules), _NAMED)
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     path = checkpoint.weight_set.path
     for one in quantized_in(checkpoint):
-        raise Unsupported(path, f"is quantized already ({one})", "Quantize the model that it was made from.")
+        advice = _ORIGINAL if one.scheme.is_dequantized else "Quantize the model that it was made from."
+        raise Unsupported(path, f"is quantized already ({one})", advice)
     for info in checkpoint.tensors:
         is_full = info.dtype.tag in RECAST_SOURCES and info.dtype.bits >= 16
         if info.name.endswith(".weight") and len(info.shape) == 2 and not is_full:

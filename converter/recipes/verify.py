@@ -393,6 +393,7 @@ def _compare_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, _Errors
     with RangeReader() as reader:
         reader.expect(_extents(batch))
         for pair, begin, end in batch:
+            reader.let_go()
             a, b = pair.a, pair.b
             parts = []
             step = room * 8 // max(a.dtype.bits, b.dtype.bits) // 16 * 16
@@ -424,6 +425,7 @@ def _measure_batch(batch: _Batch, chunk_nbytes: int) -> list[tuple[_Key, Roundin
     with RangeReader() as reader:
         reader.expect(_extents(batch))
         for pair, begin, end in batch:
+            reader.let_go()
             a, b = pair.a, pair.b
             steps = steps_of(b.source)
             step = room // max(a.dtype.itemsize, b.dtype.itemsize)

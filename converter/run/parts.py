@@ -295,6 +295,7 @@ def carry(piece: Piece, chunk_nbytes: int, deal_with: Callable[[int, memoryview,
         if are_far(step.tensor.source for step in piece.steps):
             reader.expect(part for step in piece.steps for part in step.tensor.source.extents(step.begin, step.end))
         for tensor, offset, begin, end in piece.steps:
+            reader.let_go()
             buffer.turn_to(offset + begin, tensor.name)
             crc = 0
             size = _unit_nbytes(tensor, buffer.nbytes)

@@ -113,7 +113,8 @@ class TensorSource(Protocol):
     """A tensor's bytes, wherever they come from. Positions are in bytes of its own, in row-major order.
 
     ``grain`` is how many bytes one task should read, if not any number; ``window`` how many at a time, at least, or it
-    takes far longer. ``computes`` says that its numbers are others than those that lie in a file.
+    takes far longer; ``kept_nbytes`` what the reader keeps meanwhile. ``computes`` says that its numbers are others
+    than those that lie in a file.
     """
 
     @property
@@ -124,6 +125,8 @@ class TensorSource(Protocol):
     def grain(self) -> int: ...
     @property
     def window(self) -> int: ...
+    @property
+    def kept_nbytes(self) -> int: ...
     @property
     def computes(self) -> bool: ...
 

@@ -38,6 +38,7 @@ class Constant:
     content: bytes
     grain = 1
     window = 1
+    kept_nbytes = 0
     computes = False
 
     def inputs(self) -> tuple[Storage, ...]:
@@ -94,6 +95,10 @@ class Derived:
         return min(self.source.window, self._scaled(self.source.window))
 
     @property
+    def kept_nbytes(self) -> int:
+        return self.source.kept_nbytes
+
+    @property
     def computes(self) -> bool:
         return self.source.computes
 
@@ -131,6 +136,16 @@ class Derived:
         self.source.read(begin, out, reader)
 
 
+class Computed(Derived):
+    """A tensor of other numbers than its source has."""
+
+    __slots__ = ()
+
+    @property
+    def computes(self) -> bool:
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class Swapped(Derived):
     """A tensor whose numbers lie the other way round, ``width`` bytes each: big-endian ones."""
@@ -166,7 +181,7 @@ class Negated(Derived):
 
 
 @dataclass(frozen=True, slots=True)
-class Cast(Derived):
+class Cast(Computed):
     """A tensor in another dtype, rounded to nearest even; the reader counts what is too large for it."""
 
     to: DType
@@ -175,10 +190,6 @@ class Cast(Derived):
     @property
     def dtype(self) -> DType:
         return self.to
-
-    @property
-    def computes(self) -> bool:
-        return True
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.tensors.kernels import cast_chunk
@@ -203,6 +214,10 @@ class Held(Derived):
     @property
     def window(self) -> int:
         return 1
+
+    @property
+    def kept_nbytes(self) -> int:
+        return min(self.room, self.dtype.nbytes(math.prod(self.shape))) + self.source.kept_nbytes
 
     def part(self, begin: int, end: int) -> Held:
         return replace(self, source=self.source.part(begin, end), span=(begin, end))
@@ -242,6 +257,10 @@ class Replicas(Derived):
     @property
     def window(self) -> int:
         return max(source.window for source in (self.source, *self.others))
+
+    @property
+    def kept_nbytes(self) -> int:
+        return sum(source.kept_nbytes for source in (self.source, *self.others))
 
     def inputs(self) -> tuple[Storage, ...]:
         return tuple(storage for source in (self.source, *self.others) for storage in source.inputs())
@@ -334,6 +353,10 @@ class Boxes:
     @property
     def window(self) -> int:
         return max((box.source.window for box in self.boxes), default=1)
+
+    @property
+    def kept_nbytes(self) -> int:
+        return max((box.source.kept_nbytes for box in self.boxes), default=0)
 
     @property
     def computes(self) -> bool:

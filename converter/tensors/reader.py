@@ -130,6 +130,10 @@ class RangeReader:
         self._kept = [_Kept(source, begin, end, content), *self._kept[: _MAX_KEPT - 1]]
         return content
 
+    def let_go(self) -> None:
+        """Keep nothing of the tensor that was read: another comes next."""
+        self._kept.clear()
+
     def scratch(self, nbytes: int) -> _Scratch:
         """Give room to work in, for as long as the context is open; what it holds at first is anything."""
         scratch = self._scratch.pop() if self._scratch else _Scratch(self._scratch)

@@ -52,6 +52,10 @@ class View(NamedTuple):
         return 1 if self.is_contiguous else GATHER_NBYTES
 
     @property
+    def kept_nbytes(self) -> int:
+        return 0
+
+    @property
     def computes(self) -> bool:
         return False
 

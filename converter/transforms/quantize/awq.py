@@ -11,12 +11,11 @@ from __future__ import annotations
 from converter.errors import Unsupported
 from converter.tensors.derived import held
 from converter.transforms.quantize import gptq
-from converter.transforms.quantize.codes import Coding, Decoded, Gridded, Scales
+from converter.transforms.quantize.codes import Decoded, Gridded, Scales, coding_of
 from converter.transforms.quantize.gptq import check_grid
 from converter.transforms.quantize.restore import Module, Restored
 
-_CODES = tuple(float(code) for code in range(16))
-_CODING = Coding(4, _CODES, tuple(0.5 for _ in _CODES), 4, (0, 2, 4, 6, 1, 3, 5, 7))
+_CODING = coding_of(4, [float(code) for code in range(16)], width=4, order=(0, 2, 4, 6, 1, 3, 5, 7))
 _QZEROS, _SCALES = ".qzeros", ".scales"
 _PER_WORD = 8
 _GRID_NBYTES = 1 << 20  # of scales that are transposed, at a time
@@ -46,7 +45,7 @@ def restore(module: Module) -> Restored:
     points = Decoded(zeros.source, _CODING, (groups, outputs), 1).permuted((1, 0))
     grid = Scales(held(scales.source.permuted((1, 0)), _GRID_NBYTES), scales.name)
     block = (1, inputs // groups)
-    numbers = Gridded(Gridded(codes, points, block, "less"), grid, block)
+    numbers = Gridded(Gridded(codes, points, block, by="less"), grid, block)
     source = numbers.permuted((1, 0)) if module.is_transposed else numbers
     return Restored(module.base + ".weight", source, scales.dtype, slack=None)
 

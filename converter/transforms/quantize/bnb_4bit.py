@@ -15,7 +15,6 @@ is negative, which is positive in ``quant_map``.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import struct
@@ -27,9 +26,19 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import LossyCast, WconvError, name_some
 from converter.formats.texts import parse_json
 from converter.tensors.base import MAX_DIMS, ByteRange, Reader, Storage, Tensor, TensorSource
-from converter.tensors.derived import Constant, Derived
+from converter.tensors.derived import Computed, Constant
 from converter.transforms.quantize.bnb_int8 import bitsandbytes_config
-from converter.transforms.quantize.codes import Coding, Decoded, Gridded, Scales, Widened, reshaped
+from converter.transforms.quantize.codes import (
+    Coding,
+    Decoded,
+    Gridded,
+    Numbers,
+    Scales,
+    Unboxed,
+    Widened,
+    coding_of,
+    reshaped,
+)
 from converter.transforms.quantize.restore import Module, Restored
 from converter.transforms.quantize.write import Writer
 
@@ -47,16 +56,8 @@ def _rounded(value: float) -> float:
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
-def _coding(values: tuple[float, ...]) -> Coding:
-    known = sorted(set(values))
-    gaps = [0.0, *(after - before for before, after in itertools.pairwise(known)), 0.0]
-    at = {value: place for place, value in enumerate(known)}
-    steps = tuple(max(gaps[at[value]], gaps[at[value] + 1]) / 2 for value in values)
-    return Coding(4, values, steps, order=(1, 0))
-
-
 _FP4 = tuple(_rounded(sign * value / 12) + 0.0 for sign in (1, -1) for value in _FP4_TWELFTHS)
-_CODINGS = {"nf4": _coding(_NF4), "fp4": _coding(_FP4)}
+_CODINGS = {"nf4": coding_of(4, _NF4, order=(1, 0)), "fp4": coding_of(4, _FP4, order=(1, 0))}
 
 _STATE, _ABSMAX, _MAP = ".quant_state.bitsandbytes__", ".absmax", ".quant_map"
 _NESTED_ABSMAX, _NESTED_MAP = ".nested_absmax", ".nested_quant_map"
@@ -202,19 +203,11 @@ def _check_map(module: Module, coding: Coding) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped(Derived):
+class Mapped(Numbers):
     """The numbers of a ``table`` of 256 that bytes stand for, in float32; or, as ``steps``, how far those are apart."""
 
     table: TensorSource
     of_steps: bool = False
-
-    @property
-    def dtype(self) -> DType:
-        return _F32
-
-    @property
-    def computes(self) -> bool:
-        return True
 
     def inputs(self) -> tuple[Storage, ...]:
         return (*self.source.inputs(), *self.table.inputs())
@@ -246,7 +239,7 @@ class Doubly(Gridded):
         whole = tuple(-abs(value) - step for value, step in zip(coding.values, coding.steps, strict=True))
         codes = replace(self.source, coding=coding._replace(values=whole))
         plain = Gridded(self.source.steps(), self.grid, self.block)
-        return Gridded(plain, Gridded(codes, self.off, self.block), tuple(1 for _ in self.block), "less")
+        return Gridded(plain, Gridded(codes, self.off, self.block), tuple(1 for _ in self.block), by="less")
 
 
 def _doubly(module: Module, state: _State, codes: Decoded, blocks: int, block: tuple[int, ...]) -> Doubly:
@@ -259,7 +252,7 @@ def _doubly(module: Module, state: _State, codes: Decoded, blocks: int, block: t
         mapped = Mapped(absmax.source, table, of_steps)
         return Gridded(mapped, Widened(nested.source), (min(state.nested_block, max(1, blocks)),))
 
-    scales = Gridded(grid(of_steps=False), offset, (max(1, blocks),), "less")
+    scales = Gridded(grid(of_steps=False), offset, (max(1, blocks),), by="less")
     return Doubly(codes, Scales(scales, absmax.name), block, off=grid(of_steps=True))
 
 
@@ -267,14 +260,10 @@ def _doubly(module: Module, state: _State, codes: Decoded, blocks: int, block: t
 
 
 @dataclass(frozen=True, slots=True)
-class _Blocks(Derived):
+class _Blocks(Unboxed, Computed):
     """A weight, of which whole blocks of ``_BLOCK`` numbers are read at a time; ``name`` is its name."""
 
     name: str
-
-    @property
-    def computes(self) -> bool:
-        return True
 
     @property
     def window(self) -> int:
@@ -294,12 +283,6 @@ class _Blocks(Derived):
         first, last = begin // self._per_block, -(-end // self._per_block)
         numel = math.prod(self.source.shape)
         return tuple(self.source.dtype.nbytes(min(numel, block * _BLOCK)) for block in (first, last))  # type: ignore[return-value]
-
-    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> _Blocks:
-        raise ValueError("a weight that is being quantized has no boxes")
-
-    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
-        raise ValueError("a weight that is being quantized has no other axes")
 
     def _bands(self, begin: int, end: int, reader: Reader) -> Iterator[tuple[int, memoryview]]:
         """Read the blocks that some bytes here are made of: the first byte here of each band, and its numbers."""
@@ -336,7 +319,7 @@ class Packed(_Blocks):
         return _BLOCK // 2
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.quantize.row_kernels import pack_blocks
+        from converter.transforms.quantize.write_kernels import pack_blocks
 
         end = begin + len(out)
         for at, numbers in self._bands(begin, end, reader):
@@ -347,14 +330,10 @@ class Packed(_Blocks):
             out[low - begin : high - begin] = packed[low - at : high - at]
 
 
-class BlockMaxima(_Blocks):
+class BlockMaxima(_Blocks, Numbers):
     """The largest magnitude of each block of a weight, in float32."""
 
     __slots__ = ()
-
-    @property
-    def dtype(self) -> DType:
-        return _F32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -365,7 +344,7 @@ class BlockMaxima(_Blocks):
         return _F32.itemsize
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.quantize.row_kernels import block_maxima
+        from converter.transforms.quantize.write_kernels import block_maxima
 
         for at, numbers in self._bands(begin, begin + len(out), reader):
             maxima = block_maxima(numbers, self.source.dtype, _BLOCK)

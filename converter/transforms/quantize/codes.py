@@ -7,15 +7,18 @@ size of a model. Numbers are float32 until ``cast`` rounds them once.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, NoReturn, TypeVar
 
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
-from converter.tensors.base import ByteRange, Reader, Storage, TensorSource
-from converter.tensors.derived import Constant, Derived, held
+from converter.tensors.base import ByteRange, Reader, Storage, Tensor, TensorSource
+from converter.tensors.derived import Computed, Constant, Derived, held
+from converter.tensors.reader import PIECE_NBYTES
 from converter.tensors.view import GATHER_NBYTES, View, blocks_of, contiguous_strides
 
 AGAIN = "Fetch the file again, or quantize the model again."
@@ -25,7 +28,9 @@ _F32 = DTYPES["F32"]
 _NBYTES = 4  # of a number
 _KEPT_NBYTES = 1 << 23  # of a grid: what the finest one has for a task
 
-_Sides = tuple[int, ...]
+Shape = tuple[int, ...]
+By = Literal["times", "over", "less"]
+_G = TypeVar("_G", bound="_OnGrid")
 
 
 class Coding(NamedTuple):
@@ -47,10 +52,33 @@ class Coding(NamedTuple):
         return 8 * self.width // self.bits
 
 
+def half_steps(values: Sequence[float]) -> tuple[float, ...]:
+    """Give, for each value of a code, half the distance to the farther one of its neighbours; 0 for one alone."""
+    known = sorted({value for value in values if math.isfinite(value)})
+    gaps = [0.0, *(after - before for before, after in itertools.pairwise(known)), 0.0]
+    found = {value: max(gaps[at], gaps[at + 1]) / 2 for at, value in enumerate(known)}
+    return tuple(found.get(value, 0.0) for value in values)
+
+
+def coding_of(bits: int, values: Sequence[float], width: int = 1, order: tuple[int, ...] = ()) -> Coding:
+    """Give the coding of numbers that were rounded to the nearest value."""
+    return Coding(bits, tuple(values), half_steps(values), width, order)
+
+
+def in_bytes(one: Coding) -> Coding:
+    """Give a coding whose codes come in a byte each."""
+    rest = (math.nan,) * (256 - (1 << one.bits))
+    return Coding(8, one.values + rest, one.steps + rest)
+
+
 # FP4 of OCP's microscaling formats, the first number in the low half of a byte: sign, and two bits of exponent.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E2M1_STEPS = (0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0)
-E2M1 = Coding(4, (*_E2M1, *(-value for value in _E2M1)), 2 * _E2M1_STEPS)
+E2M1 = coding_of(4, (*_E2M1, *(-value for value in _E2M1)))
+
+
+def cells_of(shape: Iterable[int], block: Iterable[int]) -> Shape:
+    """Give the shape of a grid that has one for each block of a shape; the last along an axis may be smaller."""
+    return tuple(-(-length // size) for length, size in zip(shape, block, strict=True))
 
 
 def reshaped(source: TensorSource, dtype: DType, shape: tuple[int, ...]) -> TensorSource:
@@ -68,8 +96,24 @@ def reshaped(source: TensorSource, dtype: DType, shape: tuple[int, ...]) -> Tens
     return Reshaped(source, dtype, shape)
 
 
+class Unboxed(Derived):
+    """A tensor that is read in its own order alone: it has no boxes, and other axes as a matrix only, slowly."""
+
+    __slots__ = ()
+
+    def box(self, start: Shape, shape: Shape) -> NoReturn:
+        raise ValueError(f"{type(self).__name__} has no boxes")
+
+    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
+        if axes == tuple(range(len(self.shape))):
+            return self
+        if axes != (1, 0):
+            raise ValueError(f"{type(self).__name__} has no other axes than a matrix has")
+        return Turned(self)
+
+
 @dataclass(frozen=True, slots=True)
-class Reshaped(Derived):
+class Reshaped(Unboxed):
     """The bytes of a tensor as one of another dtype and shape."""
 
     to_dtype: DType
@@ -99,16 +143,6 @@ class Reshaped(Derived):
         source = self.source.part(*self._below(begin, end))
         return self if source is self.source else replace(self, source=source)
 
-    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Reshaped:
-        raise ValueError("a tensor that was given another shape has no boxes")
-
-    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
-        if axes == tuple(range(len(self.shape))):
-            return self
-        if axes != (1, 0):
-            raise ValueError("a tensor that was given another shape has no other axes than a matrix has")
-        return Turned(self)
-
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         low, high = self._below(begin, begin + len(out))
         if high - low == len(out):
@@ -121,7 +155,7 @@ class Reshaped(Derived):
 
 
 @dataclass(frozen=True, slots=True)
-class Turned(Derived):
+class Turned(Unboxed):
     """A matrix transposed that cannot be read otherwise than row by row: all of it for every window."""
 
     @property
@@ -139,9 +173,6 @@ class Turned(Derived):
     def part(self, begin: int, end: int) -> Turned:
         return self
 
-    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Turned:
-        raise ValueError("a matrix that is read row by row has no boxes")
-
     def permuted(self, axes: tuple[int, ...]) -> TensorSource:
         return self.source if axes == (1, 0) else self
 
@@ -158,8 +189,8 @@ class Turned(Derived):
                 copy_columns(rows, (count, width), size, out, begin // size, row, height)
 
 
-class Widened(Derived):
-    """The numbers of a tensor in float32, which holds all of them: of its own dtype, whatever that is."""
+class Numbers(Computed):
+    """What is made of another tensor in float32."""
 
     __slots__ = ()
 
@@ -167,9 +198,11 @@ class Widened(Derived):
     def dtype(self) -> DType:
         return _F32
 
-    @property
-    def computes(self) -> bool:
-        return True
+
+class Widened(Numbers):
+    """The numbers of a tensor in float32, which holds all of them: of its own dtype, whatever that is."""
+
+    __slots__ = ()
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.kernels import widen_into
@@ -213,13 +246,12 @@ class Scales(Widened):
         before = DTYPES["F8_E8M0"] if self.source.dtype.tag == "U8" else self.source.dtype
         Widened.read(replace(self, source=reshaped(self.source, before, self.shape)), begin, out, reader)
         if not are_finite(out):
-            inputs = self.source.inputs()
-            where = inputs[0].file.place if inputs else repr(self.name)
-            raise BadFile(where, f"has a scale that is no finite number, in {self.name!r}", AGAIN)
+            problem = f"has a scale that is no finite number, in {self.name!r}"
+            raise BadFile(Tensor(self.name, self.source).where, problem, AGAIN)
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded(Derived):
+class Decoded(Numbers):
     """The numbers that codes stand for, several in a word, in float32.
 
     ``shape`` is theirs; along ``axis`` the words hold ``coding.per_word`` of them each, the last one perhaps fewer.
@@ -229,10 +261,6 @@ class Decoded(Derived):
     coding: Coding
     of_shape: tuple[int, ...]
     axis: int
-
-    @property
-    def dtype(self) -> DType:
-        return _F32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -246,10 +274,6 @@ class Decoded(Derived):
     def grain(self) -> int:
         # All of what is deflated: each task would inflate it from its start.
         return 1 if self.source.grain == 1 else _NBYTES * math.prod(self.shape)
-
-    @property
-    def computes(self) -> bool:
-        return True
 
     @property
     def _words(self) -> int:
@@ -318,32 +342,65 @@ class Decoded(Derived):
 
 
 @dataclass(frozen=True, slots=True)
-class Gridded(Derived):
+class _OnGrid(Numbers):
+    """Numbers, each with one of a coarser ``grid`` of numbers in float32.
+
+    A part knows the ``span`` of the grid, in bytes, that it needs.
+    """
+
+    grid: TensorSource
+    by: By = field(default="times", kw_only=True)
+    span: tuple[int, int] | None = field(default=None, kw_only=True)
+
+    def inputs(self) -> tuple[Storage, ...]:
+        return (*self.source.inputs(), *self.grid.inputs())
+
+    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
+        yield from self.grid.extents(*self._span(begin, end))
+        yield from self.source.extents(begin, end)
+
+    def part(self: _G, begin: int, end: int) -> _G:
+        span = self._span(begin, end)
+        return replace(self, source=self.source.part(begin, end), grid=self.grid.part(*span), span=span)
+
+    def _span(self, begin: int, end: int) -> tuple[int, int]:
+        """Give the bytes of the grid between which all lie that numbers have, themselves given in bytes."""
+        raise NotImplementedError
+
+    def _kept_grid(self, begin: int, end: int, reader: Reader) -> tuple[memoryview, int]:
+        """Give what the reader keeps of the grid for some bytes here, and where that begins."""
+        span = self.span or (0, _NBYTES * math.prod(self.grid.shape))
+        if span[1] - span[0] > _KEPT_NBYTES:
+            span = self._span(begin, end)
+        return reader.kept(self.grid, *span), span[0]
+
+    def steps(self) -> TensorSource:
+        """Give how far each number may be off that was rounded to a code: less a zero point it is what it was."""
+        below = steps_of(self.source)
+        return below if self.by == "less" else replace(self, source=below)
+
+
+@dataclass(frozen=True, slots=True)
+class Gridded(_OnGrid):
     """Numbers, each with one of a coarser ``grid`` of numbers in float32: multiplied, divided, or less it.
 
     ``dims`` is the shape as the grid has it, of as many elements, and ``block`` how many of them along each axis one of
     the grid is for; the last along an axis may be for fewer. ``origin`` is where the numbers begin in the first block.
-    A part of one knows the ``span`` of the grid, in bytes, that it needs.
     """
 
-    grid: TensorSource
-    block: tuple[int, ...]
-    by: Literal["times", "over", "less"] = "times"
-    dims: tuple[int, ...] = ()
-    origin: tuple[int, ...] = ()
-    span: tuple[int, int] | None = None
+    block: Shape
+    dims: Shape = ()
+    origin: Shape = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "block", tuple(max(1, size) for size in self.block))
         if not self.dims:
             object.__setattr__(self, "dims", self.source.shape)
         if not self.origin:
             object.__setattr__(self, "origin", tuple(0 for _ in self.dims))
-        needed = tuple(-(-(at + length) // size) for at, length, size in self._sides())
+        needed = cells_of(map(operator.add, self.origin, self.dims), self.block)
         if needed != self.grid.shape:
             raise ValueError(f"a grid {self.grid.shape} for {self.dims} in blocks of {self.block}: it needs {needed}")
-
-    def _sides(self) -> Iterator[tuple[int, int, int]]:
-        return zip(self.origin, self.dims, self.block, strict=True)
 
     @property
     def grain(self) -> int:
@@ -353,28 +410,17 @@ class Gridded(Derived):
         return self.source.grain if is_one or self.source.grain > 1 else max(1, together) * _NBYTES
 
     @property
-    def computes(self) -> bool:
-        return True
+    def kept_nbytes(self) -> int:
+        of_task = _NBYTES * min(math.prod(self.grid.shape), PIECE_NBYTES // 2 // (math.prod(self.block) or 1))
+        return min(_KEPT_NBYTES, of_task) + self.grid.kept_nbytes + self.source.kept_nbytes
 
-    def inputs(self) -> tuple[Storage, ...]:
-        return (*self.source.inputs(), *self.grid.inputs())
-
-    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
-        yield from self.grid.extents(*self._span(begin // _NBYTES, end // _NBYTES))
-        yield from self.source.extents(begin, end)
-
-    def _span(self, first: int, end: int) -> tuple[int, int]:
-        """Give the bytes of the grid between which all lie that numbers have."""
-        if not self.dims or first >= end:
+    def _span(self, begin: int, end: int) -> tuple[int, int]:
+        if not self.dims or begin >= end:
             return 0, _NBYTES * math.prod(self.grid.shape)
-        row = math.prod(self.dims[1:])
-        begin_row, end_row = (self.origin[0] + first // row), self.origin[0] + -(-end // row)
+        row = _NBYTES * math.prod(self.dims[1:])
+        begin_row, end_row = (self.origin[0] + begin // row), self.origin[0] + -(-end // row)
         inner = math.prod(self.grid.shape[1:]) * _NBYTES
         return begin_row // self.block[0] * inner, -(-end_row // self.block[0]) * inner
-
-    def part(self, begin: int, end: int) -> Gridded:
-        span = self._span(begin // _NBYTES, end // _NBYTES)
-        return replace(self, source=self.source.part(begin, end), grid=self.grid.part(*span), span=span)
 
     def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Gridded:
         self._check_dims()
@@ -382,7 +428,7 @@ class Gridded(Derived):
         grid = self.grid.box(first, cells)
         return replace(self, source=self.source.box(start, shape), grid=grid, dims=shape, origin=origin, span=None)
 
-    def _cells_of(self, start: _Sides, shape: _Sides) -> tuple[_Sides, _Sides, _Sides]:
+    def _cells_of(self, start: Shape, shape: Shape) -> tuple[Shape, Shape, Shape]:
         """Give the box of the grid that a box of numbers has, and where these begin in its first block."""
         begins = tuple(at + origin for at, origin in zip(start, self.origin, strict=True))
         first = tuple(at // size for at, size in zip(begins, self.block, strict=True))
@@ -403,104 +449,76 @@ class Gridded(Derived):
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.kernels import apply_grid
 
-        first, count = begin // _NBYTES, len(out) // _NBYTES
-        span = self.span or (0, _NBYTES * math.prod(self.grid.shape))
-        if span[1] - span[0] > _KEPT_NBYTES:
-            span = self._span(first, first + count)
-        numbers = reader.kept(self.grid, *span)
+        numbers, offset = self._kept_grid(begin, begin + len(out), reader)
         self.source.read(begin, out, reader)
         strides = contiguous_strides(self.grid.shape)
         done = 0
-        for start, shape in blocks_of(self.dims, first, count):
+        for start, shape in blocks_of(self.dims, begin // _NBYTES, len(out) // _NBYTES):
             cell, cells, origin = self._cells_of(start, shape)
             # All axes behind that of the run are whole, so these lie in a row.
-            at = _NBYTES * sum(map(math.prod, zip(cell, strides, strict=True))) - span[0]
+            at = _NBYTES * sum(map(math.prod, zip(cell, strides, strict=True))) - offset
             some = numbers[at : at + _NBYTES * math.prod(cells)]
             nbytes = math.prod(shape) * _NBYTES
             apply_grid(out[done : done + nbytes], shape, some, cells, self.block, origin, self.by)
             done += nbytes
 
-    def steps(self) -> TensorSource:
-        """Give how far each number may be off that was rounded to a code: less a zero point it is what it was."""
-        below = steps_of(self.source)
-        return below if self.by == "less" else replace(self, source=below)
-
 
 @dataclass(frozen=True, slots=True)
-class Indexed(Derived):
+class Indexed(Unboxed, _OnGrid):
     """The numbers of a matrix, each with one of its row in a ``grid``: multiplied, divided, or less it.
 
     ``index``, whole numbers, says for each column which column of the grid that is; it is called ``name``. Reading
     raises BadFile for one that the grid does not have.
     """
 
-    grid: TensorSource
     index: TensorSource
     name: str
-    by: Literal["times", "over", "less"] = "times"
-    span: tuple[int, int] | None = None
 
     @property
     def grain(self) -> int:
         return self.source.grain if self.source.grain > 1 else max(1, self.shape[1]) * _NBYTES
 
     @property
-    def computes(self) -> bool:
-        return True
+    def kept_nbytes(self) -> int:
+        grid = min(_KEPT_NBYTES, _NBYTES * math.prod(self.grid.shape))
+        return self._index_nbytes + grid + self.grid.kept_nbytes + self.source.kept_nbytes
 
     def inputs(self) -> tuple[Storage, ...]:
-        return (*self.source.inputs(), *self.grid.inputs(), *self.index.inputs())
+        return (*_OnGrid.inputs(self), *self.index.inputs())
 
     def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
         yield from self.index.extents(0, self._index_nbytes)
-        yield from self.grid.extents(*self._span(begin, end))
-        yield from self.source.extents(begin, end)
+        yield from _OnGrid.extents(self, begin, end)
 
     @property
     def _index_nbytes(self) -> int:
         return self.index.dtype.nbytes(math.prod(self.index.shape))
 
     def _span(self, begin: int, end: int) -> tuple[int, int]:
-        """Give the bytes of the grid between which all lie that numbers have."""
         row, cells = max(1, self.shape[1]) * _NBYTES, self.grid.shape[1] * _NBYTES
         return begin // row * cells, -(-end // row) * cells
-
-    def part(self, begin: int, end: int) -> Indexed:
-        span = self._span(begin, end)
-        return replace(self, source=self.source.part(begin, end), grid=self.grid.part(*span), span=span)
-
-    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Indexed:
-        raise ValueError("a matrix whose columns are scaled in any order has no boxes")
-
-    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
-        return self if axes == (0, 1) else Turned(self)
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.kernels import apply_columns
 
-        span = self.span or self._span(0, _NBYTES * math.prod(self.shape))
-        if span[1] - span[0] > _KEPT_NBYTES:
-            span = self._span(begin, begin + len(out))
         cells = self.grid.shape[1] * _NBYTES
         index = reader.kept(self.index, 0, self._index_nbytes)
-        numbers = reader.kept(self.grid, *span)
+        numbers, offset = self._kept_grid(begin, begin + len(out), reader)
         self.source.read(begin, out, reader)
         done = 0
         for (row, column), (height, width) in blocks_of(self.shape, begin // _NBYTES, len(out) // _NBYTES):
             nbytes = height * width * _NBYTES
-            rows = numbers[row * cells - span[0] : (row + height) * cells - span[0]]
+            rows = numbers[row * cells - offset : (row + height) * cells - offset]
             columns = (column, column + width)
             if not apply_columns(out[done : done + nbytes], rows, height, index, self.index.dtype, columns, self.by):
-                inputs = self.index.inputs()
-                where = inputs[0].file.place if inputs else repr(self.name)
-                count = self.grid.shape[1]
-                raise BadFile(where, f"names groups in {self.name!r} that are not from 0 to {count - 1}", AGAIN)
+                problem = f"names groups in {self.name!r} that are not from 0 to {self.grid.shape[1] - 1}"
+                raise BadFile(Tensor(self.name, self.index).where, problem, AGAIN)
             done += nbytes
 
-    def steps(self) -> TensorSource:
-        """Give how far each number may be off that was rounded to a code, as ``Gridded`` does."""
-        below = steps_of(self.source)
-        return below if self.by == "less" else replace(self, source=below)
+
+def scales_of(tensor: Tensor, shape: Shape) -> Scales:
+    """Give the numbers of a tensor of scales, in another shape of as many. Raises ValueError for one of others."""
+    return Scales(reshaped(tensor.source, tensor.dtype, shape), tensor.name)
 
 
 def steps_of(source: TensorSource) -> TensorSource:
@@ -508,7 +526,7 @@ def steps_of(source: TensorSource) -> TensorSource:
 
     Of a negative scale it is negative. Raises ValueError for a source that is none of these.
     """
-    if isinstance(source, Widened | Decoded | Gridded | Indexed):
+    if isinstance(source, Widened | Decoded | _OnGrid):
         return source.steps()
     if isinstance(source, Reshaped | Turned):
         return replace(source, source=steps_of(source.source))

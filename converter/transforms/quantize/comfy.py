@@ -27,9 +27,20 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile, Unsupported
 from converter.formats.texts import parse_json
 from converter.tensors.base import Reader, TensorSource
-from converter.tensors.derived import Constant, Derived
+from converter.tensors.derived import Constant
 from converter.tensors.view import blocks_of
-from converter.transforms.quantize.codes import Coding, Decoded, Gridded, Scales, Turned, Widened, reshaped, steps_of
+from converter.transforms.quantize.codes import (
+    E2M1,
+    Decoded,
+    Gridded,
+    Scales,
+    Unboxed,
+    Widened,
+    coding_of,
+    reshaped,
+    scales_of,
+    steps_of,
+)
 from converter.transforms.quantize.restore import Module, Restored
 
 _DESCRIBED, _SCALE, _SCALE_2, _OLD_SCALE = ".comfy_quant", ".weight_scale", ".weight_scale_2", ".scale_weight"
@@ -38,11 +49,9 @@ _SLACK = 2**-7
 _TURNED = tuple(4**power for power in range(1, 6))  # groups, of which 256 is usual
 _TILE_ROWS, _TILE_COLUMNS, _TILE_NBYTES = 128, 4, 512
 _BAND_TILES = 2048  # of a row of tiles, at a time
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E2M1_STEPS = (0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0)
-_FP4 = Coding(4, (*_E2M1, *(-value for value in _E2M1)), 2 * _E2M1_STEPS, order=(1, 0))
+_FP4 = E2M1._replace(order=(1, 0))
 # As ``e8m0_to_f32`` has it: the bits of a float32's exponent, of which all zeros are 0 and all ones infinity.
-_E8M0 = Coding(8, (0.0, *(2.0 ** (code - 127) for code in range(1, 255)), math.inf), 256 * (0.0,))
+_E8M0 = coding_of(8, (0.0, *(2.0 ** (code - 127) for code in range(1, 255)), math.inf))
 # What is said of a module and changes none of its numbers.
 _SILENT = frozenset({"format", "params", "full_precision_matrix_mult", "orig_dtype", "per_row", "group_size"})
 
@@ -159,9 +168,7 @@ def _gridded(
     scale = module.scale(end)
     if not scale.dtype.is_floating or scale.dtype.bits < 16:
         raise module.misfit(end, f"it is {scale.dtype}")
-    scales = Scales(reshaped(scale.source, scale.dtype, grid), scale.name)
-    numbers = numbers or Widened(module.weight.source)
-    return Gridded(numbers, scales, tuple(max(1, length) for length in block))
+    return Gridded(numbers or Widened(module.weight.source), scales_of(scale, grid), block)
 
 
 def _mxfp8(module: Module, group: int) -> TensorSource:
@@ -182,8 +189,7 @@ def _nvfp4(module: Module, group: int) -> TensorSource:
     blocks = Scales(_unswizzled(module, shape, group, ("U8", "F8_E4M3"), DTYPES["F8_E4M3"]), scale.name)
     if math.prod(whole.shape) != 1 or whole.dtype.tag != "F32":
         raise module.misfit(_SCALE_2, f"it is {whole.dtype} {list(whole.shape)}, and no number")
-    factor = Scales(reshaped(whole.source, whole.dtype, (1, 1)), whole.name)
-    scales = Gridded(blocks, factor, tuple(max(1, length) for length in blocks.shape))
+    scales = Gridded(blocks, scales_of(whole, (1, 1)), blocks.shape)
     return Gridded(Decoded(weight.source, _FP4, shape, 1), scales, (1, group))
 
 
@@ -201,7 +207,7 @@ def _unswizzled(
 
 
 @dataclass(frozen=True, slots=True)
-class Unswizzled(Derived):
+class Unswizzled(Unboxed):
     """A matrix of bytes whose tiles of 128 x 4 lie one behind the other, padded, as cuBLAS reads scales."""
 
     of_shape: tuple[int, ...]
@@ -228,12 +234,6 @@ class Unswizzled(Derived):
         nbytes = self._tiles * _TILE_NBYTES
         return begin // row * nbytes, -(-end // row) * nbytes
 
-    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Unswizzled:
-        raise ValueError("a matrix that lies in tiles has no boxes")
-
-    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
-        return self if axes == (0, 1) else Turned(self)
-
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.kernels import unswizzle
 
@@ -256,7 +256,7 @@ class Unswizzled(Derived):
 
 
 @dataclass(frozen=True, slots=True)
-class Unrotated(Widened):
+class Unrotated(Unboxed, Widened):
     """Whole numbers in float32, those of each ``group`` along a row turned back: with a regular Hadamard matrix.
 
     That is the Kronecker product of as many matrices of 4 x 4 as there are fours in ``group``, each its own inverse
@@ -265,24 +265,15 @@ class Unrotated(Widened):
 
     group: int
 
-    def _span(self, begin: int, end: int) -> tuple[int, int]:
+    def _below(self, begin: int, end: int) -> tuple[int, int]:
         """Give the bytes of whole groups that some of theirs are in."""
         nbytes = self.group * self.dtype.itemsize
         return begin // nbytes * nbytes, -(-end // nbytes) * nbytes
 
-    def _below(self, begin: int, end: int) -> tuple[int, int]:
-        return self._span(begin, end)
-
-    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Unrotated:
-        raise ValueError("a matrix whose rows are turned has no boxes")
-
-    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
-        return self if axes == (0, 1) else Turned(self)
-
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.kernels import unrotate
 
-        first, end = self._span(begin, begin + len(out))
+        first, end = self._below(begin, begin + len(out))
         if (first, end) == (begin, begin + len(out)):
             self.source.read(begin, out, reader)
             unrotate(out, self.group)
@@ -295,7 +286,7 @@ class Unrotated(Widened):
     def steps(self) -> TensorSource:
         """Give how far each may be off: all of a group, each by what it weighs."""
         weight = Constant(DTYPES["F32"], (1, 1), struct.pack("<f", math.sqrt(self.group)))
-        return Gridded(steps_of(self.source), weight, tuple(max(1, length) for length in self.shape))
+        return Gridded(steps_of(self.source), weight, self.shape)
 
 
 _FORMATS: Mapping[str, _Format] = {

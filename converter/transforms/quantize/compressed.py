@@ -23,8 +23,20 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import Unsupported
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import Cast
-from converter.transforms.quantize.codes import E2M1, Coding, Decoded, Gridded, Indexed, Scales, Widened, reshaped
-from converter.transforms.quantize.dense import Dense
+from converter.transforms.quantize.codes import (
+    E2M1,
+    Coding,
+    Decoded,
+    Gridded,
+    Indexed,
+    Scales,
+    Widened,
+    coding_of,
+    in_bytes,
+    reshaped,
+    scales_of,
+)
+from converter.transforms.quantize.dense import Dense, unpacked
 from converter.transforms.quantize.restore import Module, Restored
 
 _SCALE, _ZERO, _SHAPE, _GLOBAL, _INDEX, _INPUTS = (
@@ -77,7 +89,7 @@ def restore(module: Module) -> Restored:
         else:
             codes = Decoded(weight.source, _eight_bits(), weight.shape, len(weight.shape) - 1)
             numbers = Gridded(codes, zeros, block, by="less")
-    product = Gridded(numbers, Scales(reshaped(scale.source, scale.dtype, cells), scale.name), block)
+    product = Gridded(numbers, scales_of(scale, cells), block)
     is_nearest = not (zeros and (is_float or scale.dtype.bits < 32)) and not _is_calibrated(said)
     dtype = _BF16 if scale.dtype.bits == 8 else _library_dtype(scale.dtype)
     return Restored(weight.name, product, dtype, slack if is_nearest else None)
@@ -102,7 +114,7 @@ def _restore_ints(module: Module) -> Restored:
     zeros, numbers = _zeros_of_packed(module, bits, shape, cells), _decoded(module, bits, shape, has_zeros=False)
     if zeros is not None:
         numbers = _by_groups(_decoded(module, bits, shape, has_zeros=True), zeros, block, order, "less")
-    scales = Scales(reshaped(scale.source, scale.dtype, cells), scale.name)
+    scales = scales_of(scale, cells)
     product = _by_groups(numbers, scales, block, order)
     is_nearest = not (zeros and scale.dtype.bits < 32) and not _is_calibrated(said)
     slack = _SLACK[scale.dtype.tag] if is_nearest else None
@@ -195,7 +207,7 @@ def whole(module: Module, end: str, shape: tuple[int, ...]) -> TensorSource:
     scale = module.scale(end)
     if scale.dtype.tag != "F32" or scale.shape not in ((), (1,)):
         raise module.misfit(end, f"it is {scale.dtype} {list(scale.shape)}, not one F32")
-    return Scales(reshaped(scale.source, scale.dtype, tuple(1 for _ in shape)), scale.name)
+    return scales_of(scale, tuple(1 for _ in shape))
 
 
 def check_plain(module: Module) -> None:
@@ -293,17 +305,10 @@ def _listed(said: tuple[Said, ...]) -> str:
 def _decoded(module: Module, bits: int, shape: tuple[int, ...], has_zeros: bool) -> TensorSource:
     source, words = module.weight.source, module.weight.shape
     if 32 % bits or shape[-1] % (32 // bits):
-        return _unpacked(source, bits, shape, len(shape) - 1, has_zeros)
+        return unpacked(source, _whole_numbers(bits, has_zeros), shape, len(shape) - 1)
     # No word has room left, so that they are bytes as well, which are faster.
     source = reshaped(source, DTYPES["U8"], (*words[:-1], 4 * words[-1]))
-    return Decoded(source, _whole_numbers(bits, 1, has_zeros), shape, len(shape) - 1)
-
-
-def _unpacked(source: TensorSource, bits: int, shape: tuple[int, ...], axis: int, has_zeros: bool) -> TensorSource:
-    """Give the numbers of words that may have room left."""
-    if 32 % bits:
-        return Decoded(Dense(source, bits, shape, axis), _as_bytes(_whole_numbers(bits, 1, has_zeros)), shape, axis)
-    return Decoded(source, _whole_numbers(bits, 4, has_zeros), shape, axis)
+    return Decoded(source, _whole_numbers(bits, has_zeros), shape, len(shape) - 1)
 
 
 def _zeros_of_packed(module: Module, bits: int, shape: tuple[int, ...], cells: tuple[int, ...]) -> TensorSource | None:
@@ -314,7 +319,7 @@ def _zeros_of_packed(module: Module, bits: int, shape: tuple[int, ...], cells: t
     needed = (*cells[:-2], -(-shape[-2] * bits // 32), cells[-1])
     if zeros.shape != needed or cells[-2] != shape[-2]:
         raise module.misfit(_ZERO, f"it is {list(zeros.shape)}, and scales of {list(cells)} need {list(needed)}")
-    return _unpacked(zeros.source, bits, cells, len(cells) - 2, has_zeros=False)
+    return unpacked(zeros.source, _whole_numbers(bits, has_zeros=False), cells, len(cells) - 2)
 
 
 def _plain_zeros(module: Module, cells: tuple[int, ...]) -> TensorSource | None:
@@ -326,7 +331,7 @@ def _plain_zeros(module: Module, cells: tuple[int, ...]) -> TensorSource | None:
         raise module.misfit(_ZERO, f"it is {zeros.dtype}")
     if zeros.shape != module.scale(_SCALE).shape:
         raise module.misfit(_ZERO, f"it is {list(zeros.shape)}, and the scales are not")
-    return Scales(reshaped(zeros.source, zeros.dtype, cells), zeros.name)
+    return scales_of(zeros, cells)
 
 
 def _order_of(module: Module, shape: tuple[int, ...], group: int) -> Tensor | None:
@@ -358,41 +363,31 @@ def _by_groups(
 ) -> TensorSource:
     if order is None:
         return Gridded(numbers, grid, block, by=by)
-    return Indexed(numbers, grid, order.source, order.name, by)
+    return Indexed(numbers, grid, order.source, order.name, by=by)
 
 
 # Codes.
 
 
 @cache
-def _whole_numbers(bits: int, width: int, has_zeros: bool) -> Coding:
+def _whole_numbers(bits: int, has_zeros: bool) -> Coding:
     """Give the coding of whole numbers, the least of which is 0. Beside a rounded zero point the ends are cut off."""
-    values = [float(code - (1 << bits - 1)) for code in range(1 << bits)]
-    steps = [0.5] * len(values)
-    if has_zeros:
-        steps[0] = steps[-1] = 1.0
-    return Coding(bits, tuple(values), tuple(steps), width)
+    numbers = coding_of(bits, [float(code - (1 << bits - 1)) for code in range(1 << bits)])
+    return numbers._replace(steps=(1.0, *numbers.steps[1:-1], 1.0)) if has_zeros else numbers
 
 
 @cache
 def _eight_bits() -> Coding:
     """Give the coding of int8 beside zero points."""
-    values, steps = (one[128:] + one[:128] for one in _whole_numbers(8, 1, has_zeros=True)[1:3])
+    values, steps = (one[128:] + one[:128] for one in _whole_numbers(8, has_zeros=True)[1:3])
     return Coding(8, values, steps)
-
-
-def _as_bytes(coding: Coding) -> Coding:
-    """Give the coding of numbers whose codes are in a byte each."""
-    rest = (0.0,) * (256 - (1 << coding.bits))
-    return Coding(8, coding.values + rest, coding.steps + rest)
 
 
 @cache
 def _e2m3() -> Coding:
     """Give the coding of floats of 6 bits, in a byte each (``compressors/mxfp6/helpers.py``)."""
     half = (*(code / 8 for code in range(8)), *((1 + code / 8) * 2**power for power in range(3) for code in range(8)))
-    steps = (*(1 / 16 for _ in range(16)), *(2**power / 16 for power in (1, 2) for _ in range(8)))
-    return _as_bytes(Coding(6, (*half, *(-one for one in half)), 2 * steps))
+    return in_bytes(coding_of(6, (*half, *(-one for one in half))))
 
 
 def _rounded(source: TensorSource, dtype: DType) -> TensorSource:

@@ -11,15 +11,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from converter.dtypes import DTYPES, DType
-from converter.tensors.base import Reader
-from converter.tensors.derived import Derived
+from converter.tensors.base import Reader, TensorSource
+from converter.tensors.derived import Computed
+from converter.transforms.quantize.codes import Coding, Decoded, Unboxed, in_bytes
 
 _WORD = 4  # bytes
 _TOGETHER = 32  # codes that fill as many words as they have bits
 
 
+def unpacked(words: TensorSource, coding: Coding, shape: tuple[int, ...], axis: int) -> Decoded:
+    """Give the numbers of a shape whose codes lie in 32-bit words along an axis: whole, or one right behind another."""
+    if 8 * _WORD % coding.bits:
+        return Decoded(Dense(words, coding.bits, shape, axis), in_bytes(coding), shape, axis)
+    return Decoded(words, coding._replace(width=_WORD), shape, axis)
+
+
 @dataclass(frozen=True, slots=True)
-class Dense(Derived):
+class Dense(Unboxed, Computed):
     """Codes that lie so along ``axis``, each as a byte of its own; ``of_shape`` is theirs.
 
     The source is the bytes of words in row-major order, along the axis as many as the codes need.
@@ -44,10 +52,6 @@ class Dense(Derived):
     @property
     def grain(self) -> int:
         return 1 if self.source.grain == 1 else math.prod(self.shape)
-
-    @property
-    def computes(self) -> bool:
-        return True
 
     def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
         """Cut codes into runs of one row each: the run's first word and their number, codes to skip and to take.
@@ -74,12 +78,6 @@ class Dense(Derived):
     def part(self, begin: int, end: int) -> Dense:
         source = self.source.part(*self._below(begin, end))
         return self if source is self.source else replace(self, source=source)
-
-    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Dense:
-        raise ValueError("codes that lie in two words have no boxes")
-
-    def permuted(self, axes: tuple[int, ...]) -> Dense:
-        raise ValueError("codes that lie in two words have no other axes")
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.kernels import unpack_dense

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from converter.dtypes import DType
 from converter.errors import BadFile, Unsupported
 from converter.tensors.base import Tensor, TensorSource
-from converter.transforms.quantize.codes import AGAIN, E2M1, Decoded, Gridded, Scales, Widened, reshaped
+from converter.transforms.quantize.codes import AGAIN, E2M1, Decoded, Gridded, Shape, Widened, cells_of, scales_of
 from converter.transforms.quantize.restore import Module, Restored
 
 _BLOCK = (128, 128)
@@ -27,8 +27,6 @@ _SLACK = 2**-8  # what a cast to bfloat16 has taken off before: loaders quantize
 _MX_BLOCK = (1, 32)  # of the microscaling formats of OCP
 _MAX_BLOCK = 1 << 20
 _SCALES = frozenset({"F32", "BF16", "F16", "F8_E8M0", "U8"})
-
-_Sides = tuple[int, ...]
 
 
 def restore(module: Module) -> Restored:
@@ -45,9 +43,8 @@ def restore(module: Module) -> Restored:
     if 0 in numbers.shape:
         return Restored(weight.name, numbers, _dtype_of(scale), _SLACK)
     block = _find_block(module, end, numbers.shape, scale)
-    grid = _grid_of(numbers.shape, block)
-    scales = Scales(reshaped(scale.source, scale.dtype, grid), scale.name)
-    return Restored(weight.name, Gridded(numbers, scales, block), _dtype_of(scale), _SLACK)
+    grid = cells_of(numbers.shape, block)
+    return Restored(weight.name, Gridded(numbers, scales_of(scale, grid), block), _dtype_of(scale), _SLACK)
 
 
 def _numbers_of(weight: Tensor) -> TensorSource:
@@ -65,7 +62,7 @@ def _dtype_of(scale: Tensor) -> DType | None:
     return scale.dtype if scale.dtype.tag in ("BF16", "F16") else None
 
 
-def _find_block(module: Module, end: str, shape: _Sides, scale: Tensor) -> _Sides:
+def _find_block(module: Module, end: str, shape: Shape, scale: Tensor) -> Shape:
     """Give how many numbers along each axis have a scale in common. Raises BadFile where no block is as many scales."""
     said = _said_block(module)
     if math.prod(scale.shape) == 1:
@@ -73,21 +70,21 @@ def _find_block(module: Module, end: str, shape: _Sides, scale: Tensor) -> _Side
     if len(shape) >= 2:
         for block in _blocks_of(shape, scale.shape, said):
             whole = _whole(shape, block)
-            if _is_spelled(_grid_of(shape, whole), scale.shape, shape):
+            if _is_spelled(cells_of(shape, whole), scale.shape, shape):
                 return whole
     problem = f"it is {list(scale.shape)} beside {list(shape)}"
     if len(shape) >= 2:
         size = said or _BLOCK
-        problem += f", and blocks of {list(size)} need {list(_grid_of(shape, _whole(shape, size)))}"
+        problem += f", and blocks of {list(size)} need {list(cells_of(shape, _whole(shape, size)))}"
     raise module.misfit(end, problem)
 
 
-def _whole(shape: _Sides, block: tuple[int, int]) -> _Sides:
+def _whole(shape: Shape, block: tuple[int, int]) -> Shape:
     """Give a block of matrices as one of all axes."""
     return (*(1 for _ in shape[:-2]), *block)
 
 
-def _blocks_of(shape: _Sides, scales: _Sides, said: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
+def _blocks_of(shape: Shape, scales: Shape, said: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
     """Give the blocks that matrices may be cut into, the likeliest first.
 
     Where nothing says which, also those that divide them, as ``Fp8Dequantize`` finds them.
@@ -106,13 +103,9 @@ def _blocks_of(shape: _Sides, scales: _Sides, said: tuple[int, int] | None) -> I
         yield rows // scales[-2], columns // scales[-1]
 
 
-def _is_spelled(grid: _Sides, scales: _Sides, shape: _Sides) -> bool:
+def _is_spelled(grid: Shape, scales: Shape, shape: Shape) -> bool:
     """Say whether scales are of a grid's shape, or one for each row or expert without more axes."""
     return scales == grid or (scales == shape[:1] and math.prod(grid) == shape[0] == grid[0])
-
-
-def _grid_of(shape: _Sides, block: _Sides) -> _Sides:
-    return tuple(-(-length // size) for length, size in zip(shape, block, strict=True))
 
 
 def _said_block(module: Module) -> tuple[int, int] | None:

@@ -23,8 +23,8 @@ from functools import cache
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.tensors.base import Reader, Tensor, TensorSource
 from converter.tensors.derived import Derived, held
-from converter.transforms.quantize.codes import Coding, Decoded, Gridded, Indexed, Scales, Turned
-from converter.transforms.quantize.dense import Dense
+from converter.transforms.quantize.codes import Coding, Gridded, Indexed, Scales, Turned, coding_of
+from converter.transforms.quantize.dense import unpacked
 from converter.transforms.quantize.restore import Module, Restored
 
 _QZEROS, _SCALES, _INDEX = ".qzeros", ".scales", ".g_idx"
@@ -61,9 +61,9 @@ def restore(module: Module) -> Restored:
     index = module.beside.get(_INDEX)
     if index is None:
         block = (1, _group_size(module, inputs, groups))
-        numbers = Gridded(Gridded(codes, points, block, "less"), grid, block)
+        numbers = Gridded(Gridded(codes, points, block, by="less"), grid, block)
     else:
-        numbers = Indexed(codes, points, index.source, index.name, "less")
+        numbers = Indexed(codes, points, index.source, index.name, by="less")
         numbers = Indexed(numbers, grid, index.source, index.name)
     if module.is_transposed:
         numbers = Turned(numbers)
@@ -162,17 +162,12 @@ def _coding(bits: int, version: str | None) -> Coding:
         codes = [*codes[1:], math.nan]
     elif version is None:
         codes = [code if code in (middle - 1, middle) else math.nan for code in codes]
-    return Coding(bits, tuple(codes), tuple(0.5 for _ in codes), _WORD // 8)
+    return coding_of(bits, codes)
 
 
 def _codes(bits: int, words: TensorSource, shape: tuple[int, int], version: str | None = _SECOND) -> TensorSource:
     """Give codes that lie in words along the last axis."""
-    coding = _coding(bits, version)
-    if _WORD % bits:
-        rest = (math.nan,) * (256 - len(coding.values))
-        in_bytes = Coding(8, coding.values + rest, coding.steps + rest)
-        return Decoded(Dense(held(words), bits, shape, 1), in_bytes, shape, 1)
-    return Decoded(held(words), coding, shape, 1)
+    return unpacked(held(words), _coding(bits, version), shape, 1)
 
 
 def _zeros(bits: int, words: TensorSource, shape: tuple[int, int], version: str | None) -> TensorSource:
@@ -196,8 +191,7 @@ class ZeroPoints(Derived):
         from converter.transforms.quantize.kernels import are_finite, fill_alike
 
         self.source.read(begin, out, reader)
-        inputs = self.source.inputs()
-        where = inputs[0].file.place if inputs else repr(self.name)
+        where = Tensor(self.name, self.source).where
         if self.symmetric and not fill_alike(out, float(1 << (self.bits - 1))):
             problem = f"has zero points in {self.name!r} that GPTQ's two versions read in two ways"
             advice = "Put its config.json beside it, or a quantize_config.json with its checkpoint_format."

@@ -15,15 +15,13 @@ from __future__ import annotations
 from converter.dtypes import DTYPES
 from converter.errors import Unsupported
 from converter.tensors.base import TensorSource
-from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, Scales, Widened
+from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, Scales, Shape, Widened
 from converter.transforms.quantize.compressed import check_plain, whole
 from converter.transforms.quantize.restore import Module, Restored
 
 _GROUPS = {"F8_E4M3": (16, 32), "U8": (32,)}
 _SLACK = 2**-20
 _NV = E2M1._replace(values=tuple(value or 0.0 for value in E2M1.values))
-
-_Sides = tuple[int, ...]
 
 
 def restore(module: Module) -> Restored:
@@ -35,8 +33,10 @@ def restore(module: Module) -> Restored:
     scale = module.scale(end)
     if scale.dtype.bits > 8:
         # ``pack_int4_in_uint8`` in ``export/quant_utils.py``: nothing in it reads them again.
-        problem = f"holds {weight.name!r} in bytes with scales in {scale.dtype}, which no 4-bit floats have"
-        raise Unsupported(weight.where, problem, "Load it with the library that wrote it.")
+        said = module.config.get("quant_method")
+        called = f", and its config says {said[:60]!r}" if isinstance(said, str) else ""
+        problem = f"has whole numbers in fewer than 8 bits in {weight.name!r}, as ModelOpt's AWQ has them{called}"
+        raise Unsupported(weight.where, problem, "wconv does not read those: take the model it was made from.")
     if scale.dtype.tag != ("F8_E4M3" if second else "U8"):
         raise module.misfit(end, f"it is {scale.dtype}")
     shape, block, axis = _fit(module, end)
@@ -57,7 +57,7 @@ def restore_whole(module: Module) -> Restored:
     return Restored(weight.name, numbers, None, _SLACK)
 
 
-def _fit(module: Module, end: str) -> tuple[_Sides, _Sides, int]:
+def _fit(module: Module, end: str) -> tuple[Shape, Shape, int]:
     """Give the shape of a weight's numbers, the block of each scale, and the axis along which numbers are packed."""
     packed, scale = module.weight.shape, module.scale(end)
     axes = (len(packed) - 1, 1) if len(packed) == 3 else (len(packed) - 1,)

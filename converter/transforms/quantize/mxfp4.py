@@ -15,7 +15,7 @@ from converter.dtypes import DTYPES
 from converter.errors import BadFile
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import held
-from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, Scales, reshaped
+from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, reshaped, scales_of
 from converter.transforms.quantize.restore import Module, Restored
 
 _F32, _BF16 = DTYPES["F32"], DTYPES["BF16"]
@@ -71,5 +71,5 @@ def _restored(module: Module, blocks: TensorSource, scales: TensorSource, name: 
     else:
         words, sides, block = (height * _BYTES, width), (height * 2 * _BYTES, width), (2 * _BYTES, 1)
     numbers = Decoded(reshaped(blocks, blocks.dtype, words), E2M1, sides, 2 + axis)
-    grid = Scales(reshaped(scales, scales.dtype, (height, width)), name)
+    grid = scales_of(Tensor(name, scales), (height, width))
     return Restored(module.base, reshaped(Gridded(numbers, grid, block), _F32, tuple(shape)), _BF16)
