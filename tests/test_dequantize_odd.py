@@ -90,7 +90,9 @@ def test_a_weight_may_have_no_axes(wconv: Callable[..., Any], tmp_path: Path) ->
     state = {"m.weight": torch.tensor(3).to(torch.int8), "m.weight_scale": torch.ones(1),
              "m.weight_zero_point": torch.ones(1, dtype=torch.int8)}  # fmt: skip
     source = save(state, tmp_path / "other.safetensors")
-    assert "does not fit 'm.weight': that is []" in wconv("dequantize", source, "-o", tmp_path / "o", exit_code=3).stderr
+    assert (
+        "does not fit 'm.weight': that is []" in wconv("dequantize", source, "-o", tmp_path / "o", exit_code=3).stderr
+    )
 
 
 def test_words_that_lie_in_columns_are_read_from_any_place(tmp_path: Path) -> None:
