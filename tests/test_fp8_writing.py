@@ -15,8 +15,7 @@ from support.tiny import assert_same, raw_bytes, save, write_json
 from converter.dtypes import DTYPES
 from converter.tensors.base import Tensor
 from converter.tensors.derived import Constant
-from converter.transforms.quantize.fp8_writing import _Cell, find_maxima
-from converter.transforms.quantize.write import RowBlock, cut_rows
+from converter.transforms.quantize.write import Cell, RowBlock, cut_rows, find_maxima
 
 CORPUS = Path(__file__).parent / "corpus" / "quantized" / "comfy"
 State = dict[str, torch.Tensor]
@@ -307,12 +306,12 @@ def test_magnitudes_are_found_in_small_chunks(cell: tuple[int, int], chunk_nbyte
     source = Tensor("m.weight", Constant(DTYPES["F16"], (rows, columns), raw_bytes(weight)))
     high, wide = cell[0] or rows, cell[1] or columns
     expected = weight.abs().float().reshape(rows // high, high, columns // wide, wide).amax((1, 3))
-    found = find_maxima(RowBlock(source, 0, rows), chunk_nbytes, _Cell(*cell))
+    found = find_maxima(RowBlock(source, 0, rows), chunk_nbytes, Cell(*cell))
     assert found.found == raw_bytes(expected.contiguous())
     assert found.is_fit
     weight[rows - 1, columns - 1] = torch.inf
     odd = source._replace(source=Constant(DTYPES["F16"], (rows, columns), raw_bytes(weight)))
-    assert not find_maxima(RowBlock(odd, 0, rows), chunk_nbytes, _Cell(*cell)).is_fit
+    assert not find_maxima(RowBlock(odd, 0, rows), chunk_nbytes, Cell(*cell)).is_fit
 
 
 def test_rows_of_a_block_stay_together() -> None:

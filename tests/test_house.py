@@ -47,11 +47,11 @@ HOMES = {
         "tensors/view.py",
         "tensors/derived.py",
         "tensors/kernels.py",
-        "transforms/quantize/row_kernels.py",
+        "transforms/quantize/write_kernels.py",
         "transforms/quantize/kernels.py",
     ),
     "ml_dtypes": ("tensors/kernels.py",),
-    "numkong": ("tensors/kernels.py", "transforms/quantize/row_kernels.py", "transforms/quantize/kernels.py"),
+    "numkong": ("tensors/kernels.py", "transforms/quantize/write_kernels.py", "transforms/quantize/kernels.py"),
     "torch": ("libraries/asked.py",),
     "transformers": ("libraries/asked.py",),
     "diffusers": ("libraries/asked.py",),
@@ -154,7 +154,7 @@ def test_only_storage_touches_a_disk(path: Any) -> None:
 def test_numpy_is_loaded_only_when_numbers_are_needed(name: str) -> None:
     tree = parse(ROOT / name)
     tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not {"numpy", "converter.tensors.kernels", "converter.transforms.quantize.row_kernels"} & set(
+    assert not {"numpy", "converter.tensors.kernels", "converter.transforms.quantize.write_kernels"} & set(
         imports_of(tree)
     )
 

@@ -23,10 +23,10 @@ from converter.tensors.reader import RangeReader
 from converter.transforms.quantize import DEQUANTIZERS
 from converter.transforms.quantize.bnb_int8 import find_scales, quantized
 from converter.transforms.quantize.codes import steps_of
-from converter.transforms.quantize.kernels import rounding_errors
+from converter.transforms.quantize.kernels import are_finite, rounding_errors
 from converter.transforms.quantize.restore import Module, find_restored
-from converter.transforms.quantize.row_kernels import RowScales, are_finite, quantize_chunk, row_maxima
 from converter.transforms.quantize.write import cut_rows
+from converter.transforms.quantize.write_kernels import RowScales, cell_maxima, in_halves, quantize_chunk
 
 DTYPES_OF_WEIGHTS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -52,7 +52,7 @@ def quantize_in_parts(weight: torch.Tensor, tag: str, cut: int) -> tuple[bytes, 
     """Give int8 values and scales as wconv makes them, the values in two chunks."""
     raw = memoryview(raw_bytes(weight))
     columns = weight.shape[1]
-    scales = row_maxima(raw, DTYPES[tag], columns)
+    scales = in_halves(cell_maxima(raw, DTYPES[tag], (1, columns), columns))
     out = bytearray(weight.numel())
     place = cut * weight.element_size()
     quantize_chunk(raw[:place], DTYPES[tag], memoryview(out)[:cut], RowScales(scales, columns), 0)
@@ -84,7 +84,8 @@ def test_ties_go_to_the_even_step() -> None:
 )
 def test_what_float16_cannot_hold_shows_in_the_scales(value: float, finite: bool) -> None:
     weight = torch.tensor([[1.0, value, -2.0], [3.0, 4.0, 5.0]])
-    assert are_finite(row_maxima(memoryview(raw_bytes(weight)), DTYPES["F32"], 3)) is finite
+    scales = in_halves(cell_maxima(memoryview(raw_bytes(weight)), DTYPES["F32"], (1, 3), 3))
+    assert are_finite(memoryview(scales)) is finite
 
 
 @pytest.mark.parametrize("tag", ["F32", "BF16", "F16"])

@@ -18,6 +18,7 @@ from converter.dtypes import DTYPES
 from converter.errors import Unsupported, name_some
 from converter.libraries.ask import LibraryMissing, ask_class
 from converter.models.checkpoint import open_checkpoint
+from converter.models.component import has_quantization
 from converter.models.growth import refuse_growth
 from converter.models.headers import LENIENT
 from converter.models.inventory import Inventory, Part
@@ -135,7 +136,7 @@ def _look_at_one(info: Tensor, is_scale: bool, reader: RangeReader, chunk_nbytes
 
 def _check_shapes(part: Part, found: ListedSet, tensors: Iterable[Tensor]) -> Iterator[Finding]:
     """Hold shapes against those that the class in the config would give, where its library is there to make it."""
-    if not part.component.class_name or "quantization_config" in part.component.config:
+    if not part.component.class_name or has_quantization(part.component.config):
         return
     try:
         expected = ask_class(part.component).shapes

@@ -15,10 +15,8 @@ from converter.errors import Unreachable, Unsupported, WconvError
 from converter.libraries import library_at
 from converter.models.checkpoint import open_checkpoint
 from converter.models.component import (
-    OWN_CONFIGS,
-    QUANTIZATION_KEYS,
-    nested,
-    quantization_beside,
+    QUANTIZER_CONFIGS,
+    has_quantization,
     quantization_of,
 )
 from converter.models.headers import LENIENT
@@ -37,8 +35,7 @@ from converter.models.schemes import (
 from converter.models.sets import ListedSet
 from converter.tensors.base import find_ties
 from converter.transforms.dtype import find_kept, stays_wider
-from converter.transforms.quantize import DEQUANTIZERS
-from converter.transforms.quantize.restore import find_restored
+from converter.transforms.quantize import find_unasked
 
 # What no float model calls a parameter of its own.
 _NOTHING_ELSE = ("_scale_inv", ".SCB", ".absmax", ".qzeros", ".g_idx")
@@ -159,7 +156,7 @@ def config_dtype(part: Part) -> tuple[DType, DType] | None:
     named = part.component.config.get("dtype") or part.component.config.get("torch_dtype")
     dtype = BY_TORCH_NAME.get(named) if isinstance(named, str) else None
     sets = part.sound_sets
-    if not library_at(part).reads_dtype or dtype is None or "quantization_config" in part.component.config:
+    if not library_at(part).reads_dtype or dtype is None or says_quantized(part):
         return None
     if not sets or any(listed.name.variant or quantized_in(part, listed) for listed in sets):
         return None
@@ -181,8 +178,7 @@ def lacks_format(part: Part, listed: ListedSet) -> list[str]:
 
 def says_quantized(part: Part) -> bool:
     """Say whether the config of a part says that its weights are quantized, or a file beside it that is for that."""
-    said = any(key in config for config in nested(part.component.config) for key in QUANTIZATION_KEYS)
-    return said or any(name in part.files for name in (*OWN_CONFIGS, "hf_quant_config.json"))
+    return has_quantization(part.component.config) or any(name in part.files for name in QUANTIZER_CONFIGS)
 
 
 def _names_unknown(part: Part) -> bool:
@@ -225,7 +221,7 @@ def misfit(part: Part, listed: ListedSet) -> str:
     """
     try:
         checkpoint = open_checkpoint(listed.without_index, LENIENT)
-        find_restored(checkpoint, DEQUANTIZERS, quantization_beside(part.component))
+        find_unasked(part.component, checkpoint)
     except Unreachable:
         raise
     except Unsupported:  # which is said of what is quantized

@@ -106,20 +106,27 @@ def _class_in(config: dict[str, Any]) -> str:
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
+def has_quantization(config: dict[str, Any]) -> bool:
+    """Say whether a config, or one in it, says that its weights are quantized."""
+    return any(key in one for one in nested(config) for key in QUANTIZATION_KEYS)
+
+
 def quantization_of(config: dict[str, Any]) -> dict[str, Any]:
     """Give what a config, or one in it, says of how its weights are quantized; empty where none does."""
     said = (one[key] for one in nested(config) for key in QUANTIZATION_KEYS if isinstance(one.get(key), dict))
     return next(said, {})
 
 
-# Where auto_gptq and autoawq put it before config.json had it.
-OWN_CONFIGS = ("quantize_config.json", "quant_config.json")
+# Where auto_gptq and autoawq put it before config.json had it; and what else quantizers write beside that: ModelOpt,
+# and one of compressed-tensors' older tools.
+_OWN_CONFIGS = ("quantize_config.json", "quant_config.json")
+QUANTIZER_CONFIGS = (*_OWN_CONFIGS, "hf_quant_config.json", "quantization_config.json")
 
 
 def quantization_beside(component: Component) -> dict[str, Any]:
     """Give what a config says of how its weights are quantized, or else a file beside it. Raises BadFile."""
     said = quantization_of(component.config)
-    for name in () if said else OWN_CONFIGS:
+    for name in () if said else _OWN_CONFIGS:
         said = said or read_json(component.path / name)
     return said
 

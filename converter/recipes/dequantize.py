@@ -11,7 +11,7 @@ from converter.dtypes import BY_TORCH_NAME, DType
 from converter.errors import Unsupported, WconvError, name_some
 from converter.libraries.base import DTYPE_KEYS
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import QUANTIZATION_KEYS, Component, nested, quantization_of
+from converter.models.component import QUANTIZATION_KEYS, QUANTIZER_CONFIGS, Component, nested, quantization_of
 from converter.models.configs import read_json, render_json
 from converter.models.schemes import holds_codes, quantized_in
 from converter.plan.make import join
@@ -21,9 +21,6 @@ from converter.recipes.steps import Job, into_one_set, make_ready, open_job, ope
 from converter.transforms.quantize import find_numbers
 from converter.transforms.quantize.restore import dequantized
 
-# What quantizers write beside config.json: ModelOpt, AutoGPTQ, AutoAWQ, and others. One of compressed-tensors' older
-# tools is quantization_config.json.
-_CONFIGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 _PARAMS = "params.json"
 _PLAIN = ("fp32", "bf16", "fp16")  # the dtypes that a model runs in
 
@@ -107,7 +104,7 @@ def _with(order: Order, config: dict[str, Any]) -> Order:
 
 def _without_configs(plan: Plan, components: Iterable[Component]) -> Plan:
     """Leave behind what else lies beside weights that are no longer quantized, and says how they are."""
-    names = {join(component.name, name) for component in components for name in _CONFIGS}
+    names = {join(component.name, name) for component in components for name in QUANTIZER_CONFIGS}
     left = [name for name, _ in plan.copied if name in names]
     if not left:
         return plan

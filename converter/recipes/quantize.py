@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,10 +19,7 @@ from converter.errors import BadRequest, LossyCast, Unsupported, name_some
 from converter.libraries import library_of
 from converter.libraries.modules import Linears, find_linears
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import (
-    Component,
-    WeightSet,
-)
+from converter.models.component import Component, WeightSet, has_quantization
 from converter.models.growth import refuse_growth
 from converter.models.model import Model
 from converter.models.names import fold_modules
@@ -122,24 +119,13 @@ def _plan_file(job: Job, how: _Quantizing) -> Plan:
     """Plan the quantized form of one file, whose modules nothing knows but its names."""
     selected = select(job)
     [(component, checkpoint)] = open_sets(job, selected)
-    path = checkpoint.weight_set.path
     _refuse_quantized(checkpoint)
-    refuse_growth(path, checkpoint.tensors)
-    matrices = {
-        module: _matrix(weight, False, how) for module, weight in choose_in_file(checkpoint, how.choice).items()
-    }
-    found, lossy = _measure(path, how.writer, how.measuring, list(matrices.values()))
-    left = [module for module, weight in matrices.items() if weight.name in lossy]
-    notes = list(_note_lossy(checkpoint, how.writer, left, how.choice.strict))
-    wanted = {module: weight for module, weight in matrices.items() if weight.name not in lossy}
-    if not wanted:
-        advice = "Name them with --include: weights with two axes, called .weight."
-        raise BadRequest(path, "has no module that would be quantized", advice)
-    made = {weight.name: how.writer.write(weight, found[weight.name]) for weight in wanted.values()}
-    changed = _with_made(checkpoint, made, notes)
-    names = {module: weight.name for module, weight in wanted.items()}
-    before = {tensor.name: tensor for tensor in checkpoint.tensors}
-    part = QuantizedPart(component.name, _sizes(before, names, made), ())
+    refuse_growth(checkpoint.weight_set.path, checkpoint.tensors)
+    chosen = choose_in_file(checkpoint, how.choice).items()
+    measured = _measure(checkpoint, how, {module: _matrix(weight, False, how) for module, weight in chosen})
+    advice = "Name them with --include: weights with two axes, called .weight."
+    _check_any(checkpoint, measured.matrices, advice)
+    changed, part = _written(component, checkpoint, how.writer, measured)
     return plan_job(job, selected, make_ready(job, [(component, changed)]), Rest(quantized=(part,)))
 
 
@@ -176,7 +162,7 @@ def _select_parts(job: Job, writer: Writer) -> list[tuple[Component, WeightSet]]
                 "int8 and nf4 are for it; --component names other parts; for ComfyUI, quantize a single file of it."
             )
             raise Unsupported(weight_set.path, f"is a model of {library}, which does not load {writer.name}", advice)
-        if "quantization_config" in component.config:
+        if has_quantization(component.config):
             raise Unsupported(weight_set.path, "is quantized already, as its config.json says", _ORIGINAL)
         if not component.config:
             advice = "It is needed to load a quantized model."
@@ -221,11 +207,9 @@ def _quantize(component: Component, checkpoint: Checkpoint, how: _Quantizing) ->
     matrices = {module: _matrix(tensors[weights[module]], module in linears.transposed, how) for module in wanted}
     unfit = {module: writer.unfit(one, module in linears.transposed) for module, one in matrices.items()}
     notes += _note_unfit(unfit)
-    wanted = [module for module in wanted if not unfit[module]]
-    found, too_large = _measure(path, writer, how.measuring, [matrices[module] for module in wanted])
-    lossy = [module for module in wanted if weights[module] in too_large]
-    notes += _note_lossy(checkpoint, writer, lossy, choice.strict)
-    wanted = [module for module in wanted if module not in lossy]
+    measured = _measure(checkpoint, how, {module: one for module, one in matrices.items() if not unfit[module]})
+    notes += measured.notes
+    wanted = list(measured.matrices)
     parted = parted_experts(experts, wanted)
     if parted:
         notes.append(f"left as they are, as the loader has all experts in one form: {_name(sorted(parted))}")
@@ -236,12 +220,11 @@ def _quantize(component: Component, checkpoint: Checkpoint, how: _Quantizing) ->
         if left:
             notes.append(f"left as they are, as a name in the skip list means them too: {_name(left)}")
             wanted = [module for module in wanted if module not in left]
-    if not wanted:
-        raise BadRequest(path, "has no module that would be quantized", "See --include, --skip and --component.")
-    made = {weights[module]: writer.write(matrices[module], found.get(weights[module], b"")) for module in wanted}
+    _check_any(checkpoint, wanted, "See --include, --skip and --component.")
+    measured = measured._replace(matrices={module: matrices[module] for module in wanted}, notes=notes)
     said = writer.config(skipped, how.casting.dtype or _most_common(matrices[module].dtype for module in wanted))
-    part = QuantizedPart(component.name, _sizes(tensors, {one: weights[one] for one in wanted}, made), skipped)
-    return _with_made(checkpoint, made, notes), _Done(part, said)
+    changed, part = _written(component, checkpoint, writer, measured)
+    return changed, _Done(part._replace(skipped=skipped), said)
 
 
 def _list_skipped(
@@ -271,21 +254,50 @@ def _refuse_remade(path: Place, linears: Linears, writer: Writer) -> None:
         raise Unsupported(path, problem, "fp8-block is for it.")
 
 
-def _with_made(checkpoint: Checkpoint, made: Mapping[str, tuple[Tensor, ...]], notes: Iterable[str]) -> Checkpoint:
-    """Let a checkpoint have, in place of some tensors, others that stand for each."""
+class _Measured(NamedTuple):
+    """The weights of modules that a scheme can hold, what was found of each by its name, and notes on others."""
+
+    matrices: Mapping[str, Tensor]
+    found: Mapping[str, bytes]
+    notes: Sequence[str] = ()
+
+
+def _measure(checkpoint: Checkpoint, how: _Quantizing, matrices: Mapping[str, Tensor]) -> _Measured:
+    """Find what a scheme has to know of weights before. Raises LossyCast for one that it cannot hold, if strict."""
+    path, measure = checkpoint.weight_set.path, how.writer.measure
+    if measure is None:
+        return _Measured(matrices, {})
+    check_measured(path, matrices.values())
+    found, lossy = how.measuring.find(measure, matrices.values())
+    left = [module for module, weight in matrices.items() if weight.name in lossy]
+    if not left:
+        return _Measured(matrices, found)
+    problem = f"holds weights with {measure.cause}, in {_name(left)}"
+    if how.choice.strict:
+        raise LossyCast(path, problem, "Without --strict these modules are left as they are.")
+    kept = {module: weight for module, weight in matrices.items() if module not in left}
+    return _Measured(kept, found, (f"{path.name} {problem}: left as they are",))
+
+
+def _check_any(checkpoint: Checkpoint, modules: Collection[str], advice: str) -> None:
+    if not modules:
+        raise BadRequest(checkpoint.weight_set.path, "has no module that would be quantized", advice)
+
+
+def _written(
+    component: Component, checkpoint: Checkpoint, writer: Writer, measured: _Measured
+) -> tuple[Checkpoint, QuantizedPart]:
+    """Let a checkpoint have, in place of weights, those that stand for each."""
+    found, weights = measured.found, sorted(measured.matrices.items())
+    made = {weight.name: writer.write(weight, found.get(weight.name, b"")) for _, weight in weights}
+    nbytes = {tensor.name: tensor.nbytes for tensor in checkpoint.tensors}
+    modules = ((module, nbytes[one.name], sum(new.nbytes for new in made[one.name])) for module, one in weights)
     files = tuple(
         replace(file, tensors=tuple(new for old in file.tensors for new in made.get(old.name, (old,))))
         for file in checkpoint.files
     )
-    return replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
-
-
-def _sizes(
-    tensors: Mapping[str, Tensor], weights: Mapping[str, str], made: Mapping[str, tuple[Tensor, ...]]
-) -> tuple[tuple[str, int, int], ...]:
-    """Give the bytes of the weights of modules before and after."""
-    pairs = sorted(weights.items())
-    return tuple((module, tensors[name].nbytes, sum(new.nbytes for new in made[name])) for module, name in pairs)
+    changed = replace(checkpoint, files=files, notes=(*checkpoint.notes, *measured.notes))
+    return changed, QuantizedPart(component.name, tuple(modules), ())
 
 
 def _matrix(weight: Tensor, is_transposed: bool, how: _Quantizing) -> Tensor:
@@ -308,26 +320,6 @@ def _note_unfit(unfit: Mapping[str, str]) -> Iterator[str]:
 
 def _name(modules: Iterable[str]) -> str:
     return name_some(fold_modules(modules), _NAMED)
-
-
-def _measure(
-    path: Place, writer: Writer, measuring: Measuring, weights: Collection[Tensor]
-) -> tuple[Mapping[str, bytes], Container[str]]:
-    """Give what a scheme has to know of weights before, by their names, and the names of those that it cannot hold."""
-    if writer.measure is None:
-        return {}, ()
-    check_measured(path, weights)
-    return measuring.find(writer.measure, weights)
-
-
-def _note_lossy(checkpoint: Checkpoint, writer: Writer, lossy: Collection[str], is_strict: bool) -> Iterator[str]:
-    """Note which modules a scheme cannot hold. Raises LossyCast for any, if that is strict."""
-    path = checkpoint.weight_set.path
-    if lossy and writer.measure:
-        problem = f"holds weights with {writer.measure.cause}, in {_name(lossy)}"
-        if is_strict:
-            raise LossyCast(path, problem, "Without --strict these modules are left as they are.")
-        yield f"{path.name} {problem}: left as they are"
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

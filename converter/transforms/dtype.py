@@ -9,7 +9,7 @@ from converter.dtypes import DTYPES, RECAST_SOURCES, DType, OnOverflow, dtype_of
 from converter.errors import BadRequest, Unsupported, Where
 from converter.libraries import library_of
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import Component
+from converter.models.component import Component, has_quantization
 from converter.models.schemes import find_belongings, quantized_in
 from converter.models.select import check_choice, compiled, texts_of
 from converter.tensors.base import Tensor
@@ -110,7 +110,7 @@ def _target_of(tensor: Tensor, dtype: DType, keep: Callable[[str], bool]) -> DTy
 def _check_quantized(component: Component, checkpoint: Checkpoint, force: bool) -> frozenset[str]:
     """Refuse to cast what tensors or config show to be quantized; name what stays as it is if that is forced."""
     found = quantized_in(checkpoint)
-    if not force and (found or "quantization_config" in component.config):
+    if not force and (found or has_quantization(component.config)):
         how, advice = "its config.json has a quantization_config", "Recast the model it was made from, or use --force."
         if found:
             how, advice = str(found[0]), f"{found[0].advice} To cast only what is not quantized, use --force."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from converter.libraries.modules import find_linears
 from converter.models.checkpoint import Checkpoint
@@ -78,4 +78,9 @@ def find_numbers(component: Component, checkpoint: Checkpoint) -> Found:
     """
     may_be_turned = any(one.scheme.may_be_turned for one in quantized_in(checkpoint))
     transposed = find_linears(component, named_plainly(checkpoint)).transposed if may_be_turned else ()
+    return find_unasked(component, checkpoint, transposed)
+
+
+def find_unasked(component: Component, checkpoint: Checkpoint, transposed: Container[str] = ()) -> Found:
+    """Give the same and ask nothing: ``transposed`` modules have theirs so, others as they lie in the file."""
     return find_restored(checkpoint, DEQUANTIZERS, quantization_beside(component), transposed)

@@ -319,7 +319,7 @@ class Packed(_Blocks):
         return _BLOCK // 2
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.quantize.row_kernels import pack_blocks
+        from converter.transforms.quantize.write_kernels import pack_blocks
 
         end = begin + len(out)
         for at, numbers in self._bands(begin, end, reader):
@@ -344,7 +344,7 @@ class BlockMaxima(_Blocks, Numbers):
         return _F32.itemsize
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.quantize.row_kernels import block_maxima
+        from converter.transforms.quantize.write_kernels import block_maxima
 
         for at, numbers in self._bands(begin, begin + len(out), reader):
             maxima = block_maxima(numbers, self.source.dtype, _BLOCK)

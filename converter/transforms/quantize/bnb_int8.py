@@ -8,7 +8,6 @@ and ``m.weight_format`` a uint8 scalar, 0 for row by row (``Linear8bitLt._save_t
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +17,9 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import Unsupported
 from converter.tensors.base import Reader, Tensor
 from converter.tensors.derived import Computed, Constant, Derived
-from converter.tensors.reader import RangeReader
 from converter.transforms.quantize.codes import Gridded, Unboxed, Widened, scales_of
 from converter.transforms.quantize.restore import Module, Restored
-from converter.transforms.quantize.write import Measure, Measured, RowBlock, Writer
+from converter.transforms.quantize.write import ROW, Measure, Measured, RowBlock, Writer, find_maxima
 
 _WEIGHT, _SCALES, _FORMAT = ".weight", ".SCB", ".weight_format"
 _STEP = struct.pack("<f", 1 / 127)
@@ -73,7 +71,7 @@ class QuantizedRows(Unboxed, Computed):
         return replace(part, scales=part.scales[4 * (first - self.first) : 4 * (last - self.first)], first=first)
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.quantize.row_kernels import RowScales, quantize_chunk
+        from converter.transforms.quantize.write_kernels import RowScales, quantize_chunk
 
         before = self.source.dtype
         columns = self.shape[1]
@@ -87,36 +85,11 @@ def find_scales(block: RowBlock, chunk_nbytes: int) -> Measured:
 
     Raises BadFile for a file that became shorter.
     """
-    from converter.transforms.quantize.row_kernels import are_finite, row_maxima
+    from converter.transforms.quantize.kernels import are_finite
+    from converter.transforms.quantize.write_kernels import in_halves
 
-    weight = block.weight
-    dtype, columns = weight.dtype, weight.shape[1]
-    buffer = memoryview(bytearray(max(chunk_nbytes, weight.source.window)))
-    room = len(buffer) // dtype.itemsize
-    found = []
-    with RangeReader() as reader:
-        reader.expect(weight.source.extents(*(dtype.nbytes(row * columns) for row in (block.begin, block.end))))
-
-        def read(first: int, count: int) -> memoryview:
-            view = buffer[: dtype.nbytes(count)]
-            weight.source.read(dtype.nbytes(first), view, reader)
-            return view
-
-        step = max(1, room // columns)
-        for row in range(block.begin, block.end, step):
-            numel = (min(block.end, row + step) - row) * columns
-            if numel <= room:
-                found.append(row_maxima(read(row * columns, numel), dtype, columns))
-                continue
-            # A row that the buffer does not hold: the largest of its parts' largest.
-            cuts = [*range(0, columns, room), columns]
-            parts = [
-                row_maxima(read(row * columns + begin, end - begin), dtype, end - begin)
-                for begin, end in itertools.pairwise(cuts)
-            ]
-            found.append(row_maxima(memoryview(b"".join(parts)), DTYPES["F32"], len(parts)))
-    numbers = b"".join(found)
-    return Measured(block, numbers, are_finite(numbers))
+    numbers = in_halves(find_maxima(block, chunk_nbytes, ROW).found)
+    return Measured(block, numbers, are_finite(memoryview(numbers)))
 
 
 def quantized(weight: Tensor, scales: bytes) -> tuple[Tensor, Tensor, Tensor]:

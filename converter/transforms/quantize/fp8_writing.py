@@ -7,83 +7,27 @@ with NaN or infinity has no scale, and stays as it is.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from converter.dtypes import DTYPES, DType
 from converter.tensors.base import Reader, Tensor, TensorSource
 from converter.tensors.derived import Cast, Computed, Constant
-from converter.tensors.reader import RangeReader
 from converter.transforms.quantize.codes import Gridded, Widened, cells_of
-from converter.transforms.quantize.write import Measure, Measured, RowBlock, Writer
+from converter.transforms.quantize.write import ROW, WHOLE, Cell, Measure, Writer, find_maxima
 
 _F32 = DTYPES["F32"]
 _BLOCK = 128
 _CAUSE = "values that are no finite numbers"
-_WHOLE = 0  # a cell as long as the matrix
 _ACCURACY = "Each value comes out within about 1/16 of itself, or 1/450,000 of the largest one of the same scale."
 
 
-class _Cell(NamedTuple):
-    """What has one scale: so many rows and columns, all of them where it says 0."""
-
-    rows: int
-    columns: int
-
-
-def find_maxima(block: RowBlock, chunk_nbytes: int, cell: _Cell) -> Measured:
-    """Find the largest magnitude of each cell of a block of rows, as float32; it is fit where all are finite.
-
-    Raises BadFile for a file that became shorter.
-    """
-    from converter.transforms.quantize.kernels import are_finite, cell_maxima, raise_maxima
-
-    weight = block.weight
-    dtype, columns = weight.dtype, weight.shape[1]
-    wide, high = cell.columns or columns, cell.rows or block.end - block.begin
-    buffer = memoryview(bytearray(max(chunk_nbytes, weight.source.window)))
-    room = len(buffer) // dtype.itemsize
-    found = bytearray()
-    with RangeReader() as reader:
-        reader.expect(weight.source.extents(*(dtype.nbytes(row * columns) for row in (block.begin, block.end))))
-
-        def read(first: int, count: int) -> memoryview:
-            view = buffer[: dtype.nbytes(count)]
-            weight.source.read(dtype.nbytes(first), view, reader)
-            return view
-
-        together = max(1, room // (high * columns)) * high
-        for row in range(block.begin, block.end, together):
-            rows = min(together, block.end - row)
-            if rows * columns <= room:
-                found += cell_maxima(read(row * columns, rows * columns), dtype, (high, wide), columns)
-                continue
-            maxima = bytearray(4 * (columns // wide))
-            step = max(1, room // columns)
-            for at in range(row, row + rows, step):
-                count = min(step, row + rows - at)
-                for begin, end in _cut_row(columns, wide, room):
-                    part = read(at * columns + begin, count * (end - begin))
-                    raise_maxima(maxima, cell_maxima(part, dtype, (count, wide), end - begin), begin // wide)
-            found += maxima
-    return Measured(block, bytes(found), are_finite(memoryview(found)))
-
-
-def _cut_row(columns: int, wide: int, room: int) -> Iterator[tuple[int, int]]:
-    """Cut a row into parts that find room: all of it, whole cells, or parts of one."""
-    step = max(wide, columns if columns <= room else room // wide * wide)
-    for first in range(0, columns, step):
-        last = min(columns, first + step)
-        for begin in range(first, last, min(step, room)):
-            yield begin, min(last, begin + room)
-
-
-def _measure(cell: _Cell) -> Measure:
+def _measure(cell: Cell) -> Measure:
     return Measure(partial(find_maxima, cell=cell), _CAUSE, rows=cell.rows or 1)
 
 
-def _scaled(weight: Tensor, factors: bytes, cell: _Cell, by: Literal["times", "over"] = "times") -> TensorSource:
+def _scaled(weight: Tensor, factors: bytes, cell: Cell, by: Literal["times", "over"] = "times") -> TensorSource:
     """Give a weight in float32 with each of its cells multiplied with a factor, or divided."""
     rows, columns = weight.shape
     block = cell.rows or rows, cell.columns or columns
@@ -104,7 +48,7 @@ class InFloat8(Computed):
         return DTYPES["F8_E4M3"]
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.quantize.kernels import float8_into
+        from converter.transforms.quantize.write_kernels import float8_into
 
         with reader.scratch(_F32.itemsize * len(out)) as numbers:
             self.source.read(_F32.itemsize * begin, numbers, reader)
@@ -119,7 +63,7 @@ def _beside(weight: Tensor, end: str, dtype: DType, shape: tuple[int, ...], cont
 # In blocks.
 
 
-_TILE = _Cell(_BLOCK, _BLOCK)
+_TILE = Cell(_BLOCK, _BLOCK)
 
 
 def write_blocks(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
@@ -127,7 +71,7 @@ def write_blocks(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
 
     As ``Fp8Quantize`` does in ``transformers/integrations/finegrained_fp8.py``.
     """
-    from converter.transforms.quantize.kernels import block_scales
+    from converter.transforms.quantize.write_kernels import block_scales
 
     factors, inverse = block_scales(found)
     shape = weight.shape[0] // _BLOCK, weight.shape[1] // _BLOCK
@@ -175,7 +119,6 @@ FP8_BLOCK = Writer(
 # By rows.
 
 
-_ROW = _Cell(1, _WHOLE)
 _MINUS_ZERO = struct.pack("<f", -0.0)
 
 
@@ -184,11 +127,11 @@ def write_rows(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
 
     In the weight's own dtype, as ``calculate_qparams`` and ``quantize`` do in ``compressed_tensors/quantization``.
     """
-    from converter.transforms.quantize.kernels import row_scales
+    from converter.transforms.quantize.write_kernels import row_scales
 
     dtype = weight.dtype if weight.dtype.bits < 32 else _F32
     divisors, scales = row_scales(found, dtype)
-    numbers = _scaled(weight, divisors, _ROW, "over")
+    numbers = _scaled(weight, divisors, ROW, "over")
     if dtype.bits < 32:
         numbers = Widened(Cast(numbers, dtype))
     # It adds a zero point of 0, which takes the sign off zeros.
@@ -237,7 +180,7 @@ FP8_SCALED = Writer(
     _rows_config,
     _ACCURACY,
     ("compressed-tensors must be installed, or vLLM.",),
-    _measure(_ROW),
+    _measure(ROW),
     unfit=_is_no_linear,
     libraries=("transformers",),
     names_skipped=True,
@@ -248,7 +191,7 @@ FP8_SCALED = Writer(
 # Whole, in one file.
 
 
-_ALL = _Cell(_WHOLE, _WHOLE)
+_ALL = Cell(WHOLE, WHOLE)
 _SAID = b'{"format": "float8_e4m3fn"}'
 
 
@@ -257,7 +200,7 @@ def write_whole(weight: Tensor, found: bytes) -> tuple[Tensor, ...]:
 
     As ``TensorCoreFP8Layout.quantize`` does in ``comfy_kitchen/tensor/fp8.py``, of a weight in float32.
     """
-    from converter.transforms.quantize.kernels import whole_scale
+    from converter.transforms.quantize.write_kernels import whole_scale
 
     factor, scale = whole_scale(found)
     return (

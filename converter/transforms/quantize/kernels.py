@@ -11,7 +11,7 @@ import numkong
 import numpy as np
 
 from converter.dtypes import DTYPES, DType
-from converter.tensors.kernels import Array, as_array, cast_chunk, numpy_dtype, widen
+from converter.tensors.kernels import Array, as_array, numpy_dtype, widen
 from converter.transforms.quantize.codes import Coding, half_steps
 
 # What numpy takes a code's numbers for, where one byte has so many: their bits move as one element does.
@@ -344,82 +344,6 @@ def rounding_errors(
             beyond = int((~(errors <= bounds)).sum())
     sums = (float(one.sum(dtype=np.float64)) for one in (errors, magnitudes))
     return Rounding(beyond, float(errors.max(initial=0.0)), float(magnitudes.max(initial=0.0)), *sums)
-
-
-def cell_maxima(chunk: memoryview, dtype: DType, cell: tuple[int, int], columns: int) -> bytes:
-    """Give the largest magnitude of each cell of some rows of a matrix, row-major, as float32; NaN where it has one.
-
-    Cells divide the rows; a matrix that is narrower than a cell is a part of one.
-    """
-    rows, wide = cell[0], min(cell[1], columns)
-    values = widen(as_array(chunk, dtype))
-    with np.errstate(invalid="ignore"):
-        if wide == columns:
-            cells = values.reshape(-1, rows * columns)
-            largest = np.maximum(cells.max(axis=1), -cells.min(axis=1))
-        else:
-            bands = values.reshape(-1, rows, columns)
-            largest = np.maximum(bands.max(axis=1), -bands.min(axis=1))
-            largest = largest.reshape(-1, columns // wide, wide).max(axis=2)
-        found: bytes = np.abs(largest).tobytes()  # of zeros none is negative
-    return found
-
-
-def raise_maxima(maxima: bytearray, part: bytes, first: int) -> None:
-    """Raise float32 numbers from the ``first`` on to others where those are larger, or NaN."""
-    others = np.frombuffer(part, "<f4")
-    known = np.frombuffer(maxima, "<f4")[first : first + len(others)]
-    np.maximum(known, others, out=known)
-
-
-_E4M3_LARGEST = np.float32(448)
-
-
-def float8_into(numbers: memoryview, out: memoryview) -> None:
-    """Write finite float32 numbers into ``out`` as F8_E4M3, rounded to nearest even; those are cut in place before."""
-    values = np.frombuffer(numbers, "<f4")
-    np.clip(values, -_E4M3_LARGEST, _E4M3_LARGEST, out=values)
-    # The kernel is right for all that it can hold (``converter/tensors/kernels.py``).
-    numkong.astype(values, "e4m3", out=as_array(out, DTYPES["F8_E4M3"]))
-
-
-def block_scales(maxima: bytes) -> tuple[bytes, bytes]:
-    """Give what blocks are multiplied with to fill float8, and the reciprocals, of the largest magnitude of each.
-
-    torch takes 448 / largest as 448 times the reciprocal, rounded twice (``Tensor.__rtruediv__``). Zeros stay zeros.
-    """
-    largest = np.frombuffer(maxima, "<f4")
-    with np.errstate(divide="ignore", over="ignore"):
-        factors = np.where(largest > 0, _E4M3_LARGEST * (np.float32(1) / largest), np.float32(1))
-        return factors.tobytes(), (np.float32(1) / factors).tobytes()
-
-
-def row_scales(maxima: bytes, dtype: DType) -> tuple[bytes, bytes]:
-    """Give what rows are divided by to fill float8, in float32 and in the dtype that it is rounded to.
-
-    A row of zeros has the dtype's epsilon.
-    """
-    scales = np.frombuffer(maxima, "<f4") / _E4M3_LARGEST
-    rounded = bytearray(len(scales) * dtype.itemsize)
-    cast_chunk(memoryview(scales.tobytes()), DTYPES["F32"], memoryview(rounded), dtype, "error")
-    wide = widen(as_array(memoryview(rounded), dtype)).copy()
-    epsilon = {"F32": 2.0**-23, "BF16": 2.0**-7, "F16": 2.0**-10}[dtype.tag]
-    wide[wide == 0] = epsilon
-    cast_chunk(memoryview(wide.tobytes()), DTYPES["F32"], memoryview(rounded), dtype, "error")
-    return wide.tobytes(), bytes(rounded)
-
-
-def whole_scale(maxima: bytes) -> tuple[bytes, bytes]:
-    """Give what a weight is multiplied with to fill float8, and its scale, of the largest magnitudes of its parts.
-
-    One of zeros, or nearly, has the scale 1.
-    """
-    scale = np.frombuffer(maxima, "<f4").max(initial=0) / _E4M3_LARGEST
-    with np.errstate(divide="ignore", over="ignore"):
-        factor = np.float32(1) / scale
-    if not np.isfinite(factor):
-        scale = factor = np.float32(1)
-    return factor.tobytes(), scale.tobytes()
 
 
 def copy_columns(

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from converter.errors import WconvError
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import Component, quantization_beside
+from converter.models.component import Component
 from converter.models.schemes import find_belongings, quantized_in
 from converter.tensors.base import Tensor
-from converter.transforms.quantize import DEQUANTIZERS
-from converter.transforms.quantize.restore import Found, find_restored
+from converter.transforms.quantize import find_unasked
+from converter.transforms.quantize.restore import Found
 
 
 class Share(NamedTuple):
@@ -59,7 +59,7 @@ def take_stock(component: Component, checkpoint: Checkpoint) -> Stock:
     if not found:
         return Stock((), checkpoint.tensors)
     try:
-        restored = find_restored(checkpoint, DEQUANTIZERS, quantization_beside(component))
+        restored = find_unasked(component, checkpoint)
     except WconvError as error:
         belongings = find_belongings(found, (tensor.name for tensor in checkpoint.tensors))
         inside = [tensor for tensor in checkpoint.tensors if tensor.name in belongings]

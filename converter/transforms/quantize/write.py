@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from converter.dtypes import DType
 from converter.errors import HostileFile, Where
 from converter.tensors.base import Tensor
-from converter.tensors.reader import piece_nbytes_for
+from converter.tensors.reader import RangeReader, piece_nbytes_for
 
+WHOLE = 0  # a cell as long as the matrix
 _MAX_MEASURED_NBYTES = 128_000_000  # of a model of 400 billion weights, whose rows are long, 100 MB
 
 
@@ -44,6 +45,64 @@ class Measured(NamedTuple):
     block: RowBlock
     found: bytes
     is_fit: bool
+
+
+class Cell(NamedTuple):
+    """What has one scale: so many rows and columns, all of them where it says WHOLE."""
+
+    rows: int
+    columns: int
+
+
+ROW = Cell(1, WHOLE)
+
+
+def find_maxima(block: RowBlock, chunk_nbytes: int, cell: Cell) -> Measured:
+    """Find the largest magnitude of each cell of a block of rows, as float32; it is fit where all are finite.
+
+    Raises BadFile for a file that became shorter.
+    """
+    from converter.transforms.quantize.kernels import are_finite
+    from converter.transforms.quantize.write_kernels import cell_maxima, raise_maxima
+
+    weight = block.weight
+    dtype, columns = weight.dtype, weight.shape[1]
+    wide, high = cell.columns or columns, cell.rows or block.end - block.begin
+    buffer = memoryview(bytearray(max(chunk_nbytes, weight.source.window)))
+    room = len(buffer) // dtype.itemsize
+    found = bytearray()
+    with RangeReader() as reader:
+        reader.expect(weight.source.extents(*(dtype.nbytes(row * columns) for row in (block.begin, block.end))))
+
+        def read(first: int, count: int) -> memoryview:
+            view = buffer[: dtype.nbytes(count)]
+            weight.source.read(dtype.nbytes(first), view, reader)
+            return view
+
+        together = max(1, room // (high * columns)) * high
+        for row in range(block.begin, block.end, together):
+            rows = min(together, block.end - row)
+            if rows * columns <= room:
+                found += cell_maxima(read(row * columns, rows * columns), dtype, (high, wide), columns)
+                continue
+            maxima = bytearray(4 * (columns // wide))
+            step = max(1, room // columns)
+            for at in range(row, row + rows, step):
+                count = min(step, row + rows - at)
+                for begin, end in _cut_row(columns, wide, room):
+                    part = read(at * columns + begin, count * (end - begin))
+                    raise_maxima(maxima, cell_maxima(part, dtype, (count, wide), end - begin), begin // wide)
+            found += maxima
+    return Measured(block, bytes(found), are_finite(memoryview(found)))
+
+
+def _cut_row(columns: int, wide: int, room: int) -> Iterator[tuple[int, int]]:
+    """Cut a row into parts that find room: all of it, whole cells, or parts of one."""
+    step = max(wide, columns if columns <= room else room // wide * wide)
+    for first in range(0, columns, step):
+        last = min(columns, first + step)
+        for begin in range(first, last, min(step, room)):
+            yield begin, min(last, begin + room)
 
 
 class Measure(NamedTuple):

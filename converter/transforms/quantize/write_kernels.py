@@ -1,4 +1,4 @@
-"""The numbers that bitsandbytes makes of a weight: rows in steps of 1/127, and blocks in codes of 4 bits."""
+"""The numbers that are written of a weight, as the libraries make them: int8 by rows, 4 bits in blocks, and float8."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numkong
 import numpy as np
 
-from converter.dtypes import DType
-from converter.tensors.kernels import Array, as_array, as_float16, widen
+from converter.dtypes import DTYPES, DType
+from converter.tensors.kernels import Array, as_array, as_float16, cast_chunk, widen
 
 # So many numbers at a time stay in the cache through all steps; more rows than that are taken in turn.
 _BLOCK_NUMEL = 1 << 16
@@ -24,22 +24,13 @@ class RowScales(NamedTuple):
     columns: int
 
 
-def row_maxima(chunk: memoryview, dtype: DType, columns: int) -> bytes:
-    """Give the largest magnitude of each row as float32, rounded to float16: the ``SCB`` of bitsandbytes.
+def in_halves(numbers: bytes) -> bytes:
+    """Round float32 numbers to float16, infinity beyond those, and give them in float32 again.
 
-    ``chunk`` is whole rows of so many columns. A row with NaN gives NaN, one with values beyond float16 infinity.
-    ``int8_vectorwise_quant`` in ``bitsandbytes/backends/default/ops.py`` takes the largest of the rounded values,
-    which is the same number.
+    Of the largest magnitudes of rows that is the ``SCB`` of bitsandbytes: ``int8_vectorwise_quant`` in
+    ``bitsandbytes/backends/default/ops.py`` takes the largest of the rounded values, which is the same number.
     """
-    rows = widen(as_array(chunk, dtype)).reshape(-1, columns)
-    with np.errstate(invalid="ignore"):
-        largest = np.abs(np.maximum(rows.max(axis=1), -rows.min(axis=1)))
-    return widen(as_float16(largest)).tobytes()
-
-
-def are_finite(numbers: bytes) -> bool:
-    """Say whether float32 numbers are all finite."""
-    return bool(np.isfinite(np.frombuffer(numbers, "<f4")).all())
+    return widen(as_float16(np.frombuffer(numbers, "<f4"))).tobytes()
 
 
 def quantize_chunk(chunk: memoryview, before: DType, out: memoryview, rows: RowScales, first: int) -> None:
@@ -136,3 +127,84 @@ def pack_blocks(chunk: memoryview, dtype: DType, size: int, codes: tuple[float, 
         pairs = code.view("<u2")
         packed[begin // 2 : begin // 2 + len(pairs)] = (pairs << 4) | (pairs >> 8)
     return packed.tobytes()
+
+
+# Float8, and the largest magnitudes that all are scaled by.
+
+
+def cell_maxima(chunk: memoryview, dtype: DType, cell: tuple[int, int], columns: int) -> bytes:
+    """Give the largest magnitude of each cell of some rows of a matrix, row-major, as float32; NaN where it has one.
+
+    Cells divide the rows; a matrix that is narrower than a cell is a part of one.
+    """
+    rows, wide = cell[0], min(cell[1], columns)
+    values = widen(as_array(chunk, dtype))
+    with np.errstate(invalid="ignore"):
+        if wide == columns:
+            cells = values.reshape(-1, rows * columns)
+            largest = np.maximum(cells.max(axis=1), -cells.min(axis=1))
+        else:
+            bands = values.reshape(-1, rows, columns)
+            largest = np.maximum(bands.max(axis=1), -bands.min(axis=1))
+            largest = largest.reshape(-1, columns // wide, wide).max(axis=2)
+        found: bytes = np.abs(largest).tobytes()  # of zeros none is negative
+    return found
+
+
+def raise_maxima(maxima: bytearray, part: bytes, first: int) -> None:
+    """Raise float32 numbers from the ``first`` on to others where those are larger, or NaN."""
+    others = np.frombuffer(part, "<f4")
+    known = np.frombuffer(maxima, "<f4")[first : first + len(others)]
+    np.maximum(known, others, out=known)
+
+
+_E4M3_LARGEST = np.float32(448)
+
+
+def float8_into(numbers: memoryview, out: memoryview) -> None:
+    """Write finite float32 numbers into ``out`` as F8_E4M3, rounded to nearest even; those are cut in place before."""
+    values = np.frombuffer(numbers, "<f4")
+    np.clip(values, -_E4M3_LARGEST, _E4M3_LARGEST, out=values)
+    # The kernel is right for all that it can hold (``converter/tensors/kernels.py``).
+    numkong.astype(values, "e4m3", out=as_array(out, DTYPES["F8_E4M3"]))
+
+
+def block_scales(maxima: bytes) -> tuple[bytes, bytes]:
+    """Give what blocks are multiplied with to fill float8, and the reciprocals, of the largest magnitude of each.
+
+    torch takes 448 / largest as 448 times the reciprocal, rounded twice (``Tensor.__rtruediv__``). Zeros stay zeros,
+    and so does what is so small that torch has infinity for it, and NaN for the zeros beside it.
+    """
+    largest = np.frombuffer(maxima, "<f4")
+    with np.errstate(divide="ignore", over="ignore"):
+        factors = _E4M3_LARGEST * (np.float32(1) / largest)
+        factors[np.isinf(factors)] = 1
+        return factors.tobytes(), (np.float32(1) / factors).tobytes()
+
+
+def row_scales(maxima: bytes, dtype: DType) -> tuple[bytes, bytes]:
+    """Give what rows are divided by to fill float8, in float32 and in the dtype that it is rounded to.
+
+    A row of zeros has the dtype's epsilon.
+    """
+    scales = np.frombuffer(maxima, "<f4") / _E4M3_LARGEST
+    rounded = bytearray(len(scales) * dtype.itemsize)
+    cast_chunk(memoryview(scales.tobytes()), DTYPES["F32"], memoryview(rounded), dtype, "error")
+    wide = widen(as_array(memoryview(rounded), dtype)).copy()
+    epsilon = {"F32": 2.0**-23, "BF16": 2.0**-7, "F16": 2.0**-10}[dtype.tag]
+    wide[wide == 0] = epsilon
+    cast_chunk(memoryview(wide.tobytes()), DTYPES["F32"], memoryview(rounded), dtype, "error")
+    return wide.tobytes(), bytes(rounded)
+
+
+def whole_scale(maxima: bytes) -> tuple[bytes, bytes]:
+    """Give what a weight is multiplied with to fill float8, and its scale, of the largest magnitudes of its parts.
+
+    One of zeros, or nearly, has the scale 1.
+    """
+    scale = np.frombuffer(maxima, "<f4").max(initial=0) / _E4M3_LARGEST
+    with np.errstate(divide="ignore", over="ignore"):
+        factor = np.float32(1) / scale
+    if not np.isfinite(factor):
+        scale = factor = np.float32(1)
+    return factor.tobytes(), scale.tobytes()

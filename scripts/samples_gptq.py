@@ -8,7 +8,7 @@ and auto_gptq 0.7.1 (sdists, and a wheel) into one folder each of a common one. 
 transformers 5.24 and what gptqmodel imports at once (pip install --no-deps pypcre tokenicer logbar device-smi defuser
 threadpoolctl accelerate), run::
 
-    python scripts/make_quantized_samples.py FOLDER_OF_THE_THREE tests/corpus/quantized
+    python scripts/samples_gptq.py FOLDER_OF_THE_THREE tests/corpus/quantized
 """
 
 from __future__ import annotations
