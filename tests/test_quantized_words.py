@@ -76,7 +76,11 @@ UNREAD: dict[str, tuple[State, dict[str, Any], str]] = {
 OTHERS: dict[str, State] = {
     "bitnet": {"m.weight": whole(4, 8, dtype=torch.uint8), "m.weight_scale": torch.ones(1)},
     "vptq": {"m.indices": whole(4, 8, dtype=torch.int16), "m.centroids.weight": torch.ones(1, 8).half()},
-    "auto-round": {"up_proj.qweight": whole(2, 8), "up_proj.qzeros": whole(1, 1), "up_proj.scales": torch.ones(1, 8).half()},
+    "auto-round": {
+        "up_proj.qweight": whole(2, 8),
+        "up_proj.qzeros": whole(1, 1),
+        "up_proj.scales": torch.ones(1, 8).half(),
+    },
     "some": {"m.weight": whole(4, 8, dtype=torch.int8)},
 }
 
