@@ -112,3 +112,74 @@ def test_what_another_library_calls_its_own_is_no_damage(
     assert "Healthy" in wconv("doctor", folder).stdout
     told = wconv("dequantize", folder, "-o", tmp_path / "out", exit_code=4).stderr
     assert method in told
+
+
+@pytest.mark.parametrize(("scheme", "said"), [
+    ("int4", "nf4"), ("w4a16-awq", "llm-compressor"), ("Q4_K_M", "llama.cpp"), ("mxfp4", "MXFP4"),
+    ("NVFP4", "ModelOpt"), ("fp8", "fp8-scaled, for vLLM"), ("gptq", "GPTQModel"), ("mlx", "mlx_lm.convert"),
+])  # fmt: skip
+def test_of_a_scheme_that_is_not_written_it_is_said_what_serves(
+    wconv: Callable[..., Any], tmp_path: Path, scheme: str, said: str
+) -> None:
+    told = wconv("quantize", tmp_path, "-o", tmp_path / "out", "--scheme", scheme, exit_code=2).stderr
+    assert "'int8', 'nf4', 'fp8-block', 'fp8-scaled'" in told
+    assert said in told.partition("'fp8-scaled'")[2]
+
+
+def test_what_to_quantize_instead_is_said(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    folder = save_shards([fp8(["a"]), fp8(["b"]), fp8(["c"])], tmp_path / "in", "00003")
+    told = wconv("quantize", folder, "-o", tmp_path / "out", exit_code=4).stderr
+    assert "or what 'wconv dequantize' makes of it" in told
+    file = save({"a.weight": torch.ones(4, 8)}, tmp_path / "a.safetensors")
+    for out in ("out", "out.safetensors"):
+        told = wconv("quantize", file, "-o", tmp_path / out, "--scheme", "nf4", exit_code=2).stderr
+        assert "is one file, and not a model's folder" in told
+        assert "--scheme fp8-scaled makes one for ComfyUI" in told
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    told = wconv("dequantize", tmp_path / "a.gguf", "-o", tmp_path / "out", exit_code=4).stderr
+    assert told.endswith("Take the safetensors model that it was made from.\n")
+
+
+@pytest.mark.parametrize("is_indexed", [True, False])
+def test_how_many_shards_are_missing_is_said(wconv: Callable[..., Any], tmp_path: Path, is_indexed: bool) -> None:
+    folder = save_shards([fp8([name]) for name in "abcd"], tmp_path / "in", "00004")
+    (folder / "model-00002-of-00004.safetensors").unlink()
+    (folder / "model-00004-of-00004.safetensors").unlink()
+    if not is_indexed:
+        (folder / "model.safetensors.index.json").unlink()
+    told = wconv("dequantize", folder, "-o", tmp_path / "out", exit_code=3).stderr
+    assert "model-00002-of-00004.safetensors" in told
+    assert ("and 1 more of its 4 are not" if is_indexed else "nor others") in told
+
+
+def test_code_in_the_folder_is_said_to_be_run_by_trust(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    folder = save_shards([fp8(["a"]), fp8(["b"])], tmp_path / "in", "00002")
+    write_json(folder / "config.json", {**FP8_CONFIG, "auto_map": {"AutoModel": "mine.Mine"}})
+    told = wconv("dequantize", folder, "-o", tmp_path / "out").stdout
+    assert "# or from_pretrained with trust_remote_code=True, which runs the code" in told
+    told = wconv("dequantize", folder / "model.safetensors.index.json", "-o", tmp_path / "new").stdout
+    assert "trust_remote_code" not in told
+
+
+def test_many_modules_are_told_in_few_lines(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    leaves = ("q_proj", "k_proj", "o_proj")
+    state = {f"model.layers.{layer}.self_attn.{leaf}.weight": torch.ones(128, 128 - 64 * (leaf == "k_proj"))
+             for layer in range(40) for leaf in leaves}  # fmt: skip
+    folder = save_folder(state, None, tmp_path / "in")
+    told = wconv("quantize", folder, "-o", tmp_path / "out", "--scheme", "fp8-block", "--dry-run").stdout
+    assert "model.layers.*.self_attn.q_proj (40)" in told
+    assert "as 128 does not divide their sides: model.layers.*.self_attn.k_proj (40)" in told
+    assert len(told.splitlines()) < 20
+    assert max(map(len, told.splitlines())) < 250
+    told = wconv("quantize", folder, "-o", tmp_path / "out", "--scheme", "fp8-block", "--dry-run", "-v").stdout
+    assert "model.layers.39.self_attn.o_proj  " in told
+    wconv("quantize", folder, "-o", tmp_path / "out", "--scheme", "fp8-block")
+    told = wconv("recast", tmp_path / "out", "--dtype", "bf16", "--force", "-o", tmp_path / "cast", "--dry-run").stdout
+    assert "Kept in fp8_e4m3fn in model.safetensors: 80 (model.layers.*.self_attn.o_proj.weight (40)" in told
+
+
+def test_a_file_for_comfyui_says_where_it_goes(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    file = save({"double_blocks.0.img_mlp.0.weight": torch.ones(64, 64)}, tmp_path / "a.safetensors")
+    told = wconv("quantize", file, "-o", tmp_path / "b.safetensors", "--scheme", "fp8-scaled").stdout
+    assert "models/diffusion_models" in told
+    assert not told.endswith("\n\n")

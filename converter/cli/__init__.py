@@ -23,8 +23,8 @@ from converter.errors import SystemRefused, WconvError
 COMMANDS = {
     "to-safetensors": "Write every weight set of a model in safetensors.",
     "recast": "Write a variant of a model in another dtype, such as bf16.",
-    "quantize": "Write a model in 8 bits, as bitsandbytes loads it.",
-    "dequantize": "Write an 8-bit model in fp16, bf16 or fp32 again.",
+    "quantize": "Write a model in 8 or 4 bits: int8, nf4, float8.",
+    "dequantize": "Write a quantized model in bf16, fp16 or fp32 again.",
     "reshard": "Write a model in shards of another size, or in one file.",
     "rename-variant": "Give a variant another tag; no weights are moved.",
     "to-bin": "Write weight sets as torch .bin, the way back.",

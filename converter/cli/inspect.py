@@ -111,7 +111,7 @@ def _describe(
 
 
 def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
-    from converter.models.names import fold_numbers
+    from converter.models.names import fold_modules
     from converter.tensors.base import find_ties
     from converter.transforms.quantize.stock import take_stock
 
@@ -137,7 +137,7 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
             "parameters": sum(info.numel for info in stock.plain),
             "nbytes": sum(info.nbytes for info in stock.plain),
             "dtypes": dict(Counter(info.dtype.tag for info in stock.plain).most_common()),
-            "names": fold_numbers(info.name for info in sorted(stock.plain, key=lambda info: -info.nbytes)),
+            "names": list(fold_modules(info.name for info in sorted(stock.plain, key=lambda info: -info.nbytes))),
         }
     if with_tensors:
         content["all_tensors"] = [

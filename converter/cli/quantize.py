@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,37 @@ if TYPE_CHECKING:
     from converter.storage import Place
     from converter.transforms.quantize.write import Writer
 
+_NAMED = 8  # of the modules that stay; -v lists all
 SCHEMES = ("int8", "nf4", "fp8-block", "fp8-scaled")  # the names in QUANTIZERS, which is not loaded for a help text
+
+# Of other schemes that people ask for: what writes them, or which of these is near.
+_WRITTEN_BY = {
+    "awq": "AWQ needs examples to run the model on: llm-compressor writes it.",
+    "gptq": "GPTQ needs examples to run the model on: GPTQModel and llm-compressor write it.",
+    "gguf": "GGUF is what convert_hf_to_gguf.py of llama.cpp writes of a folder in bf16.",
+    "nvfp4": "NVFP4 is what ModelOpt and llm-compressor write.",
+    "mxfp4": "MXFP4 is what llm-compressor writes.",
+    "mlx": "MLX's form is what mlx_lm.convert -q writes of a folder in bf16.",
+    "fp4": "Of 4 bits there is nf4.",
+    "int4": "Of 4 bits there is nf4; int4 for vLLM is what llm-compressor writes.",
+    "fp8": "Of float8 there are fp8-scaled, for vLLM and for ComfyUI's files, and fp8-block, for transformers.",
+}
+
+
+class _SchemeName(click.Choice[str]):
+    """A scheme that is written; of others it is said what serves."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        known = super().get_invalid_choice_message(value, ctx)
+        asked = str(value).lower().replace("-", "").replace("_", "")
+        key = next((key for key in _WRITTEN_BY if key in asked), "gguf" if re.match(r"i?q\d", asked) else "")
+        return f"{known} {_WRITTEN_BY[key]}" if key else known
 
 
 @click.command("quantize")
 @source_arg
 @folder_or_file_option
-@click.option("--scheme", type=click.Choice(SCHEMES), default="int8", show_default=True, help="What it is written in.")
+@click.option("--scheme", type=_SchemeName(SCHEMES), default="int8", show_default=True, help="What it is written in.")
 @click.option(
     "--include", multiple=True, metavar="REGEX", help="Quantize only linear modules of these names; repeatable."
 )
@@ -92,7 +117,7 @@ def command(
             prepared = prepare(request, plan, ("quantize", scheme, choice), recovering=not run.dry_run)
         parts = prepared.plan.quantized if prepared.plan else ()
         if run.is_told:
-            _show_parts(parts, writer, every=run.dry_run or run.verbose)
+            _show_parts(parts, writer, run.dry_run or run.verbose, run.verbose)
         run_prepared(prepared, job, {"quantized": _as_json(parts, scheme)})
     if run.is_told and prepared.plan is not None and prepared.plan.sets and not run.dry_run:
         _show_hints(prepared.plan, writer)
@@ -112,20 +137,37 @@ def _as_json(parts: Iterable[QuantizedPart], scheme: str) -> list[dict[str, Any]
     ]
 
 
-def _show_parts(parts: Collection[QuantizedPart], writer: Writer, every: bool) -> None:
+def _show_parts(parts: Collection[QuantizedPart], writer: Writer, shows_modules: bool, verbose: bool) -> None:
+    """Say what is quantized; modules that differ in numbers alone are one line, but for the verbose."""
+    from converter.errors import name_some
+    from converter.models.names import fold_modules
+
     for part in parts:
-        if every:
-            rows = [(name, show_bytes(before), show_bytes(after)) for name, before, after in part.modules]
-            show_table(("module", "before", "after"), rows)
+        if shows_modules:
+            show_table(("module", "before", "after"), _rows_of(part, verbose))
             echo()
         before = show_bytes(sum(before for _, before, _ in part.modules))
         after = show_bytes(sum(after for _, _, after in part.modules))
         name = part.component or "The model"
         echo(printable(f"{name}: {len(part.modules)} modules in {writer.bits}, {before} before and {after} after."))
         if part.skipped:
-            echo(f"Its config.json lists as left alone: {', '.join(map(printable, part.skipped))}.")
+            skipped = part.skipped if verbose else tuple(fold_modules(part.skipped))
+            told = name_some(skipped, len(skipped) if verbose else _NAMED)
+            echo(printable(f"Its config.json lists as left alone: {told}."))
     if parts:
         echo(f"{writer.accuracy}\n")
+
+
+def _rows_of(part: QuantizedPart, verbose: bool) -> list[tuple[str, str, str]]:
+    from converter.models.names import fold_modules
+
+    sizes = {name: (before, after) for name, before, after in part.modules}
+    folded = {name: [name] for name in sizes} if verbose else fold_modules(sizes)
+    rows = []
+    for name, same in folded.items():
+        before, after = (show_bytes(sum(sizes[one][which] for one in same)) for which in (0, 1))
+        rows.append((name, before, after))
+    return rows
 
 
 def _show_hints(plan: Plan, writer: Writer) -> None:
@@ -134,6 +176,6 @@ def _show_hints(plan: Plan, writer: Writer) -> None:
     quantized = {part.component for part in plan.quantized}
     libraries = [library_of(component) for component in plan.source.components if component.name in quantized]
     notes = (library.note_quantized(writer.package) for library in libraries)
-    echo()
-    for hint in dict.fromkeys(filter(None, (*writer.hints, *notes))):
-        echo(hint)
+    hints = dict.fromkeys(filter(None, (*writer.hints, *notes)))
+    if hints:
+        echo("\n" + "\n".join(hints))

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 from converter.cli.terminal import echo, printable, show_bytes, show_commits, show_seconds, show_table
 from converter.errors import name_some
+from converter.models.names import fold_modules
 from converter.plan.types import Plan, PlannedSet
 from converter.recipes.loading import loading_lines
 from converter.run.execute import Result
 from converter.run.parts import name_counts
 from converter.run.upload import Traffic
 
+_LISTED = 20  # of the tensors that are kept; of more those are one that differ in numbers alone
 _NAMED = 5  # of what is carried over; -v lists all
 
 
@@ -197,9 +199,10 @@ def _show_remarks(plan: Plan, every: bool) -> None:
             echo(printable(f"Tied: {dropped} is {kept}, written once and noted in the header"))
         for dtype in dict.fromkeys(planned.kept.values()):
             names = [name for name, other in planned.kept.items() if other is dtype]
-            listed = ", ".join(map(printable, names if every else names[:3]))
-            more = "" if every or len(names) <= 3 else ", ... (-v lists them)"
-            echo(f"Kept in {dtype.short_name} in {printable(planned.source.label)}: {len(names)} ({listed}{more})")
+            told = names if len(names) <= _LISTED else list(fold_modules(names))
+            listed = ", ".join(map(printable, told if every else told[:3]))
+            more = "" if every or len(told) <= 3 else ", ... (-v lists them)"
+            echo(f"Kept in {dtype.short_name} in {printable(planned.source.label)}: {len(names):,} ({listed}{more})")
         for note in planned.notes:
             echo(printable(f"Note: {note}"))
     for note in plan.notes:

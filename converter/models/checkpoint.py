@@ -93,9 +93,11 @@ def _read_files(weight_set: WeightSet, reading: Reading) -> Iterator[WeightsFile
 
 
 def _check_shards(weight_set: WeightSet) -> None:
-    for name in weight_set.file_names:
-        if not (weight_set.folder / name).exists():
-            raise BadFile(weight_set.path, f"names the shard {name}, which is not there", "Fetch the missing file.")
+    gone = [name for name in weight_set.file_names if not (weight_set.folder / name).exists()]
+    if gone:
+        more = f", and {len(gone) - 1:,} more of its {len(weight_set.file_names):,} are not" if len(gone) > 1 else ""
+        advice = "Fetch the missing files." if more else "Fetch the missing file."
+        raise BadFile(weight_set.path, f"names the shard {gone[0]}, which is not there{more}", advice)
     first = parse_name(weight_set.file_names[0])
     if weight_set.index_name or weight_set.is_of_many or not first or first.role != "shard":
         return
@@ -103,7 +105,9 @@ def _check_shards(weight_set: WeightSet) -> None:
     missing = next((number for number in range(1, first.count + 1) if number not in numbers), None)
     if missing:
         gap = first.name.shard(missing, first.count)
-        raise BadFile(weight_set.path, f"is one of {first.count} shards, and {gap} is not there", "Fetch it.")
+        number = sum(1 <= number <= first.count for number in numbers)
+        more, advice = (", nor others", "Fetch them.") if first.count - number > 1 else ("", "Fetch it.")
+        raise BadFile(weight_set.path, f"is one of {first.count} shards, and {gap} is not there{more}", advice)
 
 
 def _check_names(files: Iterable[WeightsFile]) -> None:

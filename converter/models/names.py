@@ -57,6 +57,7 @@ _TRAINING_STATE = re.compile(
 )
 # Folders of an optimizer alone, such as accelerate's (``OPTIMIZER_NAME`` in ``accelerate/utils/constants.py``).
 _TRAINING_FOLDER = re.compile(r"optim(izer)?(_states?)?(_\d+)?")
+_NUMBER = re.compile(r"\d+")
 _LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 # The endings of weights in forms of other runtimes: ONNX Runtime, TensorFlow with Keras and LiteRT, Flax, rust-bert,
 # llama.cpp, Diffusers with FlashPack, Core ML, NeMo, TensorRT, ExecuTorch, and torch where there are many processes.
@@ -250,6 +251,21 @@ def fold_numbers(names: Iterable[str]) -> list[str]:
         alike.setdefault(_LAST_NUMBER.sub("*", name), []).append(name)
     folded = ([f"{pattern} ({len(same):,})"] if len(same) > 2 else same for pattern, same in alike.items())
     return [name for same in folded for name in same]
+
+
+def fold_modules(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group modules or tensors that differ in nothing but numbers, where there are three or more, under one name.
+
+    >>> fold_modules(["a.0.b", "a.1.b", "a.2.b", "c.0", "c.1"])
+    {'a.*.b (3)': ['a.0.b', 'a.1.b', 'a.2.b'], 'c.0': ['c.0'], 'c.1': ['c.1']}
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_NUMBER.sub("*", name), []).append(name)
+    folded: dict[str, list[str]] = {}
+    for pattern, same in alike.items():
+        folded |= {f"{pattern} ({len(same):,})": same} if len(same) > 2 else {name: [name] for name in same}
+    return folded
 
 
 def is_other_runtime(name: str) -> bool:

@@ -59,7 +59,13 @@ def _lines_of(written: Written, one: WrittenSet) -> list[str]:
 
 
 def _say_why(written: Written, one: WrittenSet) -> list[str]:
-    """Say in a comment that from_pretrained would load a set too, whose config does not name the class to ask."""
+    """Say in a comment that from_pretrained would load a set too, where no line may: its class has no name, or is code.
+
+    What a folder has as code is run by nothing that is printed here.
+    """
+    has_code = "auto_map" in one.component.config and written.source.kind != "file"
+    if has_code and TRANSFORMERS.finds(one.component, one.name) and one.name.variant is None:
+        return ["# or from_pretrained with trust_remote_code=True, which runs the code that lies in the folder"]
     is_nameless = names_model(one.component) and not one.component.class_name and not is_bare(written, one)
     if not is_nameless or not TRANSFORMERS.finds(one.component, one.name) or written.is_variantless:
         return []

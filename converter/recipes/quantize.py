@@ -22,6 +22,7 @@ from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component, WeightSet, has_quantization
 from converter.models.growth import refuse_growth
 from converter.models.model import Model
+from converter.models.names import fold_modules
 from converter.models.schemes import quantized_in
 from converter.plan.types import Order, Plan, QuantizedPart, Rest
 from converter.recipes.request import Request
@@ -69,6 +70,8 @@ class Measuring:
         return {name: b"".join(parts[begin] for begin in sorted(parts)) for name, parts in found.items()}, lossy
 
 
+_NAMED = 8  # of the modules, or kinds of them, of which a note tells
+_ORIGINAL = "Quantize the model that it was made from, or what 'wconv dequantize' makes of it."
 _NO_CHOICE = ModuleChoice()
 _ALONE = Measuring()
 
@@ -89,7 +92,7 @@ def plan_quantized(
         raise BadRequest(request.source, f"cannot be written as {scheme!r}", f"There are {', '.join(QUANTIZERS)}.")
     writer = writer_of(scheme, request.source)
     is_file = writer not in QUANTIZERS.values()
-    job = open_job(into_one_set(request, is_file))
+    job = open_job(into_one_set(request, takes_files=True))
     if is_file:
         return _plan_file(job, _Quantizing(writer, choice, measuring, request.casting))
     parts = _select_parts(job, writer)
@@ -160,17 +163,22 @@ def _select_parts(job: Job, writer: Writer) -> list[tuple[Component, WeightSet]]
             )
             raise Unsupported(weight_set.path, f"is a model of {library}, which does not load {writer.name}", advice)
         if has_quantization(component.config):
-            advice = "Quantize the model that it was made from."
-            raise Unsupported(weight_set.path, "is quantized already, as its config.json says", advice)
+            raise Unsupported(weight_set.path, "is quantized already, as its config.json says", _ORIGINAL)
         if not component.config:
-            raise BadRequest(weight_set.path, "has no config.json beside it", "It is needed to load a quantized model.")
+            advice = "It is needed to load a quantized model."
+            if job.request.source.is_folder() and writer.name in FILE_QUANTIZERS:
+                advice += " To make one for ComfyUI, name the file itself."
+            raise BadRequest(weight_set.path, "has no config.json beside it", advice)
     return parts
 
 
 def _part_names(model: Model, asked: tuple[str, ...]) -> tuple[str, ...]:
     """Name the parts that are quantized: those that are asked for, or those of which loaders would do it."""
     if model.kind == "file":
-        advice = "Name the folder that has its config.json: that says which modules are linear."
+        advice = (
+            "Name the folder that has its config.json: that says which modules are linear. Of a single file, "
+            "--scheme fp8-scaled makes one for ComfyUI."
+        )
         raise BadRequest(model.path, "is one file, and not a model's folder", advice)
     if model.kind == "sentence-transformers" and not asked:
         return ("",)
@@ -204,13 +212,13 @@ def _quantize(component: Component, checkpoint: Checkpoint, how: _Quantizing) ->
     wanted = list(measured.matrices)
     parted = parted_experts(experts, wanted)
     if parted:
-        notes.append(f"left as they are, as the loader has all experts in one form: {name_some(sorted(parted), 5)}")
+        notes.append(f"left as they are, as the loader has all experts in one form: {_name(sorted(parted))}")
         wanted = [module for module in wanted if experts.get(module) not in parted]
     skipped = _list_skipped(component, linears, writer, experts, wanted, tensors)
     if not writer.names_skipped:
         left = [one for one in wanted if library_of(component).is_skipped(experts.get(one, one), skipped)]
         if left:
-            notes.append(f"left as they are, as a name in the skip list means them too: {', '.join(left)}")
+            notes.append(f"left as they are, as a name in the skip list means them too: {_name(left)}")
             wanted = [module for module in wanted if module not in left]
     _check_any(checkpoint, wanted, "See --include, --skip and --component.")
     measured = measured._replace(matrices={module: matrices[module] for module in wanted}, notes=notes)
@@ -264,7 +272,7 @@ def _measure(checkpoint: Checkpoint, how: _Quantizing, matrices: Mapping[str, Te
     left = [module for module, weight in matrices.items() if weight.name in lossy]
     if not left:
         return _Measured(matrices, found)
-    problem = f"holds weights with {measure.cause}, in {name_some(left, 5)}"
+    problem = f"holds weights with {measure.cause}, in {_name(left)}"
     if how.choice.strict:
         raise LossyCast(path, problem, "Without --strict these modules are left as they are.")
     kept = {module: weight for module, weight in matrices.items() if module not in left}
@@ -307,13 +315,18 @@ def _note_unfit(unfit: Mapping[str, str]) -> Iterator[str]:
     """Note which modules are left as they are, by the reasons that there are."""
     for why in dict.fromkeys(filter(None, unfit.values())):
         modules = (module for module, reason in unfit.items() if reason == why)
-        yield f"left as they are, as {why}: {', '.join(modules)}"
+        yield f"left as they are, as {why}: {_name(modules)}"
+
+
+def _name(modules: Iterable[str]) -> str:
+    return name_some(fold_modules(modules), _NAMED)
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     path = checkpoint.weight_set.path
     for one in quantized_in(checkpoint):
-        raise Unsupported(path, f"is quantized already ({one})", "Quantize the model that it was made from.")
+        advice = _ORIGINAL if one.scheme.is_dequantized else "Quantize the model that it was made from."
+        raise Unsupported(path, f"is quantized already ({one})", advice)
     for info in checkpoint.tensors:
         is_full = info.dtype.tag in RECAST_SOURCES and info.dtype.bits >= 16
         if info.name.endswith(".weight") and len(info.shape) == 2 and not is_full:

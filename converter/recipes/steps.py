@@ -358,7 +358,7 @@ def into_one_set(request: Request, takes_files: bool = False) -> Request:
     folder = [one for one in source.entries() if one.name.endswith(".gguf")] if source.is_folder() else []
     files = [source] if source.is_file() else list(filter(Place.is_file, folder))
     if files and _is_gguf(files[0]) and not (source.is_folder() and find_weight_sets(source)):
-        advice = "Quantize the safetensors model that it was made from."
+        advice = "Take the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
     if not (takes_files and source.is_file()):
         refuse_file(output)

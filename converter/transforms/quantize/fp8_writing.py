@@ -221,5 +221,9 @@ COMFY_FILE = Writer(
     write_whole,
     _no_config,
     _ACCURACY,
+    (
+        "For ComfyUI: put it into models/diffusion_models, a text encoder into models/text_encoders; the weight_dtype "
+        "of 'Load Diffusion Model' stays 'default'.",
+    ),
     measure=_measure(_ALL),
 )

@@ -28,11 +28,28 @@ _ALL_EXPERTS = r"re:.*\.experts\.\d+\..*"
 # it publishes have them, and what lies before and behind the blocks (``MODEL_FILTERS`` in convert_to_quant's
 # ``constants.py``).
 _IN_BLOCK = re.compile(r"(^|\.)\w*(block|blocks|layer|layers|refiner)\.\d+\.")
+# What chooses among experts is no Linear there (``MoEGate`` in ``comfy/ldm/hidream/model.py``). A LoRA and a VAE are
+# loaded without regard to scales.
 _STAYS = re.compile(
     r"norm|_mod(\.|$)|modulation|adaln|emb|(^|\.)shared\.|relative_attention_bias|scale_shift|gate_logits"
+    r"|(^|\.)(gate|router)(\.|$)"
+    r"|(^|[._])(lora|loha|lokr|hada)[._]|(^|\.)(en|de)coder\.(down|mid|up)(\.|_block)"
     r"|^(cond_stage_model|conditioner|text_encoders|first_stage_model|vae)\.",
     re.IGNORECASE,
 )
+
+# ComfyUI gives the tensors of these its own names, by a list without scales: the names of Diffusers, of which all of a
+# row are there (``convert_diffusers_mmdit`` and ``unet_config_from_diffusers_unet`` in ``comfy/model_detection.py``).
+_OF_DIFFUSERS = (
+    {"joint_transformer_blocks.0.attn.add_k_proj.weight"},
+    {"adaln_single.emb.timestep_embedder.linear_1.bias", "pos_embed.proj.bias"},
+    {"noise_refiner.0.attention.norm_k.weight"},
+    {"x_embedder.weight", "transformer_blocks.0.attn.to_q.weight"},
+    {"transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight"},
+    {"conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"},
+)
+# It loads a ControlNet (``comfy/controlnet.py``) without regard to scales, too.
+_OF_CONTROLNET = re.compile(r"(^|\.)(controlnet_\w+|input_hint_block|zero_convs|control_model)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +183,10 @@ def parted_experts(experts: Mapping[str, str], wanted: Collection[str]) -> set[s
 def choose_in_file(checkpoint: Checkpoint, choice: ModuleChoice) -> dict[str, Tensor]:
     """Give the modules of a single file that are quantized, each with its weight, by their names alone.
 
-    Raises BadRequest for a module that is both included and skipped.
+    Raises BadRequest for a module that is both included and skipped, Unsupported for a file of which ComfyUI would
+    leave out the scales.
     """
+    _refuse_unscaled(checkpoint.weight_set.path, {tensor.name for tensor in checkpoint.tensors})
     is_included, is_excluded = _matcher(choice.include), _matcher(choice.skip)
     chosen = {}
     for tensor in checkpoint.tensors:
@@ -182,3 +201,11 @@ def choose_in_file(checkpoint: Checkpoint, choice: ModuleChoice) -> dict[str, Te
         if included or (by_default and not excluded):
             chosen[module] = tensor
     return chosen
+
+
+def _refuse_unscaled(path: Place, names: Collection[str]) -> None:
+    if any(all(name in names for name in row) for row in _OF_DIFFUSERS):
+        problem = "has the names of Diffusers, and ComfyUI would take its weights without their scales"
+        raise Unsupported(path, problem, "Quantize a file with the model's own names, or the folder in int8 or nf4.")
+    if any(map(_OF_CONTROLNET.search, names)):
+        raise Unsupported(path, "is a ControlNet, whose scales ComfyUI does not read", "Leave it as it is.")

@@ -172,11 +172,13 @@ def float8_into(numbers: memoryview, out: memoryview) -> None:
 def block_scales(maxima: bytes) -> tuple[bytes, bytes]:
     """Give what blocks are multiplied with to fill float8, and the reciprocals, of the largest magnitude of each.
 
-    torch takes 448 / largest as 448 times the reciprocal, rounded twice (``Tensor.__rtruediv__``). Zeros stay zeros.
+    torch takes 448 / largest as 448 times the reciprocal, rounded twice (``Tensor.__rtruediv__``). Zeros stay zeros,
+    and so does what is so small that torch has infinity for it, and NaN for the zeros beside it.
     """
     largest = np.frombuffer(maxima, "<f4")
     with np.errstate(divide="ignore", over="ignore"):
-        factors = np.where(largest > 0, _E4M3_LARGEST * (np.float32(1) / largest), np.float32(1))
+        factors = _E4M3_LARGEST * (np.float32(1) / largest)
+        factors[np.isinf(factors)] = 1
         return factors.tobytes(), (np.float32(1) / factors).tobytes()
 
 
