@@ -23,7 +23,7 @@ from converter.tensors.view import GATHER_NBYTES, View, blocks_of, contiguous_st
 
 AGAIN = "Fetch the file again, or quantize the model again."
 _BAND_NBYTES = 1 << 20  # of a matrix that is read row by row, at a time
-_GRID_NBYTES = 1 << 21  # of a grid that is transposed, at a time
+_GRID_NBYTES = 1 << 20  # of a grid that is transposed, at a time
 _F32 = DTYPES["F32"]
 _NBYTES = 4  # of a number
 _KEPT_NBYTES = 1 << 23  # of a grid: what the finest one has for a task
@@ -429,7 +429,7 @@ class Gridded(_OnGrid):
 
     def permuted(self, axes: tuple[int, ...]) -> Gridded:
         self._check_dims()
-        source, grid = self.source.permuted(axes), held(self.grid.permuted(axes), _GRID_NBYTES)
+        source, grid = self.source.permuted(axes), turned_grid(self.grid, axes)
         block, dims, origin = (tuple(one[axis] for axis in axes) for one in (self.block, self.dims, self.origin))
         return replace(self, source=source, grid=grid, block=block, dims=dims, origin=origin, span=None)
 
@@ -510,6 +510,11 @@ class Indexed(Unboxed, _OnGrid):
 def scales_of(tensor: Tensor, shape: Shape) -> Scales:
     """Give the numbers of a tensor of scales, in another shape of as many. Raises ValueError for one of others."""
     return Scales(reshaped(tensor.source, tensor.dtype, shape), tensor.name)
+
+
+def turned_grid(source: TensorSource, axes: tuple[int, ...]) -> TensorSource:
+    """Give a grid with other axes, of which no more is read at a time than it is worth."""
+    return held(source.permuted(axes), _GRID_NBYTES)
 
 
 def steps_of(source: TensorSource) -> TensorSource:
