@@ -8,6 +8,7 @@ scales, so a weight counts as quantized only where its companions stand beside i
 from __future__ import annotations
 
 import bisect
+import itertools
 import re
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -72,6 +73,7 @@ _OF_CACHE = re.compile(
     r"(?:attn\.)?(?:[qkv]|kv|prob)_(?:scale|zero_point|global_scale)|prob_output_scale"
     r"|[qkv]_proj\.(?:[kv]_scale|output_scale|output_zero_point)|(?:[qkv]|kv)_fake_quantizer\.qscale_act"
 )
+_CACHE_ENDS = ("_scale", "_zero_point", ".qscale_act")  # of all of those
 FP8 = Scheme(
     "float8 with scales", ".weight", _F8, (".weight_scale_inv", ".scale", ".qscale_weight"),
     others=(".activation_scale", ".qscale_act", *_OF_LINEAR), methods=("fp8", "mxfp8"),
@@ -187,9 +189,16 @@ TABLE = (
            (".scale", ".scales", ".qscale_weight", ".absmax", ".weight_scale"), reader="the library that wrote it"),
     COMFY_MARKED,
 )  # fmt: skip
-_BY_DTYPE = {
-    tag: tuple(row for row in TABLE if tag in row.dtypes) for tag in {tag for row in TABLE for tag in row.dtypes}
-}
+
+
+def _by_ends(tag: str) -> Iterator[tuple[str, tuple[tuple[Scheme, str], ...]]]:
+    """Give the rows for weights of a dtype, in order: what ends their names, and each row with each companion."""
+    rows = (row for row in TABLE if tag in row.dtypes)
+    for end, alike in itertools.groupby(rows, lambda row: row.weight):
+        yield end, tuple((row, companion) for row in alike for companion in row.companions)
+
+
+_BY_DTYPE = {tag: tuple(_by_ends(tag)) for tag in {tag for row in TABLE for tag in row.dtypes}}
 # What ends the names of scales in a quantized model: with what ends their weight's.
 _SCALE_ENDS = (
     (".weight_scale_inv", ".weight"), ("_scale_inv", ""), (".qscale_weight", ".weight"), (".scale_weight", ".weight"),
@@ -284,31 +293,32 @@ def weight_of(name: str, dtype: DType) -> str | None:
 
 def cached_by(name: str) -> tuple[str, ...]:
     """Name the modules whose cache of keys and values a tensor may scale, by its name; none for other names."""
+    if not name.endswith(_CACHE_ENDS):
+        return ()
     parts = name.rsplit(".", 2)
     tails = (".".join(parts[at:]) for at in range(1, len(parts)))
     return tuple(name[: -len(tail) - 1] for tail in tails if _OF_CACHE.fullmatch(tail))
 
 
 def _look_at(
-    name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | None, noted: Container[str]
+    name: str, dtype: DType, dtypes: Mapping[str, DType], mark: str | None, noted: Collection[str]
 ) -> Quantized | None:
-    if dtype.tag in _PACKED and name.endswith(".weight") and name.removesuffix(".weight") in noted:
+    if noted and dtype.tag in _PACKED and name.endswith(".weight") and name.removesuffix(".weight") in noted:
         return Quantized(COMFY_QUANT, name, COMFY_NOTE)
-    for scheme in _BY_DTYPE.get(dtype.tag, ()):
-        if name.endswith(scheme.weight):
-            base = name.removesuffix(scheme.weight)
-            ends = (base + end for end in scheme.companions)
-            companion = next((end for end in ends if _scales(end, dtype, dtypes, scheme.scales)), None)
-            if companion:
-                return Quantized(scheme, name, companion)
+    for end, rows in _BY_DTYPE.get(dtype.tag, ()):
+        if name.endswith(end):
+            base = name.removesuffix(end)
+            for scheme, companion in rows:
+                found = dtypes.get(base + companion)
+                if found is not None and _scales(found, dtype, scheme.scales):
+                    return Quantized(scheme, name, base + companion)
     is_scale = is_mark(name) or name.endswith(COMFY_QUANT.others)
     return Quantized(COMFY_MARKED, name, mark) if mark and dtype.tag in _F8 and not is_scale else None
 
 
-def _scales(name: str, weight: DType, dtypes: Mapping[str, DType], tags: Container[str]) -> bool:
+def _scales(dtype: DType, weight: DType, tags: Container[str]) -> bool:
     """Say whether a tensor may scale a weight; what a plain cast made float8 is as coarse as the weight itself."""
-    dtype = dtypes.get(name)
-    if dtype is None or (dtype is weight and weight.tag in _F8):
+    if dtype is weight and weight.tag in _F8:
         return False
     return not tags or dtype.tag in tags
 
@@ -365,4 +375,7 @@ class _Prefixes:
 
 def _parents(name: str) -> Iterator[str]:
     """Give what a name begins with, up to each of its dots."""
-    return (name[:at] for at, letter in enumerate(name) if letter == ".")
+    at = name.find(".")
+    while at >= 0:
+        yield name[:at]
+        at = name.find(".", at + 1)

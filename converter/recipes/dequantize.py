@@ -59,20 +59,26 @@ def _open_quantized(job: Job) -> tuple[list[tuple[Component, Checkpoint]], list[
     said = [component.name for component in job.model.components if quantization_of(component.config)]
     first = select(job, components=asked or said)
     opened = open_sets(job, first)
-    if asked or said or len(opened) == 1:
-        for component, checkpoint in opened:
-            _check_there(checkpoint, component)
+    quantized = list(filter(_is_quantized, opened))
+    is_meant = asked or said or len(opened) == 1
+    if is_meant and len(quantized) < len(opened):
+        raise _holds_none(*next(one for one in opened if not _is_quantized(one)))
     notes = []
     for component in job.model.components if said and not asked else ():
         if component.name not in said:
             try:
-                opened += open_sets(job, select(job, components=(component.name,)))
+                others = open_sets(job, select(job, components=(component.name,)))
             except WconvError as error:
                 notes.append(f"{component.name} was not looked at, and goes along as it is: {error}")
-    quantized = [(component, checkpoint) for component, checkpoint in opened if quantized_in(checkpoint)]
+            else:
+                quantized += filter(_is_quantized, others)
     if not quantized:
-        _check_there(opened[0][1], opened[0][0])
+        raise _holds_none(*opened[0])
     return quantized, notes
+
+
+def _is_quantized(opened: tuple[Component, Checkpoint]) -> bool:
+    return bool(quantized_in(opened[1]))
 
 
 def _said_dtype(config: Mapping[str, Any]) -> DType | None:
@@ -122,10 +128,8 @@ def _plain_params(components: Iterable[Component]) -> Iterator[tuple[str, bytes]
             yield join(component.name, _PARAMS), render_json(plain)
 
 
-def _check_there(checkpoint: Checkpoint, component: Component) -> None:
-    """Raise Unsupported where nothing is quantized."""
-    if quantized_in(checkpoint):
-        return
+def _holds_none(component: Component, checkpoint: Checkpoint) -> Unsupported:
+    """Give what is said where nothing is quantized."""
     problem = "holds no quantized weights that wconv knows"
     advice = "'wconv recast' casts weights that are not quantized."
     said = quantization_of(component.config)
@@ -139,7 +143,7 @@ def _check_there(checkpoint: Checkpoint, component: Component) -> None:
         if lone:
             problem += f": there is no scale for {name_some([one.name for one in lone], 3)}"
             advice = "Fetch all files of the model again."
-    raise Unsupported(checkpoint.weight_set.path, problem, advice)
+    return Unsupported(checkpoint.weight_set.path, problem, advice)
 
 
 def _unquantized(component: Component) -> Component:
