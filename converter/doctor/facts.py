@@ -30,6 +30,7 @@ from converter.models.schemes import (
     find_owners,
     find_quantized,
     holds_codes,
+    names_other,
     weight_of,
 )
 from converter.models.sets import ListedSet
@@ -259,7 +260,7 @@ def other_method(part: Part, found: Sequence[Quantized]) -> tuple[str, str] | No
     if not isinstance(method, str) or not schemes:
         return None
     held = " and ".join(sorted({scheme.label for scheme in schemes}))
-    if method in METHODS and all(scheme.methods and method not in scheme.methods for scheme in schemes):
+    if method in METHODS and names_other(method, schemes):
         return method[:60], held
     bits = "8" if LLM_INT8 in schemes else "4"
     is_other = method == "bitsandbytes" and len(schemes) == 1 and said.get(f"load_in_{bits}bit") is False

@@ -264,6 +264,11 @@ def modules_noted(checkpoint: Checkpoint) -> dict[str, Any]:
     return found
 
 
+def names_other(method: str, schemes: Iterable[Scheme]) -> bool:
+    """Say whether what a config calls a scheme (``quant_method``) is none of those that weights are in."""
+    return all(scheme.methods and method not in scheme.methods for scheme in schemes)
+
+
 def holds_codes(name: str, dtype: DType) -> bool:
     """Say whether a tensor of a quantized model is no numbers by itself: floats of 8 bits or fewer, packed integers."""
     return dtype.tag in _PACKED and (dtype.is_floating or name.endswith(_CODES))
