@@ -199,3 +199,12 @@ def test_float8_beside_what_is_described_is_as_it_is(wconv: Callable[..., Any], 
     wconv("dequantize", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "--dtype", "fp16")
     expected = {"m.weight": (EIGHT.float() / 2).half(), "n.weight": EIGHT.half()}
     assert_same(load_file(tmp_path / "out.safetensors"), expected)
+
+
+@pytest.mark.parametrize("ends", [("scale_weight", "scale_input"), ("weight_scale", "input_scale")])
+def test_scales_of_inputs_are_left_out_and_counted(
+    wconv: Callable[..., Any], tmp_path: Path, ends: tuple[str, str]
+) -> None:
+    save_file({"m.weight": EIGHT, **{f"m.{end}": torch.tensor(0.5) for end in ends}}, tmp_path / "m.safetensors")
+    told = wconv("dequantize", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors").stdout
+    assert f"left out: 1 scale of activations ({ends[1]})" in told

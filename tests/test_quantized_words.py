@@ -112,6 +112,8 @@ def test_what_another_library_calls_its_own_is_no_damage(
     assert "Healthy" in wconv("doctor", folder).stdout
     told = wconv("dequantize", folder, "-o", tmp_path / "out", exit_code=4).stderr
     assert method in told
+    shown = wconv("inspect", folder).stdout
+    assert "quantized: " in shown or f"config.json says that it is quantized ('{method}')" in shown
 
 
 @pytest.mark.parametrize(("scheme", "said"), [
@@ -183,3 +185,20 @@ def test_a_file_for_comfyui_says_where_it_goes(wconv: Callable[..., Any], tmp_pa
     told = wconv("quantize", file, "-o", tmp_path / "b.safetensors", "--scheme", "fp8-scaled").stdout
     assert "models/diffusion_models" in told
     assert not told.endswith("\n\n")
+
+
+def test_plain_float8_is_cast(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    file = save({"a.weight": torch.ones(4, 8).to(F8), "b": torch.ones(2).to(F8)}, tmp_path / "a.safetensors")
+    told = wconv("dequantize", file, "-o", tmp_path / "b.safetensors", exit_code=4).stderr
+    assert "holds float8 without scales, which are plain numbers, such as 'a.weight'" in told
+    assert "'wconv recast --dtype bf16' casts them." in told
+    wconv("recast", file, "--dtype", "bf16", "--variant", "none", "-o", tmp_path / "out")
+    told = wconv("verify", file, tmp_path / "out", "--cast").stdout
+    assert told == "The same: 2 tensors, 34 B, in another dtype, with no value changed.\n"
+
+
+def test_what_is_dequantized_exactly_is_no_list_of_zeros(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    folder = save_shards([fp8(["a"]), fp8(["b"])], tmp_path / "in", "00002")
+    wconv("dequantize", folder, "-o", tmp_path / "out")
+    told = wconv("verify", folder, tmp_path / "out", "--quantized").stdout
+    assert told == "The same: 2 tensors, 128 B, the numbers of A (float8 with scales), exactly.\n"

@@ -128,6 +128,7 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
         "notes": [
             *checkpoint.notes,
             *([f"quantized weights are not counted: {stock.error.where} {stock.error.problem}"] if stock.error else ()),
+            *(_say_unknown(component) if not stock.shares else ()),
         ],
         "globals": {name: how for file in checkpoint.files for name, how in file.foreign.items()},
     }
@@ -145,6 +146,17 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
             for i in tensors
         ]
     return content
+
+
+def _say_unknown(component: Component) -> list[str]:
+    """Say that a config has weights quantized of which none are known to be."""
+    from converter.models.component import quantization_of
+
+    said = quantization_of(component.config)
+    if not said:
+        return []
+    name = str(said.get("quant_method", ""))[:60]
+    return [f"its config.json says that it is quantized ({name!r}), and no weights are in a form that wconv knows"]
 
 
 def _describe_rest(model: Model) -> tuple[dict[str, list[str]], WconvError | None]:

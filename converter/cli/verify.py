@@ -14,7 +14,7 @@ from converter.cli.options import PlaceType, output_options, reading_options, ru
 from converter.cli.terminal import echo, open_meter, show_bytes, show_commits, show_json, show_table
 
 if TYPE_CHECKING:
-    from converter.recipes.verify import Comparison
+    from converter.recipes.verify import Comparison, ValueErrors
     from converter.storage import Place
 
 _SHOWN = 20
@@ -77,7 +77,7 @@ def _finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _show(found: Comparison, of_numbers: bool, verbose: bool) -> None:
-    recast = sorted(found.recast, key=lambda error: -error.max_relative)
+    recast = sorted(_changed(found), key=lambda error: -error.max_relative)
     rows = [(e.component or ".", e.name, f"{e.max_absolute:.3g}", f"{e.max_relative:.3g}") for e in recast]
     _show_some(("component", "tensor", "max abs error", "max rel error"), rows, verbose)
     coded = [
@@ -116,8 +116,16 @@ def _how(found: Comparison, of_numbers: bool) -> str:
     if found.quantized:
         return ""
     if of_numbers:
-        return f", the numbers of A ({' and '.join(found.schemes['A'])}), rounded"
-    return ", each the rounded one" if found.recast else ", bit for bit"
+        how = "rounded" if _changed(found) else "exactly"
+        return f", the numbers of A ({' and '.join(found.schemes['A'])}), {how}"
+    if _changed(found):
+        return ", each the rounded one"
+    return ", in another dtype, with no value changed" if found.recast else ", bit for bit"
+
+
+def _changed(found: Comparison) -> list[ValueErrors]:
+    """List the tensors in which a cast rounded something off."""
+    return [error for error in found.recast if error.max_absolute]
 
 
 def _show_some(header: Sequence[str], rows: Sequence[Sequence[str]], verbose: bool) -> None:

@@ -62,7 +62,10 @@ _OF_LINEAR = (
     *(f".{what}_{end}" for what in ("input", "output") for end in ("scale", "zero_point", "global_scale")),
     ".input_scale_ub",
 )
-OF_ACTIVATIONS = (".activation_scale", "_activation_scale", ".qscale_act", "_input_scale", "_output_scale", *_OF_LINEAR)
+OF_ACTIVATIONS = (
+    ".activation_scale", "_activation_scale", ".qscale_act", "_input_scale", "_output_scale", ".scale_input",
+    *_OF_LINEAR,
+)  # fmt: skip
 # What the cache of keys and values is scaled by as it is filled: no weight is (``maybe_remap_kv_scale_name`` in vLLM's
 # ``model_loader/weight_utils.py``, and what ``get_cache_scale`` of its quantizations takes for the same).
 _OF_CACHE = re.compile(
@@ -186,7 +189,7 @@ TABLE = (
 _BY_DTYPE = {
     tag: tuple(row for row in TABLE if tag in row.dtypes) for tag in {tag for row in TABLE for tag in row.dtypes}
 }
-# What ends the names of scales that no float model has: with what ends their weight's.
+# What ends the names of scales in a quantized model: with what ends their weight's.
 _SCALE_ENDS = (
     (".weight_scale_inv", ".weight"), ("_scale_inv", ""), (".qscale_weight", ".weight"), (".scale_weight", ".weight"),
     (".weight_scale", ".weight"), (".weight_scale_2", ".weight"), (".SCB", ".weight"), (".qzeros", ".qweight"),

@@ -129,12 +129,15 @@ def _check_there(checkpoint: Checkpoint, component: Component) -> None:
     problem = "holds no quantized weights that wconv knows"
     advice = "'wconv recast' casts weights that are not quantized."
     said = quantization_of(component.config)
+    lone = [one for one in checkpoint.tensors if holds_codes(one.name, one.dtype)]
+    if lone and not said and all(one.dtype.is_floating for one in lone):
+        problem = f"holds float8 without scales, which are plain numbers, such as {lone[0].name!r}"
+        advice = "'wconv recast --dtype bf16' casts them."
     if said:
         problem += f", and its config.json says that it is quantized ({str(said.get('quant_method'))[:60]})"
         advice = "Load it with the library that this names; or take that out, if its weights are plain numbers."
-        lone = [one.name for one in checkpoint.tensors if holds_codes(one.name, one.dtype)]
         if lone:
-            problem += f": there is no scale for {name_some(lone, 3)}"
+            problem += f": there is no scale for {name_some([one.name for one in lone], 3)}"
             advice = "Fetch all files of the model again."
     raise Unsupported(checkpoint.weight_set.path, problem, advice)
 

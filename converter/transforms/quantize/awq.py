@@ -9,16 +9,14 @@ For a linear module ``m`` [out, in]: ``m.qweight`` is I32 [in, out / 8], ``m.qze
 from __future__ import annotations
 
 from converter.errors import Unsupported
-from converter.tensors.derived import held
 from converter.transforms.quantize import gptq
-from converter.transforms.quantize.codes import Decoded, Gridded, Scales, coding_of
+from converter.transforms.quantize.codes import Decoded, Gridded, Scales, coding_of, turned_grid
 from converter.transforms.quantize.gptq import check_grid
 from converter.transforms.quantize.restore import Module, Restored
 
 _CODING = coding_of(4, [float(code) for code in range(16)], width=4, order=(0, 2, 4, 6, 1, 3, 5, 7))
 _QZEROS, _SCALES = ".qzeros", ".scales"
 _PER_WORD = 8
-_GRID_NBYTES = 1 << 20  # of scales that are transposed, at a time
 # What configs say of weights in this order; other kernels have others.
 _VERSIONS = ("gemm",)
 
@@ -43,7 +41,7 @@ def restore(module: Module) -> Restored:
         raise module.misfit(_SCALES, f"it has {groups} groups for {inputs} inputs")
     codes = Decoded(words.source, _CODING, (inputs, outputs), 1).permuted((1, 0))
     points = Decoded(zeros.source, _CODING, (groups, outputs), 1).permuted((1, 0))
-    grid = Scales(held(scales.source.permuted((1, 0)), _GRID_NBYTES), scales.name)
+    grid = Scales(turned_grid(scales.source, (1, 0)), scales.name)
     block = (1, inputs // groups)
     numbers = Gridded(Gridded(codes, points, block, by="less"), grid, block)
     source = numbers.permuted((1, 0)) if module.is_transposed else numbers

@@ -23,7 +23,7 @@ from converter.tensors.view import GATHER_NBYTES, View, blocks_of, contiguous_st
 
 AGAIN = "Fetch the file again, or quantize the model again."
 _BAND_NBYTES = 1 << 20  # of a matrix that is read row by row, at a time
-_GRID_NBYTES = 1 << 21  # of a grid that is transposed, at a time
+_GRID_NBYTES = 1 << 20  # of a grid that is transposed, at a time
 _F32 = DTYPES["F32"]
 _NBYTES = 4  # of a number
 _KEPT_NBYTES = 1 << 23  # of a grid: what the finest one has for a task
@@ -138,10 +138,6 @@ class Reshaped(Unboxed):
     def _below(self, begin: int, end: int) -> tuple[int, int]:
         return begin, end
 
-    def part(self, begin: int, end: int) -> Reshaped:
-        source = self.source.part(begin, end)
-        return self if source is self.source else replace(self, source=source)
-
 
 @dataclass(frozen=True, slots=True)
 class Turned(Unboxed):
@@ -239,20 +235,18 @@ class Scales(Widened):
             raise BadFile(Tensor(self.name, self.source).where, problem, AGAIN)
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded(Numbers):
-    """The numbers that codes stand for, several in a word, in float32.
+class InWords(Computed):
+    """What lies as codes in the words of its source, along ``axis`` and else in row-major order; the shape is its own.
 
-    ``shape`` is theirs; along ``axis`` the words hold ``coding.per_word`` of them each, the last one perhaps fewer.
-    The source is bytes in the row-major order of words; with other axes, the words' axes go along.
+    The last word along the axis may hold fewer.
     """
 
-    coding: Coding
-    of_shape: tuple[int, ...]
+    __slots__ = ()
+    of_shape: Shape
     axis: int
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         return self.of_shape
 
     @property
@@ -262,44 +256,53 @@ class Decoded(Numbers):
     @property
     def grain(self) -> int:
         # All of what is deflated: each task would inflate it from its start.
-        return 1 if self.source.grain == 1 else _NBYTES * math.prod(self.shape)
+        return 1 if self.source.grain == 1 else self.dtype.nbytes(math.prod(self.shape))
 
     @property
-    def _words(self) -> int:
-        """The words along the axis."""
-        return -(-self.shape[self.axis] // self.coding.per_word)
+    def _unit(self) -> tuple[int, int, int]:
+        """How many codes fill how many words, and the bytes of one."""
+        raise NotImplementedError
 
     @property
     def _inner(self) -> int:
-        """The numbers that lie next to each other in as many words."""
+        """The codes that lie next to each other in as many words."""
         return math.prod(self.shape[self.axis + 1 :])
 
     def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """Cut numbers into runs of whole words: the run's first word and their number, first number and their number.
+        """Cut codes into runs of whole words: the run's first byte and how many, the codes to skip and to take.
 
         Where the last word along the axis is not full, a run ends with it.
         """
-        per, inner = self.coding.per_word, self._inner
-        is_full = not self.shape[self.axis] % per
-        row = math.prod(self.shape) if is_full else self.shape[self.axis] * inner
-        row_words = -(-row // (per * inner)) * inner
+        (codes, words, width), inner, length = self._unit, self._inner, self.shape[self.axis]
+        row = length * inner if length % codes else math.prod(self.shape)
+        row_words = -(-row // inner * words // codes) * inner
+        unit, unit_words = codes * inner, words * inner
         end = first + count
         while first < end:
             index, inside = divmod(first, row)
             taken = min(end - first, row - inside)
-            begin_unit, end_unit = inside // (per * inner), -(-(inside + taken) // (per * inner))
-            words = index * row_words + begin_unit * inner
-            yield words, (end_unit - begin_unit) * inner, inside - begin_unit * per * inner, taken
+            begin = inside // unit
+            needed = min(row_words, -(-(inside + taken) // unit) * unit_words) - begin * unit_words
+            yield (index * row_words + begin * unit_words) * width, needed * width, inside - begin * unit, taken
             first += taken
 
     def _below(self, begin: int, end: int) -> tuple[int, int]:
-        runs = list(self._runs(begin // _NBYTES, (end - begin) // _NBYTES)) if end > begin else [(0, 0, 0, 0)]
-        width = self.coding.width
-        return runs[0][0] * width, (runs[-1][0] + runs[-1][1]) * width
+        size = self.dtype.itemsize
+        runs = list(self._runs(begin // size, (end - begin) // size)) if end > begin else [(0, 0, 0, 0)]
+        return runs[0][0], runs[-1][0] + runs[-1][1]
 
-    def part(self, begin: int, end: int) -> Decoded:
-        source = self.source.part(*self._below(begin, end))
-        return self if source is self.source else replace(self, source=source)
+
+@dataclass(frozen=True, slots=True)
+class Decoded(InWords, Numbers):
+    """The numbers that codes stand for, several in a word, in float32; with other axes, the words' axes go along."""
+
+    coding: Coding
+    of_shape: Shape
+    axis: int
+
+    @property
+    def _unit(self) -> tuple[int, int, int]:
+        return self.coding.per_word, 1, self.coding.width
 
     def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Decoded:
         per, axis = self.coding.per_word, self.axis
@@ -317,11 +320,10 @@ class Decoded(Numbers):
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
         from converter.transforms.quantize.kernels import DECODING_NBYTES, decode
 
-        width = self.coding.width
         done = 0
-        for word, words, skipped, count in self._runs(begin // _NBYTES, len(out) // _NBYTES):
-            with reader.scratch(words * width) as chunk, reader.scratch(DECODING_NBYTES) as room:
-                self.source.read(word * width, chunk, reader)
+        for at, nbytes, skipped, count in self._runs(begin // _NBYTES, len(out) // _NBYTES):
+            with reader.scratch(nbytes) as chunk, reader.scratch(DECODING_NBYTES) as room:
+                self.source.read(at, chunk, reader)
                 decode(chunk, self.coding, self._inner, skipped, out[done : done + count * _NBYTES], room)
             done += count * _NBYTES
 
@@ -427,7 +429,7 @@ class Gridded(_OnGrid):
 
     def permuted(self, axes: tuple[int, ...]) -> Gridded:
         self._check_dims()
-        source, grid = self.source.permuted(axes), held(self.grid.permuted(axes), _GRID_NBYTES)
+        source, grid = self.source.permuted(axes), turned_grid(self.grid, axes)
         block, dims, origin = (tuple(one[axis] for axis in axes) for one in (self.block, self.dims, self.origin))
         return replace(self, source=source, grid=grid, block=block, dims=dims, origin=origin, span=None)
 
@@ -508,6 +510,11 @@ class Indexed(Unboxed, _OnGrid):
 def scales_of(tensor: Tensor, shape: Shape) -> Scales:
     """Give the numbers of a tensor of scales, in another shape of as many. Raises ValueError for one of others."""
     return Scales(reshaped(tensor.source, tensor.dtype, shape), tensor.name)
+
+
+def turned_grid(source: TensorSource, axes: tuple[int, ...]) -> TensorSource:
+    """Give a grid with other axes, of which no more is read at a time than it is worth."""
+    return held(source.permuted(axes), _GRID_NBYTES)
 
 
 def steps_of(source: TensorSource) -> TensorSource:

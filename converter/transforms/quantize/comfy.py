@@ -30,6 +30,7 @@ from converter.tensors.base import Reader, TensorSource
 from converter.tensors.derived import Constant
 from converter.tensors.view import blocks_of
 from converter.transforms.quantize.codes import (
+    AGAIN,
     E2M1,
     Decoded,
     Gridded,
@@ -122,7 +123,7 @@ def _said_of(module: Module) -> dict[str, Any]:
 def _misfit(module: Module, problem: str) -> BadFile:
     what = module.base + _DESCRIBED if _DESCRIBED in module.beside else "description in its header"
     said = f"has a {what!r} that does not fit {module.weight.name!r}: {problem}"
-    return BadFile(module.weight.where, said, "Fetch the file again, or quantize the model again.")
+    return BadFile(module.weight.where, said, AGAIN)
 
 
 def _scaled(module: Module, end: str, numbers: TensorSource | None = None) -> TensorSource:

@@ -23,14 +23,13 @@ from functools import cache
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.tensors.base import Reader, Tensor, TensorSource
 from converter.tensors.derived import Derived, held
-from converter.transforms.quantize.codes import Coding, Gridded, Indexed, Scales, Turned, coding_of
+from converter.transforms.quantize.codes import AGAIN, Coding, Gridded, Indexed, Scales, Turned, coding_of, turned_grid
 from converter.transforms.quantize.dense import unpacked
 from converter.transforms.quantize.restore import Module, Restored
 
 _QZEROS, _SCALES, _INDEX = ".qzeros", ".scales", ".g_idx"
 _BITS = (2, 3, 4, 8)
 _WORD = 32
-_GRID_NBYTES = 1 << 20  # of what is transposed of scales and zero points, at a time
 _METHODS = ("gptq",)
 _FIRST, _SECOND = "gptq", "gptq_v2"
 # What configs say of weights that are not as others read them, by gptqmodel and auto_gptq.
@@ -56,7 +55,7 @@ def restore(module: Module) -> Restored:
     shape = (outputs, inputs)
     codes = _codes(bits, words.source.permuted((1, 0)), shape)
     points = ZeroPoints(_zeros(bits, zeros.source, (groups, outputs), version), zeros.name, bits, version is None)
-    grid = Scales(held(scales.source.permuted((1, 0)), _GRID_NBYTES), scales.name)
+    grid = Scales(turned_grid(scales.source, (1, 0)), scales.name)
     numbers: TensorSource
     index = module.beside.get(_INDEX)
     if index is None:
@@ -78,7 +77,7 @@ def check_grid(module: Module, scales: Tensor, zeros: Tensor) -> None:
     words = module.weight
     if words.dtype.tag != "I32" or len(words.shape) != 2:
         problem = f"has a {words.name!r} that is {words.dtype} {list(words.shape)}, and no matrix of I32"
-        raise BadFile(words.where, problem, "Fetch the file again, or quantize the model again.")
+        raise BadFile(words.where, problem, AGAIN)
     if scales.dtype.tag not in ("F16", "BF16", "F32") or len(scales.shape) != 2:
         raise module.misfit(_SCALES, f"it is {scales.dtype} {list(scales.shape)}, and no matrix of floats")
     if zeros.dtype.tag != "I32" or len(zeros.shape) != 2 or zeros.shape[0] != scales.shape[0]:
@@ -172,8 +171,7 @@ def _codes(bits: int, words: TensorSource, shape: tuple[int, int], version: str 
 
 def _zeros(bits: int, words: TensorSource, shape: tuple[int, int], version: str | None) -> TensorSource:
     """Give the zero points that words hold by groups, [out, groups]."""
-    numbers = _codes(bits, words, shape, version)
-    return held(Turned(numbers) if _WORD % bits else numbers.permuted((1, 0)), _GRID_NBYTES)
+    return turned_grid(_codes(bits, words, shape, version), (1, 0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -370,30 +370,19 @@ def unpack_dense(chunk: memoryview, bits: int, inner: int, skipped: int, out: me
 
     32 codes fill as many words as each has bits; ``inner`` words lie side by side, each with codes of its own.
     """
-    if inner == 1:
-        np.frombuffer(out, "u1")[...] = _unpack_row(np.frombuffer(chunk, "u1"), bits)[skipped : skipped + len(out)]
-        return
-    known = np.frombuffer(chunk, "<u4").reshape(-1, inner)
-    units = -(-len(known) // bits)
-    padded = np.zeros((units * bits + 1, inner), "<u8")  # one more, of which no code has a bit
-    padded[: len(known)] = known
-    codes = np.empty((units, 32, inner), "u1")
-    for place in range(32):
-        word, shift = divmod(bits * place, 32)
-        both = padded[word:-1:bits] | padded[word + 1 :: bits][:units] << np.uint64(32)
-        codes[:, place] = both >> np.uint64(shift) & np.uint64((1 << bits) - 1)
+    words = np.frombuffer(chunk, "<u4").reshape(-1, inner)
+    padded = np.zeros((inner, -(-len(words) // bits) * bits), "<u4")
+    padded[:, : len(words)] = words.T
+    codes = _unpack(padded.reshape(-1).view("u1"), bits).reshape(inner, -1).T
     np.frombuffer(out, "u1")[...] = codes.reshape(-1)[skipped : skipped + len(out)]
 
 
-def _unpack_row(raw: Array, bits: int) -> Array:
+def _unpack(raw: Array, bits: int) -> Array:
     """Give the codes of bytes, 8 of which fill as many bytes as each has bits."""
-    count = -(-len(raw) // bits)
-    padded = np.zeros(count * bits, "u1")
-    padded[: len(raw)] = raw
-    together = np.zeros(count, "<u8")
+    together = np.zeros(len(raw) // bits, "<u8")
     for byte in range(bits):
-        together |= padded[byte::bits].astype("<u8") << np.uint64(8 * byte)
-    codes = np.empty((count, 8), "u1")
+        together |= raw[byte::bits].astype("<u8") << np.uint64(8 * byte)
+    codes = np.empty((len(together), 8), "u1")
     for place in range(8):
         codes[:, place] = together >> np.uint64(bits * place) & np.uint64((1 << bits) - 1)
     return codes.reshape(-1)

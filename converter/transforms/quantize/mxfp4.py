@@ -15,12 +15,11 @@ from converter.dtypes import DTYPES
 from converter.errors import BadFile
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import held
-from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, reshaped, scales_of
+from converter.transforms.quantize.codes import AGAIN, E2M1, Decoded, Gridded, reshaped, scales_of, turned_grid
 from converter.transforms.quantize.restore import Module, Restored
 
 _F32, _BF16 = DTYPES["F32"], DTYPES["BF16"]
 _BYTES = 16  # of a group
-_SCALES_NBYTES = 1 << 20  # that are read at a time, where they are transposed
 
 
 def restore(module: Module) -> Restored:
@@ -30,7 +29,7 @@ def restore(module: Module) -> Restored:
     return _restored(
         module,
         held(blocks.source.permuted((*outer, groups, size, rows))),
-        held(scales.source.permuted((*outer, groups, rows)), _SCALES_NBYTES),
+        turned_grid(scales.source, (*outer, groups, rows)),
         scales.name,
         axis=-2,
     )
@@ -50,7 +49,7 @@ def _parts(module: Module) -> tuple[Tensor, Tensor]:
         problem = (
             f"has blocks of MXFP4, {blocks.name!r}, that are {list(blocks.shape)}, not [experts, rows, groups, 16]"
         )
-        raise BadFile(blocks.where, problem, "Fetch the file again, or quantize the model again.")
+        raise BadFile(blocks.where, problem, AGAIN)
     needed = blocks.shape[:-1]
     if scales.dtype.tag not in ("U8", "F8_E8M0") or scales.shape != needed:
         found = f"it is {scales.dtype} {list(scales.shape)}, and blocks {list(blocks.shape)} need U8 {list(needed)}"

@@ -30,8 +30,6 @@ from converter.tensors.reader import RangeReader
 from converter.transforms.quantize.codes import AGAIN
 
 _MAX_SMALL_NBYTES = 1 << 24  # of one tensor that is read before there is a plan, and of all together the eightfold
-# What headers say of how the weights beside are quantized: ``convert_to_quant`` and others write it for ComfyUI.
-_METADATA = (COMFY_NOTE,)
 # What configs of compressed-tensors and of ModelOpt say of a quantized cache.
 _CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_dtype")
 
@@ -168,15 +166,14 @@ def dequantized(
         replace(
             file,
             tensors=tuple(write(one) for one in file.tensors if one.name not in found.beside),
-            metadata={key: value for key, value in file.metadata.items() if key not in _METADATA},
+            metadata={key: value for key, value in file.metadata.items() if key != COMFY_NOTE},
         )
         for file in checkpoint.files
     )
     done = (
         f"dequantized to {dtype}: {_count(number, 'weight')} ({label})" for (label, dtype), number in written.items()
     )
-    dropped = [key for key in _METADATA if key in checkpoint.metadata]
-    left_out = [f"left out of the header: {', '.join(dropped)}"] if dropped else []
+    left_out = [f"left out of the header: {COMFY_NOTE}"] if COMFY_NOTE in checkpoint.metadata else []
     of_weights = (restored.note for restored in found.weights.values() if restored.note)
     notes = dict.fromkeys((*done, *found.notes, *left_out, *of_weights))
     return replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
@@ -202,7 +199,7 @@ def _said_of(module: Module, noted: Mapping[str, Any]) -> Mapping[str, Any]:
     said = noted[module.base]
     if module.scheme is not COMFY_QUANT or not isinstance(said, dict):
         problem = f"notes of {module.base!r} what does not fit it"
-        raise BadFile(module.weight.where, problem, "Fetch the file again, or quantize the model again.")
+        raise BadFile(module.weight.where, problem, AGAIN)
     return said
 
 
