@@ -125,6 +125,15 @@ def test_libraries_stay_where_they_belong(path: Any) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if "numkong" in path.read_text(encoding="utf-8")], ids=module_of
+)
+def test_numpy_is_loaded_first(path: Any) -> None:
+    """What is written in C loads it from its midst, and a thread that loads it at the same time finds half of it."""
+    imported = [name for name in imports_of(parse(path)) if name in ("numpy", "numkong", "ml_dtypes")]
+    assert imported[0] == "numpy"
+
+
 def touches_disk(node: ast.AST) -> bool:
     """Say whether a call is one that only storage makes."""
     if not isinstance(node, ast.Call):

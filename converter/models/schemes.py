@@ -84,11 +84,11 @@ EXPONENTS = frozenset({"F8_E8M0", "U8"})
 FP4 = FP8._replace(label="FP4 with scales", dtypes=frozenset({"I8"}), companions=(".weight_scale_inv",))
 FP4_OF_EXPERTS = FP4._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
 FP4_OF_DEEPSEEK = FP4._replace(companions=(".scale",), scales=EXPONENTS)
-# ModelOpt, AutoFP8 and FBGEMM write float8 and int8 by these names as well, and they mean the same.
+# ModelOpt, AutoFP8, FBGEMM and Quark write float8 and int8 by these names as well, and they mean the same.
 CT_FP8 = Scheme(
     "float8 with scales", ".weight", _F8, (".weight_scale",),
     others=(".weight_zero_point", ".pre_quant_scale", *_OF_LINEAR),
-    methods=("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8"),
+    methods=("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "quark"),
 )  # fmt: skip
 CT_INT8 = CT_FP8._replace(label="8-bit numbers with scales", dtypes=frozenset({"I8"}))
 CT_PACKED = Scheme(
@@ -108,8 +108,9 @@ MODELOPT_FP8_OF_EXPERTS = CT_FP8._replace(
     weight="", companions=("_weight_scale",), others=("_input_scale", "_output_scale"), methods=("modelopt",)
 )
 MODELOPT_4BIT = NVFP4._replace(
-    label="4-bit numbers of ModelOpt", companions=(".weight_scale",), others=(".pre_quant_scale", *_OF_LINEAR)
-)
+    label="4-bit numbers of ModelOpt or Quark", companions=(".weight_scale",),
+    others=(".pre_quant_scale", *_OF_LINEAR), methods=(*NVFP4.methods, "quark"),
+)  # fmt: skip
 GPTQ = Scheme(
     "GPTQ", ".qweight", _PACKED, (".g_idx",), others=(".qzeros", ".scales"), methods=("gptq",), may_be_turned=True
 )
@@ -182,8 +183,8 @@ TABLE = (
     Scheme("Marlin of auto_gptq", ".B", frozenset({"I32"}), (".s",), reader="vLLM"),
     Scheme("AQLM", ".codes", frozenset({"I8", "I16", "U8"}), (".codebooks",), reader="transformers with aqlm"),
     Scheme("EETQ", ".weight", frozenset({"I8"}), (".weight_scales",), reader="transformers with eetq"),
-    Scheme("numbers with scales", ".weight", _PACKED, (".scale", ".scales", ".qscale_weight", ".absmax"),
-           reader="the library that wrote it"),
+    Scheme("numbers with scales", ".weight", _PACKED,
+           (".scale", ".scales", ".qscale_weight", ".absmax", ".weight_scale"), reader="the library that wrote it"),
     COMFY_MARKED,
 )  # fmt: skip
 _BY_DTYPE = {

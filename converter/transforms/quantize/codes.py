@@ -136,7 +136,18 @@ class Reshaped(Unboxed):
         return self.source.window
 
     def _below(self, begin: int, end: int) -> tuple[int, int]:
-        return begin, end
+        size = self.source.dtype.itemsize
+        return begin // size * size, -(-end // size) * size
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        low, high = self._below(begin, begin + len(out))
+        if high - low == len(out):
+            self.source.read(begin, out, reader)
+            return
+        # Whole elements of the source, of which some bytes are asked for.
+        with reader.scratch(high - low) as elements:
+            self.source.read(low, elements, reader)
+            out[:] = elements[begin - low : begin - low + len(out)]
 
 
 @dataclass(frozen=True, slots=True)

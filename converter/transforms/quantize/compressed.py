@@ -161,7 +161,7 @@ def fit(
     ``group`` is how many numbers of a row there must be in one. Raises BadFile for scales that do not fit.
     """
     found = module.scale(end).shape
-    if not math.prod(shape):
+    if not shape or 0 in shape:
         raise module.misfit(end, f"that is {list(shape)}")
     if math.prod(found) == 1 and not group:
         return tuple(1 for _ in shape), shape

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
-import numkong
+# Before numkong, which has numpy loaded from its midst: where another thread is loading it too, neither is whole.
 import numpy as np
+
+# isort: split
+import numkong
 
 from converter.dtypes import DTYPES, DType
 from converter.tensors.kernels import Array, as_array, numpy_dtype, widen

@@ -118,7 +118,8 @@ def find_restored(
     beside = frozenset(one.name for module in modules for one in module.beside.values())
     of_cache = _find_of_cache(found, tensors, config)
     beside = beside.union(of_cache, filter(is_mark, tensors) if found else ())
-    _check_rest(found, tensors, weights.keys() | beside)
+    _check_rest(checkpoint, found, tensors, weights.keys() | beside)
+    _check_apart(weights, tensors, beside)
     for name in (f"{module}.weight" for module in noted):
         if name in tensors and name not in weights:
             problem = f"notes that {name!r} is quantized, and it is {tensors[name].dtype}"
@@ -263,7 +264,9 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def _check_rest(found: Collection[Quantized], tensors: Mapping[str, Tensor], known: Container[str]) -> None:
+def _check_rest(
+    checkpoint: Checkpoint, found: Collection[Quantized], tensors: Mapping[str, Tensor], known: Container[str]
+) -> None:
     """Raise Unsupported for what belongs to a quantized weight and is in no scheme; and for what stands alone, BadFile.
 
     Where nothing is quantized, so is what scales nothing: those tensors may be a float model's own.
@@ -272,12 +275,23 @@ def _check_rest(found: Collection[Quantized], tensors: Mapping[str, Tensor], kno
         return
     left = [name for name in find_belongings(found, tensors) if name not in known]
     if left:
-        raise Unsupported(
-            name_some(sorted(left), 5), "stand beside quantized weights, and wconv does not know what for"
-        )
+        problem = f"has {name_some(sorted(left), 5)} beside quantized weights, and wconv does not know what for"
+        raise Unsupported(checkpoint.weight_set.path, problem, "Load it with the library that wrote it.")
     for name, tensor in tensors.items():
         if name not in known:
             _check_alone(tensor, tensors)
+
+
+def _check_apart(weights: Mapping[str, Restored], tensors: Mapping[str, Tensor], beside: Collection[str]) -> None:
+    """Raise BadFile for codes that scale others, and for a weight that would bear the name of another tensor."""
+    named = {name: name for name in tensors if name not in weights and name not in beside}
+    for name, restored in weights.items():
+        other = named.setdefault(restored.name, name)
+        if other != name:
+            problem = f"has {name!r} and {other!r}, and both would be {restored.name!r}"
+            raise BadFile(tensors[name].where, problem, AGAIN)
+        if name in beside:
+            raise BadFile(tensors[name].where, f"has {name!r} as a quantized weight, and as what scales another", AGAIN)
 
 
 def _check_alone(tensor: Tensor, tensors: Mapping[str, Tensor]) -> None:

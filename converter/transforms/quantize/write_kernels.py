@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numkong
+# Before numkong, which has numpy loaded from its midst: where another thread is loading it too, neither is whole.
 import numpy as np
+
+# isort: split
+import numkong
 
 from converter.dtypes import DTYPES, DType
 from converter.tensors.kernels import Array, as_array, as_float16, cast_chunk, widen
