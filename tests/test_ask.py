@@ -201,6 +201,12 @@ def test_a_child_answers_what_is_answered_here(tmp_path: Path, monkeypatch: pyte
     assert found.shapes["embed_tokens.weight"] == (64, 16)
 
 
+def test_infinity_is_a_number_again() -> None:
+    """As transformers writes it, and reads it."""
+    config = {"limits": [0.0, {"__float__": "Infinity"}], "odd": [{"__float__": [1]}, {"__float__": "1", "x": 2}]}
+    assert cleaned(config) == {"limits": [0.0, float("inf")], "odd": [{}, {"x": 2}]}
+
+
 def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ask, "_search_path", lambda: [entry for entry in sys.path if "site-packages" not in entry])
     with pytest.raises(LibraryMissing, match="its library is not installed"):

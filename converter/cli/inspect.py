@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from converter.models.component import Component, WeightSet
     from converter.models.model import Model
     from converter.storage import Place
+    from converter.tensors.base import Tensor
 
 _KINDS = {
     "file": "a weight set",
@@ -110,6 +112,15 @@ def _describe(
     return {**content, **_describe_tensors(component, checkpoint, with_tensors)}, None
 
 
+def _totals(tensors: Sequence[Tensor]) -> dict[str, Any]:
+    return {
+        "tensors": len(tensors),
+        "parameters": sum(info.numel for info in tensors),
+        "nbytes": sum(info.nbytes for info in tensors),
+        "dtypes": dict(Counter(info.dtype.tag for info in tensors).most_common()),
+    }
+
+
 def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors: bool) -> dict[str, Any]:
     from converter.models.names import fold_modules
     from converter.tensors.base import find_ties
@@ -119,10 +130,8 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
     stock = take_stock(component, checkpoint)
     content: dict[str, Any] = {
         "format": checkpoint.format,
-        "tensors": len(tensors),
+        **_totals(tensors),
         "parameters": stock.parameters,
-        "nbytes": sum(info.nbytes for info in tensors),
-        "dtypes": dict(Counter(info.dtype.tag for info in tensors).most_common()),
         "tied": {**find_ties(tensors), **checkpoint.ties},
         "quantized": [{**share._asdict(), "bits_per_weight": share.bits_per_weight} for share in stock.shares],
         "notes": [
@@ -134,10 +143,7 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
     }
     if stock.shares:
         content["plain"] = {
-            "tensors": len(stock.plain),
-            "parameters": sum(info.numel for info in stock.plain),
-            "nbytes": sum(info.nbytes for info in stock.plain),
-            "dtypes": dict(Counter(info.dtype.tag for info in stock.plain).most_common()),
+            **_totals(stock.plain),
             "names": list(fold_modules(info.name for info in sorted(stock.plain, key=lambda info: -info.nbytes))),
         }
     if with_tensors:

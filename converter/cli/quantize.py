@@ -90,7 +90,7 @@ def command(
 
     The new folder loads in a half or a quarter of the memory of the fp16 one; the numbers are those that the library
     gives when it quantizes at load time. Which modules, the model's library decides, as it does then; config.json says
-    so. A module that the scheme cannot hold is left as it is, and named.
+    so. A module that the scheme cannot hold is left as it is, and named; nf4 refuses it.
 
     \b
     wconv quantize ./model -o ./model-int8

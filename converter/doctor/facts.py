@@ -23,6 +23,8 @@ from converter.models.headers import LENIENT
 from converter.models.inventory import Inventory, Part
 from converter.models.names import WeightsName
 from converter.models.schemes import (
+    COMFY,
+    EXPONENTS,
     LLM_INT8,
     METHODS,
     Quantized,
@@ -30,6 +32,7 @@ from converter.models.schemes import (
     find_owners,
     find_quantized,
     holds_codes,
+    names_other,
     weight_of,
 )
 from converter.models.sets import ListedSet
@@ -42,9 +45,8 @@ _NOTHING_ELSE = ("_scale_inv", ".SCB", ".absmax", ".qzeros", ".g_idx")
 # Scales whose names do not say so; never bytes, which are codes there.
 _FLOAT_SCALES = frozenset({"SCB", "absmax", "nested_absmax"})
 # The dtypes that libraries write scales in, by what ends their names; all others are written in the model's own.
-_EXPONENTS = frozenset({"F8_E8M0", "U8"})
 _WRITTEN = (
-    ("_scale_inv", {"F32", "BF16"} | _EXPONENTS),
+    ("_scale_inv", {"F32", "BF16"} | EXPONENTS),
     (".SCB", {"F32"}),
     (".nested_absmax", {"F32"}),
     (".absmax", {"F32", "U8"}),
@@ -52,7 +54,7 @@ _WRITTEN = (
     (".nested_quant_map", {"F32"}),
     (".weight_scale_2", {"F32"}),
     (".weight_global_scale", {"F32"}),
-    ("_scales", {"F16", "BF16", "F32"} | _EXPONENTS),
+    ("_scales", {"F16", "BF16", "F32"} | EXPONENTS),
 )
 
 # Of names.
@@ -202,7 +204,7 @@ def find_alone(part: Part, dtypes: Mapping[str, DType], found: Sequence[Quantize
     reads plain float8 as well. What a config calls otherwise than the schemes that are known may have them elsewhere.
     """
     is_quantized = bool(found) or (says_quantized(part) and not _names_unknown(part))
-    has_codes = is_quantized and not any("ComfyUI" in one.scheme.label for one in found)
+    has_codes = is_quantized and not any(one.scheme in COMFY for one in found)
     known = find_belongings(found, dtypes)
     rest = [name for name in dtypes if name not in known]
     named = ((name, weight_of(name, dtypes[name])) for name in rest)
@@ -220,8 +222,7 @@ def misfit(part: Part, listed: ListedSet) -> str:
     Reads the few bytes that say how they are to be read.
     """
     try:
-        checkpoint = open_checkpoint(listed.without_index, LENIENT)
-        find_unasked(part.component, checkpoint)
+        find_unasked(part.component, open_checkpoint(listed.without_index, LENIENT))
     except Unreachable:
         raise
     except Unsupported:  # which is said of what is quantized
@@ -259,7 +260,7 @@ def other_method(part: Part, found: Sequence[Quantized]) -> tuple[str, str] | No
     if not isinstance(method, str) or not schemes:
         return None
     held = " and ".join(sorted({scheme.label for scheme in schemes}))
-    if method in METHODS and all(scheme.methods and method not in scheme.methods for scheme in schemes):
+    if method in METHODS and names_other(method, schemes):
         return method[:60], held
     bits = "8" if LLM_INT8 in schemes else "4"
     is_other = method == "bitsandbytes" and len(schemes) == 1 and said.get(f"load_in_{bits}bit") is False

@@ -107,7 +107,10 @@ class _Unasked(Exception):
 
 
 def cleaned(value: Any, depth: int = 0) -> Any:
-    """Give a config without what leads to code or to the network, at any depth."""
+    """Give a config without what leads to code or to the network, at any depth.
+
+    Infinity and NaN come as the numbers that ``_decode_special_floats`` of transformers makes of them.
+    """
     if depth > _DEEPEST:
         raise _Unasked(f"is nested more than {_DEEPEST} deep")
     if isinstance(value, list):
@@ -116,6 +119,8 @@ def cleaned(value: Any, depth: int = 0) -> Any:
         return value
     if value.get("backbone") or value.get("model_type") in _TIMM_TYPES:
         raise _Unasked("asks for a backbone by its name, which is not looked up")
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
     return {key: cleaned(one, depth + 1) for key, one in value.items() if not _is_dropped(key)}
 
 

@@ -82,10 +82,10 @@ FP8_OF_EXPERTS = FP8._replace(weight="", companions=("_scale_inv",), others=("_a
 # Inkling's, which are renamed to those as they are loaded (``conversion_mapping.py`` of transformers).
 FP8_OF_FUSED = FP8._replace(weight="_weight", companions=("_weight_scale",), others=("_input_scale",))
 # Two numbers a byte, as transformers takes all I8 beside these scales; ``.scale`` may be of any 8-bit numbers.
-_EXPONENTS = frozenset({"F8_E8M0", "U8"})
+EXPONENTS = frozenset({"F8_E8M0", "U8"})
 FP4 = FP8._replace(label="FP4 with scales", dtypes=frozenset({"I8"}), companions=(".weight_scale_inv",))
 FP4_OF_EXPERTS = FP4._replace(weight="", companions=("_scale_inv",), others=("_activation_scale",))
-FP4_OF_DEEPSEEK = FP4._replace(companions=(".scale",), scales=_EXPONENTS)
+FP4_OF_DEEPSEEK = FP4._replace(companions=(".scale",), scales=EXPONENTS)
 # ModelOpt, AutoFP8, FBGEMM and Quark write float8 and int8 by these names as well, and they mean the same.
 CT_FP8 = Scheme(
     "float8 with scales", ".weight", _F8, (".weight_scale",),
@@ -135,7 +135,7 @@ COMFY_QUANT = Scheme(
 COMFY_FP8 = Scheme("float8 with scales of ComfyUI", ".weight", _F8, (".scale_weight",), others=(".scale_input",))
 # What has no scale in a file in which others have one is as it is.
 COMFY_MARKED = Scheme("float8 in a file of ComfyUI", "", _F8, ())
-_COMFY = (COMFY_QUANT, COMFY_FP8, COMFY_MARKED)
+COMFY = (COMFY_QUANT, COMFY_FP8, COMFY_MARKED)
 # What no module of a float model has.
 _COMFY_LEAVES = frozenset({"scale_weight", "scale_input", "comfy_quant"})
 # One for all of a model in a file (``convert_old_quants`` in ``comfy/utils.py``).
@@ -274,6 +274,11 @@ def modules_noted(checkpoint: Checkpoint) -> dict[str, Any]:
     return found
 
 
+def names_other(method: str, schemes: Iterable[Scheme]) -> bool:
+    """Say whether what a config calls a scheme (``quant_method``) is none of those that weights are in."""
+    return all(scheme.methods and method not in scheme.methods for scheme in schemes)
+
+
 def holds_codes(name: str, dtype: DType) -> bool:
     """Say whether a tensor of a quantized model is no numbers by itself: floats of 8 bits or fewer, packed integers."""
     return dtype.tag in _PACKED and (dtype.is_floating or name.endswith(_CODES))
@@ -284,7 +289,7 @@ def weight_of(name: str, dtype: DType) -> str | None:
 
     What is nothing but an exponent scales something: where its name does not tell what, it is given itself.
     """
-    ends = (*_SCALE_ENDS, *_EXPONENT_ENDS) if dtype.tag in _EXPONENTS else _SCALE_ENDS
+    ends = (*_SCALE_ENDS, *_EXPONENT_ENDS) if dtype.tag in EXPONENTS else _SCALE_ENDS
     end = next((end for end in ends if name.endswith(end[0])), None)
     if end is None:
         return name if dtype.tag == "F8_E8M0" else None
@@ -326,7 +331,7 @@ def _scales(dtype: DType, weight: DType, tags: Container[str]) -> bool:
 def find_belongings(found: Collection[Quantized], names: Iterable[str]) -> frozenset[str]:
     """Name all tensors that lose their meaning in a cast: quantized weights, and what stands beside them but a bias."""
     names = list(names)
-    of_comfy = _COMFY_LEAVES if any(one.scheme in _COMFY for one in found) else ()
+    of_comfy = _COMFY_LEAVES if any(one.scheme in COMFY for one in found) else ()
     marks = (name for name in names if is_mark(name) or name.rpartition(".")[2] in of_comfy) if found else ()
     return frozenset((*(one.weight for one in found), *find_owners(found, names), *marks))
 

@@ -5,34 +5,10 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 
 from converter.libraries.modules import find_linears
+from converter.models import schemes
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component, quantization_beside
-from converter.models.schemes import (
-    AWQ,
-    BNB_4BIT,
-    COMFY_FP8,
-    COMFY_MARKED,
-    COMFY_QUANT,
-    CT_FP8,
-    CT_INT8,
-    CT_PACKED,
-    FP4,
-    FP4_OF_DEEPSEEK,
-    FP4_OF_EXPERTS,
-    FP8,
-    FP8_OF_EXPERTS,
-    FP8_OF_FUSED,
-    GPTQ,
-    LLM_INT8,
-    MODELOPT_4BIT,
-    MODELOPT_FP8_OF_EXPERTS,
-    MXFP4,
-    MXFP4_ROWS,
-    NVFP4,
-    NVFP4_OF_EXPERTS,
-    Scheme,
-    quantized_in,
-)
+from converter.models.schemes import Scheme, quantized_in
 from converter.transforms.quantize import (
     awq,
     bnb_4bit,
@@ -49,20 +25,28 @@ from converter.transforms.quantize.restore import Found, Restore, find_restored,
 from converter.transforms.quantize.write import Writer
 
 DEQUANTIZERS: Mapping[Scheme, Restore] = {
-    LLM_INT8: bnb_int8.restore,
-    BNB_4BIT: bnb_4bit.restore,
-    **dict.fromkeys((FP8, FP8_OF_EXPERTS, FP8_OF_FUSED, FP4, FP4_OF_EXPERTS, FP4_OF_DEEPSEEK), fp8.restore),
-    **dict.fromkeys((CT_FP8, CT_INT8), compressed.restore),
-    CT_PACKED: compressed.restore_packed,
-    **dict.fromkeys((NVFP4, NVFP4_OF_EXPERTS, MODELOPT_4BIT), modelopt.restore),
-    MODELOPT_FP8_OF_EXPERTS: modelopt.restore_whole,
-    COMFY_QUANT: comfy.restore_described,
-    COMFY_FP8: comfy.restore_scaled,
-    COMFY_MARKED: comfy.restore_marked,
-    GPTQ: gptq.restore,
-    AWQ: awq.restore,
-    MXFP4: mxfp4.restore,
-    MXFP4_ROWS: mxfp4.restore_rows,
+    schemes.LLM_INT8: bnb_int8.restore,
+    schemes.BNB_4BIT: bnb_4bit.restore,
+    schemes.FP8: fp8.restore,
+    schemes.FP8_OF_EXPERTS: fp8.restore,
+    schemes.FP8_OF_FUSED: fp8.restore,
+    schemes.FP4: fp8.restore,
+    schemes.FP4_OF_EXPERTS: fp8.restore,
+    schemes.FP4_OF_DEEPSEEK: fp8.restore,
+    schemes.CT_FP8: compressed.restore,
+    schemes.CT_INT8: compressed.restore,
+    schemes.CT_PACKED: compressed.restore_packed,
+    schemes.NVFP4: modelopt.restore,
+    schemes.NVFP4_OF_EXPERTS: modelopt.restore,
+    schemes.MODELOPT_4BIT: modelopt.restore,
+    schemes.MODELOPT_FP8_OF_EXPERTS: modelopt.restore_whole,
+    schemes.COMFY_QUANT: comfy.restore_described,
+    schemes.COMFY_FP8: comfy.restore_scaled,
+    schemes.COMFY_MARKED: comfy.restore_marked,
+    schemes.GPTQ: gptq.restore,
+    schemes.AWQ: awq.restore,
+    schemes.MXFP4: mxfp4.restore,
+    schemes.MXFP4_ROWS: mxfp4.restore_rows,
 }
 QUANTIZERS: Mapping[str, Writer] = {
     writer.name: writer for writer in (bnb_int8.INT8, bnb_4bit.NF4, fp8_writing.FP8_BLOCK, fp8_writing.FP8_SCALED)

@@ -13,6 +13,7 @@ import math
 
 from converter.dtypes import DTYPES
 from converter.errors import BadFile
+from converter.models.schemes import EXPONENTS
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import held
 from converter.transforms.quantize.codes import AGAIN, E2M1, Decoded, Gridded, reshaped, scales_of, turned_grid
@@ -51,7 +52,7 @@ def _parts(module: Module) -> tuple[Tensor, Tensor]:
         )
         raise BadFile(blocks.where, problem, AGAIN)
     needed = blocks.shape[:-1]
-    if scales.dtype.tag not in ("U8", "F8_E8M0") or scales.shape != needed:
+    if scales.dtype.tag not in EXPONENTS or scales.shape != needed:
         found = f"it is {scales.dtype} {list(scales.shape)}, and blocks {list(blocks.shape)} need U8 {list(needed)}"
         raise module.misfit(end, found)
     return blocks, scales

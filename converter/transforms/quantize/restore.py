@@ -21,6 +21,7 @@ from converter.models.schemes import (
     holds_codes,
     is_mark,
     modules_noted,
+    names_other,
     quantized_in,
     weight_of,
 )
@@ -68,14 +69,13 @@ class Restored(NamedTuple):
     """A weight in float32 under its plain name; ``dtype`` is what its scheme's library gives, where that is known.
 
     Its codes are the nearest to the numbers that they were made of, but for ``slack``, a share of each; that is None
-    where they are not, as those of calibrated schemes are. ``note`` is worth a user's look.
+    where they are not, as those of calibrated schemes are.
     """
 
     name: str
     source: TensorSource
     dtype: DType | None = None
     slack: float | None = 0.0
-    note: str = ""
 
 
 Restore = Callable[[Module], Restored]
@@ -175,9 +175,7 @@ def dequantized(
         f"dequantized to {dtype}: {_count(number, 'weight')} ({label})" for (label, dtype), number in written.items()
     )
     left_out = [f"left out of the header: {COMFY_NOTE}"] if COMFY_NOTE in checkpoint.metadata else []
-    of_weights = (restored.note for restored in found.weights.values() if restored.note)
-    notes = dict.fromkeys((*done, *found.notes, *left_out, *of_weights))
-    return replace(checkpoint, files=files, notes=(*checkpoint.notes, *notes))
+    return replace(checkpoint, files=files, notes=(*checkpoint.notes, *done, *found.notes, *left_out))
 
 
 def _module_of(
@@ -257,7 +255,7 @@ def _note_method(modules: Iterable[Module], config: Mapping[str, Any]) -> Iterat
     """Note that a config names another scheme than that which the weights are in."""
     said = config.get("quant_method")
     schemes = {module.scheme for module in modules}
-    if isinstance(said, str) and all(scheme.methods and said not in scheme.methods for scheme in schemes):
+    if isinstance(said, str) and names_other(said, schemes):
         labels = sorted({scheme.label for scheme in schemes})
         yield f"config.json says {said[:60]!r}, and the weights are {' and '.join(labels)}: they were read as that"
 
