@@ -107,8 +107,9 @@ def write_safetensors(folder: Path, tensors: dict[str, Codes], config: dict[str,
         shards[before * SHARDS // total][name] = tensor
         before += tensor.nbytes
     weight_map = {}
-    for number, shard in enumerate(filter(None, shards), 1):
-        file_name = f"model-{number:05}-of-{SHARDS:05}.safetensors"
+    filled = list(filter(None, shards))
+    for number, shard in enumerate(filled, 1):
+        file_name = f"model-{number:05}-of-{len(filled):05}.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         for name, tensor in shard.items():

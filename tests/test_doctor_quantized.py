@@ -126,3 +126,13 @@ def test_the_command_that_serves_is_named(wconv: Callable[..., Any], tmp_path: P
     assert "'wconv dequantize SRC -o NEW'" in wconv("doctor", tmp_path / "a", "-v").stdout
     hqq = {"a.W_q": torch.ones(8, 16, dtype=torch.uint8), "a.meta": torch.ones(3), **PLAIN}
     assert "hqq loads it" in found_in(tmp_path / "b", hqq, {"quant_method": "hqq"})["quantized"].problem
+
+
+def test_numbers_of_shards_that_the_index_does_not_go_by_are_no_misfit(tmp_path: Path) -> None:
+    states = {"model-00001-of-00003.safetensors": {**PLAIN, **fp8("a")}, "model-00002-of-00003.safetensors": fp8("b")}
+    for name, state in states.items():
+        save(state, tmp_path / name)
+    weight_map = {name: file for file, state in states.items() for name in state}
+    write_json(tmp_path / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(tmp_path / "config.json", {"model_type": "llama", "quantization_config": FP8})
+    assert "scales-misfit" not in {one.code for one in diagnose(tmp_path).findings}

@@ -222,7 +222,14 @@ def misfit(part: Part, listed: ListedSet) -> str:
     Reads the few bytes that say how they are to be read.
     """
     try:
-        find_unasked(part.component, open_checkpoint(listed.without_index, LENIENT))
+        # The files alone: what their index lacks is another finding, and so is what is missing by their names.
+        checkpoint = open_checkpoint(listed.without_index, LENIENT)
+    except Unreachable:
+        raise
+    except WconvError:
+        return ""
+    try:
+        find_unasked(part.component, checkpoint)
     except Unreachable:
         raise
     except Unsupported:  # which is said of what is quantized
