@@ -201,9 +201,14 @@ def _quantize(component: Component, checkpoint: Checkpoint, how: _Quantizing) ->
     linears = find_linears(component, tensors.values())
     _refuse_remade(path, linears, writer)
     experts = find_experts(tensors.values()) if writer.takes_experts else {}
-    linears = replace(linears, weights={**linears.weights, **{module: f"{module}.weight" for module in experts}})
+    is_known = bool(linears.weights)
+    linears = replace(
+        linears,
+        weights={**linears.weights, **{module: f"{module}.weight" for module in experts}},
+        unknown={module: name for module, name in linears.unknown.items() if module not in experts},
+    )
     weights = {module: name for module, name in {**linears.weights, **linears.unknown}.items() if name}
-    wanted, notes = choose_modules(component, checkpoint, linears, choice)
+    wanted, notes = choose_modules(component, checkpoint, linears, choice, is_known)
     matrices = {module: _matrix(tensors[weights[module]], module in linears.transposed, how) for module in wanted}
     unfit = {module: writer.unfit(one, module in linears.transposed) for module, one in matrices.items()}
     notes += _note_unfit(unfit)

@@ -24,6 +24,11 @@ from converter.tensors.base import Tensor, find_ties
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.[^.]+")
 _OF_EXPERTS = re.compile(r"(.+?\.experts)\.")
 _ALL_EXPERTS = r"re:.*\.experts\.\d+\..*"
+# What is no linear module in most classes, by its name: embeddings, what chooses among experts; or experts themselves,
+# of which newer ones have one module (``conversion_mapping.py`` of transformers).
+_DOUBTFUL = re.compile(
+    r"emb|(^|\.)(wte|wpe|shared|relative_attention_bias|gate|router)$|\.experts\.\d+\.", re.IGNORECASE
+)
 # What ComfyUI has as Linear in a file: in a block of a stack; norms, embeddings and modulation stay, as the files that
 # it publishes have them, and what lies before and behind the blocks (``MODEL_FILTERS`` in convert_to_quant's
 # ``constants.py``).
@@ -57,7 +62,7 @@ class ModuleChoice:
     """Which linear modules to quantize: regular expressions that are searched in their names.
 
     With none, those that the loader would quantize itself. With ``include``, those alone; ``skip`` takes some away, and
-    of a class that nobody knows all others are taken for linear then.
+    of a class that nobody knows all others are taken for linear then, but for names that speak against it.
     With both, each module must match one of them. ``strict`` refuses a weight that the scheme cannot hold.
     """
 
@@ -71,9 +76,12 @@ class ModuleChoice:
 
 
 def choose_modules(
-    component: Component, checkpoint: Checkpoint, linears: Linears, choice: ModuleChoice
+    component: Component, checkpoint: Checkpoint, linears: Linears, choice: ModuleChoice, is_known: bool
 ) -> tuple[list[str], list[str]]:
-    """Give the modules to quantize, and notes."""
+    """Give the modules to quantize, and notes; where the class is not known, all are that nobody leaves out.
+
+    Raises BadRequest or Unsupported for what is not decided, or cannot be.
+    """
     path = checkpoint.weight_set.path
     is_included, is_excluded = _matcher(choice.include), _matcher(choice.skip)
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
@@ -84,7 +92,7 @@ def choose_modules(
     wanted: list[str] = []
     notes: list[str] = []
     unnamed = [module for module in linears.unknown if not (is_included(module) or is_excluded(module))]
-    if unnamed and not choice.include and (linears.weights or not choice.skip):
+    if unnamed and not choice.include and (is_known or not choice.skip):
         raise _unknown(component, path, unnamed[0], linears.cause)
     for module, name in {**linears.weights, **linears.unknown}.items():
         included, excluded = is_included(module), is_excluded(module)
@@ -96,6 +104,8 @@ def choose_modules(
         by_default = not library.is_skipped(module, linears.skipped)
         if excluded or not (included or (by_default and not choice.include)):
             continue
+        if not included and module in linears.unknown and _DOUBTFUL.search(module):
+            raise _unknown(component, path, module, linears.cause)
         if library.is_skipped(module, linears.kept):
             if included:
                 notes.append(f"{module} is left as it is: its library never quantizes it")
@@ -156,7 +166,7 @@ def name_skipped(linears: Linears, wanted: Collection[str], names: Iterable[str]
     weights = {**linears.weights, **linears.unknown}
     left = {module for module in (*weights, *linears.others) if module not in known}
     left |= {weights[module].removesuffix(".weight") for module in left if weights.get(module)} - known
-    if expert_modules(names):
+    if expert_modules(names) and not any(map(_EXPERT.fullmatch, known)):
         left.add(_ALL_EXPERTS)
     return tuple(sorted(left.union(linears.skipped)))
 
