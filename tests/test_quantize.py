@@ -669,3 +669,19 @@ def test_the_parts_of_a_pipeline() -> None:
     names = ("transformer", "transformer_2", "unet", "text_encoder", "text_encoder_3")
     assert all(quantize._PARTS.fullmatch(name) for name in names)
     assert not any(quantize._PARTS.fullmatch(name) for name in ("vae", "image_encoder", "safety_checker", "vqvae"))
+
+
+@pytest.mark.parametrize("doubtful", ["embed_tokens", "mlp.gate", "mlp.experts.0.up_proj"])
+def test_of_an_unknown_class_what_may_not_be_linear_must_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doubtful: str
+) -> None:
+    monkeypatch.setattr(ask, "_ask", lambda _: "")
+    state = {f"model.{name}.weight": torch.randn(4, 8) for name in ("q_proj", "k_proj", doubtful)}
+    save(state, tmp_path / "model" / "model.safetensors")
+    write_json(tmp_path / "model" / "config.json", {"architectures": ["OtherForCausalLM"], "model_type": "other"})
+    with pytest.raises(Unsupported, match=f"whether 'model.{doubtful}' is linear is not known"):
+        plan_8_bits(tmp_path / "model", tmp_path / "ours", ModuleChoice(skip=("k_proj",)))
+    for choice in (ModuleChoice(skip=("k_proj", doubtful)), ModuleChoice(include=("q_proj", doubtful))):
+        plan = plan_8_bits(tmp_path / "model", tmp_path / "ours", choice)
+        modules = {module for module, _, _ in plan.quantized[0].modules}
+        assert modules == {"model.q_proj"} | ({f"model.{doubtful}"} if choice.include else set())
