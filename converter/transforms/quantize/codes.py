@@ -201,12 +201,15 @@ class Widened(Numbers):
     __slots__ = ()
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.quantize.kernels import widen_into
-
         size = self.source.dtype.itemsize
         with reader.scratch(len(out) // _NBYTES * size) as chunk:
             self.source.read(begin // _NBYTES * size, chunk, reader)
-            widen_into(chunk, self.source.dtype, out)
+            self._convert(chunk, out)
+
+    def _convert(self, chunk: memoryview, out: memoryview) -> None:
+        from converter.transforms.quantize.kernels import widen_into
+
+        widen_into(chunk, self.source.dtype, out)
 
     def steps(self) -> TensorSource:
         """Give how far each number may be off that was rounded to this one's dtype, in its own units."""
@@ -218,13 +221,10 @@ class Steps(Widened):
 
     __slots__ = ()
 
-    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+    def _convert(self, chunk: memoryview, out: memoryview) -> None:
         from converter.transforms.quantize.kernels import steps_into
 
-        size = self.source.dtype.itemsize
-        with reader.scratch(len(out) // _NBYTES * size) as chunk:
-            self.source.read(begin // _NBYTES * size, chunk, reader)
-            steps_into(chunk, self.source.dtype, out)
+        steps_into(chunk, self.source.dtype, out)
 
 
 @dataclass(frozen=True, slots=True)
