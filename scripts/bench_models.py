@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from make_sample import write_json, write_shards, write_torch_file
+from make_sample import Values, write_json, write_shards, write_torch_file
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "converter" / "configs" / "sd1"
@@ -95,10 +95,13 @@ def write_llama(folder: Path, gb: float) -> None:
     write_shards(folder, "pytorch_model", cut_evenly(tensors))
 
 
-def cut_evenly(tensors: dict[str, RandomTensor]) -> list[dict[str, RandomTensor]]:
+_V = TypeVar("_V", bound=Values)
+
+
+def cut_evenly(tensors: Mapping[str, _V]) -> list[dict[str, _V]]:
     """Cut tensors into shards of about the same size."""
     total = sum(tensor.nbytes for tensor in tensors.values())
-    shards: list[dict[str, RandomTensor]] = [{} for _ in range(SHARDS)]
+    shards: list[dict[str, _V]] = [{} for _ in range(SHARDS)]
     before = 0
     for name, tensor in tensors.items():
         shards[before * SHARDS // total][name] = tensor

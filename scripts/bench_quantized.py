@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_models import GB, SEED, SHARDS, Shape, llama_config, llama_shapes
+from bench_models import GB, SEED, Shape, cut_evenly, llama_config, llama_shapes
 from bench_runs import (
     Bench,
     Case,
@@ -44,20 +44,14 @@ from compressed_tensors.entrypoints.convert.converters import FP8BlockDequantize
 source, out = sys.argv[1:]
 convert_checkpoint(source, out, FP8BlockDequantizer.from_pretrained(source), device="cpu")
 """
-LOAD_FP8 = """
+LOAD = """
 import sys
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, {config}
 source, out = sys.argv[1:]
-how = FineGrainedFP8Config(dequantize=True)
+how = {config}(dequantize=True)
 AutoModelForCausalLM.from_pretrained(source, quantization_config=how, dtype="bfloat16").save_pretrained(out)
 """
-LOAD_MXFP4 = """
-import sys
-from transformers import AutoModelForCausalLM, Mxfp4Config
-source, out = sys.argv[1:]
-how = Mxfp4Config(dequantize=True)
-AutoModelForCausalLM.from_pretrained(source, quantization_config=how, dtype="bfloat16").save_pretrained(out)
-"""
+LOAD_FP8, LOAD_MXFP4 = (LOAD.format(config=config) for config in ("FineGrainedFP8Config", "Mxfp4Config"))
 BASELINES = {
     "float8": {
         "compressed-tensors' convert_checkpoint": ("compressed_tensors", CONVERT),
@@ -101,15 +95,9 @@ class Exponents(Codes):
 
 def write_safetensors(folder: Path, tensors: dict[str, Codes], config: dict[str, Any]) -> None:
     """Write config, index and shards of about the same size."""
-    total, before = sum(tensor.nbytes for tensor in tensors.values()), 0
-    shards: list[dict[str, Codes]] = [{} for _ in range(SHARDS)]
-    for name, tensor in tensors.items():
-        shards[before * SHARDS // total][name] = tensor
-        before += tensor.nbytes
-    weight_map = {}
-    filled = list(filter(None, shards))
-    for number, shard in enumerate(filled, 1):
-        file_name = f"model-{number:05}-of-{len(filled):05}.safetensors"
+    shards, weight_map = cut_evenly(tensors), {}
+    for number, shard in enumerate(shards, 1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         for name, tensor in shard.items():
@@ -122,6 +110,7 @@ def write_safetensors(folder: Path, tensors: dict[str, Codes], config: dict[str,
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in shard.values():
                 file.write(tensor.tobytes())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "config.json", config)

@@ -66,6 +66,14 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *args, **kwargs: None)
 
 
+def assert_written_alike(wconv: Callable[..., Any], folder: Path, scheme: str, asked: str | None) -> None:
+    """Quantize the model in a folder's ``in``: the bytes are those that the library has written to its ``judge``."""
+    casting = ("--dtype", asked) if asked else ()
+    wconv("quantize", folder / "in", "-o", folder / "out", "--scheme", scheme, *casting)
+    judged, written = (folder / one / "model.safetensors" for one in ("judge", "out"))
+    assert written.read_bytes() == judged.read_bytes()
+
+
 @pytest.mark.parametrize(("dtype", "asked"), [("float32", None), ("bfloat16", None), ("float32", "bf16")], ids=str)
 @pytest.mark.usefixtures("on_the_cpu")
 def test_blocks_are_those_of_transformers(
@@ -77,17 +85,7 @@ def test_blocks_are_those_of_transformers(
     loaded = torch.bfloat16 if asked else "auto"
     model = LlamaForCausalLM.from_pretrained(tmp_path / "in", quantization_config=FineGrainedFP8Config(), dtype=loaded)
     model.save_pretrained(tmp_path / "judge")
-    wconv(
-        "quantize",
-        tmp_path / "in",
-        "-o",
-        tmp_path / "out",
-        "--scheme",
-        "fp8-block",
-        *(("--dtype", asked) if asked else ()),
-    )
-    judged, written = (tmp_path / one / "model.safetensors" for one in ("judge", "out"))
-    assert written.read_bytes() == judged.read_bytes()
+    assert_written_alike(wconv, tmp_path, "fp8-block", asked)
     expected = config_in(tmp_path / "judge")
     expected["quantization_config"]["modules_to_not_convert"] = ["lm_head"]  # the default, which transformers has null
     assert config_in(tmp_path / "out") == expected
@@ -218,17 +216,7 @@ def test_rows_are_those_of_compressed_tensors(
     full = getattr(torch, dtype)
     make_llama(48).to(full).save_pretrained(tmp_path / "in")
     compress(tmp_path / "in", tmp_path / "judge", torch.bfloat16 if asked else full)
-    wconv(
-        "quantize",
-        tmp_path / "in",
-        "-o",
-        tmp_path / "out",
-        "--scheme",
-        "fp8-scaled",
-        *(("--dtype", asked) if asked else ()),
-    )
-    judged, written = (tmp_path / one / "model.safetensors" for one in ("judge", "out"))
-    assert written.read_bytes() == judged.read_bytes()
+    assert_written_alike(wconv, tmp_path, "fp8-scaled", asked)
     expected = config_in(tmp_path / "judge")
     del expected["quantization_config"]["moe_sparsity_config"]  # null, and older ones do not know it
     assert config_in(tmp_path / "out") == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def saved(folder: Path, state: dict[str, torch.Tensor]) -> Checkpoint:
     return open_checkpoint(find_weight_set(path))
 
 
-def restored(checkpoint: Checkpoint, **options: Any) -> Any:
-    found = find_restored(checkpoint, DEQUANTIZERS, {}, **options)
+def restored(checkpoint: Checkpoint, transposed: Container[str] = ()) -> Any:
+    found = find_restored(checkpoint, DEQUANTIZERS, {}, lambda _: transposed)
     assert len(found.beside) + 1 == len(checkpoint.tensors)
     return found.weights["m.weight"]
 

@@ -33,7 +33,9 @@ SAMPLES = sorted(
 
 
 def restored(path: Path, config: Mapping[str, Any], transposed: tuple[str, ...] = ()) -> Restored:
-    [found] = find_restored(open_checkpoint(place_of(path)), DEQUANTIZERS, config, transposed).weights.values()
+    [found] = find_restored(
+        open_checkpoint(place_of(path)), DEQUANTIZERS, config, lambda _: transposed
+    ).weights.values()
     return found
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from converter.dtypes import DType, OnOverflow
 from converter.models.checkpoint import Checkpoint
@@ -78,6 +78,10 @@ class Order(NamedTuple):
     ties: Mapping[str, str]
     dtype: DType | None = None
     is_beside: bool = False
+
+    def with_config(self, config: dict[str, Any]) -> Order:
+        """Give the same with another config."""
+        return self._replace(component=replace(self.component, config=config))
 
 
 class PlannedTensor(NamedTuple):

@@ -34,7 +34,7 @@ def plan_dequantized(request: Request) -> Plan:
     installed.
     """
     casting = request.casting
-    job = open_job(into_one_set(request, takes_files=True))
+    job = open_job(into_one_set(request))
     opened, notes = _open_quantized(job)
     ready = []
     for component, checkpoint in opened:
@@ -44,7 +44,7 @@ def plan_dequantized(request: Request) -> Plan:
     orders = [_with_plain_dtype(order) for order in make_ready(job, ready)]
     if job.model.kind == "file":  # whose config is that of all weights in its folder
         configs = {component.name: component.config for component, _ in opened}
-        orders = [_with(order, config=configs[order.component.name]) for order in orders]
+        orders = [order.with_config(configs[order.component.name]) for order in orders]
     selected = [(component, checkpoint.weight_set) for component, checkpoint in opened]
     rest = Rest(notes=tuple(notes), generated=dict(_plain_params(component for component, _ in opened)))
     return _without_configs(plan_job(job, selected, orders, rest), [component for component, _ in opened])
@@ -101,11 +101,7 @@ def _with_plain_dtype(order: Order) -> Order:
         is_packed = key in DTYPE_KEYS and isinstance(value, str) and value.removeprefix("torch.").startswith("float8")
         return name if name and is_packed else value
 
-    return _with(order, config=changed("", order.component.config))
-
-
-def _with(order: Order, config: dict[str, Any]) -> Order:
-    return order._replace(component=replace(order.component, config=config))
+    return order.with_config(changed("", order.component.config))
 
 
 def _without_configs(plan: Plan, components: Iterable[Component]) -> Plan:

@@ -1,4 +1,4 @@
-"""Models with their linear modules quantized, and back, without loading them.
+"""Models with their linear modules quantized, without loading them.
 
 A scheme says what it makes of a weight (``Writer``). For some each weight is read twice: once to be measured, before
 anything is planned, because a weight that the scheme cannot hold is left as it is, and that changes sizes and skip
@@ -92,14 +92,14 @@ def plan_quantized(
         raise BadRequest(request.source, f"cannot be written as {scheme!r}", f"There are {', '.join(QUANTIZERS)}.")
     writer = writer_of(scheme, request.source)
     is_file = writer not in QUANTIZERS.values()
-    job = open_job(into_one_set(request, takes_files=True))
+    job = open_job(into_one_set(request))
+    quantize = _Quantizing(writer, choice, measuring, request.casting)
     if is_file:
-        return _plan_file(job, _Quantizing(writer, choice, measuring, request.casting))
+        return _plan_file(job, quantize)
     parts = _select_parts(job, writer)
     names = {component.name for component, _ in parts}
     # With a dtype the other parts are cast; without one they are carried over.
     selected = select(job, components=()) if request.casting.dtype else parts
-    quantize = _Quantizing(writer, choice, measuring, request.casting)
     ready, done = [], {}
     for component, checkpoint in open_sets(job, selected):
         if component.name in names:
@@ -149,8 +149,7 @@ def _with_config(order: Order, done: _Done | None) -> Order:
     """Let the config of a part say what of it is quantized."""
     if done is None:
         return order
-    config = {**order.component.config, "quantization_config": done.said}
-    return order._replace(component=replace(order.component, config=config))
+    return order.with_config({**order.component.config, "quantization_config": done.said})
 
 
 def _select_parts(job: Job, writer: Writer) -> list[tuple[Component, WeightSet]]:

@@ -349,7 +349,7 @@ def _refuse_linked_configs(plan: Plan) -> None:
             raise OutputRefused(place, "is a link out of the folder, and would be written anew", advice)
 
 
-def into_one_set(request: Request, takes_files: bool = False) -> Request:
+def into_one_set(request: Request) -> Request:
     """Give a request for one safetensors set a component. Raises WconvError for places that cannot be."""
     if request.output is None:
         raise BadRequest(request.source, "needs a folder to be written to", "Name a new one.")
@@ -360,12 +360,12 @@ def into_one_set(request: Request, takes_files: bool = False) -> Request:
     if files and _is_gguf(files[0]) and not (source.is_folder() and find_weight_sets(source)):
         advice = "Take the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
-    if not (takes_files and source.is_file()):
+    if not source.is_file():
         refuse_file(output)
     if output.is_same(source):
         # Its config.json would be another one, and one folder has one for all its weights.
         raise BadRequest(output, "is the source itself", "Name a new folder with -o.")
-    if takes_files and source.is_file() and output.is_same(source.parent):
+    if source.is_file() and output.is_same(source.parent):
         raise BadRequest(output, "is the folder of the source", "Name a new one, or a file: -o NEW.safetensors.")
     selection = replace(request.selection, every_variant=False)
     return replace(request, source=source, selection=selection, writing=replace(request.writing, format="safetensors"))

@@ -109,10 +109,14 @@ class _InCodes(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """The tensors of a set by name, quantized ones as numbers in float32; and ``in_codes`` which these are."""
+    """The tensors of a set by name, quantized ones as numbers in float32; and ``in_codes`` which these are.
+
+    ``schemes`` are those that the set's weights are in, as numbers or not.
+    """
 
     tensors: Mapping[str, Tensor]
     in_codes: Mapping[str, _InCodes]
+    schemes: Iterable[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +192,9 @@ def verify(
     schemes: dict[str, dict[str, None]] = {"A": {}, "B": {}}
     prefix = of_a.pop("strip_prefix", "")
     asked = _Asked(quantized, Selection(**of_a).reading, prefix)
-    for component, left, right in _pair_sets(a, b, differences, asked, schemes):
+    for component, left, right in _pair_sets(a, b, differences, asked):
+        schemes["A"].update(dict.fromkeys(left.schemes))
+        schemes["B"].update(dict.fromkeys(right.schemes))
         pairs.extend(_pair_tensors(component, left, right, cast or quantized, differences))
     if quantized and not any(schemes.values()):
         raise BadRequest(b, "has no quantized weights, and A has none either", "Leave out --quantized.")
@@ -259,13 +265,10 @@ def holds_values(kept: Checkpoint, gone: Checkpoint) -> bool:
         return not any(differing for batch in compared for _, (differing, *_) in batch)
 
 
-_Schemes = Mapping[str, dict[str, None]]
-
-
-def _pair_sets(a: Given, b: Given, differences: list[Difference], asked: _Asked, schemes: _Schemes) -> Iterator[_Sides]:
+def _pair_sets(a: Given, b: Given, differences: list[Difference], asked: _Asked) -> Iterator[_Sides]:
     left, right = open_model(a).components, open_model(b).components
     if len(left) == len(right) == 1:
-        yield from _pair_variants(left[0], right[0], differences, asked, schemes)
+        yield from _pair_variants(left[0], right[0], differences, asked)
         return
     theirs = {component.name: component for component in right}
     for component in left:
@@ -273,13 +276,11 @@ def _pair_sets(a: Given, b: Given, differences: list[Difference], asked: _Asked,
         if other is None:
             differences.append(Difference("missing", component.name, "", "the whole component"))
         else:
-            yield from _pair_variants(component, other, differences, asked, schemes)
+            yield from _pair_variants(component, other, differences, asked)
     differences.extend(Difference("extra", name, "", "the whole component") for name in theirs)
 
 
-def _pair_variants(
-    a: Component, b: Component, differences: list[Difference], asked: _Asked, schemes: _Schemes
-) -> Iterator[_Sides]:
+def _pair_variants(a: Component, b: Component, differences: list[Difference], asked: _Asked) -> Iterator[_Sides]:
     left, right = _by_variant(a), _by_variant(b)
     if not left.keys() & right.keys() and 1 in (len(left), len(right)):
         # One set under another name: it is meant for the other side's untagged one, or its only one.
@@ -289,8 +290,6 @@ def _pair_variants(
         before = with_own_names(open_checkpoint(left[variant], asked.reading), a, asked.prefix)
         after = with_own_names(open_checkpoint(right[variant]), b, "")
         _refuse_bombs(before, after)
-        for side, checkpoint in (("A", before), ("B", after)):
-            schemes[side].update(dict.fromkeys(one.scheme.label for one in quantized_in(checkpoint)))
         yield label, _side_of(a, before, asked.quantized), _side_of(b, after, asked.quantized)
     for variant in sorted(left.keys() ^ right.keys(), key=lambda one: (one in right, one)):
         which = spelled_variant(variant)
@@ -303,10 +302,11 @@ def _side_of(component: Component, checkpoint: Checkpoint, as_numbers: bool) -> 
     Raises Unsupported for a scheme that is not dequantized, BadFile for scales that do not fit.
     """
     if not as_numbers:
-        return _Side(_by_name(checkpoint), {})
+        return _Side(_by_name(checkpoint), {}, [one.scheme.label for one in quantized_in(checkpoint)])
     found = find_numbers(component, checkpoint)
     in_codes = {one.name: _InCodes(one, found.modules[name].scheme.label) for name, one in found.weights.items()}
-    return _Side(_by_name(dequantized(checkpoint, found, DTYPES["F32"])), in_codes)
+    labels = [one.scheme for one in in_codes.values()]
+    return _Side(_by_name(dequantized(checkpoint, found, DTYPES["F32"])), in_codes, labels)
 
 
 def _refuse_bombs(a: Checkpoint, b: Checkpoint) -> None:

@@ -335,7 +335,12 @@ class _Buffer:
         self._deal_with = deal_with
         self._name = ""
         self._offset = self._filled = 0
-        self.nbytes = self._room = nbytes
+        self._room = nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it holds at most."""
+        return len(self._view)
 
     def turn_to(self, offset: int, name: str) -> None:
         """Let what comes next be of a tensor, at an offset of the file."""
@@ -363,7 +368,7 @@ class _Buffer:
 
     def _start_at(self, offset: int) -> None:
         """Fill up to the next multiple of the buffer's size: so writes fill whole pages of the file."""
-        size = len(self._view)
+        size = self.nbytes
         room = size - offset % size
         self._offset, self._filled = offset, 0
         self._room = room if room >= ITEM_MULTIPLE else size

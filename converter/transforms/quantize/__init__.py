@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 
 from converter.libraries.modules import find_linears
 from converter.models import schemes
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component, quantization_beside
-from converter.models.schemes import Scheme, quantized_in
+from converter.models.schemes import Scheme
 from converter.transforms.quantize import (
     awq,
     bnb_4bit,
@@ -21,7 +21,7 @@ from converter.transforms.quantize import (
     modelopt,
     mxfp4,
 )
-from converter.transforms.quantize.restore import Found, Restore, find_restored, named_plainly
+from converter.transforms.quantize.restore import Found, Restore, find_restored
 from converter.transforms.quantize.write import Writer
 
 DEQUANTIZERS: Mapping[Scheme, Restore] = {
@@ -60,11 +60,10 @@ def find_numbers(component: Component, checkpoint: Checkpoint) -> Found:
 
     Its library is asked which of them lie transposed, where any may: that starts a program for many classes.
     """
-    may_be_turned = any(one.scheme.may_be_turned for one in quantized_in(checkpoint))
-    transposed = find_linears(component, named_plainly(checkpoint)).transposed if may_be_turned else ()
-    return find_unasked(component, checkpoint, transposed)
+    config = quantization_beside(component)
+    return find_restored(checkpoint, DEQUANTIZERS, config, lambda tensors: find_linears(component, tensors).transposed)
 
 
-def find_unasked(component: Component, checkpoint: Checkpoint, transposed: Container[str] = ()) -> Found:
-    """Give the same and ask nothing: ``transposed`` modules have theirs so, others as they lie in the file."""
-    return find_restored(checkpoint, DEQUANTIZERS, quantization_beside(component), transposed)
+def find_unasked(component: Component, checkpoint: Checkpoint) -> Found:
+    """Give the same and ask nothing: all come as they lie in the file."""
+    return find_restored(checkpoint, DEQUANTIZERS, quantization_beside(component))

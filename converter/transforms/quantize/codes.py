@@ -96,6 +96,25 @@ def reshaped(source: TensorSource, dtype: DType, shape: tuple[int, ...]) -> Tens
     return Reshaped(source, dtype, shape)
 
 
+class Shaped(Derived):
+    """What is made of a tensor of another shape, which is read in the windows of that."""
+
+    __slots__ = ()
+    of_shape: Shape
+
+    @property
+    def shape(self) -> Shape:
+        return self.of_shape
+
+    @property
+    def grain(self) -> int:
+        return self.source.grain
+
+    @property
+    def window(self) -> int:
+        return self.source.window
+
+
 class Unboxed(Derived):
     """A tensor that is read in its own order alone: it has no boxes, and other axes as a matrix only, slowly."""
 
@@ -113,27 +132,15 @@ class Unboxed(Derived):
 
 
 @dataclass(frozen=True, slots=True)
-class Reshaped(Unboxed):
+class Reshaped(Unboxed, Shaped):
     """The bytes of a tensor as one of another dtype and shape."""
 
     to_dtype: DType
-    to_shape: tuple[int, ...]
+    of_shape: Shape
 
     @property
     def dtype(self) -> DType:
         return self.to_dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.to_shape
-
-    @property
-    def grain(self) -> int:
-        return self.source.grain
-
-    @property
-    def window(self) -> int:
-        return self.source.window
 
     def _below(self, begin: int, end: int) -> tuple[int, int]:
         size = self.source.dtype.itemsize
@@ -246,23 +253,14 @@ class Scales(Widened):
             raise BadFile(Tensor(self.name, self.source).where, problem, AGAIN)
 
 
-class InWords(Computed):
+class InWords(Shaped, Computed):
     """What lies as codes in the words of its source, along ``axis`` and else in row-major order; the shape is its own.
 
     The last word along the axis may hold fewer.
     """
 
     __slots__ = ()
-    of_shape: Shape
     axis: int
-
-    @property
-    def shape(self) -> Shape:
-        return self.of_shape
-
-    @property
-    def window(self) -> int:
-        return self.source.window
 
     @property
     def grain(self) -> int:

@@ -35,6 +35,7 @@ from converter.transforms.quantize.codes import (
     Decoded,
     Gridded,
     Scales,
+    Shaped,
     Unboxed,
     Widened,
     coding_of,
@@ -114,10 +115,12 @@ def _said_of(module: Module) -> dict[str, Any]:
             raise _misfit(module, "the file's header says something else of it")
         said = within
     params = said.get("params") if isinstance(said, dict) else None
-    said = {**params, **said} if isinstance(params, dict) else dict(said) if isinstance(said, dict) else said
-    if not isinstance(said, dict) or not isinstance(said.get("format"), str):
+    told: dict[str, Any] = {
+        one: what for part in (params, said) if isinstance(part, dict) for one, what in part.items()
+    }
+    if not isinstance(told.get("format"), str):
         raise _misfit(module, "it names no format")
-    return said
+    return told
 
 
 def _misfit(module: Module, problem: str) -> BadFile:
@@ -208,22 +211,10 @@ def _unswizzled(
 
 
 @dataclass(frozen=True, slots=True)
-class Unswizzled(Unboxed):
+class Unswizzled(Unboxed, Shaped):
     """A matrix of bytes whose tiles of 128 x 4 lie one behind the other, padded, as cuBLAS reads scales."""
 
     of_shape: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.of_shape
-
-    @property
-    def grain(self) -> int:
-        return self.source.grain
-
-    @property
-    def window(self) -> int:
-        return self.source.window
 
     @property
     def _tiles(self) -> int:

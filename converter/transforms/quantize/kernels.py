@@ -61,8 +61,7 @@ def fill_alike(numbers: memoryview, value: float) -> bool:
 def steps_into(chunk: memoryview, dtype: DType, out: memoryview) -> None:
     """Write half the distance from each element of a chunk to the next of its dtype into ``out`` as float32.
 
-    Beyond the largest there is none, so what was rounded to that may have been off by any amount: there it is the
-    distance to the one before, doubled. 0 for dtypes of 16 bits and more.
+    Of the two next to it that is the farther one; beyond the largest there is none. 0 for dtypes of 16 bits and more.
     """
     wide = np.frombuffer(out, "<f4")
     if dtype.bits > 8:

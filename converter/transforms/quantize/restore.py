@@ -78,6 +78,9 @@ class Restored(NamedTuple):
     slack: float | None = 0.0
 
 
+FindTransposed = Callable[[Iterable[Tensor]], Container[str]]
+"""Names the modules, of tensors that have their plain names, whose library has their weight as [in, out]."""
+
 Restore = Callable[[Module], Restored]
 """What makes the numbers of a scheme's weights. Raises BadFile or Unsupported for what does not fit."""
 
@@ -98,9 +101,9 @@ def find_restored(
     checkpoint: Checkpoint,
     restores: Mapping[Scheme, Restore],
     config: Mapping[str, Any],
-    transposed: Container[str] = (),
+    find_transposed: FindTransposed | None = None,
 ) -> Found:
-    """Give the numbers of all quantized weights of a checkpoint; ``transposed`` modules have theirs as [in, out].
+    """Give the numbers of all quantized weights of a checkpoint, as they lie in the file where nobody is asked.
 
     Raises Unsupported for a scheme that is not in ``restores``, and for what stands beside a weight and is not
     understood; BadFile for scales that are missing or do not fit, for weights without any, and scales without theirs.
@@ -108,6 +111,9 @@ def find_restored(
     noted = modules_noted(checkpoint)
     found = quantized_in(checkpoint)
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+    transposed: Container[str] = ()
+    if find_transposed and any(one.scheme.may_be_turned for one in found):
+        transposed = find_transposed(_named_plainly(tensors, found))
     modules = [_module_of(one, tensors, config, transposed, restores) for one in found]
     modules = [one._replace(config=_said_of(one, noted)) if one.base in noted else one for one in modules]
     contents = _read_small(checkpoint, modules)
@@ -137,12 +143,12 @@ def _restore(module: Module, restore: Restore) -> Restored:
         raise BadFile(module.weight.where, problem, AGAIN) from None
 
 
-def named_plainly(checkpoint: Checkpoint) -> Iterator[Tensor]:
-    """Give a checkpoint's tensors, those that hold a module's codes under the name that its weight has."""
-    scheme_of = {one.weight: one.scheme for one in quantized_in(checkpoint)}
-    for tensor in checkpoint.tensors:
-        end = scheme_of[tensor.name].weight if tensor.name in scheme_of else ""
-        yield tensor._replace(name=tensor.name.removesuffix(end) + ".weight") if end.startswith(".") else tensor
+def _named_plainly(tensors: Mapping[str, Tensor], found: Iterable[Quantized]) -> Iterator[Tensor]:
+    """Give tensors, those that hold a module's codes under the name that its weight has."""
+    scheme_of = {one.weight: one.scheme for one in found}
+    for name, tensor in tensors.items():
+        end = scheme_of[name].weight if name in scheme_of else ""
+        yield tensor._replace(name=name.removesuffix(end) + ".weight") if end.startswith(".") else tensor
 
 
 def dequantized(
