@@ -14,7 +14,7 @@ import click
 from converter.cli import code_of, tell_error
 from converter.cli.convert import Options, run_conversion, take_run
 from converter.cli.terminal import JsonList, echo, printable
-from converter.errors import BadRequest, OutputExists
+from converter.errors import BadFile, BadRequest, OutputExists
 from converter.models.names import Format, name_of_other, parse_name
 from converter.recipes.request import names_file
 from converter.storage import Place
@@ -101,6 +101,10 @@ def _outputs_of(sources: Sequence[Place], options: Options, form: Format | None)
     seen: dict[str, Place] = {}
     taken: dict[tuple[str, str], Place] = {}
     is_tagged = bool(options.get("variant") or options.get("dtype"))
+    if not options.get("keep_going"):
+        for source in sources:
+            if not source.exists():
+                raise BadFile(source, "does not exist", "Check the path; where to write to is -o OUT.")
     for source in sources:
         first = seen.setdefault(str(source.real()), source)
         if first is not source:

@@ -36,7 +36,7 @@ def plan_dequantized(request: Request) -> Plan:
     installed.
     """
     casting = request.casting
-    job = open_job(into_one_set(request))
+    job = open_job(into_one_set(request, to_file=True))
     opened, notes = _open_quantized(job)
     ready = []
     for component, checkpoint in opened:
@@ -45,11 +45,14 @@ def plan_dequantized(request: Request) -> Plan:
         ready.append((_unquantized(component), dequantized(checkpoint, found, dtype, casting.on_overflow)))
     named = name_sets(ready, request.names, job.model.path, unwraps=False)
     orders = [_with_plain_dtype(order) for order in make_ready(job, named)]
-    if job.model.kind == "file":  # whose config is that of all weights in its folder
+    is_file = job.model.kind == "file"
+    if is_file:  # whose config is that of all weights in its folder
         configs = {component.name: component.config for component, _ in opened}
         orders = [order.with_config(configs[order.component.name]) for order in orders]
     selected = [(component, checkpoint.weight_set) for component, checkpoint in opened]
-    rest = Rest(notes=tuple(notes), generated=dict(_plain_params(component for component, _ in opened)))
+    rest = Rest(
+        notes=tuple(notes), generated={} if is_file else dict(_plain_params(component for component, _ in opened))
+    )
     return _without_configs(plan_job(job, selected, orders, rest), [component for component, _ in opened])
 
 

@@ -39,10 +39,10 @@ class Request:
     source: Place
     output: Place | None = None
     selection: Selection = field(default_factory=Selection)
-    names: TensorNames = field(default_factory=TensorNames)
     casting: Casting = field(default_factory=Casting)
     writing: Writing = field(default_factory=Writing)
     publishing: Publishing = field(default_factory=Publishing)
+    names: TensorNames = field(default_factory=TensorNames)
     config: Place | None = None
 
     @classmethod

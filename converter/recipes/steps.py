@@ -419,8 +419,11 @@ def _refuse_linked_configs(plan: Plan) -> None:
             raise OutputRefused(place, "is a link out of the folder, and would be written anew", advice)
 
 
-def into_one_set(request: Request) -> Request:
-    """Give a request for one safetensors set a component. Raises WconvError for places that cannot be."""
+def into_one_set(request: Request, to_file: bool = False) -> Request:
+    """Give a request for one safetensors set a component; of a folder into one file, too, if that may be.
+
+    Raises WconvError for places that cannot be.
+    """
     if request.output is None:
         raise BadRequest(request.source, "needs a folder to be written to", "Name a new one.")
     check_places(request.source, request.output)
@@ -430,7 +433,7 @@ def into_one_set(request: Request) -> Request:
     if files and _is_gguf(files[0]) and not (source.is_folder() and find_weight_sets(source)):
         advice = "Take the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
-    if not source.is_file():
+    if not (source.is_file() or to_file):
         refuse_file(output)
     if output.is_same(source):
         # Its config.json would be another one, and one folder has one for all its weights.
