@@ -229,7 +229,7 @@ def _without_stale_hashes(
 
 def _holds_same_data(file: WeightsFile, tensors: Sequence[Tensor]) -> bool:
     """Say whether a safetensors file of these tensors has after its header the very bytes that a file has there."""
-    if file.format != "safetensors" or len(tensors) != len(file.tensors):
+    if file.data_nbytes != sum(tensor.nbytes for tensor in tensors):
         return False
     layout = WRITERS["safetensors"].lay_out([tensor.spec for tensor in tensors], {}, {})
     places = [

@@ -155,7 +155,7 @@ class _Asked:
                 raise BadRequest(where, f"has no tensor whose name {how} {text!r}, as {option} has it", _LISTED)
 
     def pick(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Leave out what is not asked for. Of tied names the first that is left has the tensor."""
+        """Leave out what is not asked for. Where that goes, the first by name of what is tied to a tensor has it."""
         if not self._names.picks:
             return checkpoint
         ties = checkpoint.ties
@@ -165,7 +165,7 @@ class _Asked:
         if not left:
             return checkpoint
         heirs: dict[str, str] = {}
-        for name, of in ties.items():
+        for name, of in sorted(ties.items()):
             if name in kept and of not in kept:
                 heirs.setdefault(of, name)
         now = {name: heirs.get(name, name) for name in before if name in kept or name in heirs}
