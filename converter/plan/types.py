@@ -72,6 +72,11 @@ class Publishing:
         if self.skip_existing and self.overwrite:
             raise BadRequest("--skip-existing", "leaves what --overwrite replaces", "Choose one.")
 
+    @property
+    def keeps_output_last(self) -> bool:
+        """Whether weights that lie where they would be written are read only where there are no others."""
+        return self.overwrite or self.skip_existing
+
 
 class Order(NamedTuple):
     """A set to be written: of a component with the config that it is to have, all of it as it is to be.

@@ -101,7 +101,7 @@ def select(job: Job, request: Request | None = None, **changes: Any) -> list[tup
     """Select sets of a job's model as its request asks, or another, but for ``changes`` of the selection."""
     request = request or job.request
     selection = replace(request.selection, **changes)
-    return select_sets(job.model, selection, request.writing.naming, request.publishing.overwrite)
+    return select_sets(job.model, selection, request.writing.naming, request.publishing.keeps_output_last)
 
 
 def open_sets(job: Job, selected: _Selected, named: bool = True) -> list[tuple[Component, Checkpoint]]:
@@ -153,7 +153,7 @@ def _only_set(model: Model, request: Request, output: Place) -> tuple[Model, Req
 
     Raises BadRequest where there are several.
     """
-    selected = select_sets(model, request.selection, request.writing.naming, request.publishing.overwrite)
+    selected = select_sets(model, request.selection, request.writing.naming, request.publishing.keeps_output_last)
     if len(selected) > 1:
         names = sorted({component.name for component, _ in selected})
         option = "--component" if len(names) > 1 else "--from-variant"
