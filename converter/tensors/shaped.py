@@ -126,6 +126,50 @@ class Turned(Unboxed):
                 _copy_columns(rows, (count, width), size, out, begin // size, row, height)
 
 
+@dataclass(frozen=True, slots=True)
+class Shuffled(Unboxed):
+    """The rows of a tensor in another order, within every ``group`` of so many.
+
+    Of each group those come first that are 0, ``stride``, 2 ``stride``, ... and then those one behind these, and so on:
+    with 2 the even rows and then the odd ones, with half a group it is undone.
+    """
+
+    group: int
+    stride: int
+
+    @property
+    def grain(self) -> int:
+        return self.dtype.nbytes(self.group * math.prod(self.shape[1:]))
+
+    @property
+    def window(self) -> int:
+        return self.grain
+
+    def _below(self, begin: int, end: int) -> tuple[int, int]:
+        room = self.grain or 1
+        return begin // room * room, -(-end // room) * room
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        import numpy as np
+
+        room, done = self.grain, 0
+        row = room // self.group
+        while done < len(out):
+            at, inside = divmod(begin + done, room)
+            with reader.scratch(room) as rows:
+                self.source.read(at * room, rows, reader)
+                split = np.frombuffer(rows, "u1").reshape(self.group // self.stride, self.stride, row)
+                turned = split.transpose(1, 0, 2)
+                if not inside and len(out) - done >= room:
+                    np.frombuffer(out[done : done + room], "u1").reshape(turned.shape)[...] = turned
+                    done += room
+                else:
+                    taken = min(room - inside, len(out) - done)
+                    out[done : done + taken] = turned.tobytes()[inside : inside + taken]
+                    done += taken
+                del split, turned
+
+
 def _copy_columns(
     rows: memoryview, shape: tuple[int, int], size: int, out: memoryview, first: int, row: int, height: int
 ) -> None:
