@@ -168,6 +168,7 @@ def _split_count(name: str, words: tuple[str, ...]) -> tuple[int, tuple[str, ...
 
 
 def tree_of(leaves: Iterable[tuple[str, Any]]) -> _Tree:
+    """Give a tree in which leaves are found by their names; of several of one name it has the first."""
     tree: _Tree = {}
     for name, leaf in leaves:
         node = tree
