@@ -62,6 +62,7 @@ _INTERPOLATION = {64: 1.0, 128: 2.0}
 _TOKENS = 300  # of a text
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 32,
+    "out_channels": 32,
     "num_attention_heads": 70,
     "attention_head_dim": _HEAD,
     "num_layers": 20,

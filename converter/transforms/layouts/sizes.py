@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
         return shape[at]
 
     def count(self, stem: str) -> int:
-        """Give how many blocks there are, by the highest number behind ``stem.``. Raises BadFile for none or too many."""
+        """Give how many blocks there are, by the highest number behind ``stem.``; BadFile for none or too many."""
         prefix = f"{stem}."
         words = {name.removeprefix(prefix).partition(".")[0] for name in self.shapes if name.startswith(prefix)}
         numbers = [word for word in words if word.isascii() and word.isdecimal()]
