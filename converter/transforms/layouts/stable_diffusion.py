@@ -55,7 +55,8 @@ _CLIP_LAYER = (
     *(f"self_attn.{which}_proj.*" for which in ("q", "k", "v", "out")),
 )
 _CLIP = (
-    *("embeddings.token_embedding.*", "embeddings.position_embedding.*", "final_layer_norm.*"),
+    *("embeddings.token_embedding.*", "embeddings.position_embedding.*", "embeddings.position_ids"),
+    "final_layer_norm.*",
     *(f"encoder.layers.{{}}.{name}" for name in _CLIP_LAYER),
 )
 _OPEN_CLIP = {
@@ -126,7 +127,9 @@ def clip_rows(config: Config) -> list[Row]:
 
     So do single files that Diffusers' scripts made with it, and no other program reads those.
     """
+    has_projection = "CLIPTextModelWithProjection" in config.get("architectures", ())
     return [
+        *renamings({"text_projection.weight": "text_projection.weight"} if has_projection else {}),
         *renamings({f"text_model.{name}": f"text_model.{name}" for name in _CLIP}),
         *renamings({name: f"text_model.{name}" for name in _CLIP}),
         *renamings({f"text_model.{name}": name for name in _CLIP}),
