@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import conversion_options, source_arg
+from converter.cli.options import conversion_options, layout_options, source_arg
 
 if TYPE_CHECKING:
     from converter.storage import Place
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 @click.command("to-safetensors")
 @source_arg
+@layout_options
 @conversion_options
 def command(source: Place, **options: Any) -> None:
     """Write every weight set of SRC in safetensors, beside it or into a new folder.

@@ -18,8 +18,9 @@ from converter.storage import Given, Place, place_of
 from converter.storage.far import CommittedStore, WritableStore
 from converter.storage.local import is_local
 from converter.transforms.dtype import Casting
+from converter.transforms.layouts.arrange import Arranging
 
-_GROUPS = {"selection": Selection, "casting": Casting, "writing": Writing, "publishing": Publishing}
+_GROUPS = {"selection": Selection, "casting": Casting, "writing": Writing, "publishing": Publishing, "arranging": Arranging}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Request:
     casting: Casting = field(default_factory=Casting)
     writing: Writing = field(default_factory=Writing)
     publishing: Publishing = field(default_factory=Publishing)
+    arranging: Arranging = field(default_factory=Arranging)
     strip_prefix: str = ""
     config: Place | None = None
 
@@ -98,6 +100,7 @@ def prepare(request: Request, make: Callable[[Request], Plan], more: object = ""
     is_near = is_local(request.folder)
     places = (str(place.absolute()) if place else "" for place in (request.source, request.output))
     more_asked = (request.strip_prefix, *((str(request.config),) if request.config else ()))
+    more_asked += (request.arranging,) if request.arranging != Arranging() else ()
     asked = (request.selection, request.casting, request.writing, request.publishing, *more_asked)
     name = repr((*places, more, *asked))
     finished = recovering and is_near and recover(request.folder.absolute(), name)

@@ -32,6 +32,7 @@ from converter.storage import FileRef, Place
 from converter.storage.far import CommittedStore
 from converter.tensors.base import Tensor, find_ties
 from converter.transforms.dtype import Casting, check_names, recast
+from converter.transforms.layouts.arrange import with_layout
 from converter.transforms.names import with_own_names
 
 _NO_CONFIG = (
@@ -103,12 +104,16 @@ def select(job: Job, request: Request | None = None, **changes: Any) -> list[tup
 
 
 def open_sets(job: Job, selected: _Selected) -> list[tuple[Component, Checkpoint]]:
-    """Open sets that are selected; without the prefix that is to be taken off, and without what wrappers added."""
+    """Open sets that are selected; without the prefix that is to be taken off, and without what wrappers added.
+
+    What has its own names then is brought into the layout that is asked for.
+    """
     reading, prefix = job.request.selection.reading, job.request.strip_prefix
-    return [
+    named = (
         (component, with_own_names(open_checkpoint(weight_set, reading), component, prefix))
         for component, weight_set in selected
-    ]
+    )
+    return [(component, with_layout(checkpoint, component, job.request.arranging)) for component, checkpoint in named]
 
 
 def refuse_file(output: Place) -> None:
