@@ -271,6 +271,11 @@ _LAYOUT_OPTIONS = (
         type=click.Choice(["fused", "separate"]),
         help="Write experts as one tensor a layer, or each by itself (default: as they are).",
     ),
+    click.option(
+        "--layout",
+        type=click.Choice(["meta", "transformers"]),
+        help="Write Llama or Mistral with the names and rows of Meta and torchtitan, or of transformers.",
+    ),
 )
 
 

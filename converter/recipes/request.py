@@ -20,7 +20,13 @@ from converter.storage.local import is_local
 from converter.transforms.dtype import Casting
 from converter.transforms.layouts.arrange import Arranging
 
-_GROUPS = {"selection": Selection, "casting": Casting, "writing": Writing, "publishing": Publishing, "arranging": Arranging}
+_GROUPS = {
+    "selection": Selection,
+    "casting": Casting,
+    "writing": Writing,
+    "publishing": Publishing,
+    "arranging": Arranging,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,7 +188,8 @@ def _make_ready(job: Job, component: Component, checkpoint: Checkpoint, request:
     if job.named:
         checkpoint = replace(checkpoint, weight_set=replace(checkpoint.weight_set, name=job.named))
     is_beside = not job.target.is_new and component.path.is_same(job.target.folder / component.name)
-    return make_order(component, checkpoint, name, request.casting, request.writing, is_beside)
+    writing = replace(request.writing, tied=request.writing.tied or request.arranging.tied)
+    return make_order(component, checkpoint, name, request.casting, writing, is_beside)
 
 
 def _are_fp32(tensors: Sequence[Tensor]) -> bool:

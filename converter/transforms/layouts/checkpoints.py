@@ -1,4 +1,4 @@
-"""A whole checkpoint by a table of rows, each tensor in the file in which the first of those lies that it is made of."""
+"""A whole checkpoint by a table of rows, each tensor in the file of the first that it is made of."""
 
 from __future__ import annotations
 

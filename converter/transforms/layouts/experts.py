@@ -28,7 +28,7 @@ ExpertsForm = Literal["fused", "separate"]
 class _Family(NamedTuple):
     """How models call their experts: in which module of a layer they are in the one form, and in the other.
 
-    ``gate``, ``up`` and ``down`` are an expert's own; ``others`` are what else is called differently, by its fused name.
+    ``gate``, ``up`` and ``down`` are an expert's own; ``others`` what else has two names, by those of the fused form.
     """
 
     fused: str = "mlp"
@@ -63,7 +63,7 @@ _FAMILIES: Mapping[str, _Family] = {
         (
             *("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe"),
             *("glm4_moe_lite", "glm_moe_dsa", "olmoe", "flex_olmo", "dots1", "afmoe", "hunyuan_v1_moe", "solar_open"),
-            *("cohere2_moe", "mellum"),
+            *("cohere2_moe", "mellum", "qwen3_5_moe_text", "glm4v_moe_text"),
         ),
         _QWEN,
     ),
@@ -79,6 +79,16 @@ _FAMILIES: Mapping[str, _Family] = {
         others={"mlp.gate.moe_statics.e_score_correction_bias": "mlp.moe_statics.e_score_correction_bias"}
     ),
     "exaone_moe": _Family(others={"mlp.gate.e_score_correction_bias": "mlp.e_score_correction_bias"}),
+    "hy_v3": _Family(
+        others={
+            "mlp.gate.weight": "mlp.router.gate.weight",
+            "mlp.e_score_correction_bias": "mlp.expert_bias",
+            "mlp.shared_experts.*.weight": "mlp.shared_mlp.*.weight",
+        }
+    ),
+    "flint": _Family(others={"self_attn.sinks": "self_attn.softmax_offset"}),
+    "mimo_v2_flash": _Family(others={"self_attn.sinks": "self_attn.attention_sink_bias"}),
+    "axk1": _Family(others={"mlp.post_mlp_layernorm.weight": "post_mlp_layernorm.weight"}),
     "jamba": _Family("feed_forward", "feed_forward"),
     "lfm2_moe": _Family("feed_forward", "feed_forward", "w1", "w3", "w2"),
 }
@@ -86,7 +96,9 @@ _FAMILIES: Mapping[str, _Family] = {
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _MAX_EXPERTS = 100_000
 # Models whose experts are one tensor wherever they lie: transposed, with columns in turn, or with biases.
-_ALWAYS_FUSED = frozenset({"gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "dbrx", "granitemoe"})
+_ALWAYS_FUSED = frozenset(
+    {"gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "dbrx", "granitemoe"}
+)
 
 
 class _Found(NamedTuple):
