@@ -316,6 +316,25 @@ _CONVERSION_OPTIONS = {
 }
 
 
+_LAYOUT_OPTIONS = (
+    click.option(
+        "--experts",
+        type=click.Choice(["fused", "separate"]),
+        help="Write experts as one tensor a layer, or each by itself (default: as they are).",
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(["meta", "transformers"]),
+        help="Write Llama or Mistral with the names and rows of Meta and torchtitan, or of transformers.",
+    ),
+)
+
+
+def layout_options(command: _F) -> _F:
+    """Give a command the options on how a model's weights are arranged."""
+    return _apply(_LAYOUT_OPTIONS, command)
+
+
 def reading_options(command: _F) -> _F:
     """Give a command the options on what is read of a pickled checkpoint, and under which names."""
     names = ("key", "flatten", "strip-prefix", "strip-code", "skip-unreadable")

@@ -122,6 +122,18 @@ def put_together(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[li
     return converted, left
 
 
+def wholes_of(names: Iterable[str], rows: Iterable[Row]) -> dict[str, str]:
+    """Map the names of parts to those of the wholes that they are of; names that no row has are not in it."""
+    tree = tree_of((part, (row, at)) for row in rows for at, part in enumerate(row.parts))
+    found: dict[str, str] = {}
+    for name in names:
+        match = find_leaf(tree, name.split("."))
+        if match is not None:
+            (row, place), words = match
+            found[name] = fill(row.whole, _split_count(row.parts[place], words)[1], 0)
+    return found
+
+
 def _in_order(row: Row, words: tuple[str, ...], members: Mapping[tuple[int, int], Tensor]) -> list[Tensor]:
     """Give the parts of a whole in their order. Raises BadFile where one is missing."""
     count = len({number for number, _ in members})
