@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -85,8 +86,9 @@ class Merged(Unboxed, Numbers):
 
     @property
     def window(self) -> int:
-        numbers = min(_MOST, self._block * self._matrix[1])
-        return max(self.source.window, self.left.window, _GRAINS * numbers * _NBYTES)
+        numbers = self._block * self._matrix[1]
+        together = _GRAINS * numbers * _NBYTES if numbers <= _MOST else 1
+        return max(self.source.window, self.left.window, together)
 
     @property
     def kept_nbytes(self) -> int:
@@ -135,19 +137,38 @@ class Merged(Unboxed, Numbers):
 
 
 def merged(source: TensorSource, products: Sequence[Product]) -> Merged:
-    """Give a weight plus some products, whose sums are taken in their order. Raises ValueError for other shapes."""
+    """Give a weight plus some products of its shape, whose sums are taken in their order."""
     lefts, rights = [one.left for one in products], [one.right for one in products]
     rank = sum(one.shape[0] for one in rights)
     height, width = source.shape[0], math.prod(source.shape[1:])
-    for left, right in products:
-        if left.shape != (height, right.shape[0]) or right.shape[1] != width:
-            raise ValueError(f"{left.shape} @ {right.shape} for {source.shape}")
     left, right = lefts[0], rights[0]
     if len(products) > 1:
         starts = [sum(one.shape[0] for one in rights[:place]) for place in range(len(rights))]
         left = Boxes(_F32, (height, rank), tuple(Box((0, at), one) for at, one in zip(starts, lefts, strict=True)))
         right = Boxes(_F32, (rank, width), tuple(Box((at, 0), one) for at, one in zip(starts, rights, strict=True)))
     return Merged(Widened(source), left, right)
+
+
+def product_of(up: Tensor, down: Tensor, scale: float, is_turned: bool = False) -> Product:
+    """Give ``scale * up @ down`` of a LoRA: [out, r, ...] and [r, in, ...]; ``is_turned`` for a weight of [in, out]."""
+    rank = down.shape[0]
+    (height, width) = (up.shape[0], math.prod(down.shape[1:]))
+    left = Factor(reshaped(up.source, up.dtype, (height, rank)), up.name, scale)
+    right = Factor(reshaped(down.source, down.dtype, (rank, width)), down.name)
+    if is_turned:
+        return Product(held(right.permuted((1, 0))), left.permuted((1, 0)))
+    return Product(held(left), right)
+
+
+def bias_of(bias: Tensor, scale: float) -> Product:
+    """Give ``scale * bias``, a vector, as a product."""
+    left = Factor(reshaped(bias.source, bias.dtype, (bias.numel, 1)), bias.name, scale)
+    return Product(held(left), Constant(_F32, (1, 1), struct.pack("<f", 1.0)))
+
+
+def right_nbytes(products: Sequence[Product]) -> int:
+    """Say how many bytes are held of some products of one weight."""
+    return sum(_nbytes_of(one.right) for one in products)
 
 
 def _nbytes_of(source: TensorSource) -> int:
