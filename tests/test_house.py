@@ -47,7 +47,7 @@ HOMES = {
         "tensors/view.py",
         "tensors/derived.py",
         "tensors/kernels.py",
-        "transforms/lora_kernels.py",
+        "transforms/merge/kernels.py",
         "transforms/quantize/write_kernels.py",
         "transforms/quantize/kernels.py",
     ),

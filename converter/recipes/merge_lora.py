@@ -22,8 +22,8 @@ from converter.recipes.steps import Job, into_one_set, make_ready, open_job, ope
 from converter.storage import Given, Place, place_of
 from converter.tensors.base import Tensor
 from converter.tensors.derived import cast
-from converter.transforms.lora import merged
-from converter.transforms.lora_targets import Change, Untied, Weighted, find_changes, find_untied, take_adapter
+from converter.transforms.merge.product import merged
+from converter.transforms.merge.targets import Change, Untied, Weighted, find_changes, find_untied, take_adapter
 
 MAX_ADAPTERS = 64
 _NAMED = 6

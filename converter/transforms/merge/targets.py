@@ -15,7 +15,7 @@ from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.tensors.base import Tensor, find_ties
 from converter.transforms.layouts import WeightConverter, convert
-from converter.transforms.lora import MAX_RIGHT_NBYTES, Product, bias_of, product_of, right_nbytes
+from converter.transforms.merge.product import MAX_RIGHT_NBYTES, Product, bias_of, product_of, right_nbytes
 from converter.transforms.stable_diffusion.tables import unet_rows
 
 _NAMED = 3

@@ -36,7 +36,7 @@ class Factor(Widened):
     scale: float = 1.0
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.lora_kernels import scale_factor
+        from converter.transforms.merge.kernels import scale_factor
 
         Widened.read(self, begin, out, reader)
         if not scale_factor(out, self.scale):
@@ -114,7 +114,7 @@ class Merged(Unboxed, Numbers):
         return first * self._rank * _NBYTES, min(height, last) * self._rank * _NBYTES
 
     def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.lora_kernels import TILE, add_product
+        from converter.transforms.merge.kernels import TILE, add_product
 
         self.source.read(begin, out, reader)
         (height, width), rank, block = self._matrix, self._rank, self._block
