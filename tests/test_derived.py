@@ -84,6 +84,9 @@ def test_boxes_of_a_flattened_whole(ends: list[int], chunk_nbytes: int) -> None:
     source = Boxes(I32, (4, 6), tuple(boxes))
     assert read(source, chunk_nbytes) == raw_bytes(whole)
     assert read(source.box((1, 0), (2, 6)), chunk_nbytes) == raw_bytes(whole[6:18])
+    stack = Boxes(I32, (2, 4, 3), tuple(boxes))
+    assert read(stack.box((1, 1, 0), (1, 2, 3)), chunk_nbytes) == raw_bytes(whole[15:21])
+    assert read(stack.box((1, 3, 2), (1, 1, 1)), chunk_nbytes) == raw_bytes(whole[23:24])
     with pytest.raises(ValueError, match="no columns"):
         source.box((0, 1), (4, 2))
     with pytest.raises(ValueError, match="no axes"):

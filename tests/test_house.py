@@ -46,6 +46,7 @@ HOMES = {
     "numpy": (
         "tensors/view.py",
         "tensors/derived.py",
+        "tensors/shaped.py",
         "tensors/kernels.py",
         "transforms/merge/kernels.py",
         "transforms/quantize/write_kernels.py",

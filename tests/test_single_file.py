@@ -18,7 +18,7 @@ from support.tiny import snapshot
 
 from converter.errors import WconvError
 from converter.models.checkpoint import open_checkpoint
-from converter.transforms.stable_diffusion.pipeline import CONFIGS, open_single_file
+from converter.transforms.single_file.pipeline import CONFIGS, open_single_file
 
 KINDS = ("sd1", "sd2", "sdxl")
 SAID = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}

@@ -26,7 +26,7 @@ from converter.models.sets import ListedSet
 from converter.run.tasks import Call, run_tasks
 from converter.tensors.base import Tensor, find_ties
 from converter.tensors.reader import RangeReader, are_far, piece_nbytes_for, read_chunks
-from converter.transforms.quantize.codes import reshaped
+from converter.tensors.shaped import reshaped
 
 
 class _Looked(NamedTuple):

@@ -26,7 +26,7 @@ from converter.recipes.request import Request
 from converter.recipes.steps import Job, make_ready, open_job, open_sets, plan_job, select
 from converter.storage import Given, Place
 from converter.transforms.names import rename_tensors
-from converter.transforms.stable_diffusion.pipeline import open_single_file
+from converter.transforms.single_file.pipeline import open_single_file
 
 
 def find_lacks(source: Place, inventory: Inventory | None = None) -> Iterator[Lack]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from converter.dtypes import DType, OnOverflow
 from converter.errors import BadFile
 from converter.tensors.base import ByteRange, Reader, Storage, Tensor, TensorSource
-from converter.tensors.view import GATHER_NBYTES, blocks_of
+from converter.tensors.view import GATHER_NBYTES, blocks_of, contiguous_strides
 
 if TYPE_CHECKING:
     import numpy as np
@@ -401,10 +401,11 @@ class Boxes:
     def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Boxes:
         whole = self._whole
         if whole != self.shape:
-            row = math.prod(self.shape[1:])
-            if shape[1:] != self.shape[1:]:
+            long = next((axis for axis, length in enumerate(shape) if length != 1), len(shape) - 1)
+            if shape[long + 1 :] != self.shape[long + 1 :]:
                 raise ValueError("boxes of a flattened whole have no columns")
-            start, whole = (start[0] * row,), (shape[0] * row,)
+            steps = contiguous_strides(self.shape)
+            start, whole = (sum(at * step for at, step in zip(start, steps, strict=True)),), (math.prod(shape),)
         else:
             whole = shape
         cut = tuple(Box(tuple(at - base for at, base in zip(where, start, strict=True)), source)

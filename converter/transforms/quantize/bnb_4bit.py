@@ -27,18 +27,9 @@ from converter.errors import LossyCast, WconvError, name_some
 from converter.formats.texts import parse_json
 from converter.tensors.base import MAX_DIMS, ByteRange, Reader, Storage, Tensor, TensorSource
 from converter.tensors.derived import Computed, Constant
+from converter.tensors.shaped import Unboxed, reshaped
 from converter.transforms.quantize.bnb_int8 import bitsandbytes_config
-from converter.transforms.quantize.codes import (
-    Coding,
-    Decoded,
-    Gridded,
-    Numbers,
-    Scales,
-    Unboxed,
-    Widened,
-    coding_of,
-    reshaped,
-)
+from converter.transforms.quantize.codes import Coding, Decoded, Gridded, Numbers, Scales, Widened, coding_of
 from converter.transforms.quantize.restore import Module, Restored
 from converter.transforms.quantize.write import Writer
 

@@ -17,7 +17,8 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import Unsupported
 from converter.tensors.base import Reader, Tensor
 from converter.tensors.derived import Computed, Constant, Derived
-from converter.transforms.quantize.codes import Gridded, Unboxed, Widened, scales_of
+from converter.tensors.shaped import Unboxed
+from converter.transforms.quantize.codes import Gridded, Widened, scales_of
 from converter.transforms.quantize.restore import Module, Restored
 from converter.transforms.quantize.write import ROW, Measure, Measured, RowBlock, Writer, find_maxima
 

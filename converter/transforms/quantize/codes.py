@@ -12,23 +12,23 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, NoReturn, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile
 from converter.tensors.base import ByteRange, Reader, Storage, Tensor, TensorSource
-from converter.tensors.derived import Computed, Constant, Derived, held
+from converter.tensors.derived import Computed, held
 from converter.tensors.reader import PIECE_NBYTES
-from converter.tensors.view import GATHER_NBYTES, View, blocks_of, contiguous_strides
+from converter.tensors.shaped import Reshaped, Shape, Shaped, Turned, Unboxed, reshaped
+from converter.tensors.view import blocks_of, contiguous_strides
 
 AGAIN = "Fetch the file again, or quantize the model again."
-_BAND_NBYTES = 1 << 20  # of a matrix that is read row by row, at a time
 _GRID_NBYTES = 1 << 20  # of a grid that is transposed, at a time
 _F32 = DTYPES["F32"]
 _NBYTES = 4  # of a number
 _KEPT_NBYTES = 1 << 23  # of a grid: what the finest one has for a task
 
-Shape = tuple[int, ...]
+
 By = Literal["times", "over", "less"]
 _G = TypeVar("_G", bound="_OnGrid")
 
@@ -79,117 +79,6 @@ E2M1 = coding_of(4, (*_E2M1, *(-value for value in _E2M1)))
 def cells_of(shape: Iterable[int], block: Iterable[int]) -> Shape:
     """Give the shape of a grid that has one for each block of a shape; the last along an axis may be smaller."""
     return tuple(-(-length // size) for length, size in zip(shape, block, strict=True))
-
-
-def reshaped(source: TensorSource, dtype: DType, shape: tuple[int, ...]) -> TensorSource:
-    """Give the bytes of a tensor as one of another dtype and shape, as many bytes in all. Raises ValueError."""
-    if (dtype, shape) == (source.dtype, source.shape):
-        return source
-    if source.dtype.nbytes(math.prod(source.shape)) != dtype.nbytes(math.prod(shape)):
-        raise ValueError(f"{source.dtype} {source.shape} is not as many bytes as {dtype} {shape}")
-    if isinstance(source, View) and source.is_contiguous:
-        start = source.dtype.nbytes(source.start)
-        if not start % dtype.itemsize:
-            return View(dtype, shape, source.storage, start // dtype.itemsize, contiguous_strides(shape))
-    if isinstance(source, Constant):
-        return Constant(dtype, shape, source.content)
-    return Reshaped(source, dtype, shape)
-
-
-class Shaped(Derived):
-    """What is made of a tensor of another shape, which is read in the windows of that."""
-
-    __slots__ = ()
-    of_shape: Shape
-
-    @property
-    def shape(self) -> Shape:
-        return self.of_shape
-
-    @property
-    def grain(self) -> int:
-        return self.source.grain
-
-    @property
-    def window(self) -> int:
-        return self.source.window
-
-
-class Unboxed(Derived):
-    """A tensor that is read in its own order alone: it has no boxes, and other axes as a matrix only, slowly."""
-
-    __slots__ = ()
-
-    def box(self, start: Shape, shape: Shape) -> NoReturn:
-        raise ValueError(f"{type(self).__name__} has no boxes")
-
-    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
-        if axes == tuple(range(len(self.shape))):
-            return self
-        if axes != (1, 0):
-            raise ValueError(f"{type(self).__name__} has no other axes than a matrix has")
-        return Turned(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Reshaped(Unboxed, Shaped):
-    """The bytes of a tensor as one of another dtype and shape."""
-
-    to_dtype: DType
-    of_shape: Shape
-
-    @property
-    def dtype(self) -> DType:
-        return self.to_dtype
-
-    def _below(self, begin: int, end: int) -> tuple[int, int]:
-        size = self.source.dtype.itemsize
-        return begin // size * size, -(-end // size) * size
-
-    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        low, high = self._below(begin, begin + len(out))
-        if high - low == len(out):
-            self.source.read(begin, out, reader)
-            return
-        # Whole elements of the source, of which some bytes are asked for.
-        with reader.scratch(high - low) as elements:
-            self.source.read(low, elements, reader)
-            out[:] = elements[begin - low : begin - low + len(out)]
-
-
-@dataclass(frozen=True, slots=True)
-class Turned(Unboxed):
-    """A matrix transposed that cannot be read otherwise than row by row: all of it for every window."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        rows, columns = self.source.shape
-        return columns, rows
-
-    @property
-    def window(self) -> int:
-        return GATHER_NBYTES
-
-    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
-        return self.source.extents(0, self.source.dtype.nbytes(math.prod(self.source.shape)))
-
-    def part(self, begin: int, end: int) -> Turned:
-        return self
-
-    def permuted(self, axes: tuple[int, ...]) -> TensorSource:
-        return self.source if axes == (1, 0) else self
-
-    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        from converter.transforms.quantize.kernels import copy_columns
-
-        height, width = self.source.shape
-        size = self.dtype.itemsize
-        step = max(1, _BAND_NBYTES // (size * width))
-        for row in range(0, height, step):
-            count = min(step, height - row)
-            with reader.scratch(count * width * size) as rows:
-                self.source.read(row * width * size, rows, reader)
-                copy_columns(rows, (count, width), size, out, begin // size, row, height)
 
 
 class Numbers(Computed):

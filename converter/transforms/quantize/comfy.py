@@ -28,6 +28,7 @@ from converter.errors import BadFile, Unsupported
 from converter.formats.texts import parse_json
 from converter.tensors.base import Reader, TensorSource
 from converter.tensors.derived import Constant
+from converter.tensors.shaped import Shaped, Unboxed, reshaped
 from converter.tensors.view import blocks_of
 from converter.transforms.quantize.codes import (
     AGAIN,
@@ -35,11 +36,8 @@ from converter.transforms.quantize.codes import (
     Decoded,
     Gridded,
     Scales,
-    Shaped,
-    Unboxed,
     Widened,
     coding_of,
-    reshaped,
     scales_of,
     steps_of,
 )

@@ -23,6 +23,7 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import Unsupported
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import Cast
+from converter.tensors.shaped import reshaped
 from converter.transforms.quantize.codes import (
     E2M1,
     Coding,
@@ -33,7 +34,6 @@ from converter.transforms.quantize.codes import (
     Widened,
     coding_of,
     in_bytes,
-    reshaped,
     scales_of,
 )
 from converter.transforms.quantize.dense import Dense, unpacked

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from converter.dtypes import DTYPES, DType
 from converter.tensors.base import Reader, TensorSource
-from converter.transforms.quantize.codes import Coding, Decoded, InWords, Unboxed, in_bytes
+from converter.tensors.shaped import Unboxed
+from converter.transforms.quantize.codes import Coding, Decoded, InWords, in_bytes
 
 _WORD = 4  # bytes
 _TOGETHER = 32  # codes that fill as many words as they have bits

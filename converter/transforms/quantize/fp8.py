@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from converter.dtypes import DType
 from converter.errors import BadFile, Unsupported
 from converter.tensors.base import Tensor, TensorSource
-from converter.transforms.quantize.codes import AGAIN, E2M1, Decoded, Gridded, Shape, Widened, cells_of, scales_of
+from converter.tensors.shaped import Shape
+from converter.transforms.quantize.codes import AGAIN, E2M1, Decoded, Gridded, Widened, cells_of, scales_of
 from converter.transforms.quantize.restore import Module, Restored
 
 _BLOCK = (128, 128)

@@ -23,7 +23,8 @@ from functools import cache
 from converter.errors import BadFile, HostileFile, Unsupported
 from converter.tensors.base import Reader, Tensor, TensorSource
 from converter.tensors.derived import Derived, held
-from converter.transforms.quantize.codes import AGAIN, Coding, Gridded, Indexed, Scales, Turned, coding_of, turned_grid
+from converter.tensors.shaped import Turned
+from converter.transforms.quantize.codes import AGAIN, Coding, Gridded, Indexed, Scales, coding_of, turned_grid
 from converter.transforms.quantize.dense import unpacked
 from converter.transforms.quantize.restore import Module, Restored
 

@@ -348,25 +348,6 @@ def rounding_errors(
     return Rounding(beyond, float(errors.max(initial=0.0)), float(magnitudes.max(initial=0.0)), *sums)
 
 
-def copy_columns(
-    rows: memoryview, shape: tuple[int, int], size: int, out: memoryview, first: int, row: int, height: int
-) -> None:
-    """Copy what is asked of a transposed matrix from some rows of it, elements of ``size`` bytes.
-
-    ``out`` is the elements from the ``first`` on of the transposed one, whose rows are ``height`` long; the rows here
-    are of ``shape`` and begin at ``row``.
-    """
-    source: Any = np.frombuffer(rows, f"<u{size}").reshape(shape)
-    target = np.frombuffer(out, f"<u{size}")
-    # Columns of which all is asked lie between two of which a part may be.
-    begin, end = first, first + len(target)
-    for column in range(begin // height, -(-end // height)):
-        low, high = max(begin, column * height + row), min(end, column * height + row + shape[0])
-        if low < high:
-            inside = low - column * height - row
-            target[low - begin : high - begin] = source[inside : inside + high - low, column]
-
-
 def unpack_dense(chunk: memoryview, bits: int, inner: int, skipped: int, out: memoryview) -> None:
     """Write codes that lie one behind another in 32-bit words into ``out``, a byte each, but the first ``skipped``.
 

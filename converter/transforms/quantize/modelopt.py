@@ -15,7 +15,8 @@ from __future__ import annotations
 from converter.dtypes import DTYPES
 from converter.errors import Unsupported
 from converter.tensors.base import TensorSource
-from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, Scales, Shape, Widened
+from converter.tensors.shaped import Shape
+from converter.transforms.quantize.codes import E2M1, Decoded, Gridded, Scales, Widened
 from converter.transforms.quantize.compressed import check_plain, whole
 from converter.transforms.quantize.restore import Module, Restored
 

@@ -16,7 +16,8 @@ from converter.errors import BadFile
 from converter.models.schemes import EXPONENTS
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import held
-from converter.transforms.quantize.codes import AGAIN, E2M1, Decoded, Gridded, reshaped, scales_of, turned_grid
+from converter.tensors.shaped import reshaped
+from converter.transforms.quantize.codes import AGAIN, E2M1, Decoded, Gridded, scales_of, turned_grid
 from converter.transforms.quantize.restore import Module, Restored
 
 _F32, _BF16 = DTYPES["F32"], DTYPES["BF16"]

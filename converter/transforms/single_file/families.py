@@ -12,9 +12,9 @@ from converter.libraries.diffusers import DIFFUSERS
 from converter.libraries.transformers import TRANSFORMERS
 from converter.storage import Place
 from converter.tensors.base import Tensor
-from converter.transforms.layouts import WeightConverter
-from converter.transforms.stable_diffusion.sizes import Shapes, encoder_shapes, unet_shapes, vae_shapes
-from converter.transforms.stable_diffusion.tables import Config, clip_rows, open_clip_rows, unet_rows, vae_rows
+from converter.transforms.layouts.rows import Row
+from converter.transforms.layouts.stable_diffusion import Config, clip_rows, open_clip_rows, unet_rows, vae_rows
+from converter.transforms.single_file.sizes import Shapes, encoder_shapes, unet_shapes, vae_shapes
 
 
 class Part(NamedTuple):
@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
     prefix: str
     library: Library
-    rows: Callable[[Config], list[WeightConverter]]
+    rows: Callable[[Config], list[Row]]
     shapes: Callable[[Config, Shapes], Shapes]
 
 

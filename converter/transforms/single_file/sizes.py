@@ -7,7 +7,7 @@ from typing import Any
 
 from converter.errors import BadRequest
 from converter.storage import Place
-from converter.transforms.stable_diffusion.tables import Config
+from converter.transforms.layouts.stable_diffusion import Config
 
 Shapes = Mapping[str, tuple[Any, ...]]
 """The first axes of tensors by their names; a config may say anything of them."""

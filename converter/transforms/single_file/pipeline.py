@@ -21,10 +21,10 @@ from converter.models.model import Model
 from converter.models.names import WeightsName
 from converter.storage import FileRef, Place, place_of
 from converter.tensors.base import Tensor
-from converter.transforms.layouts import convert
-from converter.transforms.stable_diffusion.families import UNET, Family, recognise
-from converter.transforms.stable_diffusion.sizes import check_config, check_shapes
-from converter.transforms.stable_diffusion.tokenizer import tokenizer_files
+from converter.transforms.layouts.rows import take_apart
+from converter.transforms.single_file.families import UNET, Family, recognise
+from converter.transforms.single_file.sizes import check_config, check_shapes
+from converter.transforms.single_file.tokenizer import tokenizer_files
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 _EMA = "model_ema."
@@ -130,7 +130,7 @@ def _open_part(
     mine = {full.removeprefix(part.prefix): tensor for full, tensor in tensors.items() if full.startswith(part.prefix)}
     if name == "unet" and ema:
         mine = _averaged(source, mine, tensors)
-    converted, left = convert(mine, part.rows(config))
+    converted, left = take_apart(mine, part.rows(config))
     # transformers 4 and 5 differ in the prefix.
     shapes = {tensor.name.removeprefix("text_model."): tensor.shape for tensor in converted}
     what = str(path) if frame.given else f"the {name} of {frame.family.name}"

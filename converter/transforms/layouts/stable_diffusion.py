@@ -1,6 +1,6 @@
 """What each tensor of Stable Diffusion is called by its trainer, and what by Diffusers and transformers.
 
-Left is a name in a single file without its part's prefix, right the one that ``from_single_file`` gives it
+A whole is a name in a single file without its part's prefix, a part the one that ``from_single_file`` gives it
 (``diffusers/loaders/single_file_utils.py``). What depends on a model's size is asked of its config, and rows are made
 with it: the trainer numbers all blocks of a UNet in a row, and those of a decoder from its end.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from converter.transforms.layouts import WeightConverter, chunk, renamings, squeeze, transpose
+from converter.transforms.layouts.operations import CONCAT, PIXEL, TRANSPOSE
+from converter.transforms.layouts.rows import Row, renamings, within
 
 Config = Mapping[str, Any]
 _Names = Mapping[str, str]
@@ -58,9 +59,9 @@ _CLIP = (
     *(f"encoder.layers.{{}}.{name}" for name in _CLIP_LAYER),
 )
 _OPEN_CLIP = {
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "token_embedding.*": "text_model.embeddings.token_embedding.*",
-    "ln_final.*": "text_model.final_layer_norm.*",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "token_embedding.*": "embeddings.token_embedding.*",
+    "ln_final.*": "final_layer_norm.*",
 }
 _OPEN_CLIP_LAYER = {
     "ln_1.*": "layer_norm1.*",
@@ -71,11 +72,11 @@ _OPEN_CLIP_LAYER = {
 }
 
 
-def unet_rows(config: Config) -> list[WeightConverter]:
+def unet_rows(config: Config) -> list[Row]:
     """Give the rows of a UNet, ``UNet2DConditionModel``."""
     rows = renamings(_UNET)
     for source, target, names in _unet_blocks(config):
-        rows += _within(source, target, names)
+        rows += within(source, target, names)
     return rows
 
 
@@ -98,46 +99,54 @@ def _unet_blocks(config: Config) -> Iterator[tuple[str, str, _Names]]:
         yield f"output_blocks.{first + layers}.{after}", f"{up}.upsamplers.0", {"conv.*": "conv.*"}
 
 
-def _within(source: str, target: str, names: _Names) -> list[WeightConverter]:
-    return renamings({f"{source}.{here}": f"{target}.{there}" for here, there in names.items()})
-
-
-def vae_rows(config: Config) -> list[WeightConverter]:
+def vae_rows(config: Config) -> list[Row]:
     """Give the rows of a VAE, ``AutoencoderKL``."""
     rows = renamings({name: name for name in ("quant_conv.*", "post_quant_conv.*")})
     for side in ("encoder", "decoder"):
         middle, attention = f"{side}.mid_block", f"{side}.mid_block.attentions.0"
-        rows += _within(side, side, _CODER)
-        rows += _within(f"{side}.mid.block_1", f"{middle}.resnets.0", _CODER_RESNET)
-        rows += _within(f"{side}.mid.block_2", f"{middle}.resnets.1", _CODER_RESNET)
-        rows += _within(f"{side}.mid.attn_1", attention, {"norm.*": "group_norm.*"})
+        rows += within(side, side, _CODER)
+        rows += within(f"{side}.mid.block_1", f"{middle}.resnets.0", _CODER_RESNET)
+        rows += within(f"{side}.mid.block_2", f"{middle}.resnets.1", _CODER_RESNET)
+        rows += within(f"{side}.mid.attn_1", attention, {"norm.*": "group_norm.*"})
         for here, there in _CODER_ATTENTION.items():
-            rows += _within(f"{side}.mid.attn_1", attention, {f"{here}.bias": f"{there}.bias"})
-            rows.append(WeightConverter(f"{side}.mid.attn_1.{here}.weight", (f"{attention}.{there}.weight",), squeeze))
-    rows += _within("encoder.down.{}.block.{}", "encoder.down_blocks.{}.resnets.{}", _CODER_RESNET)
+            rows += within(f"{side}.mid.attn_1", attention, {f"{here}.bias": f"{there}.bias"})
+            rows.append(Row(f"{side}.mid.attn_1.{here}.weight", (f"{attention}.{there}.weight",), PIXEL))
+    rows += within("encoder.down.{}.block.{}", "encoder.down_blocks.{}.resnets.{}", _CODER_RESNET)
     rows += renamings({"encoder.down.{}.downsample.conv.*": "encoder.down_blocks.{}.downsamplers.0.conv.*"})
     blocks = len(config.get("up_block_types", ()))
     for block in range(blocks):
         here, there = f"decoder.up.{blocks - 1 - block}", f"decoder.up_blocks.{block}"
-        rows += _within(f"{here}.block.{{}}", f"{there}.resnets.{{}}", _CODER_RESNET)
+        rows += within(f"{here}.block.{{}}", f"{there}.resnets.{{}}", _CODER_RESNET)
         rows += renamings({f"{here}.upsample.conv.*": f"{there}.upsamplers.0.conv.*"})
     return rows
 
 
-def clip_rows(config: Config) -> list[WeightConverter]:
-    """Give the rows of OpenAI's CLIP in the classes of transformers, which have its names with a prefix or without."""
-    return renamings({prefix + name: prefix + name for prefix in ("", "text_model.") for name in _CLIP})
+def clip_rows(config: Config) -> list[Row]:
+    """Give the rows of OpenAI's CLIP in the classes of transformers, version 5 of which leaves ``text_model.`` out.
+
+    So do single files that Diffusers' scripts made with it, and no other program reads those.
+    """
+    return [
+        *renamings({f"text_model.{name}": f"text_model.{name}" for name in _CLIP}),
+        *renamings({name: f"text_model.{name}" for name in _CLIP}),
+        *renamings({f"text_model.{name}": name for name in _CLIP}),
+    ]
 
 
-def open_clip_rows(config: Config) -> list[WeightConverter]:
-    """Give the rows of OpenCLIP, for the layers that its config has: Stable Diffusion 2 does not read the last."""
-    rows = renamings(_OPEN_CLIP)
+def open_clip_rows(config: Config) -> list[Row]:
+    """Give the rows of OpenCLIP, for the layers that its config has: Stable Diffusion 2 does not read the last.
+
+    Version 5 of transformers leaves ``text_model.`` out of the names of one class, and not of the other.
+    """
+    rows = []
     if "CLIPTextModelWithProjection" in config.get("architectures", ()):
-        rows.append(WeightConverter("text_projection", ("text_projection.weight",), transpose))
-    for layer in range(config.get("num_hidden_layers", 0)):
-        here, there = f"transformer.resblocks.{layer}", f"text_model.encoder.layers.{layer}"
-        rows += _within(here, there, _OPEN_CLIP_LAYER)
-        for leaf in ("weight", "bias"):
-            targets = tuple(f"{there}.self_attn.{which}_proj.{leaf}" for which in ("q", "k", "v"))
-            rows.append(WeightConverter(f"{here}.attn.in_proj_{leaf}", targets, chunk))
+        rows.append(Row("text_projection", ("text_projection.weight",), TRANSPOSE))
+    for prefix in ("text_model.", ""):
+        rows += renamings({here: f"{prefix}{there}" for here, there in _OPEN_CLIP.items()})
+        for layer in range(config.get("num_hidden_layers", 0)):
+            here, there = f"transformer.resblocks.{layer}", f"{prefix}encoder.layers.{layer}"
+            rows += within(here, there, _OPEN_CLIP_LAYER)
+            for leaf in ("weight", "bias"):
+                parts = tuple(f"{there}.self_attn.{which}_proj.{leaf}" for which in ("q", "k", "v"))
+                rows.append(Row(f"{here}.attn.in_proj_{leaf}", parts, CONCAT))
     return rows
