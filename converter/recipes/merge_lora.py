@@ -23,7 +23,7 @@ from converter.storage import Given, Place, place_of
 from converter.tensors.base import Tensor
 from converter.tensors.derived import cast
 from converter.transforms.merge.product import merged
-from converter.transforms.merge.targets import Change, Untied, Weighted, find_changes, find_untied, take_adapter
+from converter.transforms.merge.targets import Merge, Untied, Weighted, find_merges, find_untied, take_adapter
 
 MAX_ADAPTERS = 64
 _NAMED = 6
@@ -50,7 +50,7 @@ class Asked:
 def plan_merged(request: Request, asked: Sequence[Asked]) -> Plan:
     """Plan a model with adapters merged into it: W + weight * alpha / r * B @ A in float32, rounded once.
 
-    What no adapter changes is copied, or cast where a dtype is asked for. Raises BadRequest for an adapter that is for
+    What no adapter merges is copied, or cast where a dtype is asked for. Raises BadRequest for an adapter that is for
     another base, Unsupported for what is no plain LoRA and for a base that is quantized.
     """
     if not 0 < len(asked) <= MAX_ADAPTERS:
@@ -67,18 +67,18 @@ def plan_merged(request: Request, asked: Sequence[Asked]) -> Plan:
     for component, checkpoint in opened:
         _refuse_quantized(component, checkpoint)
     acting = [one for one in weighted if one.weight]
-    changes = find_changes(acting, opened)
+    merges = find_merges(acting, opened)
     if is_cast and not named:
         selected = select(job)
         opened = open_sets(job, selected)
-    elif changes:
-        selected = [one for one in selected if one[0].name in changes]
-        opened = [one for one in opened if one[0].name in changes]
+    elif merges:
+        selected = [one for one in selected if one[0].name in merges]
+        opened = [one for one in opened if one[0].name in merges]
     orders = [
-        _merge(order, checkpoint, changes.get(order.component.name, {}), job)
+        _merge(order, checkpoint, merges.get(order.component.name, {}), job)
         for order, (_, checkpoint) in zip(make_ready(job, opened), opened, strict=True)
     ]
-    return plan_job(job, selected, orders, Rest(notes=tuple(_tell(weighted, changes))))
+    return plan_job(job, selected, orders, Rest(notes=tuple(_tell(weighted, merges))))
 
 
 def _open_adapter(one: Asked) -> Weighted:
@@ -99,11 +99,11 @@ def _refuse_quantized(component: Component, checkpoint: Checkpoint) -> None:
         raise Unsupported(checkpoint.weight_set.path, f"is quantized ({how})", advice)
 
 
-def _merge(order: Order, before: Checkpoint, changes: Mapping[str, Change], job: Job) -> Order:
-    """Let a set be written with its changes: each tensor in the dtype that it has in the order."""
-    if not changes:
+def _merge(order: Order, before: Checkpoint, merges: Mapping[str, Merge], job: Job) -> Order:
+    """Let a set be written with its merges: each tensor in the dtype that it has in the order."""
+    if not merges:
         return order
-    untied = find_untied(order.component, before, changes)
+    untied = find_untied(order.component, before, merges)
     first = {tensor.name: tensor for tensor in before.tensors}
     on_overflow = job.request.casting.on_overflow
     heads = dict(untied.heads) if untied else {}
@@ -112,12 +112,12 @@ def _merge(order: Order, before: Checkpoint, changes: Mapping[str, Change], job:
         beside.setdefault(embedding, []).append(head)
 
     def write(name: str, read: Tensor, ready: Tensor) -> Tensor:
-        change = changes.get(name)
-        if change is None:
+        merge = merges.get(name)
+        if merge is None:
             return ready._replace(name=name)
-        source = change.replaced.source if change.replaced else read.source
-        if change.products:
-            source = merged(source, change.products)
+        source = merge.replaced.source if merge.replaced else read.source
+        if merge.products:
+            source = merged(source, merge.products)
         return cast(Tensor(name, source, ready.beside), ready.dtype, on_overflow)
 
     def all_of(tensor: Tensor) -> list[Tensor]:
@@ -151,7 +151,7 @@ def _untie(order: Order, untied: Untied) -> tuple[Order, tuple[str, ...]]:
     return order.with_config({**config, "tie_word_embeddings": False}), (note,)
 
 
-def _tell(weighted: Sequence[Weighted], changes: Mapping[str, Mapping[str, Change]]) -> list[str]:
+def _tell(weighted: Sequence[Weighted], merges: Mapping[str, Mapping[str, Merge]]) -> list[str]:
     """Say what was merged, and into what."""
     told = []
     for one in weighted:
@@ -162,7 +162,7 @@ def _tell(weighted: Sequence[Weighted], changes: Mapping[str, Mapping[str, Chang
         told.append(f"merged: {one.label}, weight {one.weight:g}, rank {ranks}, {len(one.scales):,} modules")
         if one.replaced:
             told.append(f"taken from {one.label} as they are: {name_some(sorted(one.replaced), _NAMED)}")
-    for component, mine in changes.items():
+    for component, mine in merges.items():
         where = f"{component}: " if component else ""
         names = name_some(list(fold_modules(mine)), _NAMED)
         told.append(f"{where}changed {len(mine):,} tensors: {names}")

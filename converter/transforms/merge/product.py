@@ -12,7 +12,8 @@ from converter.dtypes import DTYPES
 from converter.errors import BadFile
 from converter.tensors.base import ByteRange, Reader, Storage, Tensor, TensorSource
 from converter.tensors.derived import Box, Boxes, Constant, held
-from converter.transforms.quantize.codes import Numbers, Unboxed, Widened, reshaped
+from converter.tensors.shaped import Unboxed, reshaped
+from converter.transforms.quantize.codes import Numbers, Widened
 
 _F32 = DTYPES["F32"]
 _NBYTES = 4  # of a number

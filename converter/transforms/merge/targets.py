@@ -14,9 +14,7 @@ from converter.models.adapters import ADAPTER_CONFIG, PEFT_PREFIX, Adapter, Pair
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.tensors.base import Tensor, find_ties
-from converter.transforms.layouts import WeightConverter, convert
 from converter.transforms.merge.product import MAX_RIGHT_NBYTES, Product, bias_of, product_of, right_nbytes
-from converter.transforms.stable_diffusion.tables import unet_rows
 
 _NAMED = 3
 _WEIGHT, _BIAS = ".weight", ".bias"
@@ -68,7 +66,7 @@ class Weighted:
         return self.adapter.checkpoint.weight_set.path
 
 
-class Change(NamedTuple):
+class Merge(NamedTuple):
     """What becomes of one tensor of the base: products are added, to what is ``replaced`` by another first."""
 
     products: tuple[Product, ...] = ()
@@ -149,21 +147,26 @@ def _is_of(module: str, saved: str) -> bool:
     return f".{module}".endswith(f".{saved}") and bool(saved)
 
 
-def find_changes(weighted: Sequence[Weighted], opened: Opened) -> dict[str, dict[str, Change]]:
+def find_merges(weighted: Sequence[Weighted], opened: Opened) -> dict[str, dict[str, Merge]]:
     """Give what becomes of which tensor, by component and name. Raises BadRequest for what is for another base.
 
-    Raises Unsupported for a weight that cannot be merged into, and where an adapter is for parts that are not there.
+    Raises Unsupported for a weight that nothing can be merged into.
     """
-    changes: dict[str, dict[str, Change]] = {}
+    merges: dict[str, dict[str, Merge]] = {}
     parts = [_Part(component, checkpoint) for component, checkpoint in opened]
     for one in weighted:
-        for part, found in _find_modules(one, parts):
-            mine = changes.setdefault(part.component.name, {})
-            _add(one, part, found, mine)
-    for part in parts:
-        for name, change in changes.get(part.component.name, {}).items():
-            _check_size(part.tensors.get(name), change)
-    return changes
+        placed = _place_whole(one, parts) if one.adapter.form == "peft" else _place_each(one, parts)
+        _check_twice(one, placed)
+        for aim in placed:
+            _add(one, aim, merges.setdefault(aim.part.component.name, {}))
+        for name, tensor in one.replaced.items():
+            _replace(one, name, tensor, placed[0].part, merges[placed[0].part.component.name])
+    for mine in merges.values():
+        for name, merge in mine.items():
+            if right_nbytes(merge.products) > MAX_RIGHT_NBYTES:
+                problem = f"would be merged into with {right_nbytes(merge.products):,} bytes of factors"
+                raise Unsupported(repr(name), problem, "Merge fewer adapters at once.")
+    return merges
 
 
 class _Part:
@@ -196,49 +199,39 @@ class _Part:
         return name in self._transposed
 
     def spelled(self, module: str) -> str | None:
-        """Give the module that a name with ``_`` for ``.`` stands for, in the names here or in its trainer's."""
+        """Give the module that a name with ``_`` for ``.`` stands for, if it is one alone."""
         if self._spelled is None:
             self._spelled = {}
-            for name, own in (*((one, one) for one in self.modules), *self._originals()):
-                self._spelled.setdefault(name.replace(".", "_"), set()).add(own)
+            for own in self.modules:
+                self._spelled.setdefault(own.replace(".", "_"), set()).add(own)
         found = self._spelled.get(module.replace(".", "_"), set())
         return next(iter(found)) if len(found) == 1 else None
 
-    def _originals(self) -> Iterator[tuple[str, str]]:
-        """Give the names that a UNet's trainer has for modules, each with the one here."""
-        if self.component.class_name != "UNet2DConditionModel":
-            return
-        rows = [
-            WeightConverter(target, (row.source,)) for row in unet_rows(self.component.config) for target in row.targets
-        ]
-        for module in self.modules:
-            tensor = self.tensors[module + _WEIGHT]
-            converted, _ = convert({tensor.name: tensor}, rows)
-            for one in converted:
-                yield one.name.removesuffix(_WEIGHT), module
+
+class _Aim(NamedTuple):
+    """A pair of an adapter, and the module of the base that it is for: ``own`` in a part."""
+
+    pair: Pair
+    part: _Part
+    own: str
 
 
-_Found = Mapping[str, str]
-"""The modules of an adapter, each with that of the base."""
-
-
-def _find_modules(one: Weighted, parts: Sequence[_Part]) -> Iterator[tuple[_Part, _Found]]:
-    """Give the components that an adapter is for, each with its modules. Raises BadRequest where one is not found."""
-    if one.adapter.form == "peft":
-        yield _find_whole(one, parts)
-        return
-    by_part: dict[int, dict[str, str]] = {}
-    lost = []
-    for pair in one.adapter.pairs:
-        place, own = _find_module(one.adapter, pair, parts)
-        if own is None:
-            lost.append(pair)
-        else:
-            by_part.setdefault(place, {})[pair.module] = own
+def _place_each(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
+    """Find the module of each pair of Diffusers' or kohya's form. Raises BadRequest where one is not there."""
+    found = [(pair, _find_module(one.adapter, pair, parts)) for pair in one.adapter.pairs]
+    lost = [pair.module for pair, aim in found if aim is None]
     if lost:
-        raise _not_there(one, [pair.module for pair in lost], len(one.adapter.pairs))
-    for place, found in by_part.items():
-        yield parts[place], found
+        raise _not_there(one, lost, len(found))
+    return [aim for _, aim in found if aim is not None]
+
+
+def _check_twice(one: Weighted, placed: Iterable[_Aim]) -> None:
+    seen: dict[tuple[str, str], str] = {}
+    for aim in placed:
+        first = seen.setdefault((aim.part.component.name, aim.own), aim.pair.module)
+        if first != aim.pair.module:
+            problem = f"has {first!r} and {aim.pair.module!r}, and both are {aim.own!r} in the base"
+            raise BadFile(one.where, problem, "Take one of them out.")
 
 
 def _not_there(one: Weighted, modules: Sequence[str], count: int) -> BadRequest:
@@ -247,10 +240,10 @@ def _not_there(one: Weighted, modules: Sequence[str], count: int) -> BadRequest:
     return BadRequest(one.where, f"is for {named}, and the base has no such weight ({some})", _OTHER_BASE)
 
 
-def _find_whole(one: Weighted, parts: Sequence[_Part]) -> tuple[_Part, _Found]:
-    """Find the one component that has all modules of an adapter of PEFT."""
+def _place_whole(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
+    """Find the one component that has all modules of an adapter of PEFT. Raises BadRequest where none has."""
     modules = [pair.module for pair in one.adapter.pairs]
-    best: list[tuple[_Part, _Found]] = []
+    best: list[tuple[_Part, dict[str, str]]] = []
     lost = modules
     for part in parts:
         found = _aligned(modules, part)
@@ -264,7 +257,8 @@ def _find_whole(one: Weighted, parts: Sequence[_Part]) -> tuple[_Part, _Found]:
         raise BadRequest(one.where, f"may be for each of {names}", "Choose with --component.")
     if not best:
         raise _not_there(one, lost, len(modules))
-    return best[0]
+    [(part, found)] = best
+    return [_Aim(pair, part, found[pair.module]) for pair in one.adapter.pairs]
 
 
 def _aligned(modules: Sequence[str], part: _Part) -> dict[str, str]:
@@ -295,18 +289,17 @@ def _aligned(modules: Sequence[str], part: _Part) -> dict[str, str]:
     return found
 
 
-def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> tuple[int, str | None]:
-    """Find the component and the module that a pair of Diffusers' or kohya's form is for."""
+def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> _Aim | None:
     for names, spellings in _readings(adapter, pair.module):
-        for place, part in enumerate(parts):
+        for part in parts:
             name = part.component.name
             if name not in names and not (name == "" and _may_be(part, names)):
                 continue
             for spelling in spellings:
                 own = part.spelled(spelling)
                 if own is not None:
-                    return place, own
-    return 0, None
+                    return _Aim(pair, part, own)
+    return None
 
 
 def _may_be(part: _Part, names: Collection[str]) -> bool:
@@ -334,75 +327,75 @@ def _readings(adapter: Adapter, module: str) -> Iterator[tuple[Collection[str], 
     yield _DENOISERS, [module]
 
 
-def _add(one: Weighted, part: _Part, found: _Found, changes: dict[str, Change]) -> None:
-    """Add what an adapter makes of a component's tensors to what others do."""
-    is_turned = one.adapter.config.get("fan_in_fan_out") is True
-    for pair in one.adapter.pairs:
-        if pair.module not in found:
-            continue
-        own = found[pair.module]
-        weight = part.weight(own + _WEIGHT)
-        assert weight is not None
-        turned = _is_turned(one, part, pair, weight, is_turned)
-        product = product_of(pair.up, pair.down, one.scales[pair.module], turned)
-        _append(changes, weight.name, product)
-        if pair.module in one.biases:
-            _append(changes, own + _BIAS, _bias_product(one, part, pair, own))
-    align = dict(found)
-    for name, tensor in one.replaced.items():
-        module, _, leaf = name.rpartition(".")
-        own = align.get(module) or _aligned([module], part).get(module, "")
-        base = part.weight(f"{own}.{leaf}") if own else None
-        if base is None:
-            raise _not_there(one, [name], len(one.replaced))
-        if base.shape != tensor.shape:
-            problem = f"holds {name!r} of {_spell(tensor.shape)}, and the base has {_spell(base.shape)}"
-            advice = "Its vocabulary, or its head, was made larger or smaller: PEFT merges it, with the base resized."
-            raise Unsupported(one.where, problem, advice)
-        before = changes.get(base.name, Change())
-        if before.replaced is not None:
-            raise Unsupported(one.where, f"replaces {name!r}, which another adapter does too", "Merge one of them.")
-        changes[base.name] = before._replace(replaced=tensor)
+def _add(one: Weighted, aim: _Aim, merges: dict[str, Merge]) -> None:
+    """Add what a pair makes of a component's tensors to what others do."""
+    pair, part, own = aim
+    weight = part.weight(own + _WEIGHT)
+    assert weight is not None
+    scale = one.scales[pair.module]
+    _append(merges, weight.name, product_of(pair.up, pair.down, scale, _is_turned(one, aim, weight)))
+    if pair.module in one.biases:
+        _append(merges, own + _BIAS, _bias_product(one, aim))
 
 
-def _append(changes: dict[str, Change], name: str, product: Product) -> None:
-    before = changes.get(name, Change())
-    changes[name] = before._replace(products=(*before.products, product))
+def _replace(one: Weighted, name: str, tensor: Tensor, part: _Part, merges: dict[str, Merge]) -> None:
+    """Let a tensor of the base be another one; what is added comes on top of that."""
+    module, _, leaf = name.rpartition(".")
+    own = _aligned([module], part).get(module, "")
+    base = part.weight(f"{own}.{leaf}") if own else None
+    if base is None:
+        raise _not_there(one, [name], len(one.replaced))
+    if base.shape != tensor.shape:
+        problem = f"holds {name!r} of {_spell(tensor.shape)}, and the base has {_spell(base.shape)}"
+        raise Unsupported(one.where, problem, "PEFT merges it into a base whose vocabulary, or head, is as large.")
+    _check_dtype(tensor)
+    _check_dtype(base)
+    before = merges.get(base.name, Merge())
+    if before.replaced is not None:
+        raise Unsupported(one.where, f"replaces {name!r}, which another adapter does too", "Merge one of them.")
+    merges[base.name] = before._replace(replaced=tensor)
 
 
-def _is_turned(one: Weighted, part: _Part, pair: Pair, weight: Tensor, is_said: bool) -> bool:
+def _check_dtype(tensor: Tensor) -> None:
+    if tensor.dtype.tag not in _MERGED_DTYPES:
+        problem = f"holds {tensor.name!r} in {tensor.dtype.short_name}, and fp32, bf16 and fp16 are merged"
+        raise Unsupported(tensor.where, problem, "'wconv recast --dtype bf16' makes such numbers of it.")
+
+
+def _append(merges: dict[str, Merge], name: str, product: Product) -> None:
+    before = merges.get(name, Merge())
+    merges[name] = before._replace(products=(*before.products, product))
+
+
+def _is_turned(one: Weighted, aim: _Aim, weight: Tensor) -> bool:
     """Say whether a weight lies as [in, out] for a pair. Raises BadRequest for one of another shape."""
+    pair = aim.pair
     height, inner = pair.up.shape[0], _trimmed(pair.down.shape[1:])
-    if weight.dtype.tag not in _MERGED_DTYPES:
-        advice = "'wconv dequantize' or 'wconv recast --dtype bf16' makes plain numbers of it."
-        raise Unsupported(weight.where, f"holds {weight.name!r} in {weight.dtype.short_name}", advice)
+    for tensor in (weight, pair.up, pair.down):
+        _check_dtype(tensor)
     is_plain = weight.shape[:1] == (height,) and _trimmed(weight.shape[1:]) == inner
     is_other = len(weight.shape) == 2 and len(inner) == 1 and weight.shape == (inner[0], height)
     if pair.module in one.embeddings and is_other:
         return True
     if (is_plain or is_other) and pair.module not in one.embeddings:
         if is_plain and is_other:
-            return part.is_transposed(weight.name, is_said)
+            return aim.part.is_transposed(weight.name, one.adapter.config.get("fan_in_fan_out") is True)
         return is_other
     shapes = f"{_spell(pair.up.shape)} and {_spell(pair.down.shape)}"
     problem = f"holds {shapes} for {weight.name!r}, which is {_spell(weight.shape)} in the base"
     raise BadRequest(one.where, problem, _OTHER_BASE)
 
 
-def _bias_product(one: Weighted, part: _Part, pair: Pair, own: str) -> Product:
-    bias, base = one.biases[pair.module], part.tensors.get(own + _BIAS)
+def _bias_product(one: Weighted, aim: _Aim) -> Product:
+    bias, base = one.biases[aim.pair.module], aim.part.tensors.get(aim.own + _BIAS)
     if base is None:
-        raise BadRequest(one.where, f"has a bias for {own!r}, which has none in the base", _OTHER_BASE)
-    if base.shape != bias.shape or base.dtype.tag not in _MERGED_DTYPES or bias.dtype.tag not in _MERGED_DTYPES:
-        problem = f"holds {bias.name!r} of {_spell(bias.shape)} in {bias.dtype.short_name}"
-        raise BadRequest(one.where, f"{problem}, and the base has {_spell(base.shape)} in {base.dtype.short_name}")
-    return bias_of(bias, one.scales[pair.module])
-
-
-def _check_size(weight: Tensor | None, change: Change) -> None:
-    if weight is not None and right_nbytes(change.products) > MAX_RIGHT_NBYTES:
-        problem = f"would be merged with factors of {right_nbytes(change.products):,} bytes into {weight.name!r}"
-        raise Unsupported(weight.where, problem, "Merge fewer adapters at once.")
+        raise BadRequest(one.where, f"has a bias for {aim.own!r}, which has none in the base", _OTHER_BASE)
+    if base.shape != bias.shape:
+        problem = f"holds {bias.name!r} of {_spell(bias.shape)}, and the base has {_spell(base.shape)}"
+        raise BadRequest(one.where, problem, _OTHER_BASE)
+    _check_dtype(base)
+    _check_dtype(bias)
+    return bias_of(bias, one.scales[aim.pair.module])
 
 
 def _trimmed(shape: Iterable[int]) -> tuple[int, ...]:
