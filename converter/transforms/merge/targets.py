@@ -453,12 +453,14 @@ def find_untied(component: Component, checkpoint: Checkpoint, changed: Collectio
     ties = {**find_ties(checkpoint.tensors), **checkpoint.ties}
     tied = {name for pair in ties.items() if not {*pair}.isdisjoint(changed) for name in pair}
     words = {name for name in changed if name.removesuffix(_WEIGHT).rpartition(".")[2] in (*_EMBEDDINGS, _HEAD)}
-    if not tied and (not words or component.class_name.endswith(_HEADLESS)):
+    is_causal = component.class_name.endswith(_CAUSAL)
+    is_headless = component.class_name.endswith(_HEADLESS) and not is_causal
+    if not tied and (not words or is_headless or component.config.get("tie_word_embeddings") is False):
         return None
     embedding = _embedding_of(part)
     head = _tied_head(part)
     known = {_HEAD + _WEIGHT, *([embedding.name] if embedding else [])}
-    is_known = component.class_name.endswith(_CAUSAL) and embedding is not None and tied <= known
+    is_known = is_causal and embedding is not None and tied <= known
     if not is_known or (head is None and _HEAD not in part.modules):
         first = min(tied or words)
         what = component.class_name or "an unknown one"
