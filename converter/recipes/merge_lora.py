@@ -41,7 +41,7 @@ class Asked:
     @classmethod
     def of(cls, given: Given, weight: float = 1.0) -> Asked:
         """Give one by a path or URL. Raises BadRequest for a weight that is no finite number."""
-        place = place_of(given).pinned()
+        place = place_of(given)
         if not abs(weight) < 1e9:
             raise BadRequest(place, f"is to be merged with the weight {weight}", "A weight is a number such as 0.8.")
         return cls(place, float(weight))
@@ -82,7 +82,7 @@ def plan_merged(request: Request, asked: Sequence[Asked]) -> Plan:
 
 
 def _open_adapter(one: Asked) -> Weighted:
-    model = open_model(snapshot_of(one.place))
+    model = open_model(snapshot_of(one.place.pinned()))
     if len(model.components) != 1:
         names = name_some([component.name for component in model.components], _NAMED)
         raise BadRequest(one.place, f"holds several sets of weights ({names})", "Name the file of the adapter.")

@@ -412,7 +412,8 @@ def _spell(shape: Iterable[int]) -> str:
 
 # Ties.
 
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
+_SHARED = "shared"  # T5's, which its encoder and its decoder have too
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", _SHARED)
 _HEAD = "lm_head"
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 # What has no head that a table of embeddings could be tied to.
@@ -421,7 +422,7 @@ _HEADLESS = ("Model", "ForSequenceClassification", "ForTokenClassification", "Fo
 
 def _embedding_of(part: _Part) -> Tensor | None:
     """Give the one weight of a component that is its table of words."""
-    found = [module for module in part.modules if module.rpartition(".")[2] in _EMBEDDINGS]
+    found = [module for module in part.modules if _leaf_of(module) in _EMBEDDINGS]
     return part.tensors[found[0] + _WEIGHT] if len(found) == 1 else None
 
 
@@ -452,10 +453,12 @@ def find_untied(component: Component, checkpoint: Checkpoint, changed: Collectio
     part = _Part(component, checkpoint)
     ties = {**find_ties(checkpoint.tensors), **checkpoint.ties}
     tied = {name for pair in ties.items() if not {*pair}.isdisjoint(changed) for name in pair}
-    words = {name for name in changed if name.removesuffix(_WEIGHT).rpartition(".")[2] in (*_EMBEDDINGS, _HEAD)}
+    words = {name for name in changed if _leaf_of(name) in (*_EMBEDDINGS, _HEAD)}
     is_causal = component.class_name.endswith(_CAUSAL)
-    is_headless = component.class_name.endswith(_HEADLESS) and not is_causal
-    if not tied and (not words or is_headless or component.config.get("tie_word_embeddings") is False):
+    is_apart = component.class_name.endswith(_HEADLESS) and _SHARED not in map(_leaf_of, words)
+    if is_causal:
+        is_apart = component.config.get("tie_word_embeddings") is False
+    if not tied and (not words or is_apart):
         return None
     embedding = _embedding_of(part)
     head = _tied_head(part)
@@ -468,3 +471,8 @@ def find_untied(component: Component, checkpoint: Checkpoint, changed: Collectio
         raise Unsupported(checkpoint.weight_set.path, problem, "Untie them before, or merge it with PEFT.")
     assert embedding is not None
     return Untied({} if head is None else {head.name: embedding.name}, frozenset(known))
+
+
+def _leaf_of(name: str) -> str:
+    """Give the last word of a module's path, or of that of a weight."""
+    return name.removesuffix(_WEIGHT).rpartition(".")[2]
