@@ -101,7 +101,7 @@ def read_in(source: TensorSource, nbytes: int, size: int, as_part: bool = False)
     return bytes(out)
 
 
-@pytest.mark.parametrize(("shape", "rank"), [((130, 1100), 100), ((70, 5000), 17), ((3000, 3), 5), ((5, 2, 3, 3), 2)])
+@pytest.mark.parametrize(("shape", "rank"), [((70, 1100), 100), ((20, 5000), 17), ((3000, 3), 5), ((5, 2, 3, 3), 2)])
 def test_all_cuts_give_the_same_bits(shape: tuple[int, ...], rank: int) -> None:
     # With ranks such as 100 BLAS gives other bits for a block of one or three rows than for more.
     width = math.prod(shape[1:])
