@@ -30,6 +30,7 @@ COMMANDS = {
     "rename-variant": "Give a variant another tag; no weights are moved.",
     "to-bin": "Write weight sets as torch .bin, the way back.",
     "prepare-coreml": "Make a pipeline ready for conversion to Core ML.",
+    "convert-lora": "Write a LoRA adapter under the names of another program.",
     "doctor": "Say what is wrong with a folder of weights, and mend it.",
     "inspect": "Show which weights a file or folder holds; reads headers only.",
     "verify": "Compare two files or folders of weights, value by value.",

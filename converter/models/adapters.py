@@ -18,7 +18,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from converter.errors import BadFile, HostileFile, Unsupported, WconvError, name_some
@@ -69,6 +69,8 @@ _KINDS = {
     re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$"): "LoRA with a bias",
     re.compile(r"\.modules_to_save\."): "whole modules (modules_to_save)",
 }
+# What is in the names of all of these, and of few others.
+_MARK = re.compile(r"lora_|\.lora\.|_lora\.|dora_scale|hada_|lokr_|oft_|ia3_")
 # Names of GLoRA and of differences may be any model's; they tell nothing without a name that only adapters have.
 _TELLING = ("DoRA", "LoCon with a middle (Tucker)", "LoHa", "LoKr", "OFT", "IA3", "VeRA", "LoRA of an embedding")
 
@@ -135,6 +137,12 @@ class Adapter:
         return dict(Counter(pair.rank for pair in self.pairs if pair.down.shape).most_common())
 
     @property
+    def sound(self) -> Adapter:
+        """What of it is plain LoRA, whatever is wrong with the rest."""
+        pairs = tuple(pair for pair in self.pairs if _misfit_of_pair(self, pair) is None)
+        return replace(self, pairs=pairs, problems=())
+
+    @property
     def where(self) -> Any:
         """The file to name in a message."""
         return self.checkpoint.weight_set.path
@@ -150,8 +158,11 @@ def find_adapter(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Adapter |
 
     ``config`` is the adapter_config.json beside it, or empty.
     """
+    is_peft = "peft_type" in config and checkpoint.name.stem == STEMS["peft"]["safetensors"]
+    if not is_peft and not any(_MARK.search(tensor.name) for tensor in checkpoint.tensors):
+        return None
     sorted_out = _sort_out(checkpoint.tensors)
-    is_told = any(kind in sorted_out.extras for kind in _TELLING) or "peft_type" in config
+    is_told = any(kind in sorted_out.extras for kind in _TELLING) or is_peft
     if not sorted_out.halves and not is_told:
         return None
     pairs = tuple(
@@ -164,10 +175,10 @@ def find_adapter(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Adapter |
     said = config if form == "peft" else noted
     adapter = Adapter(checkpoint, form, pairs, said, sorted_out.extras, sorted_out.others, ())
     problems = (*([error] if error else ()), *_find_problems(adapter, sorted_out))
-    if form == "diffusers" and "peft_type" in config and checkpoint.name.stem == STEMS["peft"]["safetensors"]:
+    if form == "diffusers" and is_peft:
         problem = f"has names without {PEFT_PREFIX!r}, by which PEFT loads none of them"
         problems = (*problems, BadFile(checkpoint.weight_set.path, problem, f"--add-prefix {PEFT_PREFIX} puts it on."))
-    return Adapter(checkpoint, form, pairs, said, sorted_out.extras, sorted_out.others, tuple(problems))
+    return replace(adapter, problems=tuple(problems))
 
 
 class _Sorted(NamedTuple):
