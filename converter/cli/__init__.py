@@ -25,6 +25,7 @@ COMMANDS = {
     "recast": "Write a variant of a model in another dtype, such as bf16.",
     "quantize": "Write a model in 8 or 4 bits: int8, nf4, float8.",
     "dequantize": "Write a quantized model in bf16, fp16 or fp32 again.",
+    "merge-lora": "Write a model with LoRA adapters merged into its weights.",
     "reshard": "Write a model in shards of another size, or in one file.",
     "rename-variant": "Give a variant another tag; no weights are moved.",
     "to-bin": "Write weight sets as torch .bin, the way back.",
