@@ -181,7 +181,7 @@ _OUTPUT_OPTIONS = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("-v", "--verbose", is_flag=True, help="Print every file."),
 )
-_DTYPE = click.option(
+dtype_option = click.option(
     "--dtype", type=DTypeName(), metavar="DTYPE", help=f"Cast floating tensors: {', '.join(RECAST_TARGETS)}."
 )
 _CONVERSION_OPTIONS = {
@@ -316,6 +316,25 @@ _CONVERSION_OPTIONS = {
 }
 
 
+_LAYOUT_OPTIONS = (
+    click.option(
+        "--experts",
+        type=click.Choice(["fused", "separate"]),
+        help="Write experts as one tensor a layer, or each by itself (default: as they are).",
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(["meta", "transformers"]),
+        help="Write Llama or Mistral with the names and rows of Meta and torchtitan, or of transformers.",
+    ),
+)
+
+
+def layout_options(command: _F) -> _F:
+    """Give a command the options on how a model's weights are arranged."""
+    return _apply(_LAYOUT_OPTIONS, command)
+
+
 def reading_options(command: _F) -> _F:
     """Give a command the options on what is read of a pickled checkpoint, and under which names."""
     names = ("key", "flatten", "strip-prefix", "strip-code", "skip-unreadable")
@@ -341,7 +360,7 @@ def output_options(command: _F) -> _F:
 
 def conversion_options(command: _F) -> _F:
     """Give a command all options of a conversion."""
-    return _apply((_DTYPE, *_CONVERSION_OPTIONS.values(), *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
+    return _apply((dtype_option, *_CONVERSION_OPTIONS.values(), *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
 
 
 def some_conversion_options(*names: str) -> Callable[[_F], _F]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import conversion_options, sources_arg
+from converter.cli.options import conversion_options, layout_options, sources_arg
 
 if TYPE_CHECKING:
     from converter.storage import Place
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 @click.command("reshard")
 @sources_arg
 @click.option("--in-place", is_flag=True, help="Replace the weights that are read, once all is verified.")
+@layout_options
 @conversion_options
 def command(sources: tuple[Place, ...], **options: Any) -> int:
     """Write every weight set of SRC in shards of another size, into a new folder or in place; the format stays.

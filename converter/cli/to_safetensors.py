@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import conversion_options, sources_arg
+from converter.cli.options import conversion_options, layout_options, sources_arg
 
 if TYPE_CHECKING:
     from converter.storage import Place
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 @click.command("to-safetensors")
 @sources_arg
+@layout_options
 @conversion_options
 def command(sources: tuple[Place, ...], **options: Any) -> int:
     """Write every weight set of SRC in safetensors, beside it or into a new folder.

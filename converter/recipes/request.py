@@ -18,12 +18,14 @@ from converter.storage import Given, Place, place_of
 from converter.storage.far import CommittedStore, WritableStore
 from converter.storage.local import is_local
 from converter.transforms.dtype import Casting
+from converter.transforms.layouts.arrange import Arranging
 from converter.transforms.names import TensorNames
 
 _GROUPS = {
     "selection": Selection,
     "names": TensorNames,
     "casting": Casting,
+    "arranging": Arranging,
     "writing": Writing,
     "publishing": Publishing,
 }
@@ -43,6 +45,7 @@ class Request:
     writing: Writing = field(default_factory=Writing)
     publishing: Publishing = field(default_factory=Publishing)
     names: TensorNames = field(default_factory=TensorNames)
+    arranging: Arranging = field(default_factory=Arranging)
     config: Place | None = None
 
     @classmethod

@@ -32,6 +32,7 @@ from converter.storage import FileRef, Place
 from converter.storage.far import CommittedStore
 from converter.tensors.base import Tensor, find_ties
 from converter.transforms.dtype import Casting, check_names, recast
+from converter.transforms.layouts.arrange import with_layout
 from converter.transforms.names import TensorNames, name_sets, rename_tensors
 
 _NO_CONFIG = (
@@ -109,11 +110,13 @@ def select(job: Job, request: Request | None = None, **changes: Any) -> list[tup
 def open_sets(job: Job, selected: _Selected, named: bool = True) -> list[tuple[Component, Checkpoint]]:
     """Open sets that are selected, without what wrappers added to names; unless it is left to ``name_sets``, as asked.
 
-    Raises BadRequest for names that cannot be.
+    What has its own names then is brought into the layout that is asked for. Raises BadRequest for odd names.
     """
     reading = job.request.selection.reading
     opened = [(component, open_checkpoint(weight_set, reading)) for component, weight_set in selected]
-    return name_sets(opened, job.request.names if named else TensorNames(), job.model.path)
+    named_sets = name_sets(opened, job.request.names if named else TensorNames(), job.model.path)
+    arranging = job.request.arranging
+    return [(component, with_layout(checkpoint, component, arranging)) for component, checkpoint in named_sets]
 
 
 def refuse_file(output: Place) -> None:
@@ -228,7 +231,8 @@ def _make_ready(job: Job, component: Component, checkpoint: Checkpoint, request:
     if job.named:
         checkpoint = replace(checkpoint, weight_set=replace(checkpoint.weight_set, name=job.named))
     is_beside = not job.target.is_new and component.path.is_same(job.target.folder / component.name)
-    return make_order(component, checkpoint, name, request.casting, request.writing, is_beside)
+    writing = replace(request.writing, tied=request.writing.tied or request.arranging.tied)
+    return make_order(component, checkpoint, name, request.casting, writing, is_beside)
 
 
 def _are_fp32(tensors: Sequence[Tensor]) -> bool:
