@@ -49,6 +49,12 @@ _CLASSES = {
     "CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2",
 }  # fmt: skip
 _BASE_OF_CLASS = {"FluxTransformer2DModel": "Flux", "SD3Transformer2DModel": "Stable Diffusion 3"}
+_BASE_OF_BLOCKS = {
+    "double_blocks": "Flux", "single_blocks": "Flux", "joint_blocks": "Stable Diffusion 3"
+}  # fmt: skip
+# What kohya's trainer notes in a header (``library/sai_model_spec.py``, ``train_network.py``).
+_NOTED_MODELS = ("modelspec.architecture", "ss_base_model_version")
+_BASE_OF_NOTE = {"flux": "Flux", "stable-diffusion-3": "Stable Diffusion 3", "sd3": "Stable Diffusion 3"}
 # Lengths that only one of two models of the same names has: of Flux's hidden states, and of Stable Diffusion 3's.
 _WIDTHS = {3072: "Flux", 12288: "Flux", 1536: "Stable Diffusion 3", 2432: "Stable Diffusion 3"}
 
@@ -140,7 +146,7 @@ def find_changes(adapter: Adapter, hint: str = "") -> Changes:
         raise BadFile(adapter.where, "holds no pair of matrices, and so changes nothing", "Fetch it again.")
     note = read_note(adapter.checkpoint)
     placed = [(pair, *_part_of(adapter, pair, hint)) for pair in adapter.pairs]
-    base, found = _find_base(adapter, [(pair, path) for pair, part, path in placed if part == _DENOISER])
+    base, found = _find_base(adapter, note, [(pair, path) for pair, part, path in placed if part == _DENOISER])
     alphas = read_alphas(adapter)
     changes: list[Change] = []
     shared: set[str] = set()
@@ -226,7 +232,7 @@ def _find_encoder(part: str, path: str, form: str) -> Found | None:
     return found or (_find(t5_modules(), path, form) if part not in ENCODERS.values() or form != "kohya" else None)
 
 
-def _find_base(adapter: Adapter, pairs: list[tuple[Pair, str]]) -> tuple[Base | None, dict[str, Found]]:
+def _find_base(adapter: Adapter, note: Note, pairs: list[tuple[Pair, str]]) -> tuple[Base | None, dict[str, Found]]:
     """Tell which model's modules the pairs are of: by their names, and by how wide they are where two have those."""
     if not pairs:
         return None, {}
@@ -240,16 +246,29 @@ def _find_base(adapter: Adapter, pairs: list[tuple[Pair, str]]) -> tuple[Base | 
     if not most:
         _refuse_unknown(adapter, None, [pair.module for pair, _ in pairs])
     if len(best) > 1:
-        mapping = adapter.config.get("auto_mapping")
-        named = _BASE_OF_CLASS.get(str(mapping.get("base_model_class"))) if isinstance(mapping, dict) else None
-        widths = (one for pair, _ in pairs for one in (pair.down.shape[1], pair.up.shape[0]))
-        told = Counter(_WIDTHS[width] for width in widths if width in _WIDTHS).most_common(1)
-        name = named or (told[0][0] if told else "")
+        name = _told_base(adapter, note, [pair for pair, _ in pairs])
         best = [(base, found) for base, found in best if base.name == name] or best
     if len(best) > 1:
         names = " or ".join(base.name for base, _ in best)
         raise Unsupported(adapter.where, f"is of {names}, which its names and shapes do not tell", "")
     return best[0]
+
+
+def _told_base(adapter: Adapter, note: Note, pairs: list[Pair]) -> str:
+    """Tell which of the models that have the same names is meant: by what is noted, or by how wide the pairs are."""
+    mapping = adapter.config.get("auto_mapping")
+    named = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
+    noted = [adapter.checkpoint.metadata.get(key, "").lower() for key in _NOTED_MODELS]
+    joined = [name.partition(".")[0] for name in (*note.shared, *note.joined)]
+    widths = (width for pair in pairs for width in (pair.down.shape[1], pair.up.shape[0]))
+    counted = Counter(_WIDTHS[width] for width in widths if width in _WIDTHS).most_common(1)
+    told = (
+        _BASE_OF_CLASS.get(named),
+        *(_BASE_OF_BLOCKS.get(name) for name in joined),
+        *(base for text in noted for mark, base in _BASE_OF_NOTE.items() if mark in text),
+        *(name for name, _ in counted),
+    )
+    return next(filter(None, told), "")
 
 
 def _refuse_unknown(adapter: Adapter, base: Base | None, unknown: list[str]) -> None:
