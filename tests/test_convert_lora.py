@@ -397,7 +397,7 @@ REFUSED: dict[str, tuple[State, str, int, str]] = {
     "no adapter": ({"weight": torch.ones(2)}, "diffusers", 4, "is no LoRA adapter"),
     "Flux or SD3": ({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 8),
                      "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(8, 2)}, "kohya", 4,
-                    "is of Flux or Stable Diffusion 3, which"),
+                    "is of Flux or Stable Diffusion 3 or Stable Diffusion 3.5 Large, which"),
     "T5 alone": ({"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": torch.ones(2, 8),
                   "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight": torch.ones(8, 2)}, "diffusers", 4,
                  "none that tell of which pipeline"),

@@ -119,7 +119,7 @@ def _open_job(request: Request, components: list[Component], to: str) -> Job:
     output = request.output
     assert output is not None
     root = components[0].path if len(components) == 1 else request.source
-    model = Model(request.source, root, "file", tuple(components))
+    model = Model(request.source, root, "file", tuple(components[:1]))
     named = None
     if names_file(output):
         parsed = parse_name(output.name)

@@ -22,7 +22,10 @@ from converter.tensors.sparse import Columns
 from converter.transforms.lora.bases import (
     DENOISER_PREFIXES,
     ENCODERS,
+    FLUX,
     PARTS,
+    SD3,
+    SD35_LARGE,
     T5_PREFIX,
     Base,
     Found,
@@ -48,15 +51,14 @@ _CLASSES = {
     "UNet2DConditionModel": "unet", "FluxTransformer2DModel": "transformer", "SD3Transformer2DModel": "transformer",
     "CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2",
 }  # fmt: skip
-_BASE_OF_CLASS = {"FluxTransformer2DModel": "Flux", "SD3Transformer2DModel": "Stable Diffusion 3"}
-_BASE_OF_BLOCKS = {
-    "double_blocks": "Flux", "single_blocks": "Flux", "joint_blocks": "Stable Diffusion 3"
-}  # fmt: skip
-# What kohya's trainer notes in a header (``library/sai_model_spec.py``, ``train_network.py``).
+# What tells models of the same names apart: a class, how their trainer's blocks begin, what kohya's trainer notes in a
+# header (``library/sai_model_spec.py``, ``train_network.py``), and how wide their hidden states are.
+_OF_SD3 = (SD3, SD35_LARGE)
+_BASES_OF_CLASS = {"FluxTransformer2DModel": (FLUX,), "SD3Transformer2DModel": _OF_SD3}
+_BASES_OF_BLOCKS = {"double_blocks": (FLUX,), "single_blocks": (FLUX,), "joint_blocks": _OF_SD3}
 _NOTED_MODELS = ("modelspec.architecture", "ss_base_model_version")
-_BASE_OF_NOTE = {"flux": "Flux", "stable-diffusion-3": "Stable Diffusion 3", "sd3": "Stable Diffusion 3"}
-# Lengths that only one of two models of the same names has: of Flux's hidden states, and of Stable Diffusion 3's.
-_WIDTHS = {3072: "Flux", 12288: "Flux", 1536: "Stable Diffusion 3", 2432: "Stable Diffusion 3"}
+_BASES_OF_NOTE = {"flux": (FLUX,), "stable-diffusion-3": _OF_SD3, "sd3": _OF_SD3}
+_BASES_OF_WIDTH = {3072: (FLUX,), 12288: (FLUX,), 1536: (SD3,), 2432: (SD35_LARGE,)}
 
 
 class Note(NamedTuple):
@@ -218,7 +220,7 @@ def _part_in(adapter: Adapter, part: str, base: Base | None) -> str:
         if base is None:
             problem = "holds pairs of a T5, and none that tell of which pipeline"
             raise Unsupported(adapter.where, problem, "It is the second text encoder of Flux and the third of SD3.")
-        return "text_encoder_2" if base.name == "Flux" else "text_encoder_3"
+        return "text_encoder_2" if base.name == FLUX else "text_encoder_3"
     return part
 
 
@@ -245,30 +247,26 @@ def _find_base(adapter: Adapter, note: Note, pairs: list[tuple[Pair, str]]) -> t
     best = [(base, found) for base, found in candidates if len(found) == most]
     if not most:
         _refuse_unknown(adapter, None, [pair.module for pair, _ in pairs])
-    if len(best) > 1:
-        name = _told_base(adapter, note, [pair for pair, _ in pairs])
-        best = [(base, found) for base, found in best if base.name == name] or best
+    for told in _evidence(adapter, note, [pair for pair, _ in pairs]):
+        best = [(base, found) for base, found in best if base.name in told] or best
     if len(best) > 1:
         names = " or ".join(base.name for base, _ in best)
         raise Unsupported(adapter.where, f"is of {names}, which its names and shapes do not tell", "")
     return best[0]
 
 
-def _told_base(adapter: Adapter, note: Note, pairs: list[Pair]) -> str:
-    """Tell which of the models that have the same names is meant: by what is noted, or by how wide the pairs are."""
+def _evidence(adapter: Adapter, note: Note, pairs: list[Pair]) -> Iterator[tuple[str, ...]]:
+    """Give the models that each thing tells of: what is noted of them, and how wide the pairs are."""
     mapping = adapter.config.get("auto_mapping")
-    named = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
-    noted = [adapter.checkpoint.metadata.get(key, "").lower() for key in _NOTED_MODELS]
-    joined = [name.partition(".")[0] for name in (*note.shared, *note.joined)]
-    widths = (width for pair in pairs for width in (pair.down.shape[1], pair.up.shape[0]))
-    counted = Counter(_WIDTHS[width] for width in widths if width in _WIDTHS).most_common(1)
-    told = (
-        _BASE_OF_CLASS.get(named),
-        *(_BASE_OF_BLOCKS.get(name) for name in joined),
-        *(base for text in noted for mark, base in _BASE_OF_NOTE.items() if mark in text),
-        *(name for name, _ in counted),
-    )
-    return next(filter(None, told), "")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    yield _BASES_OF_CLASS.get(str(named), ())
+    for name in (*note.shared, *note.joined):
+        yield _BASES_OF_BLOCKS.get(name.partition(".")[0], ())
+    for key in _NOTED_MODELS:
+        text = adapter.checkpoint.metadata.get(key, "").lower()
+        yield next((bases for mark, bases in _BASES_OF_NOTE.items() if mark in text), ())
+    for width in {width for pair in pairs for width in (pair.down.shape[1], pair.up.shape[0])}:
+        yield _BASES_OF_WIDTH.get(width, ())
 
 
 def _refuse_unknown(adapter: Adapter, base: Base | None, unknown: list[str]) -> None:
