@@ -68,6 +68,12 @@ def pair_for(name: str, module: Any, rank: int, dtype: torch.dtype = torch.float
     return {f"{name}.lora_{which}.weight": half.to(dtype) for which, half in zip("AB", halves, strict=True)}
 
 
+def make_pairs(model: Any) -> State:
+    """Make a pair for each module of a model."""
+    return {name: one for at, (path, module) in enumerate(modules_in(model).items())
+            for name, one in pair_for(path, module, 2 + at % 2).items()}  # fmt: skip
+
+
 def make_adapter(parts: dict[str, Any], ranks: tuple[int, ...] = (4, 2), every: int = 1) -> State:
     """Make an adapter in Diffusers' names of every so many of the modules, with ranks in turn."""
     state: State = {}
@@ -350,6 +356,32 @@ def test_flux_of_diffusers(lora: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(one, apart.get(name, torch.zeros_like(one)))
 
 
+def test_stable_diffusion_3(lora: Any, tmp_path: Path) -> None:
+    # The last block has but a shift and a scale for its text, the other way round.
+    rows = {"0_context_block_adaLN_modulation_1": 6, "23_context_block_adaLN_modulation_1": 2, "0_x_block_attn2_qkv": 3}
+    names = {f"lora_unet_joint_blocks_{name}": count * 1536 for name, count in rows.items()}
+    state = {f"{name}.lora_down.weight": torch.randn(2, 1536) for name in names}
+    state |= {f"{name}.lora_up.weight": torch.randn(out, 2) for name, out in names.items()}
+    state |= {f"{name}.alpha": torch.tensor(2.0) for name in names}
+    for encoder, module in (
+        ("te2", "text_model_encoder_layers_0_mlp_fc1"),
+        ("te3", "encoder_block_0_layer_0_SelfAttention_q"),
+    ):
+        state |= {f"lora_{encoder}_{module}.lora_{which}.weight": torch.randn(2, 2) for which in ("down", "up")}
+        state |= {f"lora_{encoder}_{module}.alpha": torch.tensor(1.0)}
+    save_file(state, tmp_path / "kohya.safetensors")
+    new = lora(tmp_path / "kohya.safetensors", "diffusers", "new.safetensors")
+    read = load_file(new)
+    ups = [f"transformer.transformer_blocks.{at}.norm1_context.linear.lora_B.weight" for at in (0, 23)]
+    first, last = (
+        state[f"lora_unet_joint_blocks_{at}_context_block_adaLN_modulation_1.lora_up.weight"] for at in (0, 23)
+    )
+    assert torch.equal(read[ups[0]], first)
+    assert torch.equal(read[ups[1]], last.roll(1536, 0))
+    assert "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight" in read
+    assert same(load_file(lora(new, "kohya", "back.safetensors")), state)
+
+
 @pytest.mark.parametrize(
     ("key", "words"),
     [("lora_unet_single_blocks_0_linear1.lora_up.weight", "zero outside its blocks, and it is not"), ("empty", "zero")],
@@ -398,6 +430,9 @@ REFUSED: dict[str, tuple[State, str, int, str]] = {
     "Flux or SD3": ({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 8),
                      "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(8, 2)}, "kohya", 4,
                     "is of Flux or Stable Diffusion 3 or Stable Diffusion 3.5 Large, which"),
+    "a convolution": ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 8, 1, 1),
+                       "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(8, 2, 1, 1)},
+                      "kohya", 3, "that does not fit into single_blocks.0.linear1"),
     "T5 alone": ({"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": torch.ones(2, 8),
                   "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight": torch.ones(8, 2)}, "diffusers", 4,
                  "none that tell of which pipeline"),
@@ -430,6 +465,57 @@ def test_a_note_of_nonsense(raw: str, tmp_path: Path, wconv: Callable[..., Any])
     source, new = tmp_path / "lora.safetensors", tmp_path / "new.safetensors"
     done = wconv("convert-lora", source, "--to", "diffusers", "-o", new, exit_code=3)
     assert "that wconv did not write" in done.stderr
+
+
+def test_older_names_of_diffusers(lora: Any, tmp_path: Path) -> None:
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    layer = "text_encoder.text_model.encoder.layers.0"
+    names = {
+        f"unet.{module}.processor.to_out_lora": f"unet.{module}.to_out.0",
+        f"unet.{module}.to_q.lora": f"unet.{module}.to_q",
+        f"{layer}.self_attn.to_q_lora": f"{layer}.self_attn.q_proj",
+        f"{layer}.mlp.fc1.lora_linear_layer": f"{layer}.mlp.fc1",
+    }
+    old = {f"{name}.{which}.weight": torch.randn(2, 2) for name in names for which in ("down", "up")}
+    torch.save(old, tmp_path / "pytorch_lora_weights.bin")
+    new = load_file(lora(tmp_path / "pytorch_lora_weights.bin", "diffusers", "new.safetensors"))
+    assert same(new, {f"{new}.lora_{end}.weight": old[f"{name}.{which}.weight"] for name, new in names.items()
+                      for end, which in (("A", "down"), ("B", "up"))})  # fmt: skip
+    back = load_file(lora(tmp_path / "pytorch_lora_weights.bin", "kohya", "kohya.safetensors"))
+    assert back["lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha"] == 2
+
+
+@pytest.mark.slow
+def test_a_tiny_flux_takes_what_was_kohyas(lora: Any, tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    ).eval()  # fmt: skip
+    weights = {name: one.clone() for name, one in model.state_dict().items()}
+    state = {f"transformer.{name}": one for name, one in make_pairs(model).items()}
+    save_file(state, tmp_path / "lora.safetensors")
+    kohya = lora(tmp_path / "lora.safetensors", "kohya", "kohya.safetensors")
+    changed = {name: one * 3 if name.endswith(".alpha") else one for name, one in load_file(kohya).items()}
+    save_file(changed, kohya, metadata=header(kohya))
+    new = lora(kohya, "diffusers", "new.safetensors")
+
+    def run() -> Any:
+        noise = torch.Generator().manual_seed(1)
+        hidden, text, pooled = (torch.randn(1, *shape, generator=noise) for shape in ((4, 4), (3, 16), (8,)))
+        ids = torch.zeros(4, 3), torch.zeros(3, 3)
+        with torch.no_grad():
+            return model(hidden, text, pooled, torch.tensor([1.0]), *ids[::-1]).sample
+
+    merged(model, under(state, "transformer."), lambda *_: 3.0)
+    wanted = run()
+    model.load_state_dict(weights)
+    model.load_lora_adapter(
+        load_file(new), prefix="transformer", metadata=json.loads(header(new)["lora_adapter_metadata"])
+    )
+    torch.testing.assert_close(run(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_outputs(tmp_path: Path, wconv: Callable[..., Any]) -> None:

@@ -74,8 +74,16 @@ def write(changes: Changes, to: Target) -> list[Written]:
         tensors = [tensor for change in mine for tensor in _halves(f"{PEFT_PREFIX}{change.path}", change)]
         config = _config_of(part, changes, mine)
         name = part if len(parts) > 1 else ""
-        written.append(Written(name, _checked(changes, tensors), kept | note, config))
+        written.append(Written(name, _checked(changes, tensors), kept | note, config, _note_long(part, mine)))
     return written
+
+
+def _note_long(part: str, mine: Sequence[Change]) -> tuple[str, ...]:
+    """Note which names a class of transformers 5 does not have; PEFT leaves out in silence what it does not find."""
+    if part != "text_encoder" or not any(change.path.startswith("text_model.") for change in mine):
+        return ()
+    note = "names begin with text_model., as CLIPTextModel of transformers 4 has them; version 5 has none: --rename takes it off"
+    return (f"{part}: {note}",)
 
 
 def _checked(changes: Changes, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -267,8 +275,10 @@ def _join(changes: Changes, whole: str, found: Found, members: Mapping[int, Chan
             what = "scale (alpha / rank)" if one.scale != first.scale else "dtype"
             problem = f"has {first.path} of another {what} than {one.path}, and they are one module in kohya's names"
             raise Unsupported(where, problem, "PEFT's and Diffusers' names can say that, kohya's cannot.")
+    for one in held:
         if one.down.shape[1:] != first.down.shape[1:] or len(one.up.shape) != 2:
-            raise BadFile(where, f"has {first.path} and {one.path}, which do not fit into one module")
+            problem = f"has a pair for {one.path} that does not fit into {whole}: its halves are of other shapes"
+            raise BadFile(where, problem)
     if len(held) == len(parts) and _are_shared(changes, whole, held):
         up = found.row.operation.together([one.up for one in held])
         others = tuple(one.down.source for one in held[1:] if one.down.source != first.down.source)
