@@ -231,7 +231,7 @@ def test_each_form_does_the_same_to_a_unet(kind: str, lora: Any, tmp_path: Path)
     assert same(load_file(lora(folder, "diffusers", "peft_diffusers.safetensors")), state)
 
 
-def test_peft_has_a_folder_for_each_part(lora: Any, tmp_path: Path) -> None:
+def test_peft_has_a_folder_for_each_part(lora: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     parts = {"unet": make_unet("sdxl"), "text_encoder": make_clip(), "text_encoder_2": make_clip(with_projection=True)}
     state = make_adapter(parts, every=9)
     save_file(state, tmp_path / "lora.safetensors")
@@ -240,7 +240,9 @@ def test_peft_has_a_folder_for_each_part(lora: Any, tmp_path: Path) -> None:
     assert same(load_file(lora(folder, "diffusers", "back.safetensors")), state)
     kohya = lora(folder, "kohya", "kohya.safetensors")
     assert kohya.read_bytes() == lora(tmp_path / "lora.safetensors", "kohya", "other.safetensors").read_bytes()
-    assert sorted(path.name for path in lora(kohya, "peft", "again").iterdir()) == sorted(parts)
+    told = wconv("convert-lora", kohya, "--to", "peft", "-o", tmp_path / "again")
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(parts)
+    assert "text_encoder: names begin with text_model., as CLIPTextModel of transformers 4" in told.stdout
 
 
 def flux_of_kohya(dtype: torch.dtype) -> State:

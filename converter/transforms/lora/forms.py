@@ -82,7 +82,7 @@ def _note_long(part: str, mine: Sequence[Change]) -> tuple[str, ...]:
     """Note which names a class of transformers 5 does not have; PEFT leaves out in silence what it does not find."""
     if part != "text_encoder" or not any(change.path.startswith("text_model.") for change in mine):
         return ()
-    note = "names begin with text_model., as CLIPTextModel of transformers 4 has them; version 5 has none: --rename takes it off"
+    note = "names begin with text_model., as CLIPTextModel of transformers 4 has them, and that of version 5 has not"
     return (f"{part}: {note}",)
 
 
