@@ -329,7 +329,8 @@ def test_weights_are_behind_the_last_colon(tmp_path: Path) -> None:
     odd.mkdir()
     known = {
         f"{tmp_path}/a:0.8": (f"{tmp_path}/a", 0.8), f"{tmp_path}/b:-1e-1": (f"{tmp_path}/b", -0.1),
-        "hf://o/n": ("hf://o/n", 1.0), "hf://o/n@main:.5": ("hf://o/n", 0.5), "s3://bucket/v1.5": ("s3://bucket/v1.5", 1.0),
+        "hf://o/n": ("hf://o/n", 1.0), "hf://o/n@main:.5": ("hf://o/n", 0.5),
+        "s3://bucket/v1.5": ("s3://bucket/v1.5", 1.0),
         r"C:\loras\a.safetensors": (r"C:\loras\a.safetensors", 1.0), str(odd): (str(odd), 1.0),
         f"{odd}:2": (str(odd), 2.0),
     }  # fmt: skip

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from converter.errors import BadFile, BadRequest, Unsupported, Where, name_some
 from converter.libraries.modules import find_linears
-from converter.models.adapters import ADAPTER_CONFIG, PEFT_PREFIX, Adapter, Pair, find_adapter, read_alphas
+from converter.models.adapters import ADAPTER_CONFIG, PEFT_PREFIX, Adapter, Form, Pair, find_adapter, read_alphas
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.tensors.base import Tensor, find_ties
+from converter.transforms.lora.parts import find_changes
 from converter.transforms.merge.product import MAX_RIGHT_NBYTES, Product, bias_of, product_of, right_nbytes
 
 _NAMED = 3
@@ -209,20 +210,45 @@ class _Part:
 
 
 class _Aim(NamedTuple):
-    """A pair of an adapter, and the module of the base that it is for: ``own`` in a part."""
+    """A pair of an adapter with its scale, and the module of the base that it is for: ``own`` in a part."""
 
     pair: Pair
+    scale: float
     part: _Part
     own: str
 
 
 def _place_each(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
-    """Find the module of each pair of Diffusers' or kohya's form. Raises BadRequest where one is not there."""
-    found = [(pair, _find_module(one.adapter, pair, parts)) for pair in one.adapter.pairs]
-    lost = [pair.module for pair, aim in found if aim is None]
+    """Find the module of each pair of Diffusers' or kohya's form. Raises BadRequest where one is not there.
+
+    They may be named as those of the base, or as the trainer of its model has them: then the tables of the layouts say
+    which modules of Diffusers these are.
+    """
+    scaled = [(pair, one.scales[pair.module]) for pair in one.adapter.pairs]
+    placed, lost = _place_all(one.adapter.form, scaled, parts)
+    if not lost:
+        return placed
+    try:
+        changes = find_changes(one.adapter).all
+    except Unsupported:
+        raise _not_there(one, lost, len(scaled)) from None
+    renamed = [
+        (Pair(f"{change.part}.{change.path}", change.down, change.up), one.weight * change.alpha / change.rank)
+        for change in changes
+    ]
+    placed, lost = _place_all("diffusers", renamed, parts)
     if lost:
-        raise _not_there(one, lost, len(found))
-    return [aim for _, aim in found if aim is not None]
+        raise _not_there(one, lost, len(renamed))
+    return placed
+
+
+def _place_all(
+    form: Form, scaled: Iterable[tuple[Pair, float]], parts: Sequence[_Part]
+) -> tuple[list[_Aim], list[str]]:
+    """Give the modules of pairs with their scales, and the names of those that are not there."""
+    found = [(pair, scale, _find_module(form, pair.module, parts)) for pair, scale in scaled]
+    placed = [_Aim(pair, scale, *place) for pair, scale, place in found if place]
+    return placed, [pair.module for pair, _, place in found if not place]
 
 
 def _check_twice(one: Weighted, placed: Iterable[_Aim]) -> None:
@@ -258,7 +284,7 @@ def _place_whole(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
     if not best:
         raise _not_there(one, lost, len(modules))
     [(part, found)] = best
-    return [_Aim(pair, part, found[pair.module]) for pair in one.adapter.pairs]
+    return [_Aim(pair, one.scales[pair.module], part, found[pair.module]) for pair in one.adapter.pairs]
 
 
 def _aligned(modules: Sequence[str], part: _Part) -> dict[str, str]:
@@ -289,8 +315,8 @@ def _aligned(modules: Sequence[str], part: _Part) -> dict[str, str]:
     return found
 
 
-def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> _Aim | None:
-    for names, spellings in _readings(adapter, pair.module):
+def _find_module(form: Form, module: str, parts: Sequence[_Part]) -> tuple[_Part, str] | None:
+    for names, spellings in _readings(form, module):
         for part in parts:
             name = part.component.name
             if name not in names and not (name == "" and _may_be(part, names)):
@@ -298,7 +324,7 @@ def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> _Aim |
             for spelling in spellings:
                 own = part.spelled(spelling)
                 if own is not None:
-                    return _Aim(pair, part, own)
+                    return part, own
     return None
 
 
@@ -308,16 +334,16 @@ def _may_be(part: _Part, names: Collection[str]) -> bool:
     return not part.component.class_name or is_text == all(name.startswith("text_encoder") for name in names)
 
 
-def _readings(adapter: Adapter, module: str) -> Iterator[tuple[Collection[str], list[str]]]:
+def _readings(form: Form, module: str) -> Iterator[tuple[Collection[str], list[str]]]:
     """Give the components that a module's name may be of, each with the names that it may have in these."""
-    if adapter.form == "kohya":
+    if form == "kohya":
         prefix = next((one for one in _KOHYA_PARTS if module.startswith(one)), "")
         rest = module.removeprefix(prefix)
         spelled = [rest, rest.removeprefix("text_model_"), f"text_model_{rest}"]
         in_files = [above + rest for above in _OF_FILES.get(prefix, ())]
         yield _KOHYA_PARTS.get(prefix, _DENOISERS), [*spelled, *in_files]
         return
-    for prefix in _ORIGINAL if adapter.form == "comfyui" else ():
+    for prefix in _ORIGINAL if form == "comfyui" else ():
         if module.startswith(prefix):
             rest = module.removeprefix(prefix)
             yield _DENOISERS, [rest, f"model.diffusion_model.{rest}"]
@@ -329,10 +355,9 @@ def _readings(adapter: Adapter, module: str) -> Iterator[tuple[Collection[str], 
 
 def _add(one: Weighted, aim: _Aim, merges: dict[str, Merge]) -> None:
     """Add what a pair makes of a component's tensors to what others do."""
-    pair, part, own = aim
+    pair, scale, part, own = aim
     weight = part.weight(own + _WEIGHT)
     assert weight is not None
-    scale = one.scales[pair.module]
     _append(merges, weight.name, product_of(pair.up, pair.down, scale, _is_turned(one, aim, weight)))
     if pair.module in one.biases:
         _append(merges, own + _BIAS, _bias_product(one, aim))
@@ -395,7 +420,7 @@ def _bias_product(one: Weighted, aim: _Aim) -> Product:
         raise BadRequest(one.where, problem, _OTHER_BASE)
     _check_dtype(base)
     _check_dtype(bias)
-    return bias_of(bias, one.scales[aim.pair.module])
+    return bias_of(bias, aim.scale)
 
 
 def _trimmed(shape: Iterable[int]) -> tuple[int, ...]:
