@@ -260,6 +260,57 @@ def test_kohya_and_diffusers_name_the_same(tmp_path: Path, capsys: pytest.Captur
     ]
 
 
+# Weights by their names in one layout, and the pair that is for them in another; and which rows of ``up`` each gets.
+TRAINERS: dict[str, tuple[dict[str, str], dict[str, tuple[int, int]], str, dict[str, slice]]] = {
+    "XL": (
+        {"_class_name": "UNet2DConditionModel"},
+        {
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (4, 6),
+            "mid_block.attentions.0.proj_in": (4, 6),
+        },
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": slice(4)},
+    ),
+    "Flux": (
+        {"_class_name": "FluxTransformer2DModel"},
+        {f"transformer_blocks.0.attn.to_{which}": (4, 6) for which in "qkv"},
+        "lora_unet_double_blocks_0_img_attn_qkv",
+        {f"transformer_blocks.0.attn.to_{which}": slice(4 * at, 4 * at + 4) for at, which in enumerate("qkv")},
+    ),
+    "a single file": (
+        {},
+        {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q": (4, 6)},
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
+        {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q": slice(4)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_names_of_the_trainer_are_found(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, shapes, module, rows = TRAINERS[name]
+    state = {f"{one}.weight": random(*shape) for one, shape in shapes.items()}
+    base = tmp_path / "base"
+    base.mkdir()
+    file = base / ("diffusion_pytorch_model.safetensors" if config else "sd.safetensors")
+    save_file(state, file)
+    if config:
+        write_json(base / "config.json", config)
+    up, down = random(4 * len(rows), 2), random(2, 6)
+    added = {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down, f"{module}.alpha": torch.tensor(1.0)}
+    save_file(added, tmp_path / "a.safetensors")
+    out = tmp_path / "out"
+    code, said = run(
+        capsys, base if config else file, tmp_path / "a.safetensors", "-o", out if config else out / file.name
+    )
+    assert code == 0, said
+    after = load_file(out / file.name)
+    for one in shapes:
+        before = state[f"{one}.weight"].double()
+        expected = before + 0.5 * (up[rows[one]].double() @ down.double()) if one in rows else before
+        assert_rounded(after[f"{one}.weight"], expected, before)
+
+
 # What is refused.
 
 FULL = pair(Q, 6, 8)
