@@ -260,6 +260,17 @@ def test_kohya_and_diffusers_name_the_same(tmp_path: Path, capsys: pytest.Captur
     ]
 
 
+def test_adapters_beside_the_base_stay_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # transformers would look for the weights of one that has its config in the folder.
+    base, adapter = write_base(tmp_path / "base"), write_peft(tmp_path / "a", pair(Q, 6, 8))
+    for path in adapter.iterdir():
+        path.rename(base / path.name)
+    code, _ = run(capsys, base, base / "adapter_model.safetensors", "-o", tmp_path / "out")
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
 # Weights by their names in one layout, and the pair that is for them in another; and which rows of ``up`` each gets.
 TRAINERS: dict[str, tuple[dict[str, str], dict[str, tuple[int, int]], str, dict[str, slice]]] = {
     "XL": (
@@ -338,6 +349,7 @@ REFUSED: dict[str, tuple[State, dict[str, Any], int, str]] = {
     "no list": (FULL, {"modules_to_save": {"a": 1}}, 3, "no list of names"),
     "float8": (pair(Q, 6, 8, dtype=torch.float8_e4m3fn), {}, 4, "no dtype of an adapter"),
     "NaN": (A_NAN, {}, 3, "has NaN, infinity or a number above 1e15"),
+    "a flag that is none": (FULL, {"use_rslora": "no"}, 3, "use_rslora = no, which is no flag"),
     "an alpha that is none": (FULL, {"lora_alpha": "much"}, 3, "lora_alpha = much"),
 }  # fmt: skip
 

@@ -92,6 +92,9 @@ def take_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], weight: floa
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(one, str) for one in saved):
         raise BadFile(where.parent / ADAPTER_CONFIG, "says a modules_to_save that is no list of names")
+    for flag in ("use_rslora", "lora_bias", "fan_in_fan_out"):
+        if config.get(flag) not in (True, False, None):
+            raise BadFile(where.parent / ADAPTER_CONFIG, f"says {flag} = {str(config[flag])[:60]}, which is no flag")
     plain, embeddings, biases, replaced = _sort_out(checkpoint, config, frozenset(saved))
     # ``update_layer`` in ``peft/tuners/lora/layer.py``: rsLoRA has another scale, and nothing else.
     rest = {key: value for key, value in config.items() if key not in ("use_rslora", "lora_bias", "modules_to_save")}
@@ -284,7 +287,7 @@ def _check_twice(one: Weighted, placed: Iterable[_Aim]) -> None:
 
 def _not_there(one: Weighted, modules: Sequence[str], count: int) -> BadRequest:
     named = name_some([repr(module) for module in modules], _NAMED)
-    some = f"{len(modules):,} of its {count:,} modules" if len(modules) < count else "its modules"
+    some = f"{len(modules):,} of its {count:,} modules are not there" if count > len(modules) else "nor any of it"
     return BadRequest(one.where, f"is for {named}, and the base has no such weight ({some})", _OTHER_BASE)
 
 
