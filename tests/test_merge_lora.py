@@ -115,8 +115,8 @@ def test_all_cuts_give_the_same_bits(shape: tuple[int, ...], rank: int) -> None:
         weight.double() + 0.5 * (left.double() @ right.double()).reshape(shape),
         weight,
     )
-    for size in (nbytes // 7 // 4 * 4, width * 4, 3 * width * 4 + 4):
-        if nbytes // size < 100:
+    for size in (nbytes // 7 // 4 * 4, 3 * width * 4 + 4):
+        if nbytes // size < 30:
             assert read_in(source, nbytes, size) == whole
             assert read_in(source, nbytes, size, as_part=True) == whole
 
@@ -132,7 +132,7 @@ def test_each_weight_is_rounded_once(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "out"
     code, said = run(capsys, base, f"{a}:-0.5", f"{b}:1.25", "-o", out)
     assert code == 0
-    assert "merged: a, weight -0.5, rank 2, 1 modules" in said
+    assert "merged: a, weight -0.5, rank 2, 1 module" in said
     before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
     scale = 1.25 * 3 / math.sqrt(3)
     expected = before[f"{Q}.weight"].double() + delta(first, Q, -0.5 * 3 / 2) + delta(second, Q, scale)
