@@ -5,12 +5,15 @@ All that is said of one is data, and is read in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from converter.libraries.base import Library
+from converter.tensors.base import Tensor
 from converter.transforms.layouts.rows import Row
+from converter.transforms.layouts.sizes import Sizes
 
 Config = Mapping[str, Any]
 """A config.json, of which nothing has been checked but what ``check_config`` looks at."""
@@ -26,9 +29,13 @@ class Part(NamedTuple):
     ``classes`` are the names of its class in a config. ``prefixes`` are what its names begin with: the first is
     written, the others are read as well; in a file of its own it is ``lone``. For a config, ``rows`` gives those of its
     table, and ``shapes`` what it says of some tensors in a pipeline, given those that there are. ``config_of`` gives a
-    config for tensors of a single file, by their names without a prefix, where none is shipped. ``buffers`` are last
-    words of names that are no weights: a tensor of that name that no row has is left out. An optional part may be
-    missing from a file and from a pipeline, and that is said.
+    config for tensors of a single file, by their names without a prefix, where none is shipped. ``numbers`` are what
+    has to be such in a config, as its class takes them where it has none. ``buffers`` are last words of names that are
+    no weights: a tensor of that name that no row has is left out. An optional part may be missing from a file and from
+    a pipeline, and that is said.
+
+    A single file may have ``unread`` names that no pipeline has, which are left out and named; and what it has not, and
+    what a pipeline has not, is ``made`` and ``made_back``, for a config and the tensors that there are.
     """
 
     classes: tuple[str, ...]
@@ -37,9 +44,13 @@ class Part(NamedTuple):
     rows: Callable[[Config], list[Row]]
     shapes: Callable[[Config, Shapes], Shapes]
     lone: str = ""
-    config_of: Callable[[Shapes], dict[str, Any]] | None = None
+    config_of: Callable[[Sizes], dict[str, Any]] | None = None
+    numbers: Config = MappingProxyType({})
     buffers: tuple[str, ...] = ()
     is_optional: bool = False
+    unread: tuple[str, ...] = ()
+    made: Callable[[Config, Sequence[Tensor]], list[Tensor]] | None = None
+    made_back: Callable[[Config, Sequence[Tensor]], list[Tensor]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
