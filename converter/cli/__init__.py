@@ -28,6 +28,8 @@ COMMANDS = {
     "reshard": "Write a model in shards of another size, or in one file.",
     "rename-variant": "Give a variant another tag; no weights are moved.",
     "to-bin": "Write weight sets as torch .bin, the way back.",
+    "to-single-file": "Write a Diffusers pipeline as one file for ComfyUI or A1111.",
+    "to-diffusers": "Write such a file as a Diffusers pipeline.",
     "prepare-coreml": "Make a pipeline ready for conversion to Core ML.",
     "doctor": "Say what is wrong with a folder of weights, and mend it.",
     "inspect": "Show which weights a file or folder holds; reads headers only.",

@@ -159,7 +159,7 @@ _OUTPUT_OPTIONS = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("-v", "--verbose", is_flag=True, help="Print every file."),
 )
-_DTYPE = click.option(
+dtype_option = click.option(
     "--dtype", type=DTypeName(), metavar="DTYPE", help=f"Cast floating tensors: {', '.join(RECAST_TARGETS)}."
 )
 _CONVERSION_OPTIONS = {
@@ -283,7 +283,7 @@ def output_options(command: _F) -> _F:
 
 def conversion_options(command: _F) -> _F:
     """Give a command all options of a conversion."""
-    return _apply((_DTYPE, *_CONVERSION_OPTIONS.values(), *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
+    return _apply((dtype_option, *_CONVERSION_OPTIONS.values(), *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
 
 
 def some_conversion_options(*names: str) -> Callable[[_F], _F]:

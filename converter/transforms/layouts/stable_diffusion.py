@@ -49,6 +49,8 @@ _CODER_RESNET = {
     "nin_shortcut.*": "conv_shortcut.*",
 }
 _CODER_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+# What Diffusers called them up to 0.16, and still reads.
+_OLD_ATTENTION = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
 
 _CLIP_LAYER = (
     *("layer_norm1.*", "layer_norm2.*", "mlp.fc1.*", "mlp.fc2.*"),
@@ -109,7 +111,7 @@ def vae_rows(config: Config) -> list[Row]:
         rows += within(f"{side}.mid.block_1", f"{middle}.resnets.0", _CODER_RESNET)
         rows += within(f"{side}.mid.block_2", f"{middle}.resnets.1", _CODER_RESNET)
         rows += within(f"{side}.mid.attn_1", attention, {"norm.*": "group_norm.*"})
-        for here, there in _CODER_ATTENTION.items():
+        for here, there in (*_CODER_ATTENTION.items(), *_OLD_ATTENTION.items()):
             rows += within(f"{side}.mid.attn_1", attention, {f"{here}.bias": f"{there}.bias"})
             rows.append(Row(f"{side}.mid.attn_1.{here}.weight", (f"{attention}.{there}.weight",), PIXEL))
     rows += within("encoder.down.{}.block.{}", "encoder.down_blocks.{}.resnets.{}", _CODER_RESNET)

@@ -19,6 +19,10 @@ Config = Mapping[str, Any]
 """A config.json, of which nothing has been checked but what ``check_config`` looks at."""
 Configs = Mapping[str, Config]
 """Those of a pipeline's parts, by the names of these."""
+ABSENT = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of a pipeline that no single file holds."""
+SCHEDULER = "scheduler/scheduler_config.json"
+"""Where a pipeline says how it makes pictures, by its path."""
 Shapes = Mapping[str, tuple[Any, ...]]
 """The shapes of tensors by their names; those that a config says may be anything."""
 
@@ -79,7 +83,9 @@ class Family:
     ``mark``, by its name without a prefix; of several families with it that one is meant whose text encoders are there,
     or else that which ``is_of`` the shapes of the diffusion model; none of ``kinds`` fits what is for another purpose.
     A pipeline is of it by its class, which is that of a kind or one of ``others``, if it ``owns`` the configs in it.
-    ``folder`` is that in ``configs`` where those of a pipeline are shipped, all of them or some.
+    ``folder`` is that in ``configs`` where those of a pipeline are shipped, all of them or some. ``marks`` are names of
+    empty tensors by which a UI is told what else the scheduler's config says: a key and its value. ``remark`` is what
+    there is to say of a file that is made of a pipeline.
     """
 
     name: str
@@ -90,6 +96,8 @@ class Family:
     owns: Callable[[Configs], bool] = field(default=_always)
     others: tuple[str, ...] = ()
     folder: str = ""
+    marks: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    remark: str = ""
 
     @property
     def core(self) -> str:

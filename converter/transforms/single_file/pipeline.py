@@ -25,13 +25,12 @@ from converter.tensors.base import Tensor
 from converter.transforms.layouts.rows import take_apart
 from converter.transforms.layouts.sizes import Sizes
 from converter.transforms.single_file.families import EMA, Found, family_of, recognise
-from converter.transforms.single_file.family import Config, Family
+from converter.transforms.single_file.family import ABSENT, SCHEDULER, Config, Family
 from converter.transforms.single_file.sizes import check_config, check_shapes
 from converter.transforms.single_file.tokenizer import tokenizer_files
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 _COPIED = (".json", ".txt", ".model")
-_ABSENT = ("safety_checker", "feature_extractor", "image_encoder")  # no single file holds them
 _NULL = [None, None]
 _CLIP = "CLIPTokenizer"  # whose files follow from what is shipped
 _MOST_PARTS = 32  # of a pipeline; real ones have up to twelve
@@ -55,16 +54,22 @@ class SingleFile:
 class _Frame:
     """What a checkpoint is put into: the folder of its family, or the one that is ``given``, with some changes.
 
-    Where none is given and none is shipped there is no ``root``.
+    Where none is given and none is shipped there is no ``root``. ``marks`` are what the file says of its scheduler.
     """
 
     found: Found
     root: Place | None
     given: bool
+    marks: Mapping[str, Any]
 
     @property
     def changes(self) -> Mapping[str, Mapping[str, Any]]:
-        return {} if self.given else self.found.kind.changes
+        if self.given:
+            return {}
+        changes = dict(self.found.kind.changes)
+        if self.marks:
+            changes[SCHEDULER] = {**changes.get(SCHEDULER, {}), **self.marks}
+        return changes
 
     def read(self, name: str) -> dict[str, Any]:
         """Read a config, as it is for this checkpoint. Raises BadFile where there is none."""
@@ -105,10 +110,12 @@ def open_single_file(
     found = recognise(source, tensors, None if given is None else _meant(given))
     family = found.family
     shipped = place_of(CONFIGS / family.folder) if family.folder else None
-    frame = _Frame(found, given or shipped, given is not None)
+    marks = {name: said for name, said in family.marks.items() if name in tensors}
+    frame = _Frame(found, given or shipped, given is not None, dict(marks.values()))
     kept = _kept_parts(source, found, without)
     sorted_tensors, rest = sort_tensors(tensors, found.prefixes)
-    notes = [*_notes_of_kind(source, frame, kept), *checkpoint.notes]
+    rest = [name for name in rest if name not in marks or given]
+    notes = [*_notes_of_kind(source, frame, kept), *checkpoint.notes, *notes_of_headers(checkpoint)]
     parts = []
     for name in kept:
         mine = sorted_tensors[name]
@@ -190,6 +197,9 @@ def _notes_of_kind(source: Place, frame: _Frame, kept: Sequence[str]) -> Iterato
     yield f"{source.name} is a {family.name} {what}{kind.words}"
     if family.folder == "sd2" and not frame.given and not kind.changes:
         yield "it is taken for one of 768 pixels; for one of 512, give the folder of such a model as --config"
+    yield from (
+        f"its scheduler's {key} is {value}, as the file says" for key, value in frame.marks.items() if frame.changes
+    )
     lacking = [name for name in family.parts if name not in frame.found.prefixes and family.parts[name].is_optional]
     if lacking and len(kept) > 1:
         yield f"it holds no {' and no '.join(lacking)}, and model_index.json says so"
@@ -245,7 +255,7 @@ def _index_of(frame: _Frame, kept: Sequence[str]) -> dict[str, Any]:
     index, family = frame.read("model_index.json"), frame.found.family
     if not frame.given:
         index["_class_name"] = frame.found.kind.pipeline
-    index.update({name: _NULL for name in _ABSENT if name in index})
+    index.update({name: _NULL for name in ABSENT if name in index})
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
     encoders = [name for name in index if name.startswith("text_encoder") and index[name] != _NULL]
@@ -344,6 +354,12 @@ def _files_beside(root: Place, index: Mapping[str, Any]) -> Iterator[tuple[str, 
             for path in (root / name).entries():
                 if path.name.endswith(_COPIED) and ".index." not in path.name and path.is_file():
                     yield f"{name}/{path.name}", path
+
+
+def notes_of_headers(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Say which notes of headers are left out: they are of the file as it was."""
+    keys = sorted(checkpoint.metadata.keys() - {"format"})
+    return (f"left out, as it is said of the file that is read: {name_some(keys, 3)} in its header",) if keys else ()
 
 
 def _notes_of_rest(rest: Sequence[str], ema: bool) -> Iterator[str]:

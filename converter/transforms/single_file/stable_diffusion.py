@@ -28,6 +28,10 @@ def open_clip(*prefixes: str) -> Part:
 UNET = Part(("UNet2DConditionModel",), (_PREFIX, ""), DIFFUSERS, unet_rows, unet_shapes, lone=_PREFIX)
 VAE = Part(("AutoencoderKL",), ("first_stage_model.", "vae."), DIFFUSERS, vae_rows, vae_shapes)
 
+# As ComfyUI writes and reads them (``comfy_extras/nodes_model_merging.py``, ``SDXL`` in ``comfy/supported_models.py``).
+_V_PREDICTION = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
+_LAST_LAYER = "the last layer of the text encoder is in no pipeline, nor in the file: nothing reads it"
+
 
 def _family(
     name: str,
@@ -52,6 +56,8 @@ def _family(
         owns=owns,
         others=(f"{stem}Img2ImgPipeline",),
         folder=folder,
+        marks=_V_PREDICTION if folder == "sdxl" else {},
+        remark=_LAST_LAYER if folder == "sd2" else "",
     )
 
 
