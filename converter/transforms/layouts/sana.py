@@ -180,8 +180,8 @@ def _block_shapes(sizes: Config, width: int) -> Shapes:
     return shapes
 
 
-def sana_stand_ins(config: Config, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Give zeros, in the dtype of the others, for what readers of the original look for and make no use of.
+def sana_stand_ins(config: Config, tensors: Sequence[Tensor]) -> list[tuple[Tensor, str]]:
+    """Give what readers of the original look for and make no use of, and what it is: zeros, in the dtype of the others.
 
     ``convert_sana_transformer_to_diffusers`` drops both and fails where one is missing; ``app/sana_pipeline.py`` of
     NVlabs/Sana drops the one, and puts the text encoder's own in the other's place.
@@ -190,7 +190,5 @@ def sana_stand_ins(config: Config, tensors: Sequence[Tensor]) -> list[Tensor]:
     width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
     places = (sizes["sample_size"] // sizes["patch_size"]) ** 2
     dtype = tensors[0].dtype
-    return [
-        Tensor("pos_embed", zeros(dtype, (1, places, width))),
-        Tensor("y_embedder.y_embedding", zeros(dtype, (_TOKENS, sizes["caption_channels"]))),
-    ]
+    shapes = {"pos_embed": (1, places, width), "y_embedder.y_embedding": (_TOKENS, sizes["caption_channels"])}
+    return [(Tensor(name, zeros(dtype, shape)), "zeros") for name, shape in shapes.items()]

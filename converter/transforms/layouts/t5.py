@@ -8,7 +8,10 @@ from __future__ import annotations
 from converter.transforms.layouts.rows import Row, numbered, renamings
 from converter.transforms.layouts.sizes import Config, Shapes
 
-_ENDS = ("shared.weight", "encoder.embed_tokens.weight", "encoder.final_layer_norm.weight")
+SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"
+"""Two names of the embedding, of which a folder has the first."""
+
+_ENDS = (SHARED, "encoder.final_layer_norm.weight")
 _BLOCK = (
     *(f"layer.0.SelfAttention.{which}.weight" for which in ("q", "k", "v", "o")),
     "layer.0.SelfAttention.relative_attention_bias.weight",

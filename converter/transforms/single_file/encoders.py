@@ -10,7 +10,7 @@ from converter.tensors.base import Tensor
 from converter.tensors.shaped import identity
 from converter.transforms.layouts.rows import Row
 from converter.transforms.layouts.stable_diffusion import clip_rows
-from converter.transforms.layouts.t5 import T5_NUMBERS, t5_rows, t5_shapes
+from converter.transforms.layouts.t5 import SHARED, T5_NUMBERS, TIED, t5_rows, t5_shapes
 from converter.transforms.single_file.family import Config, Part
 from converter.transforms.single_file.sizes import encoder_shapes
 
@@ -36,6 +36,15 @@ def _projection(config: Config, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [Tensor(_PROJECTION, identity(queries.dtype, queries.shape[0]))]
 
 
+def _tied(config: Config, tensors: Sequence[Tensor]) -> list[tuple[Tensor, str]]:
+    """Give the embedding under its other name too.
+
+    ComfyUI's T5 reads the first, and ``create_diffusers_t5_model_from_checkpoint`` of
+    ``diffusers/loaders/single_file_utils.py``, which ties nothing in a model of transformers 5, the second.
+    """
+    return [(one._replace(name=TIED), f"{SHARED} once more") for one in tensors if one.name == SHARED]
+
+
 CLIP_L = Part(
     ("CLIPTextModel", "CLIPTextModelWithProjection"), ("text_encoders.clip_l.transformer.",), TRANSFORMERS, _plain_rows,
     encoder_shapes, buffers=_IDS, is_optional=True,
@@ -45,4 +54,5 @@ CLIP_G = CLIP_L._replace(prefixes=("text_encoders.clip_g.transformer.",), rows=c
 T5 = Part(
     ("T5EncoderModel",), ("text_encoders.t5xxl.transformer.",), TRANSFORMERS, t5_rows,
     lambda config, _: t5_shapes(config), numbers=T5_NUMBERS, is_optional=True,
+    unread=(TIED,), made_back=_tied,
 )  # fmt: skip

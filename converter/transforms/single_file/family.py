@@ -38,8 +38,9 @@ class Part(NamedTuple):
     no weights: a tensor of that name that no row has is left out. An optional part may be missing from a file and from
     a pipeline, and that is said.
 
-    A single file may have ``unread`` names that no pipeline has, which are left out and named; and what it has not, and
-    what a pipeline has not, is ``made`` and ``made_back``, for a config and the tensors that there are.
+    Either may have ``unread`` names that the other has not, which are left out and named. For a config and the tensors
+    that there are, ``made`` are those that a pipeline has besides, and ``made_back`` those that readers of a single
+    file look for, with what each is.
     """
 
     classes: tuple[str, ...]
@@ -54,7 +55,7 @@ class Part(NamedTuple):
     is_optional: bool = False
     unread: tuple[str, ...] = ()
     made: Callable[[Config, Sequence[Tensor]], list[Tensor]] | None = None
-    made_back: Callable[[Config, Sequence[Tensor]], list[Tensor]] | None = None
+    made_back: Callable[[Config, Sequence[Tensor]], list[tuple[Tensor, str]]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,10 @@ class Family:
     ``mark``, by its name without a prefix; of several families with it that one is meant whose text encoders are there,
     or else that which ``is_of`` the shapes of the diffusion model; none of ``kinds`` fits what is for another purpose.
     A pipeline is of it by its class, which is that of a kind or one of ``others``, if it ``owns`` the configs in it.
-    ``folder`` is that in ``configs`` where those of a pipeline are shipped, all of them or some. ``marks`` are names of
-    empty tensors by which a UI is told what else the scheduler's config says: a key and its value. ``remark`` is what
-    there is to say of a file that is made of a pipeline.
+    ``folder`` is that in ``configs`` where those of a pipeline are shipped, all of them or some. ``apart`` are parts of
+    a pipeline that are files of their own beside the single one. ``marks`` are names of empty tensors by which a UI is
+    told what else the scheduler's config says: a key and its value. ``remark`` is what there is to say of a file that
+    is made of a pipeline.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Family:
     owns: Callable[[Configs], bool] = field(default=_always)
     others: tuple[str, ...] = ()
     folder: str = ""
+    apart: tuple[str, ...] = ()
     marks: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     remark: str = ""
 

@@ -24,5 +24,6 @@ SANA = Family(
     "blocks.0.mlp.inverted_conv.conv.weight",
     {"transformer": TRANSFORMER},
     (Kind("SanaPipeline", lambda shapes: True),),
+    apart=("vae", "text_encoder"),
     others=("SanaSprintPipeline", "SanaSprintImg2ImgPipeline", "SanaPAGPipeline"),
 )
