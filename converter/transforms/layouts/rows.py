@@ -74,11 +74,11 @@ def take_apart(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[list
 
     Raises BadFile for a tensor of a shape that its row cannot take, or two that come to one name.
     """
-    tree = _tree_of((row.whole, (row, 0)) for row in rows)
+    tree = tree_of((row.whole, (row, 0)) for row in rows)
     converted: list[Tensor] = []
     left: list[str] = []
     for name, tensor in tensors.items():
-        match = _match(tree, name.split("."))
+        match = find_leaf(tree, name.split("."))
         if match is None:
             left.append(name)
             continue
@@ -86,7 +86,7 @@ def take_apart(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[list
         count = row.operation.count(tensor, len(row.parts)) if row.counts else 1
         if count * len(row.parts) > MAX_TENSORS:
             raise BadFile(tensor.where, f"holds {name!r}, which would be {count:,} tensors, and no model has them")
-        names = (_filled(part, words, at) for at in range(count) for part in row.parts)
+        names = (fill(part, words, at) for at in range(count) for part in row.parts)
         with _readable(tensor):
             sources = row.operation.apart(tensor, count * len(row.parts))
         converted += (Tensor(*one) for one in zip(names, sources, strict=True))
@@ -99,11 +99,11 @@ def put_together(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[li
 
     Raises BadFile for a part that is missing, parts that do not fit each other, or two that come to one name.
     """
-    tree = _tree_of((part, (row, at)) for row in rows for at, part in enumerate(row.parts))
+    tree = tree_of((part, (row, at)) for row in rows for at, part in enumerate(row.parts))
     groups: dict[tuple[str, tuple[str, ...]], tuple[Row, dict[tuple[int, int], Tensor]]] = {}
     left: list[str] = []
     for name, tensor in tensors.items():
-        match = _match(tree, name.split("."))
+        match = find_leaf(tree, name.split("."))
         if match is None:
             left.append(name)
             continue
@@ -117,9 +117,21 @@ def put_together(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[li
     for (_, words), (row, members) in groups.items():
         parts = _in_order(row, words, members)
         with _readable(parts[0]):
-            converted.append(Tensor(_filled(row.whole, words, 0), row.operation.together(parts)))
+            converted.append(Tensor(fill(row.whole, words, 0), row.operation.together(parts)))
     _check_names(converted)
     return converted, left
+
+
+def wholes_of(names: Iterable[str], rows: Iterable[Row]) -> dict[str, str]:
+    """Map the names of parts to those of the wholes that they are of; names that no row has are not in it."""
+    tree = tree_of((part, (row, at)) for row in rows for at, part in enumerate(row.parts))
+    found: dict[str, str] = {}
+    for name in names:
+        match = find_leaf(tree, name.split("."))
+        if match is not None:
+            (row, place), words = match
+            found[name] = fill(row.whole, _split_count(row.parts[place], words)[1], 0)
+    return found
 
 
 def _in_order(row: Row, words: tuple[str, ...], members: Mapping[tuple[int, int], Tensor]) -> list[Tensor]:
@@ -128,7 +140,7 @@ def _in_order(row: Row, words: tuple[str, ...], members: Mapping[tuple[int, int]
     for number, place in itertools.product(range(count), range(len(row.parts))):
         if (number, place) not in members:
             first = next(iter(members.values()))
-            lacking = _filled(row.parts[place], words, number)
+            lacking = fill(row.parts[place], words, number)
             raise BadFile(first.where, f"holds {first.name!r}, and lacks {lacking!r}, which goes with it", _FETCH)
     return [members[key] for key in sorted(members)]
 
@@ -169,7 +181,7 @@ _COUNT = "{#}"
 _HOLES = {"{}": _NUMBER, _COUNT: _NUMBER, "*": _WORD}
 
 
-def _filled(name: str, words: Sequence[str], number: int) -> str:
+def fill(name: str, words: Sequence[str], number: int) -> str:
     """Give a name with what stands for its holes."""
     left = iter(words)
     known: dict[str, Callable[[], str]] = {
@@ -189,7 +201,8 @@ def _split_count(name: str, words: tuple[str, ...]) -> tuple[int, tuple[str, ...
     return int(words[at]), (*words[:at], *words[at + 1 :])
 
 
-def _tree_of(leaves: Iterable[tuple[str, Any]]) -> _Tree:
+def tree_of(leaves: Iterable[tuple[str, Any]]) -> _Tree:
+    """Give a tree in which leaves are found by their names; of several of one name it has the first."""
     tree: _Tree = {}
     for name, leaf in leaves:
         node = tree
@@ -199,14 +212,14 @@ def _tree_of(leaves: Iterable[tuple[str, Any]]) -> _Tree:
     return tree
 
 
-def _match(node: _Tree, words: list[str], at: int = 0, filled: tuple[str, ...] = ()) -> Any:
+def find_leaf(node: _Tree, words: list[str], at: int = 0, filled: tuple[str, ...] = ()) -> Any:
     """Find the leaf for a name's words from ``at`` on, and give it with those that stand in its holes; or None."""
     if at == len(words):
         return (node[_LEAF], filled) if _LEAF in node else None
     word = words[at]
-    match = _match(node[word], words, at + 1, filled) if word in node else None
+    match = find_leaf(node[word], words, at + 1, filled) if word in node else None
     if match is None and _NUMBER in node and word.isascii() and word.isdecimal():
-        match = _match(node[_NUMBER], words, at + 1, (*filled, word))
+        match = find_leaf(node[_NUMBER], words, at + 1, (*filled, word))
     if match is None and _WORD in node and word:
-        match = _match(node[_WORD], words, at + 1, (*filled, word))
+        match = find_leaf(node[_WORD], words, at + 1, (*filled, word))
     return match
