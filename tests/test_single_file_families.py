@@ -318,6 +318,21 @@ def test_what_a_flux_is_for_shows(config: Mapping[str, Any], pipeline: str, word
     assert {key: made[key] for key in small} == small
 
 
+def test_float8_without_scales_is_cast(flux: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    _, config, state = flux
+    eighth = {name: value.to(torch.float8_e4m3fn) for name, value in state.items() if name.startswith(PREFIX)}
+    save_file(eighth, tmp_path / "model.safetensors")
+    wconv("to-diffusers", tmp_path / "model.safetensors", "--config", config, "-o", tmp_path / "kept")
+    wconv(
+        "to-diffusers", tmp_path / "model.safetensors", "--config", config, "--dtype", "bf16", "-o", tmp_path / "cast"
+    )
+    kept, made = states_of(tmp_path / "kept")["kept"], states_of(tmp_path / "cast")["cast"]
+    assert {value.dtype for value in kept.values()} == {torch.float8_e4m3fn}
+    assert same(made, {name: value.to(torch.bfloat16) for name, value in kept.items()})
+    name = "transformer_blocks.0.attn.to_k.weight"
+    assert torch.equal(made[name].float(), eighth[PREFIX + "double_blocks.0.img_attn.qkv.weight"].float()[32:64])
+
+
 # What is refused.
 
 
