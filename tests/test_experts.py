@@ -28,9 +28,20 @@ TINY: dict[str, Any] = {
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
     **dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads", "index_n_heads"), 2),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
-    "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "vocab_size": 24, "intermediate_size": 12, "head_dim": 8, "first_k_dense_replace": 1, "n_group": 1,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "index_head_dim": 16, "index_topk": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 24,
+    "intermediate_size": 12,
+    "head_dim": 8,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "index_head_dim": 16,
+    "index_topk": 8,
 }
 SOME_LINEAR = ["linear_attention", "full_attention", "full_attention"]
 MORE: dict[str, dict[str, Any]] = {
@@ -39,6 +50,7 @@ MORE: dict[str, dict[str, Any]] = {
     "minimax": {"layer_types": SOME_LINEAR, "block_size": 8},
     "qwen3_next": {"layer_types": SOME_LINEAR},
     "qwen3_5_moe_text": {"layer_types": SOME_LINEAR},
+    "mimo_v2_flash": {"num_attention_heads": 4},
     "dots1": {"n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
 }
 TEXT_ALONE = [kind for kind, _ in families() if kind != "glm4v_moe_text"]

@@ -34,7 +34,7 @@ class Request:
     """A source, an output (None for beside it), and what is asked of each step from the one to the other.
 
     ``strip_prefix`` is taken off the names of tensors that have it. ``config`` is the folder of the config and the
-    tokenizer, where those are not to be looked for.
+    tokenizer, where those are not to be looked for. ``arranging`` says which layout the tensors are to be in.
     """
 
     source: Place
@@ -43,9 +43,9 @@ class Request:
     casting: Casting = field(default_factory=Casting)
     writing: Writing = field(default_factory=Writing)
     publishing: Publishing = field(default_factory=Publishing)
-    arranging: Arranging = field(default_factory=Arranging)
     strip_prefix: str = ""
     config: Place | None = None
+    arranging: Arranging = field(default_factory=Arranging)
 
     @classmethod
     def of(cls, source: Given, output: Given | None = None, **options: Any) -> Request:
