@@ -400,7 +400,10 @@ STACKED = Boxes(F32, (4, 2), (Box((0, 0), HALVES.box((6, 0), (2, 2))), Box((2, 0
         (reshaped(STACKED, F32, (2, 2, 2)), ByteRange(FILE, 156, 8)),
         (STACKED.permuted((1, 0)), None),
     ],
-    ids="view part strided crc packed cast swapped constant boxes stacked reshaped turned".split(),  # noqa: SIM905
+    ids=[
+        *("view", "part", "strided", "crc", "packed", "cast", "swapped", "constant", "boxes"),
+        *("stacked", "reshaped", "turned"),
+    ],
 )
 def test_what_lies_in_a_file_as_it_is(source: TensorSource, expected: ByteRange | None) -> None:
     assert source.verbatim(8, 24) == expected
