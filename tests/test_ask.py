@@ -154,8 +154,8 @@ def test_a_newer_library_is_asked_and_the_table_is_said_to_be_behind(
     ("classes", "library", "alias", "expected"),
     [
         ({"T5EncoderModel"}, TRANSFORMERS, "fp16", ("wo",)),
-        ({"T5EncoderModel"}, TRANSFORMERS, "bf16", ()),
-        ({"NoSuchModel", "AutoModel"}, TRANSFORMERS, "fp16", ()),
+        pytest.param({"T5EncoderModel"}, TRANSFORMERS, "bf16", (), marks=pytest.mark.slow),
+        pytest.param({"NoSuchModel", "AutoModel"}, TRANSFORMERS, "fp16", (), marks=pytest.mark.slow),
         ({"UNet2DConditionModel"}, DIFFUSERS, "bf16", ()),
     ],
 )

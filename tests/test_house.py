@@ -48,6 +48,7 @@ HOMES = {
         "tensors/derived.py",
         "tensors/shaped.py",
         "tensors/kernels.py",
+        "transforms/merge/kernels.py",
         "transforms/quantize/write_kernels.py",
         "transforms/quantize/kernels.py",
     ),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from converter.models.model import Model
     from converter.storage import Place
     from converter.tensors.base import Tensor
+    from converter.transforms.lora.describe import Description
 
 _KINDS = {
     "file": "a weight set",
@@ -53,7 +54,8 @@ def command(source: Place, with_tensors: bool, as_json: bool) -> int:
     """Show which weights SRC holds, by component and variant, and what else is there. Reads headers only.
 
     SRC is a file, an index or a folder, or a URL of one, such as hf://owner/name or s3://bucket/folder. Of quantized
-    weights the few bytes are read too that say how, and the numbers are counted that they stand for.
+    weights the few bytes are read too that say how, and the numbers are counted that they stand for; of a LoRA adapter
+    its alphas.
 
     What cannot be read is shown with what is wrong; the exit code is then that of the worst.
     """
@@ -127,6 +129,7 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
     from converter.transforms.quantize.stock import take_stock
 
     tensors = checkpoint.tensors
+    adapter = _describe_adapter(component, checkpoint)
     stock = take_stock(component, checkpoint)
     content: dict[str, Any] = {
         "format": checkpoint.format,
@@ -138,9 +141,12 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
             *checkpoint.notes,
             *([f"quantized weights are not counted: {stock.error.where} {stock.error.problem}"] if stock.error else ()),
             *(_say_unknown(component) if not stock.shares else ()),
+            *(adapter.problems if adapter else ()),
         ],
         "globals": {name: how for file in checkpoint.files for name, how in file.foreign.items()},
     }
+    if adapter:
+        content["adapter"] = {name: value for name, value in adapter._asdict().items() if name != "problems"}
     if stock.shares:
         content["plain"] = {
             **_totals(stock.plain),
@@ -152,6 +158,18 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
             for i in tensors
         ]
     return content
+
+
+def _describe_adapter(component: Component, checkpoint: Checkpoint) -> Description | None:
+    """Describe a LoRA adapter, if a set is one."""
+    from converter.models.adapters import find_adapter, open_adapter_config
+
+    adapter = find_adapter(checkpoint, open_adapter_config(component))
+    if adapter is None:
+        return None
+    from converter.transforms.lora.describe import describe
+
+    return describe(adapter)
 
 
 def _say_unknown(component: Component) -> list[str]:
@@ -235,7 +253,33 @@ def _show_quantized(described: dict[str, Any]) -> None:
         echo(printable(f"plain{of}: {held} ({dtypes}){names}"))
 
 
+# Whose names an adapter has.
+_FORMS = {"peft": "PEFT", "diffusers": "Diffusers", "kohya": "kohya", "comfyui": "the trainer of its model"}
+
+
+def _show_adapter(described: dict[str, Any]) -> None:
+    """Say what an adapter is, in a line."""
+    adapter = described.get("adapter")
+    if not adapter:
+        return
+    base = f" for {adapter['base']}" if adapter["base"] else ""
+    parts = ", ".join(f"{count:,} of {part}" for part, count in adapter["parts"].items())
+    modules = f"{adapter['modules']:,} modules{f' ({parts})' if len(adapter['parts']) > 1 else ''}"
+    sizes = [f"{name} {_show_counts(adapter[key])}" for name, key in (("rank", "ranks"), ("alpha", "alphas"))]
+    of = f" of {described['component']}" if described["component"] else ""
+    told = f"{adapter['method']}{base}, in the names of {_FORMS[adapter['form']]}: {modules}, {', '.join(sizes)}"
+    echo(printable(f"adapter{of}: {told}"))
+
+
+def _show_counts(counts: dict[float, int]) -> str:
+    """Name the most common of some numbers, and the others with how often they come."""
+    first, *others = [f"{number:.6g}" for number in counts] or ["-"]
+    more = [f"{count:,} of {number}" for number, count in zip(others, list(counts.values())[1:], strict=True)]
+    return f"{first} ({name_some(more, _MAX_NAMED)})" if more else first
+
+
 def _show_remarks(described: dict[str, Any]) -> None:
+    _show_adapter(described)
     _show_quantized(described)
     for dropped, kept in described["tied"].items():
         echo(printable(f"tied: {dropped} is {kept}"))

@@ -47,7 +47,7 @@ SIZES = st.lists(st.integers(0, 40) | st.sampled_from([1, 250, 251, 500]), min_s
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(sizes=SIZES, limit=st.integers(1, 600), halves=st.booleans())
 def test_any_sizes_are_cut_as_huggingface_hub_cuts_them(
     sizes: Any, limit: Any, halves: Any, scratch: Path, wconv: Callable[..., Any]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from converter.errors import BadRequest
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.models.select import Tied
-from converter.transforms.layouts.experts import ExpertsForm, with_experts
-from converter.transforms.layouts.llama import LlamaLayout, with_llama_layout
+
+ExpertsForm = Literal["fused", "separate"]
+"""Whether the experts of a layer are one tensor, or each one of its own."""
+
+LlamaLayout = Literal["meta", "transformers"]
+"""Whose names and order of rows a model has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,13 @@ class Arranging:
 
 def with_layout(checkpoint: Checkpoint, component: Component, arranging: Arranging) -> Checkpoint:
     """Bring a checkpoint into the layout that is asked for; raises what these two do."""
+    # Tables load what other conversions do not need.
     if arranging.layout:
+        from converter.transforms.layouts.llama import with_llama_layout
+
         checkpoint = with_llama_layout(checkpoint, component, arranging.layout)
-    return with_experts(checkpoint, component, arranging.experts) if arranging.experts else checkpoint
+    if arranging.experts:
+        from converter.transforms.layouts.experts import with_experts
+
+        checkpoint = with_experts(checkpoint, component, arranging.experts)
+    return checkpoint

@@ -10,19 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from converter.errors import BadFile, BadRequest, Unsupported, Where
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component, nested
 from converter.models.schemes import quantized_in
 from converter.tensors.base import Tensor
+from converter.transforms.layouts.arrange import ExpertsForm
 from converter.transforms.layouts.checkpoints import rearranged
 from converter.transforms.layouts.operations import Stack
 from converter.transforms.layouts.rows import Row, renamings, wholes_of
-
-ExpertsForm = Literal["fused", "separate"]
-"""The two forms."""
 
 
 class _Family(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from converter.errors import BadFile, BadRequest, Unsupported, name_some
 from converter.models.checkpoint import Checkpoint
@@ -19,12 +19,10 @@ from converter.models.names import WeightsName
 from converter.models.schemes import quantized_in
 from converter.storage import Place
 from converter.tensors.base import Tensor, WeightsFile
+from converter.transforms.layouts.arrange import LlamaLayout
 from converter.transforms.layouts.checkpoints import rearranged
 from converter.transforms.layouts.operations import Rotary
 from converter.transforms.layouts.rows import Row, renamings, wholes_of
-
-LlamaLayout = Literal["meta", "transformers"]
-"""Whose names and rows weights are to have."""
 
 _KINDS = ("llama", "mistral")
 _NAMES = {

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from converter.errors import BadFile, Unsupported, Where
 from converter.tensors.base import MAX_TENSORS, Tensor
-from converter.transforms.layouts.operations import KEEP, Operation
+from converter.transforms.layouts.operations import CONCAT, KEEP, Operation
 
 
 class Row(NamedTuple):
@@ -47,16 +47,38 @@ def within(whole: str, part: str, names: Mapping[str, str]) -> list[Row]:
     return renamings({f"{whole}.{here}": f"{part}.{there}" for here, there in names.items()})
 
 
+def modules(names: Mapping[str, str | tuple[str, ...]], operation: Operation | None = None) -> list[Row]:
+    """Give the rows for weights and biases: the name of a module here, and that of the one or those it is there.
+
+    Without an ``operation`` a module that is several is these one behind the other.
+    """
+    rows = []
+    for whole, there in names.items():
+        parts = (there,) if isinstance(there, str) else there
+        how = operation or (KEEP if len(parts) == 1 else CONCAT)
+        rows += [Row(f"{whole}.{leaf}", tuple(f"{part}.{leaf}" for part in parts), how) for leaf in ("weight", "bias")]
+    return rows
+
+
+def numbered(whole: str, part: str, numbers: Iterable[int], rows: Sequence[Row]) -> list[Row]:
+    """Give the rows for what is in each of some blocks, of which these are the names here and there."""
+    return [
+        Row(f"{whole}.{at}.{row.whole}", tuple(f"{part}.{at}.{name}" for name in row.parts), row.operation)
+        for at in numbers
+        for row in rows
+    ]
+
+
 def take_apart(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[list[Tensor], list[str]]:
     """Read a table forwards: give the parts of wholes, given by name, and the names that no row has.
 
     Raises BadFile for a tensor of a shape that its row cannot take, or two that come to one name.
     """
-    tree = _tree_of((row.whole, (row, 0)) for row in rows)
+    tree = tree_of((row.whole, (row, 0)) for row in rows)
     converted: list[Tensor] = []
     left: list[str] = []
     for name, tensor in tensors.items():
-        match = _match(tree, name.split("."))
+        match = find_leaf(tree, name.split("."))
         if match is None:
             left.append(name)
             continue
@@ -64,7 +86,7 @@ def take_apart(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[list
         count = row.operation.count(tensor, len(row.parts)) if row.counts else 1
         if count * len(row.parts) > MAX_TENSORS:
             raise BadFile(tensor.where, f"holds {name!r}, which would be {count:,} tensors, and no model has them")
-        names = (_filled(part, words, at) for at in range(count) for part in row.parts)
+        names = (fill(part, words, at) for at in range(count) for part in row.parts)
         with _readable(tensor):
             sources = row.operation.apart(tensor, count * len(row.parts))
         converted += (Tensor(*one) for one in zip(names, sources, strict=True))
@@ -77,11 +99,11 @@ def put_together(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[li
 
     Raises BadFile for a part that is missing, parts that do not fit each other, or two that come to one name.
     """
-    tree = _tree_of((part, (row, at)) for row in rows for at, part in enumerate(row.parts))
+    tree = tree_of((part, (row, at)) for row in rows for at, part in enumerate(row.parts))
     groups: dict[tuple[str, tuple[str, ...]], tuple[Row, dict[tuple[int, int], Tensor]]] = {}
     left: list[str] = []
     for name, tensor in tensors.items():
-        match = _match(tree, name.split("."))
+        match = find_leaf(tree, name.split("."))
         if match is None:
             left.append(name)
             continue
@@ -95,20 +117,20 @@ def put_together(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[li
     for (_, words), (row, members) in groups.items():
         parts = _in_order(row, words, members)
         with _readable(parts[0]):
-            converted.append(Tensor(_filled(row.whole, words, 0), row.operation.together(parts)))
+            converted.append(Tensor(fill(row.whole, words, 0), row.operation.together(parts)))
     _check_names(converted)
     return converted, left
 
 
 def wholes_of(names: Iterable[str], rows: Iterable[Row]) -> dict[str, str]:
     """Map the names of parts to those of the wholes that they are of; names that no row has are not in it."""
-    tree = _tree_of((part, (row, at)) for row in rows for at, part in enumerate(row.parts))
+    tree = tree_of((part, (row, at)) for row in rows for at, part in enumerate(row.parts))
     found: dict[str, str] = {}
     for name in names:
-        match = _match(tree, name.split("."))
+        match = find_leaf(tree, name.split("."))
         if match is not None:
             (row, place), words = match
-            found[name] = _filled(row.whole, _split_count(row.parts[place], words)[1], 0)
+            found[name] = fill(row.whole, _split_count(row.parts[place], words)[1], 0)
     return found
 
 
@@ -118,7 +140,7 @@ def _in_order(row: Row, words: tuple[str, ...], members: Mapping[tuple[int, int]
     for number, place in itertools.product(range(count), range(len(row.parts))):
         if (number, place) not in members:
             first = next(iter(members.values()))
-            lacking = _filled(row.parts[place], words, number)
+            lacking = fill(row.parts[place], words, number)
             raise BadFile(first.where, f"holds {first.name!r}, and lacks {lacking!r}, which goes with it", _FETCH)
     return [members[key] for key in sorted(members)]
 
@@ -159,7 +181,7 @@ _COUNT = "{#}"
 _HOLES = {"{}": _NUMBER, _COUNT: _NUMBER, "*": _WORD}
 
 
-def _filled(name: str, words: Sequence[str], number: int) -> str:
+def fill(name: str, words: Sequence[str], number: int) -> str:
     """Give a name with what stands for its holes."""
     left = iter(words)
     known: dict[str, Callable[[], str]] = {
@@ -179,7 +201,8 @@ def _split_count(name: str, words: tuple[str, ...]) -> tuple[int, tuple[str, ...
     return int(words[at]), (*words[:at], *words[at + 1 :])
 
 
-def _tree_of(leaves: Iterable[tuple[str, Any]]) -> _Tree:
+def tree_of(leaves: Iterable[tuple[str, Any]]) -> _Tree:
+    """Give a tree in which leaves are found by their names; of several of one name it has the first."""
     tree: _Tree = {}
     for name, leaf in leaves:
         node = tree
@@ -189,14 +212,14 @@ def _tree_of(leaves: Iterable[tuple[str, Any]]) -> _Tree:
     return tree
 
 
-def _match(node: _Tree, words: list[str], at: int = 0, filled: tuple[str, ...] = ()) -> Any:
+def find_leaf(node: _Tree, words: list[str], at: int = 0, filled: tuple[str, ...] = ()) -> Any:
     """Find the leaf for a name's words from ``at`` on, and give it with those that stand in its holes; or None."""
     if at == len(words):
         return (node[_LEAF], filled) if _LEAF in node else None
     word = words[at]
-    match = _match(node[word], words, at + 1, filled) if word in node else None
+    match = find_leaf(node[word], words, at + 1, filled) if word in node else None
     if match is None and _NUMBER in node and word.isascii() and word.isdecimal():
-        match = _match(node[_NUMBER], words, at + 1, (*filled, word))
+        match = find_leaf(node[_NUMBER], words, at + 1, (*filled, word))
     if match is None and _WORD in node and word:
-        match = _match(node[_WORD], words, at + 1, (*filled, word))
+        match = find_leaf(node[_WORD], words, at + 1, (*filled, word))
     return match

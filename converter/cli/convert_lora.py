@@ -1,0 +1,54 @@
+"""``wconv convert-lora``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converter.cli.options import PlaceType, some_conversion_options
+
+if TYPE_CHECKING:
+    from converter.storage import Place
+
+
+@click.command("convert-lora")
+@click.argument("source", metavar="ADAPTER", type=PlaceType(is_read=True))
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["kohya", "diffusers", "peft"]),
+    help="Whose names: kohya's, which A1111, Forge and ComfyUI read as well; Diffusers'; PEFT's.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=PlaceType(),
+    metavar="OUT",
+    required=True,
+    help="The new file, or folder, or URL of one; for PEFT a folder.",
+)
+@some_conversion_options("overwrite", "create", "private", "pr", "verify", "dry-run")
+def command(source: Place, to: str, **options: Any) -> None:
+    """Write a LoRA adapter under the names of another program.
+
+    ADAPTER is a file, .safetensors or .bin, or a folder of PEFT, with adapter_config.json; for Stable Diffusion 1, 2,
+    XL, 3 or Flux, and their text encoders. Its numbers stay as they are, and so do its scales (alpha), wherever each
+    program has them. What is no plain LoRA, such as DoRA or LoHa, is refused.
+
+    \b
+    wconv convert-lora style.safetensors --to diffusers -o style-diffusers.safetensors
+    wconv convert-lora pytorch_lora_weights.safetensors --to kohya -o style.safetensors   for A1111, ComfyUI
+    wconv convert-lora ./my-peft-lora --to diffusers -o ./lora
+    """
+    from functools import partial
+
+    from converter.cli.convert import open_run, run_prepared, take_run
+    from converter.recipes.convert_lora import plan_lora
+    from converter.recipes.request import Request, prepare
+
+    run = take_run(options)
+    request = Request.of(source, **options)
+    with open_run(request, run) as job:
+        prepared = prepare(request, partial(plan_lora, to=to), ("lora", to), recovering=not run.dry_run)
+        run_prepared(prepared, job)

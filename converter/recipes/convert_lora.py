@@ -1,0 +1,142 @@
+"""A LoRA adapter under the names of another program: read, told what it does to which module, written and planned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+from converter.errors import BadRequest, Unsupported
+from converter.models.adapters import ADAPTER_CONFIG, Adapter, find_adapter, open_adapter_config
+from converter.models.checkpoint import Checkpoint, open_checkpoint
+from converter.models.component import Component, WeightSet
+from converter.models.configs import render_json
+from converter.models.hub_cache import check_places, snapshot_of
+from converter.models.model import Model, open_model
+from converter.models.names import STEMS, WeightsName, parse_name
+from converter.models.select import check_choice
+from converter.plan.make import join
+from converter.plan.types import Order, Plan, Rest
+from converter.recipes.outputs import open_target
+from converter.recipes.request import Request, names_file
+from converter.recipes.steps import Job, make_order, plan_job, refuse_file
+from converter.storage import Place
+from converter.transforms.lora.bases import PARTS
+from converter.transforms.lora.forms import Target, Written, write
+from converter.transforms.lora.parts import Changes, Note, describe_base, find_changes
+
+# What each looks for in a folder (``LORA_WEIGHT_NAME_SAFE`` in ``diffusers/loaders/lora_base.py``); kohya's may have
+# any name.
+_NAMES = {"diffusers": "pytorch_lora_weights", "peft": STEMS["peft"]["safetensors"]}
+
+
+def plan_lora(request: Request, to: str) -> Plan:
+    """Plan an adapter in the names of ``to``: a file or a folder, for PEFT a folder, with one in it for each part.
+
+    Raises Unsupported for what is no plain LoRA, or for a model that wconv does not know, BadRequest for one that has
+    these names already.
+    """
+    check_choice("form of an adapter", to, Target)
+    assert request.output is not None
+    check_places(request.source, request.output)
+    source = snapshot_of(request.source)
+    opened = [(component, adapter, part) for component, adapter, part in _open_adapters(source)]
+    changes = _all_changes([find_changes(adapter, part) for _, adapter, part in opened])
+    form: Target = to  # type: ignore[assignment]
+    written = write(changes, form)
+    _refuse_same(source, [adapter for _, adapter, _ in opened], written, to)
+    request = replace(
+        request,
+        source=source,
+        writing=replace(request.writing, format="safetensors", tied="duplicate", max_shard_size=math.inf),
+    )
+    job = _open_job(request, [component for component, _, _ in opened], to)
+    name = job.named or WeightsName(_NAMES.get(to, opened[0][1].checkpoint.name.stem), None, "safetensors")
+    orders = [_order_of(job, one, changes.adapter.checkpoint, name) for one in written]
+    generated = {join(one.part, ADAPTER_CONFIG): render_json(one.config) for one in written if one.config}
+    notes = (_describe(changes, to), *(note for one in written for note in one.notes))
+    selected = [(component, adapter.checkpoint.weight_set) for component, adapter, _ in opened]
+    return plan_job(job, selected, orders, Rest(generated=generated, notes=notes))
+
+
+def _describe(changes: Changes, to: str) -> str:
+    what = describe_base(changes.adapter, changes)
+    return (
+        f"a LoRA{f' for {what}' if what else ''} of {len(changes.all):,} modules, from {changes.adapter.form} to {to}"
+    )
+
+
+def _open_adapters(source: Place) -> list[tuple[Component, Adapter, str]]:
+    """Open an adapter, or those that PEFT has in a folder for each part; with the part, where a folder names it."""
+    folders = [source / part for part in PARTS] if source.is_folder() else []
+    folders = [folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()]
+    if folders and not (source / ADAPTER_CONFIG).is_file():
+        return [(*_open_adapter(folder), folder.name) for folder in folders]
+    part = source.name if source.is_folder() and source.name in PARTS else ""
+    return [(*_open_adapter(source), part)]
+
+
+def _open_adapter(source: Place) -> tuple[Component, Adapter]:
+    model = open_model(source)
+    sets = [(component, one) for component in model.components for one in component.weight_sets]
+    if len(sets) > 1:
+        names = ", ".join(join(component.name, one.label) for component, one in sets[:4])
+        raise BadRequest(source, f"holds {len(sets)} sets of weights: {names}", "Name the file of one.")
+    [(component, weight_set)] = sets
+    checkpoint = open_checkpoint(weight_set)
+    adapter = find_adapter(checkpoint, open_adapter_config(component))
+    if adapter is None:
+        advice = "Names of one hold lora_A and lora_B, or lora_down and lora_up: 'wconv inspect --tensors' lists them."
+        raise Unsupported(weight_set.path, "is no LoRA adapter", advice)
+    return component, adapter
+
+
+def _all_changes(opened: list[Changes]) -> Changes:
+    """Put what is read of several folders together."""
+    first, *others = opened
+    for other in others:
+        both = set(other.parts) & set(first.parts)
+        if both or (other.base and first.base and other.base is not first.base):
+            what = f"is for {both.pop()} too" if both else "is for another model"
+            raise BadRequest(other.adapter.where, f"{what}, as {first.adapter.where} is", "Name the folder of one.")
+        note = first.note
+        shared, short = note.shared | other.note.shared, note.short | other.note.short
+        note = Note(shared, {**note.joined, **other.note.joined}, short, note.alpha)
+        first = replace(first, base=first.base or other.base, all=(*first.all, *other.all), note=note)
+    return first
+
+
+def _refuse_same(source: Place, adapters: list[Adapter], written: Iterable[Written], to: str) -> None:
+    """Raise BadRequest where nothing would change."""
+    before = {tensor.name for adapter in adapters for tensor in adapter.checkpoint.tensors}
+    after = {tensor.name for one in written for tensor in one.tensors}
+    if all(adapter.form == to for adapter in adapters) and before == after:
+        raise BadRequest(source, f"has the names of {to} already", "'wconv to-safetensors' writes it in safetensors.")
+
+
+def _open_job(request: Request, components: list[Component], to: str) -> Job:
+    """Say where the output goes: a file, or a folder."""
+    output = request.output
+    assert output is not None
+    root = components[0].path if len(components) == 1 else request.source
+    model = Model(request.source, root, "file", tuple(components))
+    named = None
+    if names_file(output):
+        parsed = parse_name(output.name)
+        if to == "peft":
+            refuse_file(output)
+        if parsed is None or parsed.role != "single" or parsed.name.format != "safetensors":
+            raise BadRequest(output, "is no name of one safetensors file", "Name a folder, or a file of .safetensors.")
+        named, output = parsed.name, output.parent
+    else:
+        refuse_file(output)
+    return Job(request, model, open_target(model, output, request.publishing.overwrite), named, carries=False)
+
+
+def _order_of(job: Job, one: Written, checkpoint: Checkpoint, name: WeightsName) -> Order:
+    """Give a set to be written; it is made of all that was read."""
+    file = replace(checkpoint.files[0], tensors=one.tensors, metadata=one.metadata)
+    weight_set: WeightSet = replace(checkpoint.weight_set, name=name)
+    made = replace(checkpoint, weight_set=weight_set, files=(file,), index_metadata={}, is_renamed=True)
+    component = Component(one.part, checkpoint.weight_set.folder, (checkpoint.weight_set,), {})
+    return make_order(component, made, name, job.request.casting, job.request.writing, is_beside=False)

@@ -1,0 +1,169 @@
+"""Models with LoRAs merged into their weights, without loading them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from converter.errors import BadRequest, Unsupported, name_some
+from converter.models.adapters import open_adapter_config
+from converter.models.checkpoint import Checkpoint, open_checkpoint
+from converter.models.component import Component, has_quantization
+from converter.models.hub_cache import check_places, snapshot_of
+from converter.models.model import open_model
+from converter.models.names import Naming, fold_modules
+from converter.models.schemes import quantized_in
+from converter.models.select import Selection, select_sets
+from converter.plan.types import Order, Plan, Rest
+from converter.recipes.request import Request
+from converter.recipes.steps import Job, into_one_set, make_ready, open_job, open_sets, plan_job, select
+from converter.storage import Given, Place, place_of
+from converter.tensors.base import Tensor
+from converter.tensors.derived import cast
+from converter.transforms.merge.product import merged
+from converter.transforms.merge.targets import Merge, Untied, Weighted, find_merges, find_untied, take_adapter
+
+MAX_ADAPTERS = 64
+_NAMED = 6
+# The parts of a pipeline that adapters are for.
+_PARTS = re.compile(r"(transformer|unet|prior|text_encoder)(_\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An adapter that is asked for, and its weight: what it adds is multiplied by that."""
+
+    place: Place
+    weight: float = 1.0
+
+    @classmethod
+    def of(cls, given: Given, weight: float = 1.0) -> Asked:
+        """Give one by a path or URL. Raises BadRequest for a weight that is no finite number."""
+        place = place_of(given)
+        if not abs(weight) < 1e9:
+            raise BadRequest(place, f"is to be merged with the weight {weight}", "A weight is a number such as 0.8.")
+        return cls(place, float(weight))
+
+
+def plan_merged(request: Request, asked: Sequence[Asked]) -> Plan:
+    """Plan a model with adapters merged into it: W + weight * alpha / r * B @ A in float32, rounded once.
+
+    What no adapter merges is copied, or cast where a dtype is asked for. Raises BadRequest for an adapter that is for
+    another base, Unsupported for what is no plain LoRA and for a base that is quantized.
+    """
+    if not 0 < len(asked) <= MAX_ADAPTERS:
+        raise BadRequest(request.source, f"is to have {len(asked)} adapters merged into it", "Name from 1 to 64.")
+    for one in asked:
+        check_places(one.place, request.output)
+    job = open_job(into_one_set(request))
+    weighted = [_open_adapter(one) for one in asked]
+    is_cast = request.casting.dtype is not None
+    parts = [one.name for one in job.model.components if not one.name or _PARTS.fullmatch(one.name)]
+    named = request.selection.components
+    selected = select(job, components=named or tuple(parts))
+    opened = open_sets(job, selected)
+    for component, checkpoint in opened:
+        _refuse_quantized(component, checkpoint)
+    acting = [one for one in weighted if one.weight]
+    merges = find_merges(acting, opened)
+    if is_cast and not named:
+        selected = select(job)
+        opened = open_sets(job, selected)
+    elif merges:
+        selected = [one for one in selected if one[0].name in merges]
+        opened = [one for one in opened if one[0].name in merges]
+    orders = [
+        _merge(order, checkpoint, merges.get(order.component.name, {}), job)
+        for order, (_, checkpoint) in zip(make_ready(job, opened), opened, strict=True)
+    ]
+    return plan_job(job, selected, orders, Rest(notes=tuple(_tell(weighted, merges))))
+
+
+def _open_adapter(one: Asked) -> Weighted:
+    model = open_model(snapshot_of(one.place.pinned()))
+    if len(model.components) != 1:
+        names = name_some([component.name for component in model.components], _NAMED)
+        raise BadRequest(one.place, f"holds several sets of weights ({names})", "Name the file of the adapter.")
+    [(component, weight_set)] = select_sets(model, Selection(every_variant=False), Naming("safetensors", None))
+    label = one.place.name or str(one.place)
+    return take_adapter(open_checkpoint(weight_set), open_adapter_config(component), one.weight, label)
+
+
+def _refuse_quantized(component: Component, checkpoint: Checkpoint) -> None:
+    found = quantized_in(checkpoint)
+    if found or has_quantization(component.config):
+        how = str(found[0]) if found else "its config.json has a quantization_config"
+        advice = "'wconv dequantize' makes plain numbers of it, which adapters merge into."
+        raise Unsupported(checkpoint.weight_set.path, f"is quantized ({how})", advice)
+
+
+def _merge(order: Order, before: Checkpoint, merges: Mapping[str, Merge], job: Job) -> Order:
+    """Let a set be written with its merges: each tensor in the dtype that it has in the order."""
+    if not merges:
+        return order
+    untied = find_untied(order.component, before, merges)
+    first = {tensor.name: tensor for tensor in before.tensors}
+    on_overflow = job.request.casting.on_overflow
+    heads = dict(untied.heads) if untied else {}
+    beside: dict[str, list[str]] = {}
+    for head, embedding in heads.items():
+        beside.setdefault(embedding, []).append(head)
+
+    def write(name: str, read: Tensor, ready: Tensor) -> Tensor:
+        merge = merges.get(name)
+        if merge is None:
+            return ready._replace(name=name)
+        source = merge.replaced.source if merge.replaced else read.source
+        if merge.products:
+            source = merged(source, merge.products)
+        return cast(Tensor(name, source, ready.beside), ready.dtype, on_overflow)
+
+    def all_of(tensor: Tensor) -> list[Tensor]:
+        read = first[tensor.name]
+        return [write(name, read, tensor) for name in (tensor.name, *beside.get(tensor.name, ()))]
+
+    loose = untied.names if untied else frozenset()
+    files = tuple(
+        replace(
+            file,
+            tensors=tuple(one for tensor in file.tensors for one in all_of(tensor)),
+            metadata={key: value for key, value in file.metadata.items() if not (key in loose and value in loose)},
+        )
+        for file in order.checkpoint.files
+    )
+    ties = {name: kept for name, kept in order.ties.items() if not (name in loose and kept in loose)}
+    notes = order.checkpoint.notes
+    changed = order._replace(ties=ties)
+    if untied:
+        changed, note = _untie(changed, untied)
+        notes += note
+    return changed._replace(checkpoint=replace(order.checkpoint, files=files, notes=notes))
+
+
+def _untie(order: Order, untied: Untied) -> tuple[Order, tuple[str, ...]]:
+    """Let a config say that what was tied is so no longer, and note it."""
+    config: dict[str, Any] = order.component.config
+    if config.get("tie_word_embeddings") is False:
+        return order, ()
+    note = f"{' and '.join(sorted(untied.names))} are no longer tied, as one was changed: config.json says so"
+    return order.with_config({**config, "tie_word_embeddings": False}), (note,)
+
+
+def _tell(weighted: Sequence[Weighted], merges: Mapping[str, Mapping[str, Merge]]) -> list[str]:
+    """Say what was merged, and into what."""
+    told = []
+    for one in weighted:
+        if not one.weight:
+            told.append(f"{one.label} has the weight 0: nothing of it is merged")
+            continue
+        ranks = name_some(list(one.adapter.ranks), 3)
+        told.append(f"merged: {one.label}, weight {one.weight:g}, rank {ranks}, {len(one.scales):,} modules")
+        if one.replaced:
+            told.append(f"taken from {one.label} as they are: {name_some(sorted(one.replaced), _NAMED)}")
+    for component, mine in merges.items():
+        where = f"{component}: " if component else ""
+        names = name_some(list(fold_modules(mine)), _NAMED)
+        told.append(f"{where}changed {len(mine):,} tensors: {names}")
+    return told

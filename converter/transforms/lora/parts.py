@@ -1,0 +1,326 @@
+"""An adapter of any form as what it does to each module of a pipeline, in Diffusers' names.
+
+The rows of a module that the trainer's layout has joined are cut into those of its parts, all with the one ``down``:
+that is exact. What cannot be told by names is noted in the header by whoever joins (``Note``), and looked at as it is
+read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import NamedTuple
+
+from converter.errors import BadFile, Unsupported, name_some
+from converter.formats.texts import check_depth, parse_json
+from converter.models.adapters import ORIGINAL_PREFIXES, Adapter, Pair, read_alphas
+from converter.models.checkpoint import Checkpoint
+from converter.tensors.base import Tensor
+from converter.tensors.sparse import Columns
+from converter.transforms.lora.bases import (
+    DENOISER_PREFIXES,
+    ENCODERS,
+    PARTS,
+    T5_PREFIX,
+    Base,
+    Found,
+    Modules,
+    bases,
+    clip_modules,
+    modules_of,
+    t5_modules,
+)
+
+NOTE_KEY = "wconv_lora"
+"""Under which a header keeps a Note."""
+
+_MAX_NAMED = 3
+_DENOISER = ""  # a part of the pipeline that is still to be told: its UNet or its transformer
+# What ComfyUI calls the text encoders (``model_lora_keys_clip`` in ``comfy/lora.py``).
+_OF_COMFY = {
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.t5xxl.transformer.": T5_PREFIX,
+}
+_CLASSES = {
+    "UNet2DConditionModel": "unet", "FluxTransformer2DModel": "transformer", "SD3Transformer2DModel": "transformer",
+    "CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2",
+}  # fmt: skip
+_BASE_OF_CLASS = {"FluxTransformer2DModel": "Flux", "SD3Transformer2DModel": "Stable Diffusion 3"}
+# Lengths that only one of two models of the same names has: of Flux's hidden states, and of Stable Diffusion 3's.
+_WIDTHS = {3072: "Flux", 12288: "Flux", 1536: "Stable Diffusion 3", 2432: "Stable Diffusion 3"}
+
+
+class Note(NamedTuple):
+    """What a header says of how an adapter was converted, so that the way back gives the same bytes.
+
+    Of modules in the trainer's names: which are ``shared``, that is whose parts have copies of one ``down``; and which
+    are ``joined`` of parts of these ranks, 0 for one that has none. ``alpha`` is the dtype of kohya's alphas, where it
+    is not that of the weights.
+    """
+
+    shared: frozenset[str] = frozenset()
+    joined: Mapping[str, tuple[int, ...]] = {}
+    short: frozenset[str] = frozenset()
+    alpha: str = ""
+
+
+class Change(NamedTuple):
+    """What an adapter does to a module: ``up @ down`` times alpha / rank is added to its weight."""
+
+    part: str
+    path: str
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> Fraction:
+        return Fraction(self.alpha) / self.rank
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """All that an adapter does, the model that it is for (None where it changes text encoders alone), and its note.
+
+    ``shared`` and ``joined`` are what its modules were in the trainer's layout; ``alpha`` is the dtype of its alphas.
+    """
+
+    adapter: Adapter
+    base: Base | None
+    all: tuple[Change, ...]
+    note: Note = field(default_factory=Note)
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts of a pipeline that it changes, in the order of PARTS."""
+        held = {change.part for change in self.all}
+        return [part for part in PARTS if part in held]
+
+
+def read_note(checkpoint: Checkpoint) -> Note:
+    """Give what a header notes of a conversion. Raises BadFile for what no conversion has noted."""
+    raw = checkpoint.metadata.get(NOTE_KEY)
+    if raw is None:
+        return Note()
+    where = checkpoint.weight_set.path
+    wrong = BadFile(where, f"has a note {NOTE_KEY} in its header that wconv did not write", "Take it out.")
+    try:
+        said = parse_json(raw.encode(errors="replace"), where, f"{NOTE_KEY} in its header ")
+        check_depth(said)
+    except ValueError:
+        raise wrong from None
+    if not isinstance(said, dict) or said.keys() - set(Note._fields):
+        raise wrong
+    shared, joined = said.get("shared", []), said.get("joined", {})
+    short, alpha = said.get("short", []), said.get("alpha", "")
+    lists = [shared, short, *joined.values()] if isinstance(joined, dict) else [None]
+    if not isinstance(alpha, str) or not all(isinstance(one, list) for one in lists):
+        raise wrong
+    is_named = all(isinstance(name, str) for name in (*shared, *short))
+    if not is_named or not all(type(rank) is int and rank >= 0 for ranks in joined.values() for rank in ranks):
+        raise wrong
+    ranks = {name: tuple(ranks) for name, ranks in joined.items()}
+    return Note(frozenset(shared), ranks, frozenset(short), alpha)
+
+
+def find_changes(adapter: Adapter, hint: str = "") -> Changes:
+    """Say what an adapter does to which modules. ``hint`` is the part that an adapter of PEFT is of, if that is known.
+
+    Raises what is wrong with it, Unsupported for one that is for another model.
+    """
+    adapter.check()
+    if not adapter.pairs:
+        raise BadFile(adapter.where, "holds no pair of matrices, and so changes nothing", "Fetch it again.")
+    note = read_note(adapter.checkpoint)
+    placed = [(pair, *_part_of(adapter, pair, hint)) for pair in adapter.pairs]
+    base, found = _find_base(adapter, [(pair, path) for pair, part, path in placed if part == _DENOISER])
+    alphas = read_alphas(adapter)
+    changes: list[Change] = []
+    shared: set[str] = set()
+    short: set[str] = set()
+    unknown: list[str] = []
+    short |= note.short if adapter.form == "kohya" else set()
+    for pair, part, path in placed:
+        where = found.get(pair.module) if part == _DENOISER else _find_encoder(part, path, adapter.form)
+        if where is None:
+            unknown.append(pair.module)
+            continue
+        alpha = alphas[pair.module]
+        if part != _DENOISER and where.place is None and adapter.form != "kohya":
+            short.add(part)
+        if where.place is None and len(where.row.parts) > 1 and where.whole not in note.joined:
+            shared.add(where.whole)
+        changes += _cut(pair, _part_in(adapter, part, base), where, alpha, note, part in short)
+    _refuse_unknown(adapter, base, unknown)
+    _refuse_twice(adapter, changes)
+    tags = {pair.alpha.dtype.tag for pair in adapter.pairs if pair.alpha and pair.alpha.dtype is not pair.down.dtype}
+    alpha_tag = tags.pop() if len(tags) == 1 else note.alpha
+    return Changes(
+        adapter,
+        base,
+        tuple(changes),
+        note._replace(shared=note.shared | shared, short=frozenset(short), alpha=alpha_tag),
+    )
+
+
+def _part_of(adapter: Adapter, pair: Pair, hint: str) -> tuple[str, str]:
+    """Tell which part of a pipeline a pair is of, and the rest of its name; the denoiser's is not told yet."""
+    module = pair.module
+    if adapter.form == "kohya":
+        prefixes = {**dict.fromkeys(DENOISER_PREFIXES, _DENOISER), **ENCODERS, T5_PREFIX: T5_PREFIX}
+        prefix = next((one for one in prefixes if module.startswith(one)), "")
+        if not prefix:
+            advice = f"kohya's begin with {', '.join(prefixes)}."
+            raise Unsupported(adapter.where, f"is of no model that wconv knows: it holds {module!r}", advice)
+        return prefixes[prefix], module.removeprefix(prefix)
+    if adapter.form == "comfyui":
+        prefixes = {**dict.fromkeys(ORIGINAL_PREFIXES, _DENOISER), **_OF_COMFY}
+        prefix = next((one for one in prefixes if module.startswith(one)), "")
+        return prefixes.get(prefix, _DENOISER), module.removeprefix(prefix)
+    if adapter.form == "peft":
+        part = hint or _part_of_peft(adapter, module, pair)
+        return _DENOISER if part in ("unet", "transformer") else part, module
+    first, _, rest = module.partition(".")
+    if first in PARTS:
+        return _DENOISER if first in ("unet", "transformer") else first, rest
+    return _DENOISER, module
+
+
+def _part_of_peft(adapter: Adapter, path: str, pair: Pair) -> str:
+    """Tell the part by the class that a config names, or by the module and how wide it is."""
+    mapping = adapter.config.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    if isinstance(named, str) and named in _CLASSES:
+        return _CLASSES[named]
+    if clip_modules().find(path):
+        return "text_encoder_2" if 1280 in (pair.down.shape[1], pair.up.shape[0]) else "text_encoder"
+    return "unet"
+
+
+def _part_in(adapter: Adapter, part: str, base: Base | None) -> str:
+    if part == _DENOISER:
+        assert base is not None
+        return base.part
+    if part == T5_PREFIX:
+        if base is None:
+            problem = "holds pairs of a T5, and none that tell of which pipeline"
+            raise Unsupported(adapter.where, problem, "It is the second text encoder of Flux and the third of SD3.")
+        return "text_encoder_2" if base.name == "Flux" else "text_encoder_3"
+    return part
+
+
+def _find(modules: Modules, path: str, form: str) -> Found | None:
+    return modules.find_kohya(path) if form == "kohya" else modules.find(path)
+
+
+def _find_encoder(part: str, path: str, form: str) -> Found | None:
+    """Find a module of a text encoder: a CLIP, or a T5, which only some parts can be."""
+    found = None if part == T5_PREFIX else _find(clip_modules(), path, form)
+    return found or (_find(t5_modules(), path, form) if part not in ENCODERS.values() or form != "kohya" else None)
+
+
+def _find_base(adapter: Adapter, pairs: list[tuple[Pair, str]]) -> tuple[Base | None, dict[str, Found]]:
+    """Tell which model's modules the pairs are of: by their names, and by how wide they are where two have those."""
+    if not pairs:
+        return None, {}
+    candidates = []
+    for base in bases():
+        modules = modules_of(base.name)
+        found = {pair.module: one for pair, path in pairs if (one := _find(modules, path, adapter.form))}
+        candidates.append((base, found))
+    most = max(len(found) for _, found in candidates)
+    best = [(base, found) for base, found in candidates if len(found) == most]
+    if not most:
+        _refuse_unknown(adapter, None, [pair.module for pair, _ in pairs])
+    if len(best) > 1:
+        mapping = adapter.config.get("auto_mapping")
+        named = _BASE_OF_CLASS.get(str(mapping.get("base_model_class"))) if isinstance(mapping, dict) else None
+        widths = (one for pair, _ in pairs for one in (pair.down.shape[1], pair.up.shape[0]))
+        told = Counter(_WIDTHS[width] for width in widths if width in _WIDTHS).most_common(1)
+        name = named or (told[0][0] if told else "")
+        best = [(base, found) for base, found in best if base.name == name] or best
+    if len(best) > 1:
+        names = " or ".join(base.name for base, _ in best)
+        raise Unsupported(adapter.where, f"is of {names}, which its names and shapes do not tell", "")
+    return best[0]
+
+
+def _refuse_unknown(adapter: Adapter, base: Base | None, unknown: list[str]) -> None:
+    if not unknown:
+        return
+    of = base.name if base else "Stable Diffusion 1, 2, XL, 3 or Flux"
+    named = name_some(list(map(repr, unknown)), _MAX_NAMED)
+    problem = f"is for another model, or more than one: {of} has no module of the name {named}"
+    raise Unsupported(adapter.where, problem, "wconv converts the names of adapters of those models.")
+
+
+def _refuse_twice(adapter: Adapter, changes: list[Change]) -> None:
+    counts = Counter((change.part, change.path) for change in changes)
+    for (part, path), count in counts.items():
+        if count > 1:
+            problem = f"holds {count} pairs for one module, {part}.{path}, under names of two layouts"
+            raise Unsupported(adapter.where, problem, "Keep those of one.")
+
+
+def _cut(pair: Pair, part: str, found: Found, alpha: float, note: Note, is_short: bool) -> Iterator[Change]:
+    """Give what a pair does to each module that its own is made of."""
+    if is_short:
+        yield Change(part, found.whole, pair.down, pair.up, alpha)
+        return
+    if found.place is not None:
+        yield Change(part, found.path, pair.down, pair.up, alpha)
+        return
+    count = len(found.paths)
+    ups = [Tensor(pair.up.name, one) for one in found.row.operation.apart(pair.up, count)]
+    ranks = note.joined.get(found.whole, ())
+    if len(ranks) != count or sum(ranks) != pair.rank or not any(ranks):
+        for path, up in zip(found.paths, ups, strict=True):
+            yield Change(part, path, pair.down, up, alpha)
+        return
+    first = 0
+    empty = tuple(up.source for up, rank in zip(ups, ranks, strict=True) if not rank)
+    for path, up, rank in zip(found.paths, ups, ranks, strict=True):
+        if rank:
+            zeros = (0,) * (len(pair.down.shape) - 1)
+            down = pair.down.source.box((first, *zeros), (rank, *pair.down.shape[1:]))
+            columns = Columns(up.source, first, rank, repr(pair.up.name), empty)
+            share = Fraction(alpha) * rank / pair.rank
+            yield Change(part, path, Tensor(pair.down.name, down), Tensor(pair.up.name, columns), float(share))
+            empty = ()
+        first += rank
+
+
+def describe_base(adapter: Adapter, changes: Changes) -> str:
+    """Name the model that an adapter is for, as far as its names and shapes tell."""
+    base = changes.base
+    if base is None or base.part != "unet":
+        return base.name if base else ""
+    kind = kind_of_unet(changes)
+    return f"{base.name} {kind}".rstrip()
+
+
+def kind_of_unet(changes: Changes) -> str:
+    """Tell Stable Diffusion 1, 2 and XL apart: by parts and blocks that only one has, or how wide its prompts are."""
+    paths = [change.path for change in changes.all if change.part == "unet"]
+    widths = {
+        change.down.shape[1]
+        for change in changes.all
+        if change.part == "unet" and change.path.endswith(("attn2.to_k", "attn2.to_v"))
+    }
+    of_xl = ("add_embedding.", "up_blocks.0.attentions.")
+    others = ("down_blocks.0.attentions.", "up_blocks.3.", "down_blocks.3.", "down_blocks.2.downsamplers.")
+    depth = (path.partition(".transformer_blocks.")[2].partition(".")[0] for path in paths)
+    if "text_encoder_2" in changes.parts or widths == {2048} or any(path.startswith(of_xl) for path in paths):
+        return "XL"
+    if any(number not in ("", "0") for number in depth):
+        return "XL"
+    if widths == {1024}:
+        return "2"
+    return "1" if widths == {768} else "1 or 2" if any(path.startswith(others) for path in paths) else ""

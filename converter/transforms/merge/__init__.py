@@ -1,0 +1,1 @@
+"""LoRAs merged into the weights of a model."""

@@ -1,0 +1,478 @@
+"""Which weights of a model an adapter is for: its modules by their names, and what PEFT adds beside those."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from converter.errors import BadFile, BadRequest, Unsupported, Where, name_some
+from converter.libraries.modules import find_linears
+from converter.models.adapters import ADAPTER_CONFIG, PEFT_PREFIX, Adapter, Pair, find_adapter, read_alphas
+from converter.models.checkpoint import Checkpoint
+from converter.models.component import Component
+from converter.tensors.base import Tensor, find_ties
+from converter.transforms.merge.product import MAX_RIGHT_NBYTES, Product, bias_of, product_of, right_nbytes
+
+_NAMED = 3
+_WEIGHT, _BIAS = ".weight", ".bias"
+_OTHER_BASE = "It may be for another base: name the one that it was trained on."
+_MERGED_DTYPES = ("F32", "BF16", "F16")
+# What kohya's names and Diffusers' begin with, and the components that this may be (``networks/lora.py`` and
+# ``networks/lora_flux.py`` of kohya-ss/sd-scripts; Flux has T5 as its second text encoder, and calls it the third).
+_DENOISERS = ("unet", "transformer")
+_KOHYA_PARTS = {
+    "lora_unet_": _DENOISERS,
+    "lora_te_": ("text_encoder",),
+    "lora_te1_": ("text_encoder",),
+    "lora_te2_": ("text_encoder_2",),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2"),
+}
+_PARTS = re.compile(r"(unet|transformer|prior|text_encoder)(_\d+)?")
+# The prefixes under which a single file has its parts.
+_OF_FILES = {
+    "lora_unet_": ("model.diffusion_model.", ""),
+    "lora_te_": ("cond_stage_model.transformer.",),
+    "lora_te1_": ("conditioner.embedders.0.transformer.", "cond_stage_model.transformer."),
+}
+_ORIGINAL = ("model.diffusion_model.", "diffusion_model.")
+# Models of transformers that have Conv1D, whose weight is [in, out], call themselves so.
+_MAY_HAVE_CONV1D = re.compile(r"GPT|Clvp|DecisionTransformer")
+
+Opened = Sequence[tuple[Component, Checkpoint]]
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """An adapter that is to be merged, times ``weight``; ``label`` is what it is called in notes.
+
+    ``embeddings`` are the modules among its pairs that look rows up, ``biases`` what is added to biases by module.
+    ``replaced`` are tensors that take the place of the base's, by their names.
+    """
+
+    adapter: Adapter
+    weight: float
+    label: str
+    scales: Mapping[str, float]
+    embeddings: frozenset[str] = frozenset()
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def where(self) -> Where:
+        """The file to name in a message."""
+        return self.adapter.checkpoint.weight_set.path
+
+
+class Merge(NamedTuple):
+    """What becomes of one tensor of the base: products are added, to what is ``replaced`` by another first."""
+
+    products: tuple[Product, ...] = ()
+    replaced: Tensor | None = None
+
+
+def take_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], weight: float, label: str) -> Weighted:
+    """Read what a set holds as an adapter that can be merged. Raises Unsupported or BadFile where it cannot be.
+
+    What PEFT has beside the pairs of linear modules is taken out before those are looked at: LoRAs of embeddings,
+    biases of LoRAs, whole modules (``modules_to_save``), and the base's own embeddings.
+    """
+    where = checkpoint.weight_set.path
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(one, str) for one in saved):
+        raise BadFile(where.parent / ADAPTER_CONFIG, "says a modules_to_save that is no list of names")
+    plain, embeddings, biases, replaced = _sort_out(checkpoint, config, saved)
+    # ``update_layer`` in ``peft/tuners/lora/layer.py``: rsLoRA has another scale, and nothing else.
+    rest = {key: value for key, value in config.items() if key not in ("use_rslora", "lora_bias", "modules_to_save")}
+    adapter = find_adapter(plain, rest)
+    if adapter is None:
+        raise Unsupported(where, "holds no LoRA", "'wconv inspect' says what it is.")
+    adapter.check()
+    if not adapter.pairs:
+        raise BadFile(where, "holds no pair of a LoRA", "Fetch it again.")
+    lacking = [one for one in saved if not any(_is_of(name.rpartition(".")[0], one) for name in replaced)]
+    if lacking:
+        raise BadFile(where, f"lacks {lacking[0]!r}, which its config has in modules_to_save", "Fetch it again.")
+    if replaced and weight != 1:
+        problem = f"has whole modules ({name_some(sorted(replaced), _NAMED)}), which have no weight other than 1"
+        raise Unsupported(where, problem, "Leave the weight out.")
+    is_rooted = config.get("use_rslora") is True
+    alphas = read_alphas(adapter)
+    scales = {
+        pair.module: weight * alphas[pair.module] / (math.sqrt(pair.rank) if is_rooted else pair.rank)
+        for pair in adapter.pairs
+    }
+    stray = sorted(biases.keys() - scales.keys())
+    if stray:
+        raise BadFile(where, f"holds a bias for {stray[0]!r}, and no pair", "Fetch it again.")
+    return Weighted(adapter, weight, label, scales, frozenset(embeddings), biases, replaced)
+
+
+def _sort_out(
+    checkpoint: Checkpoint, config: Mapping[str, Any], saved: Collection[str]
+) -> tuple[Checkpoint, set[str], dict[str, Tensor], dict[str, Tensor]]:
+    """Give the set with pairs alone, the modules that are embeddings, the biases by module, and what is replaced."""
+    embeddings: set[str] = set()
+    biases: dict[str, Tensor] = {}
+    replaced: dict[str, Tensor] = {}
+    has_biases = config.get("lora_bias") is True
+
+    def sort(tensor: Tensor) -> Tensor | None:
+        name = tensor.name
+        if not name.startswith(PEFT_PREFIX):
+            return tensor
+        module, _, leaf = name.removeprefix(PEFT_PREFIX).rpartition(".")
+        if leaf in ("lora_embedding_A", "lora_embedding_B"):
+            embeddings.add(module)
+            return tensor._replace(name=f"{PEFT_PREFIX}{module}.lora_{leaf[-1]}.weight")
+        if has_biases and leaf == "bias" and module.endswith(".lora_B"):
+            biases[module.removesuffix(".lora_B")] = tensor
+        elif leaf in ("weight", "bias") and any(_is_of(module, one) for one in saved):
+            replaced[f"{module}.{leaf}"] = tensor
+        elif leaf == "weight" and module.endswith(".base_layer"):
+            # Of embeddings that are trained ``get_peft_model_state_dict`` saves the base's own too.
+            replaced[f"{module.removesuffix('.base_layer')}.weight"] = tensor
+        else:
+            return tensor
+        return None
+
+    files = (replace(file, tensors=tuple(filter(None, map(sort, file.tensors)))) for file in checkpoint.files)
+    return replace(checkpoint, files=tuple(files)), embeddings, biases, replaced
+
+
+def _is_of(module: str, saved: str) -> bool:
+    """Say whether a module is one that modules_to_save means, as PEFT's ``_set_trainable`` has it: by its end."""
+    return f".{module}".endswith(f".{saved}") and bool(saved)
+
+
+def find_merges(weighted: Sequence[Weighted], opened: Opened) -> dict[str, dict[str, Merge]]:
+    """Give what becomes of which tensor, by component and name. Raises BadRequest for what is for another base.
+
+    Raises Unsupported for a weight that nothing can be merged into.
+    """
+    merges: dict[str, dict[str, Merge]] = {}
+    parts = [_Part(component, checkpoint) for component, checkpoint in opened]
+    for one in weighted:
+        placed = _place_whole(one, parts) if one.adapter.form == "peft" else _place_each(one, parts)
+        _check_twice(one, placed)
+        for aim in placed:
+            _add(one, aim, merges.setdefault(aim.part.component.name, {}))
+        for name, tensor in one.replaced.items():
+            _replace(one, name, tensor, placed[0].part, merges[placed[0].part.component.name])
+    for mine in merges.values():
+        for name, merge in mine.items():
+            if right_nbytes(merge.products) > MAX_RIGHT_NBYTES:
+                problem = f"would be merged into with {right_nbytes(merge.products):,} bytes of factors"
+                raise Unsupported(repr(name), problem, "Merge fewer adapters at once.")
+    return merges
+
+
+class _Part:
+    """A component of the base, and its weights by their modules."""
+
+    def __init__(self, component: Component, checkpoint: Checkpoint) -> None:
+        self.component = component
+        self.checkpoint = checkpoint
+        self.tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+        self.modules = [name.removesuffix(_WEIGHT) for name in self.tensors if name.endswith(_WEIGHT)]
+        self._transposed: frozenset[str] | None = None
+        self._spelled: dict[str, set[str]] | None = None
+
+    def weight(self, name: str) -> Tensor | None:
+        """Give a tensor by its name, or the head that is tied."""
+        if name in self.tensors:
+            return self.tensors[name]
+        head = _tied_head(self)
+        return head if head is not None and head.name == name else None
+
+    def is_transposed(self, name: str, is_said: bool) -> bool:
+        """Say whether a square weight is a Conv1D's; where nobody knows its class, what PEFT's config says counts."""
+        if not is_said and not _MAY_HAVE_CONV1D.search(self.component.class_name):
+            return False
+        if self._transposed is None:
+            linears = find_linears(self.component, self.checkpoint.tensors)
+            self._transposed = frozenset(linears.weights[module] for module in linears.transposed)
+            if linears.unknown and is_said:
+                self._transposed |= frozenset(linears.unknown.values())
+        return name in self._transposed
+
+    def spelled(self, module: str) -> str | None:
+        """Give the module that a name with ``_`` for ``.`` stands for, if it is one alone."""
+        if self._spelled is None:
+            self._spelled = {}
+            for own in self.modules:
+                self._spelled.setdefault(own.replace(".", "_"), set()).add(own)
+        found = self._spelled.get(module.replace(".", "_"), set())
+        return next(iter(found)) if len(found) == 1 else None
+
+
+class _Aim(NamedTuple):
+    """A pair of an adapter, and the module of the base that it is for: ``own`` in a part."""
+
+    pair: Pair
+    part: _Part
+    own: str
+
+
+def _place_each(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
+    """Find the module of each pair of Diffusers' or kohya's form. Raises BadRequest where one is not there."""
+    found = [(pair, _find_module(one.adapter, pair, parts)) for pair in one.adapter.pairs]
+    lost = [pair.module for pair, aim in found if aim is None]
+    if lost:
+        raise _not_there(one, lost, len(found))
+    return [aim for _, aim in found if aim is not None]
+
+
+def _check_twice(one: Weighted, placed: Iterable[_Aim]) -> None:
+    seen: dict[tuple[str, str], str] = {}
+    for aim in placed:
+        first = seen.setdefault((aim.part.component.name, aim.own), aim.pair.module)
+        if first != aim.pair.module:
+            problem = f"has {first!r} and {aim.pair.module!r}, and both are {aim.own!r} in the base"
+            raise BadFile(one.where, problem, "Take one of them out.")
+
+
+def _not_there(one: Weighted, modules: Sequence[str], count: int) -> BadRequest:
+    named = name_some([repr(module) for module in modules], _NAMED)
+    some = f"{len(modules):,} of its {count:,} modules" if len(modules) < count else "its modules"
+    return BadRequest(one.where, f"is for {named}, and the base has no such weight ({some})", _OTHER_BASE)
+
+
+def _place_whole(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
+    """Find the one component that has all modules of an adapter of PEFT. Raises BadRequest where none has."""
+    modules = [pair.module for pair in one.adapter.pairs]
+    best: list[tuple[_Part, dict[str, str]]] = []
+    lost = modules
+    for part in parts:
+        found = _aligned(modules, part)
+        missing = [module for module in modules if module not in found]
+        if not missing:
+            best.append((part, found))
+        elif len(missing) < len(lost):
+            lost = missing
+    if len(best) > 1:
+        names = " and ".join(part.component.name for part, _ in best)
+        raise BadRequest(one.where, f"may be for each of {names}", "Choose with --component.")
+    if not best:
+        raise _not_there(one, lost, len(modules))
+    [(part, found)] = best
+    return [_Aim(pair, part, found[pair.module]) for pair in one.adapter.pairs]
+
+
+def _aligned(modules: Sequence[str], part: _Part) -> dict[str, str]:
+    """Map modules to those of the base, which may be named from another class: some words more in front, or fewer.
+
+    ``transformer.h.0.attn.c_attn`` of GPT2LMHeadModel is ``h.0.attn.c_attn`` in a file of GPT2Model.
+    """
+    head = _tied_head(part)
+    known = {*part.modules, *([_HEAD] if head else [])}
+    found = {module: module for module in modules if module in known}
+    if len(found) == len(modules):
+        return found
+    first = next(module for module in modules if module not in known)
+    words = first.split(".")
+    shorter = [".".join(words[at:]) for at in range(1, len(words)) if ".".join(words[at:]) in known]
+    longer = [name for name in part.modules if name.endswith(f".{first}")]
+    candidates: list[Callable[[str], str]] = []
+    if len(shorter) == 1:
+        cut = len(first) - len(shorter[0])
+        candidates.append(lambda module: module.removeprefix(first[:cut]))
+    if len(longer) == 1:
+        more = longer[0].removesuffix(first)
+        candidates.append(lambda module: more + module)
+    for spell in candidates:
+        mapped = {module: spell(module) if module not in known else module for module in modules}
+        if all(own in known for own in mapped.values()) and len(set(mapped.values())) == len(modules):
+            return mapped
+    return found
+
+
+def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> _Aim | None:
+    for names, spellings in _readings(adapter, pair.module):
+        for part in parts:
+            name = part.component.name
+            if name not in names and not (name == "" and _may_be(part, names)):
+                continue
+            for spelling in spellings:
+                own = part.spelled(spelling)
+                if own is not None:
+                    return _Aim(pair, part, own)
+    return None
+
+
+def _may_be(part: _Part, names: Collection[str]) -> bool:
+    """Say whether a component that is named by itself may be one of these in its pipeline."""
+    is_text = "Text" in part.component.class_name or part.component.class_name.endswith("EncoderModel")
+    return not part.component.class_name or is_text == all(name.startswith("text_encoder") for name in names)
+
+
+def _readings(adapter: Adapter, module: str) -> Iterator[tuple[Collection[str], list[str]]]:
+    """Give the components that a module's name may be of, each with the names that it may have in these."""
+    if adapter.form == "kohya":
+        prefix = next((one for one in _KOHYA_PARTS if module.startswith(one)), "")
+        rest = module.removeprefix(prefix)
+        spelled = [rest, rest.removeprefix("text_model_"), f"text_model_{rest}"]
+        in_files = [above + rest for above in _OF_FILES.get(prefix, ())]
+        yield _KOHYA_PARTS.get(prefix, _DENOISERS), [*spelled, *in_files]
+        return
+    for prefix in _ORIGINAL if adapter.form == "comfyui" else ():
+        if module.startswith(prefix):
+            rest = module.removeprefix(prefix)
+            yield _DENOISERS, [rest, f"model.diffusion_model.{rest}"]
+    first, _, rest = module.partition(".")
+    if _PARTS.fullmatch(first):
+        yield (first,), [rest, rest.removeprefix("text_model."), f"text_model.{rest}"]
+    yield _DENOISERS, [module]
+
+
+def _add(one: Weighted, aim: _Aim, merges: dict[str, Merge]) -> None:
+    """Add what a pair makes of a component's tensors to what others do."""
+    pair, part, own = aim
+    weight = part.weight(own + _WEIGHT)
+    assert weight is not None
+    scale = one.scales[pair.module]
+    _append(merges, weight.name, product_of(pair.up, pair.down, scale, _is_turned(one, aim, weight)))
+    if pair.module in one.biases:
+        _append(merges, own + _BIAS, _bias_product(one, aim))
+
+
+def _replace(one: Weighted, name: str, tensor: Tensor, part: _Part, merges: dict[str, Merge]) -> None:
+    """Let a tensor of the base be another one; what is added comes on top of that."""
+    module, _, leaf = name.rpartition(".")
+    own = _aligned([module], part).get(module, "")
+    base = part.weight(f"{own}.{leaf}") if own else None
+    if base is None:
+        raise _not_there(one, [name], len(one.replaced))
+    if base.shape != tensor.shape:
+        problem = f"holds {name!r} of {_spell(tensor.shape)}, and the base has {_spell(base.shape)}"
+        raise Unsupported(one.where, problem, "PEFT merges it into a base whose vocabulary, or head, is as large.")
+    _check_dtype(tensor)
+    _check_dtype(base)
+    before = merges.get(base.name, Merge())
+    if before.replaced is not None:
+        raise Unsupported(one.where, f"replaces {name!r}, which another adapter does too", "Merge one of them.")
+    merges[base.name] = before._replace(replaced=tensor)
+
+
+def _check_dtype(tensor: Tensor) -> None:
+    if tensor.dtype.tag not in _MERGED_DTYPES:
+        problem = f"holds {tensor.name!r} in {tensor.dtype.short_name}, and fp32, bf16 and fp16 are merged"
+        raise Unsupported(tensor.where, problem, "'wconv recast --dtype bf16' makes such numbers of it.")
+
+
+def _append(merges: dict[str, Merge], name: str, product: Product) -> None:
+    before = merges.get(name, Merge())
+    merges[name] = before._replace(products=(*before.products, product))
+
+
+def _is_turned(one: Weighted, aim: _Aim, weight: Tensor) -> bool:
+    """Say whether a weight lies as [in, out] for a pair. Raises BadRequest for one of another shape."""
+    pair = aim.pair
+    height, inner = pair.up.shape[0], _trimmed(pair.down.shape[1:])
+    for tensor in (weight, pair.up, pair.down):
+        _check_dtype(tensor)
+    is_plain = weight.shape[:1] == (height,) and _trimmed(weight.shape[1:]) == inner
+    is_other = len(weight.shape) == 2 and len(inner) == 1 and weight.shape == (inner[0], height)
+    if pair.module in one.embeddings and is_other:
+        return True
+    if (is_plain or is_other) and pair.module not in one.embeddings:
+        if is_plain and is_other:
+            return aim.part.is_transposed(weight.name, one.adapter.config.get("fan_in_fan_out") is True)
+        return is_other
+    shapes = f"{_spell(pair.up.shape)} and {_spell(pair.down.shape)}"
+    problem = f"holds {shapes} for {weight.name!r}, which is {_spell(weight.shape)} in the base"
+    raise BadRequest(one.where, problem, _OTHER_BASE)
+
+
+def _bias_product(one: Weighted, aim: _Aim) -> Product:
+    bias, base = one.biases[aim.pair.module], aim.part.tensors.get(aim.own + _BIAS)
+    if base is None:
+        raise BadRequest(one.where, f"has a bias for {aim.own!r}, which has none in the base", _OTHER_BASE)
+    if base.shape != bias.shape:
+        problem = f"holds {bias.name!r} of {_spell(bias.shape)}, and the base has {_spell(base.shape)}"
+        raise BadRequest(one.where, problem, _OTHER_BASE)
+    _check_dtype(base)
+    _check_dtype(bias)
+    return bias_of(bias, one.scales[aim.pair.module])
+
+
+def _trimmed(shape: Iterable[int]) -> tuple[int, ...]:
+    """Give a shape without the ones at its end, as a convolution of one pixel has two of."""
+    sides = list(shape)
+    while len(sides) > 1 and sides[-1] == 1:
+        sides.pop()
+    return tuple(sides)
+
+
+def _spell(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "one number"
+
+
+# Ties.
+
+_SHARED = "shared"  # T5's, which its encoder and its decoder have too
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", _SHARED)
+_HEAD = "lm_head"
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+# What has no head that a table of embeddings could be tied to.
+_HEADLESS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "WithProjection")
+
+
+def _embedding_of(part: _Part) -> Tensor | None:
+    """Give the one weight of a component that is its table of words."""
+    found = [module for module in part.modules if _leaf_of(module) in _EMBEDDINGS]
+    return part.tensors[found[0] + _WEIGHT] if len(found) == 1 else None
+
+
+def _tied_head(part: _Part) -> Tensor | None:
+    """Give the head that a causal model has not in its file, as its embedding is it, under its own name."""
+    if not part.component.class_name.endswith(_CAUSAL) or _HEAD in part.modules:
+        return None
+    embedding = _embedding_of(part)
+    # Without the prefix of the model inside it a file is that of a model without a head.
+    is_whole = embedding is not None and embedding.name.count(".") > 1
+    return embedding._replace(name=_HEAD + _WEIGHT) if embedding is not None and is_whole else None
+
+
+class Untied(NamedTuple):
+    """Tensors of which one is changed, and which are no longer one: ``heads`` are added, each beside another's name."""
+
+    heads: Mapping[str, str]
+    names: frozenset[str]
+
+
+def find_untied(component: Component, checkpoint: Checkpoint, changed: Collection[str]) -> Untied | None:
+    """Say what has to be untied, so that a change of a table of words is none of the head, or the other way round.
+
+    PEFT's ``merge_and_unload`` adds to both, and advises to untie them before (``_check_merge_allowed`` in
+    ``tuners/tuners_utils.py``): so no weight is changed but that which was trained. Raises Unsupported where it is not
+    known what is tied to what.
+    """
+    part = _Part(component, checkpoint)
+    ties = {**find_ties(checkpoint.tensors), **checkpoint.ties}
+    tied = {name for pair in ties.items() if not {*pair}.isdisjoint(changed) for name in pair}
+    words = {name for name in changed if _leaf_of(name) in (*_EMBEDDINGS, _HEAD)}
+    is_causal = component.class_name.endswith(_CAUSAL)
+    is_apart = component.class_name.endswith(_HEADLESS) and _SHARED not in map(_leaf_of, words)
+    if is_causal:
+        is_apart = component.config.get("tie_word_embeddings") is False
+    if not tied and (not words or is_apart):
+        return None
+    embedding = _embedding_of(part)
+    head = _tied_head(part)
+    known = {_HEAD + _WEIGHT, *([embedding.name] if embedding else [])}
+    is_known = is_causal and embedding is not None and tied <= known
+    if not is_known or (head is None and _HEAD not in part.modules):
+        first = min(tied or words)
+        what = component.class_name or "an unknown one"
+        problem = f"has {first!r}, which may be tied to other weights, and a merge into one is none into those ({what})"
+        raise Unsupported(checkpoint.weight_set.path, problem, "Untie them before, or merge it with PEFT.")
+    assert embedding is not None
+    return Untied({} if head is None else {head.name: embedding.name}, frozenset(known))
+
+
+def _leaf_of(name: str) -> str:
+    """Give the last word of a module's path, or of that of a weight."""
+    return name.removesuffix(_WEIGHT).rpartition(".")[2]
