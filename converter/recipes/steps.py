@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from converter.recipes.request import Request, names_file
 from converter.run.staging import find_strangers
 from converter.storage import FileRef, Place
 from converter.storage.far import CommittedStore
-from converter.tensors.base import Tensor, find_ties
+from converter.tensors.base import Tensor, WeightsFile, find_ties
 from converter.transforms.dtype import Casting, check_names, recast
 from converter.transforms.layouts.arrange import with_layout
 from converter.transforms.names import TensorNames, name_sets, rename_tensors
@@ -294,19 +294,24 @@ def _find_ties(
     choice = None if isinstance(tied, TiedName) else tied
     if isinstance(tied, TiedName):
         checkpoint = _under_name(checkpoint, tied.name)
+    if choice == "duplicate":
+        return _under_all_names(checkpoint), {}
     same = find_ties(checkpoint.tensors)
     if isinstance(tied, TiedName) and tied.name in {*same, *same.values()}:
         kept, first, choice = tied.name, same.get(tied.name, tied.name), "first"
         same = {first: kept, **{one: kept if of == first else of for one, of in same.items()}}
         del same[kept]
     if name.format == "torch":
-        names = {tensor.name for tensor in checkpoint.tensors}
-        recorded = {dropped: of for dropped, of in checkpoint.ties.items() if dropped not in names}
-        return checkpoint, {} if choice == "duplicate" else {**same, **recorded}
+        return checkpoint, {**same, **checkpoint.ties}
     ties = same if (choice or library_of(component).ties(component, name)) == "first" else {}
+    _refuse_format(checkpoint, ties)
+    return checkpoint, ties
+
+
+def _refuse_format(checkpoint: Checkpoint, ties: Container[str]) -> None:
+    """Raise Unsupported for a name in a note on ties that is the one of another note."""
     if "format" in ties:
         raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
-    return checkpoint, ties
 
 
 def _under_name(checkpoint: Checkpoint, kept: str) -> Checkpoint:
@@ -315,10 +320,28 @@ def _under_name(checkpoint: Checkpoint, kept: str) -> Checkpoint:
     if kept not in ties:
         return checkpoint
     of = ties[kept]
+    _refuse_format(checkpoint, (of,))
     names = {name: name for name in (*(tensor.name for tensor in checkpoint.tensors), *ties)}
     origins = {new: old for old, new in checkpoint.renamed.items()}
     swapped = rename_tensors(checkpoint, {**names, of: kept, kept: of})
     return replace(swapped, renamed={**checkpoint.renamed, origins.get(of, of): kept})
+
+
+def _under_all_names(checkpoint: Checkpoint) -> Checkpoint:
+    """Let a tensor that a header notes to have other names come under each of them."""
+    others: dict[str, list[str]] = {}
+    for name, of in checkpoint.ties.items():
+        others.setdefault(of, []).append(name)
+    if not others:
+        return checkpoint
+
+    def spelled_out(file: WeightsFile) -> WeightsFile:
+        tied = {name for names in others.values() for name in names}
+        notes = {key: note for key, note in file.metadata.items() if key not in tied}
+        tensors = (one._replace(name=name) for one in file.tensors for name in (one.name, *others.get(one.name, ())))
+        return replace(file, tensors=tuple(tensors), metadata=notes)
+
+    return replace(checkpoint, files=tuple(map(spelled_out, checkpoint.files)), is_renamed=True)
 
 
 def _check_growth(checkpoint: Checkpoint, ties: Mapping[str, str], expand: bool) -> tuple[str, ...]:
