@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.tiny import assert_same, names_in
+from support.tiny import assert_same, names_in, write_json
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 A, B = torch.zeros(2), torch.ones(2)
@@ -86,3 +86,28 @@ def test_a_tied_tensor_called_format_stays_under_that_name(wconv: Callable[..., 
         "to-safetensors", tmp_path / "m.safetensors", "-o", tmp_path / "out", "--tied", "a", exit_code=4
     ).stderr
     assert "has a tied tensor named 'format'" in said
+
+
+def test_a_tie_that_the_other_layout_has_not_is_refused(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    layer = "model.layers.0.mlp.experts"
+    experts = {f"{layer}.{at}.{leaf}.weight": torch.ones(2, 2) for at in "01" for leaf in ("gate_proj", "up_proj")}
+    experts |= {f"{layer}.{at}.down_proj.weight": torch.ones(2, 2) for at in "01"}
+    write_json(tmp_path / "m" / "config.json", {"model_type": "qwen3_moe", "num_experts": 2})
+    model, fused = tmp_path / "m" / "model.safetensors", tmp_path / "fused"
+    for kept, exit_code in ((f"{layer}.1.up_proj.weight", 4), ("lm_head.weight", 0)):
+        save_file({**experts, "lm_head.weight": A}, model, {"x": kept})
+        said = wconv("to-safetensors", tmp_path / "m", "-o", fused, "--experts", "fused", exit_code=exit_code).stderr
+        assert exit_code == 0 or f"notes that 'x' is {kept!r}, and they are not one tensor in the other layout" in said
+    assert notes_of(fused / "model.safetensors") == {"x": "lm_head.weight"}
+    save_file(load_file(fused / "model.safetensors"), fused / "model.safetensors", {"x": f"{layer}.down_proj"})
+    said = wconv("to-safetensors", fused, "-o", tmp_path / "apart", "--experts", "separate", exit_code=4).stderr
+    assert "notes that 'x' is" in said
+
+
+def test_sets_of_one_variant_are_chosen_by_their_files(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    write_json(tmp_path / "m" / "config.json", {})
+    for name in ("model", "consolidated"):
+        save_file({"a": A}, tmp_path / "m" / f"{name}.safetensors")
+    said = wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out.safetensors", exit_code=2).stderr
+    names = ", ".join(str(tmp_path / "m" / f"{name}.safetensors") for name in ("consolidated", "model"))
+    assert f"2 names. Name one of them as the source ({names}), or name a folder for the output." in said

@@ -160,16 +160,26 @@ def _only_set(model: Model, request: Request, output: Place) -> tuple[Model, Req
     """
     selected = select_sets(model, request.selection, request.writing.naming, request.publishing.keeps_output_last)
     if len(selected) > 1:
-        names = sorted({component.name for component, _ in selected})
-        option = "--component" if len(names) > 1 else "--from-variant"
-        choice = names if len(names) > 1 else [one.name.variant or "none" for _, one in selected]
-        advice = f"Choose with {option} ({name_some(choice, _MOST_NAMED)}), or name a folder for the output."
-        what = "components" if len(names) > 1 else "variants"
-        raise BadRequest(output, f"is one file, and {model.path} has weights of {len(choice)} {what}", advice)
+        raise BadRequest(output, *_why_not_one(model, selected))
     [(component, weight_set)] = selected
     component = replace(component, name="", weight_sets=(weight_set,))
     alone = Model(model.path, component.path, "file", (component,), model.class_name)
     return alone, replace(request, selection=replace(request.selection, components=()))
+
+
+def _why_not_one(model: Model, selected: _Selected) -> tuple[str, str]:
+    """Say that there are several sets, and how one is chosen: by its component, its variant, or its file."""
+    components = sorted({component.name for component, _ in selected})
+    variants = [one.name.variant or "none" for _, one in selected]
+    files = [str(one.path) for _, one in selected]
+    if len(components) > 1:
+        choice, what, how = components, "components", "Choose with --component"
+    elif len(set(variants)) == len(variants):
+        choice, what, how = variants, "variants", "Choose with --from-variant"
+    else:  # as model.safetensors and consolidated.safetensors
+        choice, what, how = files, "names", "Name one of them as the source"
+    problem = f"is one file, and {model.path} has weights of {len(choice)} {what}"
+    return problem, f"{how} ({name_some(choice, _MOST_NAMED)}), or name a folder for the output."
 
 
 def _note_left(model: Model) -> list[str]:
