@@ -111,3 +111,21 @@ def test_sets_of_one_variant_are_chosen_by_their_files(wconv: Callable[..., Any]
     said = wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out.safetensors", exit_code=2).stderr
     names = ", ".join(str(tmp_path / "m" / f"{name}.safetensors") for name in ("consolidated", "model"))
     assert f"2 names. Name one of them as the source ({names}), or name a folder for the output." in said
+
+
+def test_what_is_there_and_is_no_weight_file_is_seen_before_anything_is_written(
+    wconv: Callable[..., Any], tmp_path: Path
+) -> None:
+    for name in "ab":
+        save_file({"x": A}, tmp_path / f"{name}.safetensors")
+    half = tmp_path / "out" / "a.safetensors"
+    write_json(half, "half")
+    sources = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    said = wconv("to-safetensors", sources[0], "-o", tmp_path / "out", exit_code=5).stderr
+    assert f"{half}: exists, and is not what would be written: a.safetensors has 7 bytes and not " in said
+    said = wconv("to-safetensors", *sources, "-o", tmp_path / "out", "--skip-existing").stdout
+    assert said.endswith("\n1 of 2 converted; 1 there already.\n")
+    assert half.read_text() == '"half"\n'
+    wconv("to-safetensors", sources[0], "-o", tmp_path / "out", "--overwrite")
+    assert_same(load_file(half), {"x": A})
+    assert names_in(tmp_path / "out") == ["a.safetensors", "b.safetensors"]

@@ -425,19 +425,25 @@ def _with_card(
 
 def _find_existing(target: Target, components: Iterable[Component]) -> dict[str, tuple[WeightSet, ...]]:
     folders = {component.name: target.folder / component.name for component in components}
-    return {name: find_weight_sets(folder) for name, folder in folders.items() if folder.is_folder()}
+    return {name: _sets_in(folder) for name, folder in folders.items() if folder.is_folder()}
+
+
+def _sets_in(folder: Place) -> tuple[WeightSet, ...]:
+    """List the sets in a folder, and with them what has the name of one and is no weight file, such as half of one."""
+    found = find_weight_sets(folder)
+    known = {name for weight_set in found for name in weight_set.all_names}
+    others = ((entry, parse_name(entry.name)) for entry in folder.entries() if entry.name not in known)
+    singles = ((entry, parsed.name) for entry, parsed in others if parsed and parsed.role == "single")
+    return (*found, *(WeightSet(folder, name, (entry.name,)) for entry, name in singles if entry.is_file()))
 
 
 def _check_named(plan: Plan, name: WeightsName, request: Request) -> None:
-    """Hold a plan for one named file against the name, and against what bears it and is no weight file."""
-    place = plan.target.folder / name.single
+    """Raise BadRequest for a plan of more than the one file that is named."""
     if len(plan.files) > 1:
         limit = request.writing.max_shard_size
         problem = f"is one file, and shards of at most {limit:,.0f} bytes are {len(plan.files)}"
-        raise BadRequest(place, problem, "Use --max-shard-size none, or name a folder.")
-    is_known = any(old.name == name for old in plan.target.existing.get("", ()))
-    if plan.sets and place.is_taken() and not (is_known or plan.overwrite):
-        raise OutputExists(place, "exists", "Use --overwrite to replace it, or another -o.")
+        advice = "Use --max-shard-size none, or name a folder."
+        raise BadRequest(plan.target.folder / name.single, problem, advice)
 
 
 def _refuse_beside(selected: _Selected, request: Request) -> None:
