@@ -253,6 +253,13 @@ def test_kohya_and_diffusers_name_the_same(tmp_path: Path, capsys: pytest.Captur
     assert found == {
         path.relative_to(tmp_path / "out_d"): path.read_bytes() for path in (tmp_path / "out_d").rglob("*.*")
     }
+    # A part that is quantized is in nobody's way, unless an adapter is for it.
+    config = {"_class_name": "UNet2DConditionModel", "quantization_config": {"quant_method": "fp8"}}
+    write_json(base / "unet/config.json", config)
+    code, said = run(capsys, base, tmp_path / "k.safetensors", "-o", tmp_path / "x")
+    assert (code, "is quantized" in said) == (4, True)
+    save_file({name: one for name, one in kohya.items() if "_te_" in name}, tmp_path / "te.safetensors")
+    assert run(capsys, base, tmp_path / "te.safetensors", "-o", tmp_path / "x")[0] == 0
     # The other variant of what was changed is not the merged one, so it does not go along.
     assert sorted(path.name for path in (tmp_path / "out_k/text_encoder").iterdir()) == [
         "config.json",
@@ -265,7 +272,7 @@ def test_adapters_beside_the_base_stay_there(tmp_path: Path, capsys: pytest.Capt
     base, adapter = write_base(tmp_path / "base"), write_peft(tmp_path / "a", pair(Q, 6, 8))
     for path in adapter.iterdir():
         path.rename(base / path.name)
-    code, _ = run(capsys, base, base / "adapter_model.safetensors", "-o", tmp_path / "out")
+    code, _ = run(capsys, base, base, "-o", tmp_path / "out")
     assert code == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(base / "model.safetensors").keys()
