@@ -94,6 +94,10 @@ class OutputRefused(WconvError):
     exit_code = 5
 
 
+class OutputExists(OutputRefused):
+    """The output is there already, of whatever run."""
+
+
 class LossyCast(WconvError):
     """The cast would lose values."""
 

@@ -19,8 +19,9 @@ from converter.tensors.derived import Constant
 from converter.tensors.reader import RangeReader
 from converter.transforms.layouts.operations import CONCAT, PIXEL, SWAP, TRANSPOSE, Concat, Rotary, Stack
 from converter.transforms.layouts.rows import Row, put_together, renamings, take_apart
-from converter.transforms.single_file.families import FAMILIES, Part
+from converter.transforms.single_file.family import Part
 from converter.transforms.single_file.pipeline import CONFIGS
+from converter.transforms.single_file.stable_diffusion import FAMILIES
 
 ROWS = [
     *renamings({"block.{}.*": "layers.{}.*", "block.7.*": "last.*", "head": "lm_head.weight"}),
@@ -179,8 +180,8 @@ def test_more_parts_than_any_model_has_are_refused() -> None:
 # Stable Diffusion's tables.
 
 KINDS = {family.folder: family for family in FAMILIES}
-# What has no row: OpenCLIP's last layer, its projection where the class has none, and numbers that are no weights.
-LEFT = re.compile(r"transformer\.resblocks\.\d+\..+|text_projection|text_model\.embeddings\.position_ids")
+# What has no row: OpenCLIP's last layer, and its projection where the class has none.
+LEFT = re.compile(r"transformer\.resblocks\.\d+\..+|text_projection")
 
 
 def there_and_back(tensors: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -192,7 +193,8 @@ def there_and_back(tensors: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[s
 
 
 def of_part(part: Part, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(part.prefix): value for name, value in state.items() if name.startswith(part.prefix)}
+    prefix = part.prefixes[0]
+    return {name.removeprefix(prefix): value.float() for name, value in state.items() if name.startswith(prefix)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,7 +248,8 @@ def test_no_two_rows_claim_one_name(kind: str) -> None:
     for name in ("unet", "vae"):  # CLIP's names have several forms, of which the first is written
         rows = KINDS[kind].parts[name].rows(json.loads((CONFIGS / kind / name / "config.json").read_text()))
         assert all(holes(row.whole) == holes(part) for row in rows for part in row.parts)
-        for patterns in ([row.whole for row in rows], [part for row in rows for part in row.parts]):
+        wholes = list(dict.fromkeys(row.whole for row in rows))  # a VAE's attention had other names, which are read
+        for patterns in (wholes, [part for row in rows for part in row.parts]):
             by_form: dict[tuple[str, int], list[str]] = {}
             for pattern in patterns:
                 by_form.setdefault((pattern.partition(".")[0], pattern.count(".")), []).append(pattern)

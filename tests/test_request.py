@@ -39,6 +39,7 @@ from converter import (
 )
 from converter.dtypes import DTYPES
 from converter.run.journal import Run
+from converter.transforms.names import TensorNames
 
 STATE = make_state()
 HALF = {name: tensor.half() for name, tensor in STATE.items()}
@@ -49,7 +50,13 @@ HALF = {name: tensor.half() for name, tensor in STATE.items()}
     [
         ({"on_overflow": "clip"}, "'clip': is no on_overflow. It is one of 'error', 'saturate', 'inf'."),
         ({"format": "gguf"}, "'gguf': is no format. It is one of 'safetensors', 'torch', None."),
-        ({"tied": "both"}, "'both': is no tied. It is one of 'first', 'duplicate', None."),
+        ({"tied": 3}, "3: is no tied. It is one of 'first', 'duplicate', None, or a tensor's name."),
+        ({"only": "("}, "'(': is no regular expression "),
+        ({"rename": [("(a", "b")]}, "'(a': is no regular expression "),
+        ({"rename": [("a", r"\1")]}, "is no replacement for 'a' (invalid group reference 1 "),
+        ({"rename": [("a", r"\g<b>")]}, "is no replacement for 'a' ("),
+        ({"rename": ["a=b"]}, "'a=b': is no pair of a regular expression and a replacement."),
+        ({"overwrite": True, "skip_existing": True}, "--skip-existing: leaves what --overwrite replaces. Choose one."),
         ({"dtype": "bf17"}, "'bf17': is no dtype to cast to. It is one of fp32, bf16, fp16, fp8_e4m3fn, fp8_e5m2."),
         ({"dtype": DTYPES["I64"]}, "is no dtype to cast to. "),
         ({"dtype": torch.float16}, "torch.float16: is no dtype to cast to. "),
@@ -84,7 +91,7 @@ def test_each_option_goes_to_the_group_that_has_it() -> None:
         Casting(DTYPES["BF16"]),
         Writing(variant="x"),
         Publishing(overwrite=True),
-        "a.",
+        TensorNames(strip_prefix="a."),
     )
     forced = Request.of("m", force=True)
     assert (forced.casting.force, forced.writing.force) == (True, True)

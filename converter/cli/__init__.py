@@ -29,6 +29,8 @@ COMMANDS = {
     "reshard": "Write a model in shards of another size, or in one file.",
     "rename-variant": "Give a variant another tag; no weights are moved.",
     "to-bin": "Write weight sets as torch .bin, the way back.",
+    "to-single-file": "Write a Diffusers pipeline as one file for ComfyUI or A1111.",
+    "to-diffusers": "Write such a file as a Diffusers pipeline.",
     "prepare-coreml": "Make a pipeline ready for conversion to Core ML.",
     "convert-lora": "Write a LoRA adapter under the names of another program.",
     "doctor": "Say what is wrong with a folder of weights, and mend it.",
@@ -80,14 +82,30 @@ def main(args: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return 2
-    except WconvError as error:
-        return _report(error)
-    except OSError as error:
-        return _report(SystemRefused.from_os_error(error))
     except Exception as error:
-        lacking = _what_is_lacking(error)
-        advice = "Raise the limit (ulimit), or close programs."
-        return _report(SystemRefused("the operating system", f"gives no more {lacking}", advice) if lacking else error)
+        return tell_error(error)
+
+
+def tell_error(error: Exception) -> int:
+    """Say what went wrong, in one line on stderr unless it is a bug, and give the exit code."""
+    return _report(_ours(error))
+
+
+def code_of(error: Exception) -> int:
+    """Give the exit code of an error."""
+    ours = _ours(error)
+    return ours.exit_code if isinstance(ours, WconvError) else EXIT_BUG
+
+
+def _ours(error: Exception) -> Exception:
+    """Give an error as one of ours, where it is not a bug."""
+    if isinstance(error, WconvError):
+        return error
+    if isinstance(error, OSError):
+        return SystemRefused.from_os_error(error)
+    lacking = _what_is_lacking(error)
+    advice = "Raise the limit (ulimit), or close programs."
+    return SystemRefused("the operating system", f"gives no more {lacking}", advice) if lacking else error
 
 
 # As the loader of libraries says it (``_dl_map_segments`` and ``_dl_signal_error`` in glibc's ``elf/``).

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from converter.cli.report import Needs, plan_as_json, show_plan, show_result
-from converter.cli.terminal import memory_in_use, open_meter, show_json
+from converter.cli.terminal import JsonList, memory_in_use, open_meter, show_json
 from converter.plan.types import Plan
 from converter.recipes.convert import plan_conversion
 from converter.recipes.request import Prepared, Request, prepare
@@ -28,7 +28,7 @@ Options = dict[str, Any]
 
 
 class RunOptions(NamedTuple):
-    """How a command is to run and what it is to print, whatever comes of it."""
+    """How a command is to run and what it is to print, whatever comes of it; ``of_many`` tells of several sources."""
 
     executor: str | None = None
     workers: int | None = None
@@ -38,6 +38,12 @@ class RunOptions(NamedTuple):
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False
+    keep_going: bool = False
+    of_many: JsonList | None = None
+
+    def show_json(self, content: Any) -> None:
+        """Print a result, or add it to those of other sources."""
+        (self.of_many.add if self.of_many else show_json)(content)
 
     @property
     def is_told(self) -> bool:
@@ -94,9 +100,9 @@ def run_prepared(prepared: Prepared, job: Run, more: Mapping[str, Any] | None = 
         content = {**plan_as_json(plan), **more} if plan else {}
         content |= {"url": result.told} if result.told else {}
         content = {**content, "too_large": dict(result.too_large), "seconds": result.seconds}
-        show_json({**content, "peak_memory_nbytes": peak_nbytes, "dry_run": False})
+        run.show_json({**content, "peak_memory_nbytes": peak_nbytes, "dry_run": False})
     elif not run.quiet:
-        show_result(result, peak_nbytes, run.verbose)
+        show_result(result, peak_nbytes, run.verbose, is_alone=run.of_many is None)
 
 
 def _run(plan: Plan | None, request: str, job: Run) -> tuple[Result, int]:
@@ -130,10 +136,10 @@ def _show_dry_run(plan: Plan, job: Run, more: Mapping[str, Any]) -> None:
     free = None if plan.target.folder.store.is_far else free_nbytes(plan.target.real.path)
     needs = Needs(str(job.choice), memory_nbytes, free, seconds, read, sent)
     if run.as_json:
-        show_json({**plan_as_json(plan), **more, "dry_run": True, **needs.as_json()})
+        run.show_json({**plan_as_json(plan), **more, "dry_run": True, **needs.as_json()})
     elif run.quiet:
         return
     elif plan.sets and not plan.is_there:
-        show_plan(plan, needs)
+        show_plan(plan, needs, run.verbose)
     else:
         show_result(Result(plan, 0.0), 0, False)

@@ -6,14 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import FULL_TARGETS, DTypeName, folder_or_file_option, some_conversion_options, source_arg
+from converter.cli.options import (
+    FULL_TARGETS,
+    MANY_OPTIONS,
+    NAMES_OPTIONS,
+    DTypeName,
+    folder_or_file_option,
+    some_conversion_options,
+    sources_arg,
+)
 
 if TYPE_CHECKING:
     from converter.storage import Place
 
 
 @click.command("dequantize")
-@source_arg
+@sources_arg
 @folder_or_file_option
 @click.option(
     "--dtype",
@@ -23,10 +31,10 @@ if TYPE_CHECKING:
     "scheme has it; the rest as it is).",
 )
 @some_conversion_options(
-    "from-variant", "component", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "follow-links", "create",
-    "private", "pr", "verify", "dry-run",
+    "from-variant", "component", "max-shard-size", *NAMES_OPTIONS, "keep-fp32", "on-overflow", "overwrite",
+    *MANY_OPTIONS, "follow-links", "create", "private", "pr", "verify", "dry-run",
 )  # fmt: skip
-def command(source: Place, **options: Any) -> None:
+def command(sources: tuple[Place, ...], **options: Any) -> int:
     """Write the quantized weights of SRC, a folder or a file, as plain numbers again.
 
     The result loads anywhere, without the library that quantized it, and can be trained and converted; what rounding
@@ -40,6 +48,12 @@ def command(source: Place, **options: Any) -> None:
     wconv dequantize ./model-int8 -o ./model-fp16 --dtype fp16
     wconv dequantize flux-fp8.safetensors -o flux-bf16.safetensors
     """
+    from converter.cli.many import run_each
+
+    return run_each(sources, options, _dequantize)
+
+
+def _dequantize(source: Place, options: dict[str, Any]) -> None:
     from converter.cli.convert import open_run, run_prepared, take_run
     from converter.recipes.dequantize import plan_dequantized
     from converter.recipes.request import Request, prepare

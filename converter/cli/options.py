@@ -73,6 +73,20 @@ class ExecutorName(click.ParamType[str]):
         return str(value)
 
 
+class Replacement(click.ParamType[tuple[str, str]]):
+    """A regular expression and what is put in the place of all that it finds, with a ``=`` between: the last one."""
+
+    name = "REGEX=NEW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if not isinstance(value, str):
+            return tuple(value)
+        regex, equals, replacement = value.rpartition("=")
+        if not (equals and regex):
+            self.fail(f"{value!r} is no REGEX=NEW, such as '^model\\.='.", param, ctx)
+        return regex, replacement
+
+
 class PlaceType(click.Path):
     """A file or folder; the empty text that a variable holds if it is unset is none, and least the current folder.
 
@@ -120,6 +134,14 @@ FULL_TARGETS = ("fp32", "bf16", "fp16")
 
 source_arg = click.argument("source", metavar="[SRC]", default=".", type=PlaceType(is_read=True))
 
+
+def _or_here(ctx: click.Context, param: click.Parameter, places: tuple[Place, ...]) -> tuple[Place, ...]:
+    """Give the current folder where nothing is named."""
+    return places or (param.type.convert(".", param, ctx),)
+
+
+sources_arg = click.argument("sources", metavar="[SRC]...", nargs=-1, type=PlaceType(is_read=True), callback=_or_here)
+
 new_folder_option = click.option(
     "-o", "--output", type=PlaceType(), metavar="OUT", required=True, help="The new folder, or URL of one."
 )
@@ -130,7 +152,7 @@ folder_or_file_option = click.option(
     type=PlaceType(),
     metavar="OUT",
     required=True,
-    help="The new folder, or URL of one; or a file for a file.",
+    help="The new folder, or URL of one; or a file for a file; of several SRC, the folder around what each gives.",
 )
 
 _RUN_OPTIONS = (
@@ -159,7 +181,7 @@ _OUTPUT_OPTIONS = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("-v", "--verbose", is_flag=True, help="Print every file."),
 )
-_DTYPE = click.option(
+dtype_option = click.option(
     "--dtype", type=DTypeName(), metavar="DTYPE", help=f"Cast floating tensors: {', '.join(RECAST_TARGETS)}."
 )
 _CONVERSION_OPTIONS = {
@@ -168,7 +190,8 @@ _CONVERSION_OPTIONS = {
         "--output",
         type=PlaceType(),
         metavar="OUT",
-        help="Write to this new folder (or file), or URL of one, instead of beside the source.",
+        help="Write to this new folder (or file), or URL of one, instead of beside the source; of several SRC, the "
+        "folder around what each gives.",
     ),
     "variant": click.option(
         "--variant", metavar="TAG|none", help="Tag the output's names with this; none takes a tag away."
@@ -190,8 +213,9 @@ _CONVERSION_OPTIONS = {
     ),
     "tied": click.option(
         "--tied",
-        type=click.Choice(["first", "duplicate"]),
-        help="Write tied tensors once, or under each name (default: as the model's loader wants it).",
+        metavar="first|duplicate|NAME",
+        help="Write tied tensors once, under their first name or this one, or under each (default: as the model's "
+        "loader wants it).",
     ),
     "key": click.option(
         "--key",
@@ -209,11 +233,30 @@ _CONVERSION_OPTIONS = {
         metavar="FOLDER",
         help="Take config and tokenizer from this folder (default: what lies with SRC, or a trainer keeps near it).",
     ),
+    "only": click.option(
+        "--only",
+        multiple=True,
+        metavar="REGEX",
+        help="Write only tensors in whose names, as they are in SRC, this is found; repeatable.",
+    ),
+    "drop": click.option(
+        "--drop", multiple=True, metavar="REGEX", help="Leave out tensors in whose names this is found; repeatable."
+    ),
     "strip-prefix": click.option(
         "--strip-prefix",
         default="",
         metavar="PREFIX",
         help="Take this off the names of tensors, such as module. or _orig_mod.",
+    ),
+    "rename": click.option(
+        "--rename",
+        multiple=True,
+        type=Replacement(),
+        metavar="REGEX=NEW",
+        help=r"Put NEW (which may hold \\1) in the place of what this finds in names; repeatable, one after the other.",
+    ),
+    "add-prefix": click.option(
+        "--add-prefix", default="", metavar="PREFIX", help="Put this before the names of all tensors, last of all."
     ),
     "strip-code": click.option(
         "--strip-code",
@@ -243,6 +286,14 @@ _CONVERSION_OPTIONS = {
     ),
     "force": click.option("--force", is_flag=True, help="Recast quantized models; write what only some loaders read."),
     "overwrite": click.option("--overwrite", is_flag=True, help="Replace output that is there."),
+    "skip-existing": click.option(
+        "--skip-existing", is_flag=True, help="Leave output that is there as it is, say so, and go on."
+    ),
+    "keep-going": click.option(
+        "--keep-going",
+        is_flag=True,
+        help="Of several SRC convert the others where one fails; the exit code is the highest of all.",
+    ),
     "delete-source": click.option(
         "--delete-source", is_flag=True, help="Remove the converted files once every value was compared."
     ),
@@ -265,10 +316,36 @@ _CONVERSION_OPTIONS = {
 }
 
 
+_LAYOUT_OPTIONS = (
+    click.option(
+        "--experts",
+        type=click.Choice(["fused", "separate"]),
+        help="Write experts as one tensor a layer, or each by itself (default: as they are).",
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(["meta", "transformers"]),
+        help="Write Llama or Mistral with the names and rows of Meta and torchtitan, or of transformers.",
+    ),
+)
+
+
+def layout_options(command: _F) -> _F:
+    """Give a command the options on how a model's weights are arranged."""
+    return _apply(_LAYOUT_OPTIONS, command)
+
+
 def reading_options(command: _F) -> _F:
     """Give a command the options on what is read of a pickled checkpoint, and under which names."""
     names = ("key", "flatten", "strip-prefix", "strip-code", "skip-unreadable")
     return _apply(tuple(_CONVERSION_OPTIONS[name] for name in names), command)
+
+
+NAMES_OPTIONS = ("only", "drop", "strip-prefix", "rename", "add-prefix", "tied")
+"""Those on which tensors are written, and under which names."""
+
+MANY_OPTIONS = ("skip-existing", "keep-going")
+"""Those for several sources."""
 
 
 def run_options(command: _F) -> _F:
@@ -283,7 +360,7 @@ def output_options(command: _F) -> _F:
 
 def conversion_options(command: _F) -> _F:
     """Give a command all options of a conversion."""
-    return _apply((_DTYPE, *_CONVERSION_OPTIONS.values(), *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
+    return _apply((dtype_option, *_CONVERSION_OPTIONS.values(), *_RUN_OPTIONS, *_OUTPUT_OPTIONS), command)
 
 
 def some_conversion_options(*names: str) -> Callable[[_F], _F]:

@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import FULL_TARGETS, DTypeName, folder_or_file_option, some_conversion_options, source_arg
+from converter.cli.options import (
+    FULL_TARGETS,
+    MANY_OPTIONS,
+    NAMES_OPTIONS,
+    DTypeName,
+    folder_or_file_option,
+    some_conversion_options,
+    sources_arg,
+)
 from converter.cli.terminal import echo, open_meter, printable, show_bytes, show_table
 
 if TYPE_CHECKING:
     from converter.plan.types import Plan, QuantizedPart
     from converter.storage import Place
+    from converter.transforms.quantize.modules import ModuleChoice
     from converter.transforms.quantize.write import Writer
 
 _NAMED = 8  # of the modules that stay; -v lists all
@@ -44,7 +53,7 @@ class _SchemeName(click.Choice[str]):
 
 
 @click.command("quantize")
-@source_arg
+@sources_arg
 @folder_or_file_option
 @click.option("--scheme", type=_SchemeName(SCHEMES), default="int8", show_default=True, help="What it is written in.")
 @click.option(
@@ -68,9 +77,11 @@ class _SchemeName(click.Choice[str]):
 @some_conversion_options(
     "from-variant",
     "max-shard-size",
+    *NAMES_OPTIONS,
     "keep-fp32",
     "on-overflow",
     "overwrite",
+    *MANY_OPTIONS,
     "follow-links",
     "create",
     "private",
@@ -79,8 +90,13 @@ class _SchemeName(click.Choice[str]):
     "dry-run",
 )
 def command(
-    source: Place, scheme: str, include: tuple[str, ...], skip: tuple[str, ...], strict: bool, **options: Any
-) -> None:
+    sources: tuple[Place, ...],
+    scheme: str,
+    include: tuple[str, ...],
+    skip: tuple[str, ...],
+    strict: bool,
+    **options: Any,
+) -> int:
     """Write the linear modules of SRC, a model's or a pipeline's folder, or a file, in 8 or 4 bits.
 
     int8 is LLM.int8 of bitsandbytes, and nf4 its 4 bits, in blocks of 64 that share a scale.
@@ -101,15 +117,22 @@ def command(
     """
     from functools import partial
 
+    from converter.cli.many import run_each
+    from converter.transforms.quantize.modules import ModuleChoice
+
+    return run_each(sources, options, partial(_quantize, scheme=scheme, choice=ModuleChoice(include, skip, strict)))
+
+
+def _quantize(source: Place, options: dict[str, Any], scheme: str, choice: ModuleChoice) -> None:
+    from functools import partial
+
     from converter.cli.convert import open_run, run_prepared, take_run
     from converter.recipes.quantize import Measuring, plan_quantized, writer_of
     from converter.recipes.request import Request, prepare
-    from converter.transforms.quantize.modules import ModuleChoice
 
     writer = writer_of(scheme, source)
     run = take_run(options)
     request = Request.of(source, **options)
-    choice = ModuleChoice(include, skip, strict)
     with open_run(request, run, computes=True) as job:
         with open_meter(None, "looking", run.quiet) as meter:
             measuring = Measuring(job.workers, int(run.memory), meter)

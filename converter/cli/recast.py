@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import conversion_options, source_arg
+from converter.cli.options import conversion_options, layout_options, sources_arg
 
 if TYPE_CHECKING:
     from converter.storage import Place
 
 
 @click.command("recast")
-@source_arg
+@sources_arg
+@layout_options
 @conversion_options
-def command(source: Place, **options: Any) -> None:
+def command(sources: tuple[Place, ...], **options: Any) -> int:
     """Write the floating tensors of SRC in another dtype, as a variant beside it or into a new folder.
 
     Beside the source, and in a new folder for Diffusers, the files are tagged with the dtype's name, so that loaders
@@ -30,8 +31,8 @@ def command(source: Place, **options: Any) -> None:
     wconv recast ./model --dtype fp16 -o ./small           a new folder with that alone
     wconv recast ./model --dtype bf16 --variant none -o ./small    the same under plain names
     """
-    from converter.cli.convert import run_conversion
+    from converter.cli.many import run_conversions
 
     if options["dtype"] is None:
         raise click.UsageError("Say which dtype: --dtype bf16, for example.")
-    run_conversion(source, options, every_variant=False, tag_dtype=True)
+    return run_conversions(sources, options, every_variant=False, tag_dtype=True)

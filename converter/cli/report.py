@@ -33,6 +33,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
                 "index": planned.index[0] if planned.index else None,
                 "tensors": planned.tensor_count,
                 "tied": dict(planned.ties),
+                "renamed": dict(planned.renamed),
                 "kept_fp32": [name for name, dtype in planned.kept.items() if dtype.tag == "F32"],
                 "kept": {name: dtype.short_name for name, dtype in planned.kept.items()},
             }
@@ -78,8 +79,8 @@ class Needs(NamedTuple):
         }
 
 
-def show_plan(plan: Plan, needs: Needs) -> None:
-    """Print what a plan would write, and what that takes."""
+def show_plan(plan: Plan, needs: Needs, verbose: bool = False) -> None:
+    """Print what a plan would write, and what that takes; of other names all, if ``verbose``."""
     rows = [(shard.path, str(len(shard.tensors)), show_bytes(shard.nbytes)) for shard in plan.files]
     rows += [(name, "", show_bytes(len(content))) for name, content in plan.texts]
     show_commits(plan.source.path)
@@ -90,6 +91,7 @@ def show_plan(plan: Plan, needs: Needs) -> None:
         echo(printable(f"Would carry over {_carried(plan)}."))
     for name in plan.removed:
         echo(printable(f"Would remove {name}"))
+    _show_renamed(plan, None if verbose else _LISTED)
     _show_remarks(plan, every=True)
     nbytes = plan.nbytes + _carried_nbytes(plan)
     where = ""
@@ -109,8 +111,8 @@ def show_plan(plan: Plan, needs: Needs) -> None:
     echo(f"Runs on {needs.workers}: {seconds} of work for one of them, and what the disk takes to write.")
 
 
-def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
-    """Print what was written, how fast, and how to load it."""
+def show_result(result: Result, peak_nbytes: int, verbose: bool, is_alone: bool = True) -> None:
+    """Print what was written and how fast; how to load it, where that ``is_alone``, and not one of many."""
     plan = result.plan
     if plan is None:
         echo("An earlier run had been stopped while it published its files; that is finished now.")
@@ -124,6 +126,7 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     if verbose:
         for name in [*(shard.path for shard in plan.files), *(name for name, _ in (*plan.texts, *plan.copied))]:
             echo(f"wrote {printable(name)}")
+    _show_renamed(plan, None if verbose else 0)
     _show_remarks(plan, verbose)
     for name in plan.removed:
         echo(printable(f"Removed {name}"))
@@ -142,7 +145,8 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool) -> None:
     echo(_how_it_went(result, peak_nbytes))
     if result.left_over:
         echo(printable(f"Left over: {result.left_over}."))
-    _show_next(plan, result.told)
+    if is_alone:
+        _show_next(plan, result.told)
 
 
 def _show_next(plan: Plan, told: str) -> None:
@@ -191,6 +195,23 @@ def _how_it_went(result: Result, peak_nbytes: int) -> str:
         f"Wrote {show_bytes(written)} to {result.plan.target.folder}{kept} in {result.seconds:.1f} s ({rate}/s) "
         f"with {show_bytes(peak_nbytes)} of memory{checked}."
     )
+
+
+def _show_renamed(plan: Plan, most: int | None) -> None:
+    """Say which tensors get other names: those that differ in numbers alone as one, and so many at most; None: all."""
+    for planned in plan.sets:
+        if not planned.renamed:
+            continue
+        pairs = [f"{old} -> {new}" for old, new in planned.renamed.items()]
+        told = pairs if most is None else list(fold_modules(pairs)) if most else []
+        hint = " (-v lists them)" if len(told[:most]) < len(told) or most == 0 else ""
+        echo(printable(f"Renamed in {planned.source.label}: {_tensors(len(pairs))}{hint}"))
+        for line in told[:most]:
+            echo(printable(f"    {line}"))
+
+
+def _tensors(count: int) -> str:
+    return f"{count:,} tensor{'s' * (count != 1)}"
 
 
 def _show_remarks(plan: Plan, every: bool) -> None:

@@ -112,6 +112,37 @@ def show_json(content: Any) -> None:
     _print(json.dumps(content, indent=2))  # in ASCII, and control characters are spelled
 
 
+class JsonList:
+    """Prints results as one JSON list, each as it comes; where it ``is_shown``, else nothing."""
+
+    def __init__(self, is_shown: bool) -> None:
+        self._is_shown = is_shown
+        self._before = "["
+
+    @classmethod
+    @contextmanager
+    def opened(cls, is_shown: bool) -> Iterator[JsonList]:
+        """Give a list, whose end is printed whatever happens."""
+        results = cls(is_shown)
+        try:
+            yield results
+        finally:
+            results.end()
+
+    def add(self, content: Any) -> None:
+        """Print one result more."""
+        import json
+
+        if self._is_shown:
+            _print(f"{self._before}{json.dumps(content, indent=2)}")
+            self._before = ","
+
+    def end(self) -> None:
+        """Print the end."""
+        if self._is_shown:
+            _print("[]" if self._before == "[" else "]")
+
+
 def memory_in_use() -> int:
     """Give the bytes of memory that this process takes, and those that work for it."""
     return _own_memory() + (_workers_memory() if "multiprocessing.process" in sys.modules else 0)

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import conversion_options, source_arg
+from converter.cli.options import conversion_options, sources_arg
 
 if TYPE_CHECKING:
     from converter.storage import Place
 
 
 @click.command("to-bin")
-@source_arg
+@sources_arg
 @conversion_options
-def command(source: Place, **options: Any) -> None:
+def command(sources: tuple[Place, ...], **options: Any) -> int:
     """Write every weight set of SRC as torch .bin files, beside it or into a new folder.
 
     Any torch since 1.6 opens them, with weights_only=True and mmap=True. Tied tensors noted in a header are tied again.
@@ -24,6 +24,6 @@ def command(source: Place, **options: Any) -> None:
     wconv to-bin ./model -o ./for-an-old-tool
     wconv to-bin ./model/unet --max-shard-size none    one file: no Diffusers pipeline loads sharded .bin
     """
-    from converter.cli.convert import run_conversion
+    from converter.cli.many import run_conversions
 
-    run_conversion(source, options, format="torch")
+    return run_conversions(sources, options, format="torch")

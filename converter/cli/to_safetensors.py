@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import conversion_options, source_arg
+from converter.cli.options import conversion_options, layout_options, sources_arg
 
 if TYPE_CHECKING:
     from converter.storage import Place
 
 
 @click.command("to-safetensors")
-@source_arg
+@sources_arg
+@layout_options
 @conversion_options
-def command(source: Place, **options: Any) -> None:
+def command(sources: tuple[Place, ...], **options: Any) -> int:
     """Write every weight set of SRC in safetensors, beside it or into a new folder.
 
     SRC is a weight file, an index, a model folder, a Diffusers pipeline folder or a training checkpoint (FSDP,
@@ -29,6 +30,6 @@ def command(source: Place, **options: Any) -> None:
     wconv to-safetensors ./checkpoint-500 -o ./converted --dtype bf16 --config ./base-model   of a training run
     wconv to-safetensors hf://org/model -o s3://bucket/model   with no disk between
     """
-    from converter.cli.convert import run_conversion
+    from converter.cli.many import run_conversions
 
-    run_conversion(source, options)
+    return run_conversions(sources, options)

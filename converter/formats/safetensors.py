@@ -69,7 +69,7 @@ def parse_header(raw: bytes, file_nbytes: int, file: FileRef) -> WeightsFile:
     # Each entry goes as its tensor comes: the one takes the other's memory.
     tensors = [_parse_tensor(name, header.pop(name), data_offset, file) for name in list(header)]
     _check_layout(tensors, data_offset, file_nbytes, place)
-    return WeightsFile(place, "safetensors", tuple(tensors), metadata)
+    return WeightsFile(place, "safetensors", tuple(tensors), metadata, data_nbytes=file_nbytes - data_offset)
 
 
 def _check_sizes(header: Collection[str], metadata: Mapping[str, str], place: Place) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from converter.libraries import keep_fp32
 from converter.libraries.base import Keeps, Library, PartListing, Pick, keep_nothing, pick_shards, pick_single
@@ -120,6 +121,11 @@ class Diffusers(Library):
             arguments = f"{str(written.folder / one.component.name)!r}, weight_name={one.files[0].name!r}"
             return ["# pipe is the pipeline that it is for", f"pipe.load_lora_weights({arguments})"]
         return super().load_set(written, one)
+
+
+def load_single_file(class_name: str, path: Path) -> list[str]:
+    """Give the Python lines that load a single file with one of its classes."""
+    return [f"from diffusers import {class_name}", f"{class_name}.from_single_file({str(path)!r})"]
 
 
 DIFFUSERS = Diffusers()

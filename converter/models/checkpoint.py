@@ -27,7 +27,8 @@ class Checkpoint:
     """A state dict on disk: the set it was opened from and what its headers say. ``notes`` are worth a user's look.
 
     ``kept`` are the tensors that a cast has left in another dtype than was asked for, each with that. It ``is_renamed``
-    where the names of tensors are no longer those in the files.
+    where the names of tensors are no longer those in the files, or some are left out; ``renamed`` maps the names there
+    of those that a user has had renamed to those here.
     """
 
     weight_set: WeightSet
@@ -36,6 +37,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     kept: Mapping[str, DType] = field(default_factory=dict)
     is_renamed: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> WeightsName:

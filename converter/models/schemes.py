@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import json
 import re
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -272,6 +273,23 @@ def modules_noted(checkpoint: Checkpoint) -> dict[str, Any]:
             prefix = next((one for one in _COMFY_PREFIXES if f"{one}{layer}.weight" in names), "")
             found[prefix + layer] = said
     return found
+
+
+def note_without(note: str, gone: Container[str]) -> str:
+    """Give ComfyUI's note without the modules whose weights are ``gone``; what is none stays as it is."""
+    try:
+        said = json.loads(note)
+    except (ValueError, RecursionError):
+        return note
+    layers = said.get("layers") if isinstance(said, dict) else None
+    if not isinstance(layers, dict):
+        return note
+
+    def is_gone(layer: str) -> bool:
+        return any(f"{prefix}{layer}.weight" in gone for prefix in _COMFY_PREFIXES)
+
+    left = {layer: value for layer, value in layers.items() if not is_gone(layer)}
+    return note if len(left) == len(layers) else json.dumps({**said, "layers": left})
 
 
 def names_other(method: str, schemes: Iterable[Scheme]) -> bool:

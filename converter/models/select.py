@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from converter.errors import BadRequest
 from converter.formats.torch.state_dict import Reading
@@ -14,7 +14,14 @@ from converter.models.model import Model
 from converter.models.names import Format, Naming, WeightsName, check_variant
 
 Tied = Literal["first", "duplicate"]
-"""Whether tied tensors are written once, or each by its name."""
+"""Whether tied tensors are written once, under the first of their names, or each by its name."""
+
+
+class TiedName(NamedTuple):
+    """The name, as it is to be written, under which a tensor that has several is written once."""
+
+    name: str
+
 
 _MAX_NAMED = 8
 
@@ -55,6 +62,15 @@ def check_choice(name: str, given: object, choices: object, *more: object) -> No
     allowed = (*get_args(choices), *more)
     if given not in allowed:
         raise BadRequest(repr(given), f"is no {name}", f"It is one of {', '.join(map(repr, allowed))}.")
+
+
+def as_tied(given: object) -> Tied | TiedName | None:
+    """Give what is asked of tied tensors: a word of Tied, or a name. Raises BadRequest for what is none."""
+    if given is None or isinstance(given, TiedName) or given == "first" or given == "duplicate":
+        return given
+    if not (isinstance(given, str) and given):
+        raise BadRequest(repr(given), "is no tied", "It is one of 'first', 'duplicate', None, or a tensor's name.")
+    return TiedName(given)
 
 
 def compiled(regex: str) -> re.Pattern[str]:

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from converter.dtypes import DType, OnOverflow
-from converter.errors import BadRequest, OutputRefused, Unsupported
+from converter.errors import BadRequest, OutputExists, OutputRefused, Unsupported
 from converter.formats import WRITERS
 from converter.libraries import library_of
 from converter.libraries.base import DTYPE_KEYS
@@ -37,11 +37,15 @@ from converter.plan.types import (
     Writing,
 )
 from converter.storage import Place
-from converter.tensors.base import Tensor
+from converter.tensors.base import Tensor, WeightsFile
 from converter.tensors.view import View
 
 _Existing = Mapping[tuple[str, WeightsName], Sequence[WeightSet]]
 _NOTHING = Rest()
+# Of the bytes after the header: what ModelSpec calls so, and ``addnet_hash_safetensors`` in kohya's ``train_util.py``.
+# The last is of a part of the whole file, with its header (``addnet_hash_legacy`` there).
+_OF_NAMES_TOO = "sshs_legacy_hash"
+_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", _OF_NAMES_TOO)
 
 
 def make_plan(
@@ -58,7 +62,10 @@ def make_plan(
     Raises BadRequest, OutputRefused or Unsupported for what cannot or must not be done.
     """
     existing = _by_name(target)
-    written, kept = _plan_sets(orders, writing, existing, publishing.overwrite)
+    written, kept = _plan_sets(orders, writing, existing, publishing)
+    if kept and not written:
+        there = target.folder / kept[0]
+        raise OutputExists(there, "exists", "Use --overwrite to write it again, or -o for a new folder.")
     sets = tuple(planned for _, planned in written)
     _check_collisions(model, sets)
     replaced = () if target.is_new else tuple(_find_replaced(existing, sets, publishing))
@@ -82,20 +89,20 @@ def make_plan(
 
 
 def _plan_sets(
-    orders: Iterable[Order], writing: Writing, existing: _Existing, overwrite: bool
+    orders: Iterable[Order], writing: Writing, existing: _Existing, publishing: Publishing
 ) -> tuple[list[tuple[Order, PlannedSet]], list[str]]:
-    """Plan the sets that are to be written, and name those that are there already in the dtype of a recast."""
+    """Plan the sets that are to be written, and name those that are there: skipped, or in the dtype of a recast."""
     written: list[tuple[Order, PlannedSet]] = []
     kept: list[str] = []
     for order in orders:
         planned = plan_set(order, writing)
         there = existing.get((order.component.name, planned.name), ())
-        if order.dtype and not overwrite and there and planned.name != order.checkpoint.name:
+        is_others = there and planned.source not in there
+        is_recast = order.dtype and not publishing.overwrite and planned.name != order.checkpoint.name
+        if (there and is_recast) or (is_others and publishing.skip_existing):
             kept.append(planned.files[0].path)
         elif not _is_there(planned, order.checkpoint, there):
             written.append((order, planned))
-    if kept and not written:
-        raise OutputRefused(kept[0], "exists", "Use --overwrite to write it again, or -o for a new folder.")
     return written, kept
 
 
@@ -169,7 +176,8 @@ def _find_replaced(existing: _Existing, sets: Sequence[PlannedSet], publishing: 
     for planned in sets:
         for old in existing.get((planned.component, planned.name), ()):
             if not (publishing.overwrite or (publishing.in_place and old == planned.source)):
-                raise OutputRefused(old.path, "exists", "Use --overwrite to replace it, or -o for a new folder.")
+                refused = OutputRefused if old == planned.source else OutputExists
+                raise refused(old.path, "exists", "Use --overwrite to replace it, or -o for a new folder.")
             yield from (join(planned.component, name) for name in old.all_names)
 
 
@@ -189,12 +197,47 @@ def plan_set(order: Order, writing: Writing) -> PlannedSet:
     if refused:
         raise Unsupported(checkpoint.weight_set.path, *refused)
     paths = [join(component.name, file_name) for file_name in name.files(len(groups))]
+    checkpoint, stale = _without_stale_hashes(checkpoint, name, groups)
+    order = order._replace(checkpoint=checkpoint)
     noted = checkpoint.ties  # once for all files: there may be hundreds, of 100,000 tensors
     files = tuple(_plan_file(order, path, group, noted) for path, group in zip(paths, groups, strict=True))
     index = (join(component.name, name.index), _build_index(checkpoint, files).render()) if len(files) > 1 else None
+    notes = (*checkpoint.notes, *stale)
     return PlannedSet(
-        component.name, checkpoint.weight_set, name, files, index, ties, checkpoint.kept, checkpoint.notes
+        component.name, checkpoint.weight_set, name, files, index, ties, checkpoint.kept, notes, checkpoint.renamed
     )
+
+
+def _without_stale_hashes(
+    checkpoint: Checkpoint, name: WeightsName, groups: Sequence[Sequence[Tensor]]
+) -> tuple[Checkpoint, tuple[str, ...]]:
+    """Leave out of headers' notes the hashes that are no longer those of what is written, and note which."""
+    noted = [key for key in _HASHES if any(key in file.metadata for file in checkpoint.files)]
+    if not noted or name.format != "safetensors":  # no other has such notes
+        return checkpoint, ()
+    is_same = len(checkpoint.files) == len(groups) == 1 and _holds_same_data(checkpoint.files[0], groups[0])
+    stale = [key for key in noted if not is_same or (key == _OF_NAMES_TOO and checkpoint.is_renamed)]
+    if not stale:
+        return checkpoint, ()
+    files = (
+        replace(file, metadata={key: note for key, note in file.metadata.items() if key not in stale})
+        for file in checkpoint.files
+    )
+    note = f"left out of the header: {', '.join(stale)}, a hash of what is no longer what the file holds"
+    return replace(checkpoint, files=tuple(files)), (note,)
+
+
+def _holds_same_data(file: WeightsFile, tensors: Sequence[Tensor]) -> bool:
+    """Say whether a safetensors file of these tensors has after its header the very bytes that a file has there."""
+    if file.data_nbytes != sum(tensor.nbytes for tensor in tensors):
+        return False
+    layout = WRITERS["safetensors"].lay_out([tensor.spec for tensor in tensors], {}, {})
+    places = [
+        (tensors[at], offset - len(layout.header)) for at, offset in zip(layout.order, layout.offsets, strict=True)
+    ]
+    storages = (storage for tensor in tensors for storage in tensor.source.inputs())
+    begin = min((storage.offset for storage in storages), default=0)
+    return all(_lies_at(tensor, file.place, begin + offset) for tensor, offset in places)
 
 
 def _check_tag(order: Order) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from converter.dtypes import DType, OnOverflow
+from converter.errors import BadRequest
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.model import Model
 from converter.models.names import Format, Naming, WeightsName
-from converter.models.select import Tied, check_choice
+from converter.models.select import Tied, TiedName, as_tied, check_choice
 from converter.plan.shards import limit_of
 from converter.storage import FileRef, Place
 from converter.tensors.base import Tensor, TensorSpec
@@ -23,21 +24,23 @@ class Writing:
 
     ``variant`` is a tag, ``"none"`` for untagged, or None for the source's own; with ``tag_dtype`` it is, where None,
     for the dtype and for what finds the weights to say. ``max_shard_size`` is None for the source's own shards,
-    ``math.inf`` for a single file, or a text such as ``5GB``. With ``expand`` tensors are written however much more
-    they take than what holds them, with ``force`` what only some loaders read. Raises BadRequest for what is none.
+    ``math.inf`` for a single file, or a text such as ``5GB``. ``tied`` tensors are written once, under the ``"first"``
+    of their names or a name that is given here, or each by its name (``"duplicate"``); None leaves that to what loads
+    them. With ``expand`` tensors are written however much more they take than what holds them, with ``force`` what only
+    some loaders read. Raises BadRequest for what is none.
     """
 
     format: Format | None = "safetensors"
     variant: str | None = None
     tag_dtype: bool = False
     max_shard_size: float | None = None
-    tied: Tied | None = None
+    tied: Tied | TiedName | None = None
     expand: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
         check_choice("format", self.format, Format, None)
-        check_choice("tied", self.tied, Tied, None)
+        object.__setattr__(self, "tied", as_tied(self.tied))
         if self.max_shard_size is not None:
             object.__setattr__(self, "max_shard_size", limit_of(self.max_shard_size))
 
@@ -51,9 +54,9 @@ class Writing:
 class Publishing:
     """What may become of what is there: ``overwrite`` what is in the way, the very set that is read ``in_place``.
 
-    ``delete_source`` removes what was read. With ``follow_links`` a new folder gets what the source has as links to
-    other places. A repository of the Hub that is written to may be made by that (``create``, ``private``), or be
-    proposed to (``pr``).
+    What is there of an output is left as it is with ``skip_existing``. ``delete_source`` removes what was read. With
+    ``follow_links`` a new folder gets what the source has as links to other places. A repository of the Hub that is
+    written to may be made by that (``create``, ``private``), or be proposed to (``pr``).
     """
 
     overwrite: bool = False
@@ -63,6 +66,16 @@ class Publishing:
     create: bool = False
     private: bool = False
     pr: bool = False
+    skip_existing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.skip_existing and self.overwrite:
+            raise BadRequest("--skip-existing", "leaves what --overwrite replaces", "Choose one.")
+
+    @property
+    def keeps_output_last(self) -> bool:
+        """Whether weights that lie where they would be written are read only where there are no others."""
+        return self.overwrite or self.skip_existing
 
 
 class Order(NamedTuple):
@@ -124,7 +137,7 @@ class PlannedSet:
     """One weight set to be written, from one that was read.
 
     ``ties`` maps each name left out to the name that stays, ``kept`` the tensors that a recast leaves in another dtype
-    than the one that was asked for to that dtype.
+    than the one that was asked for to that dtype, ``renamed`` names as they were to those that are written.
     """
 
     component: str
@@ -135,6 +148,7 @@ class PlannedSet:
     ties: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, DType] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

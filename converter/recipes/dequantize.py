@@ -18,6 +18,7 @@ from converter.plan.make import join
 from converter.plan.types import Order, Plan, Rest
 from converter.recipes.request import Request
 from converter.recipes.steps import Job, into_one_set, make_ready, open_job, open_sets, plan_job, select
+from converter.transforms.names import name_sets
 from converter.transforms.quantize import find_numbers
 from converter.transforms.quantize.restore import dequantized
 
@@ -29,24 +30,29 @@ def plan_dequantized(request: Request) -> Plan:
     """Plan the way back: quantized weights as numbers, in the request's dtype and all else in it too.
 
     Without one each comes in the dtype that its config names, or else in its scheme's, and all else as it is. In a
-    pipeline only the parts that are quantized are written anew. Raises Unsupported for weights in another form, BadFile
+    pipeline only the parts that are quantized are written anew. Names are asked for by those that the numbers have.
+    Raises Unsupported for weights in another form, BadFile
     for scales that do not fit. A class that is in no table is taken to have no Conv1D where its library is not
     installed.
     """
     casting = request.casting
-    job = open_job(into_one_set(request))
+    job = open_job(into_one_set(request, to_file=True))
     opened, notes = _open_quantized(job)
     ready = []
     for component, checkpoint in opened:
         found = find_numbers(component, checkpoint)
         dtype = casting.dtype or _said_dtype(component.config)
         ready.append((_unquantized(component), dequantized(checkpoint, found, dtype, casting.on_overflow)))
-    orders = [_with_plain_dtype(order) for order in make_ready(job, ready)]
-    if job.model.kind == "file":  # whose config is that of all weights in its folder
+    named = name_sets(ready, request.names, job.model.path, unwraps=False)
+    orders = [_with_plain_dtype(order) for order in make_ready(job, named)]
+    is_file = job.model.kind == "file"
+    if is_file:  # whose config is that of all weights in its folder
         configs = {component.name: component.config for component, _ in opened}
         orders = [order.with_config(configs[order.component.name]) for order in orders]
     selected = [(component, checkpoint.weight_set) for component, checkpoint in opened]
-    rest = Rest(notes=tuple(notes), generated=dict(_plain_params(component for component, _ in opened)))
+    rest = Rest(
+        notes=tuple(notes), generated={} if is_file else dict(_plain_params(component for component, _ in opened))
+    )
     return _without_configs(plan_job(job, selected, orders, rest), [component for component, _ in opened])
 
 
@@ -58,7 +64,7 @@ def _open_quantized(job: Job) -> tuple[list[tuple[Component, Checkpoint]], list[
     asked = job.request.selection.components
     said = [component.name for component in job.model.components if quantization_of(component.config)]
     first = select(job, components=asked or said)
-    opened = open_sets(job, first)
+    opened = open_sets(job, first, named=False)
     quantized = list(filter(_is_quantized, opened))
     is_meant = asked or said or len(opened) == 1
     if is_meant and len(quantized) < len(opened):
@@ -67,7 +73,7 @@ def _open_quantized(job: Job) -> tuple[list[tuple[Component, Checkpoint]], list[
     for component in job.model.components if said and not asked else ():
         if component.name not in said:
             try:
-                others = open_sets(job, select(job, components=(component.name,)))
+                others = open_sets(job, select(job, components=(component.name,)), named=False)
             except WconvError as error:
                 notes.append(f"{component.name} was not looked at, and goes along as it is: {error}")
             else:

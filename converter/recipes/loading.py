@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from converter.libraries import LIBRARIES, loader_of
+from converter.libraries.diffusers import load_single_file
 from converter.libraries.transformers import TRANSFORMERS, names_model
 from converter.libraries.written import Written, WrittenSet, is_bare, load_files
 from converter.plan.types import Plan, PlannedSet
@@ -18,6 +19,9 @@ def loading_lines(plan: Plan) -> list[str]:
     folder = _loaded_from(plan)
     if folder is None:
         return []
+    if plan.source.kind == "file" and plan.source.class_name and not plan.target.folder.store.is_far:
+        [file] = plan.files
+        return load_single_file(plan.source.class_name, folder / file.path)
     loader = loader_of(plan.source)
     sets = tuple(_describe(plan, planned) for planned in plan.sets)
     is_variantless = bool(loader.no_variants(plan.source))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converter.errors import BadFile, OutputRefused
+from converter.errors import BadFile, OutputExists, OutputRefused
 from converter.models.model import Model
 from converter.models.rest import above
 from converter.plan.types import Plan, Target
@@ -34,7 +34,7 @@ def open_target(model: Model, output: Place | None, overwrite: bool) -> Target:
         if model.root.real().is_below(output.real()):
             raise OutputRefused(output, "holds the source", "Name a new folder.")
         if any(not _is_card(entry) for entry in output.entries()) and not overwrite:
-            raise OutputRefused(output, "exists and is not empty", "Name a new folder, or use --overwrite.")
+            raise OutputExists(output, "exists and is not empty", "Name a new folder, or use --overwrite.")
     return Target.at(output)
 
 

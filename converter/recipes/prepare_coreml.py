@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from converter.errors import BadRequest, Unsupported
+from converter.errors import BadFile, BadRequest, Unsupported
 from converter.libraries import coreml
 from converter.libraries.coreml import COREML_VARIANT, Lack
 from converter.models.checkpoint import Checkpoint, open_checkpoint
@@ -20,6 +20,7 @@ from converter.models.configs import look_into, read_json, render_json
 from converter.models.faults import ADVICE, find_lost, look
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import Inventory
+from converter.models.model import Model
 from converter.models.schemes import quantized_in
 from converter.plan.types import Plan, Rest
 from converter.recipes.request import Request
@@ -102,12 +103,24 @@ def _plan_single_file(request: Request, untagged: Request | None, ema: bool, con
         _refuse(config, coreml.find_lacks(config, _model_index(config)))
     checkpoint = open_checkpoint(request.source)
     _refuse_quantized(checkpoint)
-    opened = open_single_file(checkpoint, config, ema, request.publishing.follow_links)
+    opened = open_single_file(checkpoint, config, ema, follow_links=request.publishing.follow_links)
+    _refuse_part(request.source, opened.model)
     job = open_job(request, opened.model)
     parts = [_longer(component, checkpoint) for component, checkpoint in opened.checkpoints]
     orders = make_ready(job, parts) + (make_ready(job, parts, untagged) if untagged else [])
     selected = [(component, checkpoint.weight_set) for component, checkpoint in opened.checkpoints]
     return plan_job(job, selected, orders, Rest(opened.copied, opened.generated, opened.notes))
+
+
+def _refuse_part(source: Place, model: Model) -> None:
+    """Raise BadFile for a part of a pipeline, Unsupported for a whole one that the script does not convert."""
+    if model.kind != "pipeline":
+        [part] = model.components
+        problem = f"holds a {part.class_name} alone, and Core ML models are made of a whole pipeline"
+        raise BadFile(source, problem, "Take a checkpoint with its VAE and its text encoders in it.")
+    index = {"_class_name": model.class_name}
+    if not coreml.is_convertible(index):
+        _refuse(source, coreml.find_lacks(source, index))
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
-from converter.errors import BadRequest, OutputRefused, Unsupported
+from converter.errors import BadRequest, OutputExists, OutputRefused, Unsupported
 from converter.models.hub_cache import refuse_cache
 from converter.models.names import parse_name
 from converter.models.select import Selection
@@ -18,16 +18,24 @@ from converter.storage import Given, Place, place_of
 from converter.storage.far import CommittedStore, WritableStore
 from converter.storage.local import is_local
 from converter.transforms.dtype import Casting
+from converter.transforms.layouts.arrange import Arranging
+from converter.transforms.names import TensorNames
 
-_GROUPS = {"selection": Selection, "casting": Casting, "writing": Writing, "publishing": Publishing}
+_GROUPS = {
+    "selection": Selection,
+    "names": TensorNames,
+    "casting": Casting,
+    "arranging": Arranging,
+    "writing": Writing,
+    "publishing": Publishing,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """A source, an output (None for beside it), and what is asked of each step from the one to the other.
 
-    ``strip_prefix`` is taken off the names of tensors that have it. ``config`` is the folder of the config and the
-    tokenizer, where those are not to be looked for.
+    ``config`` is the folder of the config and the tokenizer, where those are not to be looked for.
     """
 
     source: Place
@@ -36,7 +44,8 @@ class Request:
     casting: Casting = field(default_factory=Casting)
     writing: Writing = field(default_factory=Writing)
     publishing: Publishing = field(default_factory=Publishing)
-    strip_prefix: str = ""
+    names: TensorNames = field(default_factory=TensorNames)
+    arranging: Arranging = field(default_factory=Arranging)
     config: Place | None = None
 
     @classmethod
@@ -45,7 +54,7 @@ class Request:
 
         Raises TypeError for an option that no group has, BadRequest for a value that is none.
         """
-        mine: dict[str, Any] = {name: options.pop(name) for name in ("strip_prefix", "config") if name in options}
+        mine: dict[str, Any] = {name: options.pop(name) for name in ("config",) if name in options}
         if mine.get("config") is not None:
             mine["config"] = place_of(mine["config"])
         known = {name: {one.name for one in fields(group)} for name, group in _GROUPS.items()}
@@ -97,8 +106,8 @@ def prepare(request: Request, make: Callable[[Request], Plan], more: object = ""
     _refuse_elsewhere(request)
     is_near = is_local(request.folder)
     places = (str(place.absolute()) if place else "" for place in (request.source, request.output))
-    more_asked = (request.strip_prefix, *((str(request.config),) if request.config else ()))
-    asked = (request.selection, request.casting, request.writing, request.publishing, *more_asked)
+    groups = (getattr(request, group) for group in _GROUPS)
+    asked = (*groups, *((str(request.config),) if request.config else ()))
     name = repr((*places, more, *asked))
     finished = recovering and is_near and recover(request.folder.absolute(), name)
     publishing = request.publishing
@@ -141,9 +150,9 @@ def _unless_done(request: Request, make: Callable[[Request], Plan], name: str) -
     try:
         return make(request)
     except OutputRefused as refused:
-        if request.publishing.overwrite:
+        if request.publishing.overwrite or (request.publishing.skip_existing and isinstance(refused, OutputExists)):
             raise
-        plan = make(replace(request, publishing=replace(request.publishing, overwrite=True)))
+        plan = make(replace(request, publishing=replace(request.publishing, overwrite=True, skip_existing=False)))
         if plan.target.folder.store.keeps_notes:
             lacking, strange = find_other(plan, name)
             if strange:

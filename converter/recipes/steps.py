@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from converter.errors import BadRequest, OutputRefused, Unsupported
+from converter.errors import BadRequest, OutputExists, OutputRefused, Unsupported, name_some
 from converter.libraries import library_of, loader_of, note_tag
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.companions import companions_in
@@ -17,10 +17,10 @@ from converter.models.growth import note_growth, refuse_growth
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.inventory import find_weight_sets
 from converter.models.model import Model, open_model
-from converter.models.names import WeightsName, is_other_file, parse_name
+from converter.models.names import WeightsName, is_other_file, is_training_state, parse_name
 from converter.models.rest import is_linked
 from converter.models.schemes import find_owners, quantized_in
-from converter.models.select import Tied, select_sets
+from converter.models.select import Tied, TiedName, select_sets
 from converter.plan.make import make_plan
 from converter.plan.types import Order, Plan, Rest, Target, Writing
 from converter.recipes.card import CARD, make_card
@@ -32,12 +32,15 @@ from converter.storage import FileRef, Place
 from converter.storage.far import CommittedStore
 from converter.tensors.base import Tensor, find_ties
 from converter.transforms.dtype import Casting, check_names, recast
-from converter.transforms.names import with_own_names
+from converter.transforms.layouts.arrange import with_layout
+from converter.transforms.names import TensorNames, name_sets, rename_tensors
 
 _NO_CONFIG = (
     "no config.json was found, and from_pretrained needs one: --config FOLDER takes it from the model that the run "
     "began with"
 )
+
+_MOST_NAMED = 5  # of what there is to choose from, or what stays behind
 
 _Selected = Sequence[tuple[Component, WeightSet]]
 _Opened = Sequence[tuple[Component, Checkpoint]]
@@ -73,7 +76,7 @@ def open_job(request: Request, model: Model | None = None) -> Job:
     model = open_model(request.source)
     if request.config is not None:
         model = _with_config(model, request.config)
-    output, named, request = _split_output(model, request)
+    output, named, model, request = _split_output(model, request)
     if named:  # one file, and nothing goes with it
         model = replace(model, components=tuple(replace(one, companions=()) for one in model.components))
     target = open_target(model, output, publishing.overwrite)
@@ -99,16 +102,19 @@ def select(job: Job, request: Request | None = None, **changes: Any) -> list[tup
     """Select sets of a job's model as its request asks, or another, but for ``changes`` of the selection."""
     request = request or job.request
     selection = replace(request.selection, **changes)
-    return select_sets(job.model, selection, request.writing.naming, request.publishing.overwrite)
+    return select_sets(job.model, selection, request.writing.naming, request.publishing.keeps_output_last)
 
 
-def open_sets(job: Job, selected: _Selected) -> list[tuple[Component, Checkpoint]]:
-    """Open sets that are selected; without the prefix that is to be taken off, and without what wrappers added."""
-    reading, prefix = job.request.selection.reading, job.request.strip_prefix
-    return [
-        (component, with_own_names(open_checkpoint(weight_set, reading), component, prefix))
-        for component, weight_set in selected
-    ]
+def open_sets(job: Job, selected: _Selected, named: bool = True) -> list[tuple[Component, Checkpoint]]:
+    """Open sets that are selected, without what wrappers added to names; unless it is left to ``name_sets``, as asked.
+
+    What has its own names then is brought into the layout that is asked for. Raises BadRequest for odd names.
+    """
+    reading = job.request.selection.reading
+    opened = [(component, open_checkpoint(weight_set, reading)) for component, weight_set in selected]
+    named_sets = name_sets(opened, job.request.names if named else TensorNames(), job.model.path)
+    arranging = job.request.arranging
+    return [(component, with_layout(checkpoint, component, arranging)) for component, checkpoint in named_sets]
 
 
 def refuse_file(output: Place) -> None:
@@ -117,20 +123,18 @@ def refuse_file(output: Place) -> None:
         raise BadRequest(output, "is a file name, and what is written is a folder", "Name a folder for the output.")
 
 
-def _split_output(model: Model, request: Request) -> tuple[Place | None, WeightsName | None, Request]:
-    """Tell an output folder from an output file; the latter gives a single set its name, and asks for one file."""
+def _split_output(model: Model, request: Request) -> tuple[Place | None, WeightsName | None, Model, Request]:
+    """Tell an output folder from an output file; the latter gives a single set its name, and asks for one file.
+
+    That set, of a folder, is the model then, as if its file had been named.
+    """
     output, writing = request.output, request.writing
     parsed = parse_name(output.name) if output is not None and names_file(output) else None
     if output is None or parsed is None:
         if output and is_other_file(output.name) and not output.is_folder():
             advice = "Those end in .safetensors, .bin, .pt, .pth or .ckpt; or name a folder."
             raise BadRequest(output, "has an ending of files that wconv does not write", advice)
-        return output, None, request
-    if model.kind != "file":
-        sets = [weight_set.path for component in model.components for weight_set in component.weight_sets]
-        which = f"its weights as the source, {sets[0]}" if len(sets) == 1 else "one of its files as the source"
-        advice = f"Name {which}, or a folder for the output."
-        raise BadRequest(output, "is a file name, and the source is a folder", advice)
+        return output, None, model, request
     if parsed.role != "single":
         advice = "Name a folder, in which shards and index get their names, or one file."
         raise BadRequest(output, f"is the name of {'a shard' if parsed.role == 'shard' else 'an index'}", advice)
@@ -140,9 +144,43 @@ def _split_output(model: Model, request: Request) -> tuple[Place | None, Weights
     if writing.variant is not None and writing.variant != (parsed.name.variant or "none"):
         problem = f"is the whole name of a file, and --variant {writing.variant} would change it"
         raise BadRequest(output, problem, "Leave --variant out, or name a folder.")
+    if model.kind != "file":
+        model, request = _only_set(model, request, output)
     limit = math.inf if writing.max_shard_size is None else writing.max_shard_size
     single = replace(writing, variant=None, tag_dtype=False, max_shard_size=limit)
-    return output.parent, parsed.name, replace(request, writing=single)
+    return output.parent, parsed.name, model, replace(request, writing=single)
+
+
+def _only_set(model: Model, request: Request, output: Place) -> tuple[Model, Request]:
+    """Give a folder's one set that is selected as a model, as if its file had been named; the request then is of that.
+
+    Raises BadRequest where there are several.
+    """
+    selected = select_sets(model, request.selection, request.writing.naming, request.publishing.keeps_output_last)
+    if len(selected) > 1:
+        names = sorted({component.name for component, _ in selected})
+        option = "--component" if len(names) > 1 else "--from-variant"
+        choice = names if len(names) > 1 else [one.name.variant or "none" for _, one in selected]
+        advice = f"Choose with {option} ({name_some(choice, _MOST_NAMED)}), or name a folder for the output."
+        what = "components" if len(names) > 1 else "variants"
+        raise BadRequest(output, f"is one file, and {model.path} has weights of {len(choice)} {what}", advice)
+    [(component, weight_set)] = selected
+    component = replace(component, name="", weight_sets=(weight_set,))
+    alone = Model(model.path, component.path, "file", (component,), model.class_name)
+    return alone, replace(request, selection=replace(request.selection, components=()))
+
+
+def _note_left(model: Model) -> list[str]:
+    """Note which files of a folder stay there, where one file alone is written of it."""
+    if model.path.is_file():
+        return []
+    [component] = model.components
+    entries = (entry for entry in component.path.entries() if entry.is_file())
+    left = sorted(
+        entry.name for entry in entries if parse_name(entry.name) is None and not is_training_state(entry.name)
+    )
+    what = f"{name_some(left, _MOST_NAMED)} stay in {component.path}"
+    return [f"one file is written, and nothing goes with it: {what}"] if left else []
 
 
 def _tagged(model: Model, request: Request, is_elsewhere: bool) -> Request:
@@ -171,7 +209,16 @@ def make_ready(job: Job, opened: _Opened, request: Request | None = None) -> lis
     """
     request = request or job.request
     check_names(job.model.path, (checkpoint for _, checkpoint in opened), request.casting)
-    return [_make_ready(job, component, checkpoint, request) for component, checkpoint in opened]
+    orders = [_make_ready(job, component, checkpoint, request) for component, checkpoint in opened]
+    tied = request.writing.tied
+    if isinstance(tied, TiedName) and not any(_stands_for_others(tied.name, order) for order in orders):
+        problem = f"has no tied tensors of which one is named {tied.name!r}, as --tied has it"
+        raise BadRequest(job.model.path, problem, "It takes a name as it is written, or first, or duplicate.")
+    return orders
+
+
+def _stands_for_others(name: str, order: Order) -> bool:
+    return name in order.ties.values() or name in order.checkpoint.ties.values()
 
 
 def _make_ready(job: Job, component: Component, checkpoint: Checkpoint, request: Request) -> Order:
@@ -183,7 +230,8 @@ def _make_ready(job: Job, component: Component, checkpoint: Checkpoint, request:
     if job.named:
         checkpoint = replace(checkpoint, weight_set=replace(checkpoint.weight_set, name=job.named))
     is_beside = not job.target.is_new and component.path.is_same(job.target.folder / component.name)
-    return make_order(component, checkpoint, name, request.casting, request.writing, is_beside)
+    writing = replace(request.writing, tied=request.writing.tied or request.arranging.tied)
+    return make_order(component, checkpoint, name, request.casting, writing, is_beside)
 
 
 def _are_fp32(tensors: Sequence[Tensor]) -> bool:
@@ -200,7 +248,7 @@ def make_order(
     is_beside: bool,
 ) -> Order:
     """Give a set as it is to be written under a name: cast, and with what is left out as tied."""
-    ties = _find_ties(component, checkpoint, name, writing.tied)
+    checkpoint, ties = _find_ties(component, checkpoint, name, writing.tied)
     growth = _check_growth(checkpoint, ties, writing.expand)
     cast = recast(component, checkpoint, casting)
     if writing.max_shard_size is not None:
@@ -235,17 +283,41 @@ def _more_fp32(component: Component, request: Request) -> tuple[tuple[str, ...],
     return ask_kept(library_of(component), component.class_names, dtype)
 
 
-def _find_ties(component: Component, checkpoint: Checkpoint, name: WeightsName, tied: Tied | None) -> dict[str, str]:
-    """Map the names that are not written to those that are; in a torch file they stay, as a second name."""
+def _find_ties(
+    component: Component, checkpoint: Checkpoint, name: WeightsName, tied: Tied | TiedName | None
+) -> tuple[Checkpoint, dict[str, str]]:
+    """Map the names that are not written to those that are; in a torch file they stay, as a second name.
+
+    A tensor comes under the one of its names that is asked for, that of a header's note too.
+    """
+    choice = None if isinstance(tied, TiedName) else tied
+    if isinstance(tied, TiedName):
+        checkpoint = _under_name(checkpoint, tied.name)
+    same = find_ties(checkpoint.tensors)
+    if isinstance(tied, TiedName) and tied.name in {*same, *same.values()}:
+        kept, first, choice = tied.name, same.get(tied.name, tied.name), "first"
+        same = {first: kept, **{one: kept if of == first else of for one, of in same.items()}}
+        del same[kept]
     if name.format == "torch":
         names = {tensor.name for tensor in checkpoint.tensors}
-        recorded = {dropped: kept for dropped, kept in checkpoint.ties.items() if dropped not in names}
-        return {} if tied == "duplicate" else {**find_ties(checkpoint.tensors), **recorded}
-    tied = tied or library_of(component).ties(component, name)
-    ties = find_ties(checkpoint.tensors) if tied == "first" else {}
+        recorded = {dropped: of for dropped, of in checkpoint.ties.items() if dropped not in names}
+        return checkpoint, {} if choice == "duplicate" else {**same, **recorded}
+    ties = same if (choice or library_of(component).ties(component, name)) == "first" else {}
     if "format" in ties:
         raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
-    return ties
+    return checkpoint, ties
+
+
+def _under_name(checkpoint: Checkpoint, kept: str) -> Checkpoint:
+    """Let a tensor that a header notes to have another name have that, and the note its own."""
+    ties = checkpoint.ties
+    if kept not in ties:
+        return checkpoint
+    of = ties[kept]
+    names = {name: name for name in (*(tensor.name for tensor in checkpoint.tensors), *ties)}
+    origins = {new: old for old, new in checkpoint.renamed.items()}
+    swapped = rename_tensors(checkpoint, {**names, of: kept, kept: of})
+    return replace(swapped, renamed={**checkpoint.renamed, origins.get(of, of): kept})
 
 
 def _check_growth(checkpoint: Checkpoint, ties: Mapping[str, str], expand: bool) -> tuple[str, ...]:
@@ -273,7 +345,9 @@ def plan_job(job: Job, selected: _Selected, orders: Sequence[Order], rest: Rest 
         along, told = list_companions([component for component, _ in selected])
         copied += ((name, file) for name, file in along if not (target.folder / name).is_taken())
         notes += told if along else []
-    if named is None and any(one.is_of_many and not component.config for component, one in selected):
+    if named is not None:
+        notes += _note_left(model)
+    elif any(one.is_of_many and not component.config for component, one in selected):
         notes.append(_NO_CONFIG)
     notes += dict.fromkeys(note for component, _ in selected if (note := _more_fp32(component, request)[1]))
     notes += note_tag(model, request.writing.variant)
@@ -329,7 +403,7 @@ def _check_named(plan: Plan, name: WeightsName, request: Request) -> None:
         raise BadRequest(place, problem, "Use --max-shard-size none, or name a folder.")
     is_known = any(old.name == name for old in plan.target.existing.get("", ()))
     if plan.sets and place.is_taken() and not (is_known or plan.overwrite):
-        raise OutputRefused(place, "exists", "Use --overwrite to replace it, or another -o.")
+        raise OutputExists(place, "exists", "Use --overwrite to replace it, or another -o.")
 
 
 def _refuse_beside(selected: _Selected, request: Request) -> None:
@@ -337,7 +411,7 @@ def _refuse_beside(selected: _Selected, request: Request) -> None:
     naming = request.writing.naming
     for component, read in selected:
         if any(other is not read and naming.of(other.name) == read.name for other in component.weight_sets):
-            raise OutputRefused(read.path, "exists", "Use --overwrite to write it again, or -o for a new folder.")
+            raise OutputExists(read.path, "exists", "Use --overwrite to write it again, or -o for a new folder.")
 
 
 def _refuse_linked_configs(plan: Plan) -> None:
@@ -349,8 +423,11 @@ def _refuse_linked_configs(plan: Plan) -> None:
             raise OutputRefused(place, "is a link out of the folder, and would be written anew", advice)
 
 
-def into_one_set(request: Request) -> Request:
-    """Give a request for one safetensors set a component. Raises WconvError for places that cannot be."""
+def into_one_set(request: Request, to_file: bool = False) -> Request:
+    """Give a request for one safetensors set a component; of a folder into one file, too, if that may be.
+
+    Raises WconvError for places that cannot be.
+    """
     if request.output is None:
         raise BadRequest(request.source, "needs a folder to be written to", "Name a new one.")
     check_places(request.source, request.output)
@@ -360,7 +437,7 @@ def into_one_set(request: Request) -> Request:
     if files and _is_gguf(files[0]) and not (source.is_folder() and find_weight_sets(source)):
         advice = "Take the safetensors model that it was made from."
         raise Unsupported(files[0], "is a GGUF file, whose weights are quantized in a way of its own", advice)
-    if not source.is_file():
+    if not (source.is_file() or to_file):
         refuse_file(output)
     if output.is_same(source):
         # Its config.json would be another one, and one folder has one for all its weights.

@@ -222,7 +222,8 @@ class WeightsFile:
     """What the header of one weight file says. ``tensors`` are in file order; a header's own notes are ``metadata``.
 
     ``notes`` are worth a user's look. ``foreign`` are the globals that a pickle has to do with, though no state dict
-    needs them: it ``names``, ``makes`` objects of or ``calls`` them.
+    needs them: it ``names``, ``makes`` objects of or ``calls`` them. ``data_nbytes`` are all bytes after a header that
+    nothing but tensors follows, one after the other.
     """
 
     place: Place
@@ -231,6 +232,7 @@ class WeightsFile:
     metadata: Mapping[str, str]
     notes: tuple[str, ...] = ()
     foreign: Mapping[str, str] = field(default_factory=dict)
+    data_nbytes: int | None = None
 
 
 class TensorSpec(NamedTuple):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from converter.dtypes import DType
+from converter.dtypes import DTYPES, DType
 from converter.tensors.base import ByteRange, Reader, TensorSource
-from converter.tensors.derived import Constant, Derived
+from converter.tensors.derived import Cast, Constant, Derived
 from converter.tensors.view import GATHER_NBYTES, View, contiguous_strides
 
 _BAND_NBYTES = 1 << 20  # of a matrix that is read row by row, at a time
@@ -91,6 +92,36 @@ class Reshaped(Unboxed, Shaped):
         with reader.scratch(high - low) as elements:
             self.source.read(low, elements, reader)
             out[:] = elements[begin - low : begin - low + len(out)]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread(Unboxed, Shaped):
+    """Zeros, among which each ``step``-th element, from the first on, is the only one that the source has."""
+
+    of_shape: Shape
+    step: int
+
+    def part(self, begin: int, end: int) -> Spread:
+        return self
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        size = self.dtype.itemsize
+        out[:] = bytes(len(out))
+        with reader.scratch(size) as element:
+            self.source.read(0, element, reader)
+            for at in range(-(begin // size) % self.step * size, len(out), self.step * size):
+                out[at : at + size] = element
+
+
+def zeros(dtype: DType, shape: Shape) -> TensorSource:
+    """Give a tensor of zeros, which takes no room."""
+    return Spread(Constant(dtype, (1,), bytes(dtype.itemsize)), shape, math.prod(shape) + 1)
+
+
+def identity(dtype: DType, size: int) -> TensorSource:
+    """Give the matrix that changes nothing, in a dtype of floats; it takes no room."""
+    one = Cast(Constant(DTYPES["F32"], (1,), struct.pack("<f", 1)), dtype)
+    return Spread(one, (size, size), size + 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,10 @@ def check_names(where: Where, checkpoints: Iterable[Checkpoint], casting: Castin
     """Raise BadRequest for names to be kept in float32 that no tensor has."""
     if casting.keep_fp32 and casting.dtype is None:
         raise BadRequest(where, "is not cast, and --keep-fp32 is for casts", "Leave it out, or say which --dtype.")
-    tensors = (tensor for checkpoint in checkpoints for tensor in checkpoint.tensors) if casting.keep_fp32 else ()
-    names = [tensor.name for tensor in tensors if _is_cast(tensor)]
+    names: list[str] = []
+    for checkpoint in checkpoints if casting.keep_fp32 else ():
+        cast_too = {tensor.name for tensor in checkpoint.tensors if _is_cast(tensor)}
+        names += (*cast_too, *(old for old, new in checkpoint.renamed.items() if new in cast_too))
     for regex in casting.keep_fp32:
         if not any(map(compiled(regex).search, names)):
             problem = f"has no tensor to be cast whose name holds {regex!r}, as --keep-fp32 has it"
@@ -58,11 +60,15 @@ def recast(component: Component, checkpoint: Checkpoint, casting: Casting) -> Ch
 
     untouched = _check_quantized(component, checkpoint, casting.force)
     keep = find_kept(component, dtype, casting.keep_fp32)
+    old_names = {new: old for old, new in checkpoint.renamed.items()}
+
+    def keeps(name: str) -> bool:  # by either name: one of the two is that of the model's class
+        return keep(name) or (name in old_names and keep(old_names[name]))
 
     def write(tensor: Tensor) -> Tensor:
         if tensor.name in untouched:
             return tensor
-        return cast(tensor, _target_of(tensor, dtype, keep), casting.on_overflow)
+        return cast(tensor, _target_of(tensor, dtype, keeps), casting.on_overflow)
 
     files = tuple(replace(file, tensors=tuple(map(write, file.tensors))) for file in checkpoint.files)
     written = replace(checkpoint, files=files)

@@ -84,7 +84,7 @@ def test_the_help_of_a_command_matches_the_list(name: Any, wconv: Callable[..., 
 def test_every_command_has_its_module_and_nothing_else() -> None:
     folder = Path(converter.cli.convert.__file__).parent
     modules = {path.stem for path in folder.glob("*.py")}
-    shared = {"__init__", "convert", "doctor_modes", "options", "report", "terminal"}
+    shared = {"__init__", "convert", "doctor_modes", "many", "options", "report", "terminal"}
     assert modules - shared == {name.replace("-", "_") for name in COMMANDS}
 
 
@@ -115,7 +115,7 @@ def test_every_option_is_taken(name: str) -> None:
     explicit = set(inspect.signature(command.callback).parameters)
     options: Options = {str(param.name): None for param in command.params if param.name not in explicit | {"scheme"}}
     take_run(options)
-    options |= dict.fromkeys(options.keys() & {"components", "keep_fp32"}, ())
+    options |= dict.fromkeys(options.keys() & {"components", "keep_fp32", "only", "drop", "rename"}, ())
     options |= {"on_overflow": "error"}
     Request.of(".", **options)
 

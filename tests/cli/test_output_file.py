@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny import assert_same, make_state, save, save_safetensors_shards, snapshot
+from support.tiny import assert_same, make_state, save, save_pipeline, save_safetensors_shards, snapshot
 
 STATE = make_state()
 INDEX = "shards/model.safetensors.index.json"
@@ -71,10 +71,9 @@ def test_a_named_file_is_what_is_written(
          "x.safetensors: is one file, and shards of at most 100 bytes are 2. Use --max-shard-size none, or "),
         (("recast", "m.bin", "-o", "x.safetensors", "--dtype", "bf16", "--variant", "bf16"), 2,
          "x.safetensors: is the whole name of a file, and --variant bf16 would change it. Leave --variant out, "),
-        (("reshard", "one", "-o", "x.safetensors", "--max-shard-size", "none"), 2,
-         "x.safetensors: is a file name, and the source is a folder. Name its weights as the source, "
-         "one/model.safetensors.index.json, or a folder for the output."),
-        (("to-safetensors", "two", "-o", "x.safetensors"), 2, "Name one of its files as the source, or a folder "),
+        (("to-safetensors", "two", "-o", "x.safetensors"), 2,
+         "x.safetensors: is one file, and two has weights of 2 variants. Choose with --from-variant (fp16, none), or "),
+        (("to-safetensors", "pipe", "-o", "x.safetensors"), 2, "(text_encoder, unet, vae), or name a folder "),
         (("quantize", "one", "-o", "x.safetensors"), 2, "x.safetensors: is a file name, and what is written is a "),
         (("to-safetensors", "m.bin", "-o", "there.safetensors"), 5,
          "there.safetensors: exists, and is not what would be written: there.safetensors has 5 bytes and not "),
@@ -97,6 +96,7 @@ def test_a_file_that_is_not_what_was_named_is_refused(
     save_safetensors_shards(STATE, Path("one"))
     save(STATE, Path("two/model.safetensors"))
     save(STATE, Path("two/model.fp16.safetensors"))
+    save_pipeline(Path("pipe"))
     before = snapshot(tmp_path)
     outcome = wconv(*args, exit_code=exit_code)
     assert said in outcome.stderr

@@ -302,7 +302,7 @@ def test_a_second_run_writes_nothing(wconv: Callable[..., Any], tmp_path: Path) 
         (".", "holds the source"),
         ("full", "not empty"),
         ("file", "is no folder"),
-        ("file.safetensors", "file name"),
+        ("file.safetensors", "exists, and is not what would be written"),
     ],
 )
 def test_a_folder_that_cannot_be_the_output(
@@ -315,7 +315,7 @@ def test_a_folder_that_cannot_be_the_output(
         Path(name).write_text("x")
     Path("link").symlink_to("m", target_is_directory=True)
     before = snapshot(tmp_path)
-    outcome = wconv("to-safetensors", "m", "-o", output, exit_code=2 if output == "file.safetensors" else 5)
+    outcome = wconv("to-safetensors", "m", "-o", output, exit_code=5)
     assert_one_line(outcome, Path(output).as_posix(), (says,))
     assert snapshot(tmp_path) == before
 
@@ -537,7 +537,6 @@ def test_variants(args: tuple[Any, ...], written: list[str], wconv: Callable[...
         ("--memory", "0"),
         ("--memory", "64"),
         ("--no-such-option",),
-        ("a", "b"),
     ],
     ids=" ".join,
 )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from converter.errors import BadFile, Unsupported, Where
 from converter.tensors.base import MAX_TENSORS, Tensor
-from converter.transforms.layouts.operations import KEEP, Operation
+from converter.transforms.layouts.operations import CONCAT, KEEP, Operation
 
 
 class Row(NamedTuple):
@@ -45,6 +45,28 @@ def renamings(names: Mapping[str, str]) -> list[Row]:
 def within(whole: str, part: str, names: Mapping[str, str]) -> list[Row]:
     """Give the rows that rename what is in a module: its name here, there, and what is called how in it."""
     return renamings({f"{whole}.{here}": f"{part}.{there}" for here, there in names.items()})
+
+
+def modules(names: Mapping[str, str | tuple[str, ...]], operation: Operation | None = None) -> list[Row]:
+    """Give the rows for weights and biases: the name of a module here, and that of the one or those it is there.
+
+    Without an ``operation`` a module that is several is these one behind the other.
+    """
+    rows = []
+    for whole, there in names.items():
+        parts = (there,) if isinstance(there, str) else there
+        how = operation or (KEEP if len(parts) == 1 else CONCAT)
+        rows += [Row(f"{whole}.{leaf}", tuple(f"{part}.{leaf}" for part in parts), how) for leaf in ("weight", "bias")]
+    return rows
+
+
+def numbered(whole: str, part: str, numbers: Iterable[int], rows: Sequence[Row]) -> list[Row]:
+    """Give the rows for what is in each of some blocks, of which these are the names here and there."""
+    return [
+        Row(f"{whole}.{at}.{row.whole}", tuple(f"{part}.{at}.{name}" for name in row.parts), row.operation)
+        for at in numbers
+        for row in rows
+    ]
 
 
 def take_apart(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[list[Tensor], list[str]]:
@@ -98,6 +120,18 @@ def put_together(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[li
             converted.append(Tensor(fill(row.whole, words, 0), row.operation.together(parts)))
     _check_names(converted)
     return converted, left
+
+
+def wholes_of(names: Iterable[str], rows: Iterable[Row]) -> dict[str, str]:
+    """Map the names of parts to those of the wholes that they are of; names that no row has are not in it."""
+    tree = tree_of((part, (row, at)) for row in rows for at, part in enumerate(row.parts))
+    found: dict[str, str] = {}
+    for name in names:
+        match = find_leaf(tree, name.split("."))
+        if match is not None:
+            (row, place), words = match
+            found[name] = fill(row.whole, _split_count(row.parts[place], words)[1], 0)
+    return found
 
 
 def _in_order(row: Row, words: tuple[str, ...], members: Mapping[tuple[int, int], Tensor]) -> list[Tensor]:

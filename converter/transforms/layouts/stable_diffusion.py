@@ -49,13 +49,16 @@ _CODER_RESNET = {
     "nin_shortcut.*": "conv_shortcut.*",
 }
 _CODER_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+# What Diffusers called them up to 0.16, and still reads.
+_OLD_ATTENTION = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
 
 _CLIP_LAYER = (
     *("layer_norm1.*", "layer_norm2.*", "mlp.fc1.*", "mlp.fc2.*"),
     *(f"self_attn.{which}_proj.*" for which in ("q", "k", "v", "out")),
 )
 _CLIP = (
-    *("embeddings.token_embedding.*", "embeddings.position_embedding.*", "final_layer_norm.*"),
+    *("embeddings.token_embedding.*", "embeddings.position_embedding.*", "embeddings.position_ids"),
+    "final_layer_norm.*",
     *(f"encoder.layers.{{}}.{name}" for name in _CLIP_LAYER),
 )
 _OPEN_CLIP = {
@@ -108,7 +111,7 @@ def vae_rows(config: Config) -> list[Row]:
         rows += within(f"{side}.mid.block_1", f"{middle}.resnets.0", _CODER_RESNET)
         rows += within(f"{side}.mid.block_2", f"{middle}.resnets.1", _CODER_RESNET)
         rows += within(f"{side}.mid.attn_1", attention, {"norm.*": "group_norm.*"})
-        for here, there in _CODER_ATTENTION.items():
+        for here, there in (*_CODER_ATTENTION.items(), *_OLD_ATTENTION.items()):
             rows += within(f"{side}.mid.attn_1", attention, {f"{here}.bias": f"{there}.bias"})
             rows.append(Row(f"{side}.mid.attn_1.{here}.weight", (f"{attention}.{there}.weight",), PIXEL))
     rows += within("encoder.down.{}.block.{}", "encoder.down_blocks.{}.resnets.{}", _CODER_RESNET)
@@ -126,7 +129,9 @@ def clip_rows(config: Config) -> list[Row]:
 
     So do single files that Diffusers' scripts made with it, and no other program reads those.
     """
+    has_projection = "CLIPTextModelWithProjection" in config.get("architectures", ())
     return [
+        *renamings({"text_projection.weight": "text_projection.weight"} if has_projection else {}),
         *renamings({f"text_model.{name}": f"text_model.{name}" for name in _CLIP}),
         *renamings({name: f"text_model.{name}" for name in _CLIP}),
         *renamings({f"text_model.{name}": name for name in _CLIP}),

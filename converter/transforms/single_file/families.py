@@ -1,116 +1,120 @@
-"""The kinds of Stable Diffusion that single files hold: how each is known, and what it is made of."""
+"""The kinds of checkpoints that single files hold, and which of them a file or a pipeline is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from converter.errors import BadFile, Unsupported
-from converter.libraries.base import Library
-from converter.libraries.diffusers import DIFFUSERS
-from converter.libraries.transformers import TRANSFORMERS
+from converter.errors import Unsupported
 from converter.storage import Place
 from converter.tensors.base import Tensor
-from converter.transforms.layouts.rows import Row
-from converter.transforms.layouts.stable_diffusion import Config, clip_rows, open_clip_rows, unet_rows, vae_rows
-from converter.transforms.single_file.sizes import Shapes, encoder_shapes, unet_shapes, vae_shapes
+from converter.transforms.single_file import stable_diffusion
+from converter.transforms.single_file.family import Configs, Family, Kind
 
-
-class Part(NamedTuple):
-    """A model in a single file: what its names begin with, and who loads it.
-
-    For a config, ``rows`` gives those of its table, and ``shapes`` what it says of some of its tensors.
-    """
-
-    prefix: str
-    library: Library
-    rows: Callable[[Config], list[Row]]
-    shapes: Callable[[Config, Shapes], Shapes]
-
-
-def _clip(prefix: str) -> Part:
-    return Part(prefix, TRANSFORMERS, clip_rows, encoder_shapes)
-
-
-def _open_clip(prefix: str) -> Part:
-    return Part(prefix, TRANSFORMERS, open_clip_rows, encoder_shapes)
-
-
-UNET = Part("model.diffusion_model.", DIFFUSERS, unet_rows, unet_shapes)
-VAE = Part("first_stage_model.", DIFFUSERS, vae_rows, vae_shapes)
-_CONV_IN = f"{UNET.prefix}input_blocks.0.0.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A kind of checkpoint: its folder in ``configs``, and its text encoders.
-
-    ``inpainting`` is what is other in the configs of its inpainting models.
-    """
-
-    name: str
-    folder: str
-    encoders: Mapping[str, Part]
-    inpainting: Mapping[str, Config]
-
-    @property
-    def parts(self) -> dict[str, Part]:
-        """All that it is made of, by the names that they have in a pipeline."""
-        return {"unet": UNET, "vae": VAE, **self.encoders}
-
-
-_NINE = {"unet/config.json": {"in_channels": 9}}
-_NINE_2: Mapping[str, Config] = {
-    "unet/config.json": {"in_channels": 9, "sample_size": 64, "upcast_attention": False},
-    "vae/config.json": {"sample_size": 512},
-    "scheduler/scheduler_config.json": {"prediction_type": "epsilon"},
-}
-_ENCODERS_XL = {
-    "text_encoder": _clip("conditioner.embedders.0.transformer."),
-    "text_encoder_2": _open_clip("conditioner.embedders.1.model."),
-}
-_ENCODERS_2 = {"text_encoder": _open_clip("cond_stage_model.model.")}
-_ENCODERS_1 = {"text_encoder": _clip("cond_stage_model.transformer.")}
-FAMILIES = (
-    Family("Stable Diffusion XL", "sdxl", _ENCODERS_XL, _NINE),
-    Family("Stable Diffusion 2", "sd2", _ENCODERS_2, _NINE_2),
-    Family("Stable Diffusion 1", "sd1", _ENCODERS_1, _NINE),
-)
-# By the beginning of a name that no other has.
+FAMILIES = (*stable_diffusion.FAMILIES,)
+EMA = "model_ema."
+"""What names of averaged weights begin with."""
+# What is none of these, by the beginning of a name that no other has; and by one that Diffusers' models have.
 _OTHERS = {
     "lora_": "a LoRA",
-    f"{UNET.prefix}joint_blocks.": "Stable Diffusion 3",
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
     "joint_blocks.": "Stable Diffusion 3",
-    f"{UNET.prefix}double_blocks.": "Flux",
+    "model.diffusion_model.double_blocks.": "Flux",
     "double_blocks.": "Flux",
     "control_model.": "a ControlNet",
     "conditioner.embedders.0.model.": "a Stable Diffusion XL refiner",
 }
+_DIFFUSERS = ("down_blocks.", "transformer_blocks.", "encoder.down_blocks.", "decoder.up_blocks.")
 
 
-def recognise(source: Place, tensors: Mapping[str, Tensor]) -> tuple[Family, bool]:
-    """Say what a checkpoint is by names and shapes: its family, and whether it is for inpainting.
+class Found(NamedTuple):
+    """What a single file is: a kind of a family, and what the names of each part that is there begin with."""
 
-    Raises Unsupported for anything else than Stable Diffusion 1, 2 and XL.
+    family: Family
+    kind: Kind
+    prefixes: Mapping[str, str]
+
+
+def family_of(pipeline: str, configs: Configs) -> Family | None:
+    """Give the family of a pipeline of this class, whose parts have these configs; None for none that is known."""
+    return next((one for one in FAMILIES if pipeline in one.pipelines and one.owns(configs)), None)
+
+
+def part_of(class_name: str) -> tuple[Family, str] | None:
+    """Give the first family that has a part of this class, and the part's name; its table is that of all others."""
+    found = ((family, name) for family in FAMILIES for name, part in family.parts.items() if class_name in part.classes)
+    return next(found, None)
+
+
+def recognise(source: Place, tensors: Mapping[str, Tensor], meant: Family | None = None) -> Found:
+    """Say what a checkpoint is by names and shapes; ``meant`` is what a config says that it is, and decides.
+
+    Raises Unsupported for anything that is in no table, and for two models in one file.
     """
-    advice = "Name a checkpoint of Stable Diffusion 1, 2 or XL, or the folder of a Diffusers pipeline."
-    for prefix, what in _OTHERS.items():
-        if any(name.startswith(prefix) for name in tensors):
-            raise Unsupported(source, f"is {what}, and no whole model of Stable Diffusion 1, 2 or XL", advice)
-    if _CONV_IN not in tensors:
-        problem = f"is no Stable Diffusion checkpoint: it has no tensor {_CONV_IN!r}"
-        raise Unsupported(source, problem, advice)
-    channels = ([*tensors[_CONV_IN].shape, 0, 0])[1]
-    if channels not in (4, 9):  # nine are an image, its mask and the masked image
-        problem = f"is for another purpose than making or inpainting pictures: its UNet takes {channels} channels"
-        raise Unsupported(source, problem, advice)
-    for family in FAMILIES:
-        if all(any(name.startswith(part.prefix) for name in tensors) for part in family.encoders.values()):
-            break
-    else:
-        raise BadFile(source, "holds a UNet, and no text encoder of Stable Diffusion 1, 2 or XL", advice)
-    if not any(name.startswith(VAE.prefix) for name in tensors):
-        problem = f"holds no VAE: no name begins with {VAE.prefix!r}"
-        raise BadFile(source, problem, "Take a checkpoint with its VAE in it.")
-    return family, channels == 9
+    candidates, prefix = _candidates(source, tensors)
+    shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
+    family = _choose(source, tensors, candidates, shapes, meant)
+    kind = next((one for one in family.kinds if one.fits(shapes)), None)
+    if kind is None:
+        size = "x".join(map(str, shapes[family.mark]))
+        problem = f"is a {family.name} model for another purpose than those that are known: {family.mark} is {size}"
+        raise Unsupported(source, problem, "Only the model that makes pictures, and that for inpainting, have a table.")
+    prefixes = {family.core: prefix}
+    for name in family.parts:
+        found = _prefixes_in(tensors, family, name) if name != family.core else ()
+        if len(found) > 1:
+            problem = f"holds its {name} twice: as {' and as '.join(repr(one + '*') for one in found)}"
+            raise Unsupported(source, problem, "Drop one of them: wconv to-safetensors --drop.")
+        if found:
+            prefixes[name] = found[0]
+    return Found(family, kind, prefixes)
+
+
+def _candidates(source: Place, tensors: Mapping[str, Tensor]) -> tuple[list[Family], str]:
+    """Give the families whose diffusion model is there, and what its names begin with."""
+    marks = {(one.mark, prefix) for one in FAMILIES for prefix in one.parts[one.core].prefixes}
+    found = sorted((mark, prefix) for mark, prefix in marks if prefix + mark in tensors)
+    if len(found) > 1:
+        names = " and ".join(repr(prefix + mark) for mark, prefix in found)
+        raise Unsupported(source, f"holds two diffusion models: {names}", "Keep one: wconv to-safetensors --drop.")
+    known = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
+    advice = f"Name a checkpoint of one of: {known}."
+    for begin, what in _OTHERS.items():
+        if any(name.startswith(begin) for name in tensors):
+            raise Unsupported(source, f"is {what}, or holds some of it, which no table has", advice)
+    if found:
+        [(mark, prefix)] = found
+        return [one for one in FAMILIES if one.mark == mark], prefix
+    if any(name.startswith(_DIFFUSERS) for name in tensors):
+        advice = "'wconv to-safetensors' and 'wconv recast' keep the names."
+        raise Unsupported(source, "has the names of Diffusers already", advice)
+    problem = f"is no checkpoint that is known: it has no tensor {FAMILIES[0].parts['unet'].lone + FAMILIES[0].mark!r}"
+    raise Unsupported(source, f"{problem}, nor that of another diffusion model", advice)
+
+
+def _choose(
+    source: Place,
+    tensors: Mapping[str, Tensor],
+    candidates: Iterable[Family],
+    shapes: Mapping[str, tuple[int, ...]],
+    meant: Family | None,
+) -> Family:
+    """Choose of families with the same diffusion model by the text encoders, by what is meant, or by its shapes."""
+    candidates = list(candidates)
+    if len(candidates) == 1:
+        return candidates[0]
+    spoken = [one for one in candidates if any(_prefixes_in(tensors, one, name) for name in one.encoders)]
+    if len(spoken) > 1:
+        names = " and ".join(one.name for one in spoken)
+        raise Unsupported(source, f"holds text encoders of {names}", "Keep one: wconv to-safetensors --drop.")
+    fitting = spoken or [one for one in candidates if one is meant] or [one for one in candidates if one.is_of(shapes)]
+    if not fitting:
+        names = " or ".join(one.name for one in candidates)
+        problem = f"holds no text encoder, and its diffusion model has the size of no {names}"
+        raise Unsupported(source, problem, "Give the folder of its pipeline: --config.")
+    return fitting[0]
+
+
+def _prefixes_in(tensors: Iterable[str], family: Family, name: str) -> list[str]:
+    """Give those of a part's prefixes that names begin with."""
+    return [one for one in family.parts[name].prefixes if any(full.startswith(one) for full in tensors)]

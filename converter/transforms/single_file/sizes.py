@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from converter.errors import BadRequest
 from converter.storage import Place
-from converter.transforms.layouts.stable_diffusion import Config
-
-Shapes = Mapping[str, tuple[Any, ...]]
-"""The first axes of tensors by their names; a config may say anything of them."""
+from converter.transforms.single_file.family import Config, Shapes
 
 _MAX_COUNT = 64  # of layers, of blocks: real ones have up to 32, and a table has rows for each layer of each block
 _CONFIG_TYPES = {
@@ -67,7 +63,9 @@ def vae_shapes(config: Config, shapes: Shapes) -> Shapes:
 def encoder_shapes(config: Config, shapes: Shapes) -> Shapes:
     """Give the shapes of a text encoder's vocabulary and of its last layer."""
     width, last = config.get("hidden_size"), config.get("num_hidden_layers", 1) - 1
+    # transformers 4 and 5 differ in the prefix.
+    prefix = "text_model." if any(name.startswith("text_model.") for name in shapes) else ""
     return {
-        "embeddings.token_embedding.weight": (config.get("vocab_size"), width),
-        f"encoder.layers.{last}.mlp.fc1.weight": (config.get("intermediate_size"), width),
+        f"{prefix}embeddings.token_embedding.weight": (config.get("vocab_size"), width),
+        f"{prefix}encoder.layers.{last}.mlp.fc1.weight": (config.get("intermediate_size"), width),
     }

@@ -1,0 +1,70 @@
+"""The parts of a pipeline as a single file: every tensor under the name, and in the shape, that its trainer has.
+
+It is ``pipeline`` read backwards, by the same tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from converter.dtypes import DTYPES
+from converter.errors import Unsupported, name_some
+from converter.models.checkpoint import Checkpoint
+from converter.models.component import Component
+from converter.tensors.base import Tensor
+from converter.tensors.derived import Constant
+from converter.transforms.layouts.rows import put_together
+from converter.transforms.single_file.family import Family
+from converter.transforms.single_file.pipeline import notes_of_headers
+from converter.transforms.single_file.sizes import check_config, check_shapes
+
+_NAMED = 3
+
+
+def join(family: Family, opened: Sequence[tuple[str, Component, Checkpoint]]) -> tuple[list[Tensor], list[str]]:
+    """Give the tensors of parts, by their names in the family, in one file, and notes of what is left out.
+
+    A part alone has no more of a prefix than its kind of file has. Raises BadRequest for one that is not of the size
+    that its config says, Unsupported for a tensor that no row has, BadFile for one that does not fit another.
+    """
+    tensors: list[Tensor] = []
+    notes: list[str] = []
+    for name, component, checkpoint in opened:
+        part = family.parts[name]
+        wholes, left = _as_original(family, name, component, checkpoint)
+        prefix = part.prefixes[0] if len(opened) > 1 else part.lone
+        tensors += (tensor._replace(name=prefix + tensor.name) for tensor in wholes)
+        notes += (f"left out, for it is no weight: {one}" for one in left)
+        notes += notes_of_headers(checkpoint)
+    return tensors, notes
+
+
+def _as_original(
+    family: Family, name: str, component: Component, checkpoint: Checkpoint
+) -> tuple[list[Tensor], list[str]]:
+    part, config, path = family.parts[name], component.config, component.path / "config.json"
+    check_config(path, config)
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+    shapes = {short: tensor.shape for short, tensor in tensors.items()}
+    check_shapes(checkpoint.weight_set.path, str(path), part.shapes(config, shapes), shapes)
+    wholes, left = put_together(tensors, part.rows(config))
+    strange = [short for short in left if short.rpartition(".")[2] not in part.buffers]
+    if strange:
+        problem = f"holds tensors that no {name} of {family.name} has: {name_some(strange, _NAMED)}"
+        raise Unsupported(checkpoint.weight_set.path, problem, "Is something added to it, or is it another model?")
+    return wholes, left
+
+
+def marks_of(family: Family, scheduler: Mapping[str, Any]) -> tuple[list[Tensor], list[str]]:
+    """Give the empty tensors that tell a UI what a scheduler's config says, and notes of that, or that nothing does."""
+    said = {name: (key, value) for name, (key, value) in family.marks.items() if _is(scheduler.get(key), value)}
+    marks = [Tensor(name, Constant(DTYPES["F32"], (0,), b"")) for name in said]
+    notes = [f"its scheduler's {key} is {value}: the file says so with {name}" for name, (key, value) in said.items()]
+    if scheduler.get("prediction_type") == "v_prediction" and not said:
+        notes.append("its scheduler's prediction_type is v_prediction, which no file of weights says: set it in the UI")
+    return marks, notes
+
+
+def _is(said: Any, value: Any) -> bool:
+    return type(said) is type(value) and bool(said == value)
