@@ -23,7 +23,8 @@ from converter.models.names import WeightsName
 from converter.storage import FileRef, Place, place_of
 from converter.tensors.base import Tensor
 from converter.transforms.layouts.rows import take_apart
-from converter.transforms.single_file.families import EMA, Found, family_of, recognise
+from converter.transforms.layouts.sizes import Sizes
+from converter.transforms.single_file.families import EMA, Found, family_of, part_of, recognise
 from converter.transforms.single_file.family import ABSENT, SCHEDULER, Config, Family
 from converter.transforms.single_file.sizes import check_config, check_shapes
 from converter.transforms.single_file.tokenizer import tokenizer_files
@@ -132,9 +133,12 @@ def open_single_file(
 
 
 def _meant(folder: Place) -> Family | None:
-    """Give the family of a pipeline's folder, as its configs say."""
+    """Give the family of a pipeline's folder, as its configs say, or any that has the model of a folder."""
     index = read_json(folder / "model_index.json")
     class_name = index.get("_class_name")
+    if not index:
+        found = part_of(read_json(folder / "config.json").get("_class_name"))
+        return found[0] if found else None
     names = [name for name, entry in index.items() if is_class(entry) and name.isidentifier()]
     configs = {name: read_json(folder / name / "config.json") for name in names[:_MOST_PARTS]}
     return family_of(class_name, configs) if isinstance(class_name, str) else None
@@ -192,8 +196,9 @@ def sort_tensors(
 def _notes_of_kind(source: Place, frame: _Frame, kept: Sequence[str]) -> Iterator[str]:
     """Say what a checkpoint is, and what of that was assumed."""
     family, kind, _ = frame.found
-    what = "checkpoint" if len(kept) > 1 else f"{family.core} alone"
-    yield f"{source.name} is a {family.name} {what}{kind.words}"
+    what = f"{family.name} checkpoint" if len(kept) > 1 else f"{family.core} alone"
+    what = what if len(kept) > 1 or frame.given else f"{family.name} {what}"
+    yield f"{source.name} is a {what}{kind.words}"
     if family.folder == "sd2" and not frame.given and not kind.changes:
         yield "it is taken for one of 768 pixels; for one of 512, give the folder of such a model as --config"
     yield from (
@@ -280,8 +285,11 @@ def _open_part(
     """Give a part with the names that its weights have in a pipeline, and notes of what is left out of it."""
     source, family = checkpoint.weight_set.path, frame.found.family
     part, prefix = family.parts[name], frame.found.prefixes[name]
-    config, what = _config_of(frame, name, mine)
+    config, what = _config_of(source, frame, name, mine)
     converted, left = take_apart(mine, part.rows(config))
+    unread = [short for short in left if short in part.unread]
+    left = [short for short in left if short not in part.unread]
+    converted += part.made(config, converted) if part.made else []
     shapes = {tensor.name: tensor.shape for tensor in converted}
     check_shapes(source, what, part.shapes(config, shapes), shapes)
     others = name_some([prefix + short for short in left], 1)
@@ -293,20 +301,21 @@ def _open_part(
     file = replace(checkpoint.files[0], tensors=tuple(converted), metadata={})
     component = Component(name, source.parent / name, (weight_set,), config)
     notes = [f"left out, for no {name} has them: {others}"] if left else []
+    notes += [f"left out, for Diffusers does not read it: {prefix}{short}" for short in unread]
     return component, Checkpoint(weight_set, (file,), {}), notes
 
 
-def _config_of(frame: _Frame, name: str, mine: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
+def _config_of(source: Place, frame: _Frame, name: str, mine: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
     """Give a part's config, and what to call it; of tensors where none is given or shipped."""
     family = frame.found.family
     part, place = family.parts[name], frame.config_place(name)
     if place is None and part.config_of is not None:
-        config = part.config_of({short: tensor.shape for short, tensor in mine.items()})
+        config = part.config_of(Sizes(source, {short: tensor.shape for short, tensor in mine.items()}))
         return config, f"what its shapes say of the {name}"
     assert frame.root is not None
     assert place is not None
     config = frame.read(str(place.relative_to(frame.root)))
-    check_config(place, config)
+    check_config(place, config, part.numbers)
     _check_class(place, config, part.classes)
     return config, str(place) if frame.given else f"the {name} of {family.name}"
 
