@@ -199,16 +199,16 @@ def test_what_diffusers_writes_as_kohyas_is_read(lora: Any, tmp_path: Path) -> N
         ("lora_unet_transformer_blocks_0_attn_add_q_proj", "lora_unet_single_transformer_blocks_0_proj_mlp"),
     ],
 )  # fmt: skip
-def test_back_to_the_very_names(modules: tuple[str, ...], lora: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["diffusers", pytest.param("peft", marks=pytest.mark.slow)])
+def test_back_to_the_very_names(modules: tuple[str, ...], to: str, lora: Any, tmp_path: Path) -> None:
     state = {f"{name}.lora_{which}.weight": torch.ones(2, 2) for name in modules for which in ("down", "up")}
     state |= {f"{name}.alpha": torch.tensor(1.0) for name in modules}
     save_file(state, tmp_path / "kohya.safetensors")
-    for to in ("diffusers", "peft"):
-        there = lora(tmp_path / "kohya.safetensors", to, to if to == "peft" else "new.safetensors")
-        assert same(load_file(lora(there, "kohya", f"back_{to}.safetensors")), state)
+    there = lora(tmp_path / "kohya.safetensors", to, to if to == "peft" else "new.safetensors")
+    assert same(load_file(lora(there, "kohya", "back.safetensors")), state)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
 def test_each_form_does_the_same_to_a_unet(kind: str, lora: Any, tmp_path: Path) -> None:
     from diffusers.loaders.unet import UNet2DConditionLoadersMixin
     from peft import PeftModel
@@ -316,7 +316,7 @@ def products(state: State, scale: Callable[[str, int], float]) -> Iterator[tuple
             yield module, up @ (down.double() @ vector) * scale(module, down.shape[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_flux_of_kohya(dtype: torch.dtype, lora: Any, tmp_path: Path) -> None:
     from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 
