@@ -359,7 +359,7 @@ def without(name: str) -> Callable[[State], State]:
             "holds two diffusion models", 4,
         ),
         (lambda state: {**state, "first_stage_model.x": torch.ones(1)}, "holds its vae twice", 4),
-        (lambda state: {**state, PREFIX + "distilled_guidance_layer.x": torch.ones(1)}, "is Chroma", 4),
+        (lambda state: {**state, PREFIX + "double_stream_modulation_img.x": torch.ones(1)}, "is Flux 2", 4),
         (
             lambda state: {**state, PREFIX + "scaled_fp8": torch.ones(2).to(torch.float8_e4m3fn),
                            PREFIX + "img_in.weight": torch.ones(32, 16).to(torch.float8_e4m3fn)},
