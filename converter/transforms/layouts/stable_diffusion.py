@@ -41,7 +41,8 @@ _ATTENTION = {
     name: name
     for name in ("norm.*", "proj_in.*", "proj_out.*", *(f"transformer_blocks.{{}}.{n}" for n in _TRANSFORMER))
 }
-_UP_BLOCKS = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)  # what Diffusers takes where a config has none
+UP_BLOCKS = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+"""What Diffusers takes where a config has none."""
 
 _CODER = {"conv_in.*": "conv_in.*", "norm_out.*": "conv_norm_out.*", "conv_out.*": "conv_out.*"}
 _CODER_RESNET = {
@@ -89,7 +90,7 @@ def _unet_blocks(config: Config) -> Iterator[tuple[str, str, _Names]]:
     yield "middle_block.1", "mid_block.attentions.0", _ATTENTION
     yield "middle_block.2", "mid_block.resnets.1", _RESNET
     layers = config.get("layers_per_block", 2)
-    for block, kind in enumerate(config.get("up_block_types", _UP_BLOCKS)):
+    for block, kind in enumerate(config.get("up_block_types", UP_BLOCKS)):
         down, up, first = f"down_blocks.{block}", f"up_blocks.{block}", block * (layers + 1)
         for layer in range(layers + 1):
             yield f"output_blocks.{first + layer}.0", f"{up}.resnets.{layer}", _RESNET
@@ -98,8 +99,13 @@ def _unet_blocks(config: Config) -> Iterator[tuple[str, str, _Names]]:
             yield f"input_blocks.{first + layer + 1}.0", f"{down}.resnets.{layer}", _RESNET
             yield f"input_blocks.{first + layer + 1}.1", f"{down}.attentions.{layer}", _ATTENTION
         yield f"input_blocks.{first + layers + 1}.0", f"{down}.downsamplers.0", {"op.*": "conv.*"}
-        after = 2 if "CrossAttn" in str(kind) else 1
+        after = 2 if has_attention(kind) else 1
         yield f"output_blocks.{first + layers}.{after}", f"{up}.upsamplers.0", {"conv.*": "conv.*"}
+
+
+def has_attention(kind: object) -> bool:
+    """Say whether a kind of block, as a config names it, has attention."""
+    return isinstance(kind, str) and "CrossAttn" in kind
 
 
 def vae_rows(config: Config) -> list[Row]:

@@ -45,7 +45,7 @@ def family_of(pipeline: str, configs: Configs) -> Family | None:
     return next((one for one in FAMILIES if pipeline in one.pipelines and one.owns(configs)), None)
 
 
-def part_of(class_name: str) -> tuple[Family, str] | None:
+def part_of(class_name: object) -> tuple[Family, str] | None:
     """Give the first family that has a part of this class, and the part's name; its table is that of all others."""
     found = ((family, name) for family in FAMILIES for name, part in family.parts.items() if class_name in part.classes)
     return next(found, None)

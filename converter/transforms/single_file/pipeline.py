@@ -24,7 +24,7 @@ from converter.storage import FileRef, Place, place_of
 from converter.tensors.base import Tensor
 from converter.transforms.layouts.rows import take_apart
 from converter.transforms.layouts.sizes import Sizes
-from converter.transforms.single_file.families import EMA, Found, family_of, recognise
+from converter.transforms.single_file.families import EMA, Found, family_of, part_of, recognise
 from converter.transforms.single_file.family import ABSENT, SCHEDULER, Config, Family
 from converter.transforms.single_file.sizes import check_config, check_shapes
 from converter.transforms.single_file.tokenizer import tokenizer_files
@@ -133,9 +133,12 @@ def open_single_file(
 
 
 def _meant(folder: Place) -> Family | None:
-    """Give the family of a pipeline's folder, as its configs say."""
+    """Give the family of a pipeline's folder, as its configs say, or any that has the model of a folder."""
     index = read_json(folder / "model_index.json")
     class_name = index.get("_class_name")
+    if not index:
+        found = part_of(read_json(folder / "config.json").get("_class_name"))
+        return found[0] if found else None
     names = [name for name, entry in index.items() if is_class(entry) and name.isidentifier()]
     configs = {name: read_json(folder / name / "config.json") for name in names[:_MOST_PARTS]}
     return family_of(class_name, configs) if isinstance(class_name, str) else None
@@ -193,8 +196,9 @@ def sort_tensors(
 def _notes_of_kind(source: Place, frame: _Frame, kept: Sequence[str]) -> Iterator[str]:
     """Say what a checkpoint is, and what of that was assumed."""
     family, kind, _ = frame.found
-    what = "checkpoint" if len(kept) > 1 else f"{family.core} alone"
-    yield f"{source.name} is a {family.name} {what}{kind.words}"
+    what = f"{family.name} checkpoint" if len(kept) > 1 else f"{family.core} alone"
+    what = what if len(kept) > 1 or frame.given else f"{family.name} {what}"
+    yield f"{source.name} is a {what}{kind.words}"
     if family.folder == "sd2" and not frame.given and not kind.changes:
         yield "it is taken for one of 768 pixels; for one of 512, give the folder of such a model as --config"
     yield from (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from converter.errors import BadRequest
 from converter.storage import Place
+from converter.transforms.layouts.stable_diffusion import UP_BLOCKS, has_attention
 from converter.transforms.single_file.family import Config, Shapes
 
 _MAX_COUNT = 64  # of layers, of blocks: real ones have up to 32, and a table has rows for each layer of each block
@@ -48,34 +50,59 @@ def _count(value: Any) -> int:
 
 
 def check_shapes(source: Place, what: str, expected: Shapes, shapes: Shapes) -> None:
-    """Raise BadRequest where a part is not of the size that is expected; ``what`` names the config that says so."""
+    """Raise BadRequest where a part is not of the size that is expected; ``what`` names the config that says so.
+
+    Of what should not be there no axis is expected.
+    """
     for name, shape in expected.items():
         if shapes.get(name, ())[: max(2, len(shape))] != shape:
             size = "x".join(map(str, shapes[name])) if name in shapes else "not there"
-            problem = f"does not fit {what}: {name} is {size}, and should begin with {'x'.join(map(str, shape))}"
+            wanted = f"begin with {'x'.join(map(str, shape))}" if shape else "not be there"
+            problem = f"does not fit {what}: {name} is {size}, and should {wanted}"
             raise BadRequest(source, problem, "Give a --config folder that it fits.")
 
 
 def unet_shapes(config: Config, shapes: Shapes) -> Shapes:
-    """Give the shapes of a UNet's ends, of each block, and of what reads the text."""
-    widths = config.get("block_out_channels", (0,))
+    """Give the shapes of a UNet's ends, of the last layer of each block, and of what reads the text.
+
+    And of what tells blocks with attention from those without, after which layers are numbered.
+    """
+    widths, layers = config.get("block_out_channels", (0,)), config.get("layers_per_block", 2)
+    kinds = config.get("up_block_types", UP_BLOCKS)
     keys = [name for name in shapes if name.endswith("attn2.to_k.weight")]
+    ups = [f"up_blocks.{at}" for at in range(len(kinds))]
     return {
         "conv_in.weight": (widths[0], config.get("in_channels")),
         "conv_out.weight": (config.get("out_channels"), widths[0]),
         **{name: (*shapes[name][:1], config.get("cross_attention_dim")) for name in keys},
-        **{f"down_blocks.{at}.resnets.0.conv2.weight": (width, width) for at, width in enumerate(widths)},
+        **{f"down_blocks.{at}.resnets.{layers - 1}.conv2.weight": (one, one) for at, one in enumerate(widths)},
+        **{f"{up}.resnets.{layers}.conv2.weight": (one, one) for up, one in _from_the_end(ups, widths)},
+        **{
+            f"{up}.attentions.0.norm.weight": () for up, kind in zip(ups, kinds, strict=True) if not has_attention(kind)
+        },
+        **{
+            f"{up}.attentions.{layers}.norm.weight": (one,)
+            for (up, one), kind in zip(_from_the_end(ups, widths), kinds, strict=True)
+            if has_attention(kind)
+        },
     }
 
 
 def vae_shapes(config: Config, shapes: Shapes) -> Shapes:
     """Give the shapes of a VAE's ends and of each block."""
     widths = config.get("block_out_channels", (0,))
+    ups = [f"decoder.up_blocks.{at}" for at in range(len(config.get("up_block_types", ())))]
     return {
         "encoder.conv_in.weight": (widths[0], 3),
         "decoder.conv_out.weight": (3, widths[0]),
-        **{f"encoder.down_blocks.{at}.resnets.0.conv2.weight": (width, width) for at, width in enumerate(widths)},
+        **{f"encoder.down_blocks.{at}.resnets.0.conv2.weight": (one, one) for at, one in enumerate(widths)},
+        **{f"{up}.resnets.0.conv2.weight": (one, one) for up, one in _from_the_end(ups, widths)},
     }
+
+
+def _from_the_end(ups: Sequence[str], widths: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Give each block upwards with its width, those of the blocks downwards from the last; 0 where there is none."""
+    return zip(ups, [*reversed(widths), *(0 for _ in ups)], strict=False)
 
 
 def encoder_shapes(config: Config, shapes: Shapes) -> Shapes:
