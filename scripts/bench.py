@@ -58,6 +58,7 @@ from bench_runs import (
     within,
 )
 from bench_scaling import measure_scaling
+from bench_single_file import measure_single_file
 from make_sample import write_json
 from safetensors import safe_open
 
@@ -299,6 +300,7 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "scaling": measure_scaling,
     "baselines": measure_baselines,
     "dequantize": measure_dequantized,
+    "single-file": measure_single_file,
     "rss": measure_rss,
     "start": measure_start,
     "small": measure_small,
