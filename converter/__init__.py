@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from converter.errors import BadRequest as BadRequest
     from converter.errors import HostileFile as HostileFile
     from converter.errors import LossyCast as LossyCast
+    from converter.errors import OutputExists as OutputExists
     from converter.errors import OutputRefused as OutputRefused
     from converter.errors import SystemRefused as SystemRefused
     from converter.errors import Unsupported as Unsupported
@@ -58,13 +59,15 @@ if TYPE_CHECKING:
     from converter.tensors.base import ByteRange as ByteRange
     from converter.tensors.base import Tensor as Tensor
     from converter.transforms.dtype import Casting as Casting
+    from converter.transforms.names import TensorNames as TensorNames
     from converter.transforms.quantize.modules import ModuleChoice as ModuleChoice
 
 # The same for whoever runs it; a test holds the two together.
 _HOMES = {
     "doctor": "Choices Diagnosis diagnose mend plan_mending",
     "dtypes": "DType",
-    "errors": "BadFile BadRequest HostileFile LossyCast OutputRefused SystemRefused Unsupported WconvError",
+    "errors": "BadFile BadRequest HostileFile LossyCast OutputExists OutputRefused SystemRefused Unsupported "
+    "WconvError",
     "models.checkpoint": "Checkpoint open_checkpoint",
     "models.component": "Component WeightSet",
     "models.index": "WeightIndex",
@@ -82,6 +85,7 @@ _HOMES = {
     "storage": "Place place_of",
     "tensors.base": "ByteRange Tensor",
     "transforms.dtype": "Casting",
+    "transforms.names": "TensorNames",
     "transforms.quantize.modules": "ModuleChoice",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from bench_lora import measure_merged
 from bench_models import GB, ROOT, write_small
 from bench_quantized import measure_dequantized
 from bench_runs import (
@@ -301,6 +302,7 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "baselines": measure_baselines,
     "dequantize": measure_dequantized,
     "single-file": measure_single_file,
+    "merge-lora": measure_merged,
     "rss": measure_rss,
     "start": measure_start,
     "small": measure_small,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -95,25 +95,31 @@ class Exponents(Codes):
 
 def write_safetensors(folder: Path, tensors: dict[str, Codes], config: dict[str, Any]) -> None:
     """Write config, index and shards of about the same size."""
-    shards, weight_map = cut_evenly(tensors), {}
+    shards = cut_evenly(tensors)
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name, tensor in shard.items():
-            header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [at, at + tensor.nbytes]}
-            at += tensor.nbytes
-            weight_map[name] = file_name
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / file_name).open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in shard.values():
-                file.write(tensor.tobytes())
+        write_file(folder / file_name, shard)
+        weight_map |= dict.fromkeys(shard, file_name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "config.json", config)
+
+
+def write_file(path: Path, tensors: Mapping[str, Codes]) -> None:
+    """Write one file, a tensor at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.tobytes())
 
 
 def write_fp8(folder: Path, gb: float) -> None:

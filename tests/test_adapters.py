@@ -116,7 +116,7 @@ def test_alphas_are_those_that_peft_takes(tmp_path: Path) -> None:
         rank_pattern={"^b.proj": 2, "out": 3},
         alpha_pattern={"proj": 5, r"^a\.out": 7, "out": 1.5},
     )
-    tuned = get_peft_model(model, config)  # type: ignore[arg-type]
+    tuned = get_peft_model(model, config)
     tuned.save_pretrained(tmp_path)
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     adapter = find_adapter(open_checkpoint(tmp_path / "adapter_model.safetensors"), said)

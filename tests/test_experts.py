@@ -50,6 +50,7 @@ MORE: dict[str, dict[str, Any]] = {
     "minimax": {"layer_types": SOME_LINEAR, "block_size": 8},
     "qwen3_next": {"layer_types": SOME_LINEAR},
     "qwen3_5_moe_text": {"layer_types": SOME_LINEAR},
+    "mimo_v2_flash": {"num_attention_heads": 4},
     "dots1": {"n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
 }
 TEXT_ALONE = [kind for kind, _ in families() if kind != "glm4v_moe_text"]

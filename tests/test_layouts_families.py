@@ -26,7 +26,7 @@ from converter.transforms.layouts.rows import Row, put_together, take_apart
 from converter.transforms.layouts.sana import UNREAD, sana_config, sana_rows, sana_shapes, sana_stand_ins
 from converter.transforms.layouts.sd3 import sd3_config, sd3_rows, sd3_shapes
 from converter.transforms.layouts.sizes import Shapes, Sizes
-from converter.transforms.layouts.t5 import t5_rows, t5_shapes
+from converter.transforms.layouts.t5 import TIED, t5_rows, t5_shapes
 
 F32 = DTYPES["F32"]
 State = dict[str, torch.Tensor]
@@ -59,7 +59,7 @@ SANA = Case(
 )  # fmt: skip
 
 
-def like(case: Case, small: Mapping[str, Any] = {}, **config: Any) -> Case:
+def like(case: Case, small: Mapping[str, Any] = {}, /, **config: Any) -> Case:
     return case._replace(config={**case.config, **config}, small={**case.small, **small})
 
 
@@ -168,7 +168,7 @@ def original_of(case: Case, config: Mapping[str, Any]) -> tuple[dict[str, Tensor
     meta, full = meta_state(case, config)
     wholes, _ = put_together(hollow(meta), case.rows(full))
     if case.model.startswith("Sana"):
-        wholes += sana_stand_ins(full, F32)
+        wholes += (one for one, _ in sana_stand_ins(full, wholes))
     return {one.name: one for one in wholes}, full
 
 
@@ -290,8 +290,8 @@ def test_t5_has_what_the_class_has() -> None:
     with torch.device("meta"):
         state = T5EncoderModel(T5Config(**published, feed_forward_proj="gated-gelu", vocab_size=32128)).state_dict()
     parts, left = take_apart(hollow(state), t5_rows(published))
-    assert not left
-    assert [one.name for one in parts] == list(state)
+    assert left == [TIED]
+    assert [one.name for one in parts] == [name for name in state if name != TIED]
     assert all(tuple(state[name].shape) == shape for name, shape in t5_shapes({}).items())
 
 
@@ -307,7 +307,8 @@ def test_an_identity_takes_no_room() -> None:
 
 
 def test_what_sana_is_not_read_for_is_zeros() -> None:
-    position, text = sana_stand_ins({"sample_size": 4, "num_attention_heads": 1}, F32)
+    made = sana_stand_ins({"sample_size": 4, "num_attention_heads": 1}, [tensor("x", torch.ones(1))])
+    position, text = (one for one, _ in made)
     assert (position.name, position.shape) == ("pos_embed", (1, 16, 32))
     assert (text.name, text.shape) == ("y_embedder.y_embedding", (300, 2304))
     assert not any(value.any() for value in values([position, text]).values())
@@ -315,7 +316,7 @@ def test_what_sana_is_not_read_for_is_zeros() -> None:
 
 # Models that draw, as Diffusers loads them.
 
-LOADED = {
+LOADED: dict[str, tuple[Case, dict[str, Any], dict[str, Any]]] = {
     "sd3": (
         SD3,
         {
@@ -365,7 +366,8 @@ def test_diffusers_loads_what_is_put_together(kind: str, builders: Any, tmp_path
     wholes, _ = put_together(
         {name: tensor(name, value) for name, value in model.state_dict().items()}, case.rows(model.config)
     )
-    wholes += sana_stand_ins(model.config, F32) if kind == "sana" else []
+    if kind == "sana":
+        wholes += [one for one, _ in sana_stand_ins(model.config, wholes)]
     save_file(values(wholes), tmp_path / "model.safetensors")
     model.save_config(tmp_path / "config")
     loaded = type(model).from_single_file(

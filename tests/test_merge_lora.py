@@ -101,7 +101,7 @@ def read_in(source: TensorSource, nbytes: int, size: int, as_part: bool = False)
     return bytes(out)
 
 
-@pytest.mark.parametrize(("shape", "rank"), [((70, 1100), 100), ((20, 5000), 17), ((3000, 3), 5), ((5, 2, 3, 3), 2)])
+@pytest.mark.parametrize(("shape", "rank"), [((70, 1100), 100), ((5, 17000), 17), ((3000, 3), 5), ((5, 2, 3, 3), 2)])
 def test_all_cuts_give_the_same_bits(shape: tuple[int, ...], rank: int) -> None:
     # With ranks such as 100 BLAS gives other bits for a block of one or three rows than for more.
     width = math.prod(shape[1:])
@@ -115,8 +115,8 @@ def test_all_cuts_give_the_same_bits(shape: tuple[int, ...], rank: int) -> None:
         weight.double() + 0.5 * (left.double() @ right.double()).reshape(shape),
         weight,
     )
-    for size in (nbytes // 7 // 4 * 4, width * 4, 3 * width * 4 + 4):
-        if nbytes // size < 100:
+    for size in (nbytes // 7 // 4 * 4, 3 * width * 4 + 4):
+        if nbytes // size < 30:
             assert read_in(source, nbytes, size) == whole
             assert read_in(source, nbytes, size, as_part=True) == whole
 
@@ -132,7 +132,7 @@ def test_each_weight_is_rounded_once(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "out"
     code, said = run(capsys, base, f"{a}:-0.5", f"{b}:1.25", "-o", out)
     assert code == 0
-    assert "merged: a, weight -0.5, rank 2, 1 modules" in said
+    assert "merged: a, weight -0.5, rank 2, 1 module" in said
     before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
     scale = 1.25 * 3 / math.sqrt(3)
     expected = before[f"{Q}.weight"].double() + delta(first, Q, -0.5 * 3 / 2) + delta(second, Q, scale)
@@ -260,6 +260,68 @@ def test_kohya_and_diffusers_name_the_same(tmp_path: Path, capsys: pytest.Captur
     ]
 
 
+def test_adapters_beside_the_base_stay_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # transformers would look for the weights of one that has its config in the folder.
+    base, adapter = write_base(tmp_path / "base"), write_peft(tmp_path / "a", pair(Q, 6, 8))
+    for path in adapter.iterdir():
+        path.rename(base / path.name)
+    code, _ = run(capsys, base, base / "adapter_model.safetensors", "-o", tmp_path / "out")
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
+# Weights by their names in one layout, and the pair that is for them in another; and which rows of ``up`` each gets.
+TRAINERS: dict[str, tuple[dict[str, str], dict[str, tuple[int, int]], str, dict[str, slice]]] = {
+    "XL": (
+        {"_class_name": "UNet2DConditionModel"},
+        {
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (4, 6),
+            "mid_block.attentions.0.proj_in": (4, 6),
+        },
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": slice(4)},
+    ),
+    "Flux": (
+        {"_class_name": "FluxTransformer2DModel"},
+        {f"transformer_blocks.0.attn.to_{which}": (4, 6) for which in "qkv"},
+        "lora_unet_double_blocks_0_img_attn_qkv",
+        {f"transformer_blocks.0.attn.to_{which}": slice(4 * at, 4 * at + 4) for at, which in enumerate("qkv")},
+    ),
+    "a single file": (
+        {},
+        {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q": (4, 6)},
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
+        {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q": slice(4)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_names_of_the_trainer_are_found(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, shapes, module, rows = TRAINERS[name]
+    state = {f"{one}.weight": random(*shape) for one, shape in shapes.items()}
+    base = tmp_path / "base"
+    base.mkdir()
+    file = base / ("diffusion_pytorch_model.safetensors" if config else "sd.safetensors")
+    save_file(state, file)
+    if config:
+        write_json(base / "config.json", config)
+    up, down = random(4 * len(rows), 2), random(2, 6)
+    added = {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down, f"{module}.alpha": torch.tensor(1.0)}
+    save_file(added, tmp_path / "a.safetensors")
+    out = tmp_path / "out"
+    code, said = run(
+        capsys, base if config else file, tmp_path / "a.safetensors", "-o", out if config else out / file.name
+    )
+    assert code == 0, said
+    after = load_file(out / file.name)
+    for one in shapes:
+        before = state[f"{one}.weight"].double()
+        expected = before + 0.5 * (up[rows[one]].double() @ down.double()) if one in rows else before
+        assert_rounded(after[f"{one}.weight"], expected, before)
+
+
 # What is refused.
 
 FULL = pair(Q, 6, 8)
@@ -287,6 +349,7 @@ REFUSED: dict[str, tuple[State, dict[str, Any], int, str]] = {
     "no list": (FULL, {"modules_to_save": {"a": 1}}, 3, "no list of names"),
     "float8": (pair(Q, 6, 8, dtype=torch.float8_e4m3fn), {}, 4, "no dtype of an adapter"),
     "NaN": (A_NAN, {}, 3, "has NaN, infinity or a number above 1e15"),
+    "a flag that is none": (FULL, {"use_rslora": "no"}, 3, "use_rslora = no, which is no flag"),
     "an alpha that is none": (FULL, {"lora_alpha": "much"}, 3, "lora_alpha = much"),
 }  # fmt: skip
 
@@ -329,7 +392,8 @@ def test_weights_are_behind_the_last_colon(tmp_path: Path) -> None:
     odd.mkdir()
     known = {
         f"{tmp_path}/a:0.8": (f"{tmp_path}/a", 0.8), f"{tmp_path}/b:-1e-1": (f"{tmp_path}/b", -0.1),
-        "hf://o/n": ("hf://o/n", 1.0), "hf://o/n@main:.5": ("hf://o/n", 0.5), "s3://bucket/v1.5": ("s3://bucket/v1.5", 1.0),
+        "hf://o/n": ("hf://o/n", 1.0), "hf://o/n@main:.5": ("hf://o/n", 0.5),
+        "s3://bucket/v1.5": ("s3://bucket/v1.5", 1.0),
         r"C:\loras\a.safetensors": (r"C:\loras\a.safetensors", 1.0), str(odd): (str(odd), 1.0),
         f"{odd}:2": (str(odd), 2.0),
     }  # fmt: skip
@@ -434,3 +498,44 @@ def test_an_untied_model_computes_what_the_adapter_does(
         assert torch.allclose(found.eval()(ids).logits, judge(ids).logits, atol=1e-4)
         # PEFT's own merge adds to both.
         assert not torch.allclose(judge.merge_and_unload()(ids).logits, found(ids).logits, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", BITS)
+def test_it_is_what_diffusers_fuses(dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), norm_num_groups=8,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    unet.to(dtype).save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_k", "to_out.0", "conv1", "conv2", "proj_in"])
+    unet.add_adapter(config)
+    for name, weight in unet.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    noted = unet.peft_config["default"].to_dict()
+    pairs = get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "a", pairs, unet_lora_adapter_metadata=noted)
+    code, said = run(capsys, tmp_path / "base", f"{tmp_path / 'a'}:0.8", "-o", tmp_path / "out")
+    assert code == 0, said
+    judge = UNet2DConditionModel.from_pretrained(tmp_path / "base", torch_dtype=dtype)
+    state, alphas, found = StableDiffusionPipeline.lora_state_dict(
+        tmp_path / "a", unet_config=judge.config, return_lora_metadata=True
+    )
+    StableDiffusionPipeline.load_lora_into_unet(state, alphas, judge, metadata=found)
+    judge.fuse_lora(0.8)
+    judge.unload_lora()
+    theirs = judge.state_dict()
+    file = "diffusion_pytorch_model.safetensors"
+    before, ours = load_file(tmp_path / "base" / file), load_file(tmp_path / "out" / file)
+    assert sum(not torch.equal(before[name], ours[name]) for name in ours) == len(pairs) / 2
+    for name, values in ours.items():
+        # Diffusers rounds the halves to the dtype of the base, and what it adds.
+        assert_rounded(values, theirs[name], before[name], 1 if dtype is torch.float32 else 2)

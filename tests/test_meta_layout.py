@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from support.tiny import State, assert_same, save, write_json
+from support.tiny import State, assert_same, load_set, save, write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from converter.errors import BadFile, BadRequest, Unsupported
@@ -73,7 +75,7 @@ def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 def to_meta(source: Path, out: Path, **options: Any) -> State:
     convert(source, out, layout="meta", **options)
-    return load_file(out / "model.safetensors")
+    return load_file(out / "consolidated.safetensors")
 
 
 def test_meta_s_code_computes_the_same(model: tuple[LlamaForCausalLM, Path], tmp_path: Path) -> None:
@@ -86,6 +88,7 @@ def test_meta_s_code_computes_the_same(model: tuple[LlamaForCausalLM, Path], tmp
     tokens = torch.tensor([3, 1, 4, 1, 5, 9])
     with torch.no_grad():
         torch.testing.assert_close(forward(state, tokens), made(tokens[None]).logits[0], rtol=1e-4, atol=1e-5)
+    assert not (tmp_path / "meta" / "model.safetensors").exists()  # which transformers would take for its own
     convert(tmp_path / "meta", tmp_path / "back", layout="transformers")
     back = tmp_path / "back" / "model.safetensors"
     assert back.read_bytes() == (folder / "model.safetensors").read_bytes()
@@ -165,3 +168,61 @@ def test_what_is_not_all_of_a_model_is_refused(model: tuple[LlamaForCausalLM, Pa
         save({**state, more: torch.rand(DIM)}, tmp_path / "odd" / "model.safetensors")
         with pytest.raises((BadFile, Unsupported), match=words):
             convert(tmp_path / "odd", tmp_path / "out", layout="transformers")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:.*TypedStorage")
+def test_what_torchtitan_has_trained_is_written_for_transformers(
+    wconv: Callable[..., Any], model: tuple[LlamaForCausalLM, Path], tmp_path: Path
+) -> None:
+    _, folder = model
+    state = to_meta(folder, tmp_path / "meta")
+    dcp.save({**state, "freqs_cis": torch.rand(4, 4)}, checkpoint_id=tmp_path / "step-10", no_dist=True)
+    options = ("--layout", "transformers", "--config", folder)
+    ran = wconv("to-safetensors", tmp_path / "step-10", "-o", tmp_path / "out", *options)
+    assert "left out, as it is computed again where it is loaded: freqs_cis" in ran.stdout
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_shards_and_pickles_have_their_names(
+    wconv: Callable[..., Any], model: tuple[LlamaForCausalLM, Path], tmp_path: Path
+) -> None:
+    _, folder = model
+    expected = load_file(folder / "model.safetensors")
+    wconv("reshard", folder, "-o", tmp_path / "meta", "--layout", "meta", "--max-shard-size", "30KB")
+    assert (tmp_path / "meta" / "consolidated.safetensors.index.json").exists()
+    wconv("to-safetensors", tmp_path / "meta", "-o", tmp_path / "back", "--layout", "transformers")
+    assert_same(load_set(tmp_path / "back"), expected)
+    save(expected, tmp_path / "bin" / "pytorch_model.bin")
+    write_json(tmp_path / "bin" / "config.json", json.loads((folder / "config.json").read_text()))
+    wconv("reshard", tmp_path / "bin", "-o", tmp_path / "pth", "--layout", "meta", "--max-shard-size", "none")
+    wconv("reshard", tmp_path / "pth", "-o", tmp_path / "again", "--layout", "transformers", "--max-shard-size", "none")
+    assert_same(torch.load(tmp_path / "pth" / "consolidated.00.pth"), load_set(tmp_path / "meta", "consolidated"))
+    assert_same(torch.load(tmp_path / "again" / "pytorch_model.bin"), expected)
+
+
+def test_names_that_are_asked_for_come_first(
+    wconv: Callable[..., Any], model: tuple[LlamaForCausalLM, Path], tmp_path: Path
+) -> None:
+    _, folder = model
+    state = {f"net.{name}": value for name, value in load_file(folder / "model.safetensors").items()}
+    save(state, tmp_path / "net" / "model.safetensors")
+    write_json(tmp_path / "net" / "config.json", json.loads((folder / "config.json").read_text()))
+    options = ("--strip-prefix", "net.", "--layout", "meta", "--dry-run")
+    ran = wconv("to-safetensors", tmp_path / "net", "-o", tmp_path / "out", *options)
+    assert "net.lm_head.weight -> output.weight" in ran.stdout
+
+
+@pytest.mark.parametrize("lacking", ["output.weight", "lm_head.weight"])
+def test_a_head_that_is_not_there_is_missed(model: tuple[LlamaForCausalLM, Path], tmp_path: Path, lacking: str) -> None:
+    folder = model[1]
+    layout = "meta"
+    if lacking == "output.weight":
+        to_meta(folder, tmp_path / "meta")
+        folder, layout = tmp_path / "meta", "transformers"
+    [path] = folder.glob("*.safetensors")
+    state = load_file(path)
+    del state[lacking]
+    save(state, tmp_path / "m" / path.name)
+    write_json(tmp_path / "m" / "config.json", json.loads((folder / "config.json").read_text()))
+    with pytest.raises(BadFile, match=f"holds no {lacking}"):
+        convert(tmp_path / "m", tmp_path / "out", layout=layout)

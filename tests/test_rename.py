@@ -72,6 +72,7 @@ def test_tensors_come_under_the_names_that_are_asked_for(
         (("--rename", "lm_head"), "'lm_head' is no REGEX=NEW"),
         (("--rename", "=x"), "'=x' is no REGEX=NEW"),
         (("--rename", "(=x"), "'(': is no regular expression "),
+        (("--drop", "a{99999999999}"), "is no regular expression (the repetition number is too large)"),
         (("--rename", r"a=\2"), "is no replacement for 'a' "),
         (("--tied", "lm_head.weight"), "has no tied tensors of which one is named 'lm_head.weight', as --tied has it"),
     ],
@@ -259,6 +260,11 @@ def test_quantized_weights_of_a_file_are_renamed_whole(wconv: Callable[..., Any]
     write_json(source.parent / "config.json", {"quantization_config": {"quant_method": "fp8", "ignore": ["lm_head"]}})
     said = wconv("to-safetensors", source.parent, "-o", tmp_path / "no", "--add-prefix", "a.", exit_code=2).stderr
     assert "is quantized, and its config lists modules by the names that they have" in said
+    wconv("dequantize", source.parent, "-o", tmp_path / "of-folder.safetensors", "--add-prefix", "a.")
+    assert load_file(tmp_path / "of-folder.safetensors").keys() == {
+        f"a.{name}" for name in QUANTIZED if not name.endswith("scale")
+    }
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_mark_and_a_note_of_comfyui_stay_with_what_they_mark(wconv: Callable[..., Any], tmp_path: Path) -> None:
@@ -333,12 +339,12 @@ def test_one_file_of_a_folder(source: str, wconv: Callable[..., Any], tmp_path: 
     unet.rename(tmp_path / "m") if source == "m" else None
     chosen = ("--from-variant", "none", *(("--component", "unet") if source == "p" else ()))
     out = tmp_path / "one.safetensors"
+    folder = tmp_path / "m" if source == "m" else unet
     before = set(names_in(tmp_path))
     outcome = wconv("to-safetensors", tmp_path / source, "-o", out, *chosen, "--add-prefix", "model.diffusion_model.")
     assert set(names_in(tmp_path)) - before == {"one.safetensors"}
     assert_same(load_file(out), {f"model.diffusion_model.{name}": t for name, t in make_state(seed=1).items()})
-    assert "one file is written, and nothing goes with it: config.json stay" in outcome.stdout
-    folder = tmp_path / "m" if source == "m" else unet
+    assert f"one file is written, and nothing goes with it: {folder} keeps config.json" in outcome.stdout
     inside = folder / "inside.safetensors"  # beside what is read
     wconv("to-safetensors", tmp_path / source, "-o", inside, *chosen)
     assert_same(load_file(inside), make_state(seed=1))

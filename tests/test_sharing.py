@@ -43,7 +43,8 @@ from converter.storage import Place, place_of
 from converter.storage.local import open_staged
 from converter.storage.root import Root, can_share, share
 from converter.tensors.base import ByteRange, PackedRange, TensorSource
-from converter.tensors.derived import Boxes, Cast, Constant, Swapped
+from converter.tensors.derived import Box, Boxes, Cast, Constant, Swapped
+from converter.tensors.shaped import reshaped
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="a function of Linux")
 
@@ -378,6 +379,9 @@ def test_what_lies_in_another_store_is_not_the_systems(tmp_path: Path) -> None:
 FILE = ref_to("f")
 STORED = ByteRange(FILE, 100, 64)
 WHOLE = whole_view(F32, (4, 4), STORED)
+# Of two boxes, the one that byte 8 lies in ends at byte 16.
+HALVES = reshaped(WHOLE, F32, (8, 2))
+STACKED = Boxes(F32, (4, 2), (Box((0, 0), HALVES.box((6, 0), (2, 2))), Box((2, 0), HALVES.box((0, 0), (2, 2)))))
 
 
 @pytest.mark.parametrize(
@@ -392,8 +396,14 @@ WHOLE = whole_view(F32, (4, 4), STORED)
         (Swapped(WHOLE, 4), None),
         (Constant(F32, (4,), bytes(16)), None),
         (Boxes(F32, (0,), ()), None),
+        (STACKED, ByteRange(FILE, 156, 8)),
+        (reshaped(STACKED, F32, (2, 2, 2)), ByteRange(FILE, 156, 8)),
+        (STACKED.permuted((1, 0)), None),
     ],
-    ids=["view", "part", "strided", "crc", "packed", "cast", "swapped", "constant", "boxes"],
+    ids=[
+        *("view", "part", "strided", "crc", "packed", "cast", "swapped", "constant", "boxes"),
+        *("stacked", "reshaped", "turned"),
+    ],
 )
 def test_what_lies_in_a_file_as_it_is(source: TensorSource, expected: ByteRange | None) -> None:
     assert source.verbatim(8, 24) == expected

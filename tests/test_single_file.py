@@ -220,7 +220,7 @@ def without(prefix: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
             2,
         ),
         (lambda state: {"lora_unet_down.lora_up.weight": torch.ones(2, 2)}, "is a LoRA", 4),
-        (lambda state: {**state, "model.diffusion_model.joint_blocks.0.x": torch.ones(1)}, "is Stable Diffusion 3", 4),
+        (lambda state: {**state, "model.diffusion_model.joint_blocks.0.x": torch.ones(1)}, "that no unet of", 4),
         (
             lambda state: {**state, "model.diffusion_model.input_blocks.0.0.weight": torch.ones(16, 8, 3, 3)},
             "for another purpose than those that are known: input_blocks.0.0.weight is 16x8x3x3",

@@ -162,8 +162,10 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
 
 def _describe_adapter(component: Component, checkpoint: Checkpoint) -> Description | None:
     """Describe a LoRA adapter, if a set is one."""
-    from converter.models.adapters import find_adapter, open_adapter_config
+    from converter.models.adapters import find_adapter, may_be_adapter, open_adapter_config
 
+    if not may_be_adapter(checkpoint):
+        return None
     adapter = find_adapter(checkpoint, open_adapter_config(component))
     if adapter is None:
         return None

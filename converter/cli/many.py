@@ -62,7 +62,7 @@ def run_each(
                     raise
                 worst = max(worst, tell_error(error))
                 counts["failed"] += 1
-            gc.collect()  # nobody does otherwise, and there may be thousands
+            gc.collect(1)  # of what this source made; nobody does otherwise, and there may be thousands
     if run.is_told:
         echo(_summary(counts, total, run.dry_run))
     return worst

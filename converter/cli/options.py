@@ -253,7 +253,7 @@ _CONVERSION_OPTIONS = {
         multiple=True,
         type=Replacement(),
         metavar="REGEX=NEW",
-        help=r"Put NEW (which may hold \\1) in the place of what this finds in names; repeatable, one after the other.",
+        help=r"Put NEW (which may hold \1) in the place of what this finds in names; repeatable, one after the other.",
     ),
     "add-prefix": click.option(
         "--add-prefix", default="", metavar="PREFIX", help="Put this before the names of all tensors, last of all."

@@ -153,14 +153,23 @@ def open_adapter_config(component: Component) -> dict[str, Any]:
     return read_json(component.path / ADAPTER_CONFIG)
 
 
+def may_be_adapter(checkpoint: Checkpoint) -> bool:
+    """Say whether a set may be an adapter, by its name and those of its tensors, before a config is looked for."""
+    return _is_named_by_peft(checkpoint) or any(_MARK.search(tensor.name) for tensor in checkpoint.tensors)
+
+
+def _is_named_by_peft(checkpoint: Checkpoint) -> bool:
+    return checkpoint.name.stem == STEMS["peft"]["safetensors"]
+
+
 def find_adapter(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Adapter | None:
     """Give what a set holds as an adapter, or None where no name in it is one's.
 
     ``config`` is the adapter_config.json beside it, or empty.
     """
-    is_peft = "peft_type" in config and checkpoint.name.stem == STEMS["peft"]["safetensors"]
-    if not is_peft and not any(_MARK.search(tensor.name) for tensor in checkpoint.tensors):
+    if not may_be_adapter(checkpoint):
         return None
+    is_peft = "peft_type" in config and _is_named_by_peft(checkpoint)
     sorted_out = _sort_out(checkpoint.tensors)
     is_told = any(kind in sorted_out.extras for kind in _TELLING) or is_peft
     if not sorted_out.halves and not is_told:

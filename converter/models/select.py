@@ -77,7 +77,7 @@ def compiled(regex: str) -> re.Pattern[str]:
     """Compile what a user gives as a regular expression. Raises BadRequest for what is none."""
     try:
         return re.compile(regex)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise BadRequest(repr(regex), f"is no regular expression ({error})") from None
 
 

@@ -50,9 +50,11 @@ def plan_lora(request: Request, to: str) -> Plan:
         source=source,
         writing=replace(request.writing, format="safetensors", tied="duplicate", max_shard_size=math.inf),
     )
-    job = _open_job(request, [component for component, _, _ in opened], to)
-    name = job.named or WeightsName(_NAMES.get(to, opened[0][1].checkpoint.name.stem), None, "safetensors")
-    orders = [_order_of(job, one, changes.adapter.checkpoint, name) for one in written]
+    checkpoint = changes.adapter.checkpoint
+    components = [Component(one.part, opened[0][0].path, (checkpoint.weight_set,), {}) for one in written]
+    job = _open_job(request, components, to)
+    name = job.named or WeightsName(_NAMES.get(to, checkpoint.name.stem), None, "safetensors")
+    orders = [_order_of(job, *both, checkpoint, name) for both in zip(components, written, strict=True)]
     generated = {join(one.part, ADAPTER_CONFIG): render_json(one.config) for one in written if one.config}
     notes = (_describe(changes, to), *(note for one in written for note in one.notes))
     selected = [(component, adapter.checkpoint.weight_set) for component, adapter, _ in opened]
@@ -110,7 +112,7 @@ def _refuse_same(source: Place, adapters: list[Adapter], written: Iterable[Writt
     """Raise BadRequest where nothing would change."""
     before = {tensor.name for adapter in adapters for tensor in adapter.checkpoint.tensors}
     after = {tensor.name for one in written for tensor in one.tensors}
-    if all(adapter.form == to for adapter in adapters) and before == after:
+    if all(adapter.form == to for adapter in adapters) and before <= after:
         raise BadRequest(source, f"has the names of {to} already", "'wconv to-safetensors' writes it in safetensors.")
 
 
@@ -118,8 +120,7 @@ def _open_job(request: Request, components: list[Component], to: str) -> Job:
     """Say where the output goes: a file, or a folder."""
     output = request.output
     assert output is not None
-    root = components[0].path if len(components) == 1 else request.source
-    model = Model(request.source, root, "file", tuple(components))
+    model = Model(request.source, components[0].path, "file", tuple(components))
     named = None
     if names_file(output):
         parsed = parse_name(output.name)
@@ -133,10 +134,9 @@ def _open_job(request: Request, components: list[Component], to: str) -> Job:
     return Job(request, model, open_target(model, output, request.publishing.overwrite), named, carries=False)
 
 
-def _order_of(job: Job, one: Written, checkpoint: Checkpoint, name: WeightsName) -> Order:
+def _order_of(job: Job, component: Component, one: Written, checkpoint: Checkpoint, name: WeightsName) -> Order:
     """Give a set to be written; it is made of all that was read."""
     file = replace(checkpoint.files[0], tensors=one.tensors, metadata=one.metadata)
     weight_set: WeightSet = replace(checkpoint.weight_set, name=name)
     made = replace(checkpoint, weight_set=weight_set, files=(file,), index_metadata={}, is_renamed=True)
-    component = Component(one.part, checkpoint.weight_set.folder, (checkpoint.weight_set,), {})
     return make_order(component, made, name, job.request.casting, job.request.writing, is_beside=False)

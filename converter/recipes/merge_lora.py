@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from converter.errors import BadRequest, Unsupported, name_some
-from converter.models.adapters import open_adapter_config
+from converter.models.adapters import ADAPTER_CONFIG, open_adapter_config
 from converter.models.checkpoint import Checkpoint, open_checkpoint
-from converter.models.component import Component, has_quantization
+from converter.models.component import Component, WeightSet, has_quantization
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.model import open_model
-from converter.models.names import Naming, fold_modules
+from converter.models.names import STEMS, Naming, fold_modules
 from converter.models.schemes import quantized_in
 from converter.models.select import Selection, select_sets
+from converter.plan.make import join
 from converter.plan.types import Order, Plan, Rest
 from converter.recipes.request import Request
 from converter.recipes.steps import Job, into_one_set, make_ready, open_job, open_sets, plan_job, select
@@ -57,19 +59,21 @@ def plan_merged(request: Request, asked: Sequence[Asked]) -> Plan:
         raise BadRequest(request.source, f"is to have {len(asked)} adapters merged into it", "Name from 1 to 64.")
     for one in asked:
         check_places(one.place, request.output)
+        if request.output is not None and request.output.is_same(one.place):
+            raise BadRequest(request.output, "is an adapter that is to be merged", "Name a new folder.")
     job = open_job(into_one_set(request))
     weighted = [_open_adapter(one) for one in asked]
     is_cast = request.casting.dtype is not None
     parts = [one.name for one in job.model.components if not one.name or _PARTS.fullmatch(one.name)]
     named = request.selection.components
-    selected = select(job, components=named or tuple(parts))
+    selected = _without_adapters(select(job, components=named or tuple(parts)))
     opened = open_sets(job, selected)
     for component, checkpoint in opened:
         _refuse_quantized(component, checkpoint)
     acting = [one for one in weighted if one.weight]
     merges = find_merges(acting, opened)
     if is_cast and not named:
-        selected = select(job)
+        selected = _without_adapters(select(job))
         opened = open_sets(job, selected)
     elif merges:
         selected = [one for one in selected if one[0].name in merges]
@@ -78,7 +82,30 @@ def plan_merged(request: Request, asked: Sequence[Asked]) -> Plan:
         _merge(order, checkpoint, merges.get(order.component.name, {}), job)
         for order, (_, checkpoint) in zip(make_ready(job, opened), opened, strict=True)
     ]
-    return plan_job(job, selected, orders, Rest(notes=tuple(_tell(weighted, merges))))
+    plan = plan_job(job, selected, orders, Rest(notes=tuple(_tell(weighted, merges))))
+    return _without_files(plan, [component for component, _ in selected])
+
+
+def _without_adapters(selected: Sequence[tuple[Component, WeightSet]]) -> list[tuple[Component, WeightSet]]:
+    """Leave out adapters that lie beside the base. Raises BadRequest where that leaves several sets of one part."""
+    found = [one for one in selected if one[1].name.stem not in STEMS["peft"].values()]
+    counts = Counter(component.name for component, _ in found)
+    for component, _ in found:
+        if counts[component.name] > 1:
+            labels = name_some([one.label for other, one in found if other is component], _NAMED)
+            raise BadRequest(component.path, f"has several sets of weights: {labels}", "Name the one you want.")
+    return found
+
+
+def _without_files(plan: Plan, components: Iterable[Component]) -> Plan:
+    """Leave behind the config of an adapter that lies beside the base: transformers would look for its weights."""
+    names = [join(component.name, ADAPTER_CONFIG) for component in components]
+    left = [name for name, _ in plan.copied if name in names]
+    if not left:
+        return plan
+    copied = tuple(one for one in plan.copied if one[0] not in left)
+    note = f"not carried over: {name_some(left, _NAMED)}, which is of an adapter"
+    return replace(plan, copied=copied, notes=(*plan.notes, note))
 
 
 def _open_adapter(one: Asked) -> Weighted:
@@ -159,11 +186,15 @@ def _tell(weighted: Sequence[Weighted], merges: Mapping[str, Mapping[str, Merge]
             told.append(f"{one.label} has the weight 0: nothing of it is merged")
             continue
         ranks = name_some(list(one.adapter.ranks), 3)
-        told.append(f"merged: {one.label}, weight {one.weight:g}, rank {ranks}, {len(one.scales):,} modules")
+        told.append(f"merged: {one.label}, weight {one.weight:g}, rank {ranks}, {_count(len(one.scales), 'module')}")
         if one.replaced:
             told.append(f"taken from {one.label} as they are: {name_some(sorted(one.replaced), _NAMED)}")
     for component, mine in merges.items():
         where = f"{component}: " if component else ""
         names = name_some(list(fold_modules(mine)), _NAMED)
-        told.append(f"{where}changed {len(mine):,} tensors: {names}")
+        told.append(f"{where}changed {_count(len(mine), 'tensor')}: {names}")
     return told
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"

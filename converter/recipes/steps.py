@@ -72,6 +72,8 @@ def open_job(request: Request, model: Model | None = None) -> Job:
     if model is not None:
         assert output is not None
         refuse_file(output)
+        if request.names != TensorNames():
+            raise BadRequest(request.source, "is written under other names already", "Rename what comes of it.")
         return Job(request, model, open_target(model, output, publishing.overwrite), None, carries=False)
     model = open_model(request.source)
     if request.config is not None:
@@ -171,15 +173,14 @@ def _only_set(model: Model, request: Request, output: Place) -> tuple[Model, Req
 
 
 def _note_left(model: Model) -> list[str]:
-    """Note which files of a folder stay there, where one file alone is written of it."""
-    if model.path.is_file():
-        return []
+    """Note which files of a folder stay there, but for weights, where one file alone is written of it."""
     [component] = model.components
-    entries = (entry for entry in component.path.entries() if entry.is_file())
-    left = sorted(
-        entry.name for entry in entries if parse_name(entry.name) is None and not is_training_state(entry.name)
-    )
-    what = f"{name_some(left, _MOST_NAMED)} stay in {component.path}"
+    if model.path.is_file() or not component.weight_sets:  # it is made of several folders
+        return []
+    own = {name for weight_set in component.weight_sets for name in weight_set.all_names}
+    names = (entry.name for entry in component.path.entries() if entry.name not in own and entry.is_file())
+    left = sorted(name for name in names if parse_name(name) is None and not is_training_state(name))
+    what = f"{component.path} keeps {name_some(left, _MOST_NAMED)}"
     return [f"one file is written, and nothing goes with it: {what}"] if left else []
 
 

@@ -128,6 +128,9 @@ def _of_pipeline(model: Model, without: Sequence[str]) -> _Source:
     named = {name: entry for name, entry in index.items() if is_class(entry)}
     notes = []
     for name in there:
+        if name in family.apart and name in named:
+            notes.append(f"left out: {name} (it is no part of {family.name}'s own files)")
+            continue
         if name not in family.parts and name in named and name not in ABSENT:
             problem = f"holds a {name}, which no single file of {family.name} has"
             raise Unsupported(model.root / name, problem, "Convert the folders of its other parts one by one.")

@@ -167,20 +167,29 @@ def _joined(steps: Iterable[Step]) -> Iterator[_Run]:
     """Join steps whose bytes follow each other in a file as they do in the output; small ones only behind others."""
     run = _Run(None, 0, 0, 0, [])
     for step in steps:
-        tensor, offset, begin, end = step
-        if run.file is None and end - begin < _ASKED_NBYTES:
+        if run.file is None and step.end - step.begin < _ASKED_NBYTES:
             run.steps.append(step)
             continue
-        found = tensor.source.verbatim(begin, end)
-        file, at, nbytes = found[:3] if found else (None, 0, 0)
-        is_next = file is run.file and at - run.begin == run.nbytes == offset + begin - run.offset
-        if is_next or file is run.file is None:
-            run.nbytes += nbytes
-            run.steps.append(step)
-        else:
-            yield run
-            run = _Run(file, at, offset + begin, nbytes, [step])
+        for part, found in _located(step):
+            file, at, nbytes = found[:3] if found else (None, 0, 0)
+            is_next = file is run.file and at - run.begin == run.nbytes == part.offset + part.begin - run.offset
+            if is_next or file is run.file is None:
+                run.nbytes += nbytes
+                run.steps.append(part)
+            else:
+                yield run
+                run = _Run(file, at, part.offset + part.begin, nbytes, [part])
     yield run
+
+
+def _located(step: Step) -> Iterator[tuple[Step, ByteRange | None]]:
+    """Cut a step where its bytes come from elsewhere, as those of the next box do; give each part with its place."""
+    begin = step.begin
+    while begin < step.end:
+        found = step.tensor.source.verbatim(begin, step.end)
+        end = begin + found.nbytes if found else step.end
+        yield step._replace(begin=begin, end=end), found
+        begin = end
 
 
 def rewrite_piece(piece: Piece, chunk_nbytes: int = CHUNK_NBYTES) -> Report:

@@ -137,7 +137,10 @@ class TensorSource(Protocol):
         """Give the parts of files that its bytes ``begin`` to ``end`` are read from, in order, where that is known."""
 
     def verbatim(self, begin: int, end: int) -> ByteRange | None:
-        """Give where its bytes ``begin`` to ``end`` lie in a file as they are; None where they have to be read."""
+        """Give where its bytes from ``begin`` on, up to ``end`` or fewer, lie in a file as they are.
+
+        None where they have to be read.
+        """
 
     def part(self, begin: int, end: int) -> TensorSource:
         """Give what reads the same from ``begin`` to ``end``, without what only the rest needs."""

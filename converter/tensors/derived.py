@@ -114,7 +114,7 @@ class Derived:
     def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
         return self.source.extents(*self._below(begin, end))
 
-    def verbatim(self, begin: int, end: int) -> None:
+    def verbatim(self, begin: int, end: int) -> ByteRange | None:
         return None
 
     def _below(self, begin: int, end: int) -> tuple[int, int]:
@@ -369,7 +369,14 @@ class Boxes:
         for _, source in self._between(begin, end):
             yield from source.extents(0, source.dtype.nbytes(math.prod(source.shape)))
 
-    def verbatim(self, begin: int, end: int) -> None:
+    def verbatim(self, begin: int, end: int) -> ByteRange | None:
+        if not self.is_line or begin >= end:
+            return None
+        row = self.dtype.nbytes(math.prod(self._whole[1:]))
+        for (at, *_), source in self._between(begin, begin + 1):
+            first, last = at * row, (at + source.shape[0]) * row
+            if first <= begin < last:
+                return source.verbatim(begin - first, min(end, last) - first)
         return None
 
     def part(self, begin: int, end: int) -> Boxes:

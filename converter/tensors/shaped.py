@@ -79,6 +79,9 @@ class Reshaped(Unboxed, Shaped):
     def dtype(self) -> DType:
         return self.to_dtype
 
+    def verbatim(self, begin: int, end: int) -> ByteRange | None:
+        return self.source.verbatim(begin, end)
+
     def _below(self, begin: int, end: int) -> tuple[int, int]:
         size = self.source.dtype.itemsize
         return begin // size * size, -(-end // size) * size

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from converter.errors import BadFile
 from converter.models.checkpoint import Checkpoint
-from converter.tensors.base import Tensor
+from converter.tensors.base import Tensor, WeightsFile
 from converter.transforms.layouts.rows import Row, put_together, take_apart, wholes_of
 
 
 def rearranged(checkpoint: Checkpoint, rows: Sequence[Row], apart: bool) -> Checkpoint:
     """Take the wholes of a checkpoint ``apart`` by a table, or put its parts together; the rest stays as it is.
 
-    Names that ties note change with the others. Raises BadFile for tensors that a row cannot take, or that come to one
-    name.
+    Names that are noted as ties change with the others. Raises BadFile for tensors that a row cannot take, or that come
+    to one name.
     """
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     converted, left = _read(tensors, rows, apart)
@@ -24,35 +24,40 @@ def rearranged(checkpoint: Checkpoint, rows: Sequence[Row], apart: bool) -> Chec
         if name in made:
             problem = f"holds {name!r}, and other tensors that would be called so in the other layout"
             raise BadFile(checkpoint.weight_set.path, problem)
-    wholes = wholes_of(made if apart else tensors, rows)
-    behind: dict[str, list[Tensor]] = {}  # what comes in the place of which tensor
-    if apart:
-        for name, tensor in made.items():
-            behind.setdefault(wholes[name], []).append(tensor)
-    else:
-        firsts: dict[str, str] = {}
-        for name in tensors:
-            if name in wholes:
-                firsts.setdefault(wholes[name], name)
-        behind = {first: [made[whole]] for whole, first in firsts.items()}
-    stays = set(left)
+    becomes = _new_names(tensors, made, rows, apart)
     noted = _renamed_ties(checkpoint, tensors, rows, apart)
-    files = (
-        replace(
-            file,
-            tensors=tuple(
-                new for old in file.tensors for new in ([old] if old.name in stays else behind.get(old.name, ()))
-            ),
-            metadata={noted.get(key, key): noted.get(note, note) if key in noted else note
-                      for key, note in file.metadata.items()},
-        )
-        for file in checkpoint.files
-    )  # fmt: skip
-    return replace(checkpoint, files=tuple(files), is_renamed=True)
+
+    def placed(file: WeightsFile) -> Iterator[Tensor]:
+        for old in file.tensors:
+            if old.name not in becomes:
+                yield old
+            # What is made of several comes in the place of the first of them.
+            yield from (made.pop(name) for name in becomes.get(old.name, ()) if name in made)
+
+    def converted_file(file: WeightsFile) -> WeightsFile:
+        notes = {noted.get(key, key): noted[note] if key in noted else note for key, note in file.metadata.items()}
+        return replace(file, tensors=tuple(placed(file)), metadata=notes)
+
+    files = tuple(map(converted_file, checkpoint.files))
+    asked = {old: becomes.get(new, (new,)) for old, new in checkpoint.renamed.items()}
+    renamed = {old: new[0] for old, new in asked.items() if len(new) == 1}
+    return replace(checkpoint, files=files, is_renamed=True, renamed=renamed)
 
 
 def _read(tensors: Mapping[str, Tensor], rows: Sequence[Row], apart: bool) -> tuple[list[Tensor], list[str]]:
     return take_apart(tensors, rows) if apart else put_together(tensors, rows)
+
+
+def _new_names(
+    tensors: Mapping[str, Tensor], made: Mapping[str, Tensor], rows: Sequence[Row], apart: bool
+) -> dict[str, tuple[str, ...]]:
+    """Map the names of all tensors that do not stay as they are to those of what is made of them."""
+    if not apart:
+        return {part: (whole,) for part, whole in wholes_of(tensors, rows).items()}
+    parts: dict[str, list[str]] = {}
+    for part, whole in wholes_of(made, rows).items():
+        parts.setdefault(whole, []).append(part)
+    return {whole: tuple(names) for whole, names in parts.items()}
 
 
 def _renamed_ties(

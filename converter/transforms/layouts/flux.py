@@ -79,7 +79,8 @@ _SINGLE_WIDTHS = {
     "proj_out": (1, 5),
 }
 _HEAD, _AXES = 128, [16, 56, 56]  # of all published ones
-_DEFAULTS: dict[str, Any] = {
+FLUX_NUMBERS: dict[str, Any] = {
+    "out_channels": None,
     "in_channels": 64,
     "num_layers": 19,
     "num_single_layers": 38,
@@ -89,11 +90,12 @@ _DEFAULTS: dict[str, Any] = {
     "pooled_projection_dim": 768,
     "patch_size": 1,
 }
+"""The numbers in its config, as its class takes them where they are not given."""
 
 
 def flux_rows(config: Config) -> list[Row]:
     """Give the rows of ``FluxTransformer2DModel``."""
-    sizes = {**_DEFAULTS, **config}
+    sizes = {**FLUX_NUMBERS, **config}
     return [
         *_ENDS,
         *(_GUIDANCE if config.get("guidance_embeds") else ()),
@@ -132,7 +134,7 @@ def flux_config(sizes: Sizes) -> dict[str, Any]:
 
 def flux_shapes(config: Config) -> Shapes:
     """Give the shapes of all tensors of a ``FluxTransformer2DModel``."""
-    sizes = {**_DEFAULTS, **config}
+    sizes = {**FLUX_NUMBERS, **config}
     head = sizes["attention_head_dim"]
     width = sizes["num_attention_heads"] * head
     out_channels = config.get("out_channels") or sizes["in_channels"]

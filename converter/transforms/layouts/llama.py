@@ -15,7 +15,7 @@ from converter.errors import BadFile, BadRequest, Unsupported, name_some
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.models.configs import read_json
-from converter.models.names import WeightsName
+from converter.models.names import STEMS, WEIGHT_EXTENSIONS
 from converter.models.schemes import quantized_in
 from converter.storage import Place
 from converter.tensors.base import Tensor, WeightsFile
@@ -114,8 +114,10 @@ def with_llama_layout(checkpoint: Checkpoint, component: Component, layout: Llam
     heads.check(checkpoint.tensors)
     arranged = rearranged(checkpoint, rows, apart=layout == "transformers")
     if layout == "transformers":
-        return _noted(_found_by_transformers(arranged), *([] if component.config else [_NO_CONFIG]))
-    return _noted(_with_head(arranged, heads), "its names and rows are Meta's by now: transformers does not load them")
+        _check_head(arranged, component)
+        return _noted(_called(arranged, layout), *([] if component.config else [_NO_CONFIG]))
+    note = "its names and rows are Meta's by now: transformers does not load them"
+    return _noted(_called(_with_head(arranged, heads), layout), note)
 
 
 _NO_CONFIG = "no config.json is written, and transformers needs one: --config FOLDER takes it from the same model"
@@ -197,12 +199,26 @@ def _with_head(checkpoint: Checkpoint, heads: _Heads) -> Checkpoint:
     return replace(checkpoint, files=tuple(map(with_head, checkpoint.files)))
 
 
-def _found_by_transformers(checkpoint: Checkpoint) -> Checkpoint:
-    """Let what Meta or Mistral calls consolidated have the name that transformers looks for."""
+def _check_head(checkpoint: Checkpoint, component: Component) -> None:
+    """Raise BadFile where there is no head, and the config that goes with it has it as a weight of its own."""
+    has_head = any(tensor.name == _NAMES[_HEAD] for tensor in checkpoint.tensors) or _NAMES[_HEAD] in checkpoint.ties
+    if component.config and not has_head and component.config.get("tie_word_embeddings") is not True:
+        problem = f"holds no {_HEAD}, and its config.json does not say that its embeddings are tied"
+        raise BadFile(checkpoint.weight_set.path, problem, "Fetch all files of the model.")
+
+
+def _called(checkpoint: Checkpoint, layout: LlamaLayout) -> Checkpoint:
+    """Let files that transformers looks for have the name that Meta and Mistral give them, consolidated; or back.
+
+    So nobody takes the one for the other.
+    """
     weight_set = checkpoint.weight_set
     name = weight_set.name
-    if not _OF_META.fullmatch(name.stem):
-        return checkpoint
-    is_safe = name.format == "safetensors"
-    found = WeightsName("model", name.variant, "safetensors") if is_safe else WeightsName("pytorch_model", None, "bin")
-    return replace(checkpoint, weight_set=replace(weight_set, name=found))
+    is_torch = name.ext in WEIGHT_EXTENSIONS and name.format == "torch"
+    if layout == "transformers" and _OF_META.fullmatch(name.stem):
+        name = replace(name, stem="pytorch_model" if is_torch else "model", ext="bin" if is_torch else name.ext)
+    elif layout == "meta" and name.stem in STEMS["transformers"].values():
+        name = replace(
+            name, stem="consolidated.00" if is_torch else "consolidated", ext="pth" if is_torch else name.ext
+        )
+    return replace(checkpoint, weight_set=replace(weight_set, name=name))

@@ -7,9 +7,9 @@ norms of queries and keys or is guided, ``scripts/convert_sana_to_diffusers.py``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from converter.dtypes import DType
 from converter.tensors.base import Tensor
 from converter.tensors.shaped import zeros
 from converter.transforms.layouts.rows import Row, modules, numbered, renamings
@@ -60,7 +60,7 @@ _CROSS_HEADS = {2240: (20, 112), 1152: (16, 72)}
 # For pictures of 2,048 and 4,096 pixels positions are added, and for smaller ones none.
 _INTERPOLATION = {64: 1.0, 128: 2.0}
 _TOKENS = 300  # of a text
-_DEFAULTS: dict[str, Any] = {
+SANA_NUMBERS: dict[str, Any] = {
     "in_channels": 32,
     "out_channels": 32,
     "num_attention_heads": 70,
@@ -74,6 +74,7 @@ _DEFAULTS: dict[str, Any] = {
     "sample_size": 32,
     "patch_size": 1,
 }
+"""The numbers in its config, as its class takes them where they are not given."""
 
 
 def sana_rows(config: Config) -> list[Row]:
@@ -87,7 +88,7 @@ def sana_rows(config: Config) -> list[Row]:
     return [
         *_ENDS,
         *modules(times),
-        *numbered("blocks", "transformer_blocks", range(config.get("num_layers", _DEFAULTS["num_layers"])), block),
+        *numbered("blocks", "transformer_blocks", range(config.get("num_layers", SANA_NUMBERS["num_layers"])), block),
     ]
 
 
@@ -134,7 +135,7 @@ def sana_config(sizes: Sizes) -> dict[str, Any]:
 
 def sana_shapes(config: Config) -> Shapes:
     """Give the shapes of all tensors of a ``SanaTransformer2DModel``, of convolutions the first two axes."""
-    sizes = {**_DEFAULTS, **config}
+    sizes = {**SANA_NUMBERS, **config}
     width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
     guided = bool(config.get("guidance_embeds"))
     embedders = ["timestep_embedder", "guidance_embedder"] if guided else ["emb.timestep_embedder"]
@@ -179,16 +180,15 @@ def _block_shapes(sizes: Config, width: int) -> Shapes:
     return shapes
 
 
-def sana_stand_ins(config: Config, dtype: DType) -> list[Tensor]:
-    """Give zeros for what readers of the original look for and make no use of: see ``UNREAD``.
+def sana_stand_ins(config: Config, tensors: Sequence[Tensor]) -> list[tuple[Tensor, str]]:
+    """Give what readers of the original look for and make no use of, and what it is: zeros, in the dtype of the others.
 
     ``convert_sana_transformer_to_diffusers`` drops both and fails where one is missing; ``app/sana_pipeline.py`` of
     NVlabs/Sana drops the one, and puts the text encoder's own in the other's place.
     """
-    sizes = {**_DEFAULTS, **config}
+    sizes = {**SANA_NUMBERS, **config}
     width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
     places = (sizes["sample_size"] // sizes["patch_size"]) ** 2
-    return [
-        Tensor("pos_embed", zeros(dtype, (1, places, width))),
-        Tensor("y_embedder.y_embedding", zeros(dtype, (_TOKENS, sizes["caption_channels"]))),
-    ]
+    dtype = tensors[0].dtype
+    shapes = {"pos_embed": (1, places, width), "y_embedder.y_embedding": (_TOKENS, sizes["caption_channels"])}
+    return [(Tensor(name, zeros(dtype, shape)), "zeros") for name, shape in shapes.items()]

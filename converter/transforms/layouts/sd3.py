@@ -76,7 +76,7 @@ _CONTEXT_WIDTHS = {
 }
 _DUAL_WIDTHS = {f"attn2.{name}": (1, 1) for name in ("to_q", "to_k", "to_v", "to_out.0")}
 _HEAD = 64  # of all published ones
-_DEFAULTS: dict[str, Any] = {
+SD3_NUMBERS: dict[str, Any] = {
     "patch_size": 2,
     "in_channels": 16,
     "num_layers": 18,
@@ -87,19 +87,21 @@ _DEFAULTS: dict[str, Any] = {
     "pooled_projection_dim": 2048,
     "out_channels": 16,
     "pos_embed_max_size": 96,
+    "dual_attention_layers": [],
 }
+"""The numbers in its config, as its class takes them where they are not given."""
 
 
 def sd3_rows(config: Config) -> list[Row]:
     """Give the rows of ``SD3Transformer2DModel``."""
     rows = list(_ENDS)
-    for at in range(config.get("num_layers", _DEFAULTS["num_layers"])):
+    for at in range(config.get("num_layers", SD3_NUMBERS["num_layers"])):
         rows += numbered("joint_blocks", "transformer_blocks", range(at, at + 1), _block_rows(config, at))
     return rows
 
 
 def _block_rows(config: Config, at: int) -> list[Row]:
-    is_last = at == config.get("num_layers", _DEFAULTS["num_layers"]) - 1
+    is_last = at == config.get("num_layers", SD3_NUMBERS["num_layers"]) - 1
     is_dual, has_norms = at in config.get("dual_attention_layers", ()), bool(config.get("qk_norm"))
     return [
         *_BLOCK,
@@ -142,7 +144,7 @@ def sd3_config(sizes: Sizes) -> dict[str, Any]:
 
 def sd3_shapes(config: Config) -> Shapes:
     """Give the shapes of all tensors of a ``SD3Transformer2DModel``, of convolutions the first two axes."""
-    sizes = {**_DEFAULTS, **config}
+    sizes = {**SD3_NUMBERS, **config}
     head = sizes["attention_head_dim"]
     width, text = sizes["num_attention_heads"] * head, sizes["caption_projection_dim"]
     shapes = linears(

@@ -1,16 +1,17 @@
-"""T5 and CLIP beside a diffusion model in one file: under the names of transformers, as ComfyUI's encoders have them.
+"""What the tensors of T5 are called beside a diffusion model in one file: as transformers calls them.
 
-The judges are ``convert_sd3_t5_checkpoint_to_diffusers`` and ``convert_ldm_clip_checkpoint`` of
-``diffusers/loaders/single_file_utils.py``.
+The judge is ``convert_sd3_t5_checkpoint_to_diffusers`` of ``diffusers/loaders/single_file_utils.py``.
 """
 
 from __future__ import annotations
 
 from converter.transforms.layouts.rows import Row, numbered, renamings
 from converter.transforms.layouts.sizes import Config, Shapes
-from converter.transforms.layouts.stable_diffusion import clip_rows
 
-_ENDS = ("shared.weight", "encoder.embed_tokens.weight", "encoder.final_layer_norm.weight")
+SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"
+"""Two names of the embedding, of which a folder has the first."""
+
+_ENDS = (SHARED, "encoder.final_layer_norm.weight")
 _BLOCK = (
     *(f"layer.0.SelfAttention.{which}.weight" for which in ("q", "k", "v", "o")),
     "layer.0.SelfAttention.relative_attention_bias.weight",
@@ -18,19 +19,20 @@ _BLOCK = (
     *(f"layer.1.DenseReluDense.{which}.weight" for which in ("wi", "wi_0", "wi_1", "wo")),
     "layer.1.layer_norm.weight",
 )
-_DEFAULTS = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24}
+T5_NUMBERS = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24}
+"""The numbers in its config, as its class takes them where they are not given."""
 
 
 def t5_rows(config: Config) -> list[Row]:
     """Give the rows of ``T5EncoderModel``."""
-    blocks = range(config.get("num_layers", _DEFAULTS["num_layers"]))
+    blocks = range(config.get("num_layers", T5_NUMBERS["num_layers"]))
     rows = renamings({name: name for name in _BLOCK})
     return [*renamings({name: name for name in _ENDS}), *numbered("encoder.block", "encoder.block", blocks, rows)]
 
 
 def t5_shapes(config: Config) -> Shapes:
     """Give the shapes of what any ``T5EncoderModel`` has."""
-    sizes = {**_DEFAULTS, **config}
+    sizes = {**T5_NUMBERS, **config}
     width, inner, hidden = sizes["d_model"], sizes["num_heads"] * sizes["d_kv"], sizes["d_ff"]
     shapes: Shapes = {"shared.weight": (sizes["vocab_size"], width), "encoder.final_layer_norm.weight": (width,)}
     for at in range(sizes["num_layers"]):
@@ -40,8 +42,3 @@ def t5_shapes(config: Config) -> Shapes:
         shapes[f"{block}.1.DenseReluDense.wo.weight"] = (width, hidden)
         shapes |= {f"{block}.{layer}.layer_norm.weight": (width,) for layer in (0, 1)}
     return shapes
-
-
-def projected_clip_rows(config: Config) -> list[Row]:
-    """Give the rows of ``CLIPTextModelWithProjection``, its projection as transformers has it."""
-    return [*clip_rows(config), *renamings({"text_projection.weight": "text_projection.weight"})]

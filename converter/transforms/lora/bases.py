@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+from converter.transforms.layouts.flux import flux_rows
 from converter.transforms.layouts.rows import Row, fill, find_leaf, tree_of
+from converter.transforms.layouts.sd3 import sd3_rows
 from converter.transforms.layouts.stable_diffusion import unet_rows
-from converter.transforms.lora.tmp_tables import flux_rows, sd3_rows
 
 _LEAVES = (".*", ".weight")
 _XL = {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
@@ -117,14 +118,23 @@ class Base(NamedTuple):
     original: tuple[Row, ...] = ()
 
 
+FLUX, SD3, SD35_LARGE = "Flux", "Stable Diffusion 3", "Stable Diffusion 3.5 Large"
+
+
 @cache
 def bases() -> tuple[Base, ...]:
-    """Give all kinds of models whose adapters are converted."""
-    xl = tuple(unet_rows(_XL))
+    """Give all kinds of models whose adapters are converted.
+
+    Those of Stable Diffusion 3 differ in how many blocks they have, the last of which is another: 24, and 38.
+    """
+    xl, flux = tuple(unet_rows(_XL)), tuple(flux_rows({"guidance_embeds": True}))
+    medium = tuple(sd3_rows({"num_layers": 24, "dual_attention_layers": range(24)}))
+    large = tuple(sd3_rows({"num_layers": 38}))
     return (
         Base("Stable Diffusion", "unet", (*unet_rows({}), *xl), xl),
-        Base("Flux", "transformer", tuple(flux_rows({})), tuple(flux_rows({}))),
-        Base("Stable Diffusion 3", "transformer", tuple(sd3_rows({})), tuple(sd3_rows({}))),
+        Base(FLUX, "transformer", flux, flux),
+        Base(SD3, "transformer", medium, medium),
+        Base(SD35_LARGE, "transformer", large, large),
     )
 
 

@@ -20,19 +20,26 @@ from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import Box, Boxes, Constant
 from converter.tensors.sparse import Copies, Zeros
 from converter.transforms.layouts.operations import Concat
-from converter.transforms.lora.bases import ENCODERS, T5_PREFIX, Found, clip_modules, original_of, t5_modules
+from converter.transforms.lora.bases import (
+    ENCODERS,
+    FLUX,
+    SD3,
+    SD35_LARGE,
+    T5_PREFIX,
+    Found,
+    clip_modules,
+    original_of,
+    t5_modules,
+)
 from converter.transforms.lora.parts import NOTE_KEY, Change, Changes, Note, kind_of_unet
 
 Target = Literal["kohya", "diffusers", "peft"]
 
-# Hashes of the tensors under their old names (``precalculate_safetensors_hashes`` in kohya's ``library/train_util.py``,
-# ``library/sai_model_spec.py``).
-_STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _LETTERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 _CLASSES = {
     "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
-    "Flux": ("FluxTransformer2DModel", "diffusers.models.transformers.transformer_flux"),
-    "Stable Diffusion 3": ("SD3Transformer2DModel", "diffusers.models.transformers.transformer_sd3"),
+    FLUX: ("FluxTransformer2DModel", "diffusers.models.transformers.transformer_flux"),
+    **dict.fromkeys((SD3, SD35_LARGE), ("SD3Transformer2DModel", "diffusers.models.transformers.transformer_sd3")),
 }
 
 
@@ -51,15 +58,15 @@ class Written(NamedTuple):
 
 def write(changes: Changes, to: Target) -> list[Written]:
     """Give an adapter in a form. Raises Unsupported for what that form cannot say."""
-    kept, notes = _header_of(changes)
+    kept = _header_of(changes)
     if to == "kohya":
         tensors, joined = _as_kohya(changes)
-        return [Written("", tuple(tensors), kept | _noted(Note(joined=joined, short=changes.note.short)), {}, notes)]
+        return [Written("", tuple(tensors), kept | _noted(Note(joined=joined, short=changes.note.short)), {})]
     note = _noted(changes.note._replace(joined={}, short=frozenset()))
     if to == "diffusers":
         tensors = [tensor for change in changes.all for tensor in _halves(f"{change.part}.{change.path}", change)]
         metadata, told = _metadata_of(changes)
-        return [Written("", _checked(changes, tensors), kept | note | metadata, {}, (*notes, *told))]
+        return [Written("", _checked(changes, tensors), kept | note | metadata, {}, told)]
     parts = changes.parts
     written: list[Written] = []
     for part in parts:
@@ -67,8 +74,16 @@ def write(changes: Changes, to: Target) -> list[Written]:
         tensors = [tensor for change in mine for tensor in _halves(f"{PEFT_PREFIX}{change.path}", change)]
         config = _config_of(part, changes, mine)
         name = part if len(parts) > 1 else ""
-        written.append(Written(name, _checked(changes, tensors), kept | note, config, () if written else notes))
+        written.append(Written(name, _checked(changes, tensors), kept | note, config, _note_long(part, mine)))
     return written
+
+
+def _note_long(part: str, mine: Sequence[Change]) -> tuple[str, ...]:
+    """Note which names a class of transformers 5 does not have; PEFT leaves out in silence what it does not find."""
+    if part != "text_encoder" or not any(change.path.startswith("text_model.") for change in mine):
+        return ()
+    note = "names begin with text_model., as CLIPTextModel of transformers 4 has them, and that of version 5 has not"
+    return (f"{part}: {note}",)
 
 
 def _checked(changes: Changes, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -79,12 +94,10 @@ def _checked(changes: Changes, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _header_of(changes: Changes) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Give what a header says that stays true, and note what does not."""
+def _header_of(changes: Changes) -> dict[str, str]:
+    """Give what a header says that is not of the names."""
     metadata = changes.adapter.checkpoint.metadata
-    stale = [key for key in _STALE if key in metadata]
-    kept = {key: text for key, text in metadata.items() if key not in (*stale, "format", METADATA_KEY, NOTE_KEY)}
-    return kept, (f"left out of the header: {', '.join(stale)} (of the old names)",) if stale else ()
+    return {key: text for key, text in metadata.items() if key not in ("format", METADATA_KEY, NOTE_KEY)}
 
 
 def _noted(note: Note) -> dict[str, str]:
@@ -262,8 +275,10 @@ def _join(changes: Changes, whole: str, found: Found, members: Mapping[int, Chan
             what = "scale (alpha / rank)" if one.scale != first.scale else "dtype"
             problem = f"has {first.path} of another {what} than {one.path}, and they are one module in kohya's names"
             raise Unsupported(where, problem, "PEFT's and Diffusers' names can say that, kohya's cannot.")
+    for one in held:
         if one.down.shape[1:] != first.down.shape[1:] or len(one.up.shape) != 2:
-            raise BadFile(where, f"has {first.path} and {one.path}, which do not fit into one module")
+            problem = f"has a pair for {one.path} that does not fit into {whole}: its halves are of other shapes"
+            raise BadFile(where, problem)
     if len(held) == len(parts) and _are_shared(changes, whole, held):
         up = found.row.operation.together([one.up for one in held])
         others = tuple(one.down.source for one in held[1:] if one.down.source != first.down.source)

@@ -22,7 +22,10 @@ from converter.tensors.sparse import Columns
 from converter.transforms.lora.bases import (
     DENOISER_PREFIXES,
     ENCODERS,
+    FLUX,
     PARTS,
+    SD3,
+    SD35_LARGE,
     T5_PREFIX,
     Base,
     Found,
@@ -48,9 +51,14 @@ _CLASSES = {
     "UNet2DConditionModel": "unet", "FluxTransformer2DModel": "transformer", "SD3Transformer2DModel": "transformer",
     "CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2",
 }  # fmt: skip
-_BASE_OF_CLASS = {"FluxTransformer2DModel": "Flux", "SD3Transformer2DModel": "Stable Diffusion 3"}
-# Lengths that only one of two models of the same names has: of Flux's hidden states, and of Stable Diffusion 3's.
-_WIDTHS = {3072: "Flux", 12288: "Flux", 1536: "Stable Diffusion 3", 2432: "Stable Diffusion 3"}
+# What tells models of the same names apart: a class, how their trainer's blocks begin, what kohya's trainer notes in a
+# header (``library/sai_model_spec.py``, ``train_network.py``), and how wide their hidden states are.
+_OF_SD3 = (SD3, SD35_LARGE)
+_BASES_OF_CLASS = {"FluxTransformer2DModel": (FLUX,), "SD3Transformer2DModel": _OF_SD3}
+_BASES_OF_BLOCKS = {"double_blocks": (FLUX,), "single_blocks": (FLUX,), "joint_blocks": _OF_SD3}
+_NOTED_MODELS = ("modelspec.architecture", "ss_base_model_version")
+_BASES_OF_NOTE = {"flux": (FLUX,), "stable-diffusion-3": _OF_SD3, "sd3": _OF_SD3}
+_BASES_OF_WIDTH = {3072: (FLUX,), 12288: (FLUX,), 1536: (SD3,), 2432: (SD35_LARGE,)}
 
 
 class Note(NamedTuple):
@@ -140,7 +148,7 @@ def find_changes(adapter: Adapter, hint: str = "") -> Changes:
         raise BadFile(adapter.where, "holds no pair of matrices, and so changes nothing", "Fetch it again.")
     note = read_note(adapter.checkpoint)
     placed = [(pair, *_part_of(adapter, pair, hint)) for pair in adapter.pairs]
-    base, found = _find_base(adapter, [(pair, path) for pair, part, path in placed if part == _DENOISER])
+    base, found = _find_base(adapter, note, [(pair, path) for pair, part, path in placed if part == _DENOISER])
     alphas = read_alphas(adapter)
     changes: list[Change] = []
     shared: set[str] = set()
@@ -212,7 +220,7 @@ def _part_in(adapter: Adapter, part: str, base: Base | None) -> str:
         if base is None:
             problem = "holds pairs of a T5, and none that tell of which pipeline"
             raise Unsupported(adapter.where, problem, "It is the second text encoder of Flux and the third of SD3.")
-        return "text_encoder_2" if base.name == "Flux" else "text_encoder_3"
+        return "text_encoder_2" if base.name == FLUX else "text_encoder_3"
     return part
 
 
@@ -226,7 +234,7 @@ def _find_encoder(part: str, path: str, form: str) -> Found | None:
     return found or (_find(t5_modules(), path, form) if part not in ENCODERS.values() or form != "kohya" else None)
 
 
-def _find_base(adapter: Adapter, pairs: list[tuple[Pair, str]]) -> tuple[Base | None, dict[str, Found]]:
+def _find_base(adapter: Adapter, note: Note, pairs: list[tuple[Pair, str]]) -> tuple[Base | None, dict[str, Found]]:
     """Tell which model's modules the pairs are of: by their names, and by how wide they are where two have those."""
     if not pairs:
         return None, {}
@@ -239,17 +247,26 @@ def _find_base(adapter: Adapter, pairs: list[tuple[Pair, str]]) -> tuple[Base | 
     best = [(base, found) for base, found in candidates if len(found) == most]
     if not most:
         _refuse_unknown(adapter, None, [pair.module for pair, _ in pairs])
-    if len(best) > 1:
-        mapping = adapter.config.get("auto_mapping")
-        named = _BASE_OF_CLASS.get(str(mapping.get("base_model_class"))) if isinstance(mapping, dict) else None
-        widths = (one for pair, _ in pairs for one in (pair.down.shape[1], pair.up.shape[0]))
-        told = Counter(_WIDTHS[width] for width in widths if width in _WIDTHS).most_common(1)
-        name = named or (told[0][0] if told else "")
-        best = [(base, found) for base, found in best if base.name == name] or best
+    for told in _evidence(adapter, note, [pair for pair, _ in pairs]):
+        best = [(base, found) for base, found in best if base.name in told] or best
     if len(best) > 1:
         names = " or ".join(base.name for base, _ in best)
         raise Unsupported(adapter.where, f"is of {names}, which its names and shapes do not tell", "")
     return best[0]
+
+
+def _evidence(adapter: Adapter, note: Note, pairs: list[Pair]) -> Iterator[tuple[str, ...]]:
+    """Give the models that each thing tells of: what is noted of them, and how wide the pairs are."""
+    mapping = adapter.config.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    yield _BASES_OF_CLASS.get(str(named), ())
+    for name in (*note.shared, *note.joined):
+        yield _BASES_OF_BLOCKS.get(name.partition(".")[0], ())
+    for key in _NOTED_MODELS:
+        text = adapter.checkpoint.metadata.get(key, "").lower()
+        yield next((bases for mark, bases in _BASES_OF_NOTE.items() if mark in text), ())
+    for width in {width for pair in pairs for width in (pair.down.shape[1], pair.up.shape[0])}:
+        yield _BASES_OF_WIDTH.get(width, ())
 
 
 def _refuse_unknown(adapter: Adapter, base: Base | None, unknown: list[str]) -> None:

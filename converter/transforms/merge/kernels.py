@@ -12,7 +12,7 @@ import numpy as np
 
 from converter.tensors.view import blocks_of
 
-TILE = 4096  # columns at a time: what is computed stays in a processor's cache
+TILE = 1 << 14  # columns at a time: what is computed stays in a processor's cache
 _LIMIT = np.float32(1e15)  # no product of two such numbers overflows, nor does the sum over any rank
 
 

@@ -10,10 +10,22 @@ from typing import Any, NamedTuple
 
 from converter.errors import BadFile, BadRequest, Unsupported, Where, name_some
 from converter.libraries.modules import find_linears
-from converter.models.adapters import ADAPTER_CONFIG, PEFT_PREFIX, Adapter, Pair, find_adapter, read_alphas
+from converter.models.adapters import (
+    ADAPTER_CONFIG,
+    ORIGINAL_PREFIXES,
+    PEFT_PREFIX,
+    Adapter,
+    Form,
+    Pair,
+    find_adapter,
+    read_alphas,
+)
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.tensors.base import Tensor, find_ties
+from converter.transforms.layouts.stable_diffusion import unet_rows
+from converter.transforms.lora.bases import Modules, original_of
+from converter.transforms.lora.parts import find_changes
 from converter.transforms.merge.product import MAX_RIGHT_NBYTES, Product, bias_of, product_of, right_nbytes
 
 _NAMED = 3
@@ -32,12 +44,9 @@ _KOHYA_PARTS = {
 }
 _PARTS = re.compile(r"(unet|transformer|prior|text_encoder)(_\d+)?")
 # The prefixes under which a single file has its parts.
-_OF_FILES = {
-    "lora_unet_": ("model.diffusion_model.", ""),
-    "lora_te_": ("cond_stage_model.transformer.",),
-    "lora_te1_": ("conditioner.embedders.0.transformer.", "cond_stage_model.transformer."),
-}
-_ORIGINAL = ("model.diffusion_model.", "diffusion_model.")
+_UNET_OF_FILE = "model.diffusion_model."
+_CLIP_OF_FILE = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
+_OF_FILES = {"lora_unet_": (_UNET_OF_FILE,), "lora_te_": _CLIP_OF_FILE, "lora_te1_": _CLIP_OF_FILE}
 # Models of transformers that have Conv1D, whose weight is [in, out], call themselves so.
 _MAY_HAVE_CONV1D = re.compile(r"GPT|Clvp|DecisionTransformer")
 
@@ -83,7 +92,10 @@ def take_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], weight: floa
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(one, str) for one in saved):
         raise BadFile(where.parent / ADAPTER_CONFIG, "says a modules_to_save that is no list of names")
-    plain, embeddings, biases, replaced = _sort_out(checkpoint, config, saved)
+    for flag in ("use_rslora", "lora_bias", "fan_in_fan_out"):
+        if config.get(flag) not in (True, False, None):
+            raise BadFile(where.parent / ADAPTER_CONFIG, f"says {flag} = {str(config[flag])[:60]}, which is no flag")
+    plain, embeddings, biases, replaced = _sort_out(checkpoint, config, frozenset(saved))
     # ``update_layer`` in ``peft/tuners/lora/layer.py``: rsLoRA has another scale, and nothing else.
     rest = {key: value for key, value in config.items() if key not in ("use_rslora", "lora_bias", "modules_to_save")}
     adapter = find_adapter(plain, rest)
@@ -92,7 +104,8 @@ def take_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], weight: floa
     adapter.check()
     if not adapter.pairs:
         raise BadFile(where, "holds no pair of a LoRA", "Fetch it again.")
-    lacking = [one for one in saved if not any(_is_of(name.rpartition(".")[0], one) for name in replaced)]
+    there = {end for name in replaced for end in _ends_of(name.rpartition(".")[0])}
+    lacking = [one for one in saved if one not in there]
     if lacking:
         raise BadFile(where, f"lacks {lacking[0]!r}, which its config has in modules_to_save", "Fetch it again.")
     if replaced and weight != 1:
@@ -111,7 +124,7 @@ def take_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], weight: floa
 
 
 def _sort_out(
-    checkpoint: Checkpoint, config: Mapping[str, Any], saved: Collection[str]
+    checkpoint: Checkpoint, config: Mapping[str, Any], saved: frozenset[str]
 ) -> tuple[Checkpoint, set[str], dict[str, Tensor], dict[str, Tensor]]:
     """Give the set with pairs alone, the modules that are embeddings, the biases by module, and what is replaced."""
     embeddings: set[str] = set()
@@ -129,7 +142,7 @@ def _sort_out(
             return tensor._replace(name=f"{PEFT_PREFIX}{module}.lora_{leaf[-1]}.weight")
         if has_biases and leaf == "bias" and module.endswith(".lora_B"):
             biases[module.removesuffix(".lora_B")] = tensor
-        elif leaf in ("weight", "bias") and any(_is_of(module, one) for one in saved):
+        elif leaf in ("weight", "bias") and not saved.isdisjoint(_ends_of(module)):
             replaced[f"{module}.{leaf}"] = tensor
         elif leaf == "weight" and module.endswith(".base_layer"):
             # Of embeddings that are trained ``get_peft_model_state_dict`` saves the base's own too.
@@ -142,9 +155,10 @@ def _sort_out(
     return replace(checkpoint, files=tuple(files)), embeddings, biases, replaced
 
 
-def _is_of(module: str, saved: str) -> bool:
-    """Say whether a module is one that modules_to_save means, as PEFT's ``_set_trainable`` has it: by its end."""
-    return f".{module}".endswith(f".{saved}") and bool(saved)
+def _ends_of(module: str) -> Iterator[str]:
+    """Give the names by which modules_to_save may mean a module: its path, and each end of it (``_set_trainable``)."""
+    words = module.split(".")
+    return (".".join(words[at:]) for at in range(len(words)))
 
 
 def find_merges(weighted: Sequence[Weighted], opened: Opened) -> dict[str, dict[str, Merge]]:
@@ -159,8 +173,8 @@ def find_merges(weighted: Sequence[Weighted], opened: Opened) -> dict[str, dict[
         _check_twice(one, placed)
         for aim in placed:
             _add(one, aim, merges.setdefault(aim.part.component.name, {}))
-        for name, tensor in one.replaced.items():
-            _replace(one, name, tensor, placed[0].part, merges[placed[0].part.component.name])
+        if one.replaced:
+            _replace(one, placed[0].part, merges[placed[0].part.component.name])
     for mine in merges.values():
         for name, merge in mine.items():
             if right_nbytes(merge.products) > MAX_RIGHT_NBYTES:
@@ -202,27 +216,64 @@ class _Part:
         """Give the module that a name with ``_`` for ``.`` stands for, if it is one alone."""
         if self._spelled is None:
             self._spelled = {}
-            for own in self.modules:
-                self._spelled.setdefault(own.replace(".", "_"), set()).add(own)
+            for name, own in (*zip(self.modules, self.modules, strict=True), *self._aliases()):
+                self._spelled.setdefault(name.replace(".", "_"), set()).add(own)
         found = self._spelled.get(module.replace(".", "_"), set())
         return next(iter(found)) if len(found) == 1 else None
 
+    def _aliases(self) -> Iterator[tuple[str, str]]:
+        """Give the names that Diffusers has for the modules of the UNet in a single file of Stable Diffusion."""
+        inside = [name for name in self.modules if name.startswith(_UNET_OF_FILE)]
+        if not inside or self.component.name:
+            return
+        is_xl = any(name.startswith("conditioner.") for name in self.modules)
+        known = original_of("Stable Diffusion") if is_xl else Modules.of(unet_rows({}))
+        for own in inside:
+            found = known.find(own.removeprefix(_UNET_OF_FILE))
+            if found and len(found.paths) == 1:
+                yield found.path, own
+
 
 class _Aim(NamedTuple):
-    """A pair of an adapter, and the module of the base that it is for: ``own`` in a part."""
+    """A pair of an adapter with its scale, and the module of the base that it is for: ``own`` in a part."""
 
     pair: Pair
+    scale: float
     part: _Part
     own: str
 
 
 def _place_each(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
-    """Find the module of each pair of Diffusers' or kohya's form. Raises BadRequest where one is not there."""
-    found = [(pair, _find_module(one.adapter, pair, parts)) for pair in one.adapter.pairs]
-    lost = [pair.module for pair, aim in found if aim is None]
+    """Find the module of each pair of Diffusers' or kohya's form. Raises BadRequest where one is not there.
+
+    They may be named as those of the base, or as the trainer of its model has them: then the tables of the layouts say
+    which modules of Diffusers these are.
+    """
+    scaled = [(pair, one.scales[pair.module]) for pair in one.adapter.pairs]
+    placed, lost = _place_all(one.adapter.form, scaled, parts)
+    if not lost:
+        return placed
+    try:
+        changes = find_changes(one.adapter).all
+    except Unsupported:
+        raise _not_there(one, lost, len(scaled)) from None
+    renamed = [
+        (Pair(f"{change.part}.{change.path}", change.down, change.up), one.weight * change.alpha / change.rank)
+        for change in changes
+    ]
+    placed, lost = _place_all("diffusers", renamed, parts)
     if lost:
-        raise _not_there(one, lost, len(found))
-    return [aim for _, aim in found if aim is not None]
+        raise _not_there(one, lost, len(renamed))
+    return placed
+
+
+def _place_all(
+    form: Form, scaled: Iterable[tuple[Pair, float]], parts: Sequence[_Part]
+) -> tuple[list[_Aim], list[str]]:
+    """Give the modules of pairs with their scales, and the names of those that are not there."""
+    found = [(pair, scale, _find_module(form, pair.module, parts)) for pair, scale in scaled]
+    placed = [_Aim(pair, scale, *place) for pair, scale, place in found if place]
+    return placed, [pair.module for pair, _, place in found if not place]
 
 
 def _check_twice(one: Weighted, placed: Iterable[_Aim]) -> None:
@@ -236,7 +287,7 @@ def _check_twice(one: Weighted, placed: Iterable[_Aim]) -> None:
 
 def _not_there(one: Weighted, modules: Sequence[str], count: int) -> BadRequest:
     named = name_some([repr(module) for module in modules], _NAMED)
-    some = f"{len(modules):,} of its {count:,} modules" if len(modules) < count else "its modules"
+    some = f"{len(modules):,} of its {count:,} modules are not there" if count > len(modules) else "nor any of it"
     return BadRequest(one.where, f"is for {named}, and the base has no such weight ({some})", _OTHER_BASE)
 
 
@@ -258,7 +309,7 @@ def _place_whole(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
     if not best:
         raise _not_there(one, lost, len(modules))
     [(part, found)] = best
-    return [_Aim(pair, part, found[pair.module]) for pair in one.adapter.pairs]
+    return [_Aim(pair, one.scales[pair.module], part, found[pair.module]) for pair in one.adapter.pairs]
 
 
 def _aligned(modules: Sequence[str], part: _Part) -> dict[str, str]:
@@ -289,8 +340,8 @@ def _aligned(modules: Sequence[str], part: _Part) -> dict[str, str]:
     return found
 
 
-def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> _Aim | None:
-    for names, spellings in _readings(adapter, pair.module):
+def _find_module(form: Form, module: str, parts: Sequence[_Part]) -> tuple[_Part, str] | None:
+    for names, spellings in _readings(form, module):
         for part in parts:
             name = part.component.name
             if name not in names and not (name == "" and _may_be(part, names)):
@@ -298,7 +349,7 @@ def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> _Aim |
             for spelling in spellings:
                 own = part.spelled(spelling)
                 if own is not None:
-                    return _Aim(pair, part, own)
+                    return part, own
     return None
 
 
@@ -308,52 +359,53 @@ def _may_be(part: _Part, names: Collection[str]) -> bool:
     return not part.component.class_name or is_text == all(name.startswith("text_encoder") for name in names)
 
 
-def _readings(adapter: Adapter, module: str) -> Iterator[tuple[Collection[str], list[str]]]:
+def _readings(form: Form, module: str) -> Iterator[tuple[Collection[str], list[str]]]:
     """Give the components that a module's name may be of, each with the names that it may have in these."""
-    if adapter.form == "kohya":
+    if form == "kohya":
         prefix = next((one for one in _KOHYA_PARTS if module.startswith(one)), "")
         rest = module.removeprefix(prefix)
         spelled = [rest, rest.removeprefix("text_model_"), f"text_model_{rest}"]
         in_files = [above + rest for above in _OF_FILES.get(prefix, ())]
         yield _KOHYA_PARTS.get(prefix, _DENOISERS), [*spelled, *in_files]
         return
-    for prefix in _ORIGINAL if adapter.form == "comfyui" else ():
+    for prefix in ORIGINAL_PREFIXES if form == "comfyui" else ():
         if module.startswith(prefix):
             rest = module.removeprefix(prefix)
-            yield _DENOISERS, [rest, f"model.diffusion_model.{rest}"]
+            yield _DENOISERS, [rest, _UNET_OF_FILE + rest]
     first, _, rest = module.partition(".")
     if _PARTS.fullmatch(first):
-        yield (first,), [rest, rest.removeprefix("text_model."), f"text_model.{rest}"]
+        in_files = [above + rest for above in _CLIP_OF_FILE] if first == "text_encoder" else []
+        yield (first,), [rest, rest.removeprefix("text_model."), f"text_model.{rest}", *in_files]
     yield _DENOISERS, [module]
 
 
 def _add(one: Weighted, aim: _Aim, merges: dict[str, Merge]) -> None:
     """Add what a pair makes of a component's tensors to what others do."""
-    pair, part, own = aim
+    pair, scale, part, own = aim
     weight = part.weight(own + _WEIGHT)
     assert weight is not None
-    scale = one.scales[pair.module]
     _append(merges, weight.name, product_of(pair.up, pair.down, scale, _is_turned(one, aim, weight)))
     if pair.module in one.biases:
         _append(merges, own + _BIAS, _bias_product(one, aim))
 
 
-def _replace(one: Weighted, name: str, tensor: Tensor, part: _Part, merges: dict[str, Merge]) -> None:
-    """Let a tensor of the base be another one; what is added comes on top of that."""
-    module, _, leaf = name.rpartition(".")
-    own = _aligned([module], part).get(module, "")
-    base = part.weight(f"{own}.{leaf}") if own else None
-    if base is None:
-        raise _not_there(one, [name], len(one.replaced))
-    if base.shape != tensor.shape:
-        problem = f"holds {name!r} of {_spell(tensor.shape)}, and the base has {_spell(base.shape)}"
-        raise Unsupported(one.where, problem, "PEFT merges it into a base whose vocabulary, or head, is as large.")
-    _check_dtype(tensor)
-    _check_dtype(base)
-    before = merges.get(base.name, Merge())
-    if before.replaced is not None:
-        raise Unsupported(one.where, f"replaces {name!r}, which another adapter does too", "Merge one of them.")
-    merges[base.name] = before._replace(replaced=tensor)
+def _replace(one: Weighted, part: _Part, merges: dict[str, Merge]) -> None:
+    """Let tensors of the base be others; what is added comes on top of that."""
+    found = _aligned(sorted({name.rpartition(".")[0] for name in one.replaced}), part)
+    for name, tensor in one.replaced.items():
+        module, _, leaf = name.rpartition(".")
+        base = part.weight(f"{found[module]}.{leaf}") if module in found else None
+        if base is None:
+            raise _not_there(one, [name], len(one.replaced))
+        if base.shape != tensor.shape:
+            problem = f"holds {name!r} of {_spell(tensor.shape)}, and the base has {_spell(base.shape)}"
+            raise Unsupported(one.where, problem, "PEFT merges it into a base whose vocabulary, or head, is as large.")
+        _check_dtype(tensor)
+        _check_dtype(base)
+        before = merges.get(base.name, Merge())
+        if before.replaced is not None:
+            raise Unsupported(one.where, f"replaces {name!r}, which another adapter does too", "Merge one of them.")
+        merges[base.name] = before._replace(replaced=tensor)
 
 
 def _check_dtype(tensor: Tensor) -> None:
@@ -395,7 +447,7 @@ def _bias_product(one: Weighted, aim: _Aim) -> Product:
         raise BadRequest(one.where, problem, _OTHER_BASE)
     _check_dtype(base)
     _check_dtype(bias)
-    return bias_of(bias, one.scales[aim.pair.module])
+    return bias_of(bias, aim.scale)
 
 
 def _trimmed(shape: Iterable[int]) -> tuple[int, ...]:

@@ -10,17 +10,25 @@ from converter.storage import Place
 from converter.tensors.base import Tensor
 from converter.transforms.single_file import stable_diffusion
 from converter.transforms.single_file.family import Configs, Family, Kind
+from converter.transforms.single_file.flux import FLUX
+from converter.transforms.single_file.sana import SANA
+from converter.transforms.single_file.sd3 import SD3
 
-FAMILIES = (*stable_diffusion.FAMILIES,)
+FAMILIES = (*stable_diffusion.FAMILIES, FLUX, SD3, SANA)
 EMA = "model_ema."
 """What names of averaged weights begin with."""
+_BY_BEGIN = {
+    "distilled_guidance_layer.": "Chroma",
+    "double_stream_modulation_img.": "Flux 2",
+    "txt_in.individual_token_refiner.": "HunyuanVideo",
+    "head.modulation": "Wan",
+    "cap_embedder.": "Lumina or Z-Image",
+    "double_layers.": "AuraFlow",
+}
 # What is none of these, by the beginning of a name that no other has; and by one that Diffusers' models have.
 _OTHERS = {
     "lora_": "a LoRA",
-    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "joint_blocks.": "Stable Diffusion 3",
-    "model.diffusion_model.double_blocks.": "Flux",
-    "double_blocks.": "Flux",
+    **{f"{prefix}{begin}": what for prefix in ("model.diffusion_model.", "") for begin, what in _BY_BEGIN.items()},
     "control_model.": "a ControlNet",
     "conditioner.embedders.0.model.": "a Stable Diffusion XL refiner",
 }

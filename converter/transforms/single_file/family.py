@@ -5,12 +5,15 @@ All that is said of one is data, and is read in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from converter.libraries.base import Library
+from converter.tensors.base import Tensor
 from converter.transforms.layouts.rows import Row
+from converter.transforms.layouts.sizes import Sizes
 
 Config = Mapping[str, Any]
 """A config.json, of which nothing has been checked but what ``check_config`` looks at."""
@@ -30,9 +33,14 @@ class Part(NamedTuple):
     ``classes`` are the names of its class in a config. ``prefixes`` are what its names begin with: the first is
     written, the others are read as well; in a file of its own it is ``lone``. For a config, ``rows`` gives those of its
     table, and ``shapes`` what it says of some tensors in a pipeline, given those that there are. ``config_of`` gives a
-    config for tensors of a single file, by their names without a prefix, where none is shipped. ``buffers`` are last
-    words of names that are no weights: a tensor of that name that no row has is left out. An optional part may be
-    missing from a file and from a pipeline, and that is said.
+    config for tensors of a single file, by their names without a prefix, where none is shipped. ``numbers`` are what
+    has to be such in a config, as its class takes them where it has none. ``buffers`` are last words of names that are
+    no weights: a tensor of that name that no row has is left out. An optional part may be missing from a file and from
+    a pipeline, and that is said.
+
+    Either may have ``unread`` names that the other has not, which are left out and named. For a config and the tensors
+    that there are, ``made`` are those that a pipeline has besides, and ``made_back`` those that readers of a single
+    file look for, with what each is.
     """
 
     classes: tuple[str, ...]
@@ -41,9 +49,13 @@ class Part(NamedTuple):
     rows: Callable[[Config], list[Row]]
     shapes: Callable[[Config, Shapes], Shapes]
     lone: str = ""
-    config_of: Callable[[Shapes], dict[str, Any]] | None = None
+    config_of: Callable[[Sizes], dict[str, Any]] | None = None
+    numbers: Config = MappingProxyType({})
     buffers: tuple[str, ...] = ()
     is_optional: bool = False
+    unread: tuple[str, ...] = ()
+    made: Callable[[Config, Sequence[Tensor]], list[Tensor]] | None = None
+    made_back: Callable[[Config, Sequence[Tensor]], list[tuple[Tensor, str]]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +84,10 @@ class Family:
     ``mark``, by its name without a prefix; of several families with it that one is meant whose text encoders are there,
     or else that which ``is_of`` the shapes of the diffusion model; none of ``kinds`` fits what is for another purpose.
     A pipeline is of it by its class, which is that of a kind or one of ``others``, if it ``owns`` the configs in it.
-    ``folder`` is that in ``configs`` where those of a pipeline are shipped, all of them or some. ``marks`` are names of
-    empty tensors by which a UI is told what else the scheduler's config says: a key and its value. ``remark`` is what
-    there is to say of a file that is made of a pipeline.
+    ``folder`` is that in ``configs`` where those of a pipeline are shipped, all of them or some. ``apart`` are parts of
+    a pipeline that are files of their own beside the single one. ``marks`` are names of empty tensors by which a UI is
+    told what else the scheduler's config says: a key and its value. ``remark`` is what there is to say of a file that
+    is made of a pipeline.
     """
 
     name: str
@@ -85,6 +98,7 @@ class Family:
     owns: Callable[[Configs], bool] = field(default=_always)
     others: tuple[str, ...] = ()
     folder: str = ""
+    apart: tuple[str, ...] = ()
     marks: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     remark: str = ""
 

@@ -33,9 +33,14 @@ def join(family: Family, opened: Sequence[tuple[str, Component, Checkpoint]]) ->
     for name, component, checkpoint in opened:
         part = family.parts[name]
         wholes, left = _as_original(family, name, component, checkpoint)
+        made = part.made_back(component.config, wholes) if part.made_back else []
+        notes += (f"{one.name} of the {name} is {what}, for readers of the file look for it" for one, what in made)
+        wholes += (one for one, _ in made)
         prefix = part.prefixes[0] if len(opened) > 1 else part.lone
         tensors += (tensor._replace(name=prefix + tensor.name) for tensor in wholes)
-        notes += (f"left out, for it is no weight: {one}" for one in left)
+        unread = [one for one in left if one in part.unread]
+        notes += (f"left out of the {name}, for no reader of single files reads it: {one}" for one in unread)
+        notes += (f"left out, for it is no weight: {one}" for one in left if one not in unread)
         notes += notes_of_headers(checkpoint)
     return tensors, notes
 
@@ -44,12 +49,12 @@ def _as_original(
     family: Family, name: str, component: Component, checkpoint: Checkpoint
 ) -> tuple[list[Tensor], list[str]]:
     part, config, path = family.parts[name], component.config, component.path / "config.json"
-    check_config(path, config)
+    check_config(path, config, part.numbers)
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     shapes = {short: tensor.shape for short, tensor in tensors.items()}
     check_shapes(checkpoint.weight_set.path, str(path), part.shapes(config, shapes), shapes)
     wholes, left = put_together(tensors, part.rows(config))
-    strange = [short for short in left if short.rpartition(".")[2] not in part.buffers]
+    strange = [short for short in left if short.rpartition(".")[2] not in part.buffers and short not in part.unread]
     if strange:
         problem = f"holds tensors that no {name} of {family.name} has: {name_some(strange, _NAMED)}"
         raise Unsupported(checkpoint.weight_set.path, problem, "Is something added to it, or is it another model?")

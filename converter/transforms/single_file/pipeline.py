@@ -23,6 +23,7 @@ from converter.models.names import WeightsName
 from converter.storage import FileRef, Place, place_of
 from converter.tensors.base import Tensor
 from converter.transforms.layouts.rows import take_apart
+from converter.transforms.layouts.sizes import Sizes
 from converter.transforms.single_file.families import EMA, Found, family_of, part_of, recognise
 from converter.transforms.single_file.family import ABSENT, SCHEDULER, Config, Family
 from converter.transforms.single_file.sizes import check_config, check_shapes
@@ -284,8 +285,11 @@ def _open_part(
     """Give a part with the names that its weights have in a pipeline, and notes of what is left out of it."""
     source, family = checkpoint.weight_set.path, frame.found.family
     part, prefix = family.parts[name], frame.found.prefixes[name]
-    config, what = _config_of(frame, name, mine)
+    config, what = _config_of(source, frame, name, mine)
     converted, left = take_apart(mine, part.rows(config))
+    unread = [short for short in left if short in part.unread]
+    left = [short for short in left if short not in part.unread]
+    converted += part.made(config, converted) if part.made else []
     shapes = {tensor.name: tensor.shape for tensor in converted}
     check_shapes(source, what, part.shapes(config, shapes), shapes)
     others = name_some([prefix + short for short in left], 1)
@@ -297,20 +301,21 @@ def _open_part(
     file = replace(checkpoint.files[0], tensors=tuple(converted), metadata={})
     component = Component(name, source.parent / name, (weight_set,), config)
     notes = [f"left out, for no {name} has them: {others}"] if left else []
+    notes += [f"left out, for Diffusers does not read it: {prefix}{short}" for short in unread]
     return component, Checkpoint(weight_set, (file,), {}), notes
 
 
-def _config_of(frame: _Frame, name: str, mine: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
+def _config_of(source: Place, frame: _Frame, name: str, mine: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
     """Give a part's config, and what to call it; of tensors where none is given or shipped."""
     family = frame.found.family
     part, place = family.parts[name], frame.config_place(name)
     if place is None and part.config_of is not None:
-        config = part.config_of({short: tensor.shape for short, tensor in mine.items()})
+        config = part.config_of(Sizes(source, {short: tensor.shape for short, tensor in mine.items()}))
         return config, f"what its shapes say of the {name}"
     assert frame.root is not None
     assert place is not None
     config = frame.read(str(place.relative_to(frame.root)))
-    check_config(place, config)
+    check_config(place, config, part.numbers)
     _check_class(place, config, part.classes)
     return config, str(place) if frame.given else f"the {name} of {family.name}"
 

@@ -20,11 +20,29 @@ _CONFIG_TYPES = {
 }
 
 
-def check_config(path: Place, config: Config) -> None:
-    """Raise BadRequest for a config whose numbers of layers or blocks cannot be."""
+# Of a picture's side, and of layers, whose tables would be long otherwise.
+_MOST = {"sample_size": 512, "num_layers": _MAX_COUNT, "num_single_layers": _MAX_COUNT}
+_WIDEST = 1 << 20
+
+
+def check_config(path: Place, config: Config, numbers: Config) -> None:
+    """Raise BadRequest for a config whose numbers cannot be: those of all parts, and a part's own by their defaults."""
+    wrong = next((key for key, default in numbers.items() if not _may_be(key, config.get(key, default), default)), None)
+    if wrong is not None:
+        raise BadRequest(path, f"has a {wrong} that this cannot be: {config[wrong]!r:.60}", "Give the right --config.")
     for key, kind in _CONFIG_TYPES.items():
         if key in config and not (type(config[key]) is kind and 0 < _count(config[key]) <= _MAX_COUNT):
             raise BadRequest(path, f"has a {key} that this cannot be: {config[key]!r}", "Give the right --config.")
+
+
+def _may_be(key: str, value: Any, default: Any) -> bool:
+    """Say whether a config's value can be in the place of a default: a number, some numbers, or none."""
+    if value is None:
+        return default is None or key == "out_channels"
+    if isinstance(default, list):
+        return isinstance(value, list) and len(value) <= _MAX_COUNT
+    is_number = type(value) in ((int, float) if isinstance(default, float) else (int,))
+    return is_number and 0 < value <= _MOST.get(key, _WIDEST)
 
 
 def _count(value: Any) -> int:
@@ -37,7 +55,7 @@ def check_shapes(source: Place, what: str, expected: Shapes, shapes: Shapes) -> 
     Of what should not be there no axis is expected.
     """
     for name, shape in expected.items():
-        if shapes.get(name, ())[:2] != shape:
+        if shapes.get(name, ())[: max(2, len(shape))] != shape:
             size = "x".join(map(str, shapes[name])) if name in shapes else "not there"
             wanted = f"begin with {'x'.join(map(str, shape))}" if shape else "not be there"
             problem = f"does not fit {what}: {name} is {size}, and should {wanted}"
