@@ -177,9 +177,9 @@ def _only_set(model: Model, request: Request, output: Place) -> tuple[Model, Req
 
 def _note_left(model: Model) -> list[str]:
     """Note which files of a folder stay there, but for weights, where one file alone is written of it."""
-    if model.path.is_file():
-        return []
     [component] = model.components
+    if model.path.is_file() or not component.weight_sets:  # it is made of several folders
+        return []
     own = {name for weight_set in component.weight_sets for name in weight_set.all_names}
     names = (entry.name for entry in component.path.entries() if entry.name not in own and entry.is_file())
     left = sorted(name for name in names if parse_name(name) is None and not is_training_state(name))
