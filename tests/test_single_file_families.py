@@ -93,6 +93,9 @@ def sd3(builders: Any, tmp_path: Path) -> tuple[Any, Path, State]:
     model = builders.MODELS["sd3"]()
     # Diffusers tells the two by their width.
     model.register_modules(text_encoder=CLIPTextModelWithProjection(builders.clip_config(32)).eval())
+    config = {key: value for key, value in model.transformer.config.items() if not key.startswith("_")}
+    transformer = type(model.transformer)(**{**config, "dual_attention_layers": (0,)})
+    model.register_modules(transformer=transformer.eval())
     builders.shake(model)
     with torch.no_grad():
         model.text_encoder.text_projection.weight.copy_(torch.eye(model.text_encoder.text_projection.weight.shape[0]))
