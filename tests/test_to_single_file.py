@@ -427,7 +427,11 @@ def test_a_lora_and_a_single_file_are_no_pipeline(made: Made, tmp_path: Path, wc
 @pytest.mark.parametrize(
     ("change", "problem", "code"),
     [
-        (lambda state: {**state, "double_blocks.0.img_mod.lin.weight": ONE}, "holds two diffusion models", 4),
+        (
+            lambda state: {**state, "double_blocks.0.img_mod.lin.weight": ONE},
+            "holds two diffusion models: 'double_blocks.0.img_mod.lin.weight' and ",
+            4,
+        ),
         (
             lambda state: {**state, "cond_stage_model.model.ln_final.weight": ONE},
             "holds text encoders of Stable Diffusion 2 and Stable Diffusion 1",

@@ -68,6 +68,9 @@ def open_job(request: Request, model: Model | None = None) -> Job:
     output, publishing = request.output, request.publishing
     if publishing.in_place and output is not None:
         raise BadRequest(output, "is given, and --in-place too", "Choose one.")
+    if publishing.in_place and request.arranging.layout:
+        problem = "has files of other names in another --layout, and --in-place replaces those of the same"
+        raise BadRequest(request.source, problem, "Name a new folder: -o OUT.")
     check_places(request.source, output, publishing.delete_source)
     if model is not None:
         assert output is not None

@@ -8,20 +8,17 @@ from typing import NamedTuple
 from converter.errors import Unsupported
 from converter.storage import Place
 from converter.tensors.base import Tensor
-from converter.transforms.single_file import stable_diffusion
+from converter.transforms.single_file import alone, stable_diffusion
 from converter.transforms.single_file.family import Configs, Family, Kind
 from converter.transforms.single_file.flux import FLUX
-from converter.transforms.single_file.sana import SANA
 from converter.transforms.single_file.sd3 import SD3
 
-FAMILIES = (*stable_diffusion.FAMILIES, FLUX, SD3, SANA)
+FAMILIES = (*stable_diffusion.FAMILIES, FLUX, SD3, *alone.FAMILIES)
 EMA = "model_ema."
 """What names of averaged weights begin with."""
 _BY_BEGIN = {
-    "distilled_guidance_layer.": "Chroma",
     "double_stream_modulation_img.": "Flux 2",
     "txt_in.individual_token_refiner.": "HunyuanVideo",
-    "head.modulation": "Wan",
     "cap_embedder.": "Lumina or Z-Image",
     "double_layers.": "AuraFlow",
 }

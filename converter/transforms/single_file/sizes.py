@@ -40,7 +40,7 @@ def _may_be(key: str, value: Any, default: Any) -> bool:
     if value is None:
         return default is None or key == "out_channels"
     if isinstance(default, list):
-        return isinstance(value, list) and len(value) <= _MAX_COUNT
+        return isinstance(value, list) and len(value) <= _MAX_COUNT and all(_may_be(key, one, 1) for one in value)
     is_number = type(value) in ((int, float) if isinstance(default, float) else (int,))
     return is_number and 0 < value <= _MOST.get(key, _WIDEST)
 
