@@ -94,6 +94,7 @@ def _candidates(source: Place, tensors: Mapping[str, Tensor]) -> tuple[list[Fami
         advice = "'wconv to-safetensors' and 'wconv recast' keep the names."
         raise Unsupported(source, "has the names of Diffusers already", advice)
     problem = f"is no checkpoint that is known: it has no tensor {FAMILIES[0].parts['unet'].lone + FAMILIES[0].mark!r}"
+    advice += " For a VAE or a text encoder alone, give the folder of such a one: --config."
     raise Unsupported(source, f"{problem}, nor that of another diffusion model", advice)
 
 

@@ -101,18 +101,25 @@ def open_single_file(
     """Sort a checkpoint's tensors into the parts of a pipeline; ``ema`` takes the diffusion model's averaged weights.
 
     ``config`` is a pipeline folder, of which the weights are not looked at, nor what else in it lies elsewhere by links
-    unless ``follow_links``. Parts in ``without`` are left out: ``vae``, ``text-encoders``, or the name of one. Raises
-    Unsupported for another model, BadFile or BadRequest for a part that is missing or does not fit its config.
+    unless ``follow_links``; or that of one model, which alone is then taken. Parts in ``without`` are left out:
+    ``vae``, ``text-encoders``, or the name of one. Raises Unsupported for another model, BadFile or BadRequest for a
+    part that is missing or does not fit its config.
     """
     source = checkpoint.weight_set.path
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     given = place_of(config) if config is not None else None
-    found = recognise(source, tensors, None if given is None else _meant(given))
+    meant, alone = (None, "") if given is None else _meant(given)
+    if meant is not None and alone not in ("", meant.core):
+        found = Found(meant, meant.kinds[0], {alone: _prefix_of(tensors, meant, alone)})
+    else:
+        found = recognise(source, tensors, meant)
     family = found.family
     shipped = place_of(CONFIGS / family.folder) if family.folder else None
     marks = {name: said for name, said in family.marks.items() if name in tensors}
     frame = _Frame(found, given or shipped, given is not None, dict(marks.values()))
     kept = _kept_parts(source, found, without)
+    if ema and family.core not in kept:
+        raise BadRequest(source, f"gives its {kept[0]} alone, and --ema is for a diffusion model", "Leave it out.")
     sorted_tensors, rest = sort_tensors(tensors, found.prefixes)
     rest = [name for name in rest if name not in marks or given]
     notes = [*_notes_of_kind(source, frame, kept), *checkpoint.notes, *notes_of_headers(checkpoint)]
@@ -127,21 +134,28 @@ def open_single_file(
     left_out = [(name, len(sorted_tensors[name])) for name in found.prefixes if name not in kept]
     notes += [f"left out, as asked: {name} ({count} tensors)" for name, count in left_out]
     notes += _notes_of_rest(rest, ema)
-    if kept == (family.core,):
+    if len(kept) == 1:
         return _alone(source, frame, parts, tuple(notes))
     return _whole(source, frame, parts, notes, follow_links)
 
 
-def _meant(folder: Place) -> Family | None:
-    """Give the family of a pipeline's folder, as its configs say, or any that has the model of a folder."""
+def _meant(folder: Place) -> tuple[Family | None, str]:
+    """Give the family of a pipeline's folder, as its configs say; of a model's folder any that has it, and its name."""
     index = read_json(folder / "model_index.json")
     class_name = index.get("_class_name")
     if not index:
-        found = part_of(read_json(folder / "config.json").get("_class_name"))
-        return found[0] if found else None
+        found = part_of(Component("", folder, (), read_json(folder / "config.json")).class_name)
+        return found or (None, "")
     names = [name for name, entry in index.items() if is_class(entry) and name.isidentifier()]
     configs = {name: read_json(folder / name / "config.json") for name in names[:_MOST_PARTS]}
-    return family_of(class_name, configs) if isinstance(class_name, str) else None
+    return (family_of(class_name, configs) if isinstance(class_name, str) else None), ""
+
+
+def _prefix_of(tensors: Iterable[str], family: Family, name: str) -> str:
+    """Give what the names of a part begin with in a file that holds it, or nothing else."""
+    names = list(tensors)
+    part = family.parts[name]
+    return next((one for one in part.prefixes if any(full.startswith(one) for full in names)), part.lone)
 
 
 def chosen(family: Family, names: Iterable[str], without: Iterable[str]) -> tuple[str, ...]:
@@ -162,6 +176,8 @@ def _kept_parts(source: Place, found: Found, without: Sequence[str]) -> tuple[st
     family = found.family
     kept = chosen(family, found.prefixes, without)
     if len(found.prefixes) == 1:
+        if not kept:
+            raise BadRequest(source, "has nothing else than what is to be left out", "Leave --without out.")
         return kept
     wanted = chosen(family, family.parts, without)
     lacking = [name for name in wanted if name not in kept and not family.parts[name].is_optional]
@@ -196,7 +212,7 @@ def sort_tensors(
 def _notes_of_kind(source: Place, frame: _Frame, kept: Sequence[str]) -> Iterator[str]:
     """Say what a checkpoint is, and what of that was assumed."""
     family, kind, _ = frame.found
-    what = f"{family.name} checkpoint" if len(kept) > 1 else f"{family.core} alone"
+    what = f"{family.name} checkpoint" if len(kept) > 1 else f"{kept[0]} alone"
     what = what if len(kept) > 1 or frame.given else f"{family.name} {what}"
     yield f"{source.name} is a {what}{kind.words}"
     if family.folder == "sd2" and not frame.given and not kind.changes:
@@ -212,11 +228,11 @@ def _notes_of_kind(source: Place, frame: _Frame, kept: Sequence[str]) -> Iterato
 def _alone(
     source: Place, frame: _Frame, parts: list[tuple[Component, Checkpoint]], notes: tuple[str, ...]
 ) -> SingleFile:
-    """Give a diffusion model as the one of a folder."""
+    """Give a diffusion model, or another one, as the one of a folder."""
     [(component, checkpoint)] = parts
+    place = frame.config_place(component.name)
     component = replace(component, name="", path=source.parent)
     generated = {"config.json": render_json(component.config)}
-    place = frame.config_place(frame.found.family.core)
     is_as_it_lies = place is not None and read_json(place) == component.config
     copied = (("config.json", place.ref()),) if place is not None and is_as_it_lies else ()
     said = f"it becomes the folder of one model: {component.class_name}.from_pretrained loads it"
@@ -293,7 +309,7 @@ def _open_part(
     shapes = {tensor.name: tensor.shape for tensor in converted}
     check_shapes(source, what, part.shapes(config, shapes), shapes)
     others = name_some([prefix + short for short in left], 1)
-    if left and name == family.core:
+    if left and (name == family.core or len(frame.found.prefixes) == 1):
         problem = f"holds tensors that no {name} of {family.name} has: {others}"
         raise Unsupported(source, problem, "Is it another model, or one with something added?")
     weights_name = WeightsName(part.library.stem("safetensors"), None, "safetensors")
