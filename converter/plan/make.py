@@ -168,7 +168,9 @@ def _check_collisions(model: Model, sets: Sequence[PlannedSet]) -> None:
         if first is not planned:
             names = f"{first.source.path.name} and {planned.source.path.name}"
             problem = f"{names} would both become {planned.name.single}"
-            raise BadRequest(model.path, problem, "Choose one with --from-variant.")
+            are_variants = first.source.name.variant != planned.source.name.variant
+            advice = "Choose one with --from-variant." if are_variants else "Convert one of them: name its file."
+            raise BadRequest(model.path, problem, advice)
 
 
 def _find_replaced(existing: _Existing, sets: Sequence[PlannedSet], publishing: Publishing) -> Iterator[str]:

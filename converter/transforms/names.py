@@ -198,7 +198,7 @@ class _Asked:
     def rename(self, component: Component, checkpoint: Checkpoint, unwraps: bool) -> Checkpoint:
         """Give tensors the names that are asked for, those that ``unwrap`` gives in between."""
         prefix = self._names.strip_prefix
-        if prefix and any(tensor.name.startswith(prefix) for tensor in checkpoint.tensors):
+        if prefix and any(name.startswith(prefix) for name in _all_names(checkpoint)):
             self._unmatched["--strip-prefix"].clear()
             checkpoint = strip_prefix(checkpoint, prefix)
         if unwraps:
@@ -206,8 +206,8 @@ class _Asked:
         if not (self._rules or self._names.add_prefix):
             return checkpoint
         path = checkpoint.weight_set.path
-        before = (*(tensor.name for tensor in checkpoint.tensors), *checkpoint.ties)
-        return _checked(checkpoint, {name: self._names.add_prefix + self._ruled(path, name) for name in before})
+        prefix = self._names.add_prefix
+        return _checked(checkpoint, {name: prefix + self._ruled(path, name) for name in _all_names(checkpoint)})
 
     def _ruled(self, path: Where, name: str) -> str:
         """Give the name that all rules make of one."""
@@ -249,11 +249,14 @@ def _replaced(pattern: re.Pattern[str], replacement: str, name: str) -> tuple[st
 def _with_some(
     file: WeightsFile, now: Mapping[str, str], ties: Mapping[str, str], tied: Container[str], gone: Container[str]
 ) -> WeightsFile:
-    """Give a file with the tensors that stay, by their names ``now``, and of the ``ties`` the names in ``tied``."""
+    """Give a file with the tensors that stay, by their names ``now``, and of the ``ties`` the names in ``tied``.
+
+    A note by the name of a tensor that has ``gone`` would tie that to another, and goes too.
+    """
     notes = {
         key: now[ties[key]] if key in ties else note
         for key, note in file.metadata.items()
-        if key not in ties or key in tied
+        if (key in tied if key in ties else not (key in gone and note in now))
     }
     if COMFY_NOTE in notes:
         notes[COMFY_NOTE] = note_without(notes[COMFY_NOTE], gone)
@@ -371,11 +374,16 @@ def strip_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     Raises BadRequest where none has it, or for names that cannot be.
     """
     path = checkpoint.weight_set.path
-    before = [tensor.name for tensor in checkpoint.tensors]
+    before = _all_names(checkpoint)
     if not any(name.startswith(prefix) for name in before):
         problem = f"has no tensor whose name begins with {prefix!r}"
         raise BadRequest(path, problem, _LISTED)
-    return _checked(checkpoint, {name: name.removeprefix(prefix) for name in (*before, *checkpoint.ties)})
+    return _checked(checkpoint, {name: name.removeprefix(prefix) for name in before})
+
+
+def _all_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Give the names of all tensors, and those that are tied to one."""
+    return (*(tensor.name for tensor in checkpoint.tensors), *checkpoint.ties)
 
 
 def unwrap(checkpoint: Checkpoint, is_known: bool) -> Checkpoint:
@@ -445,11 +453,14 @@ def _note_wrappers(names: Sequence[str]) -> str:
 
 
 def rename_tensors(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
-    """Give all tensors other names, which must be different from each other, in the notes on ties too."""
+    """Give all tensors other names, which must be different from each other, in the notes on ties too.
+
+    A note that ties a name to a tensor, and is wrong since a tensor of that name is there, goes.
+    """
     ties = checkpoint.ties
 
     def rename(file: WeightsFile) -> WeightsFile:
-        notes = {key: note for key, note in file.metadata.items() if key not in ties}
+        notes = {key: note for key, note in file.metadata.items() if not (key in names and note in names)}
         notes |= {names.get(key, key): names[ties[key]] for key in file.metadata if key in ties}
         tensors = tuple(tensor._replace(name=names[tensor.name]) for tensor in file.tensors)
         return replace(file, tensors=tensors, metadata=notes)
