@@ -45,12 +45,17 @@ if TYPE_CHECKING:
     from converter.plan.types import Writing as Writing
     from converter.recipes.convert import convert as convert
     from converter.recipes.convert import plan_conversion as plan_conversion
+    from converter.recipes.convert_lora import plan_lora as plan_lora
     from converter.recipes.dequantize import plan_dequantized as plan_dequantized
+    from converter.recipes.merge_lora import Asked as Asked
+    from converter.recipes.merge_lora import plan_merged as plan_merged
     from converter.recipes.quantize import Measuring as Measuring
     from converter.recipes.quantize import plan_quantized as plan_quantized
     from converter.recipes.rename import plan_rename as plan_rename
     from converter.recipes.request import Request as Request
     from converter.recipes.request import prepare as prepare
+    from converter.recipes.to_diffusers import plan_diffusers as plan_diffusers
+    from converter.recipes.to_single_file import plan_single_file as plan_single_file
     from converter.recipes.verify import verify as verify
     from converter.run.execute import Result as Result
     from converter.run.execute import run_plan as run_plan
@@ -59,6 +64,7 @@ if TYPE_CHECKING:
     from converter.tensors.base import ByteRange as ByteRange
     from converter.tensors.base import Tensor as Tensor
     from converter.transforms.dtype import Casting as Casting
+    from converter.transforms.layouts.arrange import Arranging as Arranging
     from converter.transforms.names import TensorNames as TensorNames
     from converter.transforms.quantize.modules import ModuleChoice as ModuleChoice
 
@@ -76,15 +82,20 @@ _HOMES = {
     "models.select": "Selection",
     "plan.types": "Plan PlannedFile PlannedSet PlannedTensor Publishing Writing",
     "recipes.convert": "convert plan_conversion",
+    "recipes.convert_lora": "plan_lora",
     "recipes.dequantize": "plan_dequantized",
+    "recipes.merge_lora": "Asked plan_merged",
     "recipes.quantize": "Measuring plan_quantized",
     "recipes.rename": "plan_rename",
     "recipes.request": "Request prepare",
+    "recipes.to_diffusers": "plan_diffusers",
+    "recipes.to_single_file": "plan_single_file",
     "recipes.verify": "verify",
     "run.execute": "Result run_plan",
     "storage": "Place place_of",
     "tensors.base": "ByteRange Tensor",
     "transforms.dtype": "Casting",
+    "transforms.layouts.arrange": "Arranging",
     "transforms.names": "TensorNames",
     "transforms.quantize.modules": "ModuleChoice",
 }

@@ -59,6 +59,7 @@ from bench_runs import (
     within,
 )
 from bench_scaling import measure_scaling
+from bench_single_file import measure_single_file
 from make_sample import write_json
 from safetensors import safe_open
 
@@ -300,6 +301,7 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "scaling": measure_scaling,
     "baselines": measure_baselines,
     "dequantize": measure_dequantized,
+    "single-file": measure_single_file,
     "merge-lora": measure_merged,
     "rss": measure_rss,
     "start": measure_start,

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 State = dict[str, torch.Tensor]
+CLIP = "text_model_encoder_layers_0_mlp_fc1"
 WIDE = 3072  # Diffusers' reader of Flux takes no other
 
 
@@ -182,10 +183,32 @@ def test_what_diffusers_writes_as_kohyas_is_read(lora: Any, tmp_path: Path) -> N
     back = lora(tmp_path / "theirs.safetensors", "diffusers", "back.safetensors")
     assert same(load_file(back), state)
     again = load_file(lora(back, "kohya", "again.safetensors"))
-    assert same(again, named)  # its alphas are integers, as they were
+    assert same(again, theirs)  # the text encoder has a number, and alphas are integers, as they were
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ("lora_unet_input_blocks_4_1_proj_in",),  # SDXL or not
+        ("lora_unet_input_blocks_1_1_proj_in", "lora_unet_output_blocks_2_1_conv", f"lora_te_{CLIP}"),
+        ("lora_unet_output_blocks_2_2_conv", "lora_unet_input_blocks_7_1_transformer_blocks_9_ff_net_2"),
+        ("lora_unet_down_blocks_2_attentions_0_transformer_blocks_9_ff_net_2", f"lora_te2_{CLIP}"),
+        (f"lora_te1_{CLIP}",),
+        (f"lora_te_{CLIP}", f"lora_te2_{CLIP}"),
+        ("lora_transformer_single_transformer_blocks_0_attn_to_q", f"lora_te1_{CLIP}"),
+        ("lora_unet_transformer_blocks_0_attn_add_q_proj", "lora_unet_single_transformer_blocks_0_proj_mlp"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("to", ["diffusers", pytest.param("peft", marks=pytest.mark.slow)])
+def test_back_to_the_very_names(modules: tuple[str, ...], to: str, lora: Any, tmp_path: Path) -> None:
+    state = {f"{name}.lora_{which}.weight": torch.ones(2, 2) for name in modules for which in ("down", "up")}
+    state |= {f"{name}.alpha": torch.tensor(1.0) for name in modules}
+    save_file(state, tmp_path / "kohya.safetensors")
+    there = lora(tmp_path / "kohya.safetensors", to, to if to == "peft" else "new.safetensors")
+    assert same(load_file(lora(there, "kohya", "back.safetensors")), state)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
 def test_each_form_does_the_same_to_a_unet(kind: str, lora: Any, tmp_path: Path) -> None:
     from diffusers.loaders.unet import UNet2DConditionLoadersMixin
     from peft import PeftModel
@@ -293,7 +316,7 @@ def products(state: State, scale: Callable[[str, int], float]) -> Iterator[tuple
             yield module, up @ (down.double() @ vector) * scale(module, down.shape[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_flux_of_kohya(dtype: torch.dtype, lora: Any, tmp_path: Path) -> None:
     from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 

@@ -13,11 +13,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from support.tiny import State, assert_same, load_set, save, save_shards, write_json
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from converter.errors import BadFile, BadRequest, Unsupported
 from converter.recipes.convert import convert
-from converter.transforms.layouts.experts import families
+from converter.transforms.layouts.experts import FAMILIES
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TINY: dict[str, Any] = {
@@ -50,10 +50,12 @@ MORE: dict[str, dict[str, Any]] = {
     "minimax": {"layer_types": SOME_LINEAR, "block_size": 8},
     "qwen3_next": {"layer_types": SOME_LINEAR},
     "qwen3_5_moe_text": {"layer_types": SOME_LINEAR},
+    "qwen3_5_moe": {"layer_types": SOME_LINEAR},
     "mimo_v2_flash": {"num_attention_heads": 4},
     "dots1": {"n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
 }
-TEXT_ALONE = [kind for kind, _ in families() if kind != "glm4v_moe_text"]
+SEEING = ("glm4v_moe", "qwen3_5_moe")
+VISION = {"depth": 1, "num_heads": 2, "num_position_embeddings": 16, "patch_size": 4, "out_hidden_size": 16}
 FAST = ("mixtral", "deepseek_v3")
 
 
@@ -68,7 +70,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any,
             tiny = {**TINY, **MORE.get(kind, {})}
             if "deepseek" in kind or kind in ("axk1", "glm4_moe_lite", "glm_moe_dsa"):
                 tiny.pop("head_dim")  # it is that of what is rotated
-            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**tiny)).eval()
+            if kind in SEEING:
+                rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
+                vision = {**VISION, "hidden_size": 16, "intermediate_size": 16}
+                tiny = {"text_config": {**tiny, "rope_parameters": rope}, "vision_config": vision}
+            maker = AutoModelForImageTextToText if kind in SEEING else AutoModelForCausalLM
+            model = maker.from_config(CONFIG_MAPPING[kind](**tiny)).eval()
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.3)
             folder = tmp_path_factory.mktemp(kind)
@@ -81,7 +88,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any,
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in TEXT_ALONE]
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in FAMILIES]
 )
 def test_transformers_loads_both_forms_and_writes_the_same(
     made: Callable[[str], tuple[Any, Path]], tmp_path: Path, kind: str

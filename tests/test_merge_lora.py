@@ -170,13 +170,13 @@ def test_what_is_tied_is_untied(lacks: str | None, tmp_path: Path, capsys: pytes
         save(state, base / "pytorch_model.bin")  # the same storage twice
     write_json(base / "config.json", {**LLAMA, "tie_word_embeddings": True})
     added = {"lora_embedding_A": random(2, 10), "lora_embedding_B": random(8, 2)}
-    adapter = write_peft(tmp_path / "a", {f"{EMBED}.{name}": one for name, one in added.items()})
-    code, said = run(capsys, base, adapter, "-o", tmp_path / "out")
+    stored = {**{f"{EMBED}.{name}": one for name, one in added.items()}, f"{EMBED}.base_layer.weight": words}
+    code, said = run(capsys, base, f"{write_peft(tmp_path / 'a', stored)}:0.5", "-o", tmp_path / "out")
     assert code == 0
     assert "no longer tied" in said
     after = load_file(tmp_path / "out/model.safetensors")
     assert torch.equal(after[f"{HEAD}.weight"], words)
-    expected = words.double() + 1.5 * (added["lora_embedding_B"].double() @ added["lora_embedding_A"].double()).T
+    expected = words.double() + 0.75 * (added["lora_embedding_B"].double() @ added["lora_embedding_A"].double()).T
     assert_rounded(after[f"{EMBED}.weight"], expected, words)
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
 
@@ -253,6 +253,13 @@ def test_kohya_and_diffusers_name_the_same(tmp_path: Path, capsys: pytest.Captur
     assert found == {
         path.relative_to(tmp_path / "out_d"): path.read_bytes() for path in (tmp_path / "out_d").rglob("*.*")
     }
+    # A part that is quantized is in nobody's way, unless an adapter is for it.
+    config = {"_class_name": "UNet2DConditionModel", "quantization_config": {"quant_method": "fp8"}}
+    write_json(base / "unet/config.json", config)
+    code, said = run(capsys, base, tmp_path / "k.safetensors", "-o", tmp_path / "x")
+    assert (code, "is quantized" in said) == (4, True)
+    save_file({name: one for name, one in kohya.items() if "_te_" in name}, tmp_path / "te.safetensors")
+    assert run(capsys, base, tmp_path / "te.safetensors", "-o", tmp_path / "x")[0] == 0
     # The other variant of what was changed is not the merged one, so it does not go along.
     assert sorted(path.name for path in (tmp_path / "out_k/text_encoder").iterdir()) == [
         "config.json",
@@ -265,7 +272,7 @@ def test_adapters_beside_the_base_stay_there(tmp_path: Path, capsys: pytest.Capt
     base, adapter = write_base(tmp_path / "base"), write_peft(tmp_path / "a", pair(Q, 6, 8))
     for path in adapter.iterdir():
         path.rename(base / path.name)
-    code, _ = run(capsys, base, base / "adapter_model.safetensors", "-o", tmp_path / "out")
+    code, _ = run(capsys, base, base, "-o", tmp_path / "out")
     assert code == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(base / "model.safetensors").keys()
@@ -350,6 +357,8 @@ REFUSED: dict[str, tuple[State, dict[str, Any], int, str]] = {
     "float8": (pair(Q, 6, 8, dtype=torch.float8_e4m3fn), {}, 4, "no dtype of an adapter"),
     "NaN": (A_NAN, {}, 3, "has NaN, infinity or a number above 1e15"),
     "a flag that is none": (FULL, {"use_rslora": "no"}, 3, "use_rslora = no, which is no flag"),
+    "a number for a flag": (FULL, {"use_rslora": 1}, 3, "use_rslora = 1, which is no flag"),
+    "the base's own, of no pair": ({**FULL, f"{EMBED}.base_layer.weight": random(10, 8)}, {}, 3, "and no pair"),
     "an alpha that is none": (FULL, {"lora_alpha": "much"}, 3, "lora_alpha = much"),
 }  # fmt: skip
 

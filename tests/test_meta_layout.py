@@ -160,6 +160,8 @@ def test_what_is_not_all_of_a_model_is_refused(model: tuple[LlamaForCausalLM, Pa
     save({"tok_embeddings.weight": state["lm_head.weight"]}, source)
     with pytest.raises(BadRequest, match="--config"):
         convert(source, tmp_path / "out", layout="transformers")
+    with pytest.raises(BadRequest, match="--in-place"):
+        convert(source.parent, layout="transformers", in_place=True)
     save({}, source.parent / "consolidated.01.pth")
     with pytest.raises(Unsupported, match="slices of the same tensors"):
         convert(source, tmp_path / "out", layout="transformers")

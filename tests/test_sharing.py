@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.steps import fill_disk
 from support.tiny import (
     make_state,
@@ -206,6 +206,23 @@ def test_tensors_in_a_row_are_copied_at_once(ask_for_all: None, calls: list[Any]
     source = save_safetensors_shards(make_state(), tmp_path / "m", ("abc", "def")).parent
     convert(source, tmp_path / "out", max_shard_size="1GB")
     assert [nbytes for nbytes, _, _ in calls] == [96, 96]
+
+
+def test_boxes_of_a_tensor_are_copied_each_by_itself(
+    ask_for_all: None, small_pieces: None, calls: list[Any], tmp_path: Path
+) -> None:
+    names = [f"mlp.experts.{e}.{which}_proj.weight" for which in ("up", "gate", "down") for e in range(3)]
+    state = {name: torch.rand(50, 50) for name in names}
+    save_file(state, tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", {"model_type": "olmoe", "num_experts": 3})
+    convert(tmp_path, tmp_path / "out", experts="fused")
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    for e in range(3):
+        gate, up, down = (state[f"mlp.experts.{e}.{which}_proj.weight"] for which in ("gate", "up", "down"))
+        assert torch.equal(made["mlp.experts.gate_up_proj"][e], torch.cat([gate, up]))
+        assert torch.equal(made["mlp.experts.down_proj"][e], down)
+    copied = [nbytes for nbytes, _, _ in calls if nbytes >= 10_000]  # and config.json
+    assert sum(copied) == 9 * 50 * 50 * 4
 
 
 def test_where_others_wait_to_write_it_is_read(ask_for_all: None, calls: list[Any], tmp_path: Path) -> None:

@@ -150,16 +150,27 @@ def test_a_part_alone(part: str, made: Made, tmp_path: Path, wconv: Callable[...
     expected = getattr(model, part).state_dict()
     if part == "text_encoder_2":  # UIs know the names that transformers has
         assert equal(load_file(source), expected)
-        return
-    assert f"{type(getattr(model, part)).__name__}.from_single_file" in told
-    kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
-    loaded = kind.from_single_file(str(source), config=str(folder), subfolder=part, local_files_only=True)
-    assert equal(loaded.state_dict(), expected)
-    if part == "unet":
-        for config in (folder, folder / "unet"):
-            wconv("to-diffusers", source, "--config", config, "-o", tmp_path / "out", "--overwrite")
-            assert len(same_files(folder / "unet", tmp_path / "out")) == 2
-        assert equal(kind.from_pretrained(tmp_path / "out").state_dict(), expected)
+    else:
+        kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
+        assert f"{kind.__name__}.from_single_file" in told
+        loaded = kind.from_single_file(str(source), config=str(folder), subfolder=part, local_files_only=True)
+        assert equal(loaded.state_dict(), expected)
+    for config in (folder, folder / part) if part == "unet" else (folder / part,):
+        wconv("to-diffusers", source, "--config", config, "-o", tmp_path / "out", "--overwrite")
+        assert len(same_files(folder / part, tmp_path / "out")) == 2
+
+
+def test_one_part_of_a_whole_file(made: Made, tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    _, folder = made("sdxl")
+    source = tmp_path / "model.safetensors"
+    wconv("to-single-file", folder, "-o", source)
+    told = wconv("to-diffusers", source, "--config", folder / "vae", "-o", tmp_path / "vae").stdout
+    assert "the vae is taken, as --config has it; 277 other tensors are left out" in told
+    assert len(same_files(folder / "vae", tmp_path / "vae")) == 2
+    for words, problem in (("--ema", "--ema is for a diffusion model"), ("--without", "nothing else than what is to")):
+        more = [words, "vae"][: 2 if words == "--without" else 1]
+        done = wconv("to-diffusers", source, "--config", folder / "vae", *more, "-o", tmp_path / "x", exit_code=2)
+        assert problem in done.stderr
 
 
 def test_a_vae_of_older_names(made: Made, copied: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
@@ -404,7 +415,7 @@ def test_what_cannot_be_asked_is_refused(
 def test_a_lora_and_a_single_file_are_no_pipeline(made: Made, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     save_file({"lora_unet_x.lora_up.weight": ONE}, tmp_path / "lora.safetensors")
     done = wconv("to-single-file", tmp_path / "lora.safetensors", "-o", tmp_path / "x.safetensors", exit_code=4)
-    assert "holds a model of a class that no config.json names, and no table has that" in done.stderr
+    assert "is a file, and files are made of folders" in done.stderr
     done = wconv("to-diffusers", made("sd1")[1], "-o", tmp_path / "x", exit_code=2)
     assert "is a folder, and one file becomes a pipeline" in done.stderr
     done = wconv(
@@ -416,7 +427,11 @@ def test_a_lora_and_a_single_file_are_no_pipeline(made: Made, tmp_path: Path, wc
 @pytest.mark.parametrize(
     ("change", "problem", "code"),
     [
-        (lambda state: {**state, "double_blocks.0.img_attn.qkv.weight": ONE}, "Flux", 4),
+        (
+            lambda state: {**state, "double_blocks.0.img_mod.lin.weight": ONE},
+            "holds two diffusion models: 'double_blocks.0.img_mod.lin.weight' and ",
+            4,
+        ),
         (
             lambda state: {**state, "cond_stage_model.model.ln_final.weight": ONE},
             "holds text encoders of Stable Diffusion 2 and Stable Diffusion 1",

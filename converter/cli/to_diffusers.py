@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     "--config",
     type=PlaceType(exists=True, file_okay=False),
     metavar="DIR",
-    help="A pipeline folder to take configs, tokenizer and scheduler from (default: those that wconv has).",
+    help="A pipeline folder to take configs, tokenizer and scheduler from (default: those that wconv has); or that of "
+    "one model, which alone is taken.",
 )
 @some_conversion_options(
     "max-shard-size", "on-overflow", "overwrite", "follow-links", "create", "private", "pr", "verify", "dry-run"

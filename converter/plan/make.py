@@ -179,7 +179,7 @@ def _find_replaced(existing: _Existing, sets: Sequence[PlannedSet], publishing: 
         for old in existing.get((planned.component, planned.name), ()):
             if not (publishing.overwrite or (publishing.in_place and old == planned.source)):
                 refused = OutputRefused if old == planned.source else OutputExists
-                raise refused(old.path, "exists", "Use --overwrite to replace it, or -o for a new folder.")
+                raise refused(old.path, "exists", "Use --overwrite to replace it, or -o for another place.")
             yield from (join(planned.component, name) for name in old.all_names)
 
 

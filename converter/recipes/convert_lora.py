@@ -23,7 +23,7 @@ from converter.recipes.steps import Job, make_order, plan_job, refuse_file
 from converter.storage import Place
 from converter.transforms.lora.bases import PARTS
 from converter.transforms.lora.forms import Target, Written, write
-from converter.transforms.lora.parts import Changes, Note, describe_base, find_changes
+from converter.transforms.lora.parts import Changes, describe_base, find_changes
 
 # What each looks for in a folder (``LORA_WEIGHT_NAME_SAFE`` in ``diffusers/loaders/lora_base.py``); kohya's may have
 # any name.
@@ -102,8 +102,14 @@ def _all_changes(opened: list[Changes]) -> Changes:
             what = f"is for {both.pop()} too" if both else "is for another model"
             raise BadRequest(other.adapter.where, f"{what}, as {first.adapter.where} is", "Name the folder of one.")
         note = first.note
-        shared, short = note.shared | other.note.shared, note.short | other.note.short
-        note = Note(shared, {**note.joined, **other.note.joined}, short, note.alpha)
+        more = other.note
+        note = note._replace(
+            shared=note.shared | more.shared,
+            joined={**note.joined, **more.joined},
+            short=note.short | more.short,
+            prefixes=note.prefixes | more.prefixes,
+            blocks=note.blocks or more.blocks,
+        )
         first = replace(first, base=first.base or other.base, all=(*first.all, *other.all), note=note)
     return first
 

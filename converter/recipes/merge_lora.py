@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from converter.errors import BadRequest, Unsupported, name_some
+from converter.errors import BadRequest, Unsupported, WconvError, name_some
 from converter.models.adapters import ADAPTER_CONFIG, open_adapter_config
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet, has_quantization
@@ -25,10 +25,11 @@ from converter.storage import Given, Place, place_of
 from converter.tensors.base import Tensor
 from converter.tensors.derived import cast
 from converter.transforms.merge.product import merged
-from converter.transforms.merge.targets import Merge, Untied, Weighted, find_merges, find_untied, take_adapter
+from converter.transforms.merge.targets import Merge, Opened, Untied, Weighted, find_merges, find_untied, take_adapter
 
 MAX_ADAPTERS = 64
 _NAMED = 6
+_ONE_FILE = "The base comes first, and then its adapters: name the file of the adapter."
 # The parts of a pipeline that adapters are for.
 _PARTS = re.compile(r"(transformer|unet|prior|text_encoder)(_\d+)?")
 
@@ -68,10 +69,7 @@ def plan_merged(request: Request, asked: Sequence[Asked]) -> Plan:
     named = request.selection.components
     selected = _without_adapters(select(job, components=named or tuple(parts)))
     opened = open_sets(job, selected)
-    for component, checkpoint in opened:
-        _refuse_quantized(component, checkpoint)
-    acting = [one for one in weighted if one.weight]
-    merges = find_merges(acting, opened)
+    merges = _find_merges([one for one in weighted if one.weight], opened)
     if is_cast and not named:
         selected = _without_adapters(select(job))
         opened = open_sets(job, selected)
@@ -112,18 +110,34 @@ def _open_adapter(one: Asked) -> Weighted:
     model = open_model(snapshot_of(one.place.pinned()))
     if len(model.components) != 1:
         names = name_some([component.name for component in model.components], _NAMED)
-        raise BadRequest(one.place, f"holds several sets of weights ({names})", "Name the file of the adapter.")
-    [(component, weight_set)] = select_sets(model, Selection(every_variant=False), Naming("safetensors", None))
+        raise BadRequest(one.place, f"holds several sets of weights ({names})", _ONE_FILE)
+    sets = select_sets(model, Selection(every_variant=False), Naming("safetensors", None))
+    sets = [one for one in sets if one[1].name.stem in STEMS["peft"].values()] or sets  # it may lie beside its base
+    if len(sets) != 1:
+        labels = name_some([weight_set.label for _, weight_set in sets], _NAMED)
+        raise BadRequest(one.place, f"holds several sets of weights ({labels})", _ONE_FILE)
+    [(component, weight_set)] = sets
     label = one.place.name or str(one.place)
     return take_adapter(open_checkpoint(weight_set), open_adapter_config(component), one.weight, label)
 
 
-def _refuse_quantized(component: Component, checkpoint: Checkpoint) -> None:
-    found = quantized_in(checkpoint)
-    if found or has_quantization(component.config):
-        how = str(found[0]) if found else "its config.json has a quantization_config"
-        advice = "'wconv dequantize' makes plain numbers of it, which adapters merge into."
-        raise Unsupported(checkpoint.weight_set.path, f"is quantized ({how})", advice)
+def _find_merges(acting: Sequence[Weighted], opened: Opened) -> dict[str, dict[str, Merge]]:
+    """Find what becomes of which tensors. Raises Unsupported where they may be those of a part that is quantized."""
+    plain, quantized = [], []
+    for component, checkpoint in opened:
+        found = quantized_in(checkpoint)
+        if found or has_quantization(component.config):
+            how = str(found[0]) if found else "its config.json has a quantization_config"
+            quantized.append((checkpoint.weight_set.path, f"is quantized ({how})"))
+        else:
+            plain.append((component, checkpoint))
+    try:
+        return find_merges(acting, plain)
+    except WconvError as error:
+        for where, problem in quantized:
+            advice = "'wconv dequantize' makes plain numbers of it, which adapters merge into."
+            raise Unsupported(where, problem, advice) from error
+        raise
 
 
 def _merge(order: Order, before: Checkpoint, merges: Mapping[str, Merge], job: Job) -> Order:

@@ -68,6 +68,9 @@ def open_job(request: Request, model: Model | None = None) -> Job:
     output, publishing = request.output, request.publishing
     if publishing.in_place and output is not None:
         raise BadRequest(output, "is given, and --in-place too", "Choose one.")
+    if publishing.in_place and request.arranging.layout:
+        problem = "has files of other names in another --layout, and --in-place replaces those of the same"
+        raise BadRequest(request.source, problem, "Name a new folder: -o OUT.")
     check_places(request.source, output, publishing.delete_source)
     if model is not None:
         assert output is not None
@@ -184,9 +187,9 @@ def _why_not_one(model: Model, selected: _Selected) -> tuple[str, str]:
 
 def _note_left(model: Model) -> list[str]:
     """Note which files of a folder stay there, but for weights, where one file alone is written of it."""
-    if model.path.is_file():
-        return []
     [component] = model.components
+    if model.path.is_file() or not component.weight_sets:  # it is made of several folders
+        return []
     own = {name for weight_set in component.weight_sets for name in weight_set.all_names}
     names = (entry.name for entry in component.path.entries() if entry.name not in own and entry.is_file())
     left = sorted(name for name in names if parse_name(name) is None and not is_training_state(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from converter.errors import BadRequest, Unsupported
+from converter.errors import BadFile, BadRequest, Unsupported
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.schemes import quantized_in
@@ -26,9 +26,13 @@ def plan_diffusers(
     check_places(request.source, request.output)
     request = replace(request, source=snapshot_of(request.source))
     config = config and snapshot_of(config)
+    if not request.source.exists():
+        raise BadFile(request.source, "does not exist", "Check the path.")
     if not request.source.is_file():
-        problem = "is a folder, and one file becomes a pipeline" if request.source.exists() else "is not there"
+        problem = "is a folder, and one file becomes a pipeline"
         raise BadRequest(request.source, problem, "Name the .safetensors or .ckpt file.")
+    if request.output is not None and request.output.is_same(request.source.parent):
+        raise BadRequest(request.output, "is the folder of the source", "Name a new one.")
     checkpoint = open_checkpoint(request.source)
     refuse_quantized(checkpoint)
     opened = open_single_file(checkpoint, config, ema, without, request.publishing.follow_links)

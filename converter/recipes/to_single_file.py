@@ -104,6 +104,9 @@ def _of_one(model: Model, without: Sequence[str]) -> _Source:
     component = model.components[0]
     found = part_of(component.class_name)
     if found is None or len(model.components) > 1:
+        if model.kind == "file":
+            problem = "is a file, and files are made of folders, whose configs say what is in them"
+            raise Unsupported(model.path, problem, "Name the folder of the pipeline, or of its model.")
         what = component.class_name or "model of a class that no config.json names"
         known = ", ".join(
             dict.fromkeys(name for one in FAMILIES for part in one.parts.values() for name in part.classes)
@@ -145,7 +148,11 @@ def _of_pipeline(model: Model, without: Sequence[str]) -> _Source:
         if name not in kept:
             notes.append(f"it has no {name}, nor has the file")
     left = [name for name in there if name in family.parts and name not in kept]
-    notes += (f"left out, as asked: {name}" for name in left if name in named)
+    asked = [name for name in left if name in named]
+    notes += (f"left out, as asked: {name}" for name in asked)
+    if asked and len(kept) > 1:
+        passed = ", ".join(f"{name}={None if family.parts[name].is_optional else '...'}" for name in asked)
+        notes.append(f"a UI loads them from files of their own, and from_single_file is given {passed}")
     for name in kept:
         classes = family.parts[name].classes
         if named[name][1] not in classes:

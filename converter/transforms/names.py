@@ -36,6 +36,8 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # That of ``DataParallel``, ``DistributedDataParallel`` and DeepSpeed's engine; a model's own part may be called so.
 _DATA_PARALLEL = "module"
 _LISTED = "'wconv inspect --tensors' lists them."
+_PLAIN = "It is plain text, and no regular expression: --strip-prefix model."
+_APART = r"Keep them apart: --drop leaves one out, and NEW of --rename may have \1 for the first group of its REGEX."
 _TOGETHER = "Keep both, or drop both."
 _NAMED = 8  # of the tensors, or kinds of them, of which a note tells
 
@@ -115,7 +117,8 @@ def name_sets(
     for (_, before), checkpoint in zip(opened, picked, strict=True):
         if before.tensors and not checkpoint.tensors:
             problem = "would be left without tensors, as --only and --drop have it"
-            raise BadRequest(before.weight_set.path, problem, "--component names the parts that are meant.")
+            advice = "--component names the parts that are meant." if len(opened) > 1 else "Leave out fewer."
+            raise BadRequest(before.weight_set.path, problem, advice)
     pairs = zip(opened, picked, strict=True)
     changed = [asked.rename(component, checkpoint, unwraps) for (component, _), checkpoint in pairs]
     asked.refuse_unmatched(where, "--strip-prefix", "--rename")
@@ -152,7 +155,8 @@ class _Asked:
         for option in options:
             for _, text in self._unmatched[option]:
                 how = "begins with" if option == "--strip-prefix" else "holds"
-                raise BadRequest(where, f"has no tensor whose name {how} {text!r}, as {option} has it", _LISTED)
+                problem = f"has no tensor whose name {how} '{text}', as {option} has it"
+                raise BadRequest(where, problem, _PLAIN if option == "--strip-prefix" and text[0] == "^" else _LISTED)
 
     def pick(self, checkpoint: Checkpoint) -> Checkpoint:
         """Leave out what is not asked for. Where that goes, the first by name of what is tied to a tensor has it."""
@@ -267,7 +271,7 @@ def _checked(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     for old, new in names.items():
         first = taken.setdefault(new, old)
         if first != old:
-            raise BadRequest(path, f"would have two tensors named {new!r}: {first!r} and {old!r}")
+            raise BadRequest(path, f"would have two tensors named {new!r}: {first!r} and {old!r}", _APART)
         if not new:
             raise BadRequest(path, f"would have the tensor {old!r} without a name")
         if len(new) > MAX_NAME:

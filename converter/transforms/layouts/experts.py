@@ -8,13 +8,13 @@ load the separate one alone, and what trains with version 5 has the fused one in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from converter.errors import BadFile, BadRequest, Unsupported, Where
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import Component, nested
+from converter.models.component import Component
 from converter.models.schemes import quantized_in
 from converter.tensors.base import Tensor
 from converter.transforms.layouts.arrange import ExpertsForm
@@ -56,12 +56,12 @@ _MIXTRAL = _Family(
     others={"mlp.gate.weight": "block_sparse_moe.gate.weight"},
 )
 # Each is what its entry in ``conversion_mapping.py`` says of a layer: those of a family have nothing but it there.
-_FAMILIES: Mapping[str, _Family] = {
+FAMILIES: Mapping[str, _Family] = {
     **dict.fromkeys(
         (
             *("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe"),
             *("glm4_moe_lite", "glm_moe_dsa", "olmoe", "flex_olmo", "dots1", "afmoe", "hunyuan_v1_moe", "solar_open"),
-            *("cohere2_moe", "mellum", "qwen3_5_moe_text", "glm4v_moe_text"),
+            *("cohere2_moe", "mellum", "qwen3_5_moe", "qwen3_5_moe_text", "glm4v_moe"),
         ),
         _QWEN,
     ),
@@ -90,13 +90,14 @@ _FAMILIES: Mapping[str, _Family] = {
     "jamba": _Family("feed_forward", "feed_forward"),
     "lfm2_moe": _Family("feed_forward", "feed_forward", "w1", "w3", "w2"),
 }
+"""The families that are known, by the ``model_type`` of a config."""
 # What configs call the number of experts of a layer.
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _MAX_EXPERTS = 100_000
+# They see as well, and have the config of their language model in theirs.
+_WITH_TEXT = frozenset({"glm4v_moe", "qwen3_5_moe"})
 # Models whose experts are one tensor wherever they lie: transposed, with columns in turn, or with biases.
-_ALWAYS_FUSED = frozenset(
-    {"gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "dbrx", "granitemoe"}
-)
+_ALWAYS_FUSED = frozenset({"gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"})
 
 
 class _Found(NamedTuple):
@@ -115,7 +116,7 @@ def with_experts(checkpoint: Checkpoint, component: Component, form: ExpertsForm
     """
     path = checkpoint.weight_set.path
     kind, config = _kind_of(component, path)
-    family = _FAMILIES[kind]
+    family = FAMILIES[kind]
     count = _count_in(config, kind, component)
     found = _find(checkpoint.tensors, family)
     _check_found(checkpoint, kind, found)
@@ -135,20 +136,21 @@ def with_experts(checkpoint: Checkpoint, component: Component, form: ExpertsForm
 
 
 def _kind_of(component: Component, path: Where) -> tuple[str, Mapping[str, Any]]:
-    """Give the ``model_type`` of the table that a config names, and the config, or one in it, that does."""
-    kinds = [(kind, one) for one in nested(component.config) if isinstance(kind := one.get("model_type"), str)]
-    for kind, config in kinds:
-        if kind in _FAMILIES:
-            return kind, config
-    for kind, _ in kinds:
-        if kind in _ALWAYS_FUSED:
-            problem = f"is of the type {kind}, whose experts are one tensor in every file that transformers reads"
-            raise Unsupported(path, problem, "Leave --experts out.")
-    if not kinds:
+    """Give the ``model_type`` that a config names, and the config, or the one in it, that says how many experts.
+
+    Raises Unsupported for a type that is not in the table.
+    """
+    kind, inner = component.config.get("model_type"), component.config.get("text_config")
+    if not isinstance(kind, str):
         problem = "has no config.json that names its model_type, which says what its experts are called"
         raise BadRequest(path, problem, "Name the folder of one: --config FOLDER.")
-    problem = f"is of the type {kinds[0][0]!r}, whose experts wconv does not know"
-    raise Unsupported(path, problem, f"Known are {', '.join(sorted(_FAMILIES))}.")
+    if kind in _ALWAYS_FUSED:
+        problem = f"is of the type {kind}, whose experts are one tensor in every file that transformers reads"
+        raise Unsupported(path, problem, "Leave --experts out.")
+    if kind not in FAMILIES:
+        problem = f"is of the type {kind!r}, whose experts wconv does not know"
+        raise Unsupported(path, problem, f"Known are {', '.join(sorted(FAMILIES))}.")
+    return kind, inner if kind in _WITH_TEXT and isinstance(inner, dict) else component.config
 
 
 def _find(tensors: Iterable[Tensor], family: _Family) -> _Found:
@@ -224,8 +226,3 @@ def _count_in(config: Mapping[str, Any], kind: str, component: Component) -> int
         spelled = " and ".join(f"{key} {value}" for key, value in said.items())
         raise BadFile(where, f"says two numbers of experts: {spelled}", "Fetch it again.")
     return int(next(iter(said.values())))
-
-
-def families() -> Iterator[tuple[str, list[Row]]]:
-    """Give each ``model_type`` of the table, with the rows of a layer."""
-    return ((kind, family.rows("model.layers.{}.")) for kind, family in _FAMILIES.items())

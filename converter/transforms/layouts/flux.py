@@ -26,21 +26,21 @@ _ENDS = [
     ),
     *modules({"final_layer.adaLN_modulation.1": "norm_out.linear"}, SWAP),
 ]
+_DOUBLE_MODULATION = modules({"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"})
+_SINGLE_MODULATION = modules({"modulation.lin": "norm.linear"})
 _GUIDANCE = modules(
     {
         "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
         "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
     }
 )
-_DOUBLE = [
+DOUBLE = [
     *modules(
         {
-            "img_mod.lin": "norm1.linear",
             "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
             "img_attn.proj": "attn.to_out.0",
             "img_mlp.0": "ff.net.0.proj",
             "img_mlp.2": "ff.net.2",
-            "txt_mod.lin": "norm1_context.linear",
             "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
             "txt_attn.proj": "attn.to_add_out",
             "txt_mlp.0": "ff_context.net.0.proj",
@@ -55,8 +55,9 @@ _DOUBLE = [
         for which in ("query", "key")
     ),
 ]
-_SINGLE = [
-    *modules({"modulation.lin": "norm.linear", "linear2": "proj_out"}),
+"""What is in a block of two streams, and below in one of one, but for its own modulation."""
+SINGLE = [
+    *modules({"linear2": "proj_out"}),
     *modules({"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}, Concat((1, 1, 1, 4))),
     *(
         Row(f"norm.{which}_norm.{leaf}", (f"attn.norm_{which[0]}.weight",))
@@ -66,14 +67,12 @@ _SINGLE = [
 ]
 # Outputs and inputs of what is in a block, as so many times the model's width.
 _DOUBLE_WIDTHS = {
-    **dict.fromkeys(("norm1.linear", "norm1_context.linear"), (6, 1)),
     **{f"attn.{name}": (1, 1) for name in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")},
     **{f"attn.add_{name}_proj": (1, 1) for name in ("q", "k", "v")},
     **dict.fromkeys(("ff.net.0.proj", "ff_context.net.0.proj"), (4, 1)),
     **dict.fromkeys(("ff.net.2", "ff_context.net.2"), (1, 4)),
 }
 _SINGLE_WIDTHS = {
-    "norm.linear": (3, 1),
     **{f"attn.{name}": (1, 1) for name in ("to_q", "to_k", "to_v")},
     "proj_mlp": (4, 1),
     "proj_out": (1, 5),
@@ -99,9 +98,23 @@ def flux_rows(config: Config) -> list[Row]:
     return [
         *_ENDS,
         *(_GUIDANCE if config.get("guidance_embeds") else ()),
-        *numbered("double_blocks", "transformer_blocks", range(sizes["num_layers"]), _DOUBLE),
-        *numbered("single_blocks", "single_transformer_blocks", range(sizes["num_single_layers"]), _SINGLE),
+        *numbered("double_blocks", "transformer_blocks", range(sizes["num_layers"]), [*DOUBLE, *_DOUBLE_MODULATION]),
+        *numbered(
+            "single_blocks",
+            "single_transformer_blocks",
+            range(sizes["num_single_layers"]),
+            [*SINGLE, *_SINGLE_MODULATION],
+        ),
     ]
+
+
+def published_head(sizes: Sizes) -> tuple[int, list[int]]:
+    """Give the size of a head, and how much of it each axis turns. Raises BadRequest where shapes do not say that."""
+    norms = [f"double_blocks.0.img_attn.norm.query_norm.{leaf}" for leaf in ("scale", "weight")]
+    head = sizes.axis(next((name for name in norms if sizes.has(name)), norms[0]), 0)
+    if head != _HEAD:
+        raise sizes.unknown(f"how positions are encoded in heads of {head}; those of published models have {_HEAD}")
+    return head, _AXES
 
 
 def flux_config(sizes: Sizes) -> dict[str, Any]:
@@ -109,15 +122,12 @@ def flux_config(sizes: Sizes) -> dict[str, Any]:
 
     Raises BadFile for a file that lacks a tensor, BadRequest where names and shapes do not say it.
     """
-    norms = [f"double_blocks.0.img_attn.norm.query_norm.{leaf}" for leaf in ("scale", "weight")]
-    head = sizes.axis(next((name for name in norms if sizes.has(name)), norms[0]), 0)
-    if head != _HEAD:
-        raise sizes.unknown(f"how its heads of {head} are turned: published ones are of {_HEAD}")
+    head, axes = published_head(sizes)
     channels, out_channels = sizes.axis("img_in.weight", 1), sizes.axis("final_layer.linear.weight", 0)
     config = {
         "_class_name": "FluxTransformer2DModel",
         "attention_head_dim": head,
-        "axes_dims_rope": _AXES,
+        "axes_dims_rope": axes,
         "guidance_embeds": sizes.has("guidance_in.in_layer.weight"),
         "in_channels": channels,
         "joint_attention_dim": sizes.axis("txt_in.weight", 1),
@@ -150,6 +160,24 @@ def flux_shapes(config: Config) -> Shapes:
             "proj_out": (sizes["patch_size"] ** 2 * out_channels, width),
         }
     )
+    modulations = {
+        **{
+            f"transformer_blocks.{at}.norm1{side}.linear": 6
+            for at in range(sizes["num_layers"])
+            for side in ("", "_context")
+        },
+        **{f"single_transformer_blocks.{at}.norm.linear": 3 for at in range(sizes["num_single_layers"])},
+    }
+    return {
+        **shapes,
+        **linears({name: (count * width, width) for name, count in modulations.items()}),
+        **block_shapes(sizes, width, head),
+    }
+
+
+def block_shapes(sizes: Config, width: int, head: int) -> Shapes:
+    """Give the shapes of what is in the blocks of Flux, but for their own modulations."""
+    shapes: Shapes = {}
     for stem, count, widths, added in (
         ("transformer_blocks", sizes["num_layers"], _DOUBLE_WIDTHS, ("", "added_")),
         ("single_transformer_blocks", sizes["num_single_layers"], _SINGLE_WIDTHS, ("",)),

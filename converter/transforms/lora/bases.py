@@ -145,9 +145,10 @@ def modules_of(name: str) -> Modules:
 
 
 @cache
-def original_of(name: str) -> Modules:
-    """Give the same by the rows by which its trainer names them."""
-    return Modules.of(next(base.original for base in bases() if base.name == name))
+def original_of(name: str, is_xl: bool = True) -> Modules:
+    """Give the same by the rows by which its trainer names them; the UNet of Stable Diffusion 1 and 2 has others."""
+    base = next(base for base in bases() if base.name == name)
+    return Modules.of(base.original if is_xl or base.part != "unet" else unet_rows({}))
 
 
 @cache

@@ -21,7 +21,6 @@ from converter.tensors.derived import Box, Boxes, Constant
 from converter.tensors.sparse import Copies, Zeros
 from converter.transforms.layouts.operations import Concat
 from converter.transforms.lora.bases import (
-    ENCODERS,
     FLUX,
     SD3,
     SD35_LARGE,
@@ -31,7 +30,15 @@ from converter.transforms.lora.bases import (
     original_of,
     t5_modules,
 )
-from converter.transforms.lora.parts import NOTE_KEY, Change, Changes, Note, kind_of_unet
+from converter.transforms.lora.note import DIFFUSERS, NOTE_KEY, ORIGINAL, Note
+from converter.transforms.lora.parts import (
+    KOHYA_PREFIXES,
+    Change,
+    Changes,
+    is_usually_original,
+    kind_of_unet,
+    usual_prefixes,
+)
 
 Target = Literal["kohya", "diffusers", "peft"]
 
@@ -61,8 +68,8 @@ def write(changes: Changes, to: Target) -> list[Written]:
     kept = _header_of(changes)
     if to == "kohya":
         tensors, joined = _as_kohya(changes)
-        return [Written("", tuple(tensors), kept | _noted(Note(joined=joined, short=changes.note.short)), {})]
-    note = _noted(changes.note._replace(joined={}, short=frozenset()))
+        return [Written("", tuple(tensors), kept | Note(joined=joined, short=changes.note.short).render(), {})]
+    note = changes.note._replace(joined={}, short=frozenset()).render()
     if to == "diffusers":
         tensors = [tensor for change in changes.all for tensor in _halves(f"{change.part}.{change.path}", change)]
         metadata, told = _metadata_of(changes)
@@ -98,15 +105,6 @@ def _header_of(changes: Changes) -> dict[str, str]:
     """Give what a header says that is not of the names."""
     metadata = changes.adapter.checkpoint.metadata
     return {key: text for key, text in metadata.items() if key not in ("format", METADATA_KEY, NOTE_KEY)}
-
-
-def _noted(note: Note) -> dict[str, str]:
-    """Give what a header says for the way back, if there is anything to be said."""
-    said: dict[str, Any] = {"shared": sorted(note.shared)} if note.shared else {}
-    said |= {"joined": {name: list(ranks) for name, ranks in note.joined.items()}} if note.joined else {}
-    said |= {"short": sorted(note.short)} if note.short else {}
-    said |= {"alpha": note.alpha} if note.alpha else {}
-    return {NOTE_KEY: json.dumps(said)} if said else {}
 
 
 def _halves(name: str, change: Change) -> tuple[Tensor, Tensor]:
@@ -192,11 +190,12 @@ def _as_kohya(changes: Changes) -> tuple[list[Tensor], dict[str, tuple[int, ...]
     tensors: list[Tensor] = []
     joined: dict[str, tuple[int, ...]] = {}
     groups: dict[str, tuple[Found, dict[int, Change]]] = {}
-    is_original = base is not None and (base.part != "unet" or kind_of_unet(changes) == "XL")
+    is_original = changes.note.blocks != DIFFUSERS and (is_usually_original(changes) or changes.note.blocks == ORIGINAL)
+    is_xl = kind_of_unet(changes) in ("XL", "")
     for change in changes.all:
         found = None
         if is_original and base is not None and change.part == base.part:
-            found = original_of(base.name).find(change.path)
+            found = original_of(base.name, is_xl).find(change.path)
         if found is None:
             tensors += _of_kohya(changes, _spell_encoder(change, prefixes), change)
         else:
@@ -218,12 +217,12 @@ def _spell_encoder(change: Change, prefixes: Mapping[str, str]) -> str:
 
 
 def _prefixes_of(changes: Changes) -> dict[str, str]:
-    """Give what kohya's names begin with in each part; the text encoders have numbers where there may be two."""
-    is_one = changes.base is None or (changes.base.part == "unet" and kind_of_unet(changes) != "XL")
-    is_one = is_one and "text_encoder_2" not in changes.parts
-    numbered = {part: prefix for prefix, part in ENCODERS.items()}  # lora_te1_ comes after lora_te_
-    encoders = {**numbered, **({"text_encoder": "lora_te_"} if is_one else {})}
-    return {"unet": "lora_unet_", "transformer": "lora_unet_", "text_encoder_3": T5_PREFIX, **encoders}
+    """Give what names begin with in each part, by the note or as is usual."""
+    prefixes = usual_prefixes(changes)
+    for prefix in sorted(changes.note.prefixes & KOHYA_PREFIXES.keys()):
+        part = KOHYA_PREFIXES[prefix] or (changes.base.part if changes.base else "")
+        prefixes |= {part: prefix} if part in prefixes else {}
+    return prefixes
 
 
 def _of_kohya(changes: Changes, path: str, change: Change) -> Iterator[Tensor]:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NamedTuple
 
 from converter.errors import BadFile, Unsupported, name_some
-from converter.formats.texts import check_depth, parse_json
 from converter.models.adapters import ORIGINAL_PREFIXES, Adapter, Pair, read_alphas
-from converter.models.checkpoint import Checkpoint
 from converter.tensors.base import Tensor
 from converter.tensors.sparse import Columns
 from converter.transforms.lora.bases import (
@@ -35,12 +33,12 @@ from converter.transforms.lora.bases import (
     modules_of,
     t5_modules,
 )
-
-NOTE_KEY = "wconv_lora"
-"""Under which a header keeps a Note."""
+from converter.transforms.lora.note import DIFFUSERS, ORIGINAL, Note, read_note
 
 _MAX_NAMED = 3
 _DENOISER = ""  # a part of the pipeline that is still to be told: its UNet or its transformer
+# What kohya's names begin with, and the part that each is of.
+KOHYA_PREFIXES = {**dict.fromkeys(DENOISER_PREFIXES, _DENOISER), **ENCODERS, T5_PREFIX: T5_PREFIX}
 # What ComfyUI calls the text encoders (``model_lora_keys_clip`` in ``comfy/lora.py``).
 _OF_COMFY = {
     "text_encoders.clip_l.transformer.": "text_encoder",
@@ -59,20 +57,6 @@ _BASES_OF_BLOCKS = {"double_blocks": (FLUX,), "single_blocks": (FLUX,), "joint_b
 _NOTED_MODELS = ("modelspec.architecture", "ss_base_model_version")
 _BASES_OF_NOTE = {"flux": (FLUX,), "stable-diffusion-3": _OF_SD3, "sd3": _OF_SD3}
 _BASES_OF_WIDTH = {3072: (FLUX,), 12288: (FLUX,), 1536: (SD3,), 2432: (SD35_LARGE,)}
-
-
-class Note(NamedTuple):
-    """What a header says of how an adapter was converted, so that the way back gives the same bytes.
-
-    Of modules in the trainer's names: which are ``shared``, that is whose parts have copies of one ``down``; and which
-    are ``joined`` of parts of these ranks, 0 for one that has none. ``alpha`` is the dtype of kohya's alphas, where it
-    is not that of the weights.
-    """
-
-    shared: frozenset[str] = frozenset()
-    joined: Mapping[str, tuple[int, ...]] = {}
-    short: frozenset[str] = frozenset()
-    alpha: str = ""
 
 
 class Change(NamedTuple):
@@ -95,10 +79,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """All that an adapter does, the model that it is for (None where it changes text encoders alone), and its note.
-
-    ``shared`` and ``joined`` are what its modules were in the trainer's layout; ``alpha`` is the dtype of its alphas.
-    """
+    """All that an adapter does, the model that it is for (None where it changes text encoders alone), and its note."""
 
     adapter: Adapter
     base: Base | None
@@ -110,32 +91,6 @@ class Changes:
         """The parts of a pipeline that it changes, in the order of PARTS."""
         held = {change.part for change in self.all}
         return [part for part in PARTS if part in held]
-
-
-def read_note(checkpoint: Checkpoint) -> Note:
-    """Give what a header notes of a conversion. Raises BadFile for what no conversion has noted."""
-    raw = checkpoint.metadata.get(NOTE_KEY)
-    if raw is None:
-        return Note()
-    where = checkpoint.weight_set.path
-    wrong = BadFile(where, f"has a note {NOTE_KEY} in its header that wconv did not write", "Take it out.")
-    try:
-        said = parse_json(raw.encode(errors="replace"), where, f"{NOTE_KEY} in its header ")
-        check_depth(said)
-    except ValueError:
-        raise wrong from None
-    if not isinstance(said, dict) or said.keys() - set(Note._fields):
-        raise wrong
-    shared, joined = said.get("shared", []), said.get("joined", {})
-    short, alpha = said.get("short", []), said.get("alpha", "")
-    lists = [shared, short, *joined.values()] if isinstance(joined, dict) else [None]
-    if not isinstance(alpha, str) or not all(isinstance(one, list) for one in lists):
-        raise wrong
-    is_named = all(isinstance(name, str) for name in (*shared, *short))
-    if not is_named or not all(type(rank) is int and rank >= 0 for ranks in joined.values() for rank in ranks):
-        raise wrong
-    ranks = {name: tuple(ranks) for name, ranks in joined.items()}
-    return Note(frozenset(shared), ranks, frozenset(short), alpha)
 
 
 def find_changes(adapter: Adapter, hint: str = "") -> Changes:
@@ -168,13 +123,25 @@ def find_changes(adapter: Adapter, hint: str = "") -> Changes:
         changes += _cut(pair, _part_in(adapter, part, base), where, alpha, note, part in short)
     _refuse_unknown(adapter, base, unknown)
     _refuse_twice(adapter, changes)
+    note = note._replace(shared=note.shared | shared, short=frozenset(short))
+    changes_made = Changes(adapter, base, tuple(changes), note)
+    return replace(changes_made, note=_with_spelling(changes_made, found)) if adapter.form == "kohya" else changes_made
+
+
+def _with_spelling(changes: Changes, found: Mapping[str, Found]) -> Note:
+    """Note of kohya's names what is not as his trainer has it today, and the dtype of alphas."""
+    adapter, note = changes.adapter, changes.note
     tags = {pair.alpha.dtype.tag for pair in adapter.pairs if pair.alpha and pair.alpha.dtype is not pair.down.dtype}
-    alpha_tag = tags.pop() if len(tags) == 1 else note.alpha
-    return Changes(
-        adapter,
-        base,
-        tuple(changes),
-        note._replace(shared=note.shared | shared, short=frozenset(short), alpha=alpha_tag),
+    modules = [pair.module for pair in adapter.pairs]
+    held = {prefix for prefix in KOHYA_PREFIXES if any(module.startswith(prefix) for module in modules)}
+    blocks = {
+        ORIGINAL if one.place is None else DIFFUSERS for one in found.values() if (one.whole,) != tuple(one.paths)
+    }
+    usual = ORIGINAL if is_usually_original(changes) else DIFFUSERS
+    return note._replace(
+        alpha=tags.pop() if len(tags) == 1 else "",
+        prefixes=frozenset(held - set(usual_prefixes(changes).values())),
+        blocks=blocks.pop() if len(blocks) == 1 and blocks != {usual} else "",
     )
 
 
@@ -182,7 +149,7 @@ def _part_of(adapter: Adapter, pair: Pair, hint: str) -> tuple[str, str]:
     """Tell which part of a pipeline a pair is of, and the rest of its name; the denoiser's is not told yet."""
     module = pair.module
     if adapter.form == "kohya":
-        prefixes = {**dict.fromkeys(DENOISER_PREFIXES, _DENOISER), **ENCODERS, T5_PREFIX: T5_PREFIX}
+        prefixes = KOHYA_PREFIXES
         prefix = next((one for one in prefixes if module.startswith(one)), "")
         if not prefix:
             advice = f"kohya's begin with {', '.join(prefixes)}."
@@ -341,3 +308,17 @@ def kind_of_unet(changes: Changes) -> str:
     if widths == {1024}:
         return "2"
     return "1" if widths == {768} else "1 or 2" if any(path.startswith(others) for path in paths) else ""
+
+
+def is_usually_original(changes: Changes) -> bool:
+    """Say whether kohya has the modules of a model in its trainer's names: of all but Stable Diffusion 1 and 2."""
+    base = changes.base
+    return base is not None and (base.part != "unet" or kind_of_unet(changes) == "XL")
+
+
+def usual_prefixes(changes: Changes) -> dict[str, str]:
+    """Give what kohya's names begin with in each part; the text encoders have numbers where there may be two."""
+    is_one = not is_usually_original(changes) and "text_encoder_2" not in changes.parts
+    numbered = {part: prefix for prefix, part in ENCODERS.items()}  # lora_te1_ comes after lora_te_
+    encoders = {**numbered, **({"text_encoder": "lora_te_"} if is_one else {})}
+    return {"unet": "lora_unet_", "transformer": "lora_unet_", "text_encoder_3": T5_PREFIX, **encoders}

@@ -93,23 +93,26 @@ def take_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], weight: floa
     if not isinstance(saved, list) or not all(isinstance(one, str) for one in saved):
         raise BadFile(where.parent / ADAPTER_CONFIG, "says a modules_to_save that is no list of names")
     for flag in ("use_rslora", "lora_bias", "fan_in_fan_out"):
-        if config.get(flag) not in (True, False, None):
+        if type(config.get(flag, False)) not in (bool, type(None)):
             raise BadFile(where.parent / ADAPTER_CONFIG, f"says {flag} = {str(config[flag])[:60]}, which is no flag")
-    plain, embeddings, biases, replaced = _sort_out(checkpoint, config, frozenset(saved))
+    plain, embeddings, biases, replaced, own = _sort_out(checkpoint, config, frozenset(saved))
     # ``update_layer`` in ``peft/tuners/lora/layer.py``: rsLoRA has another scale, and nothing else.
     rest = {key: value for key, value in config.items() if key not in ("use_rslora", "lora_bias", "modules_to_save")}
     adapter = find_adapter(plain, rest)
     if adapter is None:
-        raise Unsupported(where, "holds no LoRA", "'wconv inspect' says what it is.")
+        raise Unsupported(
+            where, "holds no LoRA", "The base comes first, and then its adapters; 'wconv inspect' says what a file is."
+        )
     adapter.check()
     if not adapter.pairs:
         raise BadFile(where, "holds no pair of a LoRA", "Fetch it again.")
-    there = {end for name in replaced for end in _ends_of(name.rpartition(".")[0])}
+    whole = sorted(replaced.keys() - own)
+    there = {end for name in whole for end in _ends_of(name.rpartition(".")[0])}
     lacking = [one for one in saved if one not in there]
     if lacking:
         raise BadFile(where, f"lacks {lacking[0]!r}, which its config has in modules_to_save", "Fetch it again.")
-    if replaced and weight != 1:
-        problem = f"has whole modules ({name_some(sorted(replaced), _NAMED)}), which have no weight other than 1"
+    if whole and weight != 1:
+        problem = f"has whole modules ({name_some(whole, _NAMED)}), which have no weight other than 1"
         raise Unsupported(where, problem, "Leave the weight out.")
     is_rooted = config.get("use_rslora") is True
     alphas = read_alphas(adapter)
@@ -117,19 +120,23 @@ def take_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], weight: floa
         pair.module: weight * alphas[pair.module] / (math.sqrt(pair.rank) if is_rooted else pair.rank)
         for pair in adapter.pairs
     }
-    stray = sorted(biases.keys() - scales.keys())
+    stray = sorted((biases.keys() | {name.removesuffix(_WEIGHT) for name in own}) - scales.keys())
     if stray:
-        raise BadFile(where, f"holds a bias for {stray[0]!r}, and no pair", "Fetch it again.")
+        raise BadFile(where, f"holds a bias, or the base's weight, for {stray[0]!r}, and no pair", "Fetch it again.")
     return Weighted(adapter, weight, label, scales, frozenset(embeddings), biases, replaced)
 
 
 def _sort_out(
     checkpoint: Checkpoint, config: Mapping[str, Any], saved: frozenset[str]
-) -> tuple[Checkpoint, set[str], dict[str, Tensor], dict[str, Tensor]]:
-    """Give the set with pairs alone, the modules that are embeddings, the biases by module, and what is replaced."""
+) -> tuple[Checkpoint, set[str], dict[str, Tensor], dict[str, Tensor], set[str]]:
+    """Give the set with pairs alone, the modules that are embeddings, the biases by module, and what is replaced.
+
+    And the names of those among the last that are the base's own.
+    """
     embeddings: set[str] = set()
     biases: dict[str, Tensor] = {}
     replaced: dict[str, Tensor] = {}
+    own: set[str] = set()
     has_biases = config.get("lora_bias") is True
 
     def sort(tensor: Tensor) -> Tensor | None:
@@ -140,19 +147,24 @@ def _sort_out(
         if leaf in ("lora_embedding_A", "lora_embedding_B"):
             embeddings.add(module)
             return tensor._replace(name=f"{PEFT_PREFIX}{module}.lora_{leaf[-1]}.weight")
+        of_base = module.endswith(".base_layer") and leaf == "weight"
+        name = f"{module.removesuffix('.base_layer') if of_base else module}.{leaf}"
         if has_biases and leaf == "bias" and module.endswith(".lora_B"):
             biases[module.removesuffix(".lora_B")] = tensor
-        elif leaf in ("weight", "bias") and not saved.isdisjoint(_ends_of(module)):
-            replaced[f"{module}.{leaf}"] = tensor
-        elif leaf == "weight" and module.endswith(".base_layer"):
+        elif name in replaced:
+            return tensor
+        elif of_base:
             # Of embeddings that are trained ``get_peft_model_state_dict`` saves the base's own too.
-            replaced[f"{module.removesuffix('.base_layer')}.weight"] = tensor
+            own.add(name)
+            replaced[name] = tensor
+        elif leaf in ("weight", "bias") and not saved.isdisjoint(_ends_of(module)):
+            replaced[name] = tensor
         else:
             return tensor
         return None
 
     files = (replace(file, tensors=tuple(filter(None, map(sort, file.tensors)))) for file in checkpoint.files)
-    return replace(checkpoint, files=tuple(files)), embeddings, biases, replaced
+    return replace(checkpoint, files=tuple(files)), embeddings, biases, replaced, own
 
 
 def _ends_of(module: str) -> Iterator[str]:

@@ -8,20 +8,17 @@ from typing import NamedTuple
 from converter.errors import Unsupported
 from converter.storage import Place
 from converter.tensors.base import Tensor
-from converter.transforms.single_file import stable_diffusion
+from converter.transforms.single_file import alone, stable_diffusion
 from converter.transforms.single_file.family import Configs, Family, Kind
 from converter.transforms.single_file.flux import FLUX
-from converter.transforms.single_file.sana import SANA
 from converter.transforms.single_file.sd3 import SD3
 
-FAMILIES = (*stable_diffusion.FAMILIES, FLUX, SD3, SANA)
+FAMILIES = (*stable_diffusion.FAMILIES, FLUX, SD3, *alone.FAMILIES)
 EMA = "model_ema."
 """What names of averaged weights begin with."""
 _BY_BEGIN = {
-    "distilled_guidance_layer.": "Chroma",
     "double_stream_modulation_img.": "Flux 2",
     "txt_in.individual_token_refiner.": "HunyuanVideo",
-    "head.modulation": "Wan",
     "cap_embedder.": "Lumina or Z-Image",
     "double_layers.": "AuraFlow",
 }
@@ -32,6 +29,7 @@ _OTHERS = {
     "control_model.": "a ControlNet",
     "conditioner.embedders.0.model.": "a Stable Diffusion XL refiner",
 }
+_INSTEAD = {"a LoRA": "'wconv convert-lora --to diffusers' writes it for Diffusers; 'wconv merge-lora' into a model."}
 _DIFFUSERS = ("down_blocks.", "transformer_blocks.", "encoder.down_blocks.", "decoder.up_blocks.")
 
 
@@ -89,14 +87,16 @@ def _candidates(source: Place, tensors: Mapping[str, Tensor]) -> tuple[list[Fami
     advice = f"Name a checkpoint of one of: {known}."
     for begin, what in _OTHERS.items():
         if any(name.startswith(begin) for name in tensors):
+            advice = _INSTEAD.get(what, advice)
             raise Unsupported(source, f"is {what}, or holds some of it, which no table has", advice)
     if found:
         [(mark, prefix)] = found
         return [one for one in FAMILIES if one.mark == mark], prefix
     if any(name.startswith(_DIFFUSERS) for name in tensors):
-        advice = "'wconv to-safetensors' and 'wconv recast' keep the names."
+        advice = "'wconv to-single-file' makes a file for UIs of its folder; 'wconv recast' keeps its names."
         raise Unsupported(source, "has the names of Diffusers already", advice)
     problem = f"is no checkpoint that is known: it has no tensor {FAMILIES[0].parts['unet'].lone + FAMILIES[0].mark!r}"
+    advice += " For a VAE or a text encoder, give the folder of one of its kind: --config ./model/vae."
     raise Unsupported(source, f"{problem}, nor that of another diffusion model", advice)
 
 

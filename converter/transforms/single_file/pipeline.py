@@ -75,7 +75,7 @@ class _Frame:
         """Read a config, as it is for this checkpoint. Raises BadFile where there is none."""
         if self.root is None:
             problem = f"is needed for a whole pipeline of {self.found.family.name}, and none is shipped"
-            raise BadFile(name, problem, "Give the folder of such a pipeline: --config.")
+            raise BadFile(name, problem, "Give the folder of a pipeline of its kind: --config.")
         content = read_json(self.root / name)
         if not content:
             raise BadFile(self.root / name, "is not there, or no JSON object", "Give a --config folder that has it.")
@@ -101,21 +101,29 @@ def open_single_file(
     """Sort a checkpoint's tensors into the parts of a pipeline; ``ema`` takes the diffusion model's averaged weights.
 
     ``config`` is a pipeline folder, of which the weights are not looked at, nor what else in it lies elsewhere by links
-    unless ``follow_links``. Parts in ``without`` are left out: ``vae``, ``text-encoders``, or the name of one. Raises
-    Unsupported for another model, BadFile or BadRequest for a part that is missing or does not fit its config.
+    unless ``follow_links``; or that of one model, which alone is then taken. Parts in ``without`` are left out:
+    ``vae``, ``text-encoders``, or the name of one. Raises Unsupported for another model, BadFile or BadRequest for a
+    part that is missing or does not fit its config.
     """
     source = checkpoint.weight_set.path
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     given = place_of(config) if config is not None else None
-    found = recognise(source, tensors, None if given is None else _meant(given))
+    meant, alone = (None, "") if given is None else _meant(given)
+    if meant is not None and alone not in ("", meant.core):
+        found = Found(meant, meant.kinds[0], {alone: _prefix_of(tensors, meant, alone)})
+    else:
+        found = recognise(source, tensors, meant)
     family = found.family
     shipped = place_of(CONFIGS / family.folder) if family.folder else None
     marks = {name: said for name, said in family.marks.items() if name in tensors}
     frame = _Frame(found, given or shipped, given is not None, dict(marks.values()))
     kept = _kept_parts(source, found, without)
+    if ema and family.core not in kept:
+        raise BadRequest(source, f"gives its {kept[0]} alone, and --ema is for a diffusion model", "Leave it out.")
     sorted_tensors, rest = sort_tensors(tensors, found.prefixes)
     rest = [name for name in rest if name not in marks or given]
-    notes = [*_notes_of_kind(source, frame, kept), *checkpoint.notes, *notes_of_headers(checkpoint)]
+    is_extract = kept[0] != family.core and len(kept) == 1
+    notes = [*_notes_of_kind(source, frame, kept, len(rest)), *checkpoint.notes, *notes_of_headers(checkpoint)]
     parts = []
     for name in kept:
         mine = sorted_tensors[name]
@@ -126,22 +134,29 @@ def open_single_file(
         notes += left
     left_out = [(name, len(sorted_tensors[name])) for name in found.prefixes if name not in kept]
     notes += [f"left out, as asked: {name} ({count} tensors)" for name, count in left_out]
-    notes += _notes_of_rest(rest, ema)
-    if kept == (family.core,):
+    notes += () if is_extract else _notes_of_rest(rest, ema)
+    if len(kept) == 1:
         return _alone(source, frame, parts, tuple(notes))
     return _whole(source, frame, parts, notes, follow_links)
 
 
-def _meant(folder: Place) -> Family | None:
-    """Give the family of a pipeline's folder, as its configs say, or any that has the model of a folder."""
+def _meant(folder: Place) -> tuple[Family | None, str]:
+    """Give the family of a pipeline's folder, as its configs say; of a model's folder any that has it, and its name."""
     index = read_json(folder / "model_index.json")
     class_name = index.get("_class_name")
     if not index:
-        found = part_of(read_json(folder / "config.json").get("_class_name"))
-        return found[0] if found else None
+        found = part_of(Component("", folder, (), read_json(folder / "config.json")).class_name)
+        return found or (None, "")
     names = [name for name, entry in index.items() if is_class(entry) and name.isidentifier()]
     configs = {name: read_json(folder / name / "config.json") for name in names[:_MOST_PARTS]}
-    return family_of(class_name, configs) if isinstance(class_name, str) else None
+    return (family_of(class_name, configs) if isinstance(class_name, str) else None), ""
+
+
+def _prefix_of(tensors: Iterable[str], family: Family, name: str) -> str:
+    """Give what the names of a part begin with in a file that holds it, or nothing else."""
+    names = list(tensors)
+    part = family.parts[name]
+    return next((one for one in part.prefixes if any(full.startswith(one) for full in names)), part.lone)
 
 
 def chosen(family: Family, names: Iterable[str], without: Iterable[str]) -> tuple[str, ...]:
@@ -162,6 +177,8 @@ def _kept_parts(source: Place, found: Found, without: Sequence[str]) -> tuple[st
     family = found.family
     kept = chosen(family, found.prefixes, without)
     if len(found.prefixes) == 1:
+        if not kept:
+            raise BadRequest(source, "has nothing else than what is to be left out", "Leave --without out.")
         return kept
     wanted = chosen(family, family.parts, without)
     lacking = [name for name in wanted if name not in kept and not family.parts[name].is_optional]
@@ -193,12 +210,16 @@ def sort_tensors(
     return parts, rest
 
 
-def _notes_of_kind(source: Place, frame: _Frame, kept: Sequence[str]) -> Iterator[str]:
-    """Say what a checkpoint is, and what of that was assumed."""
+def _notes_of_kind(source: Place, frame: _Frame, kept: Sequence[str], holds_more: int) -> Iterator[str]:
+    """Say what a checkpoint is, which ``holds_more`` tensors than those of its parts, and what of that was assumed."""
     family, kind, _ = frame.found
-    what = f"{family.name} checkpoint" if len(kept) > 1 else f"{family.core} alone"
+    alone = "text encoder" if kept[0] in family.encoders else kept[0]
+    what = f"{family.name} checkpoint" if len(kept) > 1 else f"{alone} alone"
     what = what if len(kept) > 1 or frame.given else f"{family.name} {what}"
-    yield f"{source.name} is a {what}{kind.words}"
+    if len(kept) == 1 and kept[0] != family.core and holds_more:
+        yield f"of {source.name}, the {alone} is taken, as --config has it; {holds_more:,} other tensors are left out"
+    else:
+        yield f"{source.name} is a {what}{kind.words}"
     if family.folder == "sd2" and not frame.given and not kind.changes:
         yield "it is taken for one of 768 pixels; for one of 512, give the folder of such a model as --config"
     yield from (
@@ -212,11 +233,11 @@ def _notes_of_kind(source: Place, frame: _Frame, kept: Sequence[str]) -> Iterato
 def _alone(
     source: Place, frame: _Frame, parts: list[tuple[Component, Checkpoint]], notes: tuple[str, ...]
 ) -> SingleFile:
-    """Give a diffusion model as the one of a folder."""
+    """Give a diffusion model, or another one, as the one of a folder."""
     [(component, checkpoint)] = parts
+    place = frame.config_place(component.name)
     component = replace(component, name="", path=source.parent)
     generated = {"config.json": render_json(component.config)}
-    place = frame.config_place(frame.found.family.core)
     is_as_it_lies = place is not None and read_json(place) == component.config
     copied = (("config.json", place.ref()),) if place is not None and is_as_it_lies else ()
     said = f"it becomes the folder of one model: {component.class_name}.from_pretrained loads it"
@@ -245,9 +266,10 @@ def _whole(
     if not frame.given:
         tokenizers = [name for name, entry in index.items() if is_class(entry) and entry[1].startswith(_CLIP)]
         generated |= tokenizer_files(place_of(CONFIGS / "clip_merges.txt.gz"), tokenizers)
-    lacking = [name for name in frame.found.family.parts if name not in names and name in frame.found.prefixes]
+    family = frame.found.family
+    lacking = [name for name in family.parts if name not in names and name in index]
     if lacking:
-        passed = ", ".join(f"{name}=..." for name in lacking)
+        passed = ", ".join(f"{name}={None if family.parts[name].is_optional else '...'}" for name in lacking)
         notes.append(f"model_index.json names no {' and no '.join(lacking)}: from_pretrained is given {passed}")
     model = Model(source, source.parent, "pipeline", tuple(one for one, _ in parts), index["_class_name"])
     return SingleFile(model, tuple(parts), copied, generated, tuple(notes))
@@ -293,7 +315,7 @@ def _open_part(
     shapes = {tensor.name: tensor.shape for tensor in converted}
     check_shapes(source, what, part.shapes(config, shapes), shapes)
     others = name_some([prefix + short for short in left], 1)
-    if left and name == family.core:
+    if left and (name == family.core or len(frame.found.prefixes) == 1):
         problem = f"holds tensors that no {name} of {family.name} has: {others}"
         raise Unsupported(source, problem, "Is it another model, or one with something added?")
     weights_name = WeightsName(part.library.stem("safetensors"), None, "safetensors")

@@ -40,9 +40,13 @@ def _may_be(key: str, value: Any, default: Any) -> bool:
     if value is None:
         return default is None or key == "out_channels"
     if isinstance(default, list):
-        return isinstance(value, list) and len(value) <= _MAX_COUNT
+        return isinstance(value, list) and len(value) <= _MAX_COUNT and all(_is_place(one) for one in value)
     is_number = type(value) in ((int, float) if isinstance(default, float) else (int,))
     return is_number and 0 < value <= _MOST.get(key, _WIDEST)
+
+
+def _is_place(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _WIDEST
 
 
 def _count(value: Any) -> int:
