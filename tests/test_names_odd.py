@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny import assert_same, names_in, write_json
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
+CORPUS = Path(__file__).parent / "corpus" / "quantized"
 A, B = torch.zeros(2), torch.ones(2)
 
 
@@ -129,3 +130,18 @@ def test_what_is_there_and_is_no_weight_file_is_seen_before_anything_is_written(
     wconv("to-safetensors", sources[0], "-o", tmp_path / "out", "--overwrite")
     assert_same(load_file(half), {"x": A})
     assert names_in(tmp_path / "out") == ["a.safetensors", "b.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [("awq/gemm", "m.scales"), ("comfy/convrot", "256.weight_scale"), ("compressed/actorder", "m.weight_g_idx")],
+)
+def test_what_stands_beside_a_quantized_weight_is_still_called_so(
+    file: str, part: str, wconv: Callable[..., Any], tmp_path: Path
+) -> None:
+    source, out = CORPUS / f"{file}.safetensors", tmp_path / "out.safetensors"
+    said = wconv("to-safetensors", source, "-o", out, "--rename", f"^{part}$={part}_x", exit_code=2).stderr
+    assert f"would have {part!r} as '{part}_x', and not beside " in said
+    module = part.partition(".")[0]
+    wconv("to-safetensors", source, "-o", out, "--rename", rf"^{module}\.=n.o.")
+    wconv("dequantize", out, "-o", tmp_path / "numbers.safetensors")

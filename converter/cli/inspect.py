@@ -264,9 +264,11 @@ def _show_adapter(described: dict[str, Any]) -> None:
     adapter = described.get("adapter")
     if not adapter:
         return
+    from converter.errors import spell_count
+
     base = f" for {adapter['base']}" if adapter["base"] else ""
     parts = ", ".join(f"{count:,} of {part}" for part, count in adapter["parts"].items())
-    modules = f"{adapter['modules']:,} modules{f' ({parts})' if len(adapter['parts']) > 1 else ''}"
+    modules = f"{spell_count(adapter['modules'], 'module')}{f' ({parts})' if len(adapter['parts']) > 1 else ''}"
     sizes = [f"{name} {_show_counts(adapter[key])}" for name, key in (("rank", "ranks"), ("alpha", "alphas"))]
     of = f" of {described['component']}" if described["component"] else ""
     told = f"{adapter['method']}{base}, in the names of {_FORMS[adapter['form']]}: {modules}, {', '.join(sizes)}"

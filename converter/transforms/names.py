@@ -314,15 +314,22 @@ def _check_quantized(component: Component, before: Checkpoint, after: Checkpoint
             raise BadRequest(path, f"would have the quantized weight {one.weight!r} as {new!r}, and not be known by it")
     for weight in known:
         raise BadRequest(path, f"would have a weight {weight!r} that seems to be quantized, and is not")
-    now = find_owners(still, (tensor.name for tensor in after.tensors))
     for part, weight in owners.items():
-        if part in new_names and now.get(new_names[part]) != new_names[weight]:
+        if part in new_names and new_names[part] != _beside(new_names[weight], weight, part):
             problem = f"would have {part!r} as {new_names[part]!r}, and not beside {new_names[weight]!r}"
             raise BadRequest(path, problem, "Rename both alike.")
     _check_noted(before, after, new_names)
     if any(old != new for old, new in new_names.items()) and _lists_modules(component):
         problem = "is quantized, and its config lists modules by the names that they have"
         raise BadRequest(path, problem, "Dequantize it first, or rename a file without that config.")
+
+
+def _beside(new: str, weight: str, part: str) -> str | None:
+    """Give the name of what stands beside a weight where that is ``new``: what differs in their names stays so."""
+    differs = (at for at, (one, other) in enumerate(zip(weight, part, strict=False)) if one != other)
+    same = next(differs, min(len(weight), len(part)))
+    own = weight[same:]
+    return new.removesuffix(own) + part[same:] if new.endswith(own) else None
 
 
 def _marked(found: Iterable[Quantized], names: Iterable[str], kept: Container[str]) -> Iterator[tuple[str, str]]:
