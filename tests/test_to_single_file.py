@@ -203,6 +203,9 @@ def test_what_is_left_out_is_said(
     assert "left out, as asked: vae" in told
     assert "left out: image_encoder (no single file holds it)" in told
     assert "left out: vae copy (model_index.json does not name it)" in told
+    assert f"StableDiffusionXLPipeline.from_single_file('{tmp_path / 'model.safetensors'}', vae=vae)" in told
+    shown = wconv("inspect", tmp_path / "model.safetensors").stdout
+    assert "layout: a Stable Diffusion XL checkpoint with unet, text_encoder, text_encoder_2, as its trainer" in shown
     names = load_file(tmp_path / "model.safetensors").keys()
     assert names == {name for name in as_original("sdxl", model, builders) if not name.startswith("first_stage")}
 
@@ -210,7 +213,8 @@ def test_what_is_left_out_is_said(
     source = tmp_path / "all.safetensors"
     told = wconv("to-diffusers", source, "--config", folder, "--without", "vae", "-o", tmp_path / "no_vae").stdout
     assert "left out, as asked: vae (124 tensors)" in told
-    assert "from_pretrained is given vae=..." in told
+    assert f"DiffusionPipeline.from_pretrained('{tmp_path / 'no_vae'}', vae=vae)" in told
+    assert "# vae: of the pipeline that it is for" in told
     assert json.loads((tmp_path / "no_vae/model_index.json").read_text())["vae"] == [None, None]
     assert not (tmp_path / "no_vae/vae").exists()
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "no_vae", vae=model.vae)
@@ -219,7 +223,7 @@ def test_what_is_left_out_is_said(
     told = wconv(
         *("to-diffusers", source, "--config", folder, "--without", "text-encoders"), "-o", tmp_path / "no_text"
     ).stdout
-    assert "from_pretrained is given text_encoder=..., text_encoder_2=..." in told
+    assert "text_encoder=text_encoder, text_encoder_2=text_encoder_2)" in told
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "no_text")  # XL's are optional there
     assert loaded.text_encoder is loaded.text_encoder_2 is None
     told = wconv(

@@ -168,8 +168,10 @@ def _show_next(plan: Plan, told: str) -> None:
 def _row_of(planned: PlannedSet) -> tuple[str, ...]:
     output = f"{len(planned.files)} files" if len(planned.files) > 1 else planned.name.single
     count = f"{planned.tensor_count:,}" if planned.tensor_count else ""
-    source = planned.source.label
-    return planned.component or ".", source, "->", output, count, show_bytes(planned.nbytes)
+    source = planned.source
+    is_one = source.index_name or source.is_of_many or len(source.file_names) == 1
+    read = source.label if is_one else f"{len(source.file_names)} files"
+    return planned.component or ".", read, "->", output, count, show_bytes(planned.nbytes)
 
 
 def _carried(plan: Plan) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from converter.errors import BadRequest, Unsupported, WconvError, name_some
+from converter.errors import BadRequest, Unsupported, WconvError, name_some, spell_count
 from converter.models.adapters import ADAPTER_CONFIG, open_adapter_config
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet, has_quantization
@@ -200,15 +200,13 @@ def _tell(weighted: Sequence[Weighted], merges: Mapping[str, Mapping[str, Merge]
             told.append(f"{one.label} has the weight 0: nothing of it is merged")
             continue
         ranks = name_some(list(one.adapter.ranks), 3)
-        told.append(f"merged: {one.label}, weight {one.weight:g}, rank {ranks}, {_count(len(one.scales), 'module')}")
+        told.append(
+            f"merged: {one.label}, weight {one.weight:g}, rank {ranks}, {spell_count(len(one.scales), 'module')}"
+        )
         if one.replaced:
             told.append(f"taken from {one.label} as they are: {name_some(sorted(one.replaced), _NAMED)}")
     for component, mine in merges.items():
         where = f"{component}: " if component else ""
         names = name_some(list(fold_modules(mine)), _NAMED)
-        told.append(f"{where}changed {_count(len(mine), 'tensor')}: {names}")
+        told.append(f"{where}changed {spell_count(len(mine), 'tensor')}: {names}")
     return told
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"

@@ -166,7 +166,7 @@ def _only_set(model: Model, request: Request, output: Place) -> tuple[Model, Req
         raise BadRequest(output, *_why_not_one(model, selected))
     [(component, weight_set)] = selected
     component = replace(component, name="", weight_sets=(weight_set,))
-    alone = Model(model.path, component.path, "file", (component,), model.class_name)
+    alone = Model(model.path, component.path, "file", (component,))
     return alone, replace(request, selection=replace(request.selection, components=()))
 
 

@@ -50,7 +50,7 @@ def plan_single_file(request: Request, without: Sequence[str] = ()) -> Plan:
     request = replace(request, source=snapshot_of(request.source))
     source = _look_at(request, without)
     whole = Component("", source.model.root, (), {})
-    model = Model(source.model.path, source.model.root, "file", (whole,), _class_of(source))
+    model = Model(source.model.path, source.model.root, "file", (whole,), _class_of(source), source.model.passed)
     assert request.output is not None
     target = open_target(model, request.output.parent, request.publishing.overwrite)
     job = Job(request, model, target, named, carries=False)
@@ -151,8 +151,8 @@ def _of_pipeline(model: Model, without: Sequence[str]) -> _Source:
     asked = [name for name in left if name in named]
     notes += (f"left out, as asked: {name}" for name in asked)
     if asked and len(kept) > 1:
-        passed = ", ".join(f"{name}={None if family.parts[name].is_optional else '...'}" for name in asked)
-        notes.append(f"a UI loads them from files of their own, and from_single_file is given {passed}")
+        notes.append("a UI loads them from files of their own, and from_single_file has to be given them")
+        model = replace(model, passed=family.passed(asked))
     for name in kept:
         classes = family.parts[name].classes
         if named[name][1] not in classes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from converter.errors import Unsupported
+from converter.errors import Unsupported, WconvError
+from converter.models.checkpoint import Checkpoint
 from converter.storage import Place
 from converter.tensors.base import Tensor
 from converter.transforms.single_file import alone, stable_diffusion
@@ -74,6 +75,19 @@ def recognise(source: Place, tensors: Mapping[str, Tensor], meant: Family | None
         if found:
             prefixes[name] = found[0]
     return Found(family, kind, prefixes)
+
+
+def name_kind(checkpoint: Checkpoint) -> str:
+    """Say in words what a file holds in the layout of its trainer; nothing where that is in no table."""
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+    try:
+        family, kind, prefixes = recognise(checkpoint.weight_set.path, tensors)
+    except WconvError:
+        return ""
+    if len(prefixes) == 1:
+        return f"the {family.core} of {family.name} alone{kind.words}"
+    averaged = " and EMA weights" if any(name.startswith(EMA) for name in tensors) else ""
+    return f"a {family.name} checkpoint{kind.words} with {', '.join(prefixes)}{averaged}"
 
 
 def _candidates(source: Place, tensors: Mapping[str, Tensor]) -> tuple[list[Family], str]:

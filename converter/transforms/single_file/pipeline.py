@@ -269,9 +269,9 @@ def _whole(
     family = frame.found.family
     lacking = [name for name in family.parts if name not in names and name in index]
     if lacking:
-        passed = ", ".join(f"{name}={None if family.parts[name].is_optional else '...'}" for name in lacking)
-        notes.append(f"model_index.json names no {' and no '.join(lacking)}: from_pretrained is given {passed}")
-    model = Model(source, source.parent, "pipeline", tuple(one for one, _ in parts), index["_class_name"])
+        notes.append(f"model_index.json names no {' and no '.join(lacking)}: from_pretrained has to be given them")
+    components, passed = tuple(one for one, _ in parts), family.passed(lacking)
+    model = Model(source, source.parent, "pipeline", components, index["_class_name"], passed)
     return SingleFile(model, tuple(parts), copied, generated, tuple(notes))
 
 
