@@ -190,3 +190,54 @@ def test_names_of_diffusers_in_a_single_file(name: str, merge: Any, tmp_path: Pa
     assert not isinstance(found, int), told
     for key, values in found.items():
         assert torch.allclose(values, expected[key], atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_alphas_come_back_as_they_were(to: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
+    alphas = {
+        "down": torch.tensor(4, dtype=torch.int16), "mid": torch.tensor([4], dtype=torch.uint8), "up": None,
+        "te": torch.tensor([[0.5]], dtype=torch.float16),
+    }  # fmt: skip
+    names = {"down": "unet_down_blocks_0", "mid": "unet_mid_block", "up": "unet_up_blocks_1"}
+    state: State = {}
+    for key, alpha in alphas.items():
+        name = (
+            f"lora_{names[key]}_attentions_0_proj_in" if key in names else "lora_te_text_model_encoder_layers_0_mlp_fc1"
+        )
+        state |= {f"{name}.lora_down.weight": random(2, 8), f"{name}.lora_up.weight": random(8, 2)}
+        state |= {f"{name}.alpha": alpha} if alpha is not None else {}
+    save_file(state, tmp_path / "lora.safetensors")
+    there = tmp_path / ("there" if to == "peft" else "there.safetensors")
+    wconv("convert-lora", tmp_path / "lora.safetensors", "--to", to, "-o", there)
+    wconv("convert-lora", there, "--to", "kohya", "-o", tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == state.keys()
+    for name, values in state.items():
+        assert (back[name].dtype, back[name].shape) == (values.dtype, values.shape)
+        assert torch.equal(back[name], values)
+
+
+def test_what_is_said_of_a_base_that_lacks_some(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    clip = "text_model.encoder.layers.0.mlp.fc1"
+    added = {**pair("unet.conv_in", 8, 8), **pair(f"text_encoder_2.{clip}", 8, 8)}
+    save_file(added, tmp_path / "lora.safetensors")
+    unet, of_clip = {"model.diffusion_model.input_blocks.0.0.weight": random(8, 8)}, "conditioner.embedders.1.model.ln"
+    save_file(unet, tmp_path / "unet.safetensors")
+    save_file({**unet, f"{of_clip}.weight": random(8)}, tmp_path / "xl.safetensors")
+    says = {
+        "lora": "The base is an adapter itself", "xl": "make a pipeline of it first, with 'wconv to-diffusers'",
+        "unet": "It is for text_encoder_2 too: name the folder of a pipeline",
+    }  # fmt: skip
+    for base, words in says.items():
+        source = tmp_path / f"{base}.safetensors"
+        told = wconv("merge-lora", source, tmp_path / "lora.safetensors", "-o", tmp_path / "out", exit_code=2)
+        assert words in told.stderr
+
+
+def test_an_adapter_is_not_written_over(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {f"{Q}.weight": random(6, 8)}, "LlamaForCausalLM")
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    save_file(pair(Q, 6, 8), folder / "model.safetensors")
+    told = wconv("merge-lora", base, folder / "model.safetensors", "-o", folder, "--overwrite", exit_code=2)
+    assert "is an adapter that is to be merged, or holds it" in told.stderr

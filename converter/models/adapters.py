@@ -87,9 +87,10 @@ _NEUTRAL = frozenset({
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 _MAX_RANK = 1 << 20
 # struct's letters for the dtypes that an alpha may have; BF16 is the upper half of a float.
-_LETTERS = {
-    "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"
+ALPHA_LETTERS = {
+    "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B", "BF16": "<f"
 }  # fmt: skip
+MAX_ALPHA_AXES = 4
 
 
 class Pair(NamedTuple):
@@ -324,7 +325,8 @@ def _misfit_of_pair(adapter: Adapter, pair: Pair) -> WconvError | None:
     if down.shape[0] > _MAX_RANK:
         return HostileFile(where, f"holds {down.name!r} of a rank of {down.shape[0]:,}, which no adapter has")
     alpha = pair.alpha
-    if alpha is not None and (alpha.numel != 1 or alpha.dtype.tag not in (*_LETTERS, "BF16")):
+    is_number = alpha is None or (alpha.numel == 1 and len(alpha.shape) <= MAX_ALPHA_AXES)
+    if alpha is not None and not (is_number and alpha.dtype.tag in ALPHA_LETTERS):
         return BadFile(where, f"holds {alpha.name!r}, which is no single number: it is {_spell(alpha.shape)}")
     return None
 
@@ -429,7 +431,7 @@ def _read_tensors(adapter: Adapter, held: Iterable[Pair]) -> dict[str, float]:
             raw = bytearray(tensor.nbytes)
             tensor.source.read(0, memoryview(raw), reader)
             content = b"\0\0" + raw if tensor.dtype.tag == "BF16" else raw
-            [alpha] = struct.unpack(_LETTERS.get(tensor.dtype.tag, "<f"), content)
+            [alpha] = struct.unpack(ALPHA_LETTERS[tensor.dtype.tag], content)
             if not _is_alpha(alpha):
                 raise BadFile(adapter.where, f"holds {tensor.name!r}, which is no alpha: {alpha}", "Fetch it again.")
             alphas[module] = float(alpha)
