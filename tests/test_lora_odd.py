@@ -241,3 +241,49 @@ def test_an_adapter_is_not_written_over(wconv: Callable[..., Any], tmp_path: Pat
     save_file(pair(Q, 6, 8), folder / "model.safetensors")
     told = wconv("merge-lora", base, folder / "model.safetensors", "-o", folder, "--overwrite", exit_code=2)
     assert "is an adapter that is to be merged, or holds it" in told.stderr
+
+
+def test_an_alpha_of_zero_is_two_things(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    state = {f"{name}.lora_down.weight": random(2, 8), f"{name}.lora_up.weight": random(8, 2)}
+    save_file({**state, f"{name}.alpha": torch.tensor(0.0)}, tmp_path / "lora.safetensors")
+    new = tmp_path / "new.safetensors"
+    told = wconv("convert-lora", tmp_path / "lora.safetensors", "--to", "diffusers", "-o", new, exit_code=4)
+    assert "of 0, which some programs take for the rank" in told.stderr
+    folder = write_peft(tmp_path / "a", pair("mid_block.attentions.0.proj_in", 8, 8), lora_alpha=0)
+    told = wconv("convert-lora", folder, "--to", "kohya", "-o", new, exit_code=4)
+    assert "has an alpha of 0" in told.stderr
+
+
+def test_comfyui_names_text_encoders_too(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    clip = "text_model.encoder.layers.0.mlp.fc1"
+    added = pair("diffusion_model.double_blocks.0.img_attn.proj", 3072, 3072)
+    added |= pair(f"text_encoders.clip_l.transformer.{clip}", 8, 8)
+    save_file(added, tmp_path / "lora.safetensors")
+    wconv("convert-lora", tmp_path / "lora.safetensors", "--to", "diffusers", "-o", tmp_path / "new.safetensors")
+    new = {name.removesuffix(".lora_A.weight") for name in load_file(tmp_path / "new.safetensors")}
+    assert {"transformer.transformer_blocks.0.attn.to_out.0", f"text_encoder.{clip}"} < new
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_double_blocks_19_img_attn_qkv",
+        "lora_unet_single_blocks_38_linear2",
+        "transformer_blocks.59.attn.to_q",
+    ],
+)
+def test_more_blocks_than_flux_has(name: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
+    # HunyuanVideo and Qwen-Image have the same names.
+    ends = ("lora_A", "lora_B") if "." in name else ("lora_down", "lora_up")
+    halves = {f"{name}.{ends[0]}.weight": random(2, 3072), f"{name}.{ends[1]}.weight": random(9216, 2)}
+    save_file(halves, tmp_path / "lora.safetensors")
+    source, new = tmp_path / "lora.safetensors", tmp_path / "new"
+    assert "for another model" in wconv("convert-lora", source, "--to", "peft", "-o", new, exit_code=4).stderr
+
+
+def test_a_scale_is_not_guessed(merge: Any, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {f"{Q}.weight": random(6, 8)}, "LlamaForCausalLM")
+    save_file(pair(Q, 6, 8), tmp_path / "lora.safetensors")
+    code, said = merge(base, tmp_path / "lora.safetensors")
+    assert (code, "has not the names of PEFT" in said) == (4, True)

@@ -238,6 +238,9 @@ def _of_kohya(changes: Changes, path: str, change: Change) -> Iterator[Tensor]:
     name = path.replace(".", "_")
     yield Tensor(f"{name}.lora_down.weight", change.down.source)
     yield Tensor(f"{name}.lora_up.weight", change.up.source)
+    if not change.alpha:
+        problem = f"has an alpha of 0 for {change.part}.{change.path}, which kohya's trainer takes for the rank"
+        raise Unsupported(changes.adapter.where, problem, "Take the pair out, which does nothing.")
     how = changes.note.alphas.get(name, changes.note.alpha)
     if how == NO_ALPHA and change.scale == 1:
         return

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from converter.errors import BadFile, BadRequest, Unsupported, Where, name_some
 from converter.libraries.modules import find_linears
+from converter.libraries.transformers import names_model
 from converter.models.adapters import (
     ADAPTER_CONFIG,
     ORIGINAL_PREFIXES,
@@ -248,6 +249,11 @@ class _Aim(NamedTuple):
 
 def _place_each(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
     """Find the module of each pair of Diffusers' or kohya's form. Raises BadRequest where one is not there."""
+    if all(names_model(part.component) and not _is_text(part) for part in parts):
+        problem = (
+            "has not the names of PEFT, which begin with base_model.model., and the base is a model of transformers"
+        )
+        raise Unsupported(one.where, problem, "Its scale would be guessed: save it with PEFT.")
     errors: list[tuple[int, BadRequest]] = []
     for adapter, pairs in _spellings(one, parts):
         placed, lost = _place_all(adapter, pairs, parts)
@@ -382,8 +388,12 @@ def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> tuple[
 
 def _may_be(part: _Part, names: Collection[str]) -> bool:
     """Say whether a component that is named by itself may be one of these in its pipeline."""
-    is_text = "Text" in part.component.class_name or part.component.class_name.endswith("EncoderModel")
-    return not part.component.class_name or is_text == all(name.startswith("text_encoder") for name in names)
+    return not part.component.class_name or _is_text(part) == all(name.startswith("text_encoder") for name in names)
+
+
+def _is_text(part: _Part) -> bool:
+    """Say whether a component is a text encoder."""
+    return "Text" in part.component.class_name or part.component.class_name.endswith("EncoderModel")
 
 
 def _add(one: Weighted, aim: _Aim, merges: dict[str, Merge]) -> None:
