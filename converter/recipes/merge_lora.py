@@ -29,6 +29,7 @@ from converter.transforms.merge.targets import Merge, Opened, Untied, Weighted, 
 
 MAX_ADAPTERS = 64
 _NAMED = 6
+_ONE_FILE = "The base comes first, and then its adapters: name the file of the adapter."
 # The parts of a pipeline that adapters are for.
 _PARTS = re.compile(r"(transformer|unet|prior|text_encoder)(_\d+)?")
 
@@ -109,12 +110,12 @@ def _open_adapter(one: Asked) -> Weighted:
     model = open_model(snapshot_of(one.place.pinned()))
     if len(model.components) != 1:
         names = name_some([component.name for component in model.components], _NAMED)
-        raise BadRequest(one.place, f"holds several sets of weights ({names})", "Name the file of the adapter.")
+        raise BadRequest(one.place, f"holds several sets of weights ({names})", _ONE_FILE)
     sets = select_sets(model, Selection(every_variant=False), Naming("safetensors", None))
     sets = [one for one in sets if one[1].name.stem in STEMS["peft"].values()] or sets  # it may lie beside its base
     if len(sets) != 1:
         labels = name_some([weight_set.label for _, weight_set in sets], _NAMED)
-        raise BadRequest(one.place, f"holds several sets of weights ({labels})", "Name the file of the adapter.")
+        raise BadRequest(one.place, f"holds several sets of weights ({labels})", _ONE_FILE)
     [(component, weight_set)] = sets
     label = one.place.name or str(one.place)
     return take_adapter(open_checkpoint(weight_set), open_adapter_config(component), one.weight, label)

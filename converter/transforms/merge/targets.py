@@ -98,7 +98,9 @@ def take_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], weight: floa
     rest = {key: value for key, value in config.items() if key not in ("use_rslora", "lora_bias", "modules_to_save")}
     adapter = find_adapter(plain, rest)
     if adapter is None:
-        raise Unsupported(where, "holds no LoRA", "'wconv inspect' says what it is.")
+        raise Unsupported(
+            where, "holds no LoRA", "The base comes first, and then its adapters; 'wconv inspect' says what a file is."
+        )
     adapter.check()
     if not adapter.pairs:
         raise BadFile(where, "holds no pair of a LoRA", "Fetch it again.")
