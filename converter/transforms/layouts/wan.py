@@ -109,14 +109,14 @@ def wan_config(sizes: Sizes) -> dict[str, Any]:
 
 
 def wan_shapes(config: Config) -> Shapes:
-    """Give the shapes of all tensors of a ``WanTransformer3DModel``, of convolutions the first two axes."""
+    """Give the shapes of all tensors of a ``WanTransformer3DModel``."""
     sizes = {**WAN_NUMBERS, **config}
     width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
     places = 1
     for side in sizes["patch_size"]:
         places *= side
     modules_of = {
-        "patch_embedding": (width, sizes["in_channels"]),
+        "patch_embedding": (width, sizes["in_channels"], *sizes["patch_size"]),
         f"{_EMBEDDER}.text_embedder.linear_1": (width, sizes["text_dim"]),
         f"{_EMBEDDER}.text_embedder.linear_2": (width, width),
         f"{_EMBEDDER}.time_embedder.linear_1": (width, sizes["freq_dim"]),

@@ -18,7 +18,7 @@ SANA = Family(
             _PREFIXES,
             DIFFUSERS,
             sana.sana_rows,
-            lambda config, _: sana.sana_shapes(config),
+            sana.sana_shapes,
             config_of=sana.sana_config,
             numbers=sana.SANA_NUMBERS,
             unread=sana.UNREAD,
@@ -38,7 +38,7 @@ WAN = Family(
             _PREFIXES,
             DIFFUSERS,
             wan.wan_rows,
-            lambda config, _: wan.wan_shapes(config),
+            wan.wan_shapes,
             config_of=wan.wan_config,
             numbers=wan.WAN_NUMBERS,
         )
@@ -56,7 +56,7 @@ CHROMA = Family(
             _PREFIXES,
             DIFFUSERS,
             chroma.chroma_rows,
-            lambda config, _: chroma.chroma_shapes(config),
+            chroma.chroma_shapes,
             config_of=chroma.chroma_config,
             numbers=chroma.CHROMA_NUMBERS,
         )

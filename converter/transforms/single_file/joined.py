@@ -9,17 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from converter.dtypes import DTYPES
-from converter.errors import Unsupported, name_some
+from converter.errors import BadFile, Unsupported, name_some
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.tensors.base import Tensor
 from converter.tensors.derived import Constant
+from converter.tensors.reader import RangeReader, read_chunks
 from converter.transforms.layouts.rows import put_together
 from converter.transforms.single_file.family import Family
-from converter.transforms.single_file.pipeline import notes_of_headers
-from converter.transforms.single_file.sizes import check_config, check_shapes
+from converter.transforms.single_file.pipeline import as_diffusers, find_strange, notes_of_headers
+from converter.transforms.single_file.sizes import check_config
 
 _NAMED = 3
+_CHUNK_NBYTES = 1 << 18
 
 
 def join(family: Family, opened: Sequence[tuple[str, Component, Checkpoint]]) -> tuple[list[Tensor], list[str]]:
@@ -49,16 +51,37 @@ def _as_original(
     family: Family, name: str, component: Component, checkpoint: Checkpoint
 ) -> tuple[list[Tensor], list[str]]:
     part, config, path = family.parts[name], component.config, component.path / "config.json"
-    check_config(path, config, part.numbers)
-    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
-    shapes = {short: tensor.shape for short, tensor in tensors.items()}
-    check_shapes(checkpoint.weight_set.path, str(path), part.shapes(config, shapes), shapes)
+    if not config:
+        raise BadFile(path, "is not there, and says how large the model is", "Fetch all files of the model.")
+    check_config(path, config, part.numbers, part.words)
+    source, tensors = checkpoint.weight_set.path, {tensor.name: tensor for tensor in checkpoint.tensors}
     wholes, left = put_together(tensors, part.rows(config))
+    back, _ = as_diffusers(part, config, {tensor.name: tensor for tensor in wholes})
     strange = [short for short in left if short.rpartition(".")[2] not in part.buffers and short not in part.unread]
+    strange += find_strange(source, str(path), part, config, back)
+    _refuse_lost(family, name, tensors, back)
     if strange:
         problem = f"holds tensors that no {name} of {family.name} has: {name_some(strange, _NAMED)}"
-        raise Unsupported(checkpoint.weight_set.path, problem, "Is something added to it, or is it another model?")
+        raise Unsupported(source, problem, "Is something added to it, or is it another model?")
     return wholes, left
+
+
+def _refuse_lost(family: Family, name: str, tensors: Mapping[str, Tensor], back: Sequence[Tensor]) -> None:
+    """Raise Unsupported where what is left out of a file is not what is made of that in its place."""
+    part = family.parts[name]
+    for made in back:
+        theirs = tensors.get(made.name)
+        if part.made and made.name in part.unread and theirs is not None and not _are_same(made, theirs):
+            problem = f"holds a {made.name} that is not the identity, as it is in every file of {family.name}"
+            raise Unsupported(theirs.where, problem, "It has no place there, nor does any reader take one.")
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with RangeReader() as reader:
+        chunks = (read_chunks(tensor.source, reader, bytearray(_CHUNK_NBYTES)) for tensor in (one, other))
+        return all(mine == theirs for mine, theirs in zip(*chunks, strict=True))
 
 
 def marks_of(family: Family, scheduler: Mapping[str, Any]) -> tuple[list[Tensor], list[str]]:

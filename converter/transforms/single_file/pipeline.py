@@ -22,10 +22,10 @@ from converter.models.model import Model
 from converter.models.names import WeightsName
 from converter.storage import FileRef, Place, place_of
 from converter.tensors.base import Tensor
-from converter.transforms.layouts.rows import take_apart
+from converter.transforms.layouts.rows import take_apart, wholes_of
 from converter.transforms.layouts.sizes import Sizes
 from converter.transforms.single_file.families import EMA, Found, family_of, part_of, recognise
-from converter.transforms.single_file.family import ABSENT, SCHEDULER, Config, Family
+from converter.transforms.single_file.family import ABSENT, SCHEDULER, Config, Family, Part
 from converter.transforms.single_file.sizes import check_config, check_shapes
 from converter.transforms.single_file.tokenizer import tokenizer_files
 
@@ -302,12 +302,12 @@ def _open_part(
     source, family = checkpoint.weight_set.path, frame.found.family
     part, prefix = family.parts[name], frame.found.prefixes[name]
     config, what = _config_of(source, frame, name, mine)
-    converted, left = take_apart(mine, part.rows(config))
+    converted, left = as_diffusers(part, config, mine)
     unread = [short for short in left if short in part.unread]
     left = [short for short in left if short not in part.unread]
-    converted += part.made(config, converted) if part.made else []
-    shapes = {tensor.name: tensor.shape for tensor in converted}
-    check_shapes(source, what, part.shapes(config, shapes), shapes)
+    strange = find_strange(source, what, part, config, converted)
+    converted = [tensor for tensor in converted if tensor.name not in strange]
+    left += wholes_of(strange, part.rows(config)).values()
     others = name_some([prefix + short for short in left], 1)
     if left and (name == family.core or len(frame.found.prefixes) == 1):
         problem = f"holds tensors that no {name} of {family.name} has: {others}"
@@ -321,6 +321,23 @@ def _open_part(
     return component, Checkpoint(weight_set, (file,), {}), notes
 
 
+def as_diffusers(part: Part, config: Config, wholes: Mapping[str, Tensor]) -> tuple[list[Tensor], list[str]]:
+    """Give a part's tensors as a pipeline has them, of those of a single file, and the names that no row has."""
+    converted, left = take_apart(wholes, part.rows(config))
+    return converted + (part.made(config, converted) if part.made else []), left
+
+
+def find_strange(source: Place, what: str, part: Part, config: Config, converted: Sequence[Tensor]) -> list[str]:
+    """Name those tensors of a part, as a pipeline has it, that its class has not.
+
+    ``what`` is what to call its config. Raises BadRequest where one of its class is missing, or not of its size.
+    """
+    expected = part.shapes(config)
+    shapes = {tensor.name: tensor.shape for tensor in converted}
+    check_shapes(source, what, expected, shapes)
+    return [name for name in shapes if name not in expected and name.rpartition(".")[2] not in part.buffers]
+
+
 def _config_of(source: Place, frame: _Frame, name: str, mine: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
     """Give a part's config, and what to call it; of tensors where none is given or shipped."""
     family = frame.found.family
@@ -331,7 +348,7 @@ def _config_of(source: Place, frame: _Frame, name: str, mine: Mapping[str, Tenso
     assert frame.root is not None
     assert place is not None
     config = frame.read(str(place.relative_to(frame.root)))
-    check_config(place, config, part.numbers)
+    check_config(place, config, part.numbers, part.words)
     _check_class(place, config, part.classes)
     return config, str(place) if frame.given else f"the {name} of {family.name}"
 

@@ -7,8 +7,17 @@ from collections.abc import Callable, Mapping
 from converter.libraries.diffusers import DIFFUSERS
 from converter.libraries.transformers import TRANSFORMERS
 from converter.transforms.layouts.stable_diffusion import clip_rows, open_clip_rows, unet_rows, vae_rows
+from converter.transforms.layouts.stable_diffusion_shapes import (
+    CLIP_NUMBERS,
+    UNET_NUMBERS,
+    UNET_WORDS,
+    VAE_NUMBERS,
+    VAE_WORDS,
+    clip_shapes,
+    unet_shapes,
+    vae_shapes,
+)
 from converter.transforms.single_file.family import Config, Configs, Family, Kind, Part, Shapes
-from converter.transforms.single_file.sizes import encoder_shapes, unet_shapes, vae_shapes
 
 _CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _IDS = ("position_ids",)  # which older versions of transformers save
@@ -17,16 +26,22 @@ _PREFIX = "model.diffusion_model."
 
 def clip(*prefixes: str) -> Part:
     """Give OpenAI's CLIP as a part."""
-    return Part(_CLASSES, prefixes, TRANSFORMERS, clip_rows, encoder_shapes, buffers=_IDS)
+    return Part(_CLASSES, prefixes, TRANSFORMERS, clip_rows, clip_shapes, numbers=CLIP_NUMBERS, buffers=_IDS)
 
 
 def open_clip(*prefixes: str) -> Part:
     """Give OpenCLIP as a part, under the names of its own library."""
-    return Part(_CLASSES, prefixes, TRANSFORMERS, open_clip_rows, encoder_shapes, buffers=_IDS)
+    return Part(_CLASSES, prefixes, TRANSFORMERS, open_clip_rows, clip_shapes, numbers=CLIP_NUMBERS, buffers=_IDS)
 
 
-UNET = Part(("UNet2DConditionModel",), (_PREFIX, ""), DIFFUSERS, unet_rows, unet_shapes, lone=_PREFIX)
-VAE = Part(("AutoencoderKL",), ("first_stage_model.", "vae."), DIFFUSERS, vae_rows, vae_shapes)
+UNET = Part(
+    ("UNet2DConditionModel",), (_PREFIX, ""), DIFFUSERS, unet_rows, unet_shapes, lone=_PREFIX,
+    numbers=UNET_NUMBERS, words=UNET_WORDS,
+)  # fmt: skip
+VAE = Part(
+    ("AutoencoderKL",), ("first_stage_model.", "vae."), DIFFUSERS, vae_rows, vae_shapes,
+    numbers=VAE_NUMBERS, words=VAE_WORDS,
+)  # fmt: skip
 
 # As ComfyUI writes and reads them (``comfy_extras/nodes_model_merging.py``, ``SDXL`` in ``comfy/supported_models.py``).
 _V_PREDICTION = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
