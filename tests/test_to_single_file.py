@@ -341,13 +341,29 @@ QUANTIZED = {"weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "weight_scale_i
         (with_controlnet, "holds a controlnet, which no single file of Stable Diffusion XL has", 4),
         (without_part("text_encoder_2"), "holds no weights, and Stable Diffusion XL has a text_encoder_2", 3),
         (without_part("unet"), "holds no weights, and Stable Diffusion XL has a unet", 3),
-        (config("unet", block_out_channels=[16, 64]), "down_blocks.1.resnets.0.conv1.weight is 32x16x3x3, and should be 64x16x3x3", 2),
+        (
+            config("unet", block_out_channels=[16, 64]),
+            "down_blocks.1.resnets.0.conv1.weight is 32x16x3x3, and should be 64x16x3x3",
+            2,
+        ),
         (config("unet", cross_attention_dim=7), "is 32x72, and should be 32x7.", 2),
         (config("unet", layers_per_block=[1, 1]), "has a layers_per_block that this cannot be", 2),
         (config("unet", layers_per_block=2), "down_blocks.0.resnets.1.norm1.weight is not there", 2),
-        (config("unet", up_block_types=["UpBlock2D"] * 2), "no unet of Stable Diffusion XL has: up_blocks.0.attentions.0.norm", 4),
-        (config("unet", up_block_types=["CrossAttnUpBlock2D"] * 2), "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight is not", 2),
-        (config("unet", up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"] * 2), "up_blocks.2.resnets.0.norm1.weight is not", 2),
+        (
+            config("unet", up_block_types=["UpBlock2D"] * 2),
+            "no unet of Stable Diffusion XL has: up_blocks.0.attentions.0.norm",
+            4,
+        ),
+        (
+            config("unet", up_block_types=["CrossAttnUpBlock2D"] * 2),
+            "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight is not",
+            2,
+        ),
+        (
+            config("unet", up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"] * 2),
+            "up_blocks.2.resnets.0.norm1.weight is not",
+            2,
+        ),
         (
             config("vae", up_block_types=["UpDecoderBlock2D"] * 3),
             "decoder.up_blocks.2.resnets.0.norm1.weight is not",
