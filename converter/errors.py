@@ -35,6 +35,15 @@ def name_some(things: Collection[object], limit: int) -> str:
     return ", ".join(map(str, itertools.islice(things, limit))) + more
 
 
+def spell_count(number: int, what: str) -> str:
+    """Spell how many there are of something.
+
+    >>> spell_count(1, "module"), spell_count(1200, "module")
+    ('1 module', '1,200 modules')
+    """
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def spell_size(nbytes: int) -> str:
     """Spell a number of bytes in a sentence: in full where it is small.
 

@@ -107,14 +107,14 @@ def test_alphas_are_those_that_peft_takes(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = torch.nn.ModuleDict(
-        {name: torch.nn.ModuleDict({"proj": torch.nn.Linear(8, 8), "out": torch.nn.Linear(8, 8)}) for name in "ab"}
+        {name: torch.nn.ModuleDict({"proj": torch.nn.Linear(8, 8), "to_out": torch.nn.Linear(8, 8)}) for name in "ab"}
     )
     config = LoraConfig(
         r=4,
         lora_alpha=6,
-        target_modules=["proj", "out"],
-        rank_pattern={"^b.proj": 2, "out": 3},
-        alpha_pattern={"proj": 5, r"^a\.out": 7, "out": 1.5},
+        target_modules=["proj", "to_out"],
+        rank_pattern={"^b.proj": 2, "to.out": 3},  # to PEFT a dot is any character
+        alpha_pattern={"proj": 5, r"^a\.to.out": 7, "to_out": 1.5},
     )
     tuned = get_peft_model(model, config)
     tuned.save_pretrained(tmp_path)
@@ -174,7 +174,7 @@ ODD = {
     "rank": (peft(), {**PLAIN, "r": "four"}, 3, "says r = four"),
     "alpha": (peft(), {**PLAIN, "lora_alpha": float("nan")}, 3, "says lora_alpha = nan"),
     "regex": (peft(), {**PLAIN, "alpha_pattern": {"(a+)+$": 3}}, 4, "of a regular expression, '(a+)+$'"),
-    "pattern": (peft(), {**PLAIN, "alpha_pattern": [1]}, 3, "says a alpha_pattern that is no JSON object"),
+    "pattern": (peft(), {**PLAIN, "alpha_pattern": [1]}, 3, "says alpha_pattern = [1], which is no JSON object"),
     "prefix": (pair("a.lora_A.weight", "a.lora_B.weight"), PLAIN, 3, "by which PEFT loads none of them"),
 }  # fmt: skip
 
@@ -219,7 +219,7 @@ def test_inspect_says_what_it_is(tmp_path: Path, wconv: Callable[..., Any]) -> N
     assert "adapter: LoRA, in the names of kohya: 3 modules, rank 4 (1 of 2), alpha 2 (1 of 1)" in told.stdout
     save_file(kohya(module), tmp_path / "style.safetensors")
     told = wconv("inspect", tmp_path / "style.safetensors")
-    assert "adapter: LoRA for Stable Diffusion XL, in the names of kohya: 1 modules" in told.stdout
+    assert "adapter: LoRA for Stable Diffusion XL, in the names of kohya: 1 module," in told.stdout
     [described] = json.loads(wconv("inspect", "--json", tmp_path / "style.safetensors").stdout)["weight_sets"]
     assert described["adapter"]["ranks"] == {"4": 1}
     save_file({"lora_unet_a.hada_w1_a": torch.ones(8, 4)}, tmp_path / "loha.safetensors")

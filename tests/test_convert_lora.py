@@ -558,7 +558,7 @@ def test_outputs(tmp_path: Path, wconv: Callable[..., Any]) -> None:
     assert run("diffusers", source).exit_code == 5
     told = run("diffusers", tmp_path / "y.safetensors", "--dry-run")
     assert (told.exit_code, (tmp_path / "y.safetensors").exists()) == (0, False)
-    assert "a LoRA for Stable Diffusion 1 or 2 of 1 modules, from kohya to diffusers" in told.stdout
+    assert "a LoRA for Stable Diffusion 1 or 2 of 1 module, from kohya to diffusers" in told.stdout
     assert "Diffusers reads from 0.34 on" in told.stdout
     (tmp_path / "loras").mkdir()
     for name in "ab":

@@ -88,7 +88,7 @@ def test_golden_bytes_both_ways(
     found = infos(tensors, len(header))
     file_nbytes = len(header) + sum(info.nbytes for info in found)
     assert parse_header(header[8:], file_nbytes, ref_to(PATH)) == WeightsFile(
-        place_of(PATH), "safetensors", found, metadata
+        place_of(PATH), "safetensors", found, metadata, data_nbytes=file_nbytes - len(header)
     )
 
 

@@ -258,7 +258,8 @@ def test_a_file_of_a_folder_leaves_its_config_alone(wconv: Callable[..., Any], t
     assert (source / "config.json").read_bytes() == before
     assert load_file(source / "plain.safetensors")["m.weight"].dtype == torch.float16
     told = wconv("dequantize", source, "-o", source / "plain.safetensors", exit_code=2).stderr
-    assert "is a file name, and what is written is a folder" in told
+    assert "is one file, and" in told
+    assert "or name a folder for the output" in told
     told = wconv("dequantize", source / "model.safetensors", "-o", source, "--overwrite", exit_code=2).stderr
     assert "is the folder of the source" in told
     assert_same(load_file(source / "model.safetensors"), WEIGHT)

@@ -249,7 +249,7 @@ def test_odd_shapes_end_in_one_line(kind: str, turn: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "shape", "problem"),
     [
-        ("flux", "double_blocks.0.img_attn.norm.query_norm.scale", (64,), r"how its heads of 64 are turned"),
+        ("flux", "double_blocks.0.img_attn.norm.query_norm.scale", (64,), r"how positions are encoded in heads of 64"),
         ("flux", "img_in.weight", (3000, 64), r"does not say its heads: 3000 is no multiple of 128"),
         ("sd3", "x_embedder.proj.weight", (1537, 16, 2, 2), r"does not say its heads: 1537 is no multiple of 64"),
         ("sd3", "final_layer.linear.weight", (63, 1536), r"does not say its channels: 63 is no multiple of 4"),

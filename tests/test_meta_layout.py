@@ -114,6 +114,15 @@ def test_consolidated_becomes_what_transformers_finds(model: tuple[LlamaForCausa
         )
 
 
+def test_names_of_meta_are_said_where_no_layout_is_asked_for(
+    model: tuple[LlamaForCausalLM, Path], tmp_path: Path, wconv: Any
+) -> None:
+    to_meta(model[1], tmp_path / "meta")
+    source = tmp_path / "meta" / "consolidated.safetensors"
+    told = wconv("recast", source, "--dtype", "bf16", "-o", tmp_path / "b.safetensors").stdout
+    assert "its names are Meta's: 'wconv to-safetensors --layout transformers' gives it those of transformers" in told
+
+
 def test_tied_embeddings_are_the_head_too(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=8,

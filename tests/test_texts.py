@@ -276,6 +276,7 @@ PIPELINE = {
 }
 UNET = {
     "in_channels": 4, "out_channels": 4, "block_out_channels": [8], "layers_per_block": 1, "cross_attention_dim": 6,
+    "up_block_types": ["UpBlock2D"],
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "model_index.json": PIPELINE,
@@ -291,6 +292,7 @@ CHECKPOINT = {
     "model.diffusion_model.input_blocks.0.0.weight": [8, 4, 3, 3],
     "model.diffusion_model.out.2.weight": [4, 8, 3, 3],
     "model.diffusion_model.input_blocks.1.0.out_layers.3.weight": [8, 8, 3, 3],
+    "model.diffusion_model.output_blocks.1.0.out_layers.3.weight": [8, 8, 3, 3],
     "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": [8, 6],
     "first_stage_model.encoder.conv_in.weight": [8, 3, 3, 3],
     "first_stage_model.decoder.conv_out.weight": [3, 8, 3, 3],

@@ -54,6 +54,15 @@ class _Commands(click.Group):
         command.short_help = COMMANDS[cmd_name]  # what a shell shows when it completes a name
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            from converter.cli.guesses import guess_command
+
+            ctx.fail(f"No such command {args[0]!r}.{guess_command(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -80,10 +89,22 @@ def main(args: Sequence[str] | None = None) -> int:
         _complain("Interrupted.")
         return EXIT_INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        (_guess_option(error) if isinstance(error, click.NoSuchOption) else error).show()
         return 2
     except Exception as error:
         return tell_error(error)
+
+
+def _guess_option(error: click.NoSuchOption) -> click.ClickException:
+    """Name in an error what a command calls an option that it has not, where that is known."""
+    if error.ctx is None:
+        return error
+    from converter.cli.guesses import guess_option
+
+    options = [name for param in error.ctx.command.params for name in param.opts if name.startswith("-")]
+    arguments = [str(param.metavar) for param in error.ctx.command.params if isinstance(param, click.Argument)]
+    meant = guess_option(error.option_name, options, arguments)
+    return click.UsageError(f"No such option {error.option_name!r}.{meant}", error.ctx) if meant else error
 
 
 def tell_error(error: Exception) -> int:

@@ -37,8 +37,8 @@ def command(source: Place, to: str, **options: Any) -> None:
     program has them. What is no plain LoRA, such as DoRA or LoHa, is refused.
 
     \b
-    wconv convert-lora style.safetensors --to diffusers -o style-diffusers.safetensors
-    wconv convert-lora pytorch_lora_weights.safetensors --to kohya -o style.safetensors   for A1111, ComfyUI
+    wconv convert-lora civitai.safetensors --to diffusers -o lora.safetensors
+    wconv convert-lora lora.safetensors --to kohya -o for-comfyui.safetensors
     wconv convert-lora ./my-peft-lora --to diffusers -o ./lora
     """
     from functools import partial

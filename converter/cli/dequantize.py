@@ -44,7 +44,7 @@ def command(sources: tuple[Place, ...], **options: Any) -> int:
     and counted.
 
     \b
-    wconv dequantize ./DeepSeek-V3 -o ./DeepSeek-V3-bf16   as its config.json names it: bf16
+    wconv dequantize ./DeepSeek-V3 -o ./DeepSeek-V3-bf16
     wconv dequantize ./model-int8 -o ./model-fp16 --dtype fp16
     wconv dequantize flux-fp8.safetensors -o flux-bf16.safetensors
     """

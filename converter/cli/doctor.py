@@ -43,8 +43,8 @@ def command(source: Place, fix: bool, undo: bool, purge: bool, **options: Any) -
     Reads names, indexes and headers. Exit code 1 if there are errors or warnings, or if a loader that is shown fails.
 
     \b
-    wconv doctor ./model --loader diffusers --variant fp16     which files would be opened?
-    wconv doctor ./model --fix --dry-run                       how can it be mended?
+    wconv doctor ./model --loader diffusers --variant fp16    which files?
+    wconv doctor ./model --fix --dry-run                      what mends it?
     """
     from converter.cli import doctor_modes
 

@@ -127,6 +127,7 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
     from converter.models.names import fold_modules
     from converter.tensors.base import find_ties
     from converter.transforms.quantize.stock import take_stock
+    from converter.transforms.single_file.families import name_kind
 
     tensors = checkpoint.tensors
     adapter = _describe_adapter(component, checkpoint)
@@ -145,6 +146,9 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
         ],
         "globals": {name: how for file in checkpoint.files for name, how in file.foreign.items()},
     }
+    layout = "" if component.class_name or adapter else name_kind(checkpoint)
+    if layout:
+        content["layout"] = layout
     if adapter:
         content["adapter"] = {name: value for name, value in adapter._asdict().items() if name != "problems"}
     if stock.shares:
@@ -264,9 +268,11 @@ def _show_adapter(described: dict[str, Any]) -> None:
     adapter = described.get("adapter")
     if not adapter:
         return
+    from converter.errors import spell_count
+
     base = f" for {adapter['base']}" if adapter["base"] else ""
     parts = ", ".join(f"{count:,} of {part}" for part, count in adapter["parts"].items())
-    modules = f"{adapter['modules']:,} modules{f' ({parts})' if len(adapter['parts']) > 1 else ''}"
+    modules = f"{spell_count(adapter['modules'], 'module')}{f' ({parts})' if len(adapter['parts']) > 1 else ''}"
     sizes = [f"{name} {_show_counts(adapter[key])}" for name, key in (("rank", "ranks"), ("alpha", "alphas"))]
     of = f" of {described['component']}" if described["component"] else ""
     told = f"{adapter['method']}{base}, in the names of {_FORMS[adapter['form']]}: {modules}, {', '.join(sizes)}"
@@ -281,6 +287,8 @@ def _show_counts(counts: dict[float, int]) -> str:
 
 
 def _show_remarks(described: dict[str, Any]) -> None:
+    if "layout" in described:
+        echo(printable(f"layout: {described['layout']}, as its trainer names them"))
     _show_adapter(described)
     _show_quantized(described)
     for dropped, kept in described["tied"].items():

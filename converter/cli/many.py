@@ -121,6 +121,8 @@ def _outputs_of(sources: Sequence[Place], options: Options, form: Format | None)
         jobs.append((source, output / name if output is not None and is_folder else output))
     if output is None:
         _refuse_nested(seen)
+    else:
+        _refuse_inside(output, seen)
     return jobs
 
 
@@ -138,6 +140,16 @@ def _file_of(source: Place, form: Format | None, is_tagged: bool) -> str:
     parsed = parse_name(source.name)
     name = (parsed.name if parsed else name_of_other(source.name)).in_format(form)
     return replace(name, variant=None if is_tagged else name.variant).single
+
+
+def _refuse_inside(output: Place, places: Mapping[str, Place]) -> None:
+    """Raise BadRequest for an output in a source, as the globbed names beside it may give: others would change that."""
+    real = output.real()
+    for folder in (real, *real.parents):
+        source = places.get(str(folder))
+        if source is not None:
+            what = "is" if folder == real else "lies in"
+            raise BadRequest(output, f"{what} {source}, which is a source", "Name a folder elsewhere, or leave it out.")
 
 
 def _refuse_nested(places: Mapping[str, Place]) -> None:

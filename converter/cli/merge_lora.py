@@ -64,8 +64,9 @@ def command(source: Place, adapters: tuple[Asked, ...], **options: Any) -> None:
 
     \b
     wconv merge-lora ./Llama-3-8B ./my-adapter -o ./Llama-3-8B-mine
-    wconv merge-lora ./sdxl style.safetensors:0.8 detail.safetensors:0.5 -o ./sdxl-styled
-    wconv merge-lora hf://owner/base hf://owner/adapter -o s3://bucket/merged --dtype bf16
+    wconv merge-lora ./sdxl a.safetensors:0.8 b.safetensors:0.5 -o ./sdxl-ab
+    wconv merge-lora model.safetensors a.safetensors -o model-a.safetensors
+    wconv merge-lora hf://owner/base hf://owner/adapter -o s3://bucket/merged
     """
     from converter.cli.convert import open_run, run_prepared, take_run
     from converter.recipes.merge_lora import plan_merged

@@ -112,7 +112,7 @@ def command(
     wconv quantize ./model -o ./model-int8
     wconv quantize ./model -o ./model-nf4 --scheme nf4
     wconv quantize flux.safetensors -o flux-fp8.safetensors --scheme fp8-scaled
-    wconv quantize ./sana -o ./sana-int8 --dtype bf16      the rest of all parts in bf16
+    wconv quantize ./sana -o ./sana-int8 --dtype bf16    all the rest in bf16
     wconv quantize ./model -o ./model-int8 --skip 'layers\\.0\\.'
     """
     from functools import partial

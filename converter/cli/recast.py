@@ -27,9 +27,9 @@ def command(sources: tuple[Place, ...], **options: Any) -> int:
     SRC and OUT may be URLs, such as hf://owner/name or s3://bucket/folder.
 
     \b
-    wconv recast ./model --dtype bf16                      add a bf16 variant
-    wconv recast ./model --dtype fp16 -o ./small           a new folder with that alone
-    wconv recast ./model --dtype bf16 --variant none -o ./small    the same under plain names
+    wconv recast ./model --dtype bf16               add a bf16 variant
+    wconv recast ./model --dtype fp16 -o ./small    a new folder with that alone
+    wconv recast ./model --dtype bf16 --variant none -o ./small  plain names
     """
     from converter.cli.many import run_conversions
 

@@ -13,6 +13,7 @@ from converter.recipes.loading import loading_lines
 from converter.run.execute import Result
 from converter.run.parts import name_counts
 from converter.run.upload import Traffic
+from converter.storage import Place
 
 _LISTED = 20  # of the tensors that are kept; of more those are one that differ in numbers alone
 _NAMED = 5  # of what is carried over; -v lists all
@@ -118,7 +119,7 @@ def show_result(result: Result, peak_nbytes: int, verbose: bool, is_alone: bool 
         echo("An earlier run had been stopped while it published its files; that is finished now.")
         return
     if not plan.sets or plan.is_there:
-        echo(printable(f"Up to date: {plan.target.folder} is as it would be."))
+        echo(printable(f"Up to date: {_written_to(plan)} is as it would be."))
         return
     show_commits(plan.source.path)
     show_table(("component", "source", "", "output", "tensors", "size"), map(_row_of, plan.sets))
@@ -167,8 +168,10 @@ def _show_next(plan: Plan, told: str) -> None:
 def _row_of(planned: PlannedSet) -> tuple[str, ...]:
     output = f"{len(planned.files)} files" if len(planned.files) > 1 else planned.name.single
     count = f"{planned.tensor_count:,}" if planned.tensor_count else ""
-    source = planned.source.label
-    return planned.component or ".", source, "->", output, count, show_bytes(planned.nbytes)
+    source = planned.source
+    is_one = source.index_name or source.is_of_many or len(source.file_names) == 1
+    read = source.label if is_one else f"{len(source.file_names)} files"
+    return planned.component or ".", read, "->", output, count, show_bytes(planned.nbytes)
 
 
 def _carried(plan: Plan) -> str:
@@ -192,9 +195,15 @@ def _how_it_went(result: Result, peak_nbytes: int) -> str:
     kept = f", kept {show_bytes(linked)} as they were" if linked else ""
     checked = ", every value compared with the source" if result.verified else ""
     return (
-        f"Wrote {show_bytes(written)} to {result.plan.target.folder}{kept} in {result.seconds:.1f} s ({rate}/s) "
+        f"Wrote {show_bytes(written)} to {_written_to(result.plan)}{kept} in {result.seconds:.1f} s ({rate}/s) "
         f"with {show_bytes(peak_nbytes)} of memory{checked}."
     )
+
+
+def _written_to(plan: Plan) -> Place:
+    """Give where output lies: the folder, or the one file if nothing else comes of a file."""
+    names = [*(file.path for file in plan.files), *(name for name, _ in (*plan.texts, *plan.copied))]
+    return plan.target.folder / names[0] if plan.source.kind == "file" and len(names) == 1 else plan.target.folder
 
 
 def _show_renamed(plan: Plan, most: int | None) -> None:
@@ -204,10 +213,12 @@ def _show_renamed(plan: Plan, most: int | None) -> None:
             continue
         pairs = [f"{old} -> {new}" for old, new in planned.renamed.items()]
         told = pairs if most is None else list(fold_modules(pairs)) if most else []
-        hint = " (-v lists them)" if len(told[:most]) < len(told) or most == 0 else ""
+        hint = " (-v lists them)" if most == 0 else ""
         echo(printable(f"Renamed in {planned.source.label}: {_tensors(len(pairs))}{hint}"))
         for line in told[:most]:
             echo(printable(f"    {line}"))
+        if most and len(told) > most:
+            echo(f"    and {len(told) - most:,} more (-v lists them)")
 
 
 def _tensors(count: int) -> str:

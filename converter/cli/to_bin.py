@@ -22,7 +22,7 @@ def command(sources: tuple[Place, ...], **options: Any) -> int:
 
     \b
     wconv to-bin ./model -o ./for-an-old-tool
-    wconv to-bin ./model/unet --max-shard-size none    one file: no Diffusers pipeline loads sharded .bin
+    wconv to-bin ./model/unet --max-shard-size none    Diffusers: no shards
     """
     from converter.cli.many import run_conversions
 

@@ -24,11 +24,13 @@ def command(sources: tuple[Place, ...], **options: Any) -> int:
     and SRC https://. The source stays as it is, names of tensors and values too. Nothing in a pickle is run.
 
     \b
-    wconv to-safetensors ./model                    add safetensors files beside the .bin ones
-    wconv to-safetensors ./model -o ./converted     a new folder, with configs and tokenizers
+    wconv to-safetensors ./model                 beside the .bin files
+    wconv to-safetensors ./model -o ./converted  a new folder, with configs
     wconv to-safetensors ./model --max-shard-size none   one file a component
-    wconv to-safetensors ./checkpoint-500 -o ./converted --dtype bf16 --config ./base-model   of a training run
-    wconv to-safetensors hf://org/model -o s3://bucket/model   with no disk between
+    wconv to-safetensors ./checkpoint-500 -o ./converted --config ./base-model
+    wconv to-safetensors hf://org/model -o s3://bucket/model
+    wconv to-safetensors ./fused -o ./for-vllm --experts separate
+    wconv to-safetensors last.pt -o model.safetensors --strip-prefix model.
     """
     from converter.cli.many import run_conversions
 

@@ -38,7 +38,7 @@ def command(source: Place, output: Place, without: tuple[str, ...], **options: A
 
     \b
     wconv to-single-file ./model -o model.safetensors
-    wconv to-single-file ./model --from-variant fp16 --without vae -o model.safetensors
+    wconv to-single-file ./model --dtype fp16 --without vae -o m.safetensors
     wconv to-single-file ./model/unet --dtype fp16 -o unet.safetensors
     """
     from functools import partial

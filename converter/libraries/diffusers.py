@@ -7,7 +7,7 @@ for a single file, and read no shards of pickles.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from converter.libraries import keep_fp32
@@ -100,7 +100,9 @@ class Diffusers(Library):
         if not self._loads_whole(written):
             return []
         arguments = ("DiffusionPipeline", self.quantized_dtype, "balanced")
-        return from_pretrained(written, written.sets, written.folder, self.package, *arguments)
+        passed = written.source.passed
+        lines = from_pretrained(written, written.sets, written.folder, self.package, *arguments, passed=passed)
+        return [*_say_passed(passed), *lines]
 
     def _loads_whole(self, written: Written) -> bool:
         """Say whether the pipeline's loader takes what is written, and not another form of it that lies beside it.
@@ -123,9 +125,18 @@ class Diffusers(Library):
         return super().load_set(written, one)
 
 
-def load_single_file(class_name: str, path: Path) -> list[str]:
-    """Give the Python lines that load a single file with one of its classes."""
-    return [f"from diffusers import {class_name}", f"{class_name}.from_single_file({str(path)!r})"]
+def load_single_file(class_name: str, path: Path, passed: Mapping[str, str]) -> list[str]:
+    """Give the Python lines that load a single file with one of its classes, with what that has to be given."""
+    arguments = ", ".join([repr(str(path)), *(f"{name}={value}" for name, value in passed.items())])
+    return [
+        *_say_passed(passed), f"from diffusers import {class_name}", f"{class_name}.from_single_file({arguments})"
+    ]  # fmt: skip
+
+
+def _say_passed(passed: Mapping[str, str]) -> list[str]:
+    """Say in a comment what names stand for that the reader has to fill in."""
+    models = [name for name, value in passed.items() if value == name]
+    return [f"# {' and '.join(models)}: of the pipeline that it is for"] if models else []
 
 
 DIFFUSERS = Diffusers()

@@ -7,8 +7,9 @@ lies in the folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from converter.dtypes import DType
@@ -67,8 +68,11 @@ def from_pretrained(
     class_name: str,
     quantized_dtype: str = "",
     device_map: str = "auto",
+    passed: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """Load sets of a folder with a class; what is quantized needs a ``device_map``, and ``quantized_dtype`` if any.
+
+    ``passed`` are parts that are not there, and what the class is given for them.
 
     ``torch_dtype`` is known to every version of both libraries; the newest ones say that ``dtype`` is to replace it.
     """
@@ -85,6 +89,7 @@ def from_pretrained(
         arguments.append(f"torch_dtype=torch.{dtype}")
     if is_quantized:
         arguments.append(f'device_map="{device_map}"')
+    arguments += (f"{name}={value}" for name, value in passed.items())
     imports = ["import torch"] if dtype else []
     return [*imports, f"from {module} import {class_name}", f"{class_name}.from_pretrained({', '.join(arguments)})"]
 

@@ -385,7 +385,7 @@ def _wrong_numbers(where: Any, said: Mapping[str, Any]) -> Iterator[WconvError]:
         if key in said and not check(said[key]):
             yield BadFile(where, f"says {key} = {str(said[key])[:60]}, which is none")
         if not isinstance(patterns, dict):
-            yield BadFile(where, f"says a {pattern} that is no JSON object")
+            yield BadFile(where, f"says {pattern} = {str(patterns)[:60]}, which is no JSON object")
             continue
         for module, value in patterns.items():
             if not check(value):
@@ -393,7 +393,7 @@ def _wrong_numbers(where: Any, said: Mapping[str, Any]) -> Iterator[WconvError]:
                 break
             if not re.fullmatch(r"\^?[\w.\-]+", module.replace("\\.", ".")):
                 advice = "wconv reads such a pattern only where it is the path of a module."
-                yield Unsupported(where, f"says a {pattern} of a regular expression, {module[:200]!r}", advice)
+                yield Unsupported(where, f"says {pattern} of a regular expression, {module[:200]!r}", advice)
                 break
 
 
@@ -405,16 +405,11 @@ def _is_alpha(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9  # and no NaN
 
 
-def path_of(pair: Pair, part: str) -> str:
-    """Give the path of a pair's module in the part of a pipeline that its name begins with, if it does."""
-    return pair.module.removeprefix(f"{part}.") if part else pair.module
-
-
 def read_alphas(adapter: Adapter) -> dict[str, float]:
     """Give the alpha of each pair, by module: its scale is alpha / rank. Reads the few bytes of those that are tensors.
 
     A pair without any has its rank. Raises BadFile for one that is no finite number, or where a config says another
-    rank than a pair has.
+    rank than a pair has, or numbers that are none.
     """
     held = [pair for pair in adapter.pairs if pair.alpha is not None]
     alphas = _read_tensors(adapter, held)
@@ -444,13 +439,16 @@ def _read_tensors(adapter: Adapter, held: Iterable[Pair]) -> dict[str, float]:
 def _finder(adapter: Adapter) -> Callable[[Pair], float]:
     """Give what says the alpha of a pair by the config of its adapter, as PEFT's ``update_layer`` has it.
 
-    A pattern is the whole path of a module, or the end of one; the first that fits speaks (``get_pattern_key`` in
-    ``peft/utils/other.py``).
+    A pattern is the whole path of a module, or the end of one, and a dot in it any character, if no ``\\`` is before
+    it; the first that fits speaks (``get_pattern_key`` in ``peft/utils/other.py``).
     """
     prefixes = _parts_noted(adapter)
     parts = {
         prefix: adapter.config if adapter.form == "peft" else _under(adapter.config, prefix) for prefix in prefixes
     }
+    for said in parts.values():
+        for error in _wrong_numbers(adapter.where, said):
+            raise error
     looks = {
         prefix: (_by_path(said.get("rank_pattern") or {}), _by_path(said.get("alpha_pattern") or {}))
         for prefix, said in parts.items()
@@ -461,7 +459,7 @@ def _finder(adapter: Adapter) -> Callable[[Pair], float]:
         said = parts.get(prefix, {})
         if not said:
             return float(pair.rank)
-        path = path_of(pair, prefix)
+        path = pair.module.removeprefix(f"{prefix}.")
         ranks, alphas = looks[prefix]
         rank = ranks(path, said.get("r", 8))
         if rank != pair.rank:
@@ -473,15 +471,27 @@ def _finder(adapter: Adapter) -> Callable[[Pair], float]:
 
 
 def _by_path(patterns: Mapping[str, Any]) -> Callable[[str, Any], Any]:
-    """Give what looks a module's path up among patterns, each of which is a path, whole (``^``) or its end."""
-    order: dict[str, tuple[int, Any]] = {}
+    """Give what looks a module's path up among patterns, each of which is a path, whole (``^``) or its end.
+
+    They are found by their letters and digits alone, and then held against the path.
+    """
+    places: dict[str, list[tuple[int, str, Any]]] = {}
     for place, (pattern, value) in enumerate(patterns.items()):
-        order.setdefault(pattern.replace("\\.", "."), (place, value))
+        places.setdefault(_plain(pattern.removeprefix("^")), []).append((place, pattern, value))
 
     def look(path: str, default: Any) -> Any:
         words = path.split(".")
-        ends = (".".join(words[at:]) for at in range(len(words)))
-        found = [order[key] for key in (f"^{path}", *ends) if key in order]
+        found = [
+            (place, value)
+            for end in (".".join(words[at:]) for at in range(len(words)))
+            for place, pattern, value in places.get(_plain(end), ())
+            if re.fullmatch(pattern.removeprefix("^"), end) and (end == path or not pattern.startswith("^"))
+        ]
         return min(found, key=lambda one: one[0])[1] if found else default
 
     return look
+
+
+def _plain(path: str) -> str:
+    """Give the letters and digits of a path, or of a pattern of one."""
+    return re.sub(r"[\W_]", "", path)

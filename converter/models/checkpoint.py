@@ -59,10 +59,10 @@ class Checkpoint:
 
     @property
     def ties(self) -> dict[str, str]:
-        """The notes that name a tensor: what stands under each name that was left out."""
+        """The notes that name a tensor: what stands under each name that was left out, and is no tensor's own."""
         notes = self.metadata
         names = {info.name for info in self.tensors} if notes else set()
-        return {name: kept for name, kept in notes.items() if kept in names and name != "format"}
+        return {name: kept for name, kept in notes.items() if kept in names and name not in names and name != "format"}
 
 
 def open_checkpoint(source: Given | WeightSet, reading: Reading = PLAIN) -> Checkpoint:

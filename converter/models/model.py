@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from converter.errors import BadFile, Unreachable, WconvError, name_some
@@ -20,6 +20,7 @@ _MAX_LOOKED_AT = 200  # folders of one folder; to look at each takes a moment, a
 class Model:
     """A folder of weights, or one set in it (``kind`` is then ``file`` and ``path`` what was named).
 
+    ``passed`` are the parts that its class has to be given, as it is not there, each with what it is given in Python.
     ``real`` is the real path of ``root`` when it was looked at.
     """
 
@@ -28,6 +29,7 @@ class Model:
     kind: Kind
     components: tuple[Component, ...]
     class_name: str = ""
+    passed: Mapping[str, str] = field(default_factory=dict)
     real: Place = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

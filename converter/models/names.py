@@ -13,7 +13,7 @@ Read as well, never written: ``model-00001-of-00002.fp16.safetensors`` and ``mod
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -258,14 +258,22 @@ def fold_modules(names: Iterable[str]) -> dict[str, list[str]]:
 
     >>> fold_modules(["a.0.b", "a.1.b", "a.2.b", "c.0", "c.1"])
     {'a.*.b (3)': ['a.0.b', 'a.1.b', 'a.2.b'], 'c.0': ['c.0'], 'c.1': ['c.1']}
+    >>> list(fold_modules(["h.0.ln_1", "h.1.ln_1", "h.2.ln_1"]))
+    ['h.*.ln_1 (3)']
     """
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(_NUMBER.sub("*", name), []).append(name)
     folded: dict[str, list[str]] = {}
-    for pattern, same in alike.items():
-        folded |= {f"{pattern} ({len(same):,})": same} if len(same) > 2 else {name: [name] for name in same}
+    for same in alike.values():
+        folded |= {f"{_starred(same)} ({len(same):,})": same} if len(same) > 2 else {name: [name] for name in same}
     return folded
+
+
+def _starred(same: Sequence[str]) -> str:
+    """Write names that differ in numbers alone as one, with a star for each number that is not the same in all."""
+    columns = iter([set(column) for column in zip(*map(_NUMBER.findall, same), strict=True)])
+    return _NUMBER.sub(lambda found: found[0] if len(next(columns)) == 1 else "*", same[0])
 
 
 def is_other_runtime(name: str) -> bool:

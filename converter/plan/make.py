@@ -168,7 +168,9 @@ def _check_collisions(model: Model, sets: Sequence[PlannedSet]) -> None:
         if first is not planned:
             names = f"{first.source.path.name} and {planned.source.path.name}"
             problem = f"{names} would both become {planned.name.single}"
-            raise BadRequest(model.path, problem, "Choose one with --from-variant.")
+            are_variants = first.source.name.variant != planned.source.name.variant
+            advice = "Choose one with --from-variant." if are_variants else "Convert one of them: name its file."
+            raise BadRequest(model.path, problem, advice)
 
 
 def _find_replaced(existing: _Existing, sets: Sequence[PlannedSet], publishing: Publishing) -> Iterator[str]:
@@ -177,7 +179,7 @@ def _find_replaced(existing: _Existing, sets: Sequence[PlannedSet], publishing: 
         for old in existing.get((planned.component, planned.name), ()):
             if not (publishing.overwrite or (publishing.in_place and old == planned.source)):
                 refused = OutputRefused if old == planned.source else OutputExists
-                raise refused(old.path, "exists", "Use --overwrite to replace it, or -o for a new folder.")
+                raise refused(old.path, "exists", "Use --overwrite to replace it, or -o for another place.")
             yield from (join(planned.component, name) for name in old.all_names)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from converter.errors import BadRequest, Unsupported
+from converter.errors import BadRequest, Unsupported, spell_count
 from converter.models.adapters import ADAPTER_CONFIG, Adapter, find_adapter, open_adapter_config
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet
@@ -63,9 +63,8 @@ def plan_lora(request: Request, to: str) -> Plan:
 
 def _describe(changes: Changes, to: str) -> str:
     what = describe_base(changes.adapter, changes)
-    return (
-        f"a LoRA{f' for {what}' if what else ''} of {len(changes.all):,} modules, from {changes.adapter.form} to {to}"
-    )
+    modules = spell_count(len(changes.all), "module")
+    return f"a LoRA{f' for {what}' if what else ''} of {modules}, from {changes.adapter.form} to {to}"
 
 
 def _open_adapters(source: Place) -> list[tuple[Component, Adapter, str]]:

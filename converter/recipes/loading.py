@@ -21,7 +21,7 @@ def loading_lines(plan: Plan) -> list[str]:
         return []
     if plan.source.kind == "file" and plan.source.class_name and not plan.target.folder.store.is_far:
         [file] = plan.files
-        return load_single_file(plan.source.class_name, folder / file.path)
+        return load_single_file(plan.source.class_name, folder / file.path, plan.source.passed)
     loader = loader_of(plan.source)
     sets = tuple(_describe(plan, planned) for planned in plan.sets)
     is_variantless = bool(loader.no_variants(plan.source))

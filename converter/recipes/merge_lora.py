@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from converter.errors import BadRequest, Unsupported, WconvError, name_some
+from converter.errors import BadRequest, Unsupported, WconvError, name_some, spell_count
 from converter.models.adapters import ADAPTER_CONFIG, open_adapter_config
 from converter.models.checkpoint import Checkpoint, open_checkpoint
 from converter.models.component import Component, WeightSet, has_quantization
@@ -29,6 +29,7 @@ from converter.transforms.merge.targets import Merge, Opened, Untied, Weighted, 
 
 MAX_ADAPTERS = 64
 _NAMED = 6
+_ONE_FILE = "The base comes first, and then its adapters: name the file of the adapter."
 # The parts of a pipeline that adapters are for.
 _PARTS = re.compile(r"(transformer|unet|prior|text_encoder)(_\d+)?")
 
@@ -109,12 +110,12 @@ def _open_adapter(one: Asked) -> Weighted:
     model = open_model(snapshot_of(one.place.pinned()))
     if len(model.components) != 1:
         names = name_some([component.name for component in model.components], _NAMED)
-        raise BadRequest(one.place, f"holds several sets of weights ({names})", "Name the file of the adapter.")
+        raise BadRequest(one.place, f"holds several sets of weights ({names})", _ONE_FILE)
     sets = select_sets(model, Selection(every_variant=False), Naming("safetensors", None))
     sets = [one for one in sets if one[1].name.stem in STEMS["peft"].values()] or sets  # it may lie beside its base
     if len(sets) != 1:
         labels = name_some([weight_set.label for _, weight_set in sets], _NAMED)
-        raise BadRequest(one.place, f"holds several sets of weights ({labels})", "Name the file of the adapter.")
+        raise BadRequest(one.place, f"holds several sets of weights ({labels})", _ONE_FILE)
     [(component, weight_set)] = sets
     label = one.place.name or str(one.place)
     return take_adapter(open_checkpoint(weight_set), open_adapter_config(component), one.weight, label)
@@ -199,15 +200,13 @@ def _tell(weighted: Sequence[Weighted], merges: Mapping[str, Mapping[str, Merge]
             told.append(f"{one.label} has the weight 0: nothing of it is merged")
             continue
         ranks = name_some(list(one.adapter.ranks), 3)
-        told.append(f"merged: {one.label}, weight {one.weight:g}, rank {ranks}, {_count(len(one.scales), 'module')}")
+        told.append(
+            f"merged: {one.label}, weight {one.weight:g}, rank {ranks}, {spell_count(len(one.scales), 'module')}"
+        )
         if one.replaced:
             told.append(f"taken from {one.label} as they are: {name_some(sorted(one.replaced), _NAMED)}")
     for component, mine in merges.items():
         where = f"{component}: " if component else ""
         names = name_some(list(fold_modules(mine)), _NAMED)
-        told.append(f"{where}changed {_count(len(mine), 'tensor')}: {names}")
+        told.append(f"{where}changed {spell_count(len(mine), 'tensor')}: {names}")
     return told
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"

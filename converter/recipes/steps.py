@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from converter.recipes.request import Request, names_file
 from converter.run.staging import find_strangers
 from converter.storage import FileRef, Place
 from converter.storage.far import CommittedStore
-from converter.tensors.base import Tensor, find_ties
+from converter.tensors.base import Tensor, WeightsFile, find_ties
 from converter.transforms.dtype import Casting, check_names, recast
 from converter.transforms.layouts.arrange import with_layout
 from converter.transforms.names import TensorNames, name_sets, rename_tensors
@@ -163,16 +163,26 @@ def _only_set(model: Model, request: Request, output: Place) -> tuple[Model, Req
     """
     selected = select_sets(model, request.selection, request.writing.naming, request.publishing.keeps_output_last)
     if len(selected) > 1:
-        names = sorted({component.name for component, _ in selected})
-        option = "--component" if len(names) > 1 else "--from-variant"
-        choice = names if len(names) > 1 else [one.name.variant or "none" for _, one in selected]
-        advice = f"Choose with {option} ({name_some(choice, _MOST_NAMED)}), or name a folder for the output."
-        what = "components" if len(names) > 1 else "variants"
-        raise BadRequest(output, f"is one file, and {model.path} has weights of {len(choice)} {what}", advice)
+        raise BadRequest(output, *_why_not_one(model, selected))
     [(component, weight_set)] = selected
     component = replace(component, name="", weight_sets=(weight_set,))
-    alone = Model(model.path, component.path, "file", (component,), model.class_name)
+    alone = Model(model.path, component.path, "file", (component,))
     return alone, replace(request, selection=replace(request.selection, components=()))
+
+
+def _why_not_one(model: Model, selected: _Selected) -> tuple[str, str]:
+    """Say that there are several sets, and how one is chosen: by its component, its variant, or its file."""
+    components = sorted({component.name for component, _ in selected})
+    variants = [one.name.variant or "none" for _, one in selected]
+    files = [str(one.path) for _, one in selected]
+    if len(components) > 1:
+        choice, what, how = components, "components", "Choose with --component"
+    elif len(set(variants)) == len(variants):
+        choice, what, how = variants, "variants", "Choose with --from-variant"
+    else:  # as model.safetensors and consolidated.safetensors
+        choice, what, how = files, "names", "Name one of them as the source"
+    problem = f"is one file, and {model.path} has weights of {len(choice)} {what}"
+    return problem, f"{how} ({name_some(choice, _MOST_NAMED)}), or name a folder for the output."
 
 
 def _note_left(model: Model) -> list[str]:
@@ -297,19 +307,24 @@ def _find_ties(
     choice = None if isinstance(tied, TiedName) else tied
     if isinstance(tied, TiedName):
         checkpoint = _under_name(checkpoint, tied.name)
+    if choice == "duplicate":
+        return _under_all_names(checkpoint), {}
     same = find_ties(checkpoint.tensors)
     if isinstance(tied, TiedName) and tied.name in {*same, *same.values()}:
         kept, first, choice = tied.name, same.get(tied.name, tied.name), "first"
         same = {first: kept, **{one: kept if of == first else of for one, of in same.items()}}
         del same[kept]
     if name.format == "torch":
-        names = {tensor.name for tensor in checkpoint.tensors}
-        recorded = {dropped: of for dropped, of in checkpoint.ties.items() if dropped not in names}
-        return checkpoint, {} if choice == "duplicate" else {**same, **recorded}
+        return checkpoint, {**same, **checkpoint.ties}
     ties = same if (choice or library_of(component).ties(component, name)) == "first" else {}
+    _refuse_format(checkpoint, ties)
+    return checkpoint, ties
+
+
+def _refuse_format(checkpoint: Checkpoint, ties: Container[str]) -> None:
+    """Raise Unsupported for a name in a note on ties that is the one of another note."""
     if "format" in ties:
         raise Unsupported(checkpoint.weight_set.path, "has a tied tensor named 'format'", "Use --tied duplicate.")
-    return checkpoint, ties
 
 
 def _under_name(checkpoint: Checkpoint, kept: str) -> Checkpoint:
@@ -318,10 +333,28 @@ def _under_name(checkpoint: Checkpoint, kept: str) -> Checkpoint:
     if kept not in ties:
         return checkpoint
     of = ties[kept]
+    _refuse_format(checkpoint, (of,))
     names = {name: name for name in (*(tensor.name for tensor in checkpoint.tensors), *ties)}
     origins = {new: old for old, new in checkpoint.renamed.items()}
     swapped = rename_tensors(checkpoint, {**names, of: kept, kept: of})
     return replace(swapped, renamed={**checkpoint.renamed, origins.get(of, of): kept})
+
+
+def _under_all_names(checkpoint: Checkpoint) -> Checkpoint:
+    """Let a tensor that a header notes to have other names come under each of them."""
+    others: dict[str, list[str]] = {}
+    for name, of in checkpoint.ties.items():
+        others.setdefault(of, []).append(name)
+    if not others:
+        return checkpoint
+
+    def spelled_out(file: WeightsFile) -> WeightsFile:
+        tied = {name for names in others.values() for name in names}
+        notes = {key: note for key, note in file.metadata.items() if key not in tied}
+        tensors = (one._replace(name=name) for one in file.tensors for name in (one.name, *others.get(one.name, ())))
+        return replace(file, tensors=tuple(tensors), metadata=notes)
+
+    return replace(checkpoint, files=tuple(map(spelled_out, checkpoint.files)), is_renamed=True)
 
 
 def _check_growth(checkpoint: Checkpoint, ties: Mapping[str, str], expand: bool) -> tuple[str, ...]:
@@ -395,19 +428,25 @@ def _with_card(
 
 def _find_existing(target: Target, components: Iterable[Component]) -> dict[str, tuple[WeightSet, ...]]:
     folders = {component.name: target.folder / component.name for component in components}
-    return {name: find_weight_sets(folder) for name, folder in folders.items() if folder.is_folder()}
+    return {name: _sets_in(folder) for name, folder in folders.items() if folder.is_folder()}
+
+
+def _sets_in(folder: Place) -> tuple[WeightSet, ...]:
+    """List the sets in a folder, and with them what has the name of one and is no weight file, such as half of one."""
+    found = find_weight_sets(folder)
+    known = {name for weight_set in found for name in weight_set.all_names}
+    others = ((entry, parse_name(entry.name)) for entry in folder.entries() if entry.name not in known)
+    singles = ((entry, parsed.name) for entry, parsed in others if parsed and parsed.role == "single")
+    return (*found, *(WeightSet(folder, name, (entry.name,)) for entry, name in singles if entry.is_file()))
 
 
 def _check_named(plan: Plan, name: WeightsName, request: Request) -> None:
-    """Hold a plan for one named file against the name, and against what bears it and is no weight file."""
-    place = plan.target.folder / name.single
+    """Raise BadRequest for a plan of more than the one file that is named."""
     if len(plan.files) > 1:
         limit = request.writing.max_shard_size
         problem = f"is one file, and shards of at most {limit:,.0f} bytes are {len(plan.files)}"
-        raise BadRequest(place, problem, "Use --max-shard-size none, or name a folder.")
-    is_known = any(old.name == name for old in plan.target.existing.get("", ()))
-    if plan.sets and place.is_taken() and not (is_known or plan.overwrite):
-        raise OutputExists(place, "exists", "Use --overwrite to replace it, or another -o.")
+        advice = "Use --max-shard-size none, or name a folder."
+        raise BadRequest(plan.target.folder / name.single, problem, advice)
 
 
 def _refuse_beside(selected: _Selected, request: Request) -> None:

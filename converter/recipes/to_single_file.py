@@ -50,7 +50,7 @@ def plan_single_file(request: Request, without: Sequence[str] = ()) -> Plan:
     request = replace(request, source=snapshot_of(request.source))
     source = _look_at(request, without)
     whole = Component("", source.model.root, (), {})
-    model = Model(source.model.path, source.model.root, "file", (whole,), _class_of(source))
+    model = Model(source.model.path, source.model.root, "file", (whole,), _class_of(source), source.model.passed)
     assert request.output is not None
     target = open_target(model, request.output.parent, request.publishing.overwrite)
     job = Job(request, model, target, named, carries=False)
@@ -104,6 +104,9 @@ def _of_one(model: Model, without: Sequence[str]) -> _Source:
     component = model.components[0]
     found = part_of(component.class_name)
     if found is None or len(model.components) > 1:
+        if model.kind == "file":
+            problem = "is a file, and files are made of folders, whose configs say what is in them"
+            raise Unsupported(model.path, problem, "Name the folder of the pipeline, or of its model.")
         what = component.class_name or "model of a class that no config.json names"
         known = ", ".join(
             dict.fromkeys(name for one in FAMILIES for part in one.parts.values() for name in part.classes)
@@ -145,7 +148,11 @@ def _of_pipeline(model: Model, without: Sequence[str]) -> _Source:
         if name not in kept:
             notes.append(f"it has no {name}, nor has the file")
     left = [name for name in there if name in family.parts and name not in kept]
-    notes += (f"left out, as asked: {name}" for name in left if name in named)
+    asked = [name for name in left if name in named]
+    notes += (f"left out, as asked: {name}" for name in asked)
+    if asked and len(kept) > 1:
+        notes.append("a UI loads them from files of their own, and from_single_file has to be given them")
+        model = replace(model, passed=family.passed(asked))
     for name in kept:
         classes = family.parts[name].classes
         if named[name][1] not in classes:

@@ -36,6 +36,8 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # That of ``DataParallel``, ``DistributedDataParallel`` and DeepSpeed's engine; a model's own part may be called so.
 _DATA_PARALLEL = "module"
 _LISTED = "'wconv inspect --tensors' lists them."
+_PLAIN = "It is plain text, and no regular expression: --strip-prefix model."
+_APART = r"Keep them apart: --drop leaves one out, and NEW of --rename may have \1 for the first group of its REGEX."
 _TOGETHER = "Keep both, or drop both."
 _NAMED = 8  # of the tensors, or kinds of them, of which a note tells
 
@@ -115,7 +117,8 @@ def name_sets(
     for (_, before), checkpoint in zip(opened, picked, strict=True):
         if before.tensors and not checkpoint.tensors:
             problem = "would be left without tensors, as --only and --drop have it"
-            raise BadRequest(before.weight_set.path, problem, "--component names the parts that are meant.")
+            advice = "--component names the parts that are meant." if len(opened) > 1 else "Leave out fewer."
+            raise BadRequest(before.weight_set.path, problem, advice)
     pairs = zip(opened, picked, strict=True)
     changed = [asked.rename(component, checkpoint, unwraps) for (component, _), checkpoint in pairs]
     asked.refuse_unmatched(where, "--strip-prefix", "--rename")
@@ -152,7 +155,8 @@ class _Asked:
         for option in options:
             for _, text in self._unmatched[option]:
                 how = "begins with" if option == "--strip-prefix" else "holds"
-                raise BadRequest(where, f"has no tensor whose name {how} {text!r}, as {option} has it", _LISTED)
+                problem = f"has no tensor whose name {how} '{text}', as {option} has it"
+                raise BadRequest(where, problem, _PLAIN if option == "--strip-prefix" and text[0] == "^" else _LISTED)
 
     def pick(self, checkpoint: Checkpoint) -> Checkpoint:
         """Leave out what is not asked for. Where that goes, the first by name of what is tied to a tensor has it."""
@@ -194,7 +198,7 @@ class _Asked:
     def rename(self, component: Component, checkpoint: Checkpoint, unwraps: bool) -> Checkpoint:
         """Give tensors the names that are asked for, those that ``unwrap`` gives in between."""
         prefix = self._names.strip_prefix
-        if prefix and any(tensor.name.startswith(prefix) for tensor in checkpoint.tensors):
+        if prefix and any(name.startswith(prefix) for name in _all_names(checkpoint)):
             self._unmatched["--strip-prefix"].clear()
             checkpoint = strip_prefix(checkpoint, prefix)
         if unwraps:
@@ -202,8 +206,8 @@ class _Asked:
         if not (self._rules or self._names.add_prefix):
             return checkpoint
         path = checkpoint.weight_set.path
-        before = (*(tensor.name for tensor in checkpoint.tensors), *checkpoint.ties)
-        return _checked(checkpoint, {name: self._names.add_prefix + self._ruled(path, name) for name in before})
+        prefix = self._names.add_prefix
+        return _checked(checkpoint, {name: prefix + self._ruled(path, name) for name in _all_names(checkpoint)})
 
     def _ruled(self, path: Where, name: str) -> str:
         """Give the name that all rules make of one."""
@@ -245,11 +249,14 @@ def _replaced(pattern: re.Pattern[str], replacement: str, name: str) -> tuple[st
 def _with_some(
     file: WeightsFile, now: Mapping[str, str], ties: Mapping[str, str], tied: Container[str], gone: Container[str]
 ) -> WeightsFile:
-    """Give a file with the tensors that stay, by their names ``now``, and of the ``ties`` the names in ``tied``."""
+    """Give a file with the tensors that stay, by their names ``now``, and of the ``ties`` the names in ``tied``.
+
+    A note by the name of a tensor that has ``gone`` would tie that to another, and goes too.
+    """
     notes = {
         key: now[ties[key]] if key in ties else note
         for key, note in file.metadata.items()
-        if key not in ties or key in tied
+        if (key in tied if key in ties else not (key in gone and note in now))
     }
     if COMFY_NOTE in notes:
         notes[COMFY_NOTE] = note_without(notes[COMFY_NOTE], gone)
@@ -264,7 +271,7 @@ def _checked(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     for old, new in names.items():
         first = taken.setdefault(new, old)
         if first != old:
-            raise BadRequest(path, f"would have two tensors named {new!r}: {first!r} and {old!r}")
+            raise BadRequest(path, f"would have two tensors named {new!r}: {first!r} and {old!r}", _APART)
         if not new:
             raise BadRequest(path, f"would have the tensor {old!r} without a name")
         if len(new) > MAX_NAME:
@@ -307,15 +314,22 @@ def _check_quantized(component: Component, before: Checkpoint, after: Checkpoint
             raise BadRequest(path, f"would have the quantized weight {one.weight!r} as {new!r}, and not be known by it")
     for weight in known:
         raise BadRequest(path, f"would have a weight {weight!r} that seems to be quantized, and is not")
-    now = find_owners(still, (tensor.name for tensor in after.tensors))
     for part, weight in owners.items():
-        if part in new_names and now.get(new_names[part]) != new_names[weight]:
+        if part in new_names and new_names[part] != _beside(new_names[weight], weight, part):
             problem = f"would have {part!r} as {new_names[part]!r}, and not beside {new_names[weight]!r}"
             raise BadRequest(path, problem, "Rename both alike.")
     _check_noted(before, after, new_names)
     if any(old != new for old, new in new_names.items()) and _lists_modules(component):
         problem = "is quantized, and its config lists modules by the names that they have"
         raise BadRequest(path, problem, "Dequantize it first, or rename a file without that config.")
+
+
+def _beside(new: str, weight: str, part: str) -> str | None:
+    """Give the name of what stands beside a weight where that is ``new``: what differs in their names stays so."""
+    differs = (at for at, (one, other) in enumerate(zip(weight, part, strict=False)) if one != other)
+    same = next(differs, min(len(weight), len(part)))
+    own = weight[same:]
+    return new.removesuffix(own) + part[same:] if new.endswith(own) else None
 
 
 def _marked(found: Iterable[Quantized], names: Iterable[str], kept: Container[str]) -> Iterator[tuple[str, str]]:
@@ -367,11 +381,16 @@ def strip_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     Raises BadRequest where none has it, or for names that cannot be.
     """
     path = checkpoint.weight_set.path
-    before = [tensor.name for tensor in checkpoint.tensors]
+    before = _all_names(checkpoint)
     if not any(name.startswith(prefix) for name in before):
         problem = f"has no tensor whose name begins with {prefix!r}"
         raise BadRequest(path, problem, _LISTED)
-    return _checked(checkpoint, {name: name.removeprefix(prefix) for name in (*before, *checkpoint.ties)})
+    return _checked(checkpoint, {name: name.removeprefix(prefix) for name in before})
+
+
+def _all_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Give the names of all tensors, and those that are tied to one."""
+    return (*(tensor.name for tensor in checkpoint.tensors), *checkpoint.ties)
 
 
 def unwrap(checkpoint: Checkpoint, is_known: bool) -> Checkpoint:
@@ -441,11 +460,14 @@ def _note_wrappers(names: Sequence[str]) -> str:
 
 
 def rename_tensors(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
-    """Give all tensors other names, which must be different from each other, in the notes on ties too."""
+    """Give all tensors other names, which must be different from each other, in the notes on ties too.
+
+    A note that ties a name to a tensor, and is wrong since a tensor of that name is there, goes.
+    """
     ties = checkpoint.ties
 
     def rename(file: WeightsFile) -> WeightsFile:
-        notes = {key: note for key, note in file.metadata.items() if key not in ties}
+        notes = {key: note for key, note in file.metadata.items() if not (key in names and note in names)}
         notes |= {names.get(key, key): names[ties[key]] for key in file.metadata if key in ties}
         tensors = tuple(tensor._replace(name=names[tensor.name]) for tensor in file.tensors)
         return replace(file, tensors=tensors, metadata=notes)

@@ -84,7 +84,7 @@ def test_the_help_of_a_command_matches_the_list(name: Any, wconv: Callable[..., 
 def test_every_command_has_its_module_and_nothing_else() -> None:
     folder = Path(converter.cli.convert.__file__).parent
     modules = {path.stem for path in folder.glob("*.py")}
-    shared = {"__init__", "convert", "doctor_modes", "many", "options", "report", "terminal"}
+    shared = {"__init__", "convert", "doctor_modes", "guesses", "many", "options", "report", "terminal"}
     assert modules - shared == {name.replace("-", "_") for name in COMMANDS}
 
 
@@ -448,3 +448,23 @@ def test_too_little_address_space_is_one_line(tmp_path: Path) -> None:
         if done.returncode == 7:
             assert done.stderr.count("\n") == 1
             assert names_in(tmp_path) == ["model.bin"]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (("to-safetensor",), "'to-safetensors'"),
+        (("Merge_LoRA",), "'merge-lora'"),
+        (("rename",), "'to-safetensors --rename' or 'rename-variant'"),
+        (("to-single-file", "x", "--half"), "'--dtype fp16'"),
+        (("to-single-file", "x", "--no-vae"), "'--without vae'"),
+        (("merge-lora", "x", "y", "--scale", "2"), "'ADAPTER:WEIGHT'"),
+    ],
+)
+def test_what_is_guessed_is_answered(words: tuple[str, ...], meant: str, wconv: Callable[..., Any]) -> None:
+    assert f"Did you mean {meant}" in wconv(*words, exit_code=2).stderr
+
+
+def test_a_guess_names_only_what_there_is(wconv: Callable[..., Any]) -> None:
+    assert "--dtype" not in wconv("inspect", "--half", exit_code=2).stderr
+    assert "Did you mean" not in wconv("unheard-of", exit_code=2).stderr

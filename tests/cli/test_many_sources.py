@@ -94,6 +94,8 @@ def test_all_commands_that_write_weights_take_several(
         (("*.pth", "a.pt"), 3, "*.pth: does not exist. Check the path"),
         (("*.pth",), 3, "*.pth: does not exist. Check the path."),
         (("empty",), 3, "empty: holds no weights. "),
+        (("a.pt", "model", "-o", "model"), 2, "model: is model, which is a source. "),
+        (("a.pt", "model", "-o", "model/x"), 2, "model/x: lies in model, which is a source. "),
         (("a.pt", "b.pt", "--skip-existing", "--overwrite"), 2, "leaves what --overwrite replaces. Choose one."),
     ],
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from converter.errors import BadRequest
@@ -15,6 +15,10 @@ ExpertsForm = Literal["fused", "separate"]
 
 LlamaLayout = Literal["meta", "transformers"]
 """Whose names and order of rows a model has."""
+
+
+_METAS_OWN = "tok_embeddings.weight"
+_NOTE_META = "its names are Meta's: 'wconv to-safetensors --layout transformers' gives it those of transformers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,12 @@ class Arranging:
 
 
 def with_layout(checkpoint: Checkpoint, component: Component, arranging: Arranging) -> Checkpoint:
-    """Bring a checkpoint into the layout that is asked for; raises what these two do."""
+    """Bring a checkpoint into the layout that is asked for; raises what these two do.
+
+    Where none is, a note says how Meta's would become that of transformers.
+    """
+    if not arranging.layout and any(tensor.name == _METAS_OWN for tensor in checkpoint.tensors):
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, _NOTE_META))
     # Tables load what other conversions do not need.
     if arranging.layout:
         from converter.transforms.layouts.llama import with_llama_layout

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from converter.errors import BadFile
+from converter.errors import BadFile, Unsupported
 from converter.models.checkpoint import Checkpoint
 from converter.tensors.base import Tensor, WeightsFile
-from converter.transforms.layouts.rows import Row, put_together, take_apart, wholes_of
+from converter.transforms.layouts.operations import KEEP, Operation
+from converter.transforms.layouts.rows import Row, fill, find_leaf, put_together, take_apart, tree_of, wholes_of
 
 
 def rearranged(checkpoint: Checkpoint, rows: Sequence[Row], apart: bool) -> Checkpoint:
@@ -25,7 +26,7 @@ def rearranged(checkpoint: Checkpoint, rows: Sequence[Row], apart: bool) -> Chec
             problem = f"holds {name!r}, and other tensors that would be called so in the other layout"
             raise BadFile(checkpoint.weight_set.path, problem)
     becomes = _new_names(tensors, made, rows, apart)
-    noted = _renamed_ties(checkpoint, tensors, rows, apart)
+    noted = _renamed_ties(checkpoint, rows, apart)
 
     def placed(file: WeightsFile) -> Iterator[Tensor]:
         for old in file.tensors:
@@ -60,13 +61,22 @@ def _new_names(
     return {whole: tuple(names) for whole, names in parts.items()}
 
 
-def _renamed_ties(
-    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], rows: Sequence[Row], apart: bool
-) -> dict[str, str]:
-    """Map the names in the notes on ties, of both tensors, to those that they have in the other layout."""
+def _renamed_ties(checkpoint: Checkpoint, rows: Sequence[Row], apart: bool) -> dict[str, str]:
+    """Map the names in the notes on ties, of both tensors, to those that they have in the other layout.
+
+    Raises Unsupported where what has two names is not one tensor there.
+    """
+    tree = tree_of((name, row) for row in rows for name in ((row.whole,) if apart else row.parts))
     renamed: dict[str, str] = {}
+
+    def operation_on(name: str) -> Operation | None:
+        row, words = find_leaf(tree, name.split(".")) or (None, ())
+        renamed[name] = fill(row.parts[0] if apart else row.whole, words, 0) if row else name
+        return (row.operation if len(row.parts) == 1 and not row.counts else None) if row else KEEP
+
     for dropped, kept in checkpoint.ties.items():
-        for name in (dropped, kept):
-            converted, _ = _read({name: tensors[kept]._replace(name=name)}, rows, apart)
-            renamed[name] = converted[0].name if len(converted) == 1 else name
+        done = operation_on(dropped), operation_on(kept)
+        if done[0] != done[1] or done[0] is None:
+            problem = f"notes that {dropped!r} is {kept!r}, and they are not one tensor in the other layout"
+            raise Unsupported(checkpoint.weight_set.path, problem, "Convert it with --tied duplicate first.")
     return renamed

@@ -113,7 +113,7 @@ def published_head(sizes: Sizes) -> tuple[int, list[int]]:
     norms = [f"double_blocks.0.img_attn.norm.query_norm.{leaf}" for leaf in ("scale", "weight")]
     head = sizes.axis(next((name for name in norms if sizes.has(name)), norms[0]), 0)
     if head != _HEAD:
-        raise sizes.unknown(f"how its heads of {head} are turned: published ones are of {_HEAD}")
+        raise sizes.unknown(f"how positions are encoded in heads of {head}; those of published models have {_HEAD}")
     return head, _AXES
 
 

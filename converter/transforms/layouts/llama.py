@@ -116,7 +116,7 @@ def with_llama_layout(checkpoint: Checkpoint, component: Component, layout: Llam
     if layout == "transformers":
         _check_head(arranged, component)
         return _noted(_called(arranged, layout), *([] if component.config else [_NO_CONFIG]))
-    note = "its names and rows are Meta's by now: transformers does not load them"
+    note = "its names and rows are Meta's now: transformers does not load them"
     return _noted(_called(_with_head(arranged, heads), layout), note)
 
 

@@ -77,7 +77,7 @@ class Sizes(NamedTuple):
 
     def unknown(self, what: str) -> BadRequest:
         """Give the error for what names and shapes do not say."""
-        return BadRequest(self.where, f"does not say {what}", "Give the folder of such a pipeline as --config.")
+        return BadRequest(self.where, f"does not say {what}", "Give the folder of a pipeline of its kind: --config.")
 
 
 def linears(modules: Mapping[str, tuple[int, ...]]) -> Shapes:

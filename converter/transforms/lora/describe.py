@@ -49,7 +49,15 @@ def describe(adapter: Adapter) -> Description:
     extras = {kind: len(names) for kind, names in adapter.extras.items()}
     method = _method_of(adapter)
     return Description(
-        method, adapter.form, base, parts, len(adapter.pairs), sound.ranks, alphas, extras, tuple(problems)
+        method,
+        adapter.form,
+        base,
+        parts,
+        len(adapter.pairs),
+        sound.ranks,
+        alphas,
+        extras,
+        tuple(dict.fromkeys(problems)),
     )
 
 

@@ -186,30 +186,40 @@ def _config_of(part: str, changes: Changes, mine: Sequence[Change]) -> dict[str,
 def _as_kohya(changes: Changes) -> tuple[list[Tensor], dict[str, tuple[int, ...]]]:
     """Give the tensors, and which modules were joined of parts of which ranks."""
     prefixes = _prefixes_of(changes)
+    blocks = changes.note.blocks or (ORIGINAL if is_usually_original(changes) else DIFFUSERS)
+    made, joined = as_trained(changes) if blocks == ORIGINAL else (changes.all, {})
+    tensors = [tensor for change in made for tensor in _of_kohya(changes, _spell(change, prefixes), change)]
+    return list(_checked(changes, tensors)), joined
+
+
+def as_trained(changes: Changes) -> tuple[list[Change], dict[str, tuple[int, ...]]]:
+    """Give what is done to the modules that the trainer's layout of a model has, text encoders as they are.
+
+    And which of those were joined of parts of which ranks. Raises Unsupported for parts that cannot be.
+    """
     base = changes.base
-    tensors: list[Tensor] = []
     joined: dict[str, tuple[int, ...]] = {}
     groups: dict[str, tuple[Found, dict[int, Change]]] = {}
-    is_original = changes.note.blocks != DIFFUSERS and (is_usually_original(changes) or changes.note.blocks == ORIGINAL)
+    made: list[Change] = []
     is_xl = kind_of_unet(changes) in ("XL", "")
     for change in changes.all:
         found = None
-        if is_original and base is not None and change.part == base.part:
+        if base is not None and change.part == base.part:
             found = original_of(base.name, is_xl).find(change.path)
         if found is None:
-            tensors += _of_kohya(changes, _spell_encoder(change, prefixes), change)
+            made.append(change)
         else:
             groups.setdefault(found.whole, (found, {}))[1][found.place or 0] = change
     for whole, (found, members) in groups.items():
         change, ranks = _join(changes, whole, found, members)
         if ranks:
             joined[whole] = ranks
-        tensors += _of_kohya(changes, f"{prefixes[change.part]}{whole}", change)
-    return list(_checked(changes, tensors)), joined
+        made.append(change)
+    return made, joined
 
 
-def _spell_encoder(change: Change, prefixes: Mapping[str, str]) -> str:
-    """Give the path of a module that has the same in kohya's; of a CLIP with the ``text_model.`` of transformers 4."""
+def _spell(change: Change, prefixes: Mapping[str, str]) -> str:
+    """Give a path as kohya's names have it; that of a CLIP's module with the ``text_model.`` of transformers 4."""
     clip = clip_modules().find(change.path) if change.part.startswith("text_encoder") else None
     if clip is not None:
         return f"{prefixes[change.part]}{clip.path}"
@@ -272,8 +282,10 @@ def _join(changes: Changes, whole: str, found: Found, members: Mapping[int, Chan
     for one in held[1:]:
         if one.scale != first.scale or one.down.dtype is not first.down.dtype or one.up.dtype is not first.up.dtype:
             what = "scale (alpha / rank)" if one.scale != first.scale else "dtype"
-            problem = f"has {first.path} of another {what} than {one.path}, and they are one module in kohya's names"
-            raise Unsupported(where, problem, "PEFT's and Diffusers' names can say that, kohya's cannot.")
+            problem = (
+                f"has {first.path} of another {what} than {one.path}, and they are one module in the trainer's names"
+            )
+            raise Unsupported(where, problem, "PEFT's and Diffusers' names can say that, the trainer's cannot.")
     for one in held:
         if one.down.shape[1:] != first.down.shape[1:] or len(one.up.shape) != 2:
             problem = f"has a pair for {one.path} that does not fit into {whole}: its halves are of other shapes"

@@ -36,11 +36,12 @@ from converter.transforms.lora.bases import (
 from converter.transforms.lora.note import DIFFUSERS, ORIGINAL, Note, read_note
 
 _MAX_NAMED = 3
-_DENOISER = ""  # a part of the pipeline that is still to be told: its UNet or its transformer
+DENOISER = ""
+"""A part of the pipeline that is still to be told: its UNet or its transformer."""
 # What kohya's names begin with, and the part that each is of.
-KOHYA_PREFIXES = {**dict.fromkeys(DENOISER_PREFIXES, _DENOISER), **ENCODERS, T5_PREFIX: T5_PREFIX}
+KOHYA_PREFIXES = {**dict.fromkeys(DENOISER_PREFIXES, DENOISER), **ENCODERS, T5_PREFIX: T5_PREFIX}
 # What ComfyUI calls the text encoders (``model_lora_keys_clip`` in ``comfy/lora.py``).
-_OF_COMFY = {
+OF_COMFY = {
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": T5_PREFIX,
@@ -102,8 +103,8 @@ def find_changes(adapter: Adapter, hint: str = "") -> Changes:
     if not adapter.pairs:
         raise BadFile(adapter.where, "holds no pair of matrices, and so changes nothing", "Fetch it again.")
     note = read_note(adapter.checkpoint)
-    placed = [(pair, *_part_of(adapter, pair, hint)) for pair in adapter.pairs]
-    base, found = _find_base(adapter, note, [(pair, path) for pair, part, path in placed if part == _DENOISER])
+    placed = [(pair, *part_of(adapter, pair, hint)) for pair in adapter.pairs]
+    base, found = _find_base(adapter, note, [(pair, path) for pair, part, path in placed if part == DENOISER])
     alphas = read_alphas(adapter)
     changes: list[Change] = []
     shared: set[str] = set()
@@ -111,12 +112,12 @@ def find_changes(adapter: Adapter, hint: str = "") -> Changes:
     unknown: list[str] = []
     short |= note.short if adapter.form == "kohya" else set()
     for pair, part, path in placed:
-        where = found.get(pair.module) if part == _DENOISER else _find_encoder(part, path, adapter.form)
+        where = found.get(pair.module) if part == DENOISER else _find_encoder(part, path, adapter.form)
         if where is None:
             unknown.append(pair.module)
             continue
         alpha = alphas[pair.module]
-        if part != _DENOISER and where.place is None and adapter.form != "kohya":
+        if part != DENOISER and where.place is None and adapter.form != "kohya":
             short.add(part)
         if where.place is None and len(where.row.parts) > 1 and where.whole not in note.joined:
             shared.add(where.whole)
@@ -145,8 +146,11 @@ def _with_spelling(changes: Changes, found: Mapping[str, Found]) -> Note:
     )
 
 
-def _part_of(adapter: Adapter, pair: Pair, hint: str) -> tuple[str, str]:
-    """Tell which part of a pipeline a pair is of, and the rest of its name; the denoiser's is not told yet."""
+def part_of(adapter: Adapter, pair: Pair, hint: str = "") -> tuple[str, str]:
+    """Tell which part of a pipeline a pair is of, and the rest of its name: DENOISER, a text encoder, or T5_PREFIX.
+
+    Raises Unsupported for a name of kohya's that begins as none does.
+    """
     module = pair.module
     if adapter.form == "kohya":
         prefixes = KOHYA_PREFIXES
@@ -156,16 +160,16 @@ def _part_of(adapter: Adapter, pair: Pair, hint: str) -> tuple[str, str]:
             raise Unsupported(adapter.where, f"is of no model that wconv knows: it holds {module!r}", advice)
         return prefixes[prefix], module.removeprefix(prefix)
     if adapter.form == "comfyui":
-        prefixes = {**dict.fromkeys(ORIGINAL_PREFIXES, _DENOISER), **_OF_COMFY}
+        prefixes = {**dict.fromkeys(ORIGINAL_PREFIXES, DENOISER), **OF_COMFY}
         prefix = next((one for one in prefixes if module.startswith(one)), "")
-        return prefixes.get(prefix, _DENOISER), module.removeprefix(prefix)
+        return prefixes.get(prefix, DENOISER), module.removeprefix(prefix)
     if adapter.form == "peft":
         part = hint or _part_of_peft(adapter, module, pair)
-        return _DENOISER if part in ("unet", "transformer") else part, module
+        return DENOISER if part in ("unet", "transformer") else part, module
     first, _, rest = module.partition(".")
     if first in PARTS:
-        return _DENOISER if first in ("unet", "transformer") else first, rest
-    return _DENOISER, module
+        return DENOISER if first in ("unet", "transformer") else first, rest
+    return DENOISER, module
 
 
 def _part_of_peft(adapter: Adapter, path: str, pair: Pair) -> str:
@@ -180,7 +184,7 @@ def _part_of_peft(adapter: Adapter, path: str, pair: Pair) -> str:
 
 
 def _part_in(adapter: Adapter, part: str, base: Base | None) -> str:
-    if part == _DENOISER:
+    if part == DENOISER:
         assert base is not None
         return base.part
     if part == T5_PREFIX:

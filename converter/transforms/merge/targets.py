@@ -15,7 +15,6 @@ from converter.models.adapters import (
     ORIGINAL_PREFIXES,
     PEFT_PREFIX,
     Adapter,
-    Form,
     Pair,
     find_adapter,
     read_alphas,
@@ -23,30 +22,24 @@ from converter.models.adapters import (
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.tensors.base import Tensor, find_ties
-from converter.transforms.layouts.stable_diffusion import unet_rows
-from converter.transforms.lora.bases import Modules, original_of
-from converter.transforms.lora.parts import find_changes
+from converter.transforms.lora.bases import T5_PREFIX
+from converter.transforms.lora.forms import as_trained
+from converter.transforms.lora.parts import DENOISER, OF_COMFY, find_changes, part_of
 from converter.transforms.merge.product import MAX_RIGHT_NBYTES, Product, bias_of, product_of, right_nbytes
 
 _NAMED = 3
 _WEIGHT, _BIAS = ".weight", ".bias"
 _OTHER_BASE = "It may be for another base: name the one that it was trained on."
 _MERGED_DTYPES = ("F32", "BF16", "F16")
-# What kohya's names and Diffusers' begin with, and the components that this may be (``networks/lora.py`` and
-# ``networks/lora_flux.py`` of kohya-ss/sd-scripts; Flux has T5 as its second text encoder, and calls it the third).
-_DENOISERS = ("unet", "transformer")
-_KOHYA_PARTS = {
-    "lora_unet_": _DENOISERS,
-    "lora_te_": ("text_encoder",),
-    "lora_te1_": ("text_encoder",),
-    "lora_te2_": ("text_encoder_2",),
-    "lora_te3_": ("text_encoder_3", "text_encoder_2"),
+_CLASSIFIERS = ("classifier", "score")
+# The components of a pipeline that a part of it may be; Flux has T5 as its second text encoder.
+_COMPONENTS = {DENOISER: ("unet", "transformer"), T5_PREFIX: ("text_encoder_3", "text_encoder_2")}
+# What the names of a part begin with in a single file.
+_OF_FILES = {
+    **dict.fromkeys(ORIGINAL_PREFIXES, DENOISER),
+    **dict.fromkeys(("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."), "text_encoder"),
+    **OF_COMFY,
 }
-_PARTS = re.compile(r"(unet|transformer|prior|text_encoder)(_\d+)?")
-# The prefixes under which a single file has its parts.
-_UNET_OF_FILE = "model.diffusion_model."
-_CLIP_OF_FILE = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
-_OF_FILES = {"lora_unet_": (_UNET_OF_FILE,), "lora_te_": _CLIP_OF_FILE, "lora_te1_": _CLIP_OF_FILE}
 # Models of transformers that have Conv1D, whose weight is [in, out], call themselves so.
 _MAY_HAVE_CONV1D = re.compile(r"GPT|Clvp|DecisionTransformer")
 
@@ -92,20 +85,26 @@ def take_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], weight: floa
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(one, str) for one in saved):
         raise BadFile(where.parent / ADAPTER_CONFIG, "says a modules_to_save that is no list of names")
-    for flag in ("use_rslora", "lora_bias", "fan_in_fan_out"):
+    for flag in ("use_rslora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"):
         if type(config.get(flag, False)) not in (bool, type(None)):
             raise BadFile(where.parent / ADAPTER_CONFIG, f"says {flag} = {str(config[flag])[:60]}, which is no flag")
-    plain, embeddings, biases, replaced, own = _sort_out(checkpoint, config, frozenset(saved))
+    is_tied = config.get("ensure_weight_tying") is True
+    of_words = (*_TABLES, _HEAD) if is_tied else ()
+    plain, embeddings, biases, replaced, own = _sort_out(checkpoint, config, frozenset([*saved, *of_words]))
     # ``update_layer`` in ``peft/tuners/lora/layer.py``: rsLoRA has another scale, and nothing else.
     rest = {key: value for key, value in config.items() if key not in ("use_rslora", "lora_bias", "modules_to_save")}
     adapter = find_adapter(plain, rest)
     if adapter is None:
-        raise Unsupported(where, "holds no LoRA", "'wconv inspect' says what it is.")
+        raise Unsupported(
+            where, "holds no LoRA", "The base comes first, and then its adapters; 'wconv inspect' says what a file is."
+        )
     adapter.check()
     if not adapter.pairs:
         raise BadFile(where, "holds no pair of a LoRA", "Fetch it again.")
     whole = sorted(replaced.keys() - own)
     there = {end for name in whole for end in _ends_of(name.rpartition(".")[0])}
+    # For a classifier PEFT names both that there are (``peft_model.py``).
+    there |= set(_CLASSIFIERS) if not there.isdisjoint(_CLASSIFIERS) else set()
     lacking = [one for one in saved if one not in there]
     if lacking:
         raise BadFile(where, f"lacks {lacking[0]!r}, which its config has in modules_to_save", "Fetch it again.")
@@ -118,6 +117,10 @@ def take_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], weight: floa
         pair.module: weight * alphas[pair.module] / (math.sqrt(pair.rank) if is_rooted else pair.rank)
         for pair in adapter.pairs
     }
+    leaves = set(map(_leaf_of, [*scales, *(name.rpartition(".")[0] for name in replaced)]))
+    if is_tied and (_HEAD in leaves) is leaves.isdisjoint(_TABLES):
+        problem = "says ensure_weight_tying, and holds what is for one alone of the head and the table of words"
+        raise Unsupported(where.parent / ADAPTER_CONFIG, problem, "Save it again with PEFT, which saves both.")
     stray = sorted((biases.keys() | {name.removesuffix(_WEIGHT) for name in own}) - scales.keys())
     if stray:
         raise BadFile(where, f"holds a bias, or the base's weight, for {stray[0]!r}, and no pair", "Fetch it again.")
@@ -202,7 +205,7 @@ class _Part:
         self.tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
         self.modules = [name.removesuffix(_WEIGHT) for name in self.tensors if name.endswith(_WEIGHT)]
         self._transposed: frozenset[str] | None = None
-        self._spelled: dict[str, set[str]] | None = None
+        self._spelled: dict[str, list[str]] | None = None
 
     def weight(self, name: str) -> Tensor | None:
         """Give a tensor by its name, or the head that is tied."""
@@ -211,10 +214,12 @@ class _Part:
         head = _tied_head(self)
         return head if head is not None and head.name == name else None
 
-    def is_transposed(self, name: str, is_said: bool) -> bool:
-        """Say whether a square weight is a Conv1D's; where nobody knows its class, what PEFT's config says counts."""
-        if not is_said and not _MAY_HAVE_CONV1D.search(self.component.class_name):
-            return False
+    def is_transposed(self, name: str, is_said: bool, is_square: bool) -> bool:
+        """Say whether a weight is a Conv1D's; where nobody knows its class, what PEFT's config says, or its shape."""
+        class_name = self.component.class_name
+        may_be = is_said or bool(_MAY_HAVE_CONV1D.search(class_name))
+        if not is_square or not may_be:
+            return not is_square and (may_be or not class_name)
         if self._transposed is None:
             linears = find_linears(self.component, self.checkpoint.tensors)
             self._transposed = frozenset(linears.weights[module] for module in linears.transposed)
@@ -226,22 +231,10 @@ class _Part:
         """Give the module that a name with ``_`` for ``.`` stands for, if it is one alone."""
         if self._spelled is None:
             self._spelled = {}
-            for name, own in (*zip(self.modules, self.modules, strict=True), *self._aliases()):
-                self._spelled.setdefault(name.replace(".", "_"), set()).add(own)
-        found = self._spelled.get(module.replace(".", "_"), set())
-        return next(iter(found)) if len(found) == 1 else None
-
-    def _aliases(self) -> Iterator[tuple[str, str]]:
-        """Give the names that Diffusers has for the modules of the UNet in a single file of Stable Diffusion."""
-        inside = [name for name in self.modules if name.startswith(_UNET_OF_FILE)]
-        if not inside or self.component.name:
-            return
-        is_xl = any(name.startswith("conditioner.") for name in self.modules)
-        known = original_of("Stable Diffusion") if is_xl else Modules.of(unet_rows({}))
-        for own in inside:
-            found = known.find(own.removeprefix(_UNET_OF_FILE))
-            if found and len(found.paths) == 1:
-                yield found.path, own
+            for own in self.modules:
+                self._spelled.setdefault(own.replace(".", "_"), []).append(own)
+        found = self._spelled.get(module.replace(".", "_"), [])
+        return found[0] if len(found) == 1 else None
 
 
 class _Aim(NamedTuple):
@@ -256,32 +249,35 @@ class _Aim(NamedTuple):
 def _place_each(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
     """Find the module of each pair of Diffusers' or kohya's form. Raises BadRequest where one is not there.
 
-    They may be named as those of the base, or as the trainer of its model has them: then the tables of the layouts say
-    which modules of Diffusers these are.
+    They may be named as those of the base; or the adapter in Diffusers' names and the base in those of the trainer of
+    its model, or the other way round: then the tables of the layouts say what is called how.
     """
-    scaled = [(pair, one.scales[pair.module]) for pair in one.adapter.pairs]
-    placed, lost = _place_all(one.adapter.form, scaled, parts)
+    pairs = [(pair, one.scales[pair.module]) for pair in one.adapter.pairs]
+    placed, lost = _place_all(one.adapter, pairs, parts)
     if not lost:
         return placed
     try:
-        changes = find_changes(one.adapter).all
+        changes = find_changes(one.adapter)
     except Unsupported:
-        raise _not_there(one, lost, len(scaled)) from None
-    renamed = [
-        (Pair(f"{change.part}.{change.path}", change.down, change.up), one.weight * change.alpha / change.rank)
-        for change in changes
-    ]
-    placed, lost = _place_all("diffusers", renamed, parts)
-    if lost:
-        raise _not_there(one, lost, len(renamed))
-    return placed
+        raise _not_there(one, lost, len(pairs)) from None
+    named = replace(one.adapter, form="diffusers")
+    for spell in (lambda: changes.all, lambda: as_trained(changes)[0]):
+        pairs = [
+            (Pair(f"{change.part}.{change.path}", change.down, change.up), one.weight * float(change.scale))
+            for change in spell()
+        ]
+        placed, lacking = _place_all(named, pairs, parts)
+        if not lacking:
+            return placed
+        lost = min(lost, lacking, key=len)
+    raise _not_there(one, lost, len(pairs))
 
 
 def _place_all(
-    form: Form, scaled: Iterable[tuple[Pair, float]], parts: Sequence[_Part]
+    adapter: Adapter, scaled: Iterable[tuple[Pair, float]], parts: Sequence[_Part]
 ) -> tuple[list[_Aim], list[str]]:
     """Give the modules of pairs with their scales, and the names of those that are not there."""
-    found = [(pair, scale, _find_module(form, pair.module, parts)) for pair, scale in scaled]
+    found = [(pair, scale, _find_module(adapter, pair, parts)) for pair, scale in scaled]
     placed = [_Aim(pair, scale, *place) for pair, scale, place in found if place]
     return placed, [pair.module for pair, _, place in found if not place]
 
@@ -350,16 +346,20 @@ def _aligned(modules: Sequence[str], part: _Part) -> dict[str, str]:
     return found
 
 
-def _find_module(form: Form, module: str, parts: Sequence[_Part]) -> tuple[_Part, str] | None:
-    for names, spellings in _readings(form, module):
-        for part in parts:
-            name = part.component.name
-            if name not in names and not (name == "" and _may_be(part, names)):
-                continue
-            for spelling in spellings:
-                own = part.spelled(spelling)
-                if own is not None:
-                    return part, own
+def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> tuple[_Part, str] | None:
+    first, _, rest = pair.module.partition(".")
+    part, path = part_of(adapter, pair)
+    if any(first == one.component.name for one in parts):
+        part, path = first, rest
+    names = _COMPONENTS.get(part, (part,))
+    short = path.replace(".", "_").removeprefix("text_model_")
+    above = ["", *(prefix for prefix, of in _OF_FILES.items() if of == part)]
+    spelled = [f"{prefix}{more}{short}" for prefix in above for more in ("", "text_model_")]
+    for one in parts:
+        if one.component.name in names or (one.component.name == "" and _may_be(one, names)):
+            own = next(filter(None, map(one.spelled, spelled)), None)
+            if own is not None:
+                return one, own
     return None
 
 
@@ -367,26 +367,6 @@ def _may_be(part: _Part, names: Collection[str]) -> bool:
     """Say whether a component that is named by itself may be one of these in its pipeline."""
     is_text = "Text" in part.component.class_name or part.component.class_name.endswith("EncoderModel")
     return not part.component.class_name or is_text == all(name.startswith("text_encoder") for name in names)
-
-
-def _readings(form: Form, module: str) -> Iterator[tuple[Collection[str], list[str]]]:
-    """Give the components that a module's name may be of, each with the names that it may have in these."""
-    if form == "kohya":
-        prefix = next((one for one in _KOHYA_PARTS if module.startswith(one)), "")
-        rest = module.removeprefix(prefix)
-        spelled = [rest, rest.removeprefix("text_model_"), f"text_model_{rest}"]
-        in_files = [above + rest for above in _OF_FILES.get(prefix, ())]
-        yield _KOHYA_PARTS.get(prefix, _DENOISERS), [*spelled, *in_files]
-        return
-    for prefix in ORIGINAL_PREFIXES if form == "comfyui" else ():
-        if module.startswith(prefix):
-            rest = module.removeprefix(prefix)
-            yield _DENOISERS, [rest, _UNET_OF_FILE + rest]
-    first, _, rest = module.partition(".")
-    if _PARTS.fullmatch(first):
-        in_files = [above + rest for above in _CLIP_OF_FILE] if first == "text_encoder" else []
-        yield (first,), [rest, rest.removeprefix("text_model."), f"text_model.{rest}", *in_files]
-    yield _DENOISERS, [module]
 
 
 def _add(one: Weighted, aim: _Aim, merges: dict[str, Merge]) -> None:
@@ -437,12 +417,13 @@ def _is_turned(one: Weighted, aim: _Aim, weight: Tensor) -> bool:
         _check_dtype(tensor)
     is_plain = weight.shape[:1] == (height,) and _trimmed(weight.shape[1:]) == inner
     is_other = len(weight.shape) == 2 and len(inner) == 1 and weight.shape == (inner[0], height)
-    if pair.module in one.embeddings and is_other:
+    if pair.module in one.embeddings:
+        if is_other:
+            return True
+    elif is_other and aim.part.is_transposed(weight.name, one.adapter.config.get("fan_in_fan_out") is True, is_plain):
         return True
-    if (is_plain or is_other) and pair.module not in one.embeddings:
-        if is_plain and is_other:
-            return aim.part.is_transposed(weight.name, one.adapter.config.get("fan_in_fan_out") is True)
-        return is_other
+    elif is_plain:
+        return False
     shapes = f"{_spell(pair.up.shape)} and {_spell(pair.down.shape)}"
     problem = f"holds {shapes} for {weight.name!r}, which is {_spell(weight.shape)} in the base"
     raise BadRequest(one.where, problem, _OTHER_BASE)
@@ -475,17 +456,30 @@ def _spell(shape: Iterable[int]) -> str:
 # Ties.
 
 _SHARED = "shared"  # T5's, which its encoder and its decoder have too
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", _SHARED)
+_TABLES = (
+    "embed_tokens", "wte", "word_embeddings", "word_embedding", "embed_in", "tok_embeddings", "tokens_embed",
+    "embeddings", _SHARED,
+)  # fmt: skip
 _HEAD = "lm_head"
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
+# What lm_head is tied to in those, by ``_tied_weights_keys`` of transformers; others have a head of another name.
+_TIED_TO_HEAD = re.compile(
+    r"model\.(decoder\.)?embed_tokens|transformer\.(wte|word_embeddings|tokens_embed)|gpt_neox\.embed_in"
+    r"|backbone\.embeddings"
+)
+_OTHER_HEAD = ("TrOCR", "Whisper")
 # What has no head that a table of embeddings could be tied to.
-_HEADLESS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "WithProjection")
+_HEADLESS = re.compile(
+    r"(?!.*(?:DoubleHeads|EncoderDecoder|FSMT)).*"
+    r"(?:Model|ForSequenceClassification|ForTokenClassification|ForQuestionAnswering|WithProjection)"
+)
 
 
 def _embedding_of(part: _Part) -> Tensor | None:
-    """Give the one weight of a component that is its table of words."""
-    found = [module for module in part.modules if _leaf_of(module) in _EMBEDDINGS]
-    return part.tensors[found[0] + _WEIGHT] if len(found) == 1 else None
+    """Give the one weight of a component that its lm_head is tied to, if it is."""
+    found = [module for module in part.modules if _TIED_TO_HEAD.fullmatch(module)]
+    is_one = len(found) == 1 and not part.component.class_name.startswith(_OTHER_HEAD)
+    return part.tensors[found[0] + _WEIGHT] if is_one else None
 
 
 def _tied_head(part: _Part) -> Tensor | None:
@@ -493,9 +487,7 @@ def _tied_head(part: _Part) -> Tensor | None:
     if not part.component.class_name.endswith(_CAUSAL) or _HEAD in part.modules:
         return None
     embedding = _embedding_of(part)
-    # Without the prefix of the model inside it a file is that of a model without a head.
-    is_whole = embedding is not None and embedding.name.count(".") > 1
-    return embedding._replace(name=_HEAD + _WEIGHT) if embedding is not None and is_whole else None
+    return embedding and embedding._replace(name=_HEAD + _WEIGHT)
 
 
 class Untied(NamedTuple):
@@ -515,9 +507,14 @@ def find_untied(component: Component, checkpoint: Checkpoint, changed: Collectio
     part = _Part(component, checkpoint)
     ties = {**find_ties(checkpoint.tensors), **checkpoint.ties}
     tied = {name for pair in ties.items() if not {*pair}.isdisjoint(changed) for name in pair}
-    words = {name for name in changed if _leaf_of(name) in (*_EMBEDDINGS, _HEAD)}
+    size = component.config.get("vocab_size")
+    words = {
+        name
+        for name in changed
+        if _leaf_of(name) in (*_TABLES, _HEAD) or (name in part.tensors and part.tensors[name].shape[0] == size)
+    }
     is_causal = component.class_name.endswith(_CAUSAL)
-    is_apart = component.class_name.endswith(_HEADLESS) and _SHARED not in map(_leaf_of, words)
+    is_apart = bool(_HEADLESS.fullmatch(component.class_name)) and _SHARED not in map(_leaf_of, words)
     if is_causal:
         is_apart = component.config.get("tie_word_embeddings") is False
     if not tied and (not words or is_apart):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from converter.dtypes import DTYPES, DType, OnOverflow
-from converter.errors import BadFile, HostileFile, Unsupported, name_some
+from converter.errors import BadFile, HostileFile, Unsupported, name_some, spell_count
 from converter.models.checkpoint import Checkpoint
 from converter.models.schemes import (
     COMFY_NOTE,
@@ -178,7 +178,8 @@ def dequantized(
         for file in checkpoint.files
     )
     done = (
-        f"dequantized to {dtype}: {_count(number, 'weight')} ({label})" for (label, dtype), number in written.items()
+        f"dequantized to {dtype}: {spell_count(number, 'weight')} ({label})"
+        for (label, dtype), number in written.items()
     )
     left_out = [f"left out of the header: {COMFY_NOTE}"] if COMFY_NOTE in checkpoint.metadata else []
     return replace(checkpoint, files=files, notes=(*checkpoint.notes, *done, *found.notes, *left_out))
@@ -254,7 +255,7 @@ def _note_left_out(modules: Iterable[Module], of_cache: Collection[str]) -> Iter
     for names, what in ((ends, "activations"), (of_cache, "the KV cache")):
         if names:
             leaves = sorted({name.rpartition(".")[2].lstrip("_") for name in names})
-            yield f"left out: {_count(len(names), 'scale')} of {what} ({name_some(leaves, 5)})"
+            yield f"left out: {spell_count(len(names), 'scale')} of {what} ({name_some(leaves, 5)})"
 
 
 def _note_method(modules: Iterable[Module], config: Mapping[str, Any]) -> Iterator[str]:
@@ -264,10 +265,6 @@ def _note_method(modules: Iterable[Module], config: Mapping[str, Any]) -> Iterat
     if isinstance(said, str) and names_other(said, schemes):
         labels = sorted({scheme.label for scheme in schemes})
         yield f"config.json says {said[:60]!r}, and the weights are {' and '.join(labels)}: they were read as that"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _check_rest(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from converter.errors import Unsupported
+from converter.errors import Unsupported, WconvError
+from converter.models.checkpoint import Checkpoint
 from converter.storage import Place
 from converter.tensors.base import Tensor
 from converter.transforms.single_file import alone, stable_diffusion
@@ -29,6 +30,7 @@ _OTHERS = {
     "control_model.": "a ControlNet",
     "conditioner.embedders.0.model.": "a Stable Diffusion XL refiner",
 }
+_INSTEAD = {"a LoRA": "'wconv convert-lora --to diffusers' writes it for Diffusers; 'wconv merge-lora' into a model."}
 _DIFFUSERS = ("down_blocks.", "transformer_blocks.", "encoder.down_blocks.", "decoder.up_blocks.")
 
 
@@ -75,6 +77,19 @@ def recognise(source: Place, tensors: Mapping[str, Tensor], meant: Family | None
     return Found(family, kind, prefixes)
 
 
+def name_kind(checkpoint: Checkpoint) -> str:
+    """Say in words what a file holds in the layout of its trainer; nothing where that is in no table."""
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+    try:
+        family, kind, prefixes = recognise(checkpoint.weight_set.path, tensors)
+    except WconvError:
+        return ""
+    if len(prefixes) == 1:
+        return f"the {family.core} of {family.name} alone{kind.words}"
+    averaged = " and EMA weights" if any(name.startswith(EMA) for name in tensors) else ""
+    return f"a {family.name} checkpoint{kind.words} with {', '.join(prefixes)}{averaged}"
+
+
 def _candidates(source: Place, tensors: Mapping[str, Tensor]) -> tuple[list[Family], str]:
     """Give the families whose diffusion model is there, and what its names begin with."""
     marks = {(one.mark, prefix) for one in FAMILIES for prefix in one.parts[one.core].prefixes}
@@ -86,15 +101,16 @@ def _candidates(source: Place, tensors: Mapping[str, Tensor]) -> tuple[list[Fami
     advice = f"Name a checkpoint of one of: {known}."
     for begin, what in _OTHERS.items():
         if any(name.startswith(begin) for name in tensors):
+            advice = _INSTEAD.get(what, advice)
             raise Unsupported(source, f"is {what}, or holds some of it, which no table has", advice)
     if found:
         [(mark, prefix)] = found
         return [one for one in FAMILIES if one.mark == mark], prefix
     if any(name.startswith(_DIFFUSERS) for name in tensors):
-        advice = "'wconv to-safetensors' and 'wconv recast' keep the names."
+        advice = "'wconv to-single-file' makes a file for UIs of its folder; 'wconv recast' keeps its names."
         raise Unsupported(source, "has the names of Diffusers already", advice)
     problem = f"is no checkpoint that is known: it has no tensor {FAMILIES[0].parts['unet'].lone + FAMILIES[0].mark!r}"
-    advice += " For a VAE or a text encoder alone, give the folder of such a one: --config."
+    advice += " For a VAE or a text encoder, give the folder of one of its kind: --config ./model/vae."
     raise Unsupported(source, f"{problem}, nor that of another diffusion model", advice)
 
 

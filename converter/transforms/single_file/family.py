@@ -5,7 +5,7 @@ All that is said of one is data, and is read in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -112,6 +112,10 @@ class Family:
     def encoders(self) -> tuple[str, ...]:
         """The names of the text encoders."""
         return tuple(name for name in self.parts if name.startswith("text_encoder"))
+
+    def passed(self, names: Iterable[str]) -> dict[str, str]:
+        """Give what a pipeline's class is given in Python for parts that are not there, of these names."""
+        return {name: "None" if self.parts[name].is_optional else name for name in names}
 
     @property
     def pipelines(self) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ class _Frame:
         """Read a config, as it is for this checkpoint. Raises BadFile where there is none."""
         if self.root is None:
             problem = f"is needed for a whole pipeline of {self.found.family.name}, and none is shipped"
-            raise BadFile(name, problem, "Give the folder of such a pipeline: --config.")
+            raise BadFile(name, problem, "Give the folder of a pipeline of its kind: --config.")
         content = read_json(self.root / name)
         if not content:
             raise BadFile(self.root / name, "is not there, or no JSON object", "Give a --config folder that has it.")
@@ -122,7 +122,8 @@ def open_single_file(
         raise BadRequest(source, f"gives its {kept[0]} alone, and --ema is for a diffusion model", "Leave it out.")
     sorted_tensors, rest = sort_tensors(tensors, found.prefixes)
     rest = [name for name in rest if name not in marks or given]
-    notes = [*_notes_of_kind(source, frame, kept), *checkpoint.notes, *notes_of_headers(checkpoint)]
+    is_extract = kept[0] != family.core and len(kept) == 1
+    notes = [*_notes_of_kind(source, frame, kept, len(rest)), *checkpoint.notes, *notes_of_headers(checkpoint)]
     parts = []
     for name in kept:
         mine = sorted_tensors[name]
@@ -133,7 +134,7 @@ def open_single_file(
         notes += left
     left_out = [(name, len(sorted_tensors[name])) for name in found.prefixes if name not in kept]
     notes += [f"left out, as asked: {name} ({count} tensors)" for name, count in left_out]
-    notes += _notes_of_rest(rest, ema)
+    notes += () if is_extract else _notes_of_rest(rest, ema)
     if len(kept) == 1:
         return _alone(source, frame, parts, tuple(notes))
     return _whole(source, frame, parts, notes, follow_links)
@@ -209,12 +210,16 @@ def sort_tensors(
     return parts, rest
 
 
-def _notes_of_kind(source: Place, frame: _Frame, kept: Sequence[str]) -> Iterator[str]:
-    """Say what a checkpoint is, and what of that was assumed."""
+def _notes_of_kind(source: Place, frame: _Frame, kept: Sequence[str], holds_more: int) -> Iterator[str]:
+    """Say what a checkpoint is, which ``holds_more`` tensors than those of its parts, and what of that was assumed."""
     family, kind, _ = frame.found
-    what = f"{family.name} checkpoint" if len(kept) > 1 else f"{kept[0]} alone"
+    alone = "text encoder" if kept[0] in family.encoders else kept[0]
+    what = f"{family.name} checkpoint" if len(kept) > 1 else f"{alone} alone"
     what = what if len(kept) > 1 or frame.given else f"{family.name} {what}"
-    yield f"{source.name} is a {what}{kind.words}"
+    if len(kept) == 1 and kept[0] != family.core and holds_more:
+        yield f"of {source.name}, the {alone} is taken, as --config has it; {holds_more:,} other tensors are left out"
+    else:
+        yield f"{source.name} is a {what}{kind.words}"
     if family.folder == "sd2" and not frame.given and not kind.changes:
         yield "it is taken for one of 768 pixels; for one of 512, give the folder of such a model as --config"
     yield from (
@@ -261,11 +266,12 @@ def _whole(
     if not frame.given:
         tokenizers = [name for name, entry in index.items() if is_class(entry) and entry[1].startswith(_CLIP)]
         generated |= tokenizer_files(place_of(CONFIGS / "clip_merges.txt.gz"), tokenizers)
-    lacking = [name for name in frame.found.family.parts if name not in names and name in frame.found.prefixes]
+    family = frame.found.family
+    lacking = [name for name in family.parts if name not in names and name in index]
     if lacking:
-        passed = ", ".join(f"{name}=..." for name in lacking)
-        notes.append(f"model_index.json names no {' and no '.join(lacking)}: from_pretrained is given {passed}")
-    model = Model(source, source.parent, "pipeline", tuple(one for one, _ in parts), index["_class_name"])
+        notes.append(f"model_index.json names no {' and no '.join(lacking)}: from_pretrained has to be given them")
+    components, passed = tuple(one for one, _ in parts), family.passed(lacking)
+    model = Model(source, source.parent, "pipeline", components, index["_class_name"], passed)
     return SingleFile(model, tuple(parts), copied, generated, tuple(notes))
 
 
