@@ -266,6 +266,41 @@ def test_what_a_scheduler_predicts_is_marked(copied: Any, tmp_path: Path, wconv:
     assert "ztsnr" not in load_file(tmp_path / "other.safetensors")
 
 
+def test_what_no_file_says_is_said(copied: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    folder = copied("sdxl")
+    edit_json(folder / "vae/config.json", scaling_factor=0.5, latents_mean=[1.0] * 4)
+    edit_json(folder / "scheduler/scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler")
+    told = wconv("to-single-file", folder, "-o", tmp_path / "model.safetensors").stdout
+    assert "its vae's scaling_factor is 0.5, and programs that read files of Stable Diffusion XL take 0.13025" in told
+    assert "its vae's latents_mean is [1.0, 1.0, 1.0, 1.0], and programs that" in told
+    assert "its scheduler is a EDMDPMSolverMultistepScheduler, which no file of weights says" in told
+
+
+def test_a_file_of_another_training_needs_its_config(made: Made, tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    _, folder = made("sdxl")
+    wconv("to-single-file", folder, "-o", tmp_path / "plain.safetensors")
+    source = tmp_path / "model.safetensors"
+    for marks, told in (
+        ({"edm_mean": torch.ones(1, 4, 1, 1), "edm_std": torch.ones(1, 4, 1, 1)}, "says by 'edm_mean' that it was"),
+        ({"edm_vpred.sigma_max": torch.ones(())}, "says by 'edm_vpred.sigma_max' that it was trained otherwise"),
+    ):
+        save_file({**load_file(tmp_path / "plain.safetensors"), **marks}, source)
+        assert told in wconv("to-diffusers", source, "-o", tmp_path / "x", exit_code=4).stderr
+        wconv("to-diffusers", source, "--config", folder, "-o", tmp_path / "out", "--overwrite")
+    save_file({**load_file(tmp_path / "plain.safetensors"), "v_pred": torch.ones(0)}, source)
+    told = wconv("to-diffusers", source, "--config", folder, "-o", tmp_path / "out", "--overwrite").stdout
+    assert "prediction_type is v_prediction, as the file says; that of --config, which is taken, is 'epsilon'" in told
+
+
+def test_a_refiner_has_no_table(copied: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    folder = copied("sdxl")
+    without_part("text_encoder")(folder)
+    edit_json(folder / "unet/config.json", cross_attention_dim=40)
+    words = ("--without", "text_encoder", "-o", tmp_path / "model.safetensors")
+    done = wconv("to-single-file", folder, *words, exit_code=4)
+    assert "is a StableDiffusionXLPipeline for another purpose, as a refiner is, and no table has that" in done.stderr
+
+
 # What is shipped.
 
 

@@ -87,8 +87,9 @@ class Family:
     A pipeline is of it by its class, which is that of a kind or one of ``others``, if it ``owns`` the configs in it.
     ``folder`` is that in ``configs`` where those of a pipeline are shipped, all of them or some. ``apart`` are parts of
     a pipeline that are files of their own beside the single one. ``marks`` are names of empty tensors by which a UI is
-    told what else the scheduler's config says: a key and its value. ``remark`` is what there is to say of a file that
-    is made of a pipeline.
+    told what else the scheduler's config says: a key and its value. ``turns`` are names of tensors by which a UI is
+    told that a file is of a model that was trained otherwise than what is shipped says. ``remark`` is what there is to
+    say of a file that is made of a pipeline.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Family:
     folder: str = ""
     apart: tuple[str, ...] = ()
     marks: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    turns: tuple[str, ...] = ()
     remark: str = ""
 
     @property

@@ -12,15 +12,19 @@ from converter.dtypes import DTYPES
 from converter.errors import BadFile, Unsupported, name_some
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
+from converter.models.configs import read_json
+from converter.storage import place_of
 from converter.tensors.base import Tensor
 from converter.tensors.derived import Constant
 from converter.tensors.reader import RangeReader, read_chunks
 from converter.transforms.layouts.rows import put_together
-from converter.transforms.single_file.family import Family
-from converter.transforms.single_file.pipeline import as_diffusers, find_strange, notes_of_headers
+from converter.transforms.single_file.family import SCHEDULER, Config, Family
+from converter.transforms.single_file.pipeline import CONFIGS, as_diffusers, find_strange, notes_of_headers
 from converter.transforms.single_file.sizes import check_config
 
 _NAMED = 3
+# What a VAE says of its numbers, as its class takes it by default.
+_VAE_SAYS = {"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None}
 _CHUNK_NBYTES = 1 << 18
 
 
@@ -92,6 +96,26 @@ def marks_of(family: Family, scheduler: Mapping[str, Any]) -> tuple[list[Tensor]
     if scheduler.get("prediction_type") == "v_prediction" and not said:
         notes.append("its scheduler's prediction_type is v_prediction, which no file of weights says: set it in the UI")
     return marks, notes
+
+
+def find_untold(family: Family, vae: Config, scheduler: Config) -> list[str]:
+    """Say what no file of weights says of a pipeline, and programs that read one take to be otherwise."""
+    usual = place_of(CONFIGS / family.folder)
+    taken = read_json(usual / "vae/config.json")
+    notes = [
+        f"its vae's {key} is {vae.get(key, default)!r:.60}, and programs that read files of {family.name} take {value}"
+        for key, default in _VAE_SAYS.items()
+        if vae and vae.get(key, default) != (value := taken.get(key))
+    ]
+    kind, shipped = scheduler.get("_class_name"), read_json(usual / SCHEDULER).get("_class_name")
+    if isinstance(kind, str) and _method(kind) != _method(str(shipped)):
+        notes.append(f"its scheduler is a {kind:.60}, which no file of weights says: set it in the UI")
+    return notes
+
+
+def _method(scheduler: str) -> str:
+    """Give what a scheduler's class goes by, which a model is trained to; all others go by the same."""
+    return next((one for one in ("EDM", "FlowMatch") if one in scheduler), "")
 
 
 def _is(said: Any, value: Any) -> bool:

@@ -118,10 +118,14 @@ def open_single_file(
     marks = {name: said for name, said in family.marks.items() if name in tensors}
     frame = _Frame(found, given or shipped, given is not None, dict(marks.values()))
     kept = _kept_parts(source, found, without)
+    turn = next((name for name in family.turns if name in tensors), None)
+    if turn and given is None and len(kept) > 1:
+        problem = f"says by {turn!r} that it was trained otherwise than {family.name}"
+        raise Unsupported(source, problem, "Give the folder of such a pipeline: --config.")
     if ema and family.core not in kept:
         raise BadRequest(source, f"gives its {kept[0]} alone, and --ema is for a diffusion model", "Leave it out.")
     sorted_tensors, rest = sort_tensors(tensors, found.prefixes)
-    rest = [name for name in rest if name not in marks or given]
+    rest = [name for name in rest if name not in marks]
     is_extract = kept[0] != family.core and len(kept) == 1
     notes = [*_notes_of_kind(source, frame, kept, len(rest)), *checkpoint.notes, *notes_of_headers(checkpoint)]
     parts = []
@@ -222,9 +226,13 @@ def _notes_of_kind(source: Place, frame: _Frame, kept: Sequence[str], holds_more
         yield f"{source.name} is a {what}{kind.words}"
     if family.folder == "sd2" and not frame.given and not kind.changes:
         yield "it is taken for one of 768 pixels; for one of 512, give the folder of such a model as --config"
-    yield from (
-        f"its scheduler's {key} is {value}, as the file says" for key, value in frame.marks.items() if frame.changes
-    )
+    if frame.marks and len(kept) > 1 and frame.root is not None:
+        scheduler = read_json(frame.root / SCHEDULER) if frame.given else frame.marks
+        for key, value in frame.marks.items():
+            said = scheduler.get(key)
+            yield f"its scheduler's {key} is {value}, as the file says" + (
+                "" if said == value else f"; that of --config, which is taken, is {said!r:.60}"
+            )
     lacking = [name for name in family.parts if name not in frame.found.prefixes and family.parts[name].is_optional]
     if lacking and len(kept) > 1:
         yield f"it holds no {' and no '.join(lacking)}, and model_index.json says so"

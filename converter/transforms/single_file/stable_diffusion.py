@@ -45,6 +45,7 @@ VAE = Part(
 
 # As ComfyUI writes and reads them (``comfy_extras/nodes_model_merging.py``, ``SDXL`` in ``comfy/supported_models.py``).
 _V_PREDICTION = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
+_TURNS = ("edm_mean", "edm_vpred.sigma_max")  # of Playground 2.5, and of CosXL
 _LAST_LAYER = "the last layer of the text encoder is in no pipeline, nor in the file: nothing reads it"
 
 
@@ -72,6 +73,7 @@ def _family(
         others=(f"{stem}Img2ImgPipeline",),
         folder=folder,
         marks=_V_PREDICTION if folder == "sdxl" else {},
+        turns=_TURNS if folder == "sdxl" else (),
         remark=_LAST_LAYER if folder == "sd2" else "",
     )
 
@@ -96,6 +98,12 @@ def _is_second(configs: Configs) -> bool:
     return configs.get("unet", {}).get("cross_attention_dim") == 1024
 
 
+def _is_xl(configs: Configs) -> bool:
+    """Say whether a pipeline's UNet reads more than its second text encoder, which is all that a refiner has."""
+    width = configs.get("unet", {}).get("cross_attention_dim")
+    return width is None or width != configs.get("text_encoder_2", {}).get("hidden_size")
+
+
 _NINE: Configs = {"unet/config.json": {"in_channels": 9}}
 _NINE_2: Configs = {
     "unet/config.json": {"in_channels": 9, "sample_size": 64, "upcast_attention": False},
@@ -109,7 +117,7 @@ _ENCODERS_XL = {
 _ENCODERS_2 = {"text_encoder": open_clip("cond_stage_model.model.")}
 _ENCODERS_1 = {"text_encoder": clip("cond_stage_model.transformer.")}
 FAMILIES = (
-    _family("Stable Diffusion XL", "sdxl", 2048, _ENCODERS_XL, _NINE, owns=lambda configs: True),
+    _family("Stable Diffusion XL", "sdxl", 2048, _ENCODERS_XL, _NINE, owns=_is_xl),
     _family("Stable Diffusion 2", "sd2", 1024, _ENCODERS_2, _NINE_2, owns=_is_second),
     _family("Stable Diffusion 1", "sd1", 768, _ENCODERS_1, _NINE, owns=lambda configs: True),
 )
