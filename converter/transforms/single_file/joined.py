@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from converter.dtypes import DTYPES
-from converter.errors import BadFile, Unsupported, name_some
+from converter.errors import BadFile, BadRequest, Unsupported, name_some
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.models.configs import read_json
@@ -18,7 +18,8 @@ from converter.tensors.base import Tensor
 from converter.tensors.derived import Constant
 from converter.tensors.reader import RangeReader, read_chunks
 from converter.transforms.layouts.rows import put_together
-from converter.transforms.single_file.family import SCHEDULER, Config, Family
+from converter.transforms.layouts.sizes import Sizes
+from converter.transforms.single_file.family import SCHEDULER, Config, Family, Part
 from converter.transforms.single_file.pipeline import CONFIGS, as_diffusers, find_strange, notes_of_headers
 from converter.transforms.single_file.sizes import check_config
 
@@ -42,6 +43,7 @@ def join(family: Family, opened: Sequence[tuple[str, Component, Checkpoint]]) ->
         made = part.made_back(component.config, wholes) if part.made_back else []
         notes += (f"{one.name} of the {name} is {what}, for readers of the file look for it" for one, what in made)
         wholes += (one for one, _ in made)
+        notes += _find_unlike(part, name, component.config, Sizes(checkpoint.weight_set.path, _shapes_of(wholes)))
         prefix = part.prefixes[0] if len(opened) > 1 else part.lone
         tensors += (tensor._replace(name=prefix + tensor.name) for tensor in wholes)
         unread = [one for one in left if one in part.unread]
@@ -68,6 +70,23 @@ def _as_original(
         problem = f"holds tensors that no {name} of {family.name} has: {name_some(strange, _NAMED)}"
         raise Unsupported(source, problem, "Is something added to it, or is it another model?")
     return wholes, left
+
+
+def _find_unlike(part: Part, name: str, config: Config, sizes: Sizes) -> list[str]:
+    """Say what a config says otherwise than a file is taken to be by its names and shapes, where they tell."""
+    try:
+        taken = part.config_of(sizes) if part.config_of else {}
+    except BadRequest as error:
+        return [f"the {name} {error.problem}"]
+    return [
+        f"its {name}'s {key} is {config[key]!r:.60}, and programs that read the file take {value!r:.60}"
+        for key, value in taken.items()
+        if key in config and config[key] != value
+    ]
+
+
+def _shapes_of(tensors: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape for tensor in tensors}
 
 
 def _refuse_lost(family: Family, name: str, tensors: Mapping[str, Tensor], back: Sequence[Tensor]) -> None:
