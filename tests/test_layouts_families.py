@@ -99,6 +99,7 @@ CASES = {
     "sana-4k": like(SANA, sample_size=128, interpolation_scale=2.0),
     "sana-1.5": like(SANA, num_layers=60, qk_norm="rms_norm_across_heads"),
 }
+FLF2V = like(CASES["wan-i2v"], pos_embed_seq_len=514)  # which Diffusers' converter of single files leaves as it is
 SPRINT = like(SANA, guidance_embeds=True, qk_norm="rms_norm_across_heads")
 
 
@@ -139,10 +140,10 @@ def values(tensors: list[Tensor]) -> State:
     return made
 
 
-@pytest.mark.parametrize("kind", [*CASES, "sana-sprint"])
+@pytest.mark.parametrize("kind", [*CASES, "wan-flf2v", "sana-sprint"])
 @pytest.mark.parametrize("is_small", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["small", "whole"])
 def test_a_table_has_what_the_class_has(kind: str, is_small: bool) -> None:
-    case = {**CASES, "sana-sprint": SPRINT}[kind]
+    case = {**CASES, "wan-flf2v": FLF2V, "sana-sprint": SPRINT}[kind]
     asked = {**case.config, **(case.small if is_small else {})}
     state, config = meta_state(case, asked)
     assert {part for row in case.rows(config) for part in row.parts} == state.keys()
