@@ -484,7 +484,18 @@ def test_scales_that_kohya_cannot_have(tmp_path: Path, wconv: Callable[..., Any]
     assert "of another scale (alpha / rank)" in done.stderr
 
 
-@pytest.mark.parametrize("raw", ["{", "[]", '{"shared": 1}', '{"joined": {"a": ["b"]}}', '{"more": 1}', '{"alpha": 2}'])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "{",
+        "[]",
+        '{"shared": 1}',
+        '{"joined": {"a": ["b"]}}',
+        '{"more": 1}',
+        '{"alpha": 2}',
+        '{"alphas": {"a": "x1x1x1x1x1"}}',
+    ],
+)
 def test_a_note_of_nonsense(raw: str, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     save_file(attn("to_q"), tmp_path / "lora.safetensors", metadata={"wconv_lora": raw})
     source, new = tmp_path / "lora.safetensors", tmp_path / "new.safetensors"

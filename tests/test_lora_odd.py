@@ -190,3 +190,100 @@ def test_names_of_diffusers_in_a_single_file(name: str, merge: Any, tmp_path: Pa
     assert not isinstance(found, int), told
     for key, values in found.items():
         assert torch.allclose(values, expected[key], atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_alphas_come_back_as_they_were(to: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
+    alphas = {
+        "down": torch.tensor(4, dtype=torch.int16), "mid": torch.tensor([4], dtype=torch.uint8), "up": None,
+        "te": torch.tensor([[0.5]], dtype=torch.float16),
+    }  # fmt: skip
+    names = {"down": "unet_down_blocks_0", "mid": "unet_mid_block", "up": "unet_up_blocks_1"}
+    state: State = {}
+    for key, alpha in alphas.items():
+        name = (
+            f"lora_{names[key]}_attentions_0_proj_in" if key in names else "lora_te_text_model_encoder_layers_0_mlp_fc1"
+        )
+        state |= {f"{name}.lora_down.weight": random(2, 8), f"{name}.lora_up.weight": random(8, 2)}
+        state |= {f"{name}.alpha": alpha} if alpha is not None else {}
+    save_file(state, tmp_path / "lora.safetensors")
+    there = tmp_path / ("there" if to == "peft" else "there.safetensors")
+    wconv("convert-lora", tmp_path / "lora.safetensors", "--to", to, "-o", there)
+    wconv("convert-lora", there, "--to", "kohya", "-o", tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == state.keys()
+    for name, values in state.items():
+        assert (back[name].dtype, back[name].shape) == (values.dtype, values.shape)
+        assert torch.equal(back[name], values)
+
+
+def test_what_is_said_of_a_base_that_lacks_some(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    clip = "text_model.encoder.layers.0.mlp.fc1"
+    added = {**pair("unet.conv_in", 8, 8), **pair(f"text_encoder_2.{clip}", 8, 8)}
+    save_file(added, tmp_path / "lora.safetensors")
+    unet, of_clip = {"model.diffusion_model.input_blocks.0.0.weight": random(8, 8)}, "conditioner.embedders.1.model.ln"
+    save_file(unet, tmp_path / "unet.safetensors")
+    save_file({**unet, f"{of_clip}.weight": random(8)}, tmp_path / "xl.safetensors")
+    says = {
+        "lora": "The base is an adapter itself", "xl": "make a pipeline of it first, with 'wconv to-diffusers'",
+        "unet": "It is for text_encoder_2 too: name the folder of a pipeline",
+    }  # fmt: skip
+    for base, words in says.items():
+        source = tmp_path / f"{base}.safetensors"
+        told = wconv("merge-lora", source, tmp_path / "lora.safetensors", "-o", tmp_path / "out", exit_code=2)
+        assert words in told.stderr
+
+
+def test_an_adapter_is_not_written_over(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {f"{Q}.weight": random(6, 8)}, "LlamaForCausalLM")
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    save_file(pair(Q, 6, 8), folder / "model.safetensors")
+    told = wconv("merge-lora", base, folder / "model.safetensors", "-o", folder, "--overwrite", exit_code=2)
+    assert "is an adapter that is to be merged, or holds it" in told.stderr
+
+
+def test_an_alpha_of_zero_is_two_things(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    state = {f"{name}.lora_down.weight": random(2, 8), f"{name}.lora_up.weight": random(8, 2)}
+    save_file({**state, f"{name}.alpha": torch.tensor(0.0)}, tmp_path / "lora.safetensors")
+    new = tmp_path / "new.safetensors"
+    told = wconv("convert-lora", tmp_path / "lora.safetensors", "--to", "diffusers", "-o", new, exit_code=4)
+    assert "of 0, which some programs take for the rank" in told.stderr
+    folder = write_peft(tmp_path / "a", pair("mid_block.attentions.0.proj_in", 8, 8), lora_alpha=0)
+    told = wconv("convert-lora", folder, "--to", "kohya", "-o", new, exit_code=4)
+    assert "has an alpha of 0" in told.stderr
+
+
+def test_comfyui_names_text_encoders_too(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    clip = "text_model.encoder.layers.0.mlp.fc1"
+    added = pair("diffusion_model.double_blocks.0.img_attn.proj", 3072, 3072)
+    added |= pair(f"text_encoders.clip_l.transformer.{clip}", 8, 8)
+    save_file(added, tmp_path / "lora.safetensors")
+    wconv("convert-lora", tmp_path / "lora.safetensors", "--to", "diffusers", "-o", tmp_path / "new.safetensors")
+    new = {name.removesuffix(".lora_A.weight") for name in load_file(tmp_path / "new.safetensors")}
+    assert {"transformer.transformer_blocks.0.attn.to_out.0", f"text_encoder.{clip}"} < new
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_double_blocks_19_img_attn_qkv",
+        "lora_unet_single_blocks_38_linear2",
+        "transformer_blocks.59.attn.to_q",
+    ],
+)
+def test_more_blocks_than_flux_has(name: str, wconv: Callable[..., Any], tmp_path: Path) -> None:
+    # HunyuanVideo and Qwen-Image have the same names.
+    ends = ("lora_A", "lora_B") if "." in name else ("lora_down", "lora_up")
+    halves = {f"{name}.{ends[0]}.weight": random(2, 3072), f"{name}.{ends[1]}.weight": random(9216, 2)}
+    save_file(halves, tmp_path / "lora.safetensors")
+    source, new = tmp_path / "lora.safetensors", tmp_path / "new"
+    assert "for another model" in wconv("convert-lora", source, "--to", "peft", "-o", new, exit_code=4).stderr
+
+
+def test_a_scale_is_not_guessed(merge: Any, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {f"{Q}.weight": random(6, 8)}, "LlamaForCausalLM")
+    save_file(pair(Q, 6, 8), tmp_path / "lora.safetensors")
+    code, said = merge(base, tmp_path / "lora.safetensors")
+    assert (code, "has not the names of PEFT" in said) == (4, True)

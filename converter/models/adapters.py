@@ -39,6 +39,7 @@ METADATA_KEY = "lora_adapter_metadata"
 """Under which Diffusers keeps the config of each part in a safetensors header (``loaders/lora_base.py``)."""
 
 ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+ENCODERS_OF_COMFY = "text_encoders."
 _MAX_NAMED = 3
 
 # How the halves of a pair end: PEFT's, with the name of an adapter where its state dict was saved as it is; kohya's;
@@ -57,6 +58,7 @@ _PROCESSED = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o
 # What is no plain LoRA, by what is in the names of its tensors: LyCORIS and sd-scripts, PEFT's other methods.
 _KINDS = {
     re.compile(r"\.dora_scale$|lora_magnitude_vector"): "DoRA",
+    re.compile(r"\.processor\.\w+_lora\d?\.(down|up)\.weight$"): "LoRA of XLabs",
     re.compile(r"\.lora_mid\.weight$"): "LoCon with a middle (Tucker)",
     re.compile(r"\.hada_[wt]\d"): "LoHa",
     re.compile(r"\.lokr_[wt]\d"): "LoKr",
@@ -70,9 +72,19 @@ _KINDS = {
     re.compile(r"\.modules_to_save\."): "whole modules (modules_to_save)",
 }
 # What is in the names of all of these, and of few others.
-_MARK = re.compile(r"lora_|\.lora\.|_lora\.|dora_scale|hada_|lokr_|oft_|ia3_")
+_MARK = re.compile(r"lora_|_lora\d\.|\.lora\.|_lora\.|dora_scale|hada_|lokr_|oft_|ia3_")
 # Names of GLoRA and of differences may be any model's; they tell nothing without a name that only adapters have.
-_TELLING = ("DoRA", "LoCon with a middle (Tucker)", "LoHa", "LoKr", "OFT", "IA3", "VeRA", "LoRA of an embedding")
+_TELLING = (
+    "DoRA",
+    "LoCon with a middle (Tucker)",
+    "LoHa",
+    "LoKr",
+    "OFT",
+    "IA3",
+    "VeRA",
+    "LoRA of an embedding",
+    "LoRA of XLabs",
+)
 
 # Of PEFT's LoraConfig: what says nothing of how W changes once it is trained, or is read here.
 _NEUTRAL = frozenset({
@@ -87,9 +99,10 @@ _NEUTRAL = frozenset({
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 _MAX_RANK = 1 << 20
 # struct's letters for the dtypes that an alpha may have; BF16 is the upper half of a float.
-_LETTERS = {
-    "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"
+ALPHA_LETTERS = {
+    "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B", "BF16": "<f"
 }  # fmt: skip
+MAX_ALPHA_AXES = 4
 
 
 class Pair(NamedTuple):
@@ -252,7 +265,7 @@ def _spelled(match: re.Match[str]) -> tuple[Form, str]:
         module = module.removesuffix(".processor")
     if "." not in module and match["kohya"]:
         return "kohya", module
-    if module.startswith(ORIGINAL_PREFIXES):
+    if module.startswith((*ORIGINAL_PREFIXES, ENCODERS_OF_COMFY)):
         return "comfyui", module
     return "diffusers", module
 
@@ -324,8 +337,10 @@ def _misfit_of_pair(adapter: Adapter, pair: Pair) -> WconvError | None:
     if down.shape[0] > _MAX_RANK:
         return HostileFile(where, f"holds {down.name!r} of a rank of {down.shape[0]:,}, which no adapter has")
     alpha = pair.alpha
-    if alpha is not None and (alpha.numel != 1 or alpha.dtype.tag not in (*_LETTERS, "BF16")):
-        return BadFile(where, f"holds {alpha.name!r}, which is no single number: it is {_spell(alpha.shape)}")
+    is_number = alpha is None or (alpha.numel == 1 and len(alpha.shape) <= MAX_ALPHA_AXES)
+    if alpha is not None and not (is_number and alpha.dtype.tag in ALPHA_LETTERS):
+        shown = f"{alpha.dtype.short_name} of {_spell(alpha.shape)}"
+        return BadFile(where, f"holds {alpha.name!r}, which is no single number: it is {shown}")
     return None
 
 
@@ -337,8 +352,8 @@ def _misfits_of_config(adapter: Adapter) -> Iterator[WconvError]:
     """List what a config says that makes of it another method than plain LoRA, or what no config says."""
     is_peft = adapter.form == "peft"
     if is_peft and not adapter.config:
-        place = adapter.checkpoint.weight_set.folder / ADAPTER_CONFIG
-        yield BadFile(place, "is not there, and says what PEFT's weights are scaled by", "Fetch it.")
+        problem = f"has the names of PEFT, and no {ADAPTER_CONFIG} beside it, which says the scale"
+        yield BadFile(adapter.where, problem, "Fetch it too.")
         return
     where = adapter.checkpoint.weight_set.folder / ADAPTER_CONFIG if is_peft else adapter.where
     method = adapter.config.get("peft_type", "LORA") if is_peft else "LORA"
@@ -409,7 +424,7 @@ def read_alphas(adapter: Adapter) -> dict[str, float]:
     """Give the alpha of each pair, by module: its scale is alpha / rank. Reads the few bytes of those that are tensors.
 
     A pair without any has its rank. Raises BadFile for one that is no finite number, or where a config says another
-    rank than a pair has, or numbers that are none.
+    rank than a pair has, or numbers that are none; Unsupported for a tensor of 0.
     """
     held = [pair for pair in adapter.pairs if pair.alpha is not None]
     alphas = _read_tensors(adapter, held)
@@ -429,9 +444,13 @@ def _read_tensors(adapter: Adapter, held: Iterable[Pair]) -> dict[str, float]:
             raw = bytearray(tensor.nbytes)
             tensor.source.read(0, memoryview(raw), reader)
             content = b"\0\0" + raw if tensor.dtype.tag == "BF16" else raw
-            [alpha] = struct.unpack(_LETTERS.get(tensor.dtype.tag, "<f"), content)
+            [alpha] = struct.unpack(ALPHA_LETTERS[tensor.dtype.tag], content)
             if not _is_alpha(alpha):
                 raise BadFile(adapter.where, f"holds {tensor.name!r}, which is no alpha: {alpha}", "Fetch it again.")
+            if not alpha:
+                # ``LoRAModule`` in ``networks/lora.py`` of sd-scripts takes the rank, ``comfy/lora.py`` nothing.
+                problem = f"holds {tensor.name!r} of 0, which some programs take for the rank, and others for no effect"
+                raise Unsupported(adapter.where, problem, "Take the tensor out, which means the rank, or the pair.")
             alphas[module] = float(alpha)
     return alphas
 

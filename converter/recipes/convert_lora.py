@@ -108,6 +108,8 @@ def _all_changes(opened: list[Changes]) -> Changes:
             short=note.short | more.short,
             prefixes=note.prefixes | more.prefixes,
             blocks=note.blocks or more.blocks,
+            alpha=note.alpha or more.alpha,
+            alphas={**note.alphas, **more.alphas},
         )
         first = replace(first, base=first.base or other.base, all=(*first.all, *other.all), note=note)
     return first

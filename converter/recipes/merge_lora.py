@@ -60,8 +60,8 @@ def plan_merged(request: Request, asked: Sequence[Asked]) -> Plan:
         raise BadRequest(request.source, f"is to have {len(asked)} adapters merged into it", "Name from 1 to 64.")
     for one in asked:
         check_places(one.place, request.output)
-        if request.output is not None and request.output.is_same(one.place):
-            raise BadRequest(request.output, "is an adapter that is to be merged", "Name a new folder.")
+        if request.output is not None and any(map(request.output.is_same, (one.place, one.place.parent))):
+            raise BadRequest(request.output, "is an adapter that is to be merged, or holds it", "Name a new folder.")
     job = open_job(into_one_set(request))
     weighted = [_open_adapter(one) for one in asked]
     is_cast = request.casting.dtype is not None

@@ -125,9 +125,11 @@ FLUX, SD3, SD35_LARGE = "Flux", "Stable Diffusion 3", "Stable Diffusion 3.5 Larg
 def bases() -> tuple[Base, ...]:
     """Give all kinds of models whose adapters are converted.
 
-    Those of Stable Diffusion 3 differ in how many blocks they have, the last of which is another: 24, and 38.
+    Those of Stable Diffusion 3 differ in how many blocks they have, the last of which is another: 24, and 38. Of Flux
+    the blocks are counted too, as HunyuanVideo and Qwen-Image have the same names, and more of them.
     """
-    xl, flux = tuple(unet_rows(_XL)), tuple(flux_rows({"guidance_embeds": True}))
+    xl = tuple(unet_rows(_XL))
+    flux = tuple(numbered for row in flux_rows({"guidance_embeds": True}) for numbered in _numbered(row))
     medium = tuple(sd3_rows({"num_layers": 24, "dual_attention_layers": range(24)}))
     large = tuple(sd3_rows({"num_layers": 38}))
     return (
@@ -136,6 +138,16 @@ def bases() -> tuple[Base, ...]:
         Base(SD3, "transformer", medium, medium),
         Base(SD35_LARGE, "transformer", large, large),
     )
+
+
+def _numbered(row: Row) -> Iterator[Row]:
+    """Give the rows for each block of Flux."""
+    count = 0 if "{}" not in row.whole.split(".") else 38 if row.whole.startswith("single_blocks") else 19
+    for number in range(count):
+        words = (str(number),)
+        yield Row(fill(row.whole, words, 0), tuple(fill(part, words, 0) for part in row.parts), row.operation)
+    if not count:
+        yield row
 
 
 @cache

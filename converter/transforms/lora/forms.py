@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile, Unsupported
-from converter.models.adapters import METADATA_KEY, PEFT_PREFIX
+from converter.models.adapters import ALPHA_LETTERS, METADATA_KEY, PEFT_PREFIX
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import Box, Boxes, Constant
 from converter.tensors.sparse import Copies, Zeros
@@ -30,7 +30,7 @@ from converter.transforms.lora.bases import (
     original_of,
     t5_modules,
 )
-from converter.transforms.lora.note import DIFFUSERS, NOTE_KEY, ORIGINAL, Note
+from converter.transforms.lora.note import DIFFUSERS, NO_ALPHA, NOTE_KEY, ORIGINAL, Note
 from converter.transforms.lora.parts import (
     KOHYA_PREFIXES,
     Change,
@@ -42,7 +42,6 @@ from converter.transforms.lora.parts import (
 
 Target = Literal["kohya", "diffusers", "peft"]
 
-_LETTERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 _CLASSES = {
     "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
     FLUX: ("FluxTransformer2DModel", "diffusers.models.transformers.transformer_flux"),
@@ -239,8 +238,15 @@ def _of_kohya(changes: Changes, path: str, change: Change) -> Iterator[Tensor]:
     name = path.replace(".", "_")
     yield Tensor(f"{name}.lora_down.weight", change.down.source)
     yield Tensor(f"{name}.lora_up.weight", change.up.source)
-    dtype, content = _pack(change.alpha, (changes.note.alpha, change.down.dtype.tag, "F32", "F64"))
-    yield Tensor(f"{name}.alpha", Constant(dtype, (), content))
+    if not change.alpha:
+        problem = f"has an alpha of 0 for {change.part}.{change.path}, which kohya's trainer takes for the rank"
+        raise Unsupported(changes.adapter.where, problem, "Take the pair out, which does nothing.")
+    how = changes.note.alphas.get(name, changes.note.alpha)
+    if how == NO_ALPHA and change.scale == 1:
+        return
+    tag, *axes = how.split("x")
+    dtype, content = _pack(change.alpha, (tag, change.down.dtype.tag, "F32", "F64"))
+    yield Tensor(f"{name}.alpha", Constant(dtype, (1,) * len(axes), content))
 
 
 def _pack(alpha: float, tags: Iterable[str]) -> tuple[DType, bytes]:
@@ -256,13 +262,13 @@ def _pack(alpha: float, tags: Iterable[str]) -> tuple[DType, bytes]:
 
 
 def _pack_as(alpha: float, tag: str) -> bytes | None:
+    letter = ALPHA_LETTERS[tag]
+    is_whole = letter not in ("<d", "<f", "<e")
+    if is_whole and alpha != int(alpha):
+        return None
+    content = struct.pack(letter, int(alpha) if is_whole else alpha)
     if tag == "BF16":
-        content = struct.pack("<f", alpha)
-        return content[2:] if struct.unpack("<f", content)[0] == alpha and content[:2] == b"\0\0" else None
-    letter = _LETTERS[tag]
-    if letter in ("<q", "<i"):
-        return struct.pack(letter, int(alpha)) if alpha == int(alpha) else None
-    content = struct.pack(letter, alpha)
+        return content[2:] if struct.unpack(letter, content)[0] == alpha and content[:2] == b"\0\0" else None
     return content if struct.unpack(letter, content)[0] == alpha else None
 
 

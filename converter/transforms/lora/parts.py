@@ -33,7 +33,7 @@ from converter.transforms.lora.bases import (
     modules_of,
     t5_modules,
 )
-from converter.transforms.lora.note import DIFFUSERS, ORIGINAL, Note, read_note
+from converter.transforms.lora.note import DIFFUSERS, ORIGINAL, Note, read_note, spell_alpha
 
 _MAX_NAMED = 3
 DENOISER = ""
@@ -130,9 +130,10 @@ def find_changes(adapter: Adapter, hint: str = "") -> Changes:
 
 
 def _with_spelling(changes: Changes, found: Mapping[str, Found]) -> Note:
-    """Note of kohya's names what is not as his trainer has it today, and the dtype of alphas."""
+    """Note of kohya's names what is not as his trainer has it today, and how alphas are written."""
     adapter, note = changes.adapter, changes.note
-    tags = {pair.alpha.dtype.tag for pair in adapter.pairs if pair.alpha and pair.alpha.dtype is not pair.down.dtype}
+    spelled = {pair.module: spell_alpha(pair) for pair in adapter.pairs}
+    most = Counter(spelled.values()).most_common(1)[0][0]
     modules = [pair.module for pair in adapter.pairs]
     held = {prefix for prefix in KOHYA_PREFIXES if any(module.startswith(prefix) for module in modules)}
     blocks = {
@@ -140,7 +141,8 @@ def _with_spelling(changes: Changes, found: Mapping[str, Found]) -> Note:
     }
     usual = ORIGINAL if is_usually_original(changes) else DIFFUSERS
     return note._replace(
-        alpha=tags.pop() if len(tags) == 1 else "",
+        alpha=most,
+        alphas={module: how for module, how in spelled.items() if how != most},
         prefixes=frozenset(held - set(usual_prefixes(changes).values())),
         blocks=blocks.pop() if len(blocks) == 1 and blocks != {usual} else "",
     )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from converter.errors import BadFile, BadRequest, Unsupported, Where, name_some
 from converter.libraries.modules import find_linears
+from converter.libraries.transformers import names_model
 from converter.models.adapters import (
     ADAPTER_CONFIG,
     ORIGINAL_PREFIXES,
@@ -17,6 +18,7 @@ from converter.models.adapters import (
     Adapter,
     Pair,
     find_adapter,
+    may_be_adapter,
     read_alphas,
 )
 from converter.models.checkpoint import Checkpoint
@@ -40,6 +42,7 @@ _OF_FILES = {
     **dict.fromkeys(("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."), "text_encoder"),
     **OF_COMFY,
 }
+_OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.1.model.")
 # Models of transformers that have Conv1D, whose weight is [in, out], call themselves so.
 _MAY_HAVE_CONV1D = re.compile(r"GPT|Clvp|DecisionTransformer")
 
@@ -247,39 +250,51 @@ class _Aim(NamedTuple):
 
 
 def _place_each(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
-    """Find the module of each pair of Diffusers' or kohya's form. Raises BadRequest where one is not there.
+    """Find the module of each pair of Diffusers' or kohya's form. Raises BadRequest where one is not there."""
+    if all(names_model(part.component) and not _is_text(part) for part in parts):
+        problem = (
+            "has not the names of PEFT, which begin with base_model.model., and the base is a model of transformers"
+        )
+        raise Unsupported(one.where, problem, "Its scale would be guessed: save it with PEFT.")
+    errors: list[tuple[int, BadRequest]] = []
+    for adapter, pairs in _spellings(one, parts):
+        placed, lost = _place_all(adapter, pairs, parts)
+        if not lost:
+            return placed
+        of_lost, of_placed = (
+            {part_of(adapter, pair)[0] for pair in some} for some in (lost, [aim.pair for aim in placed])
+        )
+        others = sorted(of or "unet or transformer" for of in of_lost) if of_lost.isdisjoint(of_placed) else []
+        modules = [pair.module for pair in lost]
+        errors.append((len(lost), _not_there(one, modules, len(pairs), parts, others if placed else [])))
+    raise min(errors, key=lambda error: error[0])[1]
 
-    They may be named as those of the base; or the adapter in Diffusers' names and the base in those of the trainer of
-    its model, or the other way round: then the tables of the layouts say what is called how.
+
+def _spellings(one: Weighted, parts: Sequence[_Part]) -> Iterator[tuple[Adapter, list[tuple[Pair, float]]]]:
+    """Give the pairs with their scales, as they are named, and as the tables of the layouts say that they may be.
+
+    An adapter in the names of the trainer of its model has those of Diffusers too, and the other way round; a base in
+    the trainer's is a single file, without a config.
     """
-    pairs = [(pair, one.scales[pair.module]) for pair in one.adapter.pairs]
-    placed, lost = _place_all(one.adapter, pairs, parts)
-    if not lost:
-        return placed
+    yield one.adapter, [(pair, one.scales[pair.module]) for pair in one.adapter.pairs]
     try:
         changes = find_changes(one.adapter)
     except Unsupported:
-        raise _not_there(one, lost, len(pairs)) from None
+        return
     named = replace(one.adapter, form="diffusers")
-    for spell in (lambda: changes.all, lambda: as_trained(changes)[0]):
-        pairs = [
-            (Pair(f"{change.part}.{change.path}", change.down, change.up), one.weight * float(change.scale))
-            for change in spell()
-        ]
-        placed, lacking = _place_all(named, pairs, parts)
-        if not lacking:
-            return placed
-        lost = min(lost, lacking, key=len)
-    raise _not_there(one, lost, len(pairs))
+    is_file = not any(part.component.class_name for part in parts)
+    for all_of in (changes.all, *([as_trained(changes)[0]] if is_file else [])):
+        pairs = [(Pair(f"{it.part}.{it.path}", it.down, it.up), one.weight * float(it.scale)) for it in all_of]
+        yield named, pairs
 
 
 def _place_all(
     adapter: Adapter, scaled: Iterable[tuple[Pair, float]], parts: Sequence[_Part]
-) -> tuple[list[_Aim], list[str]]:
-    """Give the modules of pairs with their scales, and the names of those that are not there."""
+) -> tuple[list[_Aim], list[Pair]]:
+    """Give the modules of pairs with their scales, and those that are not there."""
     found = [(pair, scale, _find_module(adapter, pair, parts)) for pair, scale in scaled]
     placed = [_Aim(pair, scale, *place) for pair, scale, place in found if place]
-    return placed, [pair.module for pair, _, place in found if not place]
+    return placed, [pair for pair, _, place in found if not place]
 
 
 def _check_twice(one: Weighted, placed: Iterable[_Aim]) -> None:
@@ -291,10 +306,20 @@ def _check_twice(one: Weighted, placed: Iterable[_Aim]) -> None:
             raise BadFile(one.where, problem, "Take one of them out.")
 
 
-def _not_there(one: Weighted, modules: Sequence[str], count: int) -> BadRequest:
+def _not_there(
+    one: Weighted, modules: Sequence[str], count: int, parts: Sequence[_Part], others: Sequence[str] = ()
+) -> BadRequest:
+    """Say which modules the base has not; ``others`` are the parts of a pipeline that all of these are of."""
     named = name_some([repr(module) for module in modules], _NAMED)
     some = f"{len(modules):,} of its {count:,} modules are not there" if count > len(modules) else "nor any of it"
-    return BadRequest(one.where, f"is for {named}, and the base has no such weight ({some})", _OTHER_BASE)
+    advice = _OTHER_BASE
+    if any(may_be_adapter(part.checkpoint) for part in parts):
+        advice = "The base is an adapter itself: name a model first, then its adapters."
+    elif any(module.startswith(_OPEN_CLIP) for part in parts for module in part.modules):
+        advice = "In a single file it has OpenCLIP's names: make a pipeline of it first, with 'wconv to-diffusers'."
+    elif others:
+        advice = f"It is for {' and '.join(others)} too: name the folder of a pipeline that has all of them."
+    return BadRequest(one.where, f"is for {named}, and the base has no such weight ({some})", advice)
 
 
 def _place_whole(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
@@ -313,7 +338,7 @@ def _place_whole(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
         names = " and ".join(part.component.name for part, _ in best)
         raise BadRequest(one.where, f"may be for each of {names}", "Choose with --component.")
     if not best:
-        raise _not_there(one, lost, len(modules))
+        raise _not_there(one, lost, len(modules), parts)
     [(part, found)] = best
     return [_Aim(pair, one.scales[pair.module], part, found[pair.module]) for pair in one.adapter.pairs]
 
@@ -365,8 +390,12 @@ def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> tuple[
 
 def _may_be(part: _Part, names: Collection[str]) -> bool:
     """Say whether a component that is named by itself may be one of these in its pipeline."""
-    is_text = "Text" in part.component.class_name or part.component.class_name.endswith("EncoderModel")
-    return not part.component.class_name or is_text == all(name.startswith("text_encoder") for name in names)
+    return not part.component.class_name or _is_text(part) == all(name.startswith("text_encoder") for name in names)
+
+
+def _is_text(part: _Part) -> bool:
+    """Say whether a component is a text encoder."""
+    return "Text" in part.component.class_name or part.component.class_name.endswith("EncoderModel")
 
 
 def _add(one: Weighted, aim: _Aim, merges: dict[str, Merge]) -> None:
@@ -386,7 +415,8 @@ def _replace(one: Weighted, part: _Part, merges: dict[str, Merge]) -> None:
         module, _, leaf = name.rpartition(".")
         base = part.weight(f"{found[module]}.{leaf}") if module in found else None
         if base is None:
-            raise _not_there(one, [name], len(one.replaced))
+            problem = f"holds {name!r} in whole (modules_to_save), and the base has no such weight"
+            raise BadRequest(one.where, problem, "Save the base of the class that has it first, or merge it with PEFT.")
         if base.shape != tensor.shape:
             problem = f"holds {name!r} of {_spell(tensor.shape)}, and the base has {_spell(base.shape)}"
             raise Unsupported(one.where, problem, "PEFT merges it into a base whose vocabulary, or head, is as large.")
