@@ -19,14 +19,21 @@ from converter.tensors.derived import Constant
 from converter.tensors.reader import RangeReader, read_chunks
 from converter.transforms.layouts.rows import put_together
 from converter.transforms.layouts.sizes import Sizes
-from converter.transforms.single_file.family import SCHEDULER, Config, Family, Part
+from converter.transforms.single_file.family import SCHEDULER, Config, Configs, Family, Part
 from converter.transforms.single_file.pipeline import CONFIGS, as_diffusers, find_strange, notes_of_headers
 from converter.transforms.single_file.sizes import check_config
 
 _NAMED = 3
-# What a VAE says of its numbers, as its class takes it by default.
-_VAE_SAYS = {"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None}
 _CHUNK_NBYTES = 1 << 18
+# What a config says and no shape does, as the classes take it by default.
+_UNTOLD = {
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "hidden_act": "quick_gelu",
+    "attention_head_dim": 8,
+}
 
 
 def join(family: Family, opened: Sequence[tuple[str, Component, Checkpoint]]) -> tuple[list[Tensor], list[str]]:
@@ -117,15 +124,17 @@ def marks_of(family: Family, scheduler: Mapping[str, Any]) -> tuple[list[Tensor]
     return marks, notes
 
 
-def find_untold(family: Family, vae: Config, scheduler: Config) -> list[str]:
-    """Say what no file of weights says of a pipeline, and programs that read one take to be otherwise."""
+def find_untold(family: Family, configs: Configs, scheduler: Config) -> list[str]:
+    """Say what no file of weights says of a pipeline, and programs that read one take to be as it is published."""
     usual = place_of(CONFIGS / family.folder)
-    taken = read_json(usual / "vae/config.json")
-    notes = [
-        f"its vae's {key} is {vae.get(key, default)!r:.60}, and programs that read files of {family.name} take {value}"
-        for key, default in _VAE_SAYS.items()
-        if vae and vae.get(key, default) != (value := taken.get(key))
-    ]
+    notes = []
+    for name, config in configs.items():
+        taken = read_json(usual / name / "config.json")
+        for key, default in _UNTOLD.items() if taken else ():
+            said, value = config.get(key, default), taken.get(key, default)
+            if said != value:
+                who = f"programs that read files of {family.name} take {value}"
+                notes.append(f"its {name}'s {key} is {said!r:.60}, and {who}")
     kind, shipped = scheduler.get("_class_name"), read_json(usual / SCHEDULER).get("_class_name")
     if isinstance(kind, str) and _method(kind) != _method(str(shipped)):
         notes.append(f"its scheduler is a {kind:.60}, which no file of weights says: set it in the UI")
