@@ -9,7 +9,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from conftest import run_main
 from support.tiny import ref_to
 
+from converter.dtypes import DTYPES
 from converter.errors import BadFile, HostileFile, shorten
 from converter.formats.safetensors import parse_header
 from converter.formats.texts import MAX_CONFIG_NBYTES, MAX_HEADER_MARKS, MAX_MARKS, MAX_TEXT_NBYTES
@@ -25,7 +26,11 @@ from converter.models.configs import read_json
 from converter.models.faults import look
 from converter.models.names import parse_name
 from converter.storage import place_of
-from converter.tensors.base import MAX_DIMS, MAX_NAME, MAX_TENSORS
+from converter.tensors.base import MAX_DIMS, MAX_NAME, MAX_TENSORS, Tensor
+from converter.tensors.shaped import zeros
+from converter.transforms.layouts.rows import put_together
+from converter.transforms.layouts.stable_diffusion import clip_rows, unet_rows, vae_rows
+from converter.transforms.layouts.stable_diffusion_shapes import clip_shapes, unet_shapes, vae_shapes
 
 MAX_MEMORY_NBYTES = 512_000_000
 MAX_SECONDS = 10
@@ -276,34 +281,36 @@ PIPELINE = {
 }
 UNET = {
     "in_channels": 4, "out_channels": 4, "block_out_channels": [8], "layers_per_block": 1, "cross_attention_dim": 6,
-    "up_block_types": ["UpBlock2D"],
+    "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "model_index.json": PIPELINE,
     "unet/config.json": {"_class_name": "UNet2DConditionModel", **UNET},
-    "vae/config.json": {"latent_channels": 4, "block_out_channels": [8], "up_block_types": ["x"]},
+    "vae/config.json": {"latent_channels": 4, "block_out_channels": [8], "up_block_types": ["UpDecoderBlock2D"]},
     "text_encoder/config.json": {
         "architectures": ["CLIPTextModel"], "hidden_size": 6, "num_hidden_layers": 1, "torch_dtype": "float32",
         "vocab_size": 9, "intermediate_size": 8, "tie_word_embeddings": True,
     },
 }  # fmt: skip
 BESIDE = ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json")
-CHECKPOINT = {
-    "model.diffusion_model.input_blocks.0.0.weight": [8, 4, 3, 3],
-    "model.diffusion_model.out.2.weight": [4, 8, 3, 3],
-    "model.diffusion_model.input_blocks.1.0.out_layers.3.weight": [8, 8, 3, 3],
-    "model.diffusion_model.output_blocks.1.0.out_layers.3.weight": [8, 8, 3, 3],
-    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": [8, 6],
-    "first_stage_model.encoder.conv_in.weight": [8, 3, 3, 3],
-    "first_stage_model.decoder.conv_out.weight": [3, 8, 3, 3],
-    "first_stage_model.encoder.down.0.block.0.conv2.weight": [8, 8, 3, 3],
-    "first_stage_model.decoder.up.0.block.0.conv2.weight": [8, 8, 3, 3],
-    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": [9, 6],
-    "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": [8, 6],
-}
+PARTS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
+    ("model.diffusion_model.", "unet", unet_rows, unet_shapes),
+    ("first_stage_model.", "vae", vae_rows, vae_shapes),
+    ("cond_stage_model.transformer.", "text_encoder", clip_rows, clip_shapes),
+)
 
 
-def write_tensors(path: Path, shapes: dict[str, list[int]]) -> None:
+def shapes_of_file() -> dict[str, tuple[int, ...]]:
+    """Give the names and shapes of a single file that these configs fit."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, name, rows, shapes_of in PARTS:
+        config = CONFIGS[f"{name}/config.json"]
+        parts = {key: Tensor(key, zeros(DTYPES["F32"], shape)) for key, shape in shapes_of(config).items()}
+        shapes |= {prefix + one.name: one.shape for one in put_together(parts, rows(config))[0]}
+    return shapes
+
+
+def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
     entries, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * math.prod(shape)
@@ -322,7 +329,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         tensor = "mid.q_proj.weight" if name.startswith("text") else "mid.to_q.weight"
         write_tensors(folder / f"{name}.safetensors", {tensor: [4, 4]})
-    write_tensors(folder.parent / "sd.safetensors", CHECKPOINT)
+    write_tensors(folder.parent / "sd.safetensors", shapes_of_file())
     return folder
 
 
