@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import run_main
+from support import original
 from support.tiny import ref_to
 
 from converter.errors import BadFile, HostileFile, shorten
@@ -276,31 +278,44 @@ PIPELINE = {
 }
 UNET = {
     "in_channels": 4, "out_channels": 4, "block_out_channels": [8], "layers_per_block": 1, "cross_attention_dim": 6,
-    "up_block_types": ["UpBlock2D"],
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "model_index.json": PIPELINE,
     "unet/config.json": {"_class_name": "UNet2DConditionModel", **UNET},
-    "vae/config.json": {"latent_channels": 4, "block_out_channels": [8], "up_block_types": ["x"]},
+    "vae/config.json": {"latent_channels": 4, "block_out_channels": [8], "up_block_types": ["UpDecoderBlock2D"]},
     "text_encoder/config.json": {
         "architectures": ["CLIPTextModel"], "hidden_size": 6, "num_hidden_layers": 1, "torch_dtype": "float32",
         "vocab_size": 9, "intermediate_size": 8, "tie_word_embeddings": True,
     },
 }  # fmt: skip
 BESIDE = ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json")
-CHECKPOINT = {
-    "model.diffusion_model.input_blocks.0.0.weight": [8, 4, 3, 3],
-    "model.diffusion_model.out.2.weight": [4, 8, 3, 3],
-    "model.diffusion_model.input_blocks.1.0.out_layers.3.weight": [8, 8, 3, 3],
-    "model.diffusion_model.output_blocks.1.0.out_layers.3.weight": [8, 8, 3, 3],
-    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": [8, 6],
-    "first_stage_model.encoder.conv_in.weight": [8, 3, 3, 3],
-    "first_stage_model.decoder.conv_out.weight": [3, 8, 3, 3],
-    "first_stage_model.encoder.down.0.block.0.conv2.weight": [8, 8, 3, 3],
-    "first_stage_model.decoder.up.0.block.0.conv2.weight": [8, 8, 3, 3],
-    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": [9, 6],
-    "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": [8, 6],
-}
+# What else the classes need to be of these sizes.
+MORE: dict[str, dict[str, Any]] = {
+    "unet/config.json": {
+        "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "norm_num_groups": 4,
+        "attention_head_dim": 4,
+    },
+    "vae/config.json": {"down_block_types": ["DownEncoderBlock2D"], "norm_num_groups": 4, "layers_per_block": 1},
+    "text_encoder/config.json": {"num_attention_heads": 2, "max_position_embeddings": 7},
+}  # fmt: skip
+
+
+def checkpoint_shapes() -> dict[str, list[int]]:
+    """Give the shapes of a checkpoint that the configs fit."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    configs = {name.partition("/")[0]: {**CONFIGS[name], **more} for name, more in MORE.items()}
+    with torch.device("meta"):
+        models = {
+            "unet": UNet2DConditionModel.from_config(configs["unet"]),
+            "vae": AutoencoderKL.from_config(configs["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        }
+    states = {name: model.state_dict() for name, model in models.items()}
+    states["text_encoder"] = {f"text_model.{name}": tensor for name, tensor in states["text_encoder"].items()}
+    state = original.as_original("sd1", states, {name: model.config for name, model in models.items()})
+    return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
 def write_tensors(path: Path, shapes: dict[str, list[int]]) -> None:
@@ -315,23 +330,30 @@ def write_tensors(path: Path, shapes: dict[str, list[int]]) -> None:
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a folder that every command takes, and beside it a checkpoint that its configs fit."""
     folder = tmp_path_factory.mktemp("odd") / "pipeline"
-    for name, content in {**CONFIGS, **{beside: {} for beside in BESIDE}}.items():
+    configs = {name: {**config, **MORE.get(name, {})} for name, config in CONFIGS.items()}
+    for name, content in {**configs, **{beside: {} for beside in BESIDE}}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content))
     # Names that the table of linear modules knows: no library is asked.
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         tensor = "mid.q_proj.weight" if name.startswith("text") else "mid.to_q.weight"
         write_tensors(folder / f"{name}.safetensors", {tensor: [4, 4]})
-    write_tensors(folder.parent / "sd.safetensors", CHECKPOINT)
+    write_tensors(folder.parent / "sd.safetensors", checkpoint_shapes())
     return folder
 
 
 @pytest.mark.usefixtures("no_fsync")
 @pytest.mark.parametrize(
-    ("name", "key"),
-    [(name, key) for name, config in CONFIGS.items() for key in (*config, "quantization_config")],
+    ("turn", "name", "key"),
+    [
+        (turn, name, key)
+        for name, config in CONFIGS.items()
+        for turn, key in enumerate((*config, "quantization_config"))
+    ],
 )
-def test_a_value_of_any_type_ends_in_one_line(name: str, key: str, pipeline: Path, wconv: Callable[..., Any]) -> None:
+def test_a_value_of_any_type_ends_in_one_line(
+    turn: int, name: str, key: str, pipeline: Path, wconv: Callable[..., Any]
+) -> None:
     out = pipeline.parent / "out"
     commands: tuple[tuple[object, ...], ...] = (
         ("inspect", pipeline),
@@ -343,15 +365,16 @@ def test_a_value_of_any_type_ends_in_one_line(name: str, key: str, pipeline: Pat
     )
     wconv(*commands[2])
     wconv(*commands[-1])
-    for value in ODD:
-        (pipeline / name).write_text(json.dumps({**CONFIGS[name], key: value}))
-        for command in commands:
+    config = {**CONFIGS[name], **MORE.get(name, {})}
+    for at, value in enumerate(ODD):
+        (pipeline / name).write_text(json.dumps({**config, key: value}))
+        for command in commands[(at + turn) % 2 :: 2]:  # the others get it with the next key
             said = io.StringIO()
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
                 code = run_main([str(word) for word in command])
             assert code <= 7, (command, value, said.getvalue())
             assert len(said.getvalue()) < 10_000
-    (pipeline / name).write_text(json.dumps(CONFIGS[name]))
+    (pipeline / name).write_text(json.dumps(config))
 
 
 def test_numbers_in_names_have_no_thousand_digits(tmp_path: Path, wconv: Callable[..., Any]) -> None:
