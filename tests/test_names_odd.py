@@ -69,6 +69,12 @@ def test_what_a_header_ties_is_written_under_each_name(command: str, wconv: Call
     wconv("verify", tmp_path / "model.safetensors", tmp_path / "out")
 
 
+def test_of_a_pickle_it_is_not_said_that_a_header_notes_its_ties(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    save_file({"b": B}, tmp_path / "model.safetensors", {"c": "b"})
+    said = wconv("to-bin", tmp_path / "model.safetensors", "-o", tmp_path / "out").stdout
+    assert "Tied: c is b, written once under both names\n" in said
+
+
 def test_in_place_what_a_header_ties_is_written_under_each_name(wconv: Callable[..., Any], tmp_path: Path) -> None:
     save_file({"a": A, "b": B}, tmp_path / "model.safetensors", {"c": "b"})
     wconv("reshard", tmp_path / "model.safetensors", "--in-place", "--max-shard-size", "none", "--tied", "duplicate")

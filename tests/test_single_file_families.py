@@ -397,3 +397,19 @@ def test_a_config_may_say_anything(key: str, value: Any, flux: Any, tmp_path: Pa
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(BadRequest, match=f"has a {key} that this cannot be"):
         open_single_file(open_checkpoint(tmp_path / "model.safetensors"), config)
+
+
+def test_a_projection_that_is_not_the_identity_has_no_place(
+    sd3: Any, tmp_path: Path, wconv: Callable[..., Any]
+) -> None:
+    model, _, _ = sd3
+    with torch.no_grad():
+        model.text_encoder.text_projection.weight[3, 4] = 0.5
+    folder, single = saved(model, tmp_path / "model"), tmp_path / "model.safetensors"
+    done = wconv("to-single-file", folder, "-o", single, exit_code=4)
+    assert "holds a text_projection.weight that is not the identity" in done.stderr
+    assert not single.exists()
+    wconv("to-single-file", folder, "--without", "text_encoder", "-o", single)
+    (folder / "vae/config.json").unlink()
+    done = wconv("to-single-file", folder, "-o", tmp_path / "x.safetensors", exit_code=3)
+    assert "vae/config.json: is not there, and says how large the model is" in done.stderr

@@ -266,6 +266,41 @@ def test_what_a_scheduler_predicts_is_marked(copied: Any, tmp_path: Path, wconv:
     assert "ztsnr" not in load_file(tmp_path / "other.safetensors")
 
 
+def test_what_no_file_says_is_said(copied: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    folder = copied("sdxl")
+    edit_json(folder / "vae/config.json", scaling_factor=0.5, latents_mean=[1.0] * 4)
+    edit_json(folder / "scheduler/scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler")
+    told = wconv("to-single-file", folder, "-o", tmp_path / "model.safetensors").stdout
+    assert "its vae's scaling_factor is 0.5, and programs that read files of Stable Diffusion XL take 0.13025" in told
+    assert "its vae's latents_mean is [1.0, 1.0, 1.0, 1.0], and programs that" in told
+    assert "its scheduler is a EDMDPMSolverMultistepScheduler, which no file of weights says" in told
+
+
+def test_a_file_of_another_training_needs_its_config(made: Made, tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    _, folder = made("sdxl")
+    wconv("to-single-file", folder, "-o", tmp_path / "plain.safetensors")
+    source = tmp_path / "model.safetensors"
+    for marks, told in (
+        ({"edm_mean": torch.ones(1, 4, 1, 1), "edm_std": torch.ones(1, 4, 1, 1)}, "says by 'edm_mean' that it was"),
+        ({"edm_vpred.sigma_max": torch.ones(())}, "says by 'edm_vpred.sigma_max' that it was trained otherwise"),
+    ):
+        save_file({**load_file(tmp_path / "plain.safetensors"), **marks}, source)
+        assert told in wconv("to-diffusers", source, "-o", tmp_path / "x", exit_code=4).stderr
+        wconv("to-diffusers", source, "--config", folder, "-o", tmp_path / "out", "--overwrite")
+    save_file({**load_file(tmp_path / "plain.safetensors"), "v_pred": torch.ones(0)}, source)
+    told = wconv("to-diffusers", source, "--config", folder, "-o", tmp_path / "out", "--overwrite").stdout
+    assert "prediction_type is v_prediction, as the file says; that of --config, which is taken, is 'epsilon'" in told
+
+
+def test_a_refiner_has_no_table(copied: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    folder = copied("sdxl")
+    without_part("text_encoder")(folder)
+    edit_json(folder / "unet/config.json", cross_attention_dim=40)
+    words = ("--without", "text_encoder", "-o", tmp_path / "model.safetensors")
+    done = wconv("to-single-file", folder, *words, exit_code=4)
+    assert "is a StableDiffusionXLPipeline for another purpose, as a refiner is, and no table has that" in done.stderr
+
+
 # What is shipped.
 
 
@@ -345,21 +380,37 @@ QUANTIZED = {"weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "weight_scale_i
         (with_controlnet, "holds a controlnet, which no single file of Stable Diffusion XL has", 4),
         (without_part("text_encoder_2"), "holds no weights, and Stable Diffusion XL has a text_encoder_2", 3),
         (without_part("unet"), "holds no weights, and Stable Diffusion XL has a unet", 3),
-        (config("unet", block_out_channels=[16, 64]), "down_blocks.1.resnets.0.conv2.weight is 32x32x3x3", 2),
-        (config("unet", cross_attention_dim=7), "should begin with 32x7", 2),
+        (
+            config("unet", block_out_channels=[16, 64]),
+            "down_blocks.1.resnets.0.conv1.weight is 32x16x3x3, and should be 64x16x3x3",
+            2,
+        ),
+        (config("unet", cross_attention_dim=7), "is 32x72, and should be 32x7.", 2),
         (config("unet", layers_per_block=[1, 1]), "has a layers_per_block that this cannot be", 2),
-        (config("unet", layers_per_block=2), "down_blocks.0.resnets.1.conv2.weight is not there", 2),
-        (config("unet", up_block_types=["UpBlock2D"] * 2), "norm.weight is 32, and should not be there", 2),
-        (config("unet", up_block_types=["CrossAttnUpBlock2D"] * 2), "up_blocks.1.attentions.1.norm.weight is not", 2),
-        (config("unet", up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"] * 2), "up_blocks.2.resnets.1.conv2", 2),
+        (config("unet", layers_per_block=2), "down_blocks.0.resnets.1.norm1.weight is not there", 2),
+        (
+            config("unet", up_block_types=["UpBlock2D"] * 2),
+            "no unet of Stable Diffusion XL has: up_blocks.0.attentions.0.norm",
+            4,
+        ),
+        (
+            config("unet", up_block_types=["CrossAttnUpBlock2D"] * 2),
+            "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight is not",
+            2,
+        ),
+        (
+            config("unet", up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"] * 2),
+            "up_blocks.2.resnets.0.norm1.weight is not",
+            2,
+        ),
         (
             config("vae", up_block_types=["UpDecoderBlock2D"] * 3),
-            "decoder.up_blocks.2.resnets.0.conv2.weight is not",
+            "decoder.up_blocks.2.resnets.0.norm1.weight is not",
             2,
         ),
         (config("text_encoder_2", num_hidden_layers="2"), "has a num_hidden_layers that this cannot be", 2),
         (config("text_encoder_2", num_hidden_layers=1), "holds tensors that no text_encoder_2 of", 4),
-        (config("unet", up_block_types={}), "has a up_block_types that this cannot be", 2),
+        (config("unet", up_block_types={}), "has a up_block_types that no single file has: {}", 2),
         (config("vae", quantization_config={"quant_method": "x"}), "says that its weights are quantized", 4),
         (index(vae=["diffusers", "AutoencoderTiny"]), "is a AutoencoderTiny", 4),
         (tensors("unet", lambda state: {**state, "extra.weight": ONE}), "no unet of Stable Diffusion XL has: extra", 4),

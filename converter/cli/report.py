@@ -227,8 +227,9 @@ def _tensors(count: int) -> str:
 
 def _show_remarks(plan: Plan, every: bool) -> None:
     for planned in plan.sets:
+        how = "under both names" if planned.name.format == "torch" else "and noted in the header"
         for dropped, kept in planned.ties.items():
-            echo(printable(f"Tied: {dropped} is {kept}, written once and noted in the header"))
+            echo(printable(f"Tied: {dropped} is {kept}, written once {how}"))
         for dtype in dict.fromkeys(planned.kept.values()):
             names = [name for name, other in planned.kept.items() if other is dtype]
             told = names if len(names) <= _LISTED else list(fold_modules(names))

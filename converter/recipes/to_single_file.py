@@ -25,7 +25,7 @@ from converter.tensors.base import Tensor, WeightsFile
 from converter.transforms.dtype import recast
 from converter.transforms.single_file.families import FAMILIES, family_of, part_of
 from converter.transforms.single_file.family import ABSENT, SCHEDULER, Family
-from converter.transforms.single_file.joined import join, marks_of
+from converter.transforms.single_file.joined import find_untold, join, marks_of
 from converter.transforms.single_file.pipeline import chosen
 
 _Named = list[tuple[str, Component]]
@@ -56,12 +56,10 @@ def plan_single_file(request: Request, without: Sequence[str] = ()) -> Plan:
     job = Job(request, model, target, named, carries=False)
     opened = _open(job, source)
     tensors, notes = join(source.family, opened)
-    marks, said = marks_of(source.family, _scheduler_of(source)) if len(opened) > 1 else ([], [])
+    marks, said = _say_of_whole(source) if len(opened) > 1 else ([], [])
     weight_set = _set_of(source.model, [checkpoint for _, _, checkpoint in opened], named)
     _refuse_own(request, weight_set)
     notes = [*source.notes, *notes, *said]
-    if source.family.remark and any(name in source.family.encoders for name, _, _ in opened) and len(opened) > 1:
-        notes.append(source.family.remark)
     checkpoint = _joined(weight_set, [checkpoint for _, _, checkpoint in opened], [*tensors, *marks])
     order = Order(whole, checkpoint, named, {}, request.casting.dtype)
     return plan_job(job, [(whole, weight_set)], [order], Rest(notes=tuple(notes)))
@@ -127,6 +125,11 @@ def _of_pipeline(model: Model, without: Sequence[str]) -> _Source:
     if family is None:
         known = ", ".join(dict.fromkeys(name for one in FAMILIES for name in one.pipelines))
         what = f"is a {model.class_name}" if model.class_name else "names no class of a pipeline"
+        what += (
+            " for another purpose, as a refiner is"
+            if any(model.class_name in one.pipelines for one in FAMILIES)
+            else ""
+        )
         raise Unsupported(model.path, f"{what}, and no table has that", f"There are tables for: {known}.")
     named = {name: entry for name, entry in index.items() if is_class(entry)}
     notes = []
@@ -184,8 +187,15 @@ def _open(job: Job, source: _Source) -> list[tuple[str, Component, Checkpoint]]:
     return parts
 
 
-def _scheduler_of(source: _Source) -> dict[str, object]:
-    return read_json(source.model.root / SCHEDULER)
+def _say_of_whole(source: _Source) -> tuple[list[Tensor], list[str]]:
+    """Give the marks of a pipeline's file, and notes of what that says by them, and of what it does not."""
+    family, scheduler = source.family, read_json(source.model.root / SCHEDULER)
+    parts = dict(source.parts)
+    marks, notes = marks_of(family, scheduler)
+    notes += find_untold(family, parts["vae"].config if "vae" in parts else {}, scheduler)
+    if family.remark and not parts.keys().isdisjoint(family.encoders):
+        notes.append(family.remark)
+    return marks, notes
 
 
 def _set_of(model: Model, checkpoints: Sequence[Checkpoint], named: WeightsName) -> WeightSet:

@@ -134,14 +134,14 @@ def sana_config(sizes: Sizes) -> dict[str, Any]:
 
 
 def sana_shapes(config: Config) -> Shapes:
-    """Give the shapes of all tensors of a ``SanaTransformer2DModel``, of convolutions the first two axes."""
+    """Give the shapes of all tensors of a ``SanaTransformer2DModel``."""
     sizes = {**SANA_NUMBERS, **config}
     width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
     guided = bool(config.get("guidance_embeds"))
     embedders = ["timestep_embedder", "guidance_embedder"] if guided else ["emb.timestep_embedder"]
     shapes = linears(
         {
-            "patch_embed.proj": (width, sizes["in_channels"]),
+            "patch_embed.proj": (width, sizes["in_channels"], *(sizes["patch_size"],) * 2),
             "caption_projection.linear_1": (width, sizes["caption_channels"]),
             "caption_projection.linear_2": (width, width),
             **{f"time_embed.{name}.linear_1": (width, 256) for name in embedders},
@@ -165,9 +165,9 @@ def _block_shapes(sizes: Config, width: int) -> Shapes:
             "attn2.to_q": (crossed, width),
             **{f"attn2.{name}": (crossed, sizes["cross_attention_dim"]) for name in ("to_k", "to_v")},
             "attn2.to_out.0": (width, crossed),
-            "ff.conv_inverted": (2 * hidden, width),
-            "ff.conv_depth": (2 * hidden, 1),
-            "ff.conv_point": (width, hidden),
+            "ff.conv_inverted": (2 * hidden, width, 1, 1),
+            "ff.conv_depth": (2 * hidden, 1, 3, 3),
+            "ff.conv_point": (width, hidden, 1, 1),
         }
     )
     shapes["scale_shift_table"] = (6, width)

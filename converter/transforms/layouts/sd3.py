@@ -143,13 +143,13 @@ def sd3_config(sizes: Sizes) -> dict[str, Any]:
 
 
 def sd3_shapes(config: Config) -> Shapes:
-    """Give the shapes of all tensors of a ``SD3Transformer2DModel``, of convolutions the first two axes."""
+    """Give the shapes of all tensors of a ``SD3Transformer2DModel``."""
     sizes = {**SD3_NUMBERS, **config}
     head = sizes["attention_head_dim"]
     width, text = sizes["num_attention_heads"] * head, sizes["caption_projection_dim"]
     shapes = linears(
         {
-            "pos_embed.proj": (width, sizes["in_channels"]),
+            "pos_embed.proj": (width, sizes["in_channels"], *(sizes["patch_size"],) * 2),
             "context_embedder": (text, sizes["joint_attention_dim"]),
             "time_text_embed.timestep_embedder.linear_1": (width, 256),
             "time_text_embed.timestep_embedder.linear_2": (width, width),

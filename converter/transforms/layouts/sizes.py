@@ -12,7 +12,7 @@ from converter.transforms.layouts.rows import Row
 Config = Mapping[str, Any]
 """A config.json."""
 Shapes = dict[str, tuple[int, ...]]
-"""The first axes of tensors, at least, by their names."""
+"""The shapes of tensors by their names."""
 
 _FETCH = "Fetch all of it."
 MAX_BLOCKS = 64
@@ -80,8 +80,8 @@ class Sizes(NamedTuple):
         return BadRequest(self.where, f"does not say {what}", "Give the folder of a pipeline of its kind: --config.")
 
 
-def linears(modules: Mapping[str, tuple[int, int]]) -> Shapes:
-    """Give the shapes of weights and biases of modules by their outputs and inputs."""
-    weights = {f"{name}.weight": (out, into) for name, (out, into) in modules.items()}
-    biases = {f"{name}.bias": (out,) for name, (out, _) in modules.items()}
+def linears(modules: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """Give the shapes of weights and biases of modules by their outputs, inputs and what else their weights have."""
+    weights = {f"{name}.weight": shape for name, shape in modules.items()}
+    biases = {f"{name}.bias": shape[:1] for name, shape in modules.items()}
     return {**weights, **biases}

@@ -108,6 +108,12 @@ def has_attention(kind: object) -> bool:
     return isinstance(kind, str) and "CrossAttn" in kind
 
 
+def has_projection(config: Config) -> bool:
+    """Say whether a CLIP has a projection, by the class that its config names."""
+    architectures = config.get("architectures")
+    return isinstance(architectures, list) and "CLIPTextModelWithProjection" in architectures
+
+
 def vae_rows(config: Config) -> list[Row]:
     """Give the rows of a VAE, ``AutoencoderKL``."""
     rows = renamings({name: name for name in ("quant_conv.*", "post_quant_conv.*")})
@@ -135,9 +141,8 @@ def clip_rows(config: Config) -> list[Row]:
 
     So do single files that Diffusers' scripts made with it, and no other program reads those.
     """
-    has_projection = "CLIPTextModelWithProjection" in config.get("architectures", ())
     return [
-        *renamings({"text_projection.weight": "text_projection.weight"} if has_projection else {}),
+        *renamings({"text_projection.weight": "text_projection.weight"} if has_projection(config) else {}),
         *renamings({f"text_model.{name}": f"text_model.{name}" for name in _CLIP}),
         *renamings({name: f"text_model.{name}" for name in _CLIP}),
         *renamings({f"text_model.{name}": name for name in _CLIP}),
@@ -150,7 +155,7 @@ def open_clip_rows(config: Config) -> list[Row]:
     Version 5 of transformers leaves ``text_model.`` out of the names of one class, and not of the other.
     """
     rows = []
-    if "CLIPTextModelWithProjection" in config.get("architectures", ()):
+    if has_projection(config):
         rows.append(Row("text_projection", ("text_projection.weight",), TRANSPOSE))
     for prefix in ("text_model.", ""):
         rows += renamings({here: f"{prefix}{there}" for here, there in _OPEN_CLIP.items()})

@@ -19,7 +19,16 @@ _BLOCK = (
     *(f"layer.1.DenseReluDense.{which}.weight" for which in ("wi", "wi_0", "wi_1", "wo")),
     "layer.1.layer_norm.weight",
 )
-T5_NUMBERS = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24}
+_TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+T5_NUMBERS = {
+    "vocab_size": 32128,
+    "d_model": 512,
+    "d_kv": 64,
+    "num_heads": 8,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "relative_attention_num_buckets": 32,
+}
 """The numbers in its config, as its class takes them where they are not given."""
 
 
@@ -31,14 +40,18 @@ def t5_rows(config: Config) -> list[Row]:
 
 
 def t5_shapes(config: Config) -> Shapes:
-    """Give the shapes of what any ``T5EncoderModel`` has."""
+    """Give the shapes of all tensors of a ``T5EncoderModel``."""
     sizes = {**T5_NUMBERS, **config}
     width, inner, hidden = sizes["d_model"], sizes["num_heads"] * sizes["d_kv"], sizes["d_ff"]
+    gated = str(config.get("feed_forward_proj", "relu")).startswith("gated-")
     shapes: Shapes = {"shared.weight": (sizes["vocab_size"], width), "encoder.final_layer_norm.weight": (width,)}
+    shapes[_TABLE] = (sizes["relative_attention_num_buckets"], sizes["num_heads"])
     for at in range(sizes["num_layers"]):
         block = f"encoder.block.{at}.layer"
         shapes |= {f"{block}.0.SelfAttention.{which}.weight": (inner, width) for which in ("q", "k", "v")}
         shapes[f"{block}.0.SelfAttention.o.weight"] = (width, inner)
+        for layer in ("wi_0", "wi_1") if gated else ("wi",):
+            shapes[f"{block}.1.DenseReluDense.{layer}.weight"] = (hidden, width)
         shapes[f"{block}.1.DenseReluDense.wo.weight"] = (width, hidden)
         shapes |= {f"{block}.{layer}.layer_norm.weight": (width,) for layer in (0, 1)}
     return shapes

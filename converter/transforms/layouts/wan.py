@@ -34,6 +34,8 @@ _IMAGE = modules(
         "img_emb.proj.4": f"{_EMBEDDER}.image_embedder.norm2",
     }
 )
+# Of the model that goes from a first picture to a last (``scripts/convert_wan_to_diffusers.py``).
+_PLACES = renamings({"img_emb.emb_pos": f"{_EMBEDDER}.image_embedder.pos_embed"})
 _ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
 _LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
 _BLOCK = [
@@ -61,6 +63,7 @@ WAN_NUMBERS: dict[str, Any] = {
     "num_layers": 40,
     "image_dim": None,
     "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
     "patch_size": [1, 2, 2],
 }
 """The numbers in its config, as its class takes them where they are not given."""
@@ -74,7 +77,8 @@ def wan_rows(config: Config) -> list[Row]:
         *(_OF_IMAGE if config.get("added_kv_proj_dim") else ()),
     ]
     blocks = range(config.get("num_layers", WAN_NUMBERS["num_layers"]))
-    return [*_ENDS, *(_IMAGE if config.get("image_dim") else ()), *numbered("blocks", "blocks", blocks, block)]
+    image = [*_IMAGE, *(_PLACES if config.get("pos_embed_seq_len") else ())] if config.get("image_dim") else []
+    return [*_ENDS, *image, *numbered("blocks", "blocks", blocks, block)]
 
 
 def wan_config(sizes: Sizes) -> dict[str, Any]:
@@ -99,7 +103,7 @@ def wan_config(sizes: Sizes) -> dict[str, Any]:
         "num_layers": sizes.count("blocks"),
         "out_channels": sizes.ratio("channels", sizes.axis("head.head.weight", 0), patch[0] * patch[1] * patch[2]),
         "patch_size": patch,
-        "pos_embed_seq_len": None,
+        "pos_embed_seq_len": sizes.axis("img_emb.emb_pos", 1) if sizes.has("img_emb.emb_pos") else None,
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 1024,
         "text_dim": sizes.axis("text_embedding.0.weight", 1),
@@ -109,14 +113,14 @@ def wan_config(sizes: Sizes) -> dict[str, Any]:
 
 
 def wan_shapes(config: Config) -> Shapes:
-    """Give the shapes of all tensors of a ``WanTransformer3DModel``, of convolutions the first two axes."""
+    """Give the shapes of all tensors of a ``WanTransformer3DModel``."""
     sizes = {**WAN_NUMBERS, **config}
     width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
     places = 1
     for side in sizes["patch_size"]:
         places *= side
     modules_of = {
-        "patch_embedding": (width, sizes["in_channels"]),
+        "patch_embedding": (width, sizes["in_channels"], *sizes["patch_size"]),
         f"{_EMBEDDER}.text_embedder.linear_1": (width, sizes["text_dim"]),
         f"{_EMBEDDER}.text_embedder.linear_2": (width, width),
         f"{_EMBEDDER}.time_embedder.linear_1": (width, sizes["freq_dim"]),
@@ -129,6 +133,8 @@ def wan_shapes(config: Config) -> Shapes:
     if image:
         modules_of[f"{_EMBEDDER}.image_embedder.ff.net.0.proj"] = (image, image)
         modules_of[f"{_EMBEDDER}.image_embedder.ff.net.2"] = (width, image)
+        if sizes["pos_embed_seq_len"]:
+            shapes[f"{_EMBEDDER}.image_embedder.pos_embed"] = (1, sizes["pos_embed_seq_len"], image)
         for norm, size in (("norm1", image), ("norm2", width)):
             shapes |= {f"{_EMBEDDER}.image_embedder.{norm}.{leaf}": (size,) for leaf in ("weight", "bias")}
     for at in range(sizes["num_layers"]):

@@ -23,8 +23,8 @@ ABSENT = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a pipeline that no single file holds."""
 SCHEDULER = "scheduler/scheduler_config.json"
 """Where a pipeline says how it makes pictures, by its path."""
-Shapes = Mapping[str, tuple[Any, ...]]
-"""The shapes of tensors by their names; those that a config says may be anything."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of tensors by their names."""
 
 
 class Part(NamedTuple):
@@ -32,11 +32,11 @@ class Part(NamedTuple):
 
     ``classes`` are the names of its class in a config. ``prefixes`` are what its names begin with: the first is
     written, the others are read as well; in a file of its own it is ``lone``. For a config, ``rows`` gives those of its
-    table, and ``shapes`` what it says of some tensors in a pipeline, given those that there are. ``config_of`` gives a
-    config for tensors of a single file, by their names without a prefix, where none is shipped. ``numbers`` are what
-    has to be such in a config, as its class takes them where it has none. ``buffers`` are last words of names that are
-    no weights: a tensor of that name that no row has is left out. An optional part may be missing from a file and from
-    a pipeline, and that is said.
+    table, and ``shapes`` those of all tensors of its class. ``config_of`` gives a config for tensors of a single file,
+    by their names without a prefix, where none is shipped. ``numbers`` are what has to be such in a config, as its
+    class takes them where it has none, and ``words`` what else it may say, first that where it says nothing.
+    ``buffers`` are last words of names that are no weights: a tensor of that name that no row has is left out. An
+    optional part may be missing from a file and from a pipeline, and that is said.
 
     Either may have ``unread`` names that the other has not, which are left out and named. For a config and the tensors
     that there are, ``made`` are those that a pipeline has besides, and ``made_back`` those that readers of a single
@@ -47,10 +47,11 @@ class Part(NamedTuple):
     prefixes: tuple[str, ...]
     library: Library
     rows: Callable[[Config], list[Row]]
-    shapes: Callable[[Config, Shapes], Shapes]
+    shapes: Callable[[Config], Shapes]
     lone: str = ""
     config_of: Callable[[Sizes], dict[str, Any]] | None = None
     numbers: Config = MappingProxyType({})
+    words: Mapping[str, Sequence[Any]] = MappingProxyType({})
     buffers: tuple[str, ...] = ()
     is_optional: bool = False
     unread: tuple[str, ...] = ()
@@ -86,8 +87,9 @@ class Family:
     A pipeline is of it by its class, which is that of a kind or one of ``others``, if it ``owns`` the configs in it.
     ``folder`` is that in ``configs`` where those of a pipeline are shipped, all of them or some. ``apart`` are parts of
     a pipeline that are files of their own beside the single one. ``marks`` are names of empty tensors by which a UI is
-    told what else the scheduler's config says: a key and its value. ``remark`` is what there is to say of a file that
-    is made of a pipeline.
+    told what else the scheduler's config says: a key and its value. ``turns`` are names of tensors by which a UI is
+    told that a file is of a model that was trained otherwise than what is shipped says. ``remark`` is what there is to
+    say of a file that is made of a pipeline.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Family:
     folder: str = ""
     apart: tuple[str, ...] = ()
     marks: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    turns: tuple[str, ...] = ()
     remark: str = ""
 
     @property

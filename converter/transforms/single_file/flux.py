@@ -11,7 +11,7 @@ from converter.transforms.single_file.stable_diffusion import VAE
 # Black Forest Labs' own file, and those in ComfyUI's ``diffusion_models``, have no prefix; its checkpoints have one.
 TRANSFORMER = Part(
     ("FluxTransformer2DModel",), ("model.diffusion_model.", ""), DIFFUSERS, flux_rows,
-    lambda config, _: flux_shapes(config), lone="", config_of=flux_config, numbers=FLUX_NUMBERS,
+    flux_shapes, lone="", config_of=flux_config, numbers=FLUX_NUMBERS,
 )  # fmt: skip
 # Schnell was trained to few steps, and has no guidance.
 _SCHNELL = {"scheduler/scheduler_config.json": {"shift": 1.0, "use_dynamic_shifting": False}}

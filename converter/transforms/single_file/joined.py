@@ -9,17 +9,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from converter.dtypes import DTYPES
-from converter.errors import Unsupported, name_some
+from converter.errors import BadFile, BadRequest, Unsupported, name_some
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
+from converter.models.configs import read_json
+from converter.storage import place_of
 from converter.tensors.base import Tensor
 from converter.tensors.derived import Constant
+from converter.tensors.reader import RangeReader, read_chunks
 from converter.transforms.layouts.rows import put_together
-from converter.transforms.single_file.family import Family
-from converter.transforms.single_file.pipeline import notes_of_headers
-from converter.transforms.single_file.sizes import check_config, check_shapes
+from converter.transforms.layouts.sizes import Sizes
+from converter.transforms.single_file.family import SCHEDULER, Config, Family, Part
+from converter.transforms.single_file.pipeline import CONFIGS, as_diffusers, find_strange, notes_of_headers
+from converter.transforms.single_file.sizes import check_config
 
 _NAMED = 3
+# What a VAE says of its numbers, as its class takes it by default.
+_VAE_SAYS = {"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None}
+_CHUNK_NBYTES = 1 << 18
 
 
 def join(family: Family, opened: Sequence[tuple[str, Component, Checkpoint]]) -> tuple[list[Tensor], list[str]]:
@@ -36,6 +43,7 @@ def join(family: Family, opened: Sequence[tuple[str, Component, Checkpoint]]) ->
         made = part.made_back(component.config, wholes) if part.made_back else []
         notes += (f"{one.name} of the {name} is {what}, for readers of the file look for it" for one, what in made)
         wholes += (one for one, _ in made)
+        notes += _find_unlike(part, name, component.config, Sizes(checkpoint.weight_set.path, _shapes_of(wholes)))
         prefix = part.prefixes[0] if len(opened) > 1 else part.lone
         tensors += (tensor._replace(name=prefix + tensor.name) for tensor in wholes)
         unread = [one for one in left if one in part.unread]
@@ -49,16 +57,54 @@ def _as_original(
     family: Family, name: str, component: Component, checkpoint: Checkpoint
 ) -> tuple[list[Tensor], list[str]]:
     part, config, path = family.parts[name], component.config, component.path / "config.json"
-    check_config(path, config, part.numbers)
-    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
-    shapes = {short: tensor.shape for short, tensor in tensors.items()}
-    check_shapes(checkpoint.weight_set.path, str(path), part.shapes(config, shapes), shapes)
+    if not config:
+        raise BadFile(path, "is not there, and says how large the model is", "Fetch all files of the model.")
+    check_config(path, config, part.numbers, part.words)
+    source, tensors = checkpoint.weight_set.path, {tensor.name: tensor for tensor in checkpoint.tensors}
     wholes, left = put_together(tensors, part.rows(config))
+    back, _ = as_diffusers(part, config, {tensor.name: tensor for tensor in wholes})
     strange = [short for short in left if short.rpartition(".")[2] not in part.buffers and short not in part.unread]
+    strange += find_strange(source, str(path), part, config, back)
+    _refuse_lost(family, name, tensors, back)
     if strange:
         problem = f"holds tensors that no {name} of {family.name} has: {name_some(strange, _NAMED)}"
-        raise Unsupported(checkpoint.weight_set.path, problem, "Is something added to it, or is it another model?")
+        raise Unsupported(source, problem, "Is something added to it, or is it another model?")
     return wholes, left
+
+
+def _find_unlike(part: Part, name: str, config: Config, sizes: Sizes) -> list[str]:
+    """Say what a config says otherwise than a file is taken to be by its names and shapes, where they tell."""
+    try:
+        taken = part.config_of(sizes) if part.config_of else {}
+    except BadRequest as error:
+        return [f"the {name} {error.problem}"]
+    return [
+        f"its {name}'s {key} is {config[key]!r:.60}, and programs that read the file take {value!r:.60}"
+        for key, value in taken.items()
+        if key in config and config[key] != value
+    ]
+
+
+def _shapes_of(tensors: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape for tensor in tensors}
+
+
+def _refuse_lost(family: Family, name: str, tensors: Mapping[str, Tensor], back: Sequence[Tensor]) -> None:
+    """Raise Unsupported where what is left out of a file is not what is made of that in its place."""
+    part = family.parts[name]
+    for made in back:
+        theirs = tensors.get(made.name)
+        if part.made and made.name in part.unread and theirs is not None and not _are_same(made, theirs):
+            problem = f"holds a {made.name} that is not the identity, as it is in every file of {family.name}"
+            raise Unsupported(theirs.where, problem, "It has no place there, nor does any reader take one.")
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with RangeReader() as reader:
+        chunks = (read_chunks(tensor.source, reader, bytearray(_CHUNK_NBYTES)) for tensor in (one, other))
+        return all(mine == theirs for mine, theirs in zip(*chunks, strict=True))
 
 
 def marks_of(family: Family, scheduler: Mapping[str, Any]) -> tuple[list[Tensor], list[str]]:
@@ -69,6 +115,26 @@ def marks_of(family: Family, scheduler: Mapping[str, Any]) -> tuple[list[Tensor]
     if scheduler.get("prediction_type") == "v_prediction" and not said:
         notes.append("its scheduler's prediction_type is v_prediction, which no file of weights says: set it in the UI")
     return marks, notes
+
+
+def find_untold(family: Family, vae: Config, scheduler: Config) -> list[str]:
+    """Say what no file of weights says of a pipeline, and programs that read one take to be otherwise."""
+    usual = place_of(CONFIGS / family.folder)
+    taken = read_json(usual / "vae/config.json")
+    notes = [
+        f"its vae's {key} is {vae.get(key, default)!r:.60}, and programs that read files of {family.name} take {value}"
+        for key, default in _VAE_SAYS.items()
+        if vae and vae.get(key, default) != (value := taken.get(key))
+    ]
+    kind, shipped = scheduler.get("_class_name"), read_json(usual / SCHEDULER).get("_class_name")
+    if isinstance(kind, str) and _method(kind) != _method(str(shipped)):
+        notes.append(f"its scheduler is a {kind:.60}, which no file of weights says: set it in the UI")
+    return notes
+
+
+def _method(scheduler: str) -> str:
+    """Give what a scheduler's class goes by, which a model is trained to; all others go by the same."""
+    return next((one for one in ("EDM", "FlowMatch") if one in scheduler), "")
 
 
 def _is(said: Any, value: Any) -> bool:

@@ -22,10 +22,10 @@ from converter.models.model import Model
 from converter.models.names import WeightsName
 from converter.storage import FileRef, Place, place_of
 from converter.tensors.base import Tensor
-from converter.transforms.layouts.rows import take_apart
+from converter.transforms.layouts.rows import take_apart, wholes_of
 from converter.transforms.layouts.sizes import Sizes
 from converter.transforms.single_file.families import EMA, Found, family_of, part_of, recognise
-from converter.transforms.single_file.family import ABSENT, SCHEDULER, Config, Family
+from converter.transforms.single_file.family import ABSENT, SCHEDULER, Config, Family, Part
 from converter.transforms.single_file.sizes import check_config, check_shapes
 from converter.transforms.single_file.tokenizer import tokenizer_files
 
@@ -118,10 +118,14 @@ def open_single_file(
     marks = {name: said for name, said in family.marks.items() if name in tensors}
     frame = _Frame(found, given or shipped, given is not None, dict(marks.values()))
     kept = _kept_parts(source, found, without)
+    turn = next((name for name in family.turns if name in tensors), None)
+    if turn and given is None and len(kept) > 1:
+        problem = f"says by {turn!r} that it was trained otherwise than {family.name}"
+        raise Unsupported(source, problem, "Give the folder of such a pipeline: --config.")
     if ema and family.core not in kept:
         raise BadRequest(source, f"gives its {kept[0]} alone, and --ema is for a diffusion model", "Leave it out.")
     sorted_tensors, rest = sort_tensors(tensors, found.prefixes)
-    rest = [name for name in rest if name not in marks or given]
+    rest = [name for name in rest if name not in marks]
     is_extract = kept[0] != family.core and len(kept) == 1
     notes = [*_notes_of_kind(source, frame, kept, len(rest)), *checkpoint.notes, *notes_of_headers(checkpoint)]
     parts = []
@@ -222,9 +226,13 @@ def _notes_of_kind(source: Place, frame: _Frame, kept: Sequence[str], holds_more
         yield f"{source.name} is a {what}{kind.words}"
     if family.folder == "sd2" and not frame.given and not kind.changes:
         yield "it is taken for one of 768 pixels; for one of 512, give the folder of such a model as --config"
-    yield from (
-        f"its scheduler's {key} is {value}, as the file says" for key, value in frame.marks.items() if frame.changes
-    )
+    if frame.marks and len(kept) > 1 and frame.root is not None:
+        scheduler = read_json(frame.root / SCHEDULER) if frame.given else frame.marks
+        for key, value in frame.marks.items():
+            said = scheduler.get(key)
+            yield f"its scheduler's {key} is {value}, as the file says" + (
+                "" if said == value else f"; that of --config, which is taken, is {said!r:.60}"
+            )
     lacking = [name for name in family.parts if name not in frame.found.prefixes and family.parts[name].is_optional]
     if lacking and len(kept) > 1:
         yield f"it holds no {' and no '.join(lacking)}, and model_index.json says so"
@@ -308,12 +316,12 @@ def _open_part(
     source, family = checkpoint.weight_set.path, frame.found.family
     part, prefix = family.parts[name], frame.found.prefixes[name]
     config, what = _config_of(source, frame, name, mine)
-    converted, left = take_apart(mine, part.rows(config))
+    converted, left = as_diffusers(part, config, mine)
     unread = [short for short in left if short in part.unread]
     left = [short for short in left if short not in part.unread]
-    converted += part.made(config, converted) if part.made else []
-    shapes = {tensor.name: tensor.shape for tensor in converted}
-    check_shapes(source, what, part.shapes(config, shapes), shapes)
+    strange = find_strange(source, what, part, config, converted)
+    converted = [tensor for tensor in converted if tensor.name not in strange]
+    left += wholes_of(strange, part.rows(config)).values()
     others = name_some([prefix + short for short in left], 1)
     if left and (name == family.core or len(frame.found.prefixes) == 1):
         problem = f"holds tensors that no {name} of {family.name} has: {others}"
@@ -327,6 +335,23 @@ def _open_part(
     return component, Checkpoint(weight_set, (file,), {}), notes
 
 
+def as_diffusers(part: Part, config: Config, wholes: Mapping[str, Tensor]) -> tuple[list[Tensor], list[str]]:
+    """Give a part's tensors as a pipeline has them, of those of a single file, and the names that no row has."""
+    converted, left = take_apart(wholes, part.rows(config))
+    return converted + (part.made(config, converted) if part.made else []), left
+
+
+def find_strange(source: Place, what: str, part: Part, config: Config, converted: Sequence[Tensor]) -> list[str]:
+    """Name those tensors of a part, as a pipeline has it, that its class has not.
+
+    ``what`` is what to call its config. Raises BadRequest where one of its class is missing, or not of its size.
+    """
+    expected = part.shapes(config)
+    shapes = {tensor.name: tensor.shape for tensor in converted}
+    check_shapes(source, what, expected, shapes)
+    return [name for name in shapes if name not in expected and name.rpartition(".")[2] not in part.buffers]
+
+
 def _config_of(source: Place, frame: _Frame, name: str, mine: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
     """Give a part's config, and what to call it; of tensors where none is given or shipped."""
     family = frame.found.family
@@ -337,7 +362,7 @@ def _config_of(source: Place, frame: _Frame, name: str, mine: Mapping[str, Tenso
     assert frame.root is not None
     assert place is not None
     config = frame.read(str(place.relative_to(frame.root)))
-    check_config(place, config, part.numbers)
+    check_config(place, config, part.numbers, part.words)
     _check_class(place, config, part.classes)
     return config, str(place) if frame.given else f"the {name} of {family.name}"
 

@@ -10,7 +10,7 @@ from converter.transforms.single_file.stable_diffusion import VAE
 
 _PREFIX = "model.diffusion_model."
 TRANSFORMER = Part(
-    ("SD3Transformer2DModel",), (_PREFIX, ""), DIFFUSERS, sd3_rows, lambda config, _: sd3_shapes(config),
+    ("SD3Transformer2DModel",), (_PREFIX, ""), DIFFUSERS, sd3_rows, sd3_shapes,
     lone=_PREFIX, config_of=sd3_config, numbers=SD3_NUMBERS,
 )  # fmt: skip
 
