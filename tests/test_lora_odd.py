@@ -324,6 +324,27 @@ def test_models_of_images_and_words(class_name: str, merge: Any, tmp_path: Path)
     assert (code, "It may be for another base" in said) == (2, True)
 
 
+def test_folders_of_peft_for_each_part(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    # Both text encoders have the modules of either; how wide they are, or the folder's name, tells which is meant.
+    base, fc1 = tmp_path / "base", "text_model.encoder.layers.0.mlp.fc1"
+    parts = {"text_encoder": 8, "text_encoder_2": 12, "text_encoder_3": 12}
+    index = {part: ["transformers", "CLIPTextModelWithProjection"] for part in parts}
+    states = {part: {f"{fc1}.weight": random(width, 8)} for part, width in parts.items()}
+    added = {part: pair(fc1, width, 8) for part, width in parts.items()}
+    for part in parts:
+        write_base(base / part, states[part], "CLIPTextModelWithProjection")
+        write_peft(tmp_path / "lora" / part, added[part])
+    write_json(base / "model_index.json", {"_class_name": "StableDiffusion3Pipeline", **index})
+    told = wconv("merge-lora", base, tmp_path / "lora", "-o", tmp_path / "out")
+    assert "merged: lora/text_encoder_3, weight 1" in told.stdout
+    for part in parts:
+        found = load_file(tmp_path / "out" / part / "model.safetensors")[f"{fc1}.weight"]
+        assert torch.allclose(found, states[part][f"{fc1}.weight"] + delta(added[part], fc1), atol=1e-6)
+    write_peft(tmp_path / "two", added["text_encoder_2"])
+    told = wconv("merge-lora", base, tmp_path / "two", "-o", tmp_path / "x", exit_code=2)
+    assert "may be for each of text_encoder_2 and text_encoder_3" in told.stderr
+
+
 @pytest.mark.slow
 @given(st.data())
 @settings(max_examples=150, deadline=None)

@@ -341,12 +341,28 @@ def _place_whole(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
         elif len(missing) < len(lost):
             lost = missing
     if len(best) > 1:
+        best = _likely(one, best)
+    if len(best) > 1:
         names = " and ".join(part.component.name for part, _ in best)
         raise BadRequest(one.where, f"may be for each of {names}", "Choose with --component.")
     if not best:
         raise _not_there(one, lost, len(modules), parts)
     [(part, found)] = best
     return [_Aim(pair, one.scales[pair.module], part, found[pair.module]) for pair in one.adapter.pairs]
+
+
+def _likely(one: Weighted, best: Sequence[tuple[_Part, dict[str, str]]]) -> list[tuple[_Part, dict[str, str]]]:
+    """Choose among components that have all modules: by shapes, and by what the adapter's folder is called."""
+
+    def fits(part: _Part, own: str, pair: Pair) -> bool:
+        weight = part.weight(own + _WEIGHT)
+        return weight is not None and pair.up.shape[0] in weight.shape
+
+    fitting = [
+        (part, found) for part, found in best if all(fits(part, found[pair.module], pair) for pair in one.adapter.pairs)
+    ]
+    named = [it for it in fitting if it[0].component.name == one.adapter.checkpoint.weight_set.folder.name]
+    return named or fitting or list(best)
 
 
 def _aligned(modules: Sequence[str], part: _Part) -> dict[str, str]:
