@@ -34,14 +34,14 @@ _PARTS = re.compile(r"(transformer|unet|prior|text_encoder)(_\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class WeightedAdapter:
     """An adapter that is asked for, and its weight: what it adds is multiplied by that."""
 
     place: Place
     weight: float = 1.0
 
     @classmethod
-    def of(cls, given: Given, weight: float = 1.0) -> Asked:
+    def of(cls, given: Given, weight: float = 1.0) -> WeightedAdapter:
         """Give one by a path or URL. Raises BadRequest for a weight that is no finite number."""
         place = place_of(given)
         if not abs(weight) < 1e9:
@@ -49,7 +49,7 @@ class Asked:
         return cls(place, float(weight))
 
 
-def plan_merged(request: Request, asked: Sequence[Asked]) -> Plan:
+def plan_merged(request: Request, asked: Sequence[WeightedAdapter]) -> Plan:
     """Plan a model with adapters merged into it: W + weight * alpha / r * B @ A in float32, rounded once.
 
     What no adapter merges is copied, or cast where a dtype is asked for. Raises BadRequest for an adapter that is for
@@ -105,7 +105,7 @@ def _without_files(plan: Plan, components: Iterable[Component]) -> Plan:
     return replace(plan, copied=copied, notes=(*plan.notes, note))
 
 
-def _open_adapters(one: Asked) -> list[Weighted]:
+def _open_adapters(one: WeightedAdapter) -> list[Weighted]:
     """Open an adapter, or those that PEFT has in a folder for each part of a pipeline."""
     opened = []
     places = places_of(snapshot_of(one.place.pinned()))
