@@ -219,6 +219,19 @@ def test_a_projection_of_the_first_clip_is_the_identity(sd3: Any, tmp_path: Path
     assert f"left out, for Diffusers does not read it: {name}" in file.notes
 
 
+@pytest.mark.parametrize("factor", [1, 2])
+def test_an_embedding_of_two_names_is_one(factor: int, flux: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
+    folder = saved(flux[0], tmp_path / "model")
+    path = folder / "text_encoder_2/model.safetensors"
+    state = load_file(path)
+    save_file({**state, "encoder.embed_tokens.weight": state["shared.weight"] * factor}, path)
+    words = ("to-single-file", folder, "-o", tmp_path / "model.safetensors")
+    done = wconv(*words, exit_code=0 if factor == 1 else 4)
+    said = "is shared.weight once more" if factor == 1 else "encoder.embed_tokens.weight that is not shared.weight"
+    assert said in done.stdout + done.stderr
+    assert "left out of the text_encoder_2" not in done.stdout
+
+
 # What is shipped, and what shapes say.
 
 

@@ -269,10 +269,12 @@ def test_what_a_scheduler_predicts_is_marked(copied: Any, tmp_path: Path, wconv:
 def test_what_no_file_says_is_said(copied: Any, tmp_path: Path, wconv: Callable[..., Any]) -> None:
     folder = copied("sdxl")
     edit_json(folder / "vae/config.json", scaling_factor=0.5, latents_mean=[1.0] * 4)
+    edit_json(folder / "text_encoder/config.json", hidden_act="gelu")
     edit_json(folder / "scheduler/scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler")
     told = wconv("to-single-file", folder, "-o", tmp_path / "model.safetensors").stdout
     assert "its vae's scaling_factor is 0.5, and programs that read files of Stable Diffusion XL take 0.13025" in told
     assert "its vae's latents_mean is [1.0, 1.0, 1.0, 1.0], and programs that" in told
+    assert "its text_encoder's hidden_act is 'gelu', and programs that read files of Stable Diffusion XL take q" in told
     assert "its scheduler is a EDMDPMSolverMultistepScheduler, which no file of weights says" in told
 
 

@@ -190,10 +190,10 @@ def _open(job: Job, source: _Source) -> list[tuple[str, Component, Checkpoint]]:
 def _say_of_whole(source: _Source) -> tuple[list[Tensor], list[str]]:
     """Give the marks of a pipeline's file, and notes of what that says by them, and of what it does not."""
     family, scheduler = source.family, read_json(source.model.root / SCHEDULER)
-    parts = dict(source.parts)
+    configs = {name: component.config for name, component in source.parts}
     marks, notes = marks_of(family, scheduler)
-    notes += find_untold(family, parts["vae"].config if "vae" in parts else {}, scheduler)
-    if family.remark and not parts.keys().isdisjoint(family.encoders):
+    notes += find_untold(family, configs, scheduler)
+    if family.remark and not configs.keys().isdisjoint(family.encoders):
         notes.append(family.remark)
     return marks, notes
 

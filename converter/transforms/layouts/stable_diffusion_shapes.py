@@ -83,6 +83,7 @@ CLIP_NUMBERS: dict[str, Any] = {
     "max_position_embeddings": 77,
 }
 """The numbers in a config, as ``CLIPTextConfig`` takes them where they are not given."""
+CLIP_WORDS: dict[str, tuple[Any, ...]] = {"hidden_act": ("quick_gelu", "gelu")}
 
 
 def unet_shapes(config: Config) -> Shapes:

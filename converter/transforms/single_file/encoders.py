@@ -10,7 +10,7 @@ from converter.tensors.base import Tensor
 from converter.tensors.shaped import identity
 from converter.transforms.layouts.rows import Row
 from converter.transforms.layouts.stable_diffusion import clip_rows
-from converter.transforms.layouts.stable_diffusion_shapes import CLIP_NUMBERS, clip_shapes
+from converter.transforms.layouts.stable_diffusion_shapes import CLIP_NUMBERS, CLIP_WORDS, clip_shapes
 from converter.transforms.layouts.t5 import SHARED, T5_NUMBERS, TIED, t5_rows, t5_shapes
 from converter.transforms.single_file.family import Config, Part
 
@@ -47,7 +47,7 @@ def _tied(config: Config, tensors: Sequence[Tensor]) -> list[tuple[Tensor, str]]
 
 CLIP_L = Part(
     ("CLIPTextModel", "CLIPTextModelWithProjection"), ("text_encoders.clip_l.transformer.",), TRANSFORMERS, _plain_rows,
-    clip_shapes, numbers=CLIP_NUMBERS, buffers=_IDS, is_optional=True,
+    clip_shapes, numbers=CLIP_NUMBERS, words=CLIP_WORDS, buffers=_IDS, is_optional=True,
 )  # fmt: skip
 CLIP_L_OF_SD3 = CLIP_L._replace(unread=(_PROJECTION,), made=_projection)
 CLIP_G = CLIP_L._replace(prefixes=("text_encoders.clip_g.transformer.",), rows=clip_rows)

@@ -5,7 +5,7 @@ It is ``pipeline`` read backwards, by the same tables.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from converter.dtypes import DTYPES
@@ -19,14 +19,21 @@ from converter.tensors.derived import Constant
 from converter.tensors.reader import RangeReader, read_chunks
 from converter.transforms.layouts.rows import put_together
 from converter.transforms.layouts.sizes import Sizes
-from converter.transforms.single_file.family import SCHEDULER, Config, Family, Part
+from converter.transforms.single_file.family import SCHEDULER, Config, Configs, Family, Part
 from converter.transforms.single_file.pipeline import CONFIGS, as_diffusers, find_strange, notes_of_headers
 from converter.transforms.single_file.sizes import check_config
 
 _NAMED = 3
-# What a VAE says of its numbers, as its class takes it by default.
-_VAE_SAYS = {"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None}
 _CHUNK_NBYTES = 1 << 18
+# What a config says and no shape does, as the classes take it by default.
+_UNTOLD = {
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "hidden_act": "quick_gelu",
+    "attention_head_dim": 8,
+}
 
 
 def join(family: Family, opened: Sequence[tuple[str, Component, Checkpoint]]) -> tuple[list[Tensor], list[str]]:
@@ -41,6 +48,8 @@ def join(family: Family, opened: Sequence[tuple[str, Component, Checkpoint]]) ->
         part = family.parts[name]
         wholes, left = _as_original(family, name, component, checkpoint)
         made = part.made_back(component.config, wholes) if part.made_back else []
+        _refuse_other(family, {tensor.name: tensor for tensor in checkpoint.tensors}, made)
+        left = [one for one in left if all(one != tensor.name for tensor, _ in made)]
         notes += (f"{one.name} of the {name} is {what}, for readers of the file look for it" for one, what in made)
         wholes += (one for one, _ in made)
         notes += _find_unlike(part, name, component.config, Sizes(checkpoint.weight_set.path, _shapes_of(wholes)))
@@ -65,7 +74,7 @@ def _as_original(
     back, _ = as_diffusers(part, config, {tensor.name: tensor for tensor in wholes})
     strange = [short for short in left if short.rpartition(".")[2] not in part.buffers and short not in part.unread]
     strange += find_strange(source, str(path), part, config, back)
-    _refuse_lost(family, name, tensors, back)
+    _refuse_other(family, tensors, ((one, "the identity") for one in back if one.name in part.unread))
     if strange:
         problem = f"holds tensors that no {name} of {family.name} has: {name_some(strange, _NAMED)}"
         raise Unsupported(source, problem, "Is something added to it, or is it another model?")
@@ -89,19 +98,21 @@ def _shapes_of(tensors: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.shape for tensor in tensors}
 
 
-def _refuse_lost(family: Family, name: str, tensors: Mapping[str, Tensor], back: Sequence[Tensor]) -> None:
-    """Raise Unsupported where what is left out of a file is not what is made of that in its place."""
-    part = family.parts[name]
-    for made in back:
-        theirs = tensors.get(made.name)
-        if part.made and made.name in part.unread and theirs is not None and not _are_same(made, theirs):
-            problem = f"holds a {made.name} that is not the identity, as it is in every file of {family.name}"
+def _refuse_other(family: Family, tensors: Mapping[str, Tensor], made: Iterable[tuple[Tensor, str]]) -> None:
+    """Raise Unsupported for a tensor in whose place another is made, which is said what it is, if they are not equal.
+
+    Hardly any model has one: so it may be read.
+    """
+    for one, what in made:
+        theirs = tensors.get(one.name)
+        if theirs is not None and not _are_same(one, theirs):
+            problem = f"holds a {one.name} that is not {what}, as it is in every file of {family.name}"
             raise Unsupported(theirs.where, problem, "It has no place there, nor does any reader take one.")
 
 
 def _are_same(one: Tensor, other: Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
+    if one.source == other.source or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return one.source == other.source
     with RangeReader() as reader:
         chunks = (read_chunks(tensor.source, reader, bytearray(_CHUNK_NBYTES)) for tensor in (one, other))
         return all(mine == theirs for mine, theirs in zip(*chunks, strict=True))
@@ -117,15 +128,17 @@ def marks_of(family: Family, scheduler: Mapping[str, Any]) -> tuple[list[Tensor]
     return marks, notes
 
 
-def find_untold(family: Family, vae: Config, scheduler: Config) -> list[str]:
-    """Say what no file of weights says of a pipeline, and programs that read one take to be otherwise."""
+def find_untold(family: Family, configs: Configs, scheduler: Config) -> list[str]:
+    """Say what no file of weights says of a pipeline, and programs that read one take to be as it is published."""
     usual = place_of(CONFIGS / family.folder)
-    taken = read_json(usual / "vae/config.json")
-    notes = [
-        f"its vae's {key} is {vae.get(key, default)!r:.60}, and programs that read files of {family.name} take {value}"
-        for key, default in _VAE_SAYS.items()
-        if vae and vae.get(key, default) != (value := taken.get(key))
-    ]
+    notes = []
+    for name, config in configs.items():
+        taken = read_json(usual / name / "config.json")
+        for key, default in _UNTOLD.items() if taken else ():
+            said, value = config.get(key, default), taken.get(key, default)
+            if said != value:
+                who = f"programs that read files of {family.name} take {value}"
+                notes.append(f"its {name}'s {key} is {said!r:.60}, and {who}")
     kind, shipped = scheduler.get("_class_name"), read_json(usual / SCHEDULER).get("_class_name")
     if isinstance(kind, str) and _method(kind) != _method(str(shipped)):
         notes.append(f"its scheduler is a {kind:.60}, which no file of weights says: set it in the UI")

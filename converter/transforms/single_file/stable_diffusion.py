@@ -9,6 +9,7 @@ from converter.libraries.transformers import TRANSFORMERS
 from converter.transforms.layouts.stable_diffusion import clip_rows, open_clip_rows, unet_rows, vae_rows
 from converter.transforms.layouts.stable_diffusion_shapes import (
     CLIP_NUMBERS,
+    CLIP_WORDS,
     UNET_NUMBERS,
     UNET_WORDS,
     VAE_NUMBERS,
@@ -26,12 +27,23 @@ _PREFIX = "model.diffusion_model."
 
 def clip(*prefixes: str) -> Part:
     """Give OpenAI's CLIP as a part."""
-    return Part(_CLASSES, prefixes, TRANSFORMERS, clip_rows, clip_shapes, numbers=CLIP_NUMBERS, buffers=_IDS)
+    return Part(
+        _CLASSES, prefixes, TRANSFORMERS, clip_rows, clip_shapes, numbers=CLIP_NUMBERS, words=CLIP_WORDS, buffers=_IDS
+    )
 
 
 def open_clip(*prefixes: str) -> Part:
     """Give OpenCLIP as a part, under the names of its own library."""
-    return Part(_CLASSES, prefixes, TRANSFORMERS, open_clip_rows, clip_shapes, numbers=CLIP_NUMBERS, buffers=_IDS)
+    return Part(
+        _CLASSES,
+        prefixes,
+        TRANSFORMERS,
+        open_clip_rows,
+        clip_shapes,
+        numbers=CLIP_NUMBERS,
+        words=CLIP_WORDS,
+        buffers=_IDS,
+    )
 
 
 UNET = Part(
