@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from converter.recipes.convert import plan_conversion as plan_conversion
     from converter.recipes.convert_lora import plan_lora as plan_lora
     from converter.recipes.dequantize import plan_dequantized as plan_dequantized
-    from converter.recipes.merge_lora import Asked as Asked
+    from converter.recipes.merge_lora import WeightedAdapter as WeightedAdapter
     from converter.recipes.merge_lora import plan_merged as plan_merged
     from converter.recipes.quantize import Measuring as Measuring
     from converter.recipes.quantize import plan_quantized as plan_quantized
@@ -84,7 +84,7 @@ _HOMES = {
     "recipes.convert": "convert plan_conversion",
     "recipes.convert_lora": "plan_lora",
     "recipes.dequantize": "plan_dequantized",
-    "recipes.merge_lora": "Asked plan_merged",
+    "recipes.merge_lora": "WeightedAdapter plan_merged",
     "recipes.quantize": "Measuring plan_quantized",
     "recipes.rename": "plan_rename",
     "recipes.request": "Request prepare",

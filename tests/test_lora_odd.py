@@ -9,8 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.tiny import write_json
+from support.tiny import raw_bytes, write_json
+
+from converter.dtypes import DTYPES
+from converter.tensors.derived import Constant, held
+from converter.tensors.reader import RangeReader
+from converter.transforms.merge.product import Factor, Product, merged
 
 State = dict[str, torch.Tensor]
 Q = "model.layers.0.self_attn.q_proj"
@@ -287,3 +294,85 @@ def test_a_scale_is_not_guessed(merge: Any, tmp_path: Path) -> None:
     save_file(pair(Q, 6, 8), tmp_path / "lora.safetensors")
     code, said = merge(base, tmp_path / "lora.safetensors")
     assert (code, "has not the names of PEFT" in said) == (4, True)
+
+
+# What PEFT calls the modules of models of images and words since version 4.52 of transformers, and their files.
+VLMS = {
+    "LlavaForConditionalGeneration": {
+        "model.language_model.layers.0.q_proj": "language_model.model.layers.0.q_proj",
+        "model.vision_tower.layers.0.q_proj": "vision_tower.layers.0.q_proj",
+    },
+    "Qwen2_5_VLForConditionalGeneration": {
+        "model.language_model.layers.0.q_proj": "model.layers.0.q_proj",
+        "model.visual.blocks.0.attn.qkv": "visual.blocks.0.attn.qkv",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("class_name", VLMS)
+def test_models_of_images_and_words(class_name: str, merge: Any, tmp_path: Path) -> None:
+    names = VLMS[class_name]
+    state = {f"{name}.weight": random(6, 8, seed=at) for at, name in enumerate(names.values())}
+    state["mm_soft_emb_norm.weight"] = random(8)
+    base = write_base(tmp_path / "base", state, class_name, tie_word_embeddings=False)
+    added = {key: one for name in names for key, one in pair(name, 6, 8).items()}
+    found, told = merge(base, write_peft(tmp_path / "a", added))
+    assert not isinstance(found, int), told
+    for name, own in names.items():
+        assert torch.allclose(found[f"{own}.weight"], state[f"{own}.weight"] + delta(added, name), atol=1e-5)
+    code, said = merge(base, write_peft(tmp_path / "b", pair("model.audio_tower.q_proj", 6, 8)))
+    assert (code, "It may be for another base" in said) == (2, True)
+
+
+def test_folders_of_peft_for_each_part(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    # Both text encoders have the modules of either; how wide they are, or the folder's name, tells which is meant.
+    base, fc1 = tmp_path / "base", "text_model.encoder.layers.0.mlp.fc1"
+    parts = {"text_encoder": 8, "text_encoder_2": 12, "text_encoder_3": 12}
+    index = {part: ["transformers", "CLIPTextModelWithProjection"] for part in parts}
+    states = {part: {f"{fc1}.weight": random(width, 8)} for part, width in parts.items()}
+    added = {part: pair(fc1, width, 8) for part, width in parts.items()}
+    for part in parts:
+        write_base(base / part, states[part], "CLIPTextModelWithProjection")
+        write_peft(tmp_path / "lora" / part, added[part])
+    write_json(base / "model_index.json", {"_class_name": "StableDiffusion3Pipeline", **index})
+    told = wconv("merge-lora", base, tmp_path / "lora", "-o", tmp_path / "out")
+    assert "merged: lora/text_encoder_3, weight 1" in told.stdout
+    for part in parts:
+        found = load_file(tmp_path / "out" / part / "model.safetensors")[f"{fc1}.weight"]
+        assert torch.allclose(found, states[part][f"{fc1}.weight"] + delta(added[part], fc1), atol=1e-6)
+    write_peft(tmp_path / "two", added["text_encoder_2"])
+    told = wconv("merge-lora", base, tmp_path / "two", "-o", tmp_path / "x", exit_code=2)
+    assert "may be for each of text_encoder_2 and text_encoder_3" in told.stderr
+
+
+@pytest.mark.slow
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_cut_of_any_shape_gives_the_same_bits(data: Any) -> None:
+    height, width = data.draw(st.integers(1, 300)), data.draw(st.one_of(st.integers(1, 70), st.integers(1000, 40000)))
+    height = min(height, 600_000 // width + 1)
+    ranks = data.draw(st.lists(st.integers(1, 130), min_size=1, max_size=3))
+    seed = data.draw(st.integers(0, 1000))
+
+    def constant(*shape: int) -> Constant:
+        return Constant(DTYPES["F32"], shape, raw_bytes(random(*shape, seed=seed)))
+
+    weight = random(height, width, seed=seed).bfloat16()
+    products = [
+        Product(held(Factor(constant(height, rank), "B", 0.3)), Factor(constant(rank, width), "A")) for rank in ranks
+    ]
+    source = merged(Constant(DTYPES["BF16"], (height, width), raw_bytes(weight)), products)
+
+    def read(begin: int, end: int) -> bytes:
+        out = bytearray(end - begin)
+        one = source.part(begin, end) if data.draw(st.booleans()) else source
+        with RangeReader() as reader:
+            one.read(begin, memoryview(out), reader)
+        return bytes(out)
+
+    nbytes = 4 * height * width
+    whole = read(0, nbytes)
+    for _ in range(4):
+        begin = data.draw(st.integers(0, nbytes // 4 - 1))
+        end = data.draw(st.integers(begin + 1, nbytes // 4))
+        assert read(4 * begin, 4 * end) == whole[4 * begin : 4 * end]

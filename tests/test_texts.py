@@ -9,15 +9,16 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import run_main
+from support import original
 from support.tiny import ref_to
 
-from converter.dtypes import DTYPES
 from converter.errors import BadFile, HostileFile, shorten
 from converter.formats.safetensors import parse_header
 from converter.formats.texts import MAX_CONFIG_NBYTES, MAX_HEADER_MARKS, MAX_MARKS, MAX_TEXT_NBYTES
@@ -26,11 +27,7 @@ from converter.models.configs import read_json
 from converter.models.faults import look
 from converter.models.names import parse_name
 from converter.storage import place_of
-from converter.tensors.base import MAX_DIMS, MAX_NAME, MAX_TENSORS, Tensor
-from converter.tensors.shaped import zeros
-from converter.transforms.layouts.rows import put_together
-from converter.transforms.layouts.stable_diffusion import clip_rows, unet_rows, vae_rows
-from converter.transforms.layouts.stable_diffusion_shapes import clip_shapes, unet_shapes, vae_shapes
+from converter.tensors.base import MAX_DIMS, MAX_NAME, MAX_TENSORS
 
 MAX_MEMORY_NBYTES = 512_000_000
 MAX_SECONDS = 10
@@ -281,7 +278,6 @@ PIPELINE = {
 }
 UNET = {
     "in_channels": 4, "out_channels": 4, "block_out_channels": [8], "layers_per_block": 1, "cross_attention_dim": 6,
-    "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "model_index.json": PIPELINE,
@@ -293,24 +289,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 BESIDE = ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json")
-PARTS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
-    ("model.diffusion_model.", "unet", unet_rows, unet_shapes),
-    ("first_stage_model.", "vae", vae_rows, vae_shapes),
-    ("cond_stage_model.transformer.", "text_encoder", clip_rows, clip_shapes),
-)
+# What else the classes need to be of these sizes.
+MORE: dict[str, dict[str, Any]] = {
+    "unet/config.json": {
+        "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "norm_num_groups": 4,
+        "attention_head_dim": 4,
+    },
+    "vae/config.json": {"down_block_types": ["DownEncoderBlock2D"], "norm_num_groups": 4, "layers_per_block": 1},
+    "text_encoder/config.json": {"num_attention_heads": 2, "max_position_embeddings": 7},
+}  # fmt: skip
 
 
-def shapes_of_file() -> dict[str, tuple[int, ...]]:
-    """Give the names and shapes of a single file that these configs fit."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for prefix, name, rows, shapes_of in PARTS:
-        config = CONFIGS[f"{name}/config.json"]
-        parts = {key: Tensor(key, zeros(DTYPES["F32"], shape)) for key, shape in shapes_of(config).items()}
-        shapes |= {prefix + one.name: one.shape for one in put_together(parts, rows(config))[0]}
-    return shapes
+def checkpoint_shapes() -> dict[str, list[int]]:
+    """Give the shapes of a checkpoint that the configs fit."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    configs = {name.partition("/")[0]: {**CONFIGS[name], **more} for name, more in MORE.items()}
+    with torch.device("meta"):
+        models = {
+            "unet": UNet2DConditionModel.from_config(configs["unet"]),
+            "vae": AutoencoderKL.from_config(configs["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        }
+    states = {name: model.state_dict() for name, model in models.items()}
+    states["text_encoder"] = {f"text_model.{name}": tensor for name, tensor in states["text_encoder"].items()}
+    state = original.as_original("sd1", states, {name: model.config for name, model in models.items()})
+    return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
-def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+def write_tensors(path: Path, shapes: dict[str, list[int]]) -> None:
     entries, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * math.prod(shape)
@@ -322,23 +330,30 @@ def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a folder that every command takes, and beside it a checkpoint that its configs fit."""
     folder = tmp_path_factory.mktemp("odd") / "pipeline"
-    for name, content in {**CONFIGS, **{beside: {} for beside in BESIDE}}.items():
+    configs = {name: {**config, **MORE.get(name, {})} for name, config in CONFIGS.items()}
+    for name, content in {**configs, **{beside: {} for beside in BESIDE}}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content))
     # Names that the table of linear modules knows: no library is asked.
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         tensor = "mid.q_proj.weight" if name.startswith("text") else "mid.to_q.weight"
         write_tensors(folder / f"{name}.safetensors", {tensor: [4, 4]})
-    write_tensors(folder.parent / "sd.safetensors", shapes_of_file())
+    write_tensors(folder.parent / "sd.safetensors", checkpoint_shapes())
     return folder
 
 
 @pytest.mark.usefixtures("no_fsync")
 @pytest.mark.parametrize(
-    ("name", "key"),
-    [(name, key) for name, config in CONFIGS.items() for key in (*config, "quantization_config")],
+    ("turn", "name", "key"),
+    [
+        (turn, name, key)
+        for name, config in CONFIGS.items()
+        for turn, key in enumerate((*config, "quantization_config"))
+    ],
 )
-def test_a_value_of_any_type_ends_in_one_line(name: str, key: str, pipeline: Path, wconv: Callable[..., Any]) -> None:
+def test_a_value_of_any_type_ends_in_one_line(
+    turn: int, name: str, key: str, pipeline: Path, wconv: Callable[..., Any]
+) -> None:
     out = pipeline.parent / "out"
     commands: tuple[tuple[object, ...], ...] = (
         ("inspect", pipeline),
@@ -350,15 +365,16 @@ def test_a_value_of_any_type_ends_in_one_line(name: str, key: str, pipeline: Pat
     )
     wconv(*commands[2])
     wconv(*commands[-1])
-    for value in ODD:
-        (pipeline / name).write_text(json.dumps({**CONFIGS[name], key: value}))
-        for command in commands:
+    config = {**CONFIGS[name], **MORE.get(name, {})}
+    for at, value in enumerate(ODD):
+        (pipeline / name).write_text(json.dumps({**config, key: value}))
+        for command in commands[(at + turn) % 2 :: 2]:  # the others get it with the next key
             said = io.StringIO()
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
                 code = run_main([str(word) for word in command])
             assert code <= 7, (command, value, said.getvalue())
             assert len(said.getvalue()) < 10_000
-    (pipeline / name).write_text(json.dumps(CONFIGS[name]))
+    (pipeline / name).write_text(json.dumps(config))
 
 
 def test_numbers_in_names_have_no_thousand_digits(tmp_path: Path, wconv: Callable[..., Any]) -> None:

@@ -16,29 +16,29 @@ from converter.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from converter.recipes.merge_lora import Asked
+    from converter.recipes.merge_lora import WeightedAdapter
     from converter.storage import Place
 
 # What stands behind the last colon; a path of Windows, or a URL, has something else there.
 _WEIGHT = re.compile(r"(.+):([+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf|infinity))", re.IGNORECASE | re.DOTALL)
 
 
-class _Weighted(click.ParamType["Asked"]):
+class _Weighted(click.ParamType["WeightedAdapter"]):
     """An adapter, and its weight behind a colon."""
 
     name = "ADAPTER[:WEIGHT]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Asked:
-        from converter.recipes.merge_lora import Asked
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> WeightedAdapter:
+        from converter.recipes.merge_lora import WeightedAdapter
         from converter.storage import place_of
 
         if not isinstance(value, str):
-            return Asked.of(value)
+            return WeightedAdapter.of(value)
         match = _WEIGHT.fullmatch(value)
         if match and "://" not in value and place_of(value).is_taken():
             match = None  # a name of its own
         text, weight = match.groups() if match else (value, "1")
-        return Asked.of(PlaceType(is_read=True).convert(text, param, ctx), float(weight))
+        return WeightedAdapter.of(PlaceType(is_read=True).convert(text, param, ctx), float(weight))
 
 
 @click.command("merge-lora")
@@ -55,7 +55,7 @@ class _Weighted(click.ParamType["Asked"]):
     "from-variant", "component", "max-shard-size", "keep-fp32", "on-overflow", "overwrite", "follow-links", "create",
     "private", "pr", "verify", "dry-run",
 )  # fmt: skip
-def command(source: Place, adapters: tuple[Asked, ...], **options: Any) -> None:
+def command(source: Place, adapters: tuple[WeightedAdapter, ...], **options: Any) -> None:
     """Write BASE, a folder or a file, with LoRA adapters merged into its weights.
 
     Each weight becomes W + weight * alpha / r * B @ A, computed in float32 and rounded once, however many adapters

@@ -8,15 +8,16 @@ from dataclasses import replace
 
 from converter.errors import BadRequest, Unsupported, spell_count
 from converter.models.adapters import ADAPTER_CONFIG, Adapter, find_adapter, open_adapter_config
-from converter.models.checkpoint import Checkpoint, open_checkpoint
+from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component, WeightSet
 from converter.models.configs import render_json
 from converter.models.hub_cache import check_places, snapshot_of
-from converter.models.model import Model, open_model
+from converter.models.model import Model
 from converter.models.names import STEMS, WeightsName, parse_name
 from converter.models.select import check_choice
 from converter.plan.make import join
 from converter.plan.types import Order, Plan, Rest
+from converter.recipes.adapters import open_adapter, places_of
 from converter.recipes.outputs import open_target
 from converter.recipes.request import Request, names_file
 from converter.recipes.steps import Job, make_order, plan_job, refuse_file
@@ -69,26 +70,18 @@ def _describe(changes: Changes, to: str) -> str:
 
 def _open_adapters(source: Place) -> list[tuple[Component, Adapter, str]]:
     """Open an adapter, or those that PEFT has in a folder for each part; with the part, where a folder names it."""
-    folders = [source / part for part in PARTS] if source.is_folder() else []
-    folders = [folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()]
-    if folders and not (source / ADAPTER_CONFIG).is_file():
-        return [(*_open_adapter(folder), folder.name) for folder in folders]
-    part = source.name if source.is_folder() and source.name in PARTS else ""
-    return [(*_open_adapter(source), part)]
+    places = places_of(source)
+    return [
+        (*_open_adapter(place), place.name if place.is_folder() and place.name in PARTS else "") for place in places
+    ]
 
 
 def _open_adapter(source: Place) -> tuple[Component, Adapter]:
-    model = open_model(source)
-    sets = [(component, one) for component in model.components for one in component.weight_sets]
-    if len(sets) > 1:
-        names = ", ".join(join(component.name, one.label) for component, one in sets[:4])
-        raise BadRequest(source, f"holds {len(sets)} sets of weights: {names}", "Name the file of one.")
-    [(component, weight_set)] = sets
-    checkpoint = open_checkpoint(weight_set)
+    component, checkpoint = open_adapter(source)
     adapter = find_adapter(checkpoint, open_adapter_config(component))
     if adapter is None:
         advice = "Names of one hold lora_A and lora_B, or lora_down and lora_up: 'wconv inspect --tensors' lists them."
-        raise Unsupported(weight_set.path, "is no LoRA adapter", advice)
+        raise Unsupported(checkpoint.weight_set.path, "is no LoRA adapter", advice)
     return component, adapter
 
 

@@ -10,15 +10,14 @@ from typing import Any
 
 from converter.errors import BadRequest, Unsupported, WconvError, name_some, spell_count
 from converter.models.adapters import ADAPTER_CONFIG, open_adapter_config
-from converter.models.checkpoint import Checkpoint, open_checkpoint
+from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component, WeightSet, has_quantization
 from converter.models.hub_cache import check_places, snapshot_of
-from converter.models.model import open_model
-from converter.models.names import STEMS, Naming, fold_modules
+from converter.models.names import STEMS, fold_modules
 from converter.models.schemes import quantized_in
-from converter.models.select import Selection, select_sets
 from converter.plan.make import join
 from converter.plan.types import Order, Plan, Rest
+from converter.recipes.adapters import open_adapter, places_of
 from converter.recipes.request import Request
 from converter.recipes.steps import Job, into_one_set, make_ready, open_job, open_sets, plan_job, select
 from converter.storage import Given, Place, place_of
@@ -35,14 +34,14 @@ _PARTS = re.compile(r"(transformer|unet|prior|text_encoder)(_\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class WeightedAdapter:
     """An adapter that is asked for, and its weight: what it adds is multiplied by that."""
 
     place: Place
     weight: float = 1.0
 
     @classmethod
-    def of(cls, given: Given, weight: float = 1.0) -> Asked:
+    def of(cls, given: Given, weight: float = 1.0) -> WeightedAdapter:
         """Give one by a path or URL. Raises BadRequest for a weight that is no finite number."""
         place = place_of(given)
         if not abs(weight) < 1e9:
@@ -50,7 +49,7 @@ class Asked:
         return cls(place, float(weight))
 
 
-def plan_merged(request: Request, asked: Sequence[Asked]) -> Plan:
+def plan_merged(request: Request, asked: Sequence[WeightedAdapter]) -> Plan:
     """Plan a model with adapters merged into it: W + weight * alpha / r * B @ A in float32, rounded once.
 
     What no adapter merges is copied, or cast where a dtype is asked for. Raises BadRequest for an adapter that is for
@@ -63,7 +62,7 @@ def plan_merged(request: Request, asked: Sequence[Asked]) -> Plan:
         if request.output is not None and any(map(request.output.is_same, (one.place, one.place.parent))):
             raise BadRequest(request.output, "is an adapter that is to be merged, or holds it", "Name a new folder.")
     job = open_job(into_one_set(request))
-    weighted = [_open_adapter(one) for one in asked]
+    weighted = [opened for one in asked for opened in _open_adapters(one)]
     is_cast = request.casting.dtype is not None
     parts = [one.name for one in job.model.components if not one.name or _PARTS.fullmatch(one.name)]
     named = request.selection.components
@@ -106,19 +105,15 @@ def _without_files(plan: Plan, components: Iterable[Component]) -> Plan:
     return replace(plan, copied=copied, notes=(*plan.notes, note))
 
 
-def _open_adapter(one: Asked) -> Weighted:
-    model = open_model(snapshot_of(one.place.pinned()))
-    if len(model.components) != 1:
-        names = name_some([component.name for component in model.components], _NAMED)
-        raise BadRequest(one.place, f"holds several sets of weights ({names})", _ONE_FILE)
-    sets = select_sets(model, Selection(every_variant=False), Naming("safetensors", None))
-    sets = [one for one in sets if one[1].name.stem in STEMS["peft"].values()] or sets  # it may lie beside its base
-    if len(sets) != 1:
-        labels = name_some([weight_set.label for _, weight_set in sets], _NAMED)
-        raise BadRequest(one.place, f"holds several sets of weights ({labels})", _ONE_FILE)
-    [(component, weight_set)] = sets
-    label = one.place.name or str(one.place)
-    return take_adapter(open_checkpoint(weight_set), open_adapter_config(component), one.weight, label)
+def _open_adapters(one: WeightedAdapter) -> list[Weighted]:
+    """Open an adapter, or those that PEFT has in a folder for each part of a pipeline."""
+    opened = []
+    places = places_of(snapshot_of(one.place.pinned()))
+    for place in places:
+        component, checkpoint = open_adapter(place, _ONE_FILE)
+        label = (one.place.name or str(one.place)) + (f"/{place.name}" if len(places) > 1 else "")
+        opened.append(take_adapter(checkpoint, open_adapter_config(component), one.weight, label))
+    return opened
 
 
 def _find_merges(acting: Sequence[Weighted], opened: Opened) -> dict[str, dict[str, Merge]]:

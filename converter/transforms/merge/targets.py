@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from converter.errors import BadFile, BadRequest, Unsupported, Where, name_some
@@ -18,7 +19,6 @@ from converter.models.adapters import (
     Adapter,
     Pair,
     find_adapter,
-    may_be_adapter,
     read_alphas,
 )
 from converter.models.checkpoint import Checkpoint
@@ -43,6 +43,12 @@ _OF_FILES = {
     **OF_COMFY,
 }
 _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.1.model.")
+# What modules are called since version 4.52 of transformers, and in the files, which keep the names from before: of
+# LLaVA and its like, and of Qwen2-VL (``conversion_mapping.py``).
+_IN_MEMORY = (
+    {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head", "model.": ""},
+    {"model.language_model.": "model.", "model.visual.": "visual."},
+)
 # Models of transformers that have Conv1D, whose weight is [in, out], call themselves so.
 _MAY_HAVE_CONV1D = re.compile(r"GPT|Clvp|DecisionTransformer")
 
@@ -313,7 +319,7 @@ def _not_there(
     named = name_some([repr(module) for module in modules], _NAMED)
     some = f"{len(modules):,} of its {count:,} modules are not there" if count > len(modules) else "nor any of it"
     advice = _OTHER_BASE
-    if any(may_be_adapter(part.checkpoint) for part in parts):
+    if any(find_adapter(part.checkpoint, {}) for part in parts):
         advice = "The base is an adapter itself: name a model first, then its adapters."
     elif any(module.startswith(_OPEN_CLIP) for part in parts for module in part.modules):
         advice = "In a single file it has OpenCLIP's names: make a pipeline of it first, with 'wconv to-diffusers'."
@@ -335,6 +341,8 @@ def _place_whole(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
         elif len(missing) < len(lost):
             lost = missing
     if len(best) > 1:
+        best = _likely(one, best)
+    if len(best) > 1:
         names = " and ".join(part.component.name for part, _ in best)
         raise BadRequest(one.where, f"may be for each of {names}", "Choose with --component.")
     if not best:
@@ -343,10 +351,25 @@ def _place_whole(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
     return [_Aim(pair, one.scales[pair.module], part, found[pair.module]) for pair in one.adapter.pairs]
 
 
+def _likely(one: Weighted, best: Sequence[tuple[_Part, dict[str, str]]]) -> list[tuple[_Part, dict[str, str]]]:
+    """Choose among components that have all modules: by shapes, and by what the adapter's folder is called."""
+
+    def fits(part: _Part, own: str, pair: Pair) -> bool:
+        weight = part.weight(own + _WEIGHT)
+        return weight is not None and pair.up.shape[0] in weight.shape
+
+    fitting = [
+        (part, found) for part, found in best if all(fits(part, found[pair.module], pair) for pair in one.adapter.pairs)
+    ]
+    named = [it for it in fitting if it[0].component.name == one.adapter.checkpoint.weight_set.folder.name]
+    return named or fitting or list(best)
+
+
 def _aligned(modules: Sequence[str], part: _Part) -> dict[str, str]:
     """Map modules to those of the base, which may be named from another class: some words more in front, or fewer.
 
-    ``transformer.h.0.attn.c_attn`` of GPT2LMHeadModel is ``h.0.attn.c_attn`` in a file of GPT2Model.
+    ``transformer.h.0.attn.c_attn`` of GPT2LMHeadModel is ``h.0.attn.c_attn`` in a file of GPT2Model. Or they are those
+    of a model of images and words, whose file has other names than it itself (``_IN_MEMORY``).
     """
     head = _tied_head(part)
     known = {*part.modules, *([_HEAD] if head else [])}
@@ -364,11 +387,18 @@ def _aligned(modules: Sequence[str], part: _Part) -> dict[str, str]:
     if len(longer) == 1:
         more = longer[0].removesuffix(first)
         candidates.append(lambda module: more + module)
+    candidates += [partial(_renamed, names) for names in _IN_MEMORY]
     for spell in candidates:
         mapped = {module: spell(module) if module not in known else module for module in modules}
         if all(own in known for own in mapped.values()) and len(set(mapped.values())) == len(modules):
             return mapped
     return found
+
+
+def _renamed(names: Mapping[str, str], module: str) -> str:
+    """Give a module with another beginning: by the first of these that it has."""
+    old = next((old for old in names if module.startswith(old)), "")
+    return names.get(old, "") + module.removeprefix(old)
 
 
 def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> tuple[_Part, str] | None:
