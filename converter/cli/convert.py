@@ -52,12 +52,17 @@ class RunOptions(NamedTuple):
 
 
 def run_conversion(
-    source: Place, options: Options, make: Callable[[Request], Plan] = plan_conversion, more: str = "", **fixed: Any
+    source: Place,
+    options: Options,
+    make: Callable[[Request], Plan] = plan_conversion,
+    more: object = "",
+    computes: bool = False,
+    **fixed: Any,
 ) -> None:
     """Carry out what is asked and what the command fixes, and print what came of it; the rest is as in ``prepare``."""
     run = take_run(options)
     request = Request.of(source, **options, **fixed)
-    with open_run(request, run) as job:
+    with open_run(request, run, computes) as job:
         run_prepared(prepare(request, make, more, recovering=not run.dry_run), job)
 
 

@@ -43,12 +43,7 @@ def command(source: Place, to: str, **options: Any) -> None:
     """
     from functools import partial
 
-    from converter.cli.convert import open_run, run_prepared, take_run
+    from converter.cli.convert import run_conversion
     from converter.recipes.convert_lora import plan_lora
-    from converter.recipes.request import Request, prepare
 
-    run = take_run(options)
-    request = Request.of(source, **options)
-    with open_run(request, run) as job:
-        prepared = prepare(request, partial(plan_lora, to=to), ("lora", to), recovering=not run.dry_run)
-        run_prepared(prepared, job)
+    run_conversion(source, options, partial(plan_lora, to=to), ("lora", to))

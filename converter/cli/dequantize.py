@@ -54,11 +54,7 @@ def command(sources: tuple[Place, ...], **options: Any) -> int:
 
 
 def _dequantize(source: Place, options: dict[str, Any]) -> None:
-    from converter.cli.convert import open_run, run_prepared, take_run
+    from converter.cli.convert import run_conversion
     from converter.recipes.dequantize import plan_dequantized
-    from converter.recipes.request import Request, prepare
 
-    run = take_run(options)
-    request = Request.of(source, **options)
-    with open_run(request, run, computes=True) as job:
-        run_prepared(prepare(request, plan_dequantized, "dequantize", recovering=not run.dry_run), job)
+    run_conversion(source, options, plan_dequantized, "dequantize", computes=True)

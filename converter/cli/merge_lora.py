@@ -68,13 +68,10 @@ def command(source: Place, adapters: tuple[WeightedAdapter, ...], **options: Any
     wconv merge-lora model.safetensors a.safetensors -o model-a.safetensors
     wconv merge-lora hf://owner/base hf://owner/adapter -o s3://bucket/merged
     """
-    from converter.cli.convert import open_run, run_prepared, take_run
-    from converter.recipes.merge_lora import plan_merged
-    from converter.recipes.request import Request, prepare
+    from functools import partial
 
-    run = take_run(options)
-    request = Request.of(source, **options)
+    from converter.cli.convert import run_conversion
+    from converter.recipes.merge_lora import plan_merged
+
     asked = [(str(one.place.absolute()), one.weight) for one in adapters]
-    with open_run(request, run, computes=True) as job:
-        made = prepare(request, lambda it: plan_merged(it, adapters), ("merge-lora", asked), not run.dry_run)
-        run_prepared(made, job)
+    run_conversion(source, options, partial(plan_merged, asked=adapters), ("merge-lora", asked), computes=True)

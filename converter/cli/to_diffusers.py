@@ -49,13 +49,8 @@ def command(
     """
     from functools import partial
 
-    from converter.cli.convert import open_run, run_prepared, take_run
-    from converter.recipes.request import Request, prepare
+    from converter.cli.convert import run_conversion
     from converter.recipes.to_diffusers import plan_diffusers
 
-    run = take_run(options)
-    request = Request.of(source, output, **options)
     make = partial(plan_diffusers, config=config, ema=ema, without=without)
-    with open_run(request, run) as job:
-        more = ("to-diffusers", config, ema, without)
-        run_prepared(prepare(request, make, more, recovering=not run.dry_run), job)
+    run_conversion(source, options, make, ("to-diffusers", config, ema, without), output=output)

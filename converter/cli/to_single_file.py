@@ -43,13 +43,8 @@ def command(source: Place, output: Place, without: tuple[str, ...], **options: A
     """
     from functools import partial
 
-    from converter.cli.convert import open_run, run_prepared, take_run
-    from converter.recipes.request import Request, prepare
+    from converter.cli.convert import run_conversion
     from converter.recipes.to_single_file import plan_single_file
 
-    run = take_run(options)
-    request = Request.of(source, output, **options)
     make = partial(plan_single_file, without=without)
-    with open_run(request, run) as job:
-        more = ("to-single-file", without)
-        run_prepared(prepare(request, make, more, recovering=not run.dry_run), job)
+    run_conversion(source, options, make, ("to-single-file", without), output=output)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import replace
 
 from converter.errors import name_some, spell_size
 from converter.models.component import Component, WeightSet
@@ -12,6 +13,7 @@ from converter.models.names import fold_numbers, is_training_folder
 from converter.models.rest import Rest, find_rest, is_disguised
 from converter.models.sets import group_whole
 from converter.plan.make import join
+from converter.plan.types import Plan
 from converter.storage import UNLISTED, FileRef, Place
 
 _NAMED = 3  # of files that come from another folder
@@ -57,6 +59,16 @@ def find_copied(
     taken_along = {file.place for _, file in companions}
     along = {path.relative_to(model.root): path.ref() for path in sorted(copied) if path not in taken_along}
     return [*(along | dict(companions)).items()], notes + told
+
+
+def left_behind(plan: Plan, names: Container[str], why: str) -> Plan:
+    """Give a plan that carries no files of these names over, and says so, and ``why``."""
+    left = [name for name, _ in plan.copied if name in names]
+    if not left:
+        return plan
+    copied = tuple(one for one in plan.copied if one[0] not in names)
+    note = f"not carried over: {name_some(left, _NAMED)} ({why})"
+    return replace(plan, copied=copied, notes=(*plan.notes, note))
 
 
 def _other_weights(model: Model, selected: Sequence[tuple[Component, WeightSet]]) -> Iterator[tuple[Place, bool]]:

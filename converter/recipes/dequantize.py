@@ -16,6 +16,7 @@ from converter.models.configs import read_json, render_json
 from converter.models.schemes import holds_codes, quantized_in
 from converter.plan.make import join
 from converter.plan.types import Order, Plan, Rest
+from converter.recipes.carry import left_behind
 from converter.recipes.request import Request
 from converter.recipes.steps import Job, into_one_set, make_ready, open_job, open_sets, plan_job, select
 from converter.transforms.names import name_sets
@@ -53,7 +54,8 @@ def plan_dequantized(request: Request) -> Plan:
     rest = Rest(
         notes=tuple(notes), generated={} if is_file else dict(_plain_params(component for component, _ in opened))
     )
-    return _without_configs(plan_job(job, selected, orders, rest), [component for component, _ in opened])
+    configs_of_quantizers = {join(component.name, name) for component, _ in opened for name in QUANTIZER_CONFIGS}
+    return left_behind(plan_job(job, selected, orders, rest), configs_of_quantizers, "of the quantization")
 
 
 def _open_quantized(job: Job) -> tuple[list[tuple[Component, Checkpoint]], list[str]]:
@@ -108,17 +110,6 @@ def _with_plain_dtype(order: Order) -> Order:
         return name if name and is_packed else value
 
     return order.with_config(changed("", order.component.config))
-
-
-def _without_configs(plan: Plan, components: Iterable[Component]) -> Plan:
-    """Leave behind what else lies beside weights that are no longer quantized, and says how they are."""
-    names = {join(component.name, name) for component in components for name in QUANTIZER_CONFIGS}
-    left = [name for name, _ in plan.copied if name in names]
-    if not left:
-        return plan
-    copied = tuple(one for one in plan.copied if one[0] not in names)
-    note = f"not carried over: {name_some(left, 5)} (of the quantization)"
-    return replace(plan, copied=copied, notes=(*plan.notes, note))
 
 
 def _plain_params(components: Iterable[Component]) -> Iterator[tuple[str, bytes]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from converter.models.schemes import quantized_in
 from converter.plan.make import join
 from converter.plan.types import Order, Plan, Rest
 from converter.recipes.adapters import open_adapter, places_of
+from converter.recipes.carry import left_behind
 from converter.recipes.request import Request
 from converter.recipes.steps import Job, into_one_set, make_ready, open_job, open_sets, plan_job, select
 from converter.storage import Given, Place, place_of
@@ -80,7 +81,8 @@ def plan_merged(request: Request, asked: Sequence[WeightedAdapter]) -> Plan:
         for order, (_, checkpoint) in zip(make_ready(job, opened), opened, strict=True)
     ]
     plan = plan_job(job, selected, orders, Rest(notes=tuple(_tell(weighted, merges))))
-    return _without_files(plan, [component for component, _ in selected])
+    # transformers would look for the weights of an adapter whose config lies beside the base.
+    return left_behind(plan, {join(component.name, ADAPTER_CONFIG) for component, _ in selected}, "of an adapter")
 
 
 def _without_adapters(selected: Sequence[tuple[Component, WeightSet]]) -> list[tuple[Component, WeightSet]]:
@@ -92,17 +94,6 @@ def _without_adapters(selected: Sequence[tuple[Component, WeightSet]]) -> list[t
             labels = name_some([one.label for other, one in found if other is component], _NAMED)
             raise BadRequest(component.path, f"has several sets of weights: {labels}", "Name the one you want.")
     return found
-
-
-def _without_files(plan: Plan, components: Iterable[Component]) -> Plan:
-    """Leave behind the config of an adapter that lies beside the base: transformers would look for its weights."""
-    names = [join(component.name, ADAPTER_CONFIG) for component in components]
-    left = [name for name, _ in plan.copied if name in names]
-    if not left:
-        return plan
-    copied = tuple(one for one in plan.copied if one[0] not in left)
-    note = f"not carried over: {name_some(left, _NAMED)}, which is of an adapter"
-    return replace(plan, copied=copied, notes=(*plan.notes, note))
 
 
 def _open_adapters(one: WeightedAdapter) -> list[Weighted]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _D = TypeVar("_D", bound="Derived")
+_U = TypeVar("_U", bound="Unfiled")
 # What is looked at to see that boxes lie apart: of each so many times, and of few ones all pairs.
 _LOOKS = 16
 _MORE_LOOKS = 100_000
@@ -29,13 +30,10 @@ _WHOLE = 16  # bytes: windows hold whole elements
 OF_ONE_STEP = "All ranks have to be of one step of one training: fetch them again."
 
 
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """A tensor that stands in no file: its bytes are known."""
+class Unfiled:
+    """What stands in no file."""
 
-    dtype: DType
-    shape: tuple[int, ...]
-    content: bytes
+    __slots__ = ()
     grain = 1
     window = 1
     kept_nbytes = 0
@@ -50,8 +48,17 @@ class Constant:
     def verbatim(self, begin: int, end: int) -> None:
         return None
 
-    def part(self, begin: int, end: int) -> Constant:
+    def part(self: _U, begin: int, end: int) -> _U:
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class Constant(Unfiled):
+    """A tensor that stands in no file: its bytes are known."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    content: bytes
 
     def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Constant:
         cut = self._bits()[tuple(slice(at, at + length) for at, length in zip(start, shape, strict=True))]
@@ -69,6 +76,23 @@ class Constant:
         import numpy as np
 
         return np.frombuffer(self.content, f"u{self.dtype.itemsize}").reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros(Unfiled):
+    """Nothing but zeros, which stand in no file."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Zeros:
+        return replace(self, shape=shape)
+
+    def permuted(self, axes: tuple[int, ...]) -> Zeros:
+        return replace(self, shape=tuple(self.shape[axis] for axis in axes))
+
+    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
+        out[:] = bytes(len(out))
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,11 +116,6 @@ class Spread(Unboxed, Shaped):
                 out[at : at + size] = element
 
 
-def zeros(dtype: DType, shape: Shape) -> TensorSource:
-    """Give a tensor of zeros, which takes no room."""
-    return Spread(Constant(dtype, (1,), bytes(dtype.itemsize)), shape, math.prod(shape) + 1)
-
-
 def identity(dtype: DType, size: int) -> TensorSource:
     """Give the matrix that changes nothing, in a dtype of floats; it takes no room."""
     one = Cast(Constant(DTYPES["F32"], (1,), struct.pack("<f", 1)), dtype)

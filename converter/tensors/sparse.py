@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from converter.dtypes import DType
 from converter.errors import BadFile
 from converter.tensors.base import ByteRange, Reader, Storage, TensorSource
 from converter.tensors.derived import Replicas
@@ -14,39 +13,6 @@ from converter.tensors.shaped import Unboxed
 
 _BAND_NBYTES = 1 << 20  # of a matrix, at a time
 NOTE_ADVICE = "Save it again without its note wconv_lora."
-
-
-@dataclass(frozen=True, slots=True)
-class Zeros:
-    """Nothing but zeros, which stand in no file."""
-
-    dtype: DType
-    shape: tuple[int, ...]
-    grain = 1
-    window = 1
-    kept_nbytes = 0
-    computes = False
-
-    def inputs(self) -> tuple[Storage, ...]:
-        return ()
-
-    def extents(self, begin: int, end: int) -> Iterator[ByteRange]:
-        return iter(())
-
-    def verbatim(self, begin: int, end: int) -> None:
-        return None
-
-    def part(self, begin: int, end: int) -> Zeros:
-        return self
-
-    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Zeros:
-        return replace(self, shape=shape)
-
-    def permuted(self, axes: tuple[int, ...]) -> Zeros:
-        return replace(self, shape=tuple(self.shape[axis] for axis in axes))
-
-    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        out[:] = bytes(len(out))
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,15 +74,10 @@ def take_apart(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[list
 
     Raises BadFile for a tensor of a shape that its row cannot take, or two that come to one name.
     """
-    tree = tree_of((row.whole, (row, 0)) for row in rows)
     converted: list[Tensor] = []
     left: list[str] = []
-    for name, tensor in tensors.items():
-        match = find_leaf(tree, name.split("."))
-        if match is None:
-            left.append(name)
-            continue
-        (row, _), words = match
+    for name, (row, _), words in _matches(tensors, ((row.whole, (row, 0)) for row in rows), left):
+        tensor = tensors[name]
         count = row.operation.count(tensor, len(row.parts)) if row.counts else 1
         if count * len(row.parts) > MAX_TENSORS:
             raise BadFile(tensor.where, f"holds {name!r}, which would be {count:,} tensors, and no model has them")
@@ -99,20 +94,14 @@ def put_together(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[li
 
     Raises BadFile for a part that is missing, parts that do not fit each other, or two that come to one name.
     """
-    tree = tree_of((part, (row, at)) for row in rows for at, part in enumerate(row.parts))
     groups: dict[tuple[str, tuple[str, ...]], tuple[Row, dict[tuple[int, int], Tensor]]] = {}
     left: list[str] = []
-    for name, tensor in tensors.items():
-        match = find_leaf(tree, name.split("."))
-        if match is None:
-            left.append(name)
-            continue
-        (row, place), words = match
+    for name, (row, place), words in _matches(tensors, _leaves_of_parts(rows), left):
         number, words = _split_count(row.parts[place], words)
         _, members = groups.setdefault((row.whole, words), (row, {}))
         if (number, place) in members:
-            raise _twice(tensor.where, members[number, place].name, name)
-        members[number, place] = tensor
+            raise _twice(tensors[name].where, members[number, place].name, name)
+        members[number, place] = tensors[name]
     converted = []
     for (_, words), (row, members) in groups.items():
         parts = _in_order(row, words, members)
@@ -124,14 +113,31 @@ def put_together(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[li
 
 def wholes_of(names: Iterable[str], rows: Iterable[Row]) -> dict[str, str]:
     """Map the names of parts to those of the wholes that they are of; names that no row has are not in it."""
-    tree = tree_of((part, (row, at)) for row in rows for at, part in enumerate(row.parts))
-    found: dict[str, str] = {}
+    return {
+        name: fill(row.whole, _split_count(row.parts[place], words)[1], 0)
+        for name, (row, place), words in _matches(names, _leaves_of_parts(rows), [])
+    }
+
+
+_Leaf = tuple[Row, int]
+"""A row, and the place that a part has in it."""
+
+
+def _leaves_of_parts(rows: Iterable[Row]) -> Iterator[tuple[str, _Leaf]]:
+    return ((part, (row, at)) for row in rows for at, part in enumerate(row.parts))
+
+
+def _matches(
+    names: Iterable[str], leaves: Iterable[tuple[str, _Leaf]], left: list[str]
+) -> Iterator[tuple[str, _Leaf, tuple[str, ...]]]:
+    """Give each name that a leaf has, with that and what stands in its holes; the others are put to the ``left``."""
+    tree = tree_of(leaves)
     for name in names:
         match = find_leaf(tree, name.split("."))
-        if match is not None:
-            (row, place), words = match
-            found[name] = fill(row.whole, _split_count(row.parts[place], words)[1], 0)
-    return found
+        if match is None:
+            left.append(name)
+        else:
+            yield name, *match
 
 
 def _in_order(row: Row, words: tuple[str, ...], members: Mapping[tuple[int, int], Tensor]) -> list[Tensor]:

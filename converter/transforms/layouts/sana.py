@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from converter.tensors.base import Tensor
-from converter.tensors.shaped import zeros
+from converter.tensors.derived import Zeros
 from converter.transforms.layouts.rows import Row, modules, numbered, renamings
 from converter.transforms.layouts.sizes import Config, Shapes, Sizes, linears
 
@@ -191,4 +191,4 @@ def sana_stand_ins(config: Config, tensors: Sequence[Tensor]) -> list[tuple[Tens
     places = (sizes["sample_size"] // sizes["patch_size"]) ** 2
     dtype = tensors[0].dtype
     shapes = {"pos_embed": (1, places, width), "y_embedder.y_embedding": (_TOKENS, sizes["caption_channels"])}
-    return [(Tensor(name, zeros(dtype, shape)), "zeros") for name, shape in shapes.items()]
+    return [(Tensor(name, Zeros(dtype, shape)), "zeros") for name, shape in shapes.items()]

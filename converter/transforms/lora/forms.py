@@ -17,8 +17,8 @@ from converter.dtypes import DTYPES, DType
 from converter.errors import BadFile, Unsupported
 from converter.models.adapters import ALPHA_LETTERS, METADATA_KEY, PEFT_PREFIX
 from converter.tensors.base import Tensor, TensorSource
-from converter.tensors.derived import Box, Boxes, Constant
-from converter.tensors.sparse import Copies, Zeros
+from converter.tensors.derived import Box, Boxes, Constant, Zeros
+from converter.tensors.sparse import Copies
 from converter.transforms.layouts.operations import Concat
 from converter.transforms.lora.bases import (
     FLUX,
