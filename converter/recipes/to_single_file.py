@@ -154,7 +154,8 @@ def _of_pipeline(model: Model, without: Sequence[str]) -> _Source:
     asked = [name for name in left if name in named]
     notes += (f"left out, as asked: {name}" for name in asked)
     if asked and len(kept) > 1:
-        notes.append("a UI loads them from files of their own, and from_single_file has to be given them")
+        them, files = ("them", "files of their own") if len(asked) > 1 else ("it", "a file of its own")
+        notes.append(f"a UI loads {them} from {files}, and from_single_file has to be given {them}")
         model = replace(model, passed=family.passed(asked))
     for name in kept:
         classes = family.parts[name].classes

@@ -106,8 +106,8 @@ def _refuse_other(family: Family, tensors: Mapping[str, Tensor], made: Iterable[
     for one, what in made:
         theirs = tensors.get(one.name)
         if theirs is not None and not _are_same(one, theirs):
-            problem = f"holds a {one.name} that is not {what}, as it is in every file of {family.name}"
-            raise Unsupported(theirs.where, problem, "It has no place there, nor does any reader take one.")
+            problem = f"holds a {one.name} that is not {what}, which readers of {family.name}'s files take it for"
+            raise Unsupported(theirs.where, problem, "Keep the folder: no single file would say the same.")
 
 
 def _are_same(one: Tensor, other: Tensor) -> bool:

@@ -277,7 +277,8 @@ def _whole(
     family = frame.found.family
     lacking = [name for name in family.parts if name not in names and name in index]
     if lacking:
-        notes.append(f"model_index.json names no {' and no '.join(lacking)}: from_pretrained has to be given them")
+        them = "them" if len(lacking) > 1 else "it"
+        notes.append(f"model_index.json names no {' and no '.join(lacking)}: from_pretrained has to be given {them}")
     components, passed = tuple(one for one, _ in parts), family.passed(lacking)
     model = Model(source, source.parent, "pipeline", components, index["_class_name"], passed)
     return SingleFile(model, tuple(parts), copied, generated, tuple(notes))
