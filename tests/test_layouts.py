@@ -17,6 +17,7 @@ from converter.errors import BadFile
 from converter.tensors.base import Tensor
 from converter.tensors.derived import Constant
 from converter.tensors.reader import RangeReader
+from converter.transforms.layouts import rows
 from converter.transforms.layouts.operations import CONCAT, PIXEL, SWAP, TRANSPOSE, Concat, Rotary, Stack
 from converter.transforms.layouts.rows import Row, put_together, renamings, take_apart
 from converter.transforms.single_file.family import Part
@@ -171,10 +172,14 @@ def test_parts_of_two_dtypes_are_refused() -> None:
         put_together(tensors, EXPERTS)
 
 
-def test_more_parts_than_any_model_has_are_refused() -> None:
+def test_more_parts_than_any_model_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Tensor("layers.0.experts.down_proj", Constant(DTYPES["F32"], (10**9, 0, 4), b""))
-    with pytest.raises(BadFile, match="1,000,000,000 tensors, and no model has them"):
+    with pytest.raises(BadFile, match="1,000,000,000 parts there would be more than 220,000 tensors, and no model has"):
         take_apart({whole.name: whole}, EXPERTS)
+    monkeypatch.setattr(rows, "MAX_TENSORS", 10)
+    stacks = make("layers.0.experts.down_proj", "layers.1.experts.down_proj", shape=(6, 1, 1))
+    with pytest.raises(BadFile, match=r"'layers\.1\.experts\.down_proj', with whose 6 parts there would be more"):
+        take_apart(stacks, EXPERTS)
 
 
 # Stable Diffusion's tables.

@@ -29,12 +29,18 @@ class Operation(Protocol):
         """Give the whole of parts, in order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lone:
-    """What has one part: by itself it is that, under another name."""
+class _Uncounted:
+    """What has the parts that its row names."""
+
+    __slots__ = ()
 
     def count(self, whole: Tensor, parts: int) -> int:
         return 1
+
+
+@dataclass(frozen=True, slots=True)
+class Lone(_Uncounted):
+    """What has one part: by itself it is that, under another name."""
 
     def apart(self, whole: Tensor, count: int) -> Sequence[TensorSource]:
         return (whole.source,)
@@ -111,13 +117,10 @@ class Rotary(Lone):
 
 
 @dataclass(frozen=True, slots=True)
-class Concat:
+class Concat(_Uncounted):
     """Parts one behind the other along the first axis; ``ratios`` says how long each is, if not all the same."""
 
     ratios: tuple[int, ...] = ()
-
-    def count(self, whole: Tensor, parts: int) -> int:
-        return 1
 
     def apart(self, whole: Tensor, count: int) -> Sequence[TensorSource]:
         return _cut(whole, self.ratios or (1,) * count)

@@ -79,8 +79,9 @@ def take_apart(tensors: Mapping[str, Tensor], rows: Iterable[Row]) -> tuple[list
     for name, (row, _), words in _matches(tensors, ((row.whole, (row, 0)) for row in rows), left):
         tensor = tensors[name]
         count = row.operation.count(tensor, len(row.parts)) if row.counts else 1
-        if count * len(row.parts) > MAX_TENSORS:
-            raise BadFile(tensor.where, f"holds {name!r}, which would be {count:,} tensors, and no model has them")
+        if len(converted) + count * len(row.parts) > MAX_TENSORS:
+            problem = f"holds {name!r}, with whose {count * len(row.parts):,} parts there would be more than"
+            raise BadFile(tensor.where, f"{problem} {MAX_TENSORS:,} tensors, and no model has them")
         names = (fill(part, words, at) for at in range(count) for part in row.parts)
         with _readable(tensor):
             sources = row.operation.apart(tensor, count * len(row.parts))
