@@ -56,6 +56,15 @@ def test_tensors_come_under_the_names_that_are_asked_for(
     assert_same(load_file(tmp_path / "out.safetensors"), {new: STATE[old] for old, new in names.items() if new})
 
 
+def test_it_is_left_open_whether_a_class_has_the_new_names(wconv: Callable[..., Any], tmp_path: Path) -> None:
+    save(STATE, tmp_path / "m" / "pytorch_model.bin")
+    write_json(tmp_path / "m" / "config.json", {"architectures": ["LlamaForCausalLM"]})
+    known = "# where the model's class has the names that its tensors have now"
+    assert known not in wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "same").stdout
+    told = wconv("to-safetensors", tmp_path / "m", "-o", tmp_path / "out", "--add-prefix", "x.").stdout
+    assert f"{known}\n    from transformers import LlamaForCausalLM" in told
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -11,11 +11,18 @@ from converter.libraries.written import Written, WrittenSet, is_bare, load_files
 from converter.plan.types import Plan, PlannedSet
 from converter.storage import Place
 
+_IF_KNOWN = "# where the model's class has the names that its tensors have now"
 _MOST_SETS = 8  # more lines than that nobody reads
 
 
 def loading_lines(plan: Plan) -> list[str]:
     """Give the Python lines that load what a plan writes; comments say what of it they leave to the reader."""
+    lines = _lines_for(plan)
+    is_renamed = any(planned.renamed for planned in plan.sets) and any(".from_pretrained(" in line for line in lines)
+    return [_IF_KNOWN, *lines] if is_renamed else lines
+
+
+def _lines_for(plan: Plan) -> list[str]:
     folder = _loaded_from(plan)
     if folder is None:
         return []
