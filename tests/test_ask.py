@@ -156,7 +156,7 @@ def test_a_newer_library_is_asked_and_the_table_is_said_to_be_behind(
         ({"T5EncoderModel"}, TRANSFORMERS, "fp16", ("wo",)),
         pytest.param({"T5EncoderModel"}, TRANSFORMERS, "bf16", (), marks=pytest.mark.slow),
         pytest.param({"NoSuchModel", "AutoModel"}, TRANSFORMERS, "fp16", (), marks=pytest.mark.slow),
-        ({"UNet2DConditionModel"}, DIFFUSERS, "bf16", ()),
+        pytest.param({"UNet2DConditionModel"}, DIFFUSERS, "bf16", (), marks=pytest.mark.slow),
     ],
 )
 def test_what_a_newer_library_keeps(

@@ -215,7 +215,11 @@ def test_a_tensor_of_256_mb_takes_no_more_memory_than_a_small_one(verify: list[A
     assert int(done.stdout.split("peak ")[1]) <= MEMORY_CEILING_NBYTES
 
 
-@pytest.mark.parametrize("command", [["to-safetensors"], ["recast", "--dtype", "bf16"]], ids=["plain", "cast"])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(["to-safetensors"], marks=pytest.mark.slow), ["recast", "--dtype", "bf16"]],
+    ids=["plain", "cast"],
+)
 def test_no_piece_waits_for_the_collector_of_circles(command: list[str], tmp_path: Path) -> None:
     # It is off while a command runs.
     def left_over(rows: int) -> int:
