@@ -24,8 +24,9 @@ from converter.recipes.steps import Job, into_one_set, make_ready, open_job, ope
 from converter.storage import Given, Place, place_of
 from converter.tensors.base import Tensor
 from converter.tensors.derived import cast
+from converter.transforms.merge.base import Untied, find_untied
 from converter.transforms.merge.product import merged
-from converter.transforms.merge.targets import Merge, Opened, Untied, Weighted, find_merges, find_untied, take_adapter
+from converter.transforms.merge.targets import Merge, Opened, Weighted, find_merges, take_adapter
 
 MAX_ADAPTERS = 64
 _NAMED = 6

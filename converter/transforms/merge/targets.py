@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from converter.errors import BadFile, BadRequest, Unsupported, Where, name_some
-from converter.libraries.modules import find_linears
 from converter.libraries.transformers import names_model
 from converter.models.adapters import (
     ADAPTER_CONFIG,
@@ -23,14 +21,15 @@ from converter.models.adapters import (
 )
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
-from converter.tensors.base import Tensor, find_ties
+from converter.tensors.base import Tensor
 from converter.transforms.lora.bases import T5_PREFIX
 from converter.transforms.lora.forms import as_trained
 from converter.transforms.lora.parts import DENOISER, OF_COMFY, find_changes, part_of
+from converter.transforms.merge.base import HEAD, TABLES, WEIGHT, Part, leaf_of, tied_head
 from converter.transforms.merge.product import MAX_RIGHT_NBYTES, Product, bias_of, product_of, right_nbytes
 
 _NAMED = 3
-_WEIGHT, _BIAS = ".weight", ".bias"
+_BIAS = ".bias"
 _OTHER_BASE = "It may be for another base: name the one that it was trained on."
 _MERGED_DTYPES = ("F32", "BF16", "F16")
 _CLASSIFIERS = ("classifier", "score")
@@ -49,8 +48,6 @@ _IN_MEMORY = (
     {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head", "model.": ""},
     {"model.language_model.": "model.", "model.visual.": "visual."},
 )
-# Models of transformers that have Conv1D, whose weight is [in, out], call themselves so.
-_MAY_HAVE_CONV1D = re.compile(r"GPT|Clvp|DecisionTransformer")
 
 Opened = Sequence[tuple[Component, Checkpoint]]
 
@@ -98,7 +95,7 @@ def take_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], weight: floa
         if type(config.get(flag, False)) not in (bool, type(None)):
             raise BadFile(where.parent / ADAPTER_CONFIG, f"says {flag} = {str(config[flag])[:60]}, which is no flag")
     is_tied = config.get("ensure_weight_tying") is True
-    of_words = (*_TABLES, _HEAD) if is_tied else ()
+    of_words = (*TABLES, HEAD) if is_tied else ()
     plain, embeddings, biases, replaced, own = _sort_out(checkpoint, config, frozenset([*saved, *of_words]))
     # ``update_layer`` in ``peft/tuners/lora/layer.py``: rsLoRA has another scale, and nothing else.
     rest = {key: value for key, value in config.items() if key not in ("use_rslora", "lora_bias", "modules_to_save")}
@@ -126,11 +123,11 @@ def take_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], weight: floa
         pair.module: weight * alphas[pair.module] / (math.sqrt(pair.rank) if is_rooted else pair.rank)
         for pair in adapter.pairs
     }
-    leaves = set(map(_leaf_of, [*scales, *(name.rpartition(".")[0] for name in replaced)]))
-    if is_tied and (_HEAD in leaves) is leaves.isdisjoint(_TABLES):
+    leaves = set(map(leaf_of, [*scales, *(name.rpartition(".")[0] for name in replaced)]))
+    if is_tied and (HEAD in leaves) is leaves.isdisjoint(TABLES):
         problem = "says ensure_weight_tying, and holds what is for one alone of the head and the table of words"
         raise Unsupported(where.parent / ADAPTER_CONFIG, problem, "Save it again with PEFT, which saves both.")
-    stray = sorted((biases.keys() | {name.removesuffix(_WEIGHT) for name in own}) - scales.keys())
+    stray = sorted((biases.keys() | {name.removesuffix(WEIGHT) for name in own}) - scales.keys())
     if stray:
         raise BadFile(where, f"holds a bias, or the base's weight, for {stray[0]!r}, and no pair", "Fetch it again.")
     return Weighted(adapter, weight, label, scales, frozenset(embeddings), biases, replaced)
@@ -189,7 +186,7 @@ def find_merges(weighted: Sequence[Weighted], opened: Opened) -> dict[str, dict[
     Raises Unsupported for a weight that nothing can be merged into.
     """
     merges: dict[str, dict[str, Merge]] = {}
-    parts = [_Part(component, checkpoint) for component, checkpoint in opened]
+    parts = [Part(component, checkpoint) for component, checkpoint in opened]
     for one in weighted:
         placed = _place_whole(one, parts) if one.adapter.form == "peft" else _place_each(one, parts)
         _check_twice(one, placed)
@@ -205,57 +202,16 @@ def find_merges(weighted: Sequence[Weighted], opened: Opened) -> dict[str, dict[
     return merges
 
 
-class _Part:
-    """A component of the base, and its weights by their modules."""
-
-    def __init__(self, component: Component, checkpoint: Checkpoint) -> None:
-        self.component = component
-        self.checkpoint = checkpoint
-        self.tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
-        self.modules = [name.removesuffix(_WEIGHT) for name in self.tensors if name.endswith(_WEIGHT)]
-        self._transposed: frozenset[str] | None = None
-        self._spelled: dict[str, list[str]] | None = None
-
-    def weight(self, name: str) -> Tensor | None:
-        """Give a tensor by its name, or the head that is tied."""
-        if name in self.tensors:
-            return self.tensors[name]
-        head = _tied_head(self)
-        return head if head is not None and head.name == name else None
-
-    def is_transposed(self, name: str, is_said: bool, is_square: bool) -> bool:
-        """Say whether a weight is a Conv1D's; where nobody knows its class, what PEFT's config says, or its shape."""
-        class_name = self.component.class_name
-        may_be = is_said or bool(_MAY_HAVE_CONV1D.search(class_name))
-        if not is_square or not may_be:
-            return not is_square and (may_be or not class_name)
-        if self._transposed is None:
-            linears = find_linears(self.component, self.checkpoint.tensors)
-            self._transposed = frozenset(linears.weights[module] for module in linears.transposed)
-            if linears.unknown and is_said:
-                self._transposed |= frozenset(linears.unknown.values())
-        return name in self._transposed
-
-    def spelled(self, module: str) -> str | None:
-        """Give the module that a name with ``_`` for ``.`` stands for, if it is one alone."""
-        if self._spelled is None:
-            self._spelled = {}
-            for own in self.modules:
-                self._spelled.setdefault(own.replace(".", "_"), []).append(own)
-        found = self._spelled.get(module.replace(".", "_"), [])
-        return found[0] if len(found) == 1 else None
-
-
 class _Aim(NamedTuple):
     """A pair of an adapter with its scale, and the module of the base that it is for: ``own`` in a part."""
 
     pair: Pair
     scale: float
-    part: _Part
+    part: Part
     own: str
 
 
-def _place_each(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
+def _place_each(one: Weighted, parts: Sequence[Part]) -> list[_Aim]:
     """Find the module of each pair of Diffusers' or kohya's form. Raises BadRequest where one is not there."""
     if all(names_model(part.component) and not _is_text(part) for part in parts):
         problem = (
@@ -276,7 +232,7 @@ def _place_each(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
     raise min(errors, key=lambda error: error[0])[1]
 
 
-def _spellings(one: Weighted, parts: Sequence[_Part]) -> Iterator[tuple[Adapter, list[tuple[Pair, float]]]]:
+def _spellings(one: Weighted, parts: Sequence[Part]) -> Iterator[tuple[Adapter, list[tuple[Pair, float]]]]:
     """Give the pairs with their scales, as they are named, and as the tables of the layouts say that they may be.
 
     An adapter in the names of the trainer of its model has those of Diffusers too, and the other way round; a base in
@@ -295,7 +251,7 @@ def _spellings(one: Weighted, parts: Sequence[_Part]) -> Iterator[tuple[Adapter,
 
 
 def _place_all(
-    adapter: Adapter, scaled: Iterable[tuple[Pair, float]], parts: Sequence[_Part]
+    adapter: Adapter, scaled: Iterable[tuple[Pair, float]], parts: Sequence[Part]
 ) -> tuple[list[_Aim], list[Pair]]:
     """Give the modules of pairs with their scales, and those that are not there."""
     found = [(pair, scale, _find_module(adapter, pair, parts)) for pair, scale in scaled]
@@ -313,7 +269,7 @@ def _check_twice(one: Weighted, placed: Iterable[_Aim]) -> None:
 
 
 def _not_there(
-    one: Weighted, modules: Sequence[str], count: int, parts: Sequence[_Part], others: Sequence[str] = ()
+    one: Weighted, modules: Sequence[str], count: int, parts: Sequence[Part], others: Sequence[str] = ()
 ) -> BadRequest:
     """Say which modules the base has not; ``others`` are the parts of a pipeline that all of these are of."""
     named = name_some([repr(module) for module in modules], _NAMED)
@@ -328,10 +284,10 @@ def _not_there(
     return BadRequest(one.where, f"is for {named}, and the base has no such weight ({some})", advice)
 
 
-def _place_whole(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
+def _place_whole(one: Weighted, parts: Sequence[Part]) -> list[_Aim]:
     """Find the one component that has all modules of an adapter of PEFT. Raises BadRequest where none has."""
     modules = [pair.module for pair in one.adapter.pairs]
-    best: list[tuple[_Part, dict[str, str]]] = []
+    best: list[tuple[Part, dict[str, str]]] = []
     lost = modules
     for part in parts:
         found = _aligned(modules, part)
@@ -351,11 +307,11 @@ def _place_whole(one: Weighted, parts: Sequence[_Part]) -> list[_Aim]:
     return [_Aim(pair, one.scales[pair.module], part, found[pair.module]) for pair in one.adapter.pairs]
 
 
-def _likely(one: Weighted, best: Sequence[tuple[_Part, dict[str, str]]]) -> list[tuple[_Part, dict[str, str]]]:
+def _likely(one: Weighted, best: Sequence[tuple[Part, dict[str, str]]]) -> list[tuple[Part, dict[str, str]]]:
     """Choose among components that have all modules: by shapes, and by what the adapter's folder is called."""
 
-    def fits(part: _Part, own: str, pair: Pair) -> bool:
-        weight = part.weight(own + _WEIGHT)
+    def fits(part: Part, own: str, pair: Pair) -> bool:
+        weight = part.weight(own + WEIGHT)
         return weight is not None and pair.up.shape[0] in weight.shape
 
     fitting = [
@@ -365,14 +321,14 @@ def _likely(one: Weighted, best: Sequence[tuple[_Part, dict[str, str]]]) -> list
     return named or fitting or list(best)
 
 
-def _aligned(modules: Sequence[str], part: _Part) -> dict[str, str]:
+def _aligned(modules: Sequence[str], part: Part) -> dict[str, str]:
     """Map modules to those of the base, which may be named from another class: some words more in front, or fewer.
 
     ``transformer.h.0.attn.c_attn`` of GPT2LMHeadModel is ``h.0.attn.c_attn`` in a file of GPT2Model. Or they are those
     of a model of images and words, whose file has other names than it itself (``_IN_MEMORY``).
     """
-    head = _tied_head(part)
-    known = {*part.modules, *([_HEAD] if head else [])}
+    head = tied_head(part)
+    known = {*part.modules, *([HEAD] if head else [])}
     found = {module: module for module in modules if module in known}
     if len(found) == len(modules):
         return found
@@ -401,7 +357,7 @@ def _renamed(names: Mapping[str, str], module: str) -> str:
     return names.get(old, "") + module.removeprefix(old)
 
 
-def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> tuple[_Part, str] | None:
+def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[Part]) -> tuple[Part, str] | None:
     first, _, rest = pair.module.partition(".")
     part, path = part_of(adapter, pair)
     if any(first == one.component.name for one in parts):
@@ -418,12 +374,12 @@ def _find_module(adapter: Adapter, pair: Pair, parts: Sequence[_Part]) -> tuple[
     return None
 
 
-def _may_be(part: _Part, names: Collection[str]) -> bool:
+def _may_be(part: Part, names: Collection[str]) -> bool:
     """Say whether a component that is named by itself may be one of these in its pipeline."""
     return not part.component.class_name or _is_text(part) == all(name.startswith("text_encoder") for name in names)
 
 
-def _is_text(part: _Part) -> bool:
+def _is_text(part: Part) -> bool:
     """Say whether a component is a text encoder."""
     return "Text" in part.component.class_name or part.component.class_name.endswith("EncoderModel")
 
@@ -431,14 +387,14 @@ def _is_text(part: _Part) -> bool:
 def _add(one: Weighted, aim: _Aim, merges: dict[str, Merge]) -> None:
     """Add what a pair makes of a component's tensors to what others do."""
     pair, scale, part, own = aim
-    weight = part.weight(own + _WEIGHT)
+    weight = part.weight(own + WEIGHT)
     assert weight is not None
     _append(merges, weight.name, product_of(pair.up, pair.down, scale, _is_turned(one, aim, weight)))
     if pair.module in one.biases:
         _append(merges, own + _BIAS, _bias_product(one, aim))
 
 
-def _replace(one: Weighted, part: _Part, merges: dict[str, Merge]) -> None:
+def _replace(one: Weighted, part: Part, merges: dict[str, Merge]) -> None:
     """Let tensors of the base be others; what is added comes on top of that."""
     found = _aligned(sorted({name.rpartition(".")[0] for name in one.replaced}), part)
     for name, tensor in one.replaced.items():
@@ -511,87 +467,3 @@ def _trimmed(shape: Iterable[int]) -> tuple[int, ...]:
 
 def _spell(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape)) or "one number"
-
-
-# Ties.
-
-_SHARED = "shared"  # T5's, which its encoder and its decoder have too
-_TABLES = (
-    "embed_tokens", "wte", "word_embeddings", "word_embedding", "embed_in", "tok_embeddings", "tokens_embed",
-    "embeddings", _SHARED,
-)  # fmt: skip
-_HEAD = "lm_head"
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
-# What lm_head is tied to in those, by ``_tied_weights_keys`` of transformers; others have a head of another name.
-_TIED_TO_HEAD = re.compile(
-    r"model\.(decoder\.)?embed_tokens|transformer\.(wte|word_embeddings|tokens_embed)|gpt_neox\.embed_in"
-    r"|backbone\.embeddings"
-)
-_OTHER_HEAD = ("TrOCR", "Whisper")
-# What has no head that a table of embeddings could be tied to.
-_HEADLESS = re.compile(
-    r"(?!.*(?:DoubleHeads|EncoderDecoder|FSMT)).*"
-    r"(?:Model|ForSequenceClassification|ForTokenClassification|ForQuestionAnswering|WithProjection)"
-)
-
-
-def _embedding_of(part: _Part) -> Tensor | None:
-    """Give the one weight of a component that its lm_head is tied to, if it is."""
-    found = [module for module in part.modules if _TIED_TO_HEAD.fullmatch(module)]
-    is_one = len(found) == 1 and not part.component.class_name.startswith(_OTHER_HEAD)
-    return part.tensors[found[0] + _WEIGHT] if is_one else None
-
-
-def _tied_head(part: _Part) -> Tensor | None:
-    """Give the head that a causal model has not in its file, as its embedding is it, under its own name."""
-    if not part.component.class_name.endswith(_CAUSAL) or _HEAD in part.modules:
-        return None
-    embedding = _embedding_of(part)
-    return embedding and embedding._replace(name=_HEAD + _WEIGHT)
-
-
-class Untied(NamedTuple):
-    """Tensors of which one is changed, and which are no longer one: ``heads`` are added, each beside another's name."""
-
-    heads: Mapping[str, str]
-    names: frozenset[str]
-
-
-def find_untied(component: Component, checkpoint: Checkpoint, changed: Collection[str]) -> Untied | None:
-    """Say what has to be untied, so that a change of a table of words is none of the head, or the other way round.
-
-    PEFT's ``merge_and_unload`` adds to both, and advises to untie them before (``_check_merge_allowed`` in
-    ``tuners/tuners_utils.py``): so no weight is changed but that which was trained. Raises Unsupported where it is not
-    known what is tied to what.
-    """
-    part = _Part(component, checkpoint)
-    ties = {**find_ties(checkpoint.tensors), **checkpoint.ties}
-    tied = {name for pair in ties.items() if not {*pair}.isdisjoint(changed) for name in pair}
-    size = component.config.get("vocab_size")
-    words = {
-        name
-        for name in changed
-        if _leaf_of(name) in (*_TABLES, _HEAD) or (name in part.tensors and part.tensors[name].shape[0] == size)
-    }
-    is_causal = component.class_name.endswith(_CAUSAL)
-    is_apart = bool(_HEADLESS.fullmatch(component.class_name)) and _SHARED not in map(_leaf_of, words)
-    if is_causal:
-        is_apart = component.config.get("tie_word_embeddings") is False
-    if not tied and (not words or is_apart):
-        return None
-    embedding = _embedding_of(part)
-    head = _tied_head(part)
-    known = {_HEAD + _WEIGHT, *([embedding.name] if embedding else [])}
-    is_known = is_causal and embedding is not None and tied <= known
-    if not is_known or (head is None and _HEAD not in part.modules):
-        first = min(tied or words)
-        what = component.class_name or "an unknown one"
-        problem = f"has {first!r}, which may be tied to other weights, and a merge into one is none into those ({what})"
-        raise Unsupported(checkpoint.weight_set.path, problem, "Untie them before, or merge it with PEFT.")
-    assert embedding is not None
-    return Untied({} if head is None else {head.name: embedding.name}, frozenset(known))
-
-
-def _leaf_of(name: str) -> str:
-    """Give the last word of a module's path, or of that of a weight."""
-    return name.removesuffix(_WEIGHT).rpartition(".")[2]
