@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 Where = os.PathLike[str] | str
@@ -42,6 +42,15 @@ def spell_count(number: int, what: str) -> str:
     ('1 module', '1,200 modules')
     """
     return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def spell_shape(shape: Iterable[int]) -> str:
+    """Spell the shape of a tensor.
+
+    >>> spell_shape((320, 4, 3, 3)), spell_shape(())
+    ('320x4x3x3', 'one number')
+    """
+    return "x".join(map(str, shape)) or "one number"
 
 
 def spell_size(nbytes: int) -> str:

@@ -127,7 +127,6 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
     from converter.models.names import fold_modules
     from converter.tensors.base import find_ties
     from converter.transforms.quantize.stock import take_stock
-    from converter.transforms.single_file.families import name_kind
 
     tensors = checkpoint.tensors
     adapter = _describe_adapter(component, checkpoint)
@@ -146,7 +145,7 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
         ],
         "globals": {name: how for file in checkpoint.files for name, how in file.foreign.items()},
     }
-    layout = "" if component.class_name or adapter else name_kind(checkpoint)
+    layout = "" if component.class_name or adapter else _name_layout(checkpoint)
     if layout:
         content["layout"] = layout
     if adapter:
@@ -162,6 +161,13 @@ def _describe_tensors(component: Component, checkpoint: Checkpoint, with_tensors
             for i in tensors
         ]
     return content
+
+
+def _name_layout(checkpoint: Checkpoint) -> str:
+    """Say what a file is in the layout of its trainer, if it is; the tables are loaded for what no config names."""
+    from converter.transforms.single_file.families import name_kind
+
+    return name_kind(checkpoint)
 
 
 def _describe_adapter(component: Component, checkpoint: Checkpoint) -> Description | None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from converter.errors import BadFile, HostileFile, Unsupported, WconvError, name_some
+from converter.errors import BadFile, HostileFile, Unsupported, WconvError, name_some, spell_shape
 from converter.formats.texts import check_depth, parse_json
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
@@ -330,7 +330,7 @@ def _misfit_of_pair(adapter: Adapter, pair: Pair) -> WconvError | None:
         if not tensor.dtype.is_floating or tensor.dtype.bits < 16:
             problem = f"holds {tensor.name!r} in {tensor.dtype.short_name}, which is no dtype of an adapter"
             return Unsupported(where, problem, "Recast it before: 'wconv recast --dtype bf16'.")
-    shapes = f"{_spell(down.shape)} and {_spell(up.shape)}"
+    shapes = f"{spell_shape(down.shape)} and {spell_shape(up.shape)}"
     fits = len(down.shape) == len(up.shape) >= 2 and down.shape[0] == up.shape[1] and set(up.shape[2:]) <= {1}
     if not fits or 0 in down.shape or 0 in up.shape:
         return BadFile(where, f"holds a pair whose halves do not fit: {down.name!r} and its other are {shapes}")
@@ -339,13 +339,9 @@ def _misfit_of_pair(adapter: Adapter, pair: Pair) -> WconvError | None:
     alpha = pair.alpha
     is_number = alpha is None or (alpha.numel == 1 and len(alpha.shape) <= MAX_ALPHA_AXES)
     if alpha is not None and not (is_number and alpha.dtype.tag in ALPHA_LETTERS):
-        shown = f"{alpha.dtype.short_name} of {_spell(alpha.shape)}"
+        shown = f"{alpha.dtype.short_name} of {spell_shape(alpha.shape)}"
         return BadFile(where, f"holds {alpha.name!r}, which is no single number: it is {shown}")
     return None
-
-
-def _spell(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "one number"
 
 
 def _misfits_of_config(adapter: Adapter) -> Iterator[WconvError]:

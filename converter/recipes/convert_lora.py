@@ -9,7 +9,7 @@ from dataclasses import replace
 from converter.errors import BadRequest, Unsupported, spell_count
 from converter.models.adapters import ADAPTER_CONFIG, Adapter, find_adapter, open_adapter_config
 from converter.models.checkpoint import Checkpoint
-from converter.models.component import Component, WeightSet
+from converter.models.component import Component
 from converter.models.configs import render_json
 from converter.models.hub_cache import check_places, snapshot_of
 from converter.models.model import Model
@@ -41,7 +41,7 @@ def plan_lora(request: Request, to: str) -> Plan:
     assert request.output is not None
     check_places(request.source, request.output)
     source = snapshot_of(request.source)
-    opened = [(component, adapter, part) for component, adapter, part in _open_adapters(source)]
+    opened = _open_adapters(source)
     changes = _all_changes([find_changes(adapter, part) for _, adapter, part in opened])
     form: Target = to  # type: ignore[assignment]
     written = write(changes, form)
@@ -137,6 +137,6 @@ def _open_job(request: Request, components: list[Component], to: str) -> Job:
 def _order_of(job: Job, component: Component, one: Written, checkpoint: Checkpoint, name: WeightsName) -> Order:
     """Give a set to be written; it is made of all that was read."""
     file = replace(checkpoint.files[0], tensors=one.tensors, metadata=one.metadata)
-    weight_set: WeightSet = replace(checkpoint.weight_set, name=name)
+    weight_set = replace(checkpoint.weight_set, name=name)
     made = replace(checkpoint, weight_set=weight_set, files=(file,), index_metadata={}, is_renamed=True)
     return make_order(component, made, name, job.request.casting, job.request.writing, is_beside=False)

@@ -65,16 +65,14 @@ def plan_merged(request: Request, asked: Sequence[WeightedAdapter]) -> Plan:
             raise BadRequest(request.output, "is an adapter that is to be merged, or holds it", "Name a new folder.")
     job = open_job(into_one_set(request))
     weighted = [opened for one in asked for opened in _open_adapters(one)]
-    is_cast = request.casting.dtype is not None
     parts = [one.name for one in job.model.components if not one.name or _PARTS.fullmatch(one.name)]
-    named = request.selection.components
-    selected = _without_adapters(select(job, components=named or tuple(parts)))
+    meant = request.selection.components or tuple(parts)
+    is_whole = request.casting.dtype is not None and not request.selection.components  # all parts are cast
+    selected = _without_adapters(select(job, components=() if is_whole else meant))
     opened = open_sets(job, selected)
-    merges = _find_merges([one for one in weighted if one.weight], opened)
-    if is_cast and not named:
-        selected = _without_adapters(select(job))
-        opened = open_sets(job, selected)
-    elif merges:
+    base = [one for one in opened if not meant or one[0].name in meant]
+    merges = _find_merges([one for one in weighted if one.weight], base)
+    if merges and not is_whole:
         selected = [one for one in selected if one[0].name in merges]
         opened = [one for one in opened if one[0].name in merges]
     orders = [

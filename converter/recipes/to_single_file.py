@@ -123,14 +123,7 @@ def _of_pipeline(model: Model, without: Sequence[str]) -> _Source:
     there = {component.name: component for component in model.components}
     family = family_of(model.class_name, {name: one.config for name, one in there.items()})
     if family is None:
-        known = ", ".join(dict.fromkeys(name for one in FAMILIES for name in one.pipelines))
-        what = f"is a {model.class_name}" if model.class_name else "names no class of a pipeline"
-        what += (
-            " for another purpose, as a refiner is"
-            if any(model.class_name in one.pipelines for one in FAMILIES)
-            else ""
-        )
-        raise Unsupported(model.path, f"{what}, and no table has that", f"There are tables for: {known}.")
+        raise _of_no_table(model)
     named = {name: entry for name, entry in index.items() if is_class(entry)}
     notes = []
     for name in there:
@@ -164,6 +157,15 @@ def _of_pipeline(model: Model, without: Sequence[str]) -> _Source:
             raise Unsupported(model.root / name, problem, "No table has that.")
     first = f"{model.path.name} is a {family.name} pipeline, of which the file gets {name_some(kept, len(kept))}"
     return _Source(model, family, [(name, there[name]) for name in kept], (first, *notes))
+
+
+def _of_no_table(model: Model) -> Unsupported:
+    """Give what is said of a pipeline that is of no family."""
+    known = dict.fromkeys(name for one in FAMILIES for name in one.pipelines)
+    what = f"is a {model.class_name}" if model.class_name else "names no class of a pipeline"
+    if model.class_name in known:
+        what += " for another purpose, as a refiner is"
+    return Unsupported(model.path, f"{what}, and no table has that", f"There are tables for: {', '.join(known)}.")
 
 
 def _asked(family: Family, name: str) -> str:

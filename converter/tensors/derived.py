@@ -311,7 +311,10 @@ class Replicas(Derived):
             with reader.scratch(len(out)) as values:
                 other.read(begin, values, reader)
                 if values != out:
-                    raise differ(self.name, self.source, other)
+                    raise self._differ(other)
+
+    def _differ(self, other: TensorSource) -> BadFile:
+        return differ(self.name, self.source, other)
 
 
 def differ(name: str, source: TensorSource, other: TensorSource) -> BadFile:

@@ -98,12 +98,7 @@ class Copies(Replicas):
 
     __slots__ = ()
 
-    def read(self, begin: int, out: memoryview, reader: Reader) -> None:
-        self.source.read(begin, out, reader)
-        for other in self.others:
-            with reader.scratch(len(out)) as values:
-                other.read(begin, values, reader)
-                if values != out:
-                    place = other.inputs()[0].file.place
-                    problem = f"notes in its header that {self.name} has copies of one matrix, and they differ"
-                    raise BadFile(place, problem, NOTE_ADVICE)
+    def _differ(self, other: TensorSource) -> BadFile:
+        place = other.inputs()[0].file.place
+        problem = f"notes in its header that {self.name} has copies of one matrix, and they differ"
+        return BadFile(place, problem, NOTE_ADVICE)

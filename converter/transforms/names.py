@@ -124,6 +124,9 @@ def name_sets(
     asked.refuse_unmatched(where, "--strip-prefix", "--rename")
     named = []
     for (component, before), checkpoint, after in zip(opened, picked, changed, strict=True):
+        if after is before:
+            named.append((component, before))
+            continue
         origins = {new: old for old, new in checkpoint.renamed.items()}
         both = zip(checkpoint.tensors, after.tensors, strict=True)
         new_names = {origins.get(one.name, one.name): new.name for one, new in both}

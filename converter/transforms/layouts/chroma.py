@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter.transforms.layouts.flux import DOUBLE, SINGLE, block_shapes, published_head
+from converter.transforms.layouts.flux import DOUBLE, SINGLE, block_shapes, stream_config
 from converter.transforms.layouts.rows import Row, modules, numbered, renamings
 from converter.transforms.layouts.sizes import Config, Shapes, Sizes, linears
 
@@ -57,22 +57,12 @@ def chroma_config(sizes: Sizes) -> dict[str, Any]:
 
     Raises BadFile for a file that lacks a tensor, BadRequest where names and shapes do not say it.
     """
-    head, axes = published_head(sizes)
-    channels, out_channels = sizes.axis("img_in.weight", 1), sizes.axis("final_layer.linear.weight", 0)
     config = {
         "_class_name": "ChromaTransformer2DModel",
+        **stream_config(sizes),
         "approximator_hidden_dim": sizes.axis(f"{_GUIDE}.in_proj.weight", 0),
         "approximator_layers": sizes.count(f"{_GUIDE}.layers"),
         "approximator_num_channels": sizes.axis(f"{_GUIDE}.in_proj.weight", 1),
-        "attention_head_dim": head,
-        "axes_dims_rope": axes,
-        "in_channels": channels,
-        "joint_attention_dim": sizes.axis("txt_in.weight", 1),
-        "num_attention_heads": sizes.ratio("heads", sizes.axis("img_in.weight", 0), head),
-        "num_layers": sizes.count("double_blocks"),
-        "num_single_layers": sizes.count("single_blocks"),
-        "out_channels": None if out_channels == channels else out_channels,
-        "patch_size": 1,
     }
     sizes.check(chroma_rows(config))
     return config

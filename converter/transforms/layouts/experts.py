@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from converter.errors import BadFile, BadRequest, Unsupported, Where
+from converter.errors import BadFile, BadRequest, Unsupported, Where, spell_shape
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.models.schemes import quantized_in
@@ -208,7 +208,7 @@ def _check_wholes(path: Where, wholes: Iterable[Tensor], count: int) -> None:
             problem = f"holds {found} experts in {layer!r}, and its config.json says {count}"
             raise BadFile(path, problem, "Fetch all files of the model.")
         if not len(outer) == len(inner) == 3 or outer[1:] != (2 * inner[2], inner[1]):
-            shapes = " and ".join("x".join(map(str, shape)) for shape in (outer, inner))
+            shapes = " and ".join(spell_shape(shape) for shape in (outer, inner))
             problem = f"holds experts in {layer!r} of the shapes {shapes}, and not [experts, 2 x inner, outer] and back"
             raise Unsupported(path, problem, "Other programs have them transposed; wconv does not know which ones.")
 

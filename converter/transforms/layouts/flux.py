@@ -108,7 +108,7 @@ def flux_rows(config: Config) -> list[Row]:
     ]
 
 
-def published_head(sizes: Sizes) -> tuple[int, list[int]]:
+def _published_head(sizes: Sizes) -> tuple[int, list[int]]:
     """Give the size of a head, and how much of it each axis turns. Raises BadRequest where shapes do not say that."""
     norms = [f"double_blocks.0.img_attn.norm.query_norm.{leaf}" for leaf in ("scale", "weight")]
     head = sizes.axis(next((name for name in norms if sizes.has(name)), norms[0]), 0)
@@ -117,18 +117,13 @@ def published_head(sizes: Sizes) -> tuple[int, list[int]]:
     return head, _AXES
 
 
-def flux_config(sizes: Sizes) -> dict[str, Any]:
-    """Give the config of a file by its names and shapes.
-
-    Raises BadFile for a file that lacks a tensor, BadRequest where names and shapes do not say it.
-    """
-    head, axes = published_head(sizes)
+def stream_config(sizes: Sizes) -> dict[str, Any]:
+    """Give what a config says of the two streams and their ends; raises what ``flux_config`` does."""
+    head, axes = _published_head(sizes)
     channels, out_channels = sizes.axis("img_in.weight", 1), sizes.axis("final_layer.linear.weight", 0)
-    config = {
-        "_class_name": "FluxTransformer2DModel",
+    return {
         "attention_head_dim": head,
         "axes_dims_rope": axes,
-        "guidance_embeds": sizes.has("guidance_in.in_layer.weight"),
         "in_channels": channels,
         "joint_attention_dim": sizes.axis("txt_in.weight", 1),
         "num_attention_heads": sizes.ratio("heads", sizes.axis("img_in.weight", 0), head),
@@ -136,6 +131,18 @@ def flux_config(sizes: Sizes) -> dict[str, Any]:
         "num_single_layers": sizes.count("single_blocks"),
         "out_channels": None if out_channels == channels else out_channels,
         "patch_size": 1,
+    }
+
+
+def flux_config(sizes: Sizes) -> dict[str, Any]:
+    """Give the config of a file by its names and shapes.
+
+    Raises BadFile for a file that lacks a tensor, BadRequest where names and shapes do not say it.
+    """
+    config = {
+        "_class_name": "FluxTransformer2DModel",
+        **stream_config(sizes),
+        "guidance_embeds": sizes.has("guidance_in.in_layer.weight"),
         "pooled_projection_dim": sizes.axis("vector_in.in_layer.weight", 1),
     }
     sizes.check(flux_rows(config))

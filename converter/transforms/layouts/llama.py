@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from converter.errors import BadFile, BadRequest, Unsupported, name_some
+from converter.errors import BadFile, BadRequest, Unsupported, name_some, spell_shape
 from converter.models.checkpoint import Checkpoint
 from converter.models.component import Component
 from converter.models.configs import read_json
@@ -79,7 +79,7 @@ class _Heads(NamedTuple):
             rows, width = tensor.shape if len(tensor.shape) == 2 else (0, 0)
             length = self.length or width // self.queries
             if not rows or rows != count * length or length % 2:
-                shape = "x".join(map(str, tensor.shape))
+                shape = spell_shape(tensor.shape)
                 problem = f"holds {tensor.name!r} of {shape}, and {self.place} says {count} heads"
                 raise BadFile(tensor.where, f"{problem} of {length}", "Name the model's own config: --config FOLDER.")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from converter.errors import BadFile
+from converter.errors import BadFile, spell_shape
 from converter.tensors.base import Tensor, TensorSource
 from converter.tensors.derived import Box, Boxes
 from converter.tensors.shaped import Shuffled, reshaped
@@ -111,8 +111,10 @@ class Rotary(Lone):
     def _shuffled(self, tensor: Tensor, stride: int) -> TensorSource:
         rows = tensor.shape[0] if tensor.shape else 1
         if rows % (2 * self.heads):
-            problem = f"holds {tensor.name!r}, which is no {self.heads} heads of pairs: it is {_spelled(tensor)}"
-            raise BadFile(tensor.where, problem)
+            shape = spell_shape(tensor.shape)
+            raise BadFile(
+                tensor.where, f"holds {tensor.name!r}, which is no {self.heads} heads of pairs: it is {shape}"
+            )
         return Shuffled(tensor.source, rows // self.heads, stride)
 
 
@@ -148,7 +150,8 @@ class Stack:
 
     def count(self, whole: Tensor, parts: int) -> int:
         if len(whole.shape) < 2:
-            raise BadFile(whole.where, f"holds {whole.name!r}, which is no stack of tensors: it is {_spelled(whole)}")
+            shape = spell_shape(whole.shape)
+            raise BadFile(whole.where, f"holds {whole.name!r}, which is no stack of tensors: it is {shape}")
         return whole.shape[0]
 
     def apart(self, whole: Tensor, count: int) -> Sequence[TensorSource]:
@@ -213,13 +216,10 @@ def _joined(first: Tensor, sources: Iterable[TensorSource], parts: Sequence[Tens
 
 
 def _misfit(first: Tensor, part: Tensor) -> BadFile:
-    problem = f"holds {first.name!r} of {_spelled(first)} and {part.name!r} of {_spelled(part)}, which do not fit"
-    return BadFile(part.where, f"{problem} into one tensor")
+    whole, other = (f"{one.name!r} of {spell_shape(one.shape)}" for one in (first, part))
+    return BadFile(part.where, f"holds {whole} and {other}, which do not fit into one tensor")
 
 
 def _uneven(tensor: Tensor, count: int) -> BadFile:
-    return BadFile(tensor.where, f"holds {tensor.name!r}, which cannot be cut in {count}: it is {_spelled(tensor)}")
-
-
-def _spelled(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "one number"
+    shape = spell_shape(tensor.shape)
+    return BadFile(tensor.where, f"holds {tensor.name!r}, which cannot be cut in {count}: it is {shape}")

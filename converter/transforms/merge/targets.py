@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from converter.errors import BadFile, BadRequest, Unsupported, Where, name_some
+from converter.errors import BadFile, BadRequest, Unsupported, Where, name_some, spell_shape
 from converter.libraries.transformers import names_model
 from converter.models.adapters import (
     ADAPTER_CONFIG,
@@ -404,7 +404,7 @@ def _replace(one: Weighted, part: Part, merges: dict[str, Merge]) -> None:
             problem = f"holds {name!r} in whole (modules_to_save), and the base has no such weight"
             raise BadRequest(one.where, problem, "Save the base of the class that has it first, or merge it with PEFT.")
         if base.shape != tensor.shape:
-            problem = f"holds {name!r} of {_spell(tensor.shape)}, and the base has {_spell(base.shape)}"
+            problem = f"holds {name!r} of {spell_shape(tensor.shape)}, and the base has {spell_shape(base.shape)}"
             raise Unsupported(one.where, problem, "PEFT merges it into a base whose vocabulary, or head, is as large.")
         _check_dtype(tensor)
         _check_dtype(base)
@@ -440,8 +440,8 @@ def _is_turned(one: Weighted, aim: _Aim, weight: Tensor) -> bool:
         return True
     elif is_plain:
         return False
-    shapes = f"{_spell(pair.up.shape)} and {_spell(pair.down.shape)}"
-    problem = f"holds {shapes} for {weight.name!r}, which is {_spell(weight.shape)} in the base"
+    shapes = f"{spell_shape(pair.up.shape)} and {spell_shape(pair.down.shape)}"
+    problem = f"holds {shapes} for {weight.name!r}, which is {spell_shape(weight.shape)} in the base"
     raise BadRequest(one.where, problem, _OTHER_BASE)
 
 
@@ -450,7 +450,7 @@ def _bias_product(one: Weighted, aim: _Aim) -> Product:
     if base is None:
         raise BadRequest(one.where, f"has a bias for {aim.own!r}, which has none in the base", _OTHER_BASE)
     if base.shape != bias.shape:
-        problem = f"holds {bias.name!r} of {_spell(bias.shape)}, and the base has {_spell(base.shape)}"
+        problem = f"holds {bias.name!r} of {spell_shape(bias.shape)}, and the base has {spell_shape(base.shape)}"
         raise BadRequest(one.where, problem, _OTHER_BASE)
     _check_dtype(base)
     _check_dtype(bias)
@@ -463,7 +463,3 @@ def _trimmed(shape: Iterable[int]) -> tuple[int, ...]:
     while len(sides) > 1 and sides[-1] == 1:
         sides.pop()
     return tuple(sides)
-
-
-def _spell(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape)) or "one number"

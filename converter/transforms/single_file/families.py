@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from converter.errors import Unsupported, WconvError
+from converter.errors import Unsupported, WconvError, spell_shape
 from converter.models.checkpoint import Checkpoint
 from converter.storage import Place
 from converter.tensors.base import Tensor
@@ -63,7 +63,7 @@ def recognise(source: Place, tensors: Mapping[str, Tensor], meant: Family | None
     family = _choose(source, tensors, candidates, shapes, meant)
     kind = next((one for one in family.kinds if one.fits(shapes)), None)
     if kind is None:
-        size = "x".join(map(str, shapes[family.mark]))
+        size = spell_shape(shapes[family.mark])
         problem = f"is a {family.name} model for another purpose than those that are known: {family.mark} is {size}"
         raise Unsupported(source, problem, "Only the model that makes pictures, and that for inpainting, have a table.")
     prefixes = {family.core: prefix}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from converter.errors import BadRequest
+from converter.errors import BadRequest, spell_shape
 from converter.storage import Place
 from converter.transforms.single_file.family import Config, Shapes
 
@@ -70,10 +70,6 @@ def check_shapes(source: Place, what: str, expected: Shapes, shapes: Shapes) -> 
     """Raise BadRequest where a tensor is not of the size that is expected; ``what`` names the config that says so."""
     for name, shape in expected.items():
         if shapes.get(name) != shape:
-            size = _spelled(shapes[name]) if name in shapes else "not there"
-            problem = f"does not fit {what}: {name} is {size}, and should be {_spelled(shape)}"
+            size = spell_shape(shapes[name]) if name in shapes else "not there"
+            problem = f"does not fit {what}: {name} is {size}, and should be {spell_shape(shape)}"
             raise BadRequest(source, problem, "Fetch all of it, or give a --config folder that it fits.")
-
-
-def _spelled(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "one number"
