@@ -19,9 +19,9 @@ from bench_runs import (
     Row,
     made_once,
     ratios_of,
+    rows_in_turn,
     run_in_turn,
     weights_nbytes,
-    within,
 )
 from make_sample import write_json
 
@@ -77,12 +77,7 @@ def measure_merged(bench: Bench) -> Iterator[Row]:
             case.name: bench.command(case, base),
             f"{case.name}, one worker": bench.command(case, base, "--workers", "1"),
         }
-        runs = run_in_turn(bench, bench.pairs, commands, nbytes)
-        yield Row("merge-lora", f"cp of the base (rank {rank})", Figures(runs["cp"]), read_nbytes=nbytes)
-        for name in list(commands)[1:]:
-            figures = Figures(runs[name])
-            reach = within((figures.peak_mb, REACH_MB, "MB"))
-            yield Row("merge-lora", name, figures, ratios_of(runs["cp"], runs[name]), *reach, read_nbytes=nbytes)
+        yield from rows_in_turn(bench, "merge-lora", f"cp of the base (rank {rank})", commands, nbytes, REACH_MB)
         name = f"PEFT load + merge + save, rank {rank}"
         if not find_spec("peft"):
             yield Row("merge-lora", name, note="peft is not installed")

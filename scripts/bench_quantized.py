@@ -25,11 +25,11 @@ from bench_runs import (
     conversion,
     made_once,
     ratios_of,
+    rows_in_turn,
     run,
     run_in_turn,
     say,
     weights_nbytes,
-    within,
 )
 from make_sample import write_json
 
@@ -187,12 +187,7 @@ def measure_dequantized(bench: Bench) -> Iterator[Row]:
             case.name: bench.command(case, source),
             f"{case.name}, one worker": bench.command(case, source, "--workers", "1"),
         }
-        runs = run_in_turn(bench, bench.pairs, commands, nbytes)
-        yield Row("dequantize", f"cp of what it writes ({form})", Figures(runs["cp"]), read_nbytes=nbytes)
-        for name in list(commands)[1:]:
-            figures = Figures(runs[name])
-            reach = within((figures.peak_mb, REACH_MB, "MB"))
-            yield Row("dequantize", name, figures, ratios_of(runs["cp"], runs[name]), *reach, read_nbytes=nbytes)
+        yield from rows_in_turn(bench, "dequantize", f"cp of what it writes ({form})", commands, nbytes, REACH_MB)
         for name, (module, code) in BASELINES[form].items():
             if not find_spec(module):
                 yield Row("dequantize", name, note=f"{module} is not installed")

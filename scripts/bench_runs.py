@@ -15,7 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -334,3 +334,15 @@ def within(*reaches: tuple[float, float, str]) -> tuple[str, str]:
     """Return note and verdict for values, each with what it should reach at most and its unit."""
     note = ", ".join(f"at most {reach:g} {unit}" for _, reach, unit in reaches if math.isfinite(reach))
     return note, OK if all(value <= reach for value, reach, _ in reaches) else OUT_OF_REACH
+
+
+def rows_in_turn(
+    bench: Bench, section: str, copied: str, commands: Mapping[str, list[str]], nbytes: int, reach_mb: float
+) -> Iterator[Row]:
+    """Run `cp`, the first of some commands, and the others in turn; give a row each, that of `cp` as ``copied``."""
+    runs = run_in_turn(bench, bench.pairs, commands, nbytes)
+    yield Row(section, copied, Figures(runs["cp"]), read_nbytes=nbytes)
+    for name in list(commands)[1:]:
+        figures = Figures(runs[name])
+        reach = within((figures.peak_mb, reach_mb, "MB"))
+        yield Row(section, name, figures, ratios_of(runs["cp"], runs[name]), *reach, read_nbytes=nbytes)
